@@ -1,0 +1,82 @@
+"""What lies in a job's store, and how it is laid out.
+
+    <job>/fence.json                      the highest attempt that has taken the store
+    <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, tokenizer files
+    <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
+                                          state.json, journal.jsonl, best_adapter.safetensors (when it is not this one)
+                                          and, written last, manifest.json
+    <job>/adapter/                        PEFT's layout plus tokenizer files, journal.jsonl and, last, manifest.json
+
+A folder exists when its manifest does. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from orchestrator.api.base import Digest, Model, ShortText
+from orchestrator.api.results import PrepareResult
+
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "journal.jsonl"
+FENCE_NAME = "fence.json"
+ADAPTER_FOLDER = "adapter"
+CHECKPOINTS_FOLDER = "checkpoints"
+PREPARED_FOLDER = "prepared"
+
+
+def checkpoint_folder(step: int) -> str:
+    """The folder name of a step's checkpoint; names sort by step."""
+    return f"step-{step:08d}"
+
+
+class FileEntry(Model):
+    """One file that a manifest vouches for."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
+    bytes: int = Field(ge=0)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+Files = Annotated[tuple[FileEntry, ...], Field(max_length=256)]
+
+
+class CheckpointManifest(Model):
+    """Vouches for a checkpoint or for the final adapter."""
+
+    step: int = Field(ge=0)
+    attempt: int = Field(ge=1)
+    prepared: Digest
+    """The prepared data that the steps were made on; a checkpoint of other data is not resumed."""
+    complete: bool = False
+    """Whether this is the final adapter."""
+    versions: dict[ShortText, ShortText]
+    files: Files
+
+
+class PreparedManifest(Model):
+    """Vouches for prepared data."""
+
+    inputs: Digest
+    """Digest over the spec fields and source files that the data came from."""
+    result: PrepareResult
+    files: Files
+
+
+class Fence(Model):
+    """The attempt that owns the store. A trainer that reads a higher one than its own must stop."""
+
+    attempt: int = Field(ge=1)
+
+
+class JournalRecord(Model):
+    """One line of the metrics journal: the metrics of one step, logged to MLflow exactly once.
+
+    `step` 0 holds the evaluation of the untouched base model.
+    """
+
+    step: int = Field(ge=0)
+    time_ms: int = Field(ge=0)
+    metrics: dict[ShortText, float]

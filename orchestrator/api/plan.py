@@ -1,0 +1,57 @@
+"""The memory plan that a train stage follows, and the estimate behind it.
+
+`core/sizing` produces both, the controller records them in the job's status, the trainer obeys the plan.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.api.base import Model, ShortText
+
+OffloadTarget = Literal["activations", "embeddings"]
+
+
+class MemoryPlan(Model):
+    """How the trainer spends the card's memory. Plans never change what is learned, only bytes and seconds."""
+
+    micro_batch_size: int = Field(ge=1, le=1024)
+    """Sequences in one forward pass."""
+    accumulation_steps: int = Field(ge=1, le=65536)
+    """Micro-batches in one optimizer step; times micro_batch_size gives the global batch."""
+    recompute_layers: int = Field(ge=0, le=1024)
+    """The first so many decoder layers recompute their activations in the backward pass."""
+    offload: Annotated[tuple[OffloadTarget, ...], Field(max_length=2)] = ()
+    """What is moved to pinned host memory while it is not in use."""
+    loss_chunk_tokens: int = Field(default=1024, ge=0, le=1 << 20)
+    """Tokens whose logits exist at one time; 0 materialises all of them."""
+
+
+class ByteItem(Model):
+    """One line of an estimate."""
+
+    name: ShortText
+    bytes: int = Field(ge=0)
+
+
+class Estimate(Model):
+    """What a job is expected to take on one GPU class under one memory plan."""
+
+    gpu_class: ShortText
+    plan: MemoryPlan
+    items: Annotated[tuple[ByteItem, ...], Field(max_length=32)]
+    """Allocator bytes by purpose; their sum is `peak_bytes`."""
+    peak_bytes: int = Field(ge=0)
+    usable_bytes: int = Field(ge=0)
+    """Allocator bytes that the smallest card of the class offers."""
+    steps: int = Field(ge=0)
+    seconds: float | None = Field(default=None, ge=0)
+    """Expected training seconds; absent where the class has no measured speed."""
+
+    @model_validator(mode="after")
+    def _items_add_up(self) -> Estimate:
+        if sum(item.bytes for item in self.items) != self.peak_bytes:
+            raise ValueError("peakBytes must be the sum of items[].bytes")
+        return self

@@ -1,0 +1,145 @@
+"""Why things are as they are: condition types, reasons, exit codes, and what each of them means.
+
+Enums own their meaning: whoever holds a reason asks it whether a retry helps, instead of keeping a list.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+
+class ConditionType(StrEnum):
+    """The conditions of a QLoRAJob, in the order in which they usually become true."""
+
+    PREPARED = "Prepared"
+    ADMITTED = "Admitted"
+    RUNNING = "Running"
+    CHECKPOINTED = "Checkpointed"
+    EVICTED = "Evicted"
+    PUBLISHED = "Published"
+    FINISHED = "Finished"
+
+
+class Remedy(StrEnum):
+    """What the controller does about a stage that ended for a reason."""
+
+    NONE = "none"
+    """The stage did what it should."""
+    RESUME = "resume"
+    """Not the job's fault: back to the queue, resume from the checkpoint, no retry is counted."""
+    RETRY = "retry"
+    """Try again after a backoff; counts against spec.backoffLimit."""
+    STEP_UP = "step-up"
+    """Resume on a thriftier memory plan, then on the next GPU class; counts against spec.backoffLimit."""
+    FAIL = "fail"
+    """Trying again gives the same answer: the job fails at once."""
+
+
+class Reason(StrEnum):
+    """Every reason that a condition, an event or an attempt may carry."""
+
+    # progress
+    PREPARING = "Preparing"
+    PREPARED = "Prepared"
+    STARTING = "Starting"
+    TRAINING = "Training"
+    TRAINED = "Trained"
+    PUBLISHING = "Publishing"
+    PUBLISHED = "Published"
+    CHECKPOINT_SAVED = "CheckpointSaved"
+    NO_CHECKPOINT = "NoCheckpoint"
+    SUCCEEDED = "Succeeded"
+    # waiting
+    NOT_PREPARED = "NotPrepared"
+    ADMITTED = "Admitted"
+    WAITING_FOR_GPU = "WaitingForGpu"
+    WAITING_FOR_QUOTA = "WaitingForQuota"
+    WAITING_FOR_PREEMPTION = "WaitingForPreemption"
+    QUEUE_NOT_FOUND = "QueueNotFound"
+    QUEUE_HELD = "QueueHeld"
+    BACKING_OFF = "BackingOff"
+    TRACKING_UNAVAILABLE = "TrackingUnavailable"
+    SUSPENDED = "Suspended"
+    # eviction: why a running stage was asked to stop
+    NOT_EVICTED = "NotEvicted"
+    PREEMPTED = "Preempted"
+    QUOTA_RECLAIMED = "QuotaReclaimed"
+    DISRUPTED = "Disrupted"
+    # ends of a stage that are not success
+    USER_ERROR = "UserError"
+    TRANSIENT_ERROR = "TransientError"
+    OUT_OF_MEMORY = "OutOfMemory"
+    FENCED = "Fenced"
+    DIVERGED = "Diverged"
+    INTERNAL_ERROR = "InternalError"
+    KILLED = "Killed"
+    LOST = "Lost"
+    # ends of a job that are not success
+    DOES_NOT_FIT = "DoesNotFit"
+    BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    CANCELLED = "Cancelled"
+
+    @property
+    def remedy(self) -> Remedy:
+        """What to do about a stage that ended for this reason."""
+        return _REMEDIES.get(self, Remedy.NONE)
+
+
+_REMEDIES = {
+    Reason.PREEMPTED: Remedy.RESUME,
+    Reason.QUOTA_RECLAIMED: Remedy.RESUME,
+    Reason.DISRUPTED: Remedy.RESUME,
+    Reason.SUSPENDED: Remedy.RESUME,
+    Reason.LOST: Remedy.RESUME,
+    Reason.FENCED: Remedy.RESUME,
+    Reason.TRANSIENT_ERROR: Remedy.RETRY,
+    Reason.INTERNAL_ERROR: Remedy.RETRY,
+    Reason.KILLED: Remedy.RETRY,
+    Reason.OUT_OF_MEMORY: Remedy.STEP_UP,
+    Reason.USER_ERROR: Remedy.FAIL,
+    Reason.DIVERGED: Remedy.FAIL,
+    Reason.DEADLINE_EXCEEDED: Remedy.FAIL,
+    Reason.CANCELLED: Remedy.FAIL,
+}
+
+
+class ExitCode(IntEnum):
+    """A stage's verdict on itself. Codes below 64 are left to Python, above 128 to signals."""
+
+    OK = 0
+    INTERNAL_ERROR = 1
+    USER_ERROR = 80
+    TRANSIENT_ERROR = 81
+    OUT_OF_MEMORY = 82
+    DIVERGED = 83
+    FENCED = 84
+    PREEMPTED = 85
+    """Stopped on request; the termination message names the durable checkpoint."""
+
+    @property
+    def reason(self) -> Reason:
+        """The reason this code stands for; `OK` stands for success."""
+        return _EXIT_REASONS[self]
+
+
+_EXIT_REASONS = {
+    ExitCode.OK: Reason.SUCCEEDED,
+    ExitCode.INTERNAL_ERROR: Reason.INTERNAL_ERROR,
+    ExitCode.USER_ERROR: Reason.USER_ERROR,
+    ExitCode.TRANSIENT_ERROR: Reason.TRANSIENT_ERROR,
+    ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
+    ExitCode.DIVERGED: Reason.DIVERGED,
+    ExitCode.FENCED: Reason.FENCED,
+    ExitCode.PREEMPTED: Reason.PREEMPTED,
+}
+
+
+def exit_reason(exit_code: int) -> Reason:
+    """The reason behind any exit code, signals included (128 + n, or -n as Python reports them)."""
+    if exit_code in _KNOWN_EXIT_CODES:
+        return ExitCode(exit_code).reason
+    return Reason.KILLED if exit_code > 128 or exit_code < 0 else Reason.INTERNAL_ERROR
+
+
+_KNOWN_EXIT_CODES = frozenset(int(code) for code in ExitCode)

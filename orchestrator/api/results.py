@@ -1,0 +1,130 @@
+"""What stages answer: progress while they run, a result in the termination message when they end.
+
+The termination message is JSON of at most 4 KiB, which a pod's status keeps; the controller needs no other
+channel to be right. Progress is for people and may be lost.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from orchestrator.api.base import Digest, Model, Sentence, ShortText
+from orchestrator.api.reasons import Reason
+
+MAX_TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' bound on a container's termination message
+Uri = Annotated[str, StringConstraints(max_length=2048)]
+
+
+class ModelFacts(Model):
+    """The base model's shape, read from its config: what sizing needs and nothing more."""
+
+    model_type: ShortText
+    architecture: ShortText
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    tied_embeddings: bool
+    revision: ShortText
+    """The commit of a hub model, or the digest of a folder's config and tensor index."""
+
+
+class PrepareResult(Model):
+    """What prepare found out and stored."""
+
+    digest: Digest
+    """Identifies the prepared data: same inputs, same digest, and the stage is skipped."""
+    uri: Uri
+    """The folder with the prepared data and its manifest."""
+    model: ModelFacts
+    train_records: int = Field(ge=1)
+    train_sequences: int = Field(ge=1)
+    train_tokens: int = Field(ge=1)
+    supervised_tokens: int = Field(ge=1)
+    """Training tokens that carry loss."""
+    eval_records: int = Field(ge=0)
+    eval_sequences: int = Field(ge=0)
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole job."""
+    truncated_records: int = Field(default=0, ge=0)
+    dropped_records: int = Field(default=0, ge=0)
+
+
+class TrainResult(Model):
+    """How far training came."""
+
+    step: int = Field(ge=0)
+    """The last step that is durable."""
+    checkpoint_uri: Uri | None = None
+    complete: bool
+    """Whether training is done, as opposed to stopped on request."""
+    adapter_uri: Uri | None = None
+    adapter_digest: Digest | None = None
+    """SHA-256 of adapter_model.safetensors."""
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    eval_loss_before: float | None = None
+    """Held-out loss of the untouched base model."""
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+
+
+class PublishResult(Model):
+    """Where the adapter is in the registry."""
+
+    registered_model: ShortText
+    model_version: ShortText
+    model_uri: Uri
+
+
+class Failure(Model):
+    """Why a stage gave up, in words that name what to change."""
+
+    reason: Reason
+    message: Sentence
+
+
+class StageResult(Model):
+    """The termination message: a result, a failure, or (train, when preempted) both result and reason."""
+
+    prepare: PrepareResult | None = None
+    train: TrainResult | None = None
+    publish: PublishResult | None = None
+    failure: Failure | None = None
+
+    def to_termination_message(self) -> str:
+        """The JSON that goes into the termination log; a long failure message is cut to fit."""
+        text = self.model_dump_json(by_alias=True, exclude_none=True)
+        excess = len(text.encode()) - MAX_TERMINATION_MESSAGE_BYTES
+        if excess <= 0 or self.failure is None:
+            assert excess <= 0, "a stage's result must fit the termination message"
+            return text
+        # An escaped character is at most six bytes long in JSON, so cutting `excess` characters is enough.
+        shorter = self.failure.message[: max(0, len(self.failure.message) - excess - 3)] + "..."
+        return self.model_copy(
+            update={"failure": Failure(reason=self.failure.reason, message=shorter)}
+        ).to_termination_message()
+
+
+class ProgressReport(Model):
+    """A running stage's latest figures."""
+
+    stage: Literal["prepare", "train", "publish"]
+    step: int = Field(default=0, ge=0)
+    steps: int = Field(default=0, ge=0)
+    """Of how many; 0 when unknown."""
+    detail: Sentence = ""
+    """What is being done, in words."""
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_uri: Uri | None = None
+    time: datetime

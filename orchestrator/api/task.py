@@ -1,0 +1,48 @@
+"""StageTask: all that a stage is told, in one JSON document.
+
+The controller writes it into the stage's environment (`QLORA_TASK`), the trainer reads it and nothing else of the
+job. The other variables below say where the stage's surroundings are.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from orchestrator.api.base import DnsLabel, JobName, Model, ShortText
+from orchestrator.api.job import QLoRAJobSpec, StageName
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.results import PrepareResult
+
+TASK_VARIABLE = "QLORA_TASK"
+TERMINATION_LOG_VARIABLE = "QLORA_TERMINATION_LOG"
+"""Path of the termination log; default `/dev/termination-log`, as in a pod."""
+AGENT_SOCKET_VARIABLE = "QLORA_AGENT_SOCKET"
+"""Path of the agent's unix socket; unset means that nobody listens."""
+TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+class StageTask(Model):
+    """One attempt at one stage of one job."""
+
+    stage: StageName
+    namespace: DnsLabel
+    job: JobName
+    uid: ShortText
+    attempt: int = Field(ge=1)
+    spec: QLoRAJobSpec
+    store_uri: Annotated[str, StringConstraints(max_length=2048)]
+    """The job's own folder: `<store>/<namespace>/<job>-<uid>`."""
+    plan: MemoryPlan | None = None
+    """Set for train."""
+    prepared: PrepareResult | None = None
+    """Set for train and publish."""
+    adapter_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None
+    """Set for publish."""
+    run_id: ShortText | None = None
+    """The job's MLflow run. Always set for publish; for train it may be absent while MLflow is away."""
+    grace_seconds: int = Field(default=120, ge=1, le=86_400)
+    """Between being asked to stop and being killed."""
+    threads: int = Field(default=1, ge=1, le=1024)
+    """CPU threads of the trainer; fixed, because the order of CPU sums depends on it."""

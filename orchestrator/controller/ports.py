@@ -1,0 +1,100 @@
+"""What the controller needs from the outside: three small protocols, each with two backends.
+
+`Store`: SQLite | Kubernetes. `StageRuntime`: local Ray | Kubernetes pods. `Tracking`: MLflow | a fake for tests.
+One contract suite runs over every implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.reasons import Reason
+from orchestrator.api.task import StageTask
+from orchestrator.core.facts import Event, GpuClass, StageFact
+
+
+class Store(Protocol):
+    """The truth: job and queue objects. Writes carry the resource version they were decided on."""
+
+    def list_jobs(self, namespace: str | None = None) -> Sequence[QLoRAJob]:
+        """All jobs, ordered by namespace and name."""
+        ...
+
+    def get_job(self, namespace: str, name: str) -> QLoRAJob:
+        """One job; raises NotFound."""
+        ...
+
+    def create_job(self, job: QLoRAJob) -> QLoRAJob:
+        """Store a new job with a uid, resource version and creation time; raises AlreadyExists."""
+        ...
+
+    def update_job(self, job: QLoRAJob) -> QLoRAJob:
+        """Replace spec and metadata, never status; bumps the generation if the spec changed; raises Conflict, NotFound."""
+        ...
+
+    def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
+        """Replace the status alone; raises Conflict if `job.metadata.resource_version` is stale, NotFound."""
+        ...
+
+    def delete_job(self, namespace: str, name: str) -> None:
+        """Remove the object, or mark it deleted while finalizers remain; raises NotFound."""
+        ...
+
+    def list_queues(self) -> Sequence[QLoRAQueue]:
+        """All queues, ordered by name."""
+        ...
+
+    def apply_queue(self, queue: QLoRAQueue) -> QLoRAQueue:
+        """Create or replace a queue."""
+        ...
+
+    def record_event(self, job: QLoRAJob, event: Event) -> None:
+        """Keep an event for people; bounded in number."""
+        ...
+
+    def list_events(self, namespace: str, name: str) -> Sequence[tuple[str, Event]]:
+        """A job's events with their RFC 3339 times, oldest first."""
+        ...
+
+    def wait_for_change(self, since: str, timeout_seconds: float) -> str:
+        """Block until something changed after the cursor `since` ('' is the beginning) or the timeout; the new cursor."""
+        ...
+
+
+class StageRuntime(Protocol):
+    """Where stages run."""
+
+    def ensure(self, task: StageTask, gpu_class: str | None) -> None:
+        """Start the stage unless one of its name exists; durable before it returns."""
+        ...
+
+    def observe(self) -> Mapping[str, StageFact]:
+        """All stages that exist, ended ones included, by `namespace/name`."""
+        ...
+
+    def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
+        """Ask for a checkpoint and an end within the grace period, then kill. Idempotent; unknown names are ignored."""
+        ...
+
+    def delete(self, namespace: str, name: str) -> None:
+        """Forget an ended stage. Idempotent."""
+        ...
+
+    def gpu_classes(self) -> Sequence[GpuClass]:
+        """The GPU classes of this runtime and how many cards of each exist now."""
+        ...
+
+
+class Tracking(Protocol):
+    """The MLflow side that belongs to the controller: the run's existence and its last status."""
+
+    def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        """The job's one run, found by its tag or created; sets it RUNNING. Raises TrackingUnavailable."""
+        ...
+
+    def finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
+        """Give the run its last status: FINISHED, FAILED or KILLED. Idempotent. Raises TrackingUnavailable."""
+        ...

@@ -1,0 +1,172 @@
+"""The nouns of the core: facts that go into a decision, commands that come out.
+
+`controller/observe` builds a `Snapshot`, `core/decide` turns it into commands, `controller/act` carries them out.
+Everything is frozen, so a decision can be replayed, explained and simulated with the very same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from orchestrator.api.job import QLoRAJob, QLoRAJobStatus, StageName
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.reasons import Reason
+from orchestrator.api.results import ProgressReport, StageResult
+from orchestrator.api.task import StageTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuClass:
+    """GPUs that are interchangeable for sizing: what the smallest card among them offers."""
+
+    name: str
+    marketed_gib: int
+    """What the card is sold as; `spec.resources.vram` asks in these."""
+    usable_bytes: int
+    """Allocator bytes after the CUDA context, on the smallest card of the class."""
+    capacity: int
+    """GPUs of this class that exist now."""
+    cpu: bool = False
+    """A stand-in for machines without a GPU: slots of host memory, trained on the CPU."""
+
+
+class StagePhase(StrEnum):
+    """Where a stage is, as the runtime sees it."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    EXITED = "Exited"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFact:
+    """What the runtime knows of one stage."""
+
+    namespace: str
+    name: str
+    phase: StagePhase
+    start_time: datetime | None = None
+    finish_time: datetime | None = None
+    exit_code: int | None = None
+    """Set when EXITED; absent there if nobody saw the end (the stage was lost)."""
+    result: StageResult | None = None
+    """The termination message, if the stage wrote one that parses."""
+    disruption: Reason | None = None
+    """Set where the platform, not the stage, brought about the end."""
+    progress: ProgressReport | None = None
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The settings that decisions depend on; every bound has its name here."""
+
+    store_uri: str
+    """Where jobs that name no store keep their data."""
+    grace_seconds: int = 120
+    """Between asking a train stage to stop and killing it."""
+    backoff_base_seconds: float = 10.0
+    """Wait before the first retry; doubles with every failure."""
+    backoff_max_seconds: float = 600.0
+    minimum_run_seconds: float = 300.0
+    """A stage that has run for less is not preempted, unless nothing else would do."""
+    restart_cost_seconds: float = 60.0
+    """GPU seconds that a move costs on top of the work since the last checkpoint."""
+    preemption_cooldown_seconds: float = 60.0
+    """A job that was just evicted is not chosen as a victim again for so long after it restarted."""
+    history_limit: int = 32
+    """Attempts kept in a job's status."""
+    cpu_stages_limit: int = 4
+    """Prepare and publish stages that may run at one time."""
+    trainer_threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything that a decision may depend on."""
+
+    now: datetime
+    jobs: tuple[QLoRAJob, ...]
+    queues: tuple[QLoRAQueue, ...] = ()
+    stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])
+    """By `namespace/name`; complete: a stage that is not here does not exist."""
+    gpu_classes: tuple[GpuClass, ...] = ()
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A decision worth telling the user; becomes a Kubernetes event or a row in the embedded store."""
+
+    reason: Reason
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteStatus:
+    """Record a job's new status, if the job is still at this resource version."""
+
+    job: QLoRAJob
+    status: QLoRAJobStatus
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureStage:
+    """Create the stage of an attempt that the status already records; done if it exists."""
+
+    task: StageTask
+    gpu_class: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopStage:
+    """Ask a stage to checkpoint and end within the grace period, then kill it; repeating it changes nothing."""
+
+    namespace: str
+    name: str
+    grace_seconds: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteStage:
+    """Forget a stage whose end the status already records."""
+
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureRun:
+    """Find or create the job's MLflow run and record it in the status."""
+
+    job: QLoRAJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishRun:
+    """Give the job's MLflow run its last status and record that."""
+
+    job: QLoRAJob
+    run_status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteJob:
+    """Remove a finished job's object after its time to live."""
+
+    job: QLoRAJob
+
+
+Command = WriteStatus | EnsureStage | StopStage | DeleteStage | EnsureRun | FinishRun | DeleteJob
+
+STAGES_ON_GPU: frozenset[StageName] = frozenset({"train"})

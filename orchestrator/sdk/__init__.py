@@ -1,0 +1,1 @@
+"""The Python client: submit, plan, watch, logs, cancel, result."""
