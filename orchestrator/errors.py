@@ -3,13 +3,15 @@
     OrchestratorError
     |-- TransientError        the same call may succeed later: retried with backoff
     |   |-- StoreUnavailable
-    |   `-- TrackingUnavailable
+    |   |-- TrackingUnavailable
+    |   `-- WaitTimedOut      what was waited for did not come in time
     `-- PermanentError        the same call gives the same answer: tell the user
         |-- InvalidObject     what was handed in breaks a rule; names the field
         |-- AlreadyExists
         |-- NotFound
         |-- Conflict          somebody else wrote first; read again and decide anew
-        `-- ServiceNotRunning
+        |-- ServiceNotRunning
+        `-- JobFailed         the job ended without the result that was asked for
 
 Adapters translate their library's errors into these and chain the cause. Every message says what happened,
 where, and what to do.
@@ -30,6 +32,10 @@ class StoreUnavailable(TransientError):
 
 class TrackingUnavailable(TransientError):
     """MLflow did not answer."""
+
+
+class WaitTimedOut(TransientError):
+    """What was waited for did not come in time."""
 
 
 class PermanentError(OrchestratorError):
@@ -54,3 +60,7 @@ class Conflict(PermanentError):
 
 class ServiceNotRunning(PermanentError):
     """The embedded service is not up."""
+
+
+class JobFailed(PermanentError):
+    """The job ended without the result that was asked for."""

@@ -1,0 +1,255 @@
+"""Reads manifests: YAML files of one or more objects into validated jobs and queues.
+
+The client and the CLI call it. Rules:
+- only the safe YAML types are read, a key may stand once, and a file has a bounded size;
+- an object is judged as the Kubernetes API server would judge it: strict types, wire names, nothing unknown;
+- every error names the file, the document, the line and the field, and says what is right;
+- `file://./x` is relative to the manifest's folder and leaves here absolute;
+- what the service writes (status, uid, ...) is dropped, so that the output of `qlora get -o yaml` can be handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.api.base import API_VERSION
+from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.errors import InvalidObject
+from orchestrator.sdk.problems import FieldPath, Problem, WrittenFloat, closest, problems_of, shown
+
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_VALUES = 100_000
+"""Values in one document after YAML's aliases are expanded."""
+
+UserObject = QLoRAJob | QLoRAQueue
+KINDS: dict[str, type[QLoRAJob] | type[QLoRAQueue]] = {"QLoRAJob": QLoRAJob, "QLoRAQueue": QLoRAQueue}
+_SERVICE_METADATA = (
+    "uid",
+    "resourceVersion",
+    "generation",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "finalizers",
+)
+_URI_FIELDS: tuple[FieldPath, ...] = (
+    ("spec", "model", "source"),
+    ("spec", "dataset", "source"),
+    ("spec", "dataset", "evalSource"),
+    ("spec", "store", "uri"),
+)
+
+
+def load_manifest(path: Path | str) -> tuple[UserObject, ...]:
+    """The objects of a YAML file, in its order; raises InvalidObject."""
+    file = Path(path)
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise InvalidObject(f"{file}: cannot be read: {error.strerror}; give the path of a YAML file") from error
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise InvalidObject(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes; a manifest holds objects, not data")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidObject(f"{file}: not UTF-8 text; give a YAML file") from error
+    return parse_manifest(text, name=str(file), folder=file.resolve().parent)
+
+
+def parse_manifest(text: str, *, name: str, folder: Path) -> tuple[UserObject, ...]:
+    """The objects of a YAML text; `name` stands for it in errors, `folder` is what `file://./x` is relative to."""
+    try:
+        documents = [(data, node) for data, node in _documents(text) if data is not None]
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InvalidObject(f"{name}, line {line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InvalidObject(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if not documents:
+        raise InvalidObject(f"{name}: holds no object; start with apiVersion: {API_VERSION} and kind: QLoRAJob")
+    several = len(documents) > 1
+    return tuple(
+        _to_object(data, _Origin(name=f"{name}, document {n}" if several else name, folder=folder, node=node))
+        for n, (data, node) in enumerate(documents, 1)
+    )
+
+
+def parse_object(data: Mapping[str, object] | UserObject, *, folder: Path | None = None) -> UserObject:
+    """One object from JSON types with wire names, or one built in Python, judged by the same rules."""
+    if isinstance(data, QLoRAJob | QLoRAQueue):
+        # Unset optionals are kept: `tracking.alias: null` is not the same as no alias at all.
+        wire: object = data.model_dump(mode="json", by_alias=True)
+        name = f"{data.kind} {data.metadata.name}"
+    else:
+        wire, name = dict(data), "object"
+    return _to_object(wire, _Origin(name=name, folder=folder or Path.cwd(), node=None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Origin:
+    """Where an object was written."""
+
+    name: str
+    folder: Path
+    node: yaml.Node | None
+    """The YAML behind it; knows the lines."""
+
+    def error(self, *problems: Problem) -> InvalidObject:
+        """One line a problem, from the top of the file to its bottom."""
+        located = [(_line_of(self.node, problem.path), problem) for problem in problems]
+        located.sort(key=lambda pair: pair[0] or 0)
+        return InvalidObject("\n".join(self._sentence(line, problem) for line, problem in located))
+
+    def _sentence(self, line: int | None, problem: Problem) -> str:
+        place = f"{self.name}, line {line}" if line is not None else self.name
+        return ": ".join(filter(None, (place, problem.field, problem.message)))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that stands twice, and leaves dates alone, as Kubernetes does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            text = str(key.value)
+            if text in seen and text != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {text} stands twice", key.start_mark)
+            seen.add(text)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    number = WrittenFloat(loader.construct_yaml_float(node))
+    number.text = str(node.value)
+    return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def _documents(text: str) -> Iterator[tuple[object, yaml.Node]]:
+    loader = _Loader(text)
+    try:
+        while loader.check_node():
+            node = cast(yaml.Node, loader.get_node())
+            yield loader.construct_document(node), node
+    finally:
+        loader.dispose()
+
+
+def _to_object(data: object, origin: _Origin) -> UserObject:
+    if not isinstance(data, dict):
+        raise origin.error(Problem(path=(), message=f"must be an object with apiVersion and kind; found {shown(data)}"))
+    wire = _without_service_fields(cast(dict[str, object], data))
+    kind = _kind_of(wire, origin)
+    for path in _URI_FIELDS:
+        _resolve(wire, path, origin)
+    text = _to_json(wire, origin)
+    try:
+        # JSON in strict mode: lists become tuples, but "16" does not become 16; Kubernetes judges the same way.
+        return kind.model_validate_json(text, strict=True, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise origin.error(*problems_of(error, kind, wire)) from error
+
+
+def _kind_of(wire: Mapping[str, object], origin: _Origin) -> type[QLoRAJob] | type[QLoRAQueue]:
+    version, kind = wire.get("apiVersion"), wire.get("kind")
+    if version != API_VERSION:
+        found = "is missing" if version is None else f"is {shown(version)}"
+        raise origin.error(Problem(path=("apiVersion",), message=f"{found}; write apiVersion: {API_VERSION}"))
+    if not isinstance(kind, str) or kind not in KINDS:
+        found = "is missing" if kind is None else f"is {shown(kind)}"
+        near = closest(kind, KINDS) if isinstance(kind, str) else None
+        advice = f"did you mean {near}?" if near else f"write one of {', '.join(KINDS)}"
+        raise origin.error(Problem(path=("kind",), message=f"{found}; {advice}"))
+    return KINDS[kind]
+
+
+def _without_service_fields(data: Mapping[str, object]) -> dict[str, object]:
+    """The object without what only the service writes."""
+    wire = {key: value for key, value in data.items() if key != "status"}
+    metadata = wire.get("metadata")
+    if isinstance(metadata, dict):
+        kept = {k: v for k, v in cast(dict[str, object], metadata).items() if k not in _SERVICE_METADATA}
+        annotations = kept.get("annotations")
+        if isinstance(annotations, dict):
+            named = cast(dict[str, object], annotations)
+            kept["annotations"] = {k: v for k, v in named.items() if k != CANCEL_ANNOTATION}
+        wire["metadata"] = kept
+    return wire
+
+
+def _resolve(wire: dict[str, object], path: FieldPath, origin: _Origin) -> None:
+    """Make a `file://./x` absolute, copying the mappings on the way to it."""
+    parent = wire
+    for part in path[:-1]:
+        inner = parent.get(cast(str, part))
+        if not isinstance(inner, dict):
+            return
+        parent[cast(str, part)] = parent = dict(cast(dict[str, object], inner))
+    name = cast(str, path[-1])
+    value = parent.get(name)
+    if not isinstance(value, str) or not value.startswith("file://") or value.startswith("file:///"):
+        return
+    relative = value.removeprefix("file://")
+    if not relative.startswith(("./", "../")) and relative not in (".", ".."):
+        advice = f"write file://{Path(relative).expanduser() if relative.startswith('~') else f'./{relative}'}"
+        message = f"must be file:///absolute/path or file://./relative/path; found {shown(value)}; {advice}"
+        raise origin.error(Problem(path=path, message=message))
+    absolute = os.path.normpath(origin.folder / relative)
+    if any(character.isspace() for character in absolute):
+        message = f"lies at {shown(absolute)}, and a path with spaces cannot be used; move or link it elsewhere"
+        raise origin.error(Problem(path=path, message=message))
+    parent[name] = f"file://{absolute}"
+
+
+def _to_json(wire: Mapping[str, object], origin: _Origin) -> str:
+    """The object as JSON; refuses what JSON cannot say."""
+    pending: list[object] = [wire]
+    for _ in range(MAX_VALUES):
+        if not pending:
+            break
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend(cast(dict[object, object], value).values())
+        elif isinstance(value, list):
+            pending.extend(cast(list[object], value))
+    else:
+        raise origin.error(Problem(path=(), message=f"holds more than {MAX_VALUES} values; a manifest holds no data"))
+    try:
+        return json.dumps(wire)
+    except (TypeError, ValueError) as error:
+        message = f"holds a value that JSON cannot express ({error}); use text, numbers, lists and mappings"
+        raise origin.error(Problem(path=(), message=message)) from error
+
+
+def _line_of(node: yaml.Node | None, path: FieldPath) -> int | None:
+    """The line of the deepest part of the path that was written, counted from 1."""
+    if node is None:
+        return None
+    line = node.start_mark.line + 1
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            entry = next(((k, v) for k, v in node.value if k.value == part), None)
+            if entry is None:
+                return line
+            line, node = entry[0].start_mark.line + 1, entry[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
