@@ -1,0 +1,179 @@
+"""`python -m qlora_trainer prepare | train | publish`: one attempt at one stage of one job.
+
+Owns the frame around a stage: its task, its environment, its log, its exit code and its termination message. The
+controller calls it as a container's main process (or as a child process in local mode) and believes nothing else.
+Nothing heavy is imported before the stage that needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from importlib import import_module
+from time import gmtime
+from types import FrameType
+
+from pydantic import ValidationError
+
+from orchestrator.api.reasons import ExitCode
+from orchestrator.api.results import Failure, PrepareResult, PublishResult, StageResult, TrainResult
+from orchestrator.api.task import TASK_VARIABLE, StageTask
+from qlora_trainer.outcome import Preempted, StageError, UserError, write_result
+
+STAGES = ("prepare", "train", "publish")
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+MAX_MESSAGE_CHARACTERS = 2048  # the bound of orchestrator.api.base.Sentence
+
+log = logging.getLogger("qlora_trainer")
+
+
+def main(arguments: list[str]) -> ExitCode:
+    """Run the stage that the command line names; the exit code is the verdict."""
+    stage = arguments[0] if len(arguments) == 1 else ""
+    start_logging(stage=stage)
+    try:
+        task = read_task(stage)
+        start_logging(stage=stage, job=f"{task.namespace}/{task.job}", attempt=task.attempt)
+        set_environment(task)
+        if stage != "train":  # train listens for SIGTERM itself, because it has something to save
+            signal.signal(signal.SIGTERM, _stop)
+        result = run_stage(task)
+    except Exception as error:  # noqa: BLE001 - the frame: whatever comes out of a stage becomes its verdict
+        exit_code, result = verdict(error)
+    else:
+        exit_code = ExitCode.OK
+    write_result(result)
+    log.info("the stage ended with %s (%d)", exit_code.name, exit_code)
+    return exit_code
+
+
+def read_task(stage: str) -> StageTask:
+    """The task from the environment; it must be one for the stage of the command line."""
+    if stage not in STAGES:
+        raise UserError(f"usage: python -m qlora_trainer {' | '.join(STAGES)}")
+    text = os.environ.get(TASK_VARIABLE)
+    if text is None:
+        raise UserError(f"{TASK_VARIABLE} is not set; it must hold the stage's task as JSON")
+    try:
+        task = StageTask.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{TASK_VARIABLE} is not a task of this trainer's version: {error}") from error
+    if task.stage != stage:
+        raise UserError(f"{TASK_VARIABLE} is for the stage {task.stage!r}, not {stage!r}")
+    return task
+
+
+def set_environment(task: StageTask) -> None:
+    """Nothing but what the job declares is fetched, and nobody is told about it."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["DO_NOT_TRACK"] = "true"
+    # Tokenizers' threads and a later fork do not mix, and prepare forks nothing that would profit.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sources = (task.spec.model.source, task.spec.dataset.source, task.spec.dataset.eval_source or "")
+    if not any(source.startswith("hf://") for source in sources):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["TRANSFORMERS_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def run_stage(task: StageTask) -> StageResult:
+    """Import the stage's module and run it."""
+    log.info(
+        "stage %s of %s/%s, attempt %d, store %s", task.stage, task.namespace, task.job, task.attempt, task.store_uri
+    )
+    answer: PrepareResult | TrainResult | PublishResult = import_module(f"qlora_trainer.{task.stage}").run(task)
+    return StageResult.model_validate({task.stage: answer})
+
+
+def verdict(error: Exception) -> tuple[ExitCode, StageResult]:
+    """The exit code and the termination message that an error stands for."""
+    exit_code, message = _judge(error)
+    expected = isinstance(error, StageError)
+    log.log(logging.WARNING if expected else logging.ERROR, "%s", message, exc_info=None if expected else error)
+    message = redact(message)
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        message = message[: MAX_MESSAGE_CHARACTERS - 3] + "..."
+    train = error.result if isinstance(error, Preempted) else None
+    return exit_code, StageResult(train=train, failure=Failure(reason=exit_code.reason, message=message))
+
+
+def _judge(error: Exception) -> tuple[ExitCode, str]:
+    if isinstance(error, StageError):
+        return error.exit_code, error.message
+    if _is_out_of_gpu_memory(error):
+        return ExitCode.OUT_OF_MEMORY, f"the GPU's memory is full: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "the disk that was being written to"
+        return ExitCode.TRANSIENT_ERROR, f"no space left on {where}: free some, or give the job a larger volume"
+    return ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"
+
+
+def _is_out_of_gpu_memory(error: Exception) -> bool:
+    # bitsandbytes' paged memory and CUDA libraries report exhaustion as a plain RuntimeError.
+    named = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
+    return named or (isinstance(error, RuntimeError) and bool(re.search(r"CUDA.*out of memory", str(error), re.DOTALL)))
+
+
+def _stop(_signal_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out must not be interrupted
+    raise Preempted()
+
+
+def redact(text: str) -> str:
+    """The text without the values of secret variables and without passwords in URLs."""
+    for variable in SECRET_VARIABLES:
+        if secret := os.environ.get(variable):
+            text = text.replace(secret, f"<{variable}>")
+    return re.sub(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)", "<credentials>", text)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with the fields that say whose line it is."""
+
+    def __init__(self, fields: dict[str, str | int]) -> None:
+        super().__init__()
+        self.converter = gmtime
+        self._fields = fields
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, str | int] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            **self._fields,
+            "logger": record.name,
+            "message": redact(record.getMessage()),
+        }
+        if record.exc_info:
+            line["traceback"] = redact(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
+
+
+def start_logging(**fields: str | int) -> None:
+    """Log JSON lines to stderr, each with the given fields."""
+    formatter = JsonFormatter(fields)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for chatty in ("httpx", "httpcore", "urllib3", "botocore", "aiobotocore", "s3fs", "fsspec", "alembic", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    # The verdict is written; a native library that crashes while the interpreter is torn down must not change it.
+    os._exit(code)

@@ -1,0 +1,66 @@
+"""The metrics journal: the single source of what MLflow shows.
+
+The training thread appends; the run logger (`tracking`) reads along; every checkpoint carries the journal up to its
+step, so a resumed run goes on from exactly the records that led to its state. A metric has one value a step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from time import time
+
+from orchestrator.api.formats import JournalRecord
+
+
+class Journal:
+    """An append-only list of records; safe to read from another thread while it grows."""
+
+    def __init__(self, records: Iterable[JournalRecord] = ()) -> None:
+        self._records: list[JournalRecord] = []
+        self._keys_of_last_step: set[str] = set()
+        for record in records:
+            self.append(record)
+
+    def append(self, record: JournalRecord) -> None:
+        """Add the next record; several records of one step must hold different metrics."""
+        last_step = self._records[-1].step if self._records else -1
+        assert record.step >= last_step, f"step {record.step} was recorded after step {last_step}"
+        if record.step > last_step:
+            self._keys_of_last_step = set()
+        repeated = self._keys_of_last_step & record.metrics.keys()
+        assert not repeated, f"step {record.step} has already recorded {sorted(repeated)}"
+        self._keys_of_last_step |= record.metrics.keys()
+        self._records.append(record)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> JournalRecord:
+        """Append the metrics of a step, stamped with the present time."""
+        record = JournalRecord(step=step, time_ms=int(time() * 1000), metrics=dict(metrics))
+        self.append(record)
+        return record
+
+    def records(self) -> list[JournalRecord]:
+        """All records so far, oldest first."""
+        return list(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def to_bytes(self) -> bytes:
+        """JSON lines. Python's JSON keeps every float exactly, and `NaN` and `Infinity` too."""
+        return b"".join(json.dumps(record.model_dump(by_alias=True)).encode() + b"\n" for record in self._records)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Journal:
+        """The journal behind `to_bytes`; raises ValueError on a broken line."""
+        return cls(JournalRecord.model_validate(json.loads(line)) for line in data.splitlines())
+
+    def save(self, path: Path) -> None:
+        """Write the journal as JSON lines."""
+        path.write_bytes(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: Path) -> Journal:
+        """Read a journal that `save` wrote."""
+        return cls.from_bytes(path.read_bytes())
