@@ -31,6 +31,8 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport
 
 CANCEL_ANNOTATION = "qlora.dev/cancel"
+# What the results depend on; a job that should compute something else is another job.
+IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
 Labels = Annotated[dict[Annotated[str, StringConstraints(max_length=317)], ShortText], Field(max_length=64)]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]

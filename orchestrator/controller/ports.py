@@ -23,6 +23,10 @@ class Store(Protocol):
         """All jobs, ordered by namespace and name."""
         ...
 
+    def list_unreadable(self) -> Sequence[str]:
+        """Keys (`namespace/name`) of stored jobs that this version cannot parse; list_jobs leaves them out."""
+        ...
+
     def get_job(self, namespace: str, name: str) -> QLoRAJob:
         """One job; raises NotFound."""
         ...

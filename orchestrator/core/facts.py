@@ -47,6 +47,8 @@ class StageFact:
 
     namespace: str
     name: str
+    job_uid: str = ""
+    """The uid of the job it was made for; a later job of the same name does not own it."""
     phase: StagePhase
     start_time: datetime | None = None
     finish_time: datetime | None = None
