@@ -1,0 +1,146 @@
+"""Settings of the embedded service: one table, read from the environment (12-factor), documented from here.
+
+Every field is the environment variable `QLORA_<FIELD>`; the tracking URI also answers to MLflow's own variable. Every
+bound, tick and timeout of the service has its name here, and what decisions depend on goes into `core.facts.Policy`
+unchanged. The CLI, the supervisor and the controller each build their `Settings` once and hand it down.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from orchestrator.api.base import StoreUri
+from orchestrator.core.facts import Policy
+
+ENVIRONMENT_PREFIX = "QLORA_"
+GPU_CLASSES_PATTERN = r"^((cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4}(,(cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4})*)?$"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+GpuClassesText = Annotated[str, StringConstraints(pattern=GPU_CLASSES_PATTERN)]
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+class Settings(BaseSettings):
+    """Where the embedded service lives and how it behaves."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        frozen=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+    home: AbsolutePath = Path("~/.local/share/qlora-orchestrator")
+    """Folder of everything that the embedded service keeps: objects, stages, logs, and by default data and results."""
+    store_uri: StoreUri = Field(default_factory=lambda known: f"file://{known['home']}/store")
+    """Where jobs that name no store keep their data; default `file://<home>/store`."""
+    tracking_uri: str = Field(
+        default_factory=lambda known: f"sqlite:///{known['home']}/mlflow.db",
+        validation_alias=AliasChoices("QLORA_TRACKING_URI", "MLFLOW_TRACKING_URI"),
+    )
+    """The MLflow tracking and registry URI (also `MLFLOW_TRACKING_URI`); default `sqlite:///<home>/mlflow.db`."""
+    artifact_root: AbsolutePath = Field(default_factory=lambda known: known["home"] / "mlartifacts")
+    """Artifacts of the experiments that the service creates, unless MLflow is a server; default `<home>/mlartifacts`."""
+    gpu_classes: GpuClassesText = ""
+    """GPU slots such as `24Gi=2,cpu=1`. Empty: the cards that NVML reports, or one `cpu` slot where there are none."""
+    trainer_command: str = f"{shlex.quote(sys.executable)} -m qlora_trainer"
+    """The command of a stage; the stage's name is appended."""
+
+    grace_seconds: int = Field(default=120, ge=1, le=86_400)
+    """Between asking a stage to stop and killing it."""
+    backoff_base_seconds: Seconds = 10.0
+    """Wait before a failed stage is tried again; doubles with every failure."""
+    backoff_max_seconds: Seconds = 600.0
+    """Longest wait before a failed stage is tried again."""
+    minimum_run_seconds: float = Field(default=300.0, ge=0, le=86_400)
+    """A stage that has run for less is not preempted, unless nothing else would do."""
+    restart_cost_seconds: float = Field(default=60.0, ge=0, le=86_400)
+    """GPU seconds that a move is taken to cost on top of the work since the last checkpoint."""
+    preemption_cooldown_seconds: float = Field(default=60.0, ge=0, le=86_400)
+    """A job that was just evicted is not chosen again for so long after it restarted."""
+    history_limit: int = Field(default=32, ge=1, le=64)
+    """Attempts kept in a job's status."""
+    cpu_stages_limit: int = Field(default=4, ge=1, le=1024)
+    """Prepare and publish stages that may run at one time."""
+    progress_interval_seconds: float = Field(default=1.0, ge=0, le=3600)
+    """A running job's progress is recorded at most so often; the end of a stage always is."""
+    gpu_classes_are_fixed: bool = True
+    """No other GPU can appear later: a job that fits none of them fails at once instead of waiting."""
+    trainer_threads: int = Field(default_factory=_usable_cpus, ge=1, le=1024)
+    """CPU threads of each stage; part of what makes results repeatable. Default: the CPUs this process may use."""
+
+    tick_seconds: Seconds = 1.0
+    """The controller looks at the world at least so often; changes of objects wake it at once."""
+    tick_minimum_seconds: float = Field(default=0.1, ge=0, le=60)
+    """The controller rests at least so long between two looks."""
+    command_backoff_base_seconds: Seconds = 1.0
+    """Wait before a command that met a transient error is tried again; doubles with every failure."""
+    command_backoff_max_seconds: Seconds = 60.0
+    """Longest wait before a command is tried again."""
+    store_busy_seconds: Seconds = 10.0
+    """How long a writer waits for another writer of the object database."""
+    store_poll_seconds: Seconds = 0.1
+    """How often a waiting reader asks the object database whether anything changed."""
+    events_limit: int = Field(default=100, ge=1, le=10_000)
+    """Events kept for each job, newest first to stay."""
+    stage_logs_limit: int = Field(default=1000, ge=1, le=1_000_000)
+    """Logs of ended stages kept, newest first to stay."""
+    tracking_timeout_seconds: Seconds = 30.0
+    """How long MLflow may take to answer before it counts as away."""
+    ray_start_seconds: Seconds = 120.0
+    """How long Ray may take to start."""
+    ray_answer_seconds: Seconds = 20.0
+    """How long Ray may take to answer before the controller starts over with a new one."""
+    ray_object_store_bytes: int = Field(default=80 * 2**20, ge=80 * 2**20)
+    """Ray's shared memory; the service passes next to nothing through it."""
+    ray_sessions_limit: int = Field(default=3, ge=1, le=100)
+    """Ray session folders (its own logs) kept."""
+    restart_backoff_base_seconds: Seconds = 0.5
+    """Wait before a controller that ended is started again; doubles while it keeps ending early."""
+    restart_backoff_max_seconds: Seconds = 30.0
+    """Longest wait before the controller is started again."""
+    start_timeout_seconds: Seconds = 120.0
+    """How long `up` waits for the controller's first decision."""
+    stop_timeout_seconds: Seconds = 20.0
+    """How long `down` waits for the controller to end before it kills it."""
+    log_bytes: int = Field(default=10 * 2**20, ge=2**16)
+    """Size at which a log of the service is rotated."""
+    log_files: int = Field(default=5, ge=1, le=100)
+    """Rotated logs kept."""
+
+    def policy(self) -> Policy:
+        """What decisions depend on."""
+        return Policy(**{field.name: getattr(self, field.name) for field in fields(Policy)})
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make another process read these very settings."""
+        dumped: dict[str, Any] = self.model_dump(mode="json")  # Any: a JSON value of any field
+        return {f"{ENVIRONMENT_PREFIX}{name.upper()}": str(value) for name, value in dumped.items()}
+
+    @property
+    def database(self) -> Path:
+        """The object database."""
+        return self.home / "objects.db"
+
+    @property
+    def stages_folder(self) -> Path:
+        """One folder a stage: `<namespace>/<name>/`."""
+        return self.home / "stages"
+
+    @property
+    def logs_folder(self) -> Path:
+        """Logs of the service, and of stages in `stages/<namespace>/<name>.log`."""
+        return self.home / "logs"
