@@ -12,6 +12,7 @@ A folder exists when its manifest does. Nothing is pickled.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field, StringConstraints
@@ -80,3 +81,18 @@ class JournalRecord(Model):
     step: int = Field(ge=0)
     time_ms: int = Field(ge=0)
     metrics: dict[ShortText, float]
+
+
+class Metric(StrEnum):
+    """Names of metrics in the journal and in MLflow; the part before the slash groups them in its UI."""
+
+    TRAIN_LOSS = "train/loss"
+    LEARNING_RATE = "train/learning_rate"
+    GRADIENT_NORM = "train/grad_norm"
+    TOKENS_PER_SECOND = "train/tokens_per_second"
+    MFU = "train/mfu"
+    EVAL_LOSS = "eval/loss"
+    VRAM_ALLOCATED_BYTES = "system/vram_allocated_bytes"
+    VRAM_RESERVED_BYTES = "system/vram_reserved_bytes"
+    ENERGY_JOULES = "system/energy_joules"
+    CHECKPOINT_STALL_SECONDS = "checkpoint/stall_seconds"
