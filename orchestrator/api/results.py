@@ -6,8 +6,9 @@ channel to be right. Progress is for people and may be lost.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field, StringConstraints
 
@@ -33,6 +34,92 @@ class ModelFacts(Model):
     tied_embeddings: bool
     revision: ShortText
     """The commit of a hub model, or the digest of a folder's config and tensor index."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object], revision: str) -> ModelFacts:
+        """The facts in a parsed config.json, that of the text model where others are nested beside it.
+
+        Raises ValueError naming the field that is missing or not what it should be.
+        """
+        text = _text_config(config)
+        hidden_size = _count(text, "hidden_size", "n_embd", "d_model")
+        num_attention_heads = _count(text, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        return cls(
+            model_type=_text(config, "model_type"),
+            architecture=_architecture(config),
+            hidden_size=hidden_size,
+            intermediate_size=_count(text, *_INTERMEDIATE_SIZE, default=_default_intermediate_size(text, hidden_size)),
+            num_layers=_count(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=_key_value_heads(text, num_attention_heads),
+            head_dim=_count(text, "head_dim", default=hidden_size // num_attention_heads),
+            vocab_size=_count({**config, **text}, "vocab_size"),
+            tied_embeddings=_tied_embeddings(config, text),
+            revision=revision,
+        )
+
+
+_INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_FOUR_TIMES_HIDDEN = frozenset(
+    ("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "openai-gpt")
+)
+"""Families whose MLP is four times as wide as the model unless the config says otherwise."""
+_TIED_BY_DEFAULT = frozenset(
+    ("bloom", "cohere", "cohere2", "ernie4_5", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n")
+    + ("gemma3n_text", "gemma4", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "lfm2", "mpt")
+    + ("openai-gpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma")
+)
+"""Families whose head shares the embeddings' weights unless the config says otherwise (their transformers classes)."""
+
+
+def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    nested = config.get("text_config")
+    return cast(Mapping[str, object], nested) if isinstance(nested, Mapping) else config
+
+
+def _count(config: Mapping[str, object], *names: str, default: int | None = None) -> int:
+    """The first of the fields that is set: families name the same thing differently."""
+    found = next((name for name in names if config.get(name) is not None), None)
+    value = default if found is None else config[found]
+    if value is None:
+        raise ValueError(f"{names[0]} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{found or names[0]} must be a positive integer, not {value!r}")
+    return value
+
+
+def _text(config: Mapping[str, object], name: str) -> str:
+    value = config.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} is missing" if value is None else f"{name} must be a text, not {value!r}")
+    return value
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    names = config.get("architectures")
+    if names is None:
+        raise ValueError("architectures is missing")
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"architectures must be a list of class names, not {names!r}")
+    return str(cast(list[object], names)[0])
+
+
+def _default_intermediate_size(text: Mapping[str, object], hidden_size: int) -> int | None:
+    return 4 * hidden_size if text.get("model_type") in _FOUR_TIMES_HIDDEN else None
+
+
+def _key_value_heads(text: Mapping[str, object], num_attention_heads: int) -> int:
+    """Multi-query attention keeps one pair of heads (and Falcon's config then counts others); grouped-query some."""
+    if text.get("multi_query") is True and not text.get("new_decoder_architecture"):
+        return 1
+    return _count(text, "num_key_value_heads", "num_kv_heads", default=num_attention_heads)
+
+
+def _tied_embeddings(config: Mapping[str, object], text: Mapping[str, object]) -> bool:
+    for level in (config, text):
+        if isinstance(tied := level.get("tie_word_embeddings"), bool):
+            return tied
+    return config.get("model_type") in _TIED_BY_DEFAULT
 
 
 class PrepareResult(Model):
