@@ -1,0 +1,91 @@
+"""Cross-entropy that never holds all logits: from the decoder's hidden states straight to loss and gradient.
+
+Owned by the model (`model.TrainingModel.loss`), used for training and evaluation alike. With a vocabulary of 128k,
+the logits of 16k tokens and their gradient take 8 GiB; here only `chunk_tokens` rows of them exist at a time.
+The head is frozen, so the gradient to the hidden states is all that backward needs, and it is computed right in the
+forward pass while a chunk's logits exist (Hsu et al., 2024, "Liger Kernel", section 3.2).
+
+Rules: positions without a target (`IGNORED`) cost nothing; the softmax is taken in float32 whatever the head's type;
+the sum is divided by what the caller says, because only it knows how many tokens of the global batch carry loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""The target of a position that carries no loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """How the model turns a hidden state into logits: `softcap(scale * (hidden @ weight.T + bias))`."""
+
+    weight: Tensor
+    """[vocabulary, hidden]; frozen."""
+    bias: Tensor | None = None
+    scale: float = 1.0
+    """Granite divides its logits by a constant, Cohere multiplies them."""
+    softcap: float | None = None
+    """Gemma 2 squashes its logits to (-softcap, softcap)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [tokens, vocabulary] of hidden states [tokens, hidden]."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def cross_entropy(hidden: Tensor, targets: Tensor, head: Head, *, chunk_tokens: int, divisor: float) -> Tensor:
+    """Cross-entropy of hidden states [tokens, hidden] against targets [tokens], summed, over `divisor`; float32.
+
+    `chunk_tokens` 0 takes all tokens at once.
+    """
+    assert not head.weight.requires_grad, "the head must be frozen: its gradient is not computed"
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, divisor)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one sweep over chunks of the supervised positions."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, divisor: float) -> Tensor:
+        positions = (targets != IGNORED).nonzero().squeeze(1)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for chunk in positions.split(chunk_tokens or max(1, len(positions))):
+            logits = head.logits(hidden[chunk])
+            wanted = targets[chunk].unsqueeze(1)
+            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += (log_normalizer - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                gradient[chunk] = _gradient(logits, log_normalizer, wanted, head, divisor)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_outputs[0]), None, None, None, None
+
+
+def _gradient(logits: Tensor, log_normalizer: Tensor, wanted: Tensor, head: Head, divisor: float) -> Tensor:
+    """The gradient of the chunk's loss to its hidden states; the logits are overwritten where that saves memory."""
+    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+    gradient = logits.sub_(log_normalizer).exp_()
+    gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=gradient.dtype))
+    if slope is not None:
+        gradient *= slope
+    # Scaled while it is float32: a factor of 1/tokens rounded to bfloat16 would bend every gradient by up to 0.4 %.
+    gradient *= head.scale / divisor
+    return gradient.to(head.weight.dtype) @ head.weight

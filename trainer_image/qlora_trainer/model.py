@@ -1,0 +1,351 @@
+"""The model that is trained: a frozen base in NF4, a bfloat16 LoRA adapter, and the way from tokens to loss.
+
+Built by `train` at the start of an attempt. Rules, each the answer to a trap:
+
+- The base stays as it is loaded: 4-bit linear layers with double quantization (Dettmers et al., 2023), everything else
+  in bfloat16. `prepare_model_for_kbit_training` would make embeddings and head float32 (+3.9 GiB at 70B).
+- The adapter is bfloat16, and stays so on resume: saved tensors are copied into the existing parameters.
+- On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
+  bypasses the autograd path in training. It is told not to.
+- Only decoder layers up to `plan.recompute_layers` recompute their activations.
+- What this module assumes of an architecture (how logits come from hidden states, that records in one row do not see
+  each other) is checked on a few tokens before training (`check`), because a wrong loss looks like a bad dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orchestrator.api.job import AdapterSpec
+from orchestrator.api.plan import MemoryPlan
+from qlora_trainer import attention
+from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.loss import Head, cross_entropy
+from qlora_trainer.outcome import UserError
+
+COMPUTE_DTYPE = torch.bfloat16
+RANDOM_WEIGHTS_NAME = "random_weights.json"
+RANDOM_WEIGHTS_VARIABLE = "QLORA_ALLOW_RANDOM_WEIGHTS"
+ADAPTER_NAME = "default"
+CHECKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+LOGITS_TOLERANCE = 0.05
+"""Largest relative difference between two bfloat16 ways to the same logits; a wrong way is off by far more."""
+
+log = logging.getLogger(__name__)
+
+
+def load_base(folder: Path, device: torch.device, packed_attention: attention.PackedAttention) -> PreTrainedModel:
+    """The base of a Hugging Face model folder, frozen and quantized on the device."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    AttentionInterface.register(attention.NAME, packed_attention)
+    implementation = _attention_implementation(config)
+    if (folder / RANDOM_WEIGHTS_NAME).is_file():
+        base = _random_base(config, implementation, device, seed=_random_seed(folder))
+    else:
+        base = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            quantization_config=_quantization(),
+            dtype=COMPUTE_DTYPE,
+            device_map={"": str(device)},
+            attn_implementation=implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    _keep_cpu_weights_unpacked(base)
+    _refuse_unquantized(base)
+    return base
+
+
+def _quantization() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
+    )
+
+
+def _attention_implementation(config: PreTrainedConfig) -> str:
+    """Packed attention, where the architecture asks for nothing but causal attention with or without a window."""
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None):
+        return "eager"  # the only one of transformers' implementations that squashes attention logits
+    layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
+    return attention.NAME if layer_types <= CHECKED_LAYER_TYPES else "sdpa"
+
+
+def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:
+    for layer in _quantized_layers(base).values():
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _refuse_unquantized(base: PreTrainedModel) -> None:
+    """Experts in 3-D parameters are left in 16 bits by bitsandbytes, and the model would not fit where it should."""
+    for name, parameter in base.named_parameters():
+        if parameter.dim() >= 3 and parameter.is_floating_point():
+            raise UserError(
+                f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that cannot "
+                "be quantized to NF4; choose a model without fused experts"
+            )
+    if not _quantized_layers(base):
+        raise UserError(f"{type(base).__name__} has no linear layer that can be quantized to NF4; choose another model")
+
+
+def _quantized_layers(model: torch.nn.Module) -> dict[str, bnb.nn.Linear4bit]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+# --- random weights: sizing and benchmarks without a checkpoint
+
+
+def _random_seed(folder: Path) -> int:
+    if os.environ.get(RANDOM_WEIGHTS_VARIABLE) != "1":
+        raise UserError(
+            f"{folder} holds {RANDOM_WEIGHTS_NAME} in place of weights, which is for sizing and benchmarks; give a model "
+            f"with safetensors, or set {RANDOM_WEIGHTS_VARIABLE}=1"
+        )
+    return int(json.loads((folder / RANDOM_WEIGHTS_NAME).read_text())["seed"])
+
+
+def _random_base(
+    config: PreTrainedConfig, implementation: str, device: torch.device, *, seed: int
+) -> PreTrainedModel:
+    """N(0, 0.02) drawn and quantized layer by layer: the memory layout of a real checkpoint, with no file read."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
+    generator = torch.Generator(device).manual_seed(seed)
+    head = base.get_output_embeddings()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            base.set_submodule(name, _random_layer(module, device, generator))
+        elif type(module).__name__.endswith("RotaryEmbedding"):
+            base.set_submodule(name, type(module)(config).to(device))
+    for name, parameter in list(base.named_parameters()):
+        if parameter.is_meta:
+            values = torch.ones(parameter.shape, dtype=COMPUTE_DTYPE, device=device)
+            if parameter.dim() > 1:
+                values.normal_(0, 0.02, generator=generator)
+            owner, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(owner), leaf, Parameter(values, requires_grad=False))
+    base.tie_weights()
+    base.is_loaded_in_4bit = True  # as transformers' own loading marks it, for PEFT
+    return base
+
+
+def _random_layer(linear: torch.nn.Linear, device: torch.device, generator: torch.Generator) -> bnb.nn.Linear4bit:
+    shape = (linear.out_features, linear.in_features)
+    weight = torch.empty(shape, dtype=COMPUTE_DTYPE, device=device).normal_(0, 0.02, generator=generator)
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=COMPUTE_DTYPE,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=layer).to(device)
+    return layer
+
+
+# --- the adapter
+
+
+def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> PeftModel:
+    """The base with a fresh adapter: A drawn from the seed, B zero, so it begins as the base itself."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=float(adapter.dropout),
+        target_modules=_target_modules(base, adapter),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        bias="none",
+    )
+    torch.manual_seed(seed)
+    model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(COMPUTE_DTYPE)
+    return model
+
+
+def _target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
+    """Module names as PEFT matches them: a layer's last name, or more of its path."""
+    names = list(_quantized_layers(base))
+    if adapter.target_modules == "all-linear":
+        return sorted({name.rpartition(".")[2] for name in names})
+    for wanted in adapter.target_modules:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise UserError(
+                f"adapter.targetModules: {wanted!r} is none of the model's quantized linear layers; there are: {known}"
+            )
+    return list(adapter.target_modules)
+
+
+# --- what the loop works with
+
+
+class TrainingModel:
+    """Base and adapter as the training loop sees them: micro-batch in, loss out."""
+
+    def __init__(
+        self, peft_model: PeftModel, plan: MemoryPlan, packed_attention: attention.PackedAttention, neftune_alpha: float
+    ) -> None:
+        self.peft_model = peft_model
+        self.base: PreTrainedModel = peft_model.get_base_model()
+        self.device = self.base.device
+        self._decoder = self.base.get_decoder()
+        self._head = _head(self.base)
+        self._attention = packed_attention
+        self._chunk_tokens = plan.loss_chunk_tokens
+        self._neftune_alpha = neftune_alpha
+        self._saved = _saved_parameters(peft_model)
+        set_recompute(self._decoder, plan.recompute_layers)
+
+    def train(self) -> None:
+        """Dropout and noise on."""
+        self.peft_model.train()
+
+    def eval(self) -> None:
+        """Dropout and noise off."""
+        self.peft_model.eval()
+
+    def trainable(self) -> Iterator[tuple[str, Parameter]]:
+        """The adapter's parameters under the names that they are saved by, in the model's order."""
+        return iter(self._saved.items())
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The live adapter as PEFT saves it."""
+        return {name: parameter.detach() for name, parameter in self._saved.items()}
+
+    def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy saved tensors into the adapter; they must be of exactly this adapter."""
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        own = {name: (parameter.shape, parameter.dtype) for name, parameter in self._saved.items()}
+        if shapes != own:
+            odd = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
+            raise ValueError(f"the saved adapter is not of this model and spec; they differ in {odd[:3]}")
+        for name, parameter in self._saved.items():
+            parameter.data.copy_(tensors[name])
+
+    def loss(self, batch: MicroBatch, *, divisor: float) -> Tensor:
+        """Summed cross-entropy of the micro-batch's targets, over `divisor`."""
+        on_device = batch.to(self.device)
+        hidden = self._hidden(batch, on_device)
+        targets = on_device.targets.flatten()
+        return cross_entropy(
+            hidden.flatten(0, 1), targets, self._head, chunk_tokens=self._chunk_tokens, divisor=divisor
+        )
+
+    def linear_weights(self) -> int:
+        """Weights that every token is multiplied with: the quantized layers and the head."""
+        layers = _quantized_layers(self.base).values()
+        return sum(layer.in_features * layer.out_features for layer in layers) + self._head.weight.numel()
+
+    def _hidden(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
+        self._attention.expect(batch, on_device.record_starts)
+        inputs: dict[str, Tensor] = {"input_ids": on_device.input_ids}
+        if self._neftune_alpha > 0 and self.peft_model.training:
+            inputs = {"inputs_embeds": self._noisy_embeddings(on_device)}
+        answer = self._decoder(**inputs, position_ids=on_device.position_ids, use_cache=False)
+        return answer.last_hidden_state
+
+    def _noisy_embeddings(self, batch: MicroBatch) -> Tensor:
+        """NEFTune (Jain et al., 2023, algorithm 1): uniform noise of alpha / sqrt(record length x width)."""
+        embedded = self.base.get_input_embeddings()(batch.input_ids)
+        lengths = batch.record_starts.diff().repeat_interleave(batch.record_starts.diff(), output_size=batch.tokens)
+        size = self._neftune_alpha / (lengths * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[None, :, None].to(embedded.dtype)
+
+    # --- does the architecture work the way that this module assumes?
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare loss path and packing with the model's own logits on a few tokens; raise UserError if they differ."""
+        self.eval()
+        first, second = _probe(range(1, 6)), _probe(range(6, 13))
+        packed = self._logits(collate([first, second]))
+        alone = torch.cat([self._logits(collate([row])) for row in (first, second)])
+        name = type(self.base).__name__
+        if not _same(packed, alone):
+            raise UserError(f"{name} lets records of one packed row see each other, so it cannot be trained here")
+        batch = collate([first])
+        ours = self._logits(batch)
+        if not _same(ours, self.base(input_ids=batch.to(self.device).input_ids, use_cache=False).logits[0].float()):
+            raise UserError(f"{name} makes its logits in a way that the trainer does not know, so its loss would be wrong")
+
+    def _logits(self, batch: MicroBatch) -> Tensor:
+        return self._head.logits(self._hidden(batch, batch.to(self.device))[0])
+
+
+def _probe(tokens: range) -> tuple[Any, Any, Any]:
+    ids = np.fromiter(tokens, dtype=np.int32)
+    return ids, ids, np.arange(len(ids), dtype=np.int32)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= LOGITS_TOLERANCE * other.norm())
+
+
+def _head(base: PreTrainedModel) -> Head:
+    """The head, with what some architectures do to its logits; `TrainingModel.check` finds the ones that do more."""
+    head = base.get_output_embeddings()
+    config = base.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None)
+    factor = getattr(config, "logit_scale", None)
+    return Head(
+        weight=head.weight,
+        bias=getattr(head, "bias", None),
+        scale=1 / divisor if divisor else factor or 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _saved_parameters(model: PeftModel) -> dict[str, Parameter]:
+    """The adapter's parameters under the keys of PEFT's own adapter_model.safetensors."""
+    parameters = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    saved = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    named = {name: parameters[tensor.data_ptr()] for name, tensor in saved.items()}
+    assert len(named) == len(parameters), "PEFT saves something else than what is trained"
+    wrong = [name for name, parameter in named.items() if parameter.dtype != COMPUTE_DTYPE]
+    assert not wrong, f"the adapter must be {COMPUTE_DTYPE}; {wrong[:3]} are not"
+    return named
+
+
+def set_recompute(decoder: torch.nn.Module, layers: int) -> None:
+    """Make the first so many decoder layers recompute their activations in the backward pass."""
+    own = [layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if layers > 0 and not own:
+        raise UserError(f"{type(decoder).__name__} has no layers that can recompute; set recomputeLayers to 0")
+    for index, layer in enumerate(own):
+        layer.gradient_checkpointing = index < layers
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # noqa: SLF001 - its interface
