@@ -49,7 +49,7 @@ def read_config(model: ModelSource) -> Mapping[str, Any]:
 
 
 def _from_folder(source: str) -> bytes:
-    import fsspec  # noqa: PLC0415  an import of s3fs costs more than most commands
+    import fsspec  # here, because importing it costs more than most commands do
 
     options = _S3_OPTIONS if source.startswith("s3://") else {}
     try:
@@ -61,7 +61,7 @@ def _from_folder(source: str) -> bytes:
         raise PermanentError(f"{source}: may not be read: {error}; check its permissions or your credentials") from error
     except ImportError as error:
         raise PermanentError(f"{source}: {error}") from error
-    except Exception as error:  # botocore has its own tree, which must not be imported to be caught
+    except Exception as error:  # noqa: BLE001  botocore has its own tree, which must not be imported to be caught
         raise StoreUnavailable(f"{source}: could not be read: {error}; check the endpoint and try again") from error
 
 
@@ -76,8 +76,8 @@ _S3_OPTIONS: dict[str, Any] = {
 
 def _from_hub(model: ModelSource) -> bytes:
     try:
-        from huggingface_hub import hf_hub_download  # noqa: PLC0415  optional
-        from huggingface_hub.errors import (  # noqa: PLC0415
+        from huggingface_hub import hf_hub_download  # optional
+        from huggingface_hub.errors import (
             EntryNotFoundError,
             GatedRepoError,
             RepositoryNotFoundError,
@@ -97,7 +97,7 @@ def _from_hub(model: ModelSource) -> bytes:
         raise PermanentError(f"{model.source}: access is gated; accept its terms on the hub and set HF_TOKEN") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise _hub_not_found(model, error) from error
-    except Exception as error:  # requests, httpx and the hub each have their own tree
+    except Exception as error:  # noqa: BLE001  requests, httpx and the hub each have their own tree
         raise StoreUnavailable(f"{model.source}: the hub did not answer: {error}; try again later") from error
 
 

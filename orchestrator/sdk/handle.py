@@ -1,0 +1,267 @@
+"""JobHandle: everything that can be done with one job that exists.
+
+`Client.submit` and `Client.handle` give one out. It remembers which job it stands for: if the job is deleted and
+another of its name created, the handle says so instead of acting on the wrong one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.adapters import stored_adapter
+from orchestrator.api.formats import JournalRecord, Metric
+from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus, StageName
+from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.core.facts import Event
+from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
+from orchestrator.sdk.connection import Connection
+from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, LogQuery, follow_lines, read_lines
+
+CHANGE_POLL_SECONDS = 1.0
+"""Longest single wait for a change; bounds how late a stopped service or a deadline is noticed."""
+SERVICE_ABSENCE_SECONDS = 15.0
+"""A service may be away for so long, to be restarted, before whoever waits for a job is told."""
+MAX_WRITE_ATTEMPTS = 8
+"""Reads and writes again after losing to another writer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """What a succeeded job leaves behind."""
+
+    adapter_uri: str
+    adapter_digest: str | None
+    """SHA-256 of adapter_model.safetensors."""
+    run_id: str | None
+    experiment_id: str | None
+    registered_model: str | None
+    model_version: str | None
+    steps: int
+    train_loss: float | None
+    eval_loss_before: float | None
+    """Held-out loss of the untouched base model; absent where nothing was held out."""
+    eval_loss: float | None
+    """Held-out loss of the last evaluation."""
+
+    @property
+    def model_uri(self) -> str | None:
+        """How MLflow addresses the registered adapter."""
+        if self.registered_model is None or self.model_version is None:
+            return None
+        return f"models:/{self.registered_model}/{self.model_version}"
+
+
+def is_finished(job: QLoRAJob) -> bool:
+    """Whether nothing will happen to the job any more."""
+    return job.status.is_true(ConditionType.FINISHED)
+
+
+def succeeded(job: QLoRAJob) -> bool:
+    """Whether the job finished with an adapter in the registry."""
+    finished = job.status.condition(ConditionType.FINISHED)
+    return finished is not None and finished.status == "True" and finished.reason is Reason.SUCCEEDED
+
+
+class JobHandle:
+    """One job of one service."""
+
+    def __init__(self, connection: Connection, job: QLoRAJob) -> None:
+        self._connection = connection
+        self.namespace = job.metadata.namespace
+        self.name = job.metadata.name
+        self.uid = job.metadata.uid
+
+    def __repr__(self) -> str:
+        return f"JobHandle({self.namespace}/{self.name})"
+
+    def object(self) -> QLoRAJob:
+        """The job as it is now; raises NotFound."""
+        job = self._connection.store.get_job(self.namespace, self.name)
+        if job.metadata.uid != self.uid:
+            raise NotFound(f"job {self.namespace}/{self.name} was deleted, and another one of its name was created")
+        return job
+
+    def status(self) -> QLoRAJobStatus:
+        """What has come of the job so far."""
+        return self.object().status
+
+    def wait(self, timeout_seconds: float | None = None) -> QLoRAJob:
+        """The job once it has finished, well or not; raises WaitTimedOut, NotFound, ServiceNotRunning."""
+        job = self.object()
+        for job in self.watch(timeout_seconds):  # noqa: B007  the last one is the answer
+            pass
+        return job
+
+    def watch(self, timeout_seconds: float | None = None) -> Iterator[QLoRAJob]:
+        """The job now and after every change, until it has finished."""
+        watch = Watch(handle=self, connection=self._connection, timeout_seconds=timeout_seconds)
+        while not watch.ended:
+            job = watch.step()
+            if job is not None:
+                yield job
+
+    def logs(
+        self, follow: bool = False, stage: StageName | None = None, attempt: int | None = None
+    ) -> Iterator[LogLine]:
+        """Lines of the stages' logs in order; with `follow`, until the job has finished."""
+        query = self._log_query(stage, attempt)
+        if not follow:
+            yield from read_lines(query)
+            return
+        for line in follow_lines(query, finished=self._is_finished):
+            if line is None:
+                time.sleep(FOLLOW_POLL_SECONDS)
+            else:
+                yield line
+
+    def cancel(self) -> QLoRAJob:
+        """Ask for the job to be ended for good; what it has saved stays. No effect on a finished job."""
+        return self._update(_with_cancel)
+
+    def suspend(self) -> QLoRAJob:
+        """Hold the job: a running stage saves a checkpoint and stops. No effect on a finished job."""
+        return self._update(lambda job: _with_suspend(job, suspend=True))
+
+    def resume(self) -> QLoRAJob:
+        """Let a suspended job go on from its checkpoint."""
+        return self._update(lambda job: _with_suspend(job, suspend=False))
+
+    def delete(self) -> None:
+        """Remove the job; a running stage is stopped. MLflow and the job's store keep what they have."""
+        self.object()
+        self._connection.store.delete_job(self.namespace, self.name)
+
+    def events(self) -> Sequence[tuple[str, Event]]:
+        """What was decided about the job, with RFC 3339 times, oldest first."""
+        return self._connection.store.list_events(self.namespace, self.name)
+
+    def result(self) -> JobResult:
+        """Where the adapter is, and how good it became; raises JobFailed unless the job has succeeded."""
+        job = self.object()
+        _require_success(job)
+        status = job.status
+        assert status.adapter_uri is not None, "a succeeded job has an adapter"
+        records = _journal(status.adapter_uri)
+        return JobResult(
+            adapter_uri=status.adapter_uri,
+            adapter_digest=status.adapter_digest,
+            run_id=status.mlflow.run_id,
+            experiment_id=status.mlflow.experiment_id,
+            registered_model=status.mlflow.registered_model,
+            model_version=status.mlflow.model_version,
+            steps=max((record.step for record in records), default=0),
+            train_loss=_last(records, Metric.TRAIN_LOSS),
+            eval_loss_before=_last(records[:1] if records and records[0].step == 0 else (), Metric.EVAL_LOSS),
+            eval_loss=_last(records, Metric.EVAL_LOSS),
+        )
+
+    def adapter(self, into: Path | str) -> Path:
+        """Download the adapter as the new folder `into`, every file verified against the manifest's sha256."""
+        job = self.object()
+        uri = job.status.adapter_uri
+        if uri is None:
+            raise JobFailed(f"job {job.key} has no adapter{_and_why(job)}")
+        return stored_adapter.download(uri, Path(into), job.status.adapter_digest)
+
+    def _log_query(self, stage: StageName | None, attempt: int | None) -> LogQuery:
+        self.object()
+        folder = self._connection.stages_folder / self.namespace
+        return LogQuery(folder=folder, job=self.name, stage=stage, attempt=attempt)
+
+    def _is_finished(self) -> bool:
+        job = self.object()
+        return is_finished(job) and job.status.active_attempt is None
+
+    def _update(self, change: Callable[[QLoRAJob], QLoRAJob]) -> QLoRAJob:
+        """Apply a change to the newest version of the job; not at all where it is finished or changes nothing."""
+        for _ in range(MAX_WRITE_ATTEMPTS):
+            job = self.object()
+            changed = change(job)
+            if is_finished(job) or changed == job:
+                return job
+            try:
+                return self._connection.store.update_job(changed)
+            except Conflict:
+                continue
+        raise Conflict(f"job {self.namespace}/{self.name} changes too often to be written; try again")
+
+
+class Watch:
+    """Follows one job in steps of bounded length, so that sync and async callers share it."""
+
+    def __init__(self, *, handle: JobHandle, connection: Connection, timeout_seconds: float | None) -> None:
+        self._handle = handle
+        self._connection = connection
+        self._timeout_seconds = timeout_seconds
+        self._deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._service_seen = time.monotonic()
+        self._cursor = ""
+        self._version = ""
+        self.ended = False
+
+    def step(self) -> QLoRAJob | None:
+        """The job if it changed within CHANGE_POLL_SECONDS, at once the first time."""
+        self._cursor = self._connection.store.wait_for_change(self._cursor, self._patience_seconds())
+        job = self._handle.object()
+        changed = job.metadata.resource_version != self._version
+        self._version = job.metadata.resource_version
+        self.ended = is_finished(job)
+        if not self.ended:
+            self._check_deadline(job)
+            self._check_service(job)
+        return job if changed else None
+
+    def _patience_seconds(self) -> float:
+        if self._deadline is None:
+            return CHANGE_POLL_SECONDS
+        return min(CHANGE_POLL_SECONDS, max(0.0, self._deadline - time.monotonic()))
+
+    def _check_deadline(self, job: QLoRAJob) -> None:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            state = job.status.summary or "nothing has happened yet"
+            raise WaitTimedOut(f"job {job.key} had not finished after {self._timeout_seconds:g} s: {state}")
+
+    def _check_service(self, job: QLoRAJob) -> None:
+        now = time.monotonic()
+        if self._connection.is_running():
+            self._service_seen = now
+        elif now - self._service_seen > SERVICE_ABSENCE_SECONDS:
+            raise ServiceNotRunning(f"job {job.key} waits for the service, which is down; start it: qlora up")
+
+
+def _with_cancel(job: QLoRAJob) -> QLoRAJob:
+    annotations = {**job.metadata.annotations, CANCEL_ANNOTATION: "true"}
+    return job.model_copy(update={"metadata": job.metadata.model_copy(update={"annotations": annotations})})
+
+
+def _with_suspend(job: QLoRAJob, *, suspend: bool) -> QLoRAJob:
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"suspend": suspend})})
+
+
+def _require_success(job: QLoRAJob) -> None:
+    if succeeded(job):
+        return
+    state = "has no result" if is_finished(job) else "has not finished"
+    raise JobFailed(f"job {job.key} {state}{_and_why(job)}")
+
+
+def _and_why(job: QLoRAJob) -> str:
+    finished = job.status.condition(ConditionType.FINISHED)
+    if finished is not None and finished.status == "True" and finished.reason is not Reason.SUCCEEDED:
+        return f": {finished.reason}: {finished.message}"
+    return f": {job.status.summary}" if job.status.summary else ""
+
+
+def _journal(uri: str) -> tuple[JournalRecord, ...]:
+    """The adapter's metrics; none where the store has been emptied since."""
+    try:
+        return stored_adapter.read_journal(uri)
+    except NotFound:
+        return ()
+
+
+def _last(records: Sequence[JournalRecord], metric: str) -> float | None:
+    return next((record.metrics[metric] for record in reversed(records) if metric in record.metrics), None)

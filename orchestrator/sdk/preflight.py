@@ -1,0 +1,79 @@
+"""What can be known to be wrong with a job before it is stored, by looking at this machine's files.
+
+`Client.submit` calls `check_files` for a service that runs on the same machine. Prepare checks the same and more;
+this only spares the wait. Nothing is fetched: other schemes are left to prepare.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from orchestrator.adapters import model_config
+from orchestrator.api.job import ModelSource, QLoRAJob
+from orchestrator.errors import InvalidObject, NotFound, PermanentError
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def check_files(job: QLoRAJob, default_store_uri: str) -> None:
+    """Raise InvalidObject naming the field for a model, dataset or store on this machine that cannot work."""
+    _check_model(job.spec.model)
+    _check_dataset("spec.dataset.source", job.spec.dataset.source)
+    if job.spec.dataset.eval_source is not None:
+        _check_dataset("spec.dataset.evalSource", job.spec.dataset.eval_source)
+    _check_store(job.spec.store.uri if job.spec.store is not None else default_store_uri)
+
+
+def local_path(uri: str) -> Path | None:
+    """The path of a `file://` URI; nothing for the other schemes."""
+    return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
+
+
+def _check_model(model: ModelSource) -> None:
+    folder = local_path(model.source)
+    if folder is None:
+        return
+    field = "spec.model.source"
+    if not folder.is_dir():
+        raise InvalidObject(f"{field}: {folder} is not a folder; give the folder of a Hugging Face model")
+    try:
+        model_config.read_config(model)
+    except (NotFound, InvalidObject) as error:
+        raise InvalidObject(f"{field}: {error}") from error
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise InvalidObject(
+            f"{field}: {folder} holds only pickled weights, which can run code when they are loaded; "
+            "convert them to safetensors (model.save_pretrained does)"
+        )
+    raise InvalidObject(f"{field}: {folder} holds no *.safetensors weights; give the folder of a complete model")
+
+
+def _check_dataset(field: str, source: str) -> None:
+    path = local_path(source)
+    if path is None:
+        return
+    if not path.exists():
+        raise InvalidObject(f"{field}: {path} does not exist")
+    if not path.is_file():
+        raise InvalidObject(f"{field}: {path} is not a file; give one {', '.join(DATA_SUFFIXES)} file")
+    if not path.name.removesuffix(".gz").endswith(DATA_SUFFIXES):
+        raise InvalidObject(
+            f"{field}: {path.name} has no known ending; known are {', '.join(DATA_SUFFIXES)}, each also with .gz"
+        )
+    if not os.access(path, os.R_OK):
+        raise InvalidObject(f"{field}: {path} may not be read; check its permissions")
+    if path.stat().st_size == 0:
+        raise InvalidObject(f"{field}: {path} is empty; give it at least one record")
+
+
+def _check_store(uri: str) -> None:
+    folder = local_path(uri)
+    if folder is None:
+        return
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is not a folder" if not existing.is_dir() else "may not be written"
+        raise PermanentError(f"spec.store.uri: {uri} cannot be used: {existing} {reason}; name another store")
