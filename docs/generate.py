@@ -65,7 +65,9 @@ def page(kind: type[BaseModel], *parts: tuple[str, type[BaseModel]]) -> str:
     text = f"# {kind.__name__}\n\n{first_paragraph(kind)}\n"
     for name, model in parts:
         text += f"\n## {name}\n\n| field | type | default | meaning |\n|---|---|---|---|\n"
-        text += "".join(f"| `{path}` | {kind} | {default} | {meaning} |\n" for path, kind, default, meaning in rows(model))
+        text += "".join(
+            f"| `{path}` | {kind} | {default} | {meaning} |\n" for path, kind, default, meaning in rows(model)
+        )
     return text
 
 
@@ -128,7 +130,7 @@ def settings() -> str:
 
 def reasons() -> str:
     """Reasons with their remedies, and exit codes."""
-    text = "# Reasons\n\nWhat a condition, an event or an attempt may give as its reason, and what the controller does about it.\n\n"
+    text = "# Reasons\n\nWhat a condition, an event or an attempt may give as its reason, and what is done about it.\n\n"
     text += "| reason | remedy |\n|---|---|\n"
     text += "".join(f"| `{reason}` | {reason.remedy} |\n" for reason in Reason)
     text += "\n## Exit codes of a stage\n\n| code | reason |\n|---|---|\n"
@@ -138,7 +140,9 @@ def reasons() -> str:
 
 def states() -> str:
     """The state machine's diagram."""
-    return f"# States of a job\n\nDrawn from the table in `orchestrator/core/state.py`.\n\n```mermaid\n{mermaid()}\n```\n"
+    return (
+        f"# States of a job\n\nDrawn from the table in `orchestrator/core/state.py`.\n\n```mermaid\n{mermaid()}\n```\n"
+    )
 
 
 def first_paragraph(kind: type[BaseModel]) -> str:

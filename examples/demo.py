@@ -42,7 +42,7 @@ def main() -> int:
     result = client.handle(name).result()
     console.print(losses(result))
     console.print(answers(client, base, result))
-    console.print(whereabouts(client, name, result, time.monotonic() - began))
+    console.print(whereabouts(name, result, time.monotonic() - began))
     return 0
 
 
@@ -103,7 +103,7 @@ def answers(client: Client, base: Path, result: JobResult) -> Table:
     return table
 
 
-def whereabouts(client: Client, name: str, result: JobResult, seconds: float) -> Panel:
+def whereabouts(name: str, result: JobResult, seconds: float) -> Panel:
     """Where everything is, and how to look at it."""
     return Panel.fit(
         f"The job, comparison included, took {seconds:.0f} s.\n\n"

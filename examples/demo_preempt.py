@@ -1,7 +1,8 @@
 """`make demo-preempt`: an urgent job moves another out of the way, and the other loses nothing.
 
 One slot, three jobs. `calm` runs undisturbed and is the yardstick. `moved` is the same job again; while it trains,
-`urgent` comes with a higher priority, takes the slot, and ends. `moved` comes back from its checkpoint, and its adapter must
+`urgent` comes with a higher priority, takes the slot, and ends. `moved` comes back from its checkpoint, and its
+adapter must
 be the yardstick's, byte for byte.
 """
 
