@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from qlora_trainer.attention import NAME, PackedAttention
+from qlora_trainer.batches import PreparedRows, Schedule, micro_batches, supervised_tokens
+from qlora_trainer.model import TrainingModel, add_adapter, load_base
+from qlora_trainer.optimizer import AdapterOptimizer, learning_rate
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from benchmarks.report import argument_parser, emit
 from benchmarks.stages import Bench, prepare
 from benchmarks.stop import PLAN, spec
 from orchestrator.api.job import QLoRAJobSpec
-from qlora_trainer.attention import NAME, PackedAttention
-from qlora_trainer.batches import PreparedRows, Schedule, micro_batches, supervised_tokens
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
-from qlora_trainer.optimizer import AdapterOptimizer, learning_rate
 
 EVAL_ROWS_PER_BATCH = 2
 
@@ -83,6 +83,7 @@ def add_16bit_adapter(
     model: Path, device: torch.device, attention: PackedAttention, job: QLoRAJobSpec, *, seed: int
 ) -> torch.nn.Module:
     """The same adapter on the base in bfloat16."""
+    AttentionInterface.register(NAME, attention)
     base = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.bfloat16, attn_implementation=NAME, use_safetensors=True, local_files_only=True
     ).to(device)
