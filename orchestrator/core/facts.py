@@ -47,8 +47,6 @@ class StageFact:
 
     namespace: str
     name: str
-    job_uid: str = ""
-    """The uid of the job it was made for; a later job of the same name does not own it."""
     phase: StagePhase
     start_time: datetime | None = None
     finish_time: datetime | None = None
@@ -59,6 +57,8 @@ class StageFact:
     disruption: Reason | None = None
     """Set where the platform, not the stage, brought about the end."""
     progress: ProgressReport | None = None
+    uid: str = ""
+    """The uid of the job that the stage was made for; empty where the runtime does not keep it."""
 
     @property
     def key(self) -> str:
@@ -88,6 +88,10 @@ class Policy:
     cpu_stages_limit: int = 4
     """Prepare and publish stages that may run at one time."""
     trainer_threads: int = 1
+    progress_interval_seconds: float = 1.0
+    """A running stage's progress is written to the status at most this often."""
+    gpu_classes_are_fixed: bool = False
+    """Whether no other GPU can ever appear here: a job that fits none of them then fails instead of waiting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +105,14 @@ class Snapshot:
     """By `namespace/name`; complete: a stage that is not here does not exist."""
     gpu_classes: tuple[GpuClass, ...] = ()
     policy: Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why something was not done, in a sentence that says what would change it."""
+
+    reason: Reason
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,79 @@
+"""A job's status on its way from what is stored to what will be written.
+
+`core/lifecycle` and `core/decide` are the callers. A draft changes only through `move` (an event of the state
+machine) and `amend` (everything that is not a change of state); both check the derived state, so a transition
+that `core/state` does not list cannot reach a `WriteStatus`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
+from orchestrator.core.conditions import Finding, clip, set_condition, summarize
+from orchestrator.core.facts import Event, WriteStatus
+from orchestrator.core.state import IllegalTransitionError, JobEvent, JobState, next_state, state_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """The stored job, its status as it shall be, and what to tell the user about the difference."""
+
+    job: QLoRAJob
+    status: QLoRAJobStatus
+    now: datetime
+    events: tuple[Event, ...] = ()
+
+    @classmethod
+    def open(cls, job: QLoRAJob, now: datetime) -> Draft:
+        """A draft that changes nothing yet."""
+        return cls(job=job, status=job.status, now=now)
+
+    @property
+    def state(self) -> JobState:
+        """Where the job is now."""
+        return state_of(self.status)
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The active attempt."""
+        return self.status.active_attempt
+
+    def move(self, event: JobEvent, *findings: Finding, **changes: object) -> Draft:
+        """The draft after an event of the state machine, with the status changes that make it so."""
+        expected = next_state(self.job.key, self.state, event)
+        after = self._with(findings, changes)
+        if after.state is not expected:
+            raise IllegalTransitionError(self.job.key, self.state, event, f"the change leads to {after.state.value}")
+        return after
+
+    def amend(self, *findings: Finding, **changes: object) -> Draft:
+        """The draft with changes that leave the job in its state."""
+        after = self._with(findings, changes)
+        if after.state is not self.state:
+            raise IllegalTransitionError(self.job.key, self.state, None, f"it leads to {after.state.value}")
+        return after
+
+    def tell(self, event: Event) -> Draft:
+        """The draft with one more thing to tell the user."""
+        return replace(self, events=(*self.events, replace(event, message=clip(event.message))))
+
+    def change_attempt(self, **changes: object) -> tuple[Attempt, ...]:
+        """The attempts with the last one changed, to be handed to `move` or `amend`."""
+        *earlier, last = self.status.attempts
+        return (*earlier, last.model_copy(update=changes))
+
+    def close(self) -> WriteStatus | None:
+        """The write that stores the draft; None where it says what is stored already."""
+        generation = self.job.metadata.generation
+        status = self.status.model_copy(
+            update={"observed_generation": generation, "summary": summarize(self.status)},
+        )
+        return None if status == self.job.status else WriteStatus(job=self.job, status=status, events=self.events)
+
+    def _with(self, findings: tuple[Finding, ...], changes: dict[str, object]) -> Draft:
+        conditions = self.status.conditions
+        for finding in findings:
+            conditions = set_condition(conditions, finding, now=self.now, generation=self.job.metadata.generation)
+        return replace(self, status=self.status.model_copy(update={"conditions": conditions, **changes}))
