@@ -61,35 +61,13 @@ class ModelFacts(Model):
 
 _INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _FOUR_TIMES_HIDDEN = frozenset(
-    ["bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"]
+    {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
 )
 """Families whose MLP is four times as wide as the model unless the config says otherwise."""
 _TIED_BY_DEFAULT = frozenset(
-    [
-        "bloom",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma3n",
-        "gemma3n_text",
-        "gemma4",
-        "gemma4_text",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox_japanese",
-        "lfm2",
-        "mpt",
-        "opt",
-        "smollm3",
-        "starcoder2",
-        "vaultgemma",
-    ]
+    {"bloom", "cohere", "cohere2", "ernie4_5", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "lfm2"}
+    | {"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "vaultgemma"}
+    | {"mpt", "opt", "smollm3", "starcoder2"}
 )
 """Families whose head shares the embeddings' weights unless the config says otherwise (their transformers classes)."""
 
