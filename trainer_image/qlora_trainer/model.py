@@ -15,8 +15,8 @@ Built by `train` at the start of an attempt. Rules, each the answer to a trap:
 from __future__ import annotations
 
 import json
-import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -53,8 +53,6 @@ ADAPTER_NAME = "default"
 CHECKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LOGITS_TOLERANCE = 0.05
 """Largest relative difference between two bfloat16 ways to the same logits; a wrong way is off by far more."""
-
-log = logging.getLogger(__name__)
 
 
 def load_base(folder: Path, device: torch.device, packed_attention: attention.PackedAttention) -> PreTrainedModel:
@@ -134,9 +132,7 @@ def _random_seed(folder: Path) -> int:
     return int(json.loads((folder / RANDOM_WEIGHTS_NAME).read_text())["seed"])
 
 
-def _random_base(
-    config: PreTrainedConfig, implementation: str, device: torch.device, *, seed: int
-) -> PreTrainedModel:
+def _random_base(config: PreTrainedConfig, implementation: str, device: torch.device, *, seed: int) -> PreTrainedModel:
     """N(0, 0.02) drawn and quantized layer by layer: the memory layout of a real checkpoint, with no file read."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
@@ -190,7 +186,10 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
         bias="none",
     )
     torch.manual_seed(seed)
-    model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # PEFT still asks for `is_gradient_checkpointing`, which transformers has renamed.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(COMPUTE_DTYPE)
@@ -301,7 +300,9 @@ class TrainingModel:
         batch = collate([first])
         ours = self._logits(batch)
         if not _same(ours, self.base(input_ids=batch.to(self.device).input_ids, use_cache=False).logits[0].float()):
-            raise UserError(f"{name} makes its logits in a way that the trainer does not know, so its loss would be wrong")
+            raise UserError(
+                f"{name} makes its logits in a way that the trainer does not know, so its loss would be wrong"
+            )
 
     def _logits(self, batch: MicroBatch) -> Tensor:
         return self._head.logits(self._hidden(batch, batch.to(self.device))[0])

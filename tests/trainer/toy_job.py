@@ -1,0 +1,164 @@
+"""Builds train tasks that a CPU finishes in seconds: a tiny model and a prepared dataset that can be learned.
+
+Called by tests only. The prepared folder is written here from its documented format, not by the prepare stage, so that
+these tests hold the trainer to the contract.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from tiny_model import tiny_model
+
+from orchestrator.api.formats import FileEntry, PreparedManifest
+from orchestrator.api.job import (
+    AdapterSpec,
+    CheckpointSpec,
+    DatasetSource,
+    EvaluationSpec,
+    ModelSource,
+    QLoRAJobSpec,
+    TrainingSpec,
+)
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.results import ModelFacts, PrepareResult
+from orchestrator.api.task import StageTask
+
+DIGEST = "sha256:" + "a1" * 32
+VOCABULARY = 512
+Row = dict[str, list[int]]
+
+
+def make_rows(count: int, *, seed: int) -> list[Row]:
+    """Rows of two records; each record counts upwards in its own stride, its first token carries no loss."""
+    source = random.Random(seed)
+    return [_row([_record(source) for _ in range(2)]) for _ in range(count)]
+
+
+def _record(source: random.Random) -> list[int]:
+    start, stride, length = source.randrange(16, 64), source.choice((1, 2, 3)), source.randrange(8, 16)
+    return [start + stride * place for place in range(length)]
+
+
+def _row(records: list[list[int]]) -> Row:
+    return {
+        "input_ids": [token for record in records for token in record],
+        "labels": [label for record in records for label in (-100, *record[1:])],
+        "position_ids": [place for record in records for place in range(len(record))],
+    }
+
+
+def write_rows(rows: list[Row], path: Path) -> Path:
+    """Write prepared rows in the columns that prepare documents."""
+    kind = pa.list_(pa.int32())
+    names = ("input_ids", "labels", "position_ids")
+    parquet.write_table(pa.table({name: pa.array([row[name] for row in rows], kind) for name in names}), path)
+    return path
+
+
+def make_task(
+    store: Path,
+    *,
+    attempt: int = 1,
+    steps: int = 12,
+    rows: int = 20,
+    eval_rows: int = 4,
+    micro_batch_size: int = 2,
+    recompute_layers: int = 1,
+    global_batch_size: int = 4,
+    training: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+    family: str = "llama",
+    grace_seconds: int = 60,
+) -> StageTask:
+    """A train task over a store that holds its prepared data; the same arguments give the same job."""
+    model = tiny_model(family)
+    prepared = write_prepared(store, steps=steps, rows=rows, eval_rows=eval_rows)
+    spec = QLoRAJobSpec(
+        model=ModelSource(source=model.as_uri()),
+        dataset=DatasetSource(source="file:///unused.jsonl"),
+        adapter=AdapterSpec(**{"rank": 4, "alpha": 8, "dropout": "0.1", **(adapter or {})}),
+        training=TrainingSpec(
+            **{
+                "learning_rate": "1e-2",
+                "global_batch_size": global_batch_size,
+                "sequence_length": 64,
+                **(training or {}),
+            }
+        ),
+        evaluation=EvaluationSpec(**{"every_steps": 5, **(evaluation or {})}),
+        checkpoint=CheckpointSpec(**(checkpoint or {})),
+    )
+    return StageTask(
+        stage="train",
+        namespace="team-a",
+        job="toy",
+        uid="u-1",
+        attempt=attempt,
+        spec=spec,
+        store_uri=store.as_uri(),
+        plan=MemoryPlan(
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=global_batch_size // micro_batch_size,
+            recompute_layers=recompute_layers,
+            loss_chunk_tokens=16,
+        ),
+        prepared=prepared,
+        grace_seconds=grace_seconds,
+        threads=1,
+    )
+
+
+def write_prepared(store: Path, *, steps: int, rows: int, eval_rows: int) -> PrepareResult:
+    """The prepared folder in the job's store, as the prepare stage leaves it."""
+    folder = store / "prepared" / DIGEST.removeprefix("sha256:")[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(make_rows(rows, seed=1), folder / "train.parquet")
+    if eval_rows:
+        write_rows(make_rows(eval_rows, seed=2), folder / "eval.parquet")
+    result = PrepareResult(
+        digest=DIGEST,
+        uri=folder.as_uri(),
+        model=ModelFacts(
+            model_type="llama",
+            architecture="LlamaForCausalLM",
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=VOCABULARY,
+            tied_embeddings=False,
+            revision="sha256:0",
+        ),
+        train_records=2 * rows,
+        train_sequences=rows,
+        train_tokens=24 * rows,
+        supervised_tokens=20 * rows,
+        eval_records=2 * eval_rows,
+        eval_sequences=eval_rows,
+        steps=steps,
+    )
+    files = tuple(_describe(path) for path in sorted(folder.glob("*.parquet")))
+    manifest = PreparedManifest(inputs=DIGEST, result=result, files=files)
+    (folder / "manifest.json").write_text(manifest.model_dump_json(by_alias=True))
+    return result
+
+
+def _describe(path: Path) -> FileEntry:
+    data = path.read_bytes()
+    return FileEntry(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def digest_of_adapter(store: Path) -> str:
+    """SHA-256 of the final adapter's weights on disk."""
+    return hashlib.sha256((store / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()

@@ -1,0 +1,30 @@
+"""The device that training runs on, and what makes it give the same bits every time.
+
+Called once by `train`, before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+def set_up(*, threads: int, deterministic: bool) -> torch.device:
+    """The GPU if there is one, else the CPU, with a fixed number of threads."""
+    torch.set_num_threads(threads)  # the order of sums on the CPU depends on it
+    if torch.get_num_interop_threads() != 1:
+        torch.set_num_interop_threads(1)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = False
+    # Deterministic mode fills fresh memory to expose reads of it. Nothing here reads any, and it costs bandwidth.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # What bitsandbytes says when it is imported on a CPU, about kernels that it would like to download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    log.info(
+        "training on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} CPU threads"
+    )
+    return device

@@ -1,0 +1,233 @@
+"""The train stage, from top to bottom: settings, data, base in NF4, adapter, resume, loop, final adapter.
+
+Runs on one GPU (or on the CPU, for tests and demos). Everything heavy is imported after SIGTERM is being listened
+to, because the imports alone take longer than some notices. A second run of a finished job finds its adapter and
+trains nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic.alias_generators import to_camel
+
+from orchestrator.api.base import Model
+from orchestrator.api.formats import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    JOURNAL_NAME,
+    PREPARED_FOLDER,
+    CheckpointManifest,
+    PreparedManifest,
+)
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.reasons import ExitCode, Reason
+from orchestrator.api.results import Failure, PrepareResult, StageResult, TrainResult
+from orchestrator.api.task import AGENT_SOCKET_VARIABLE, StageTask
+from qlora_trainer.jobstore import DamagedFolder, JobStore
+from qlora_trainer.journal import Journal
+from qlora_trainer.outcome import Preempted, Transient, UserError, write_result
+from qlora_trainer.stop import AgentClient, Stop, StopNow
+from qlora_trainer.summary import losses
+
+TRAIN_FILE, EVAL_FILE = "train.parquet", "eval.parquet"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CLOSE_SECONDS = 10.0
+"""How long the end of a stage waits for MLflow; publish brings in what is missing then."""
+
+log = logging.getLogger(__name__)
+
+
+def run(task: StageTask) -> TrainResult:
+    """Train to the end, or raise Preempted with what is durable."""
+    stop = Stop(task.grace_seconds)
+    with stop.listening():
+        try:
+            return _train(task, stop)
+        except StopNow:
+            raise Preempted(_durable(task), "stopped on request while starting up") from None
+
+
+def _train(task: StageTask, stop: Stop) -> TrainResult:
+    # 1. The store is ours, and the job is not finished yet.
+    plan, prepared = _inputs(task)
+    store = JobStore(task.store_uri)
+    store.take_fence(task.attempt)
+    store.sweep()
+    if (finished := _finished(store, task, prepared)) is not None:
+        log.info("the job's adapter is already at %s", finished.adapter_uri)
+        return finished
+    log_settings(task)
+
+    with ExitStack() as resources:
+        agent = _agent(stop, resources)
+
+        # 2. Prepared data and base model, on this machine.
+        _prepare_process(task)
+        from qlora_trainer.model_source import resolve_model
+
+        scratch = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="qlora-")))
+        data = _fetch_prepared(store, prepared, scratch)
+        folder = resolve_model(task.spec.model.source, prepared.model.revision)
+
+        # 3. Base in NF4 with double quantization, adapter in bfloat16.
+        from qlora_trainer import checkpoint, loop, runtime, tracking
+        from qlora_trainer.attention import PackedAttention
+        from qlora_trainer.batches import PreparedRows
+        from qlora_trainer.model import TrainingModel, add_adapter, load_base
+
+        device = runtime.set_up(threads=task.threads, deterministic=task.spec.training.deterministic)
+        packed_attention = PackedAttention()
+        base = load_base(folder, device, packed_attention)
+        peft_model = add_adapter(base, task.spec.adapter, seed=task.spec.training.seed)
+        model = TrainingModel(peft_model, plan, packed_attention, float(task.spec.training.neftune_alpha))
+        model.check()
+
+        # 4. Optimizer, and the state of the last checkpoint if there is one.
+        provenance = checkpoint.Provenance(
+            attempt=task.attempt,
+            prepared=prepared.digest,
+            adapter_config=checkpoint.adapter_config(peft_model.peft_config["default"], task),
+            versions=checkpoint.library_versions(),
+        )
+        checkpointer = checkpoint.Checkpointer(store, provenance, keep=task.spec.checkpoint.keep)
+        training = loop.Loop(
+            task=task,
+            model=model,
+            train_rows=PreparedRows(data / TRAIN_FILE),
+            eval_rows=PreparedRows(data / EVAL_FILE) if prepared.eval_sequences else None,
+            checkpointer=checkpointer,
+            resumed=checkpointer.latest(),
+            stop=stop,
+            agent=agent,
+            leave=_leave,
+        )
+        run_logger = tracking.RunLogger(task, training.journal)
+        resources.callback(run_logger.close, CLOSE_SECONDS)
+        stop.end_start_up()
+
+        # 5. The steps.
+        training.run()
+        log.info("seconds by phase: %s", {name: round(spent, 1) for name, spent in training.clock.seconds.items()})
+
+        # 6. The last state is made durable before the adapter, so that a kill in between costs no step.
+        training.report("storing the adapter")
+        training.save_durably()
+        adapter = checkpointer.publish_adapter(
+            training.result(complete=True).step, training.final_adapter(), training.journal.records(), data
+        )
+        return training.result(complete=True).model_copy(
+            update={"adapter_uri": adapter.uri, "adapter_digest": adapter.digest}
+        )
+
+
+def _inputs(task: StageTask) -> tuple[MemoryPlan, PrepareResult]:
+    if task.plan is None or task.prepared is None:
+        raise UserError("a train task needs a memory plan and the result of prepare; the task holds only one or none")
+    if task.plan.offload:
+        raise UserError(f"this trainer cannot offload {', '.join(task.plan.offload)}; choose a plan without offload")
+    batch = task.spec.training.global_batch_size
+    if task.plan.micro_batch_size * task.plan.accumulation_steps != batch:
+        raise UserError(
+            f"the plan's {task.plan.micro_batch_size} x {task.plan.accumulation_steps} sequences are not "
+            f"training.globalBatchSize, {batch}"
+        )
+    return task.plan, task.prepared
+
+
+def log_settings(task: StageTask) -> None:
+    """One line per resolved setting, with where it comes from."""
+    for section in ("model", "dataset", "adapter", "training", "evaluation", "checkpoint"):
+        settings: Model = getattr(task.spec, section)
+        for name in type(settings).model_fields:
+            origin = (
+                "spec" if section in task.spec.model_fields_set and name in settings.model_fields_set else "default"
+            )
+            log.info("%s.%s = %s (%s)", section, to_camel(name), getattr(settings, name), origin)
+    assert task.plan is not None and task.prepared is not None
+    for name in type(task.plan).model_fields:
+        log.info("%s = %s (plan)", to_camel(name), getattr(task.plan, name))
+    log.info("steps = %d (prepare)", task.prepared.steps)
+    log.info("threads = %d (task), graceSeconds = %d (task)", task.threads, task.grace_seconds)
+
+
+def _prepare_process(task: StageTask) -> None:
+    """What torch and CUDA read from the environment when they are loaded."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if task.spec.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _agent(stop: Stop, resources: ExitStack) -> AgentClient | None:
+    path = os.environ.get(AGENT_SOCKET_VARIABLE)
+    if not path:
+        return None
+    agent = AgentClient(Path(path), stop)
+    agent.start()
+    resources.callback(agent.close)
+    return agent
+
+
+def _fetch_prepared(store: JobStore, prepared: PrepareResult, scratch: Path) -> Path:
+    name = _prepared_folder(prepared)
+    manifest = store.read_manifest(name, PreparedManifest)
+    if manifest is None:
+        raise Transient(f"the prepared data {store.folder_uri(name)} is gone; the prepare stage must run again")
+    try:
+        return store.fetch_folder(name, manifest.files, scratch / "prepared")
+    except DamagedFolder as error:
+        raise Transient(f"the prepared data is damaged, the prepare stage must run again: {error}") from error
+
+
+def _prepared_folder(prepared: PrepareResult) -> str:
+    """The folder's name in the job's store: `prepared/<start of the digest>`, as its URI ends."""
+    return f"{PREPARED_FOLDER}/{prepared.uri.rstrip('/').rpartition('/')[2]}"
+
+
+def _finished(store: JobStore, task: StageTask, prepared: PrepareResult) -> TrainResult | None:
+    """The result of an attempt that stored the final adapter and was killed before it could say so."""
+    manifest = store.read_manifest(ADAPTER_FOLDER, CheckpointManifest)
+    if manifest is None or not manifest.complete or manifest.prepared != prepared.digest:
+        return None
+    try:
+        with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+            folder = store.fetch_folder(ADAPTER_FOLDER, manifest.files, Path(scratch))
+            journal = Journal.load(folder / JOURNAL_NAME)
+            digest = sha256((folder / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+    except DamagedFolder as error:
+        log.warning("the stored adapter is damaged and is made again from the last checkpoint: %s", error)
+        return None
+    return TrainResult(
+        step=manifest.step,
+        complete=True,
+        adapter_uri=store.folder_uri(ADAPTER_FOLDER),
+        adapter_digest=f"sha256:{digest}",
+        **asdict(losses(journal.records(), keep_best=task.spec.evaluation.keep_best)),
+    )
+
+
+def _durable(task: StageTask) -> TrainResult | None:
+    """What an attempt that is stopped while it starts up can vouch for: the newest checkpoint of an earlier one."""
+    if task.prepared is None:
+        return None
+    store = JobStore(task.store_uri)
+    for name in reversed(store.list_folders(CHECKPOINTS_FOLDER)):
+        manifest = store.read_manifest(name, CheckpointManifest)
+        if manifest is not None and manifest.prepared == task.prepared.digest:
+            return TrainResult(step=manifest.step, checkpoint_uri=store.folder_uri(name), complete=False)
+    return TrainResult(step=0, complete=False)
+
+
+def _leave(result: TrainResult) -> NoReturn:
+    """End the process at once, with the verdict that a Preempted would have given."""
+    failure = Failure(reason=Reason.PREEMPTED, message="stopped on request inside a step")
+    write_result(StageResult(train=result, failure=failure))
+    logging.shutdown()
+    os._exit(ExitCode.PREEMPTED)
