@@ -16,11 +16,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
-
-from orchestrator.api.formats import CheckpointManifest, FileEntry
 from qlora_trainer import jobstore
 from qlora_trainer.jobstore import DamagedFolder, JobStore
 from qlora_trainer.outcome import FencedError, Transient, UserError
+
+from orchestrator.api.formats import CheckpointManifest, FileEntry
 
 DIGEST = "sha256:" + "0" * 64
 NAME = "checkpoints/step-00000001"

@@ -1,0 +1,361 @@
+"""Checkpoints: what comes back is what went in, damage is passed over, and a kill at any instant loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from qlora_trainer.checkpoint import BestEvaluation, Checkpointer, Provenance, Snapshot, TrainingState, adapter_config
+from qlora_trainer.jobstore import JobStore
+from qlora_trainer.outcome import FencedError, Transient
+from safetensors.torch import load_file
+from tiny_model import tiny_model
+
+from orchestrator.api.formats import CheckpointManifest, FileEntry, JournalRecord
+from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
+from orchestrator.api.task import StageTask
+
+DIGEST = "sha256:" + "1" * 64
+OTHER_DIGEST = "sha256:" + "2" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> JobStore:
+    store = JobStore(f"{tmp_path.as_uri()}/job")
+    store.take_fence(1)
+    return store
+
+
+def make_checkpointer(store: JobStore, *, attempt: int = 1, prepared: str = DIGEST, keep: int = 2) -> Checkpointer:
+    provenance = Provenance(
+        attempt=attempt, prepared=prepared, adapter_config={"peft_type": "LORA"}, versions={"torch": "2"}
+    )
+    return Checkpointer(store, provenance, keep=keep)
+
+
+def make_snapshot(step: int, *, best: bool = False) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    return Snapshot(
+        state=TrainingState(
+            step=step,
+            cursor={"epoch": 1, "sequence": step * 16},
+            random={"torch": "00ff"},
+            optimizer={"step": step, "betas": [0.9, 0.999]},
+            loss_window=[0.1 + 0.2, 1e-300, float(step)],
+            best=BestEvaluation(step=1, loss=1 / 3) if best else None,
+            evaluations_without_gain=2,
+        ),
+        adapter={
+            "b.lora_A.weight": torch.randn(4, 8, generator=generator).to(torch.bfloat16),
+            "a.lora_B.weight": torch.randn(8, 4, generator=generator),
+        },
+        optimizer={"a.exp_avg": torch.randint(0, 255, (32,), generator=generator, dtype=torch.uint8)},
+        journal=[
+            JournalRecord(step=s, time_ms=1_000 + s, metrics={"train/loss": 1 / (s + 1)}) for s in range(step + 1)
+        ],
+        best_adapter={"a.lora_B.weight": torch.zeros(8, 4)} if best else None,
+    )
+
+
+def assert_same(found: Snapshot | None, expected: Snapshot) -> None:
+    assert found is not None
+    assert found.state == expected.state
+    assert found.journal == expected.journal
+    for name in ("adapter", "optimizer", "best_adapter"):
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        assert (mine is None) == (theirs is None)
+        for key in {*(mine or {}), *(theirs or {})}:
+            assert mine[key].dtype == theirs[key].dtype
+            assert torch.equal(mine[key], theirs[key])
+
+
+def names(store: JobStore) -> list[str]:
+    folder = Path(store.uri.removeprefix("file://")) / "checkpoints"
+    return sorted(path.name for path in folder.iterdir())
+
+
+def damage(path: Path, *, at: float = 0.9) -> None:
+    """Turn one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_checkpoint_gives_back_every_bit_in_a_new_checkpointer(store: JobStore, best: bool) -> None:
+    saving = make_checkpointer(store)
+    saving.save(make_snapshot(3, best=best), wait=True)
+    loading = make_checkpointer(store, attempt=2)
+    assert_same(loading.latest(), make_snapshot(3, best=best))
+    assert saving.last == loading.last
+    assert saving.last is not None
+    assert saving.last.uri == f"{store.uri}/checkpoints/step-00000003"
+
+
+def test_checkpoints_work_the_same_where_nothing_can_be_renamed() -> None:
+    store = JobStore(f"memory://checkpoints-{time.time_ns()}/job")
+    checkpointer = make_checkpointer(store)
+    for step in (1, 2, 3):
+        checkpointer.save(make_snapshot(step), wait=True)
+    assert store.list_folders("checkpoints") == ["checkpoints/step-00000002", "checkpoints/step-00000003"]
+    assert_same(make_checkpointer(store).latest(), make_snapshot(3))
+
+
+def test_a_new_store_has_no_checkpoint(store: JobStore) -> None:
+    assert make_checkpointer(store).latest() is None
+
+
+def test_nothing_is_pickled_and_the_files_are_the_documented_ones(store: JobStore) -> None:
+    make_checkpointer(store).save(make_snapshot(3, best=True), wait=True)
+    folder = Path(store.uri.removeprefix("file://")) / "checkpoints" / "step-00000003"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "best_adapter.safetensors",
+        "journal.jsonl",
+        "manifest.json",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert json.loads((folder / "state.json").read_bytes())["cursor"] == {"epoch": 1, "sequence": 48}
+    assert set(load_file(folder / "adapter_model.safetensors")) == {"a.lora_B.weight", "b.lora_A.weight"}
+
+
+def test_only_the_newest_checkpoints_are_kept(store: JobStore) -> None:
+    checkpointer = make_checkpointer(store, keep=2)
+    for step in (1, 2, 3, 4):
+        checkpointer.save(make_snapshot(step))
+    checkpointer.finish()
+    assert names(store) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "optimizer.safetensors", "state.json", "journal.jsonl", "adapter_config.json"],
+)
+def test_a_damaged_byte_in_any_file_means_the_checkpoint_before(
+    store: JobStore, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer = make_checkpointer(store)
+    checkpointer.save(make_snapshot(1), wait=True)
+    checkpointer.save(make_snapshot(2), wait=True)
+    damage(Path(store.uri.removeprefix("file://")) / "checkpoints" / "step-00000002" / name)
+    resumed = make_checkpointer(store, attempt=2)
+    assert_same(resumed.latest(), make_snapshot(1))
+    assert "step-00000002 is damaged" in caplog.text
+    assert name in caplog.text
+
+
+def test_a_manifest_that_is_not_json_means_the_checkpoint_before(store: JobStore) -> None:
+    checkpointer = make_checkpointer(store)
+    checkpointer.save(make_snapshot(1), wait=True)
+    checkpointer.save(make_snapshot(2), wait=True)
+    damage(Path(store.uri.removeprefix("file://")) / "checkpoints" / "step-00000002" / "manifest.json", at=0)
+    assert_same(make_checkpointer(store).latest(), make_snapshot(1))
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(store: JobStore) -> None:
+    first = make_checkpointer(store)
+    first.save(make_snapshot(1), wait=True)
+    first.save(make_snapshot(5), wait=True)
+    damage(Path(store.uri.removeprefix("file://")) / "checkpoints" / "step-00000005" / "state.json")
+    second = make_checkpointer(store)
+    second.latest()
+    second.save(make_snapshot(3), wait=True)
+    assert names(store) == ["step-00000001", "step-00000003"]
+
+
+def test_a_checkpoint_of_other_data_is_ignored_and_goes_when_ours_are_there(
+    store: JobStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_checkpointer(store, prepared=OTHER_DIGEST).save(make_snapshot(9), wait=True)
+    checkpointer = make_checkpointer(store)
+    assert checkpointer.latest() is None
+    assert OTHER_DIGEST in caplog.text
+    checkpointer.save(make_snapshot(1), wait=True)
+    assert names(store) == ["step-00000001"]
+
+
+def test_a_fenced_attempt_writes_no_manifest_and_hears_of_it_at_the_next_call(store: JobStore) -> None:
+    old = make_checkpointer(store, attempt=1)
+    old.save(make_snapshot(1), wait=True)
+    JobStore(store.uri).take_fence(2)
+    old.save(make_snapshot(2))
+    with pytest.raises(FencedError, match="attempt 2 owns"):
+        old.finish()
+    assert store.list_folders("checkpoints") == ["checkpoints/step-00000001"]
+
+
+def test_a_failed_write_surfaces_at_the_next_save(tmp_path: Path) -> None:
+    store = JobStore(f"{tmp_path.as_uri()}/job")
+    store.take_fence(1)
+    checkpointer = make_checkpointer(store)
+    (tmp_path / "job" / "checkpoints").write_bytes(b"a file where a folder must be")
+    checkpointer.save(make_snapshot(1))
+    with pytest.raises(Exception, match="checkpoints"):
+        checkpointer.save(make_snapshot(2))
+
+
+class SlowStore(JobStore):
+    """A store whose folders take until they are let go: to see what training may do meanwhile."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.go = Event()
+
+    def publish_folder(
+        self, local: Path, name: str, make_manifest: Callable[[tuple[FileEntry, ...]], CheckpointManifest]
+    ) -> str:
+        if not self.go.wait(30):
+            raise Transient("nobody let the store go on")
+        return super().publish_folder(local, name, make_manifest)
+
+
+def test_training_may_change_its_tensors_while_the_checkpoint_is_written(tmp_path: Path) -> None:
+    store = SlowStore(f"{tmp_path.as_uri()}/job")
+    store.take_fence(1)
+    checkpointer = make_checkpointer(store)
+    snapshot = make_snapshot(1)
+    checkpointer.save(snapshot)
+    for tensor in (*snapshot.adapter.values(), *snapshot.optimizer.values()):
+        tensor.zero_()
+    assert checkpointer.last is None
+    stalled = checkpointer.stall_seconds
+    time.sleep(0.3)
+    store.go.set()
+    checkpointer.finish()
+    assert_same(make_checkpointer(store).latest(), make_snapshot(1))
+    assert stalled < 0.3 <= checkpointer.background_seconds
+
+
+LOOP = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from test_checkpoint import make_checkpointer, make_snapshot
+from qlora_trainer.jobstore import JobStore
+store = JobStore(sys.argv[1])
+store.take_fence(1)
+store.sweep()
+checkpointer = make_checkpointer(store)
+found = checkpointer.latest()
+step = found.state.step if found else 0
+print("go", flush=True)
+while True:
+    step += 1
+    checkpointer.save(make_snapshot(step, best=step % 2 == 0))
+"""
+
+
+def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    seed = 20240523
+    chance = random.Random(seed)
+    store = JobStore(f"{tmp_path.as_uri()}/job")
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, *paths])}
+    step = 0
+    for kill in range(6):
+        command = [sys.executable, "-c", LOOP, store.uri, *paths]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        assert process.stdout is not None
+        with process, process.stdout:
+            assert process.stdout.readline() == b"go\n"
+            time.sleep(chance.uniform(0.05, 0.6))
+            process.send_signal(signal.SIGKILL)
+        found = make_checkpointer(store).latest()
+        assert found is not None, f"seed {seed}, kill {kill}"
+        assert found.state.step >= step, f"seed {seed}, kill {kill}: went back behind a durable checkpoint"
+        step = found.state.step
+        assert_same(found, make_snapshot(step, best=step % 2 == 0))
+    assert step > 6, "the loop must have been killed while it was saving"
+
+
+def make_task(model: Path, store: JobStore) -> StageTask:
+    spec = QLoRAJobSpec(model=ModelSource(source=model.as_uri()), dataset=DatasetSource(source="file:///data.jsonl"))
+    return StageTask(stage="train", namespace="team-a", job="job", uid="u-1", attempt=1, spec=spec, store_uri=store.uri)
+
+
+def publish_real_adapter(store: JobStore, model: Path) -> tuple[str, str, dict[str, torch.Tensor]]:
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    tuned = get_peft_model(base, config)
+    torch.manual_seed(7)
+    adapter = {
+        key: torch.randn(value.shape).to(torch.bfloat16) for key, value in get_peft_model_state_dict(tuned).items()
+    }
+    provenance = Provenance(
+        attempt=1, prepared=DIGEST, adapter_config=adapter_config(config, make_task(model, store)), versions={}
+    )
+    stored = Checkpointer(store, provenance, keep=1).publish_adapter(5, adapter, make_snapshot(5).journal, model)
+    return stored.uri, stored.digest, adapter
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_the_final_adapter_loads_with_peft_alone(store: JobStore) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = tiny_model()
+    uri, digest, adapter = publish_real_adapter(store, model)
+    folder = Path(uri.removeprefix("file://"))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False))
+    assert loaded.keys() == adapter.keys()
+    assert all(torch.equal(loaded[key], adapter[key]) for key in adapter)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    sha256sum = subprocess.run(["sha256sum", folder / "adapter_model.safetensors"], capture_output=True, check=True)
+    assert digest == "sha256:" + sha256sum.stdout.decode().split()[0]
+    manifest = JobStore(store.uri).read_manifest("adapter", CheckpointManifest)
+    assert manifest is not None
+    assert manifest.complete
+    assert manifest.step == 5
+
+
+HASHES = """
+import json, sys
+from types import SimpleNamespace
+from qlora_trainer.checkpoint import adapter_config
+from orchestrator.api.task import StageTask
+names = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
+print(list(names), file=sys.stderr)
+config = SimpleNamespace(to_dict=lambda: {"target_modules": names})
+print(json.dumps(adapter_config(config, StageTask.model_validate_json(sys.argv[1]))))
+"""
+
+
+def test_the_adapters_configuration_does_not_depend_on_pythons_hashes(store: JobStore) -> None:
+    task = make_task(Path("/models/base"), store).model_dump_json(by_alias=True)
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", HASHES, task],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            check=True,
+            timeout=120,
+        )
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stderr != runs[1].stderr, "the seeds must order the set differently for this to show anything"
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_the_order_of_tensors_does_not_change_the_file(store: JobStore, tmp_path: Path) -> None:
+    adapter = dict(make_snapshot(1).adapter)
+    one = make_checkpointer(store).publish_adapter(1, adapter, [], tmp_path)
+    other = JobStore(f"{tmp_path.as_uri()}/other")
+    other.take_fence(1)
+    turned = make_checkpointer(other).publish_adapter(1, dict(reversed(adapter.items())), [], tmp_path)
+    assert one.digest == turned.digest
