@@ -28,7 +28,7 @@ from orchestrator.core.queue import (
     queue_specs,
 )
 from orchestrator.core.remedy import fail
-from orchestrator.core.state import JobState
+from orchestrator.core.state import GPU_STATES, JobState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +150,7 @@ def _line(
 
 def _holdings(drafts: Iterable[Draft], snapshot: Snapshot) -> tuple[Holding, ...]:
     """The GPUs that train stages have: admitted, running, or stopping."""
-    return tuple(
-        _holding(draft, snapshot)
-        for draft in drafts
-        if draft.state in (JobState.STARTING, JobState.TRAINING, JobState.STOPPING)
-    )
+    return tuple(_holding(draft, snapshot) for draft in drafts if draft.state in GPU_STATES)
 
 
 def _holding(draft: Draft, snapshot: Snapshot) -> Holding:

@@ -90,6 +90,8 @@ TABLE: Mapping[JobState, Mapping[JobEvent, JobState]] = MappingProxyType(
 )
 
 TERMINAL_STATES: frozenset[JobState] = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELLED})
+GPU_STATES: frozenset[JobState] = frozenset({_S.STARTING, _S.TRAINING, _S.STOPPING})
+"""Where a job has a GPU."""
 
 
 class IllegalTransitionError(Exception):

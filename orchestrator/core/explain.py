@@ -1,0 +1,115 @@
+"""Why a job is where it is: the decision of this moment, in sentences.
+
+Nothing is worked out anew: `schedule` decides over the snapshot just as the controller does, and this puts the outcome
+into words, the plainest first: where the job is, its place in line, what it fits, who has that, what would have to
+happen. The `explain` command is the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from orchestrator.api.reasons import Reason
+from orchestrator.core.draft import Draft
+from orchestrator.core.facts import Refusal, Snapshot
+from orchestrator.core.gpus import GIB
+from orchestrator.core.queue import Claim
+from orchestrator.core.schedule import Schedule, schedule
+from orchestrator.core.state import GPU_STATES, TERMINAL_STATES
+
+NAMES_TOLD = 3  # of those ahead or in possession; the rest is a number
+
+
+def explain(snapshot: Snapshot, key: str) -> tuple[str, ...]:
+    """Sentences about the job `namespace/name`, in the order in which to read them."""
+    outcome = schedule(snapshot)
+    draft = outcome.drafts.get(key)
+    if draft is None:
+        return (f"There is no job {key}.",)
+    return tuple(_sentences(draft, outcome, snapshot))
+
+
+def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+    key = draft.job.key
+    yield f"{key} is {draft.state.value.lower()}: {_what(draft)}."
+    if draft.state in TERMINAL_STATES:
+        return
+    place = next((i for i, claim in enumerate(outcome.line) if claim.key == key), None)
+    if place is not None:
+        yield from _in_line(outcome.line, place)
+        yield from _wanted(outcome.line[place], outcome, snapshot)
+    yield from _next(key, outcome)
+    yield from _history(draft)
+
+
+def _what(draft: Draft) -> str:
+    write = draft.close()
+    return (write.status if write is not None else draft.status).summary.rstrip(".") or "nothing has happened yet"
+
+
+def _in_line(line: Sequence[Claim], place: int) -> Iterator[str]:
+    claim = line[place]
+    where = f"priority {claim.priority} in queue {claim.queue}"
+    if place == 0:
+        yield f"It is first of {len(line)} in line for a GPU ({where})."
+        return
+    ahead = _names([f"{other.key} (priority {other.priority}, queue {other.queue})" for other in line[:place]])
+    yield f"It is number {place + 1} of {len(line)} in line for a GPU ({where}); ahead of it: {ahead}."
+
+
+def _wanted(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+    """What it fits, and who has that."""
+    capacity = {gpu_class.name: gpu_class.capacity for gpu_class in snapshot.gpu_classes}
+    for estimate in claim.estimates:
+        name = estimate.gpu_class
+        holders = [d.job.key for d in outcome.drafts.values() if _holds(d, name) and d.job.key != claim.key]
+        yield (
+            f"It needs {estimate.peak_bytes / GIB:.1f} of the {estimate.usable_bytes / GIB:.1f} GiB of {name}; "
+            f"{len(holders)} of {capacity.get(name, 0)} {name} GPUs are held by others"
+            f"{': ' + _names(holders) if holders else ''}."
+        )
+
+
+def _holds(draft: Draft, gpu_class: str) -> bool:
+    attempt = draft.attempt
+    return draft.state in GPU_STATES and attempt is not None and attempt.gpu_class == gpu_class
+
+
+def _next(key: str, outcome: Schedule) -> Iterator[str]:
+    """What happens now, or what would have to."""
+    placement = next((p for p in outcome.placements if p.claim.key == key), None)
+    if placement is not None:
+        yield f"A {placement.estimate.gpu_class} GPU is free, and it gets it now."
+    for preemption in outcome.preemptions:
+        victim = preemption.victim
+        if preemption.claim.key == key and victim is None:
+            yield f"It gets the {preemption.estimate.gpu_class} GPU of a job that is stopping already."
+        elif preemption.claim.key == key and victim is not None:
+            yield f"{victim.key} makes way for it, which costs {victim.lost_seconds:.0f} GPU-seconds."
+        elif victim is not None and victim.key == key:
+            yield f"It makes way for {preemption.claim.key} and comes back to the queue."
+    refusal = outcome.refusals.get(key)
+    if refusal is not None:
+        yield _what_would_help(refusal)
+
+
+def _what_would_help(refusal: Refusal) -> str:
+    advice = {
+        Reason.WAITING_FOR_GPU: " Until then only a job of lower priority could make way, and none may.",
+        Reason.WAITING_FOR_QUOTA: " No job that would free this quota may be moved.",
+    }
+    return f"{refusal.reason.value}: {refusal.message}.{advice.get(refusal.reason, '')}"
+
+
+def _history(draft: Draft) -> Iterator[str]:
+    status = draft.status
+    if status.evictions:
+        told = ", ".join(f"{count} x {reason}" for reason, count in sorted(status.evictions.items()))
+        yield f"It was moved before: {told}."
+    if status.failures_total:
+        yield f"{status.failures_total} of {draft.job.spec.backoff_limit} allowed failures are used."
+
+
+def _names(names: Sequence[str]) -> str:
+    told, more = names[:NAMES_TOLD], len(names) - NAMES_TOLD
+    return ", ".join(told) + (f" and {more} more" if more > 0 else "")

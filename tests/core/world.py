@@ -1,0 +1,335 @@
+"""A small world for the core to act upon: a store, a runtime, a clock and MLflow, all in memory.
+
+`pass_once` runs `decide` and carries the commands out as the controller does, possibly only the first few of them,
+as if the controller had been killed there. The rest happens outside: stages start, checkpoint, exit, are killed
+or lost, cards come and go, users change their minds. After every pass `check` holds the world against its
+invariants, by the world's own books and not by the core's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from orchestrator.api.job import (
+    CANCEL_ANNOTATION,
+    MlflowStatus,
+    QLoRAJob,
+    QLoRAJobStatus,
+)
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.reasons import ConditionType, ExitCode, Reason
+from orchestrator.api.results import ModelFacts, StageResult
+from orchestrator.api.task import StageTask
+from orchestrator.core.decide import decide
+from orchestrator.core.facts import (
+    Command,
+    DeleteJob,
+    DeleteStage,
+    EnsureRun,
+    EnsureStage,
+    FinishRun,
+    GpuClass,
+    Policy,
+    Snapshot,
+    StageFact,
+    StagePhase,
+    StopStage,
+    WriteStatus,
+)
+from tests.core.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
+
+TRAIN_STEPS = 6
+
+
+@dataclass(slots=True)
+class World:
+    """What exists."""
+
+    policy: Policy
+    gpu_classes: list[GpuClass]
+    queues: tuple[QLoRAQueue, ...] = ()
+    models: dict[str, ModelFacts] = field(default_factory=dict)
+    """By job name; the others train the small one."""
+    now: datetime = NOW
+    jobs: dict[str, QLoRAJob] = field(default_factory=dict)
+    stages: dict[str, StageFact] = field(default_factory=dict)
+    tasks: dict[str, StageTask] = field(default_factory=dict)
+    classes_of: dict[str, str | None] = field(default_factory=dict)
+    stopping: set[str] = field(default_factory=set)
+    steps: dict[str, int] = field(default_factory=dict)
+    """Steps that are durable, by job."""
+    ever_ended: set[str] = field(default_factory=set)
+    mlflow_away: bool = False
+    versions: int = 1
+
+    # --- the controller -----------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            now=self.now,
+            jobs=tuple(self.jobs.values()),
+            queues=self.queues,
+            stages=dict(self.stages),
+            gpu_classes=tuple(self.gpu_classes),
+            policy=self.policy,
+        )
+
+    def pass_once(self, commands_carried_out: int | None = None) -> tuple[Command, ...]:
+        """One pass of the controller; returns what it decided."""
+        seen = self.snapshot()
+        commands = decide(seen)
+        assert commands == decide(seen), "the same snapshot must give the same commands"
+        writes = Counter(c.job.key for c in commands if isinstance(c, WriteStatus))
+        assert all(count == 1 for count in writes.values()), "at most one status write a job"
+        self._check_priority(commands)
+        for command in commands[:commands_carried_out]:
+            self._act(command)
+        self.check()
+        return commands
+
+    def _act(self, command: Command) -> None:
+        match command:
+            case WriteStatus():
+                self._write(command.job, command.status)
+            case EnsureStage():
+                self._ensure(command)
+            case StopStage():
+                if f"{command.namespace}/{command.name}" in self.stages:
+                    self.stopping.add(f"{command.namespace}/{command.name}")
+            case DeleteStage():
+                self._delete(f"{command.namespace}/{command.name}")
+            case EnsureRun():
+                if not self.mlflow_away:
+                    mlflow = command.job.status.mlflow.model_copy(update={"run_id": "run", "run_status": "RUNNING"})
+                    self._write_mlflow(command.job, mlflow)
+            case FinishRun():
+                if not self.mlflow_away:
+                    mlflow = command.job.status.mlflow.model_copy(update={"run_status": command.run_status})
+                    self._write_mlflow(command.job, mlflow)
+            case DeleteJob():
+                assert command.job.status.finish_time is not None, "only finished jobs may be deleted"
+                self.jobs.pop(command.job.key, None)
+
+    def _write(self, seen: QLoRAJob, status: QLoRAJobStatus) -> None:
+        """As a store does: validate what comes over the wire, refuse what was decided on an older version."""
+        stored = self.jobs.get(seen.key)
+        if stored is None or stored.metadata.resource_version != seen.metadata.resource_version:
+            return
+        parsed = QLoRAJobStatus.model_validate(status.to_wire())
+        assert parsed == status, "a status must survive the store"
+        self._replace(stored, status=parsed)
+
+    def _write_mlflow(self, seen: QLoRAJob, mlflow: MlflowStatus) -> None:
+        self._write(seen, seen.status.model_copy(update={"mlflow": mlflow}))
+
+    def _replace(self, job: QLoRAJob, **changes: object) -> None:
+        self.versions += 1
+        metadata = changes.pop("metadata", job.metadata).model_copy(update={"resource_version": str(self.versions)})
+        self.jobs[job.key] = job.model_copy(update={**changes, "metadata": metadata})
+
+    def _ensure(self, command: EnsureStage) -> None:
+        task = command.task
+        key = f"{task.namespace}/{task.job}-{task.stage}-{task.attempt}"
+        stored = self.jobs[f"{task.namespace}/{task.job}"].status.active_attempt
+        assert stored is not None, "the intent must be stored before the stage is created"
+        assert (stored.stage, stored.number) == (task.stage, task.attempt), "the intent must be this attempt"
+        assert key not in self.ever_ended, "an ended stage must never be created again"
+        if key not in self.stages:
+            fact = StageFact(
+                namespace=task.namespace,
+                name=key.split("/")[1],
+                phase=StagePhase.PENDING,
+                uid=task.uid,
+            )
+            self.stages[key], self.tasks[key], self.classes_of[key] = fact, task, command.gpu_class
+
+    def _delete(self, key: str) -> None:
+        fact = self.stages.pop(key, None)
+        assert fact is None or fact.phase is StagePhase.EXITED, "only an ended stage may be forgotten"
+        self.stopping.discard(key)
+
+    # --- what happens outside -----------------------------------------------------------------------------------
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    def submit(self, job: QLoRAJob) -> None:
+        assert job.key not in self.jobs
+        self.versions += 1
+        metadata = job.metadata.model_copy(
+            update={"creation_timestamp": self.now, "resource_version": str(self.versions)}
+        )
+        self.jobs[job.key] = job.model_copy(update={"metadata": metadata})
+
+    def suspend(self, key: str, suspended: bool) -> None:
+        if key in self.jobs:
+            job = self.jobs[key]
+            self._replace(job, spec=job.spec.model_copy(update={"suspend": suspended}))
+
+    def cancel(self, key: str) -> None:
+        if key in self.jobs:
+            job = self.jobs[key]
+            annotated = job.metadata.model_copy(update={"annotations": {CANCEL_ANNOTATION: "true"}})
+            self._replace(job, metadata=annotated)
+
+    def set_capacity(self, name: str, capacity: int) -> None:
+        """Cards come or go; with a card goes what runs on it."""
+        self.gpu_classes = [replace(c, capacity=capacity) if c.name == name else c for c in self.gpu_classes]
+        on_class = [key for key in self.live_stages() if self.classes_of[key] == name]
+        for key in sorted(on_class)[capacity:]:
+            self._exit(key, 137, disruption=Reason.DISRUPTED)
+
+    def live_stages(self) -> list[str]:
+        return [key for key, fact in self.stages.items() if fact.phase is not StagePhase.EXITED]
+
+    def run_stage(self, key: str) -> None:
+        """Pending becomes running; running gets further, and in the end exits; stopping checkpoints and exits."""
+        fact = self.stages[key]
+        if fact.phase is StagePhase.EXITED:
+            return
+        if fact.phase is StagePhase.PENDING:
+            if key in self.stopping:
+                self.lose(key)
+            else:
+                self.stages[key] = replace(fact, phase=StagePhase.RUNNING, start_time=self.now)
+        elif key in self.stopping:
+            self._stopped(key)
+        else:
+            self._further(key)
+
+    def fail_stage(self, key: str, code: int) -> None:
+        if self.stages[key].phase is StagePhase.RUNNING:
+            reason = Reason.OUT_OF_MEMORY if code == ExitCode.OUT_OF_MEMORY else Reason.TRANSIENT_ERROR
+            self._exit(key, code, failure(reason, "something happened") if code > 0 else None)
+
+    def lose(self, key: str) -> None:
+        """The stage is gone without a word; if nobody saw it run, it may be created again."""
+        self.stages.pop(key)
+        self.stopping.discard(key)
+        attempt = self.jobs[f"{self.tasks[key].namespace}/{self.tasks[key].job}"].status.active_attempt
+        if attempt is None or attempt.start_time is not None:
+            self.ever_ended.add(key)
+
+    def _further(self, key: str) -> None:
+        task, job = self.tasks[key], f"{self.tasks[key].namespace}/{self.tasks[key].job}"
+        if task.stage == "prepare":
+            self._exit(key, 0, StageResult(prepare=prepare_result(self.models.get(task.job, SMOLLM2_135M))))
+        elif task.stage == "publish":
+            self._exit(key, 0, PUBLISHED)
+        elif self.steps.get(job, 0) + 1 >= TRAIN_STEPS:
+            self._exit(key, 0, train_result(TRAIN_STEPS))
+        else:
+            self.steps[job] = self.steps.get(job, 0) + 1
+            step = self.steps[job]
+            report = progress(step, checkpoint_step=step, checkpoint_uri=f"file:///checkpoints/{step}")
+            self.stages[key] = replace(self.stages[key], progress=report.model_copy(update={"time": self.now}))
+
+    def _stopped(self, key: str) -> None:
+        task = self.tasks[key]
+        step = self.steps.get(f"{task.namespace}/{task.job}", 0)
+        if task.stage == "train":
+            self._exit(key, ExitCode.PREEMPTED, train_result(step, complete=False))
+        else:
+            self._exit(key, 143)
+
+    def _exit(self, key: str, code: int, result: StageResult | None = None, disruption: Reason | None = None) -> None:
+        self.stages[key] = replace(
+            self.stages[key],
+            phase=StagePhase.EXITED,
+            finish_time=self.now,
+            exit_code=code,
+            result=result,
+            disruption=disruption,
+        )
+        self.ever_ended.add(key)
+
+    # --- what must always hold ------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        self._check_gpus()
+        self._check_one_stage_a_job()
+        self._check_quotas()
+        self._check_reasons()
+
+    def _check_gpus(self) -> None:
+        """No GPU is given twice: neither in fact nor on record."""
+        capacity = {c.name: c.capacity for c in self.gpu_classes}
+        live = Counter(self.classes_of[key] for key in self.live_stages() if self.tasks[key].stage == "train")
+        for name, count in live.items():
+            assert count <= capacity[name], f"{count} train stages on {capacity[name]} GPUs of {name}"
+
+    def _check_one_stage_a_job(self) -> None:
+        live = Counter((self.tasks[key].namespace, self.tasks[key].job) for key in self.live_stages())
+        assert all(count == 1 for count in live.values()), f"two live stages of one job: {live}"
+
+    def _check_quotas(self) -> None:
+        used = Counter(
+            (job.spec.queue, attempt.gpu_class)
+            for job in self.jobs.values()
+            if (attempt := job.status.active_attempt) is not None and attempt.stage == "train"
+        )
+        cohorts: Counter[tuple[str, str]] = Counter()
+        for queue in self.queues:
+            for quota in queue.spec.quotas:
+                count = used[queue.metadata.name, quota.gpu_class]
+                if queue.spec.cohort is None:
+                    assert count <= quota.nominal
+                else:
+                    cohorts[queue.spec.cohort, quota.gpu_class] += count - quota.nominal
+                    if quota.borrowing_limit is not None:
+                        assert count <= quota.nominal + quota.borrowing_limit
+        assert all(excess <= 0 for excess in cohorts.values()), f"a cohort uses more than it has: {cohorts}"
+
+    def _check_reasons(self) -> None:
+        """Whoever was looked at and does nothing says why, in words."""
+        for job in self.jobs.values():
+            status = job.status
+            if not status.summary or status.active_attempt is not None:
+                continue
+            if status.finish_time is not None:
+                kind = ConditionType.FINISHED
+            elif status.adapter_uri is not None:
+                kind = ConditionType.PUBLISHED
+            else:
+                kind = ConditionType.PREPARED if status.prepared is None else ConditionType.ADMITTED
+            condition = status.condition(kind)
+            assert condition is not None, f"{job.key} waits without {kind}"
+            assert condition.message, f"{job.key} waits without a sentence"
+
+    def _check_priority(self, commands: tuple[Command, ...]) -> None:
+        """Nobody is admitted to a class while somebody of higher priority waits for a GPU that this one would be."""
+        writes = {c.job.key: c.status for c in commands if isinstance(c, WriteStatus)}
+        admitted = {
+            key: status.active_attempt
+            for key, status in writes.items()
+            if status.active_attempt is not None
+            and status.active_attempt.stage == "train"
+            and status.attempts_total > self.jobs[key].status.attempts_total
+        }
+        for key, attempt in admitted.items():
+            for other in self.jobs.values():
+                waits = self._waits_for_gpu(writes.get(other.key, other.status))
+                higher = other.spec.priority > self.jobs[key].spec.priority
+                assert not (waits and higher and self._could_use(other, attempt.gpu_class)), (
+                    f"{key} got {attempt.gpu_class} before {other.key}"
+                )
+
+    @staticmethod
+    def _waits_for_gpu(status: QLoRAJobStatus) -> bool:
+        condition = status.condition(ConditionType.ADMITTED)
+        reasons = (Reason.WAITING_FOR_GPU, Reason.WAITING_FOR_PREEMPTION)
+        return (
+            status.finish_time is None
+            and status.active_attempt is None
+            and condition is not None
+            and condition.reason in reasons
+        )
+
+    def _could_use(self, job: QLoRAJob, gpu_class: str | None) -> bool:
+        """By what the tests know of their models, not by the formula; a job that resumes keeps its class."""
+        if job.status.estimate is not None and (job.status.checkpoint or job.status.step_ups):
+            return job.status.estimate.gpu_class == gpu_class
+        large = job.metadata.name in self.models
+        return gpu_class in ("48Gi", "80Gi") if large else True
