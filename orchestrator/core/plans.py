@@ -219,9 +219,8 @@ def _nothing_allowed(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> Refusal
     if spec.resources.gpu_classes:
         asked += f" and resources.gpuClasses {', '.join(spec.resources.gpu_classes)}"
     present = ", ".join(c.name for c in sorted(classes, key=_size))
-    return Refusal(
-        reason=Reason.DOES_NOT_FIT, message=f"{asked} leave none of the classes here ({present}); ask for less."
-    )
+    message = f"{asked} leaves none of the classes here ({present}); ask for less or add such a GPU"
+    return Refusal(reason=Reason.DOES_NOT_FIT, message=message)
 
 
 def _does_not_fit(spec: QLoRAJobSpec, facts: ModelFacts, largest: GpuClass) -> Refusal:

@@ -136,6 +136,7 @@ def _passing(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> Iterato
     layer_bytes = tokens * _kept_bytes_a_token(spec.adapter, facts) + _mask_bytes(spec, plan)
     yield "inputs of recomputed layers", recomputed * tokens * facts.hidden_size * BF16_BYTES
     yield "activations of kept layers", kept * layer_bytes
+    yield "attention mask", _mask_bytes(spec, plan)
     yield "working set", max(_layer_bytes(spec, facts, plan), _loss_bytes(facts, plan, tokens))
     largest = max(linear.parameters for linear in linears(facts))
     copies = DEQUANTIZED_COPIES * (2 if spec.adapter.use_dora else 1)  # DoRA also takes the norm of W + BA
@@ -169,7 +170,7 @@ def _layer_bytes(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> int
     each = (8 * h + 7 * i + 6 * (q + 2 * kv)) * BF16_BYTES
     plain = spec.adapter.model_copy(update={"dropout": "0", "use_dora": False})
     each += _kept_bytes_a_token(spec.adapter, facts) - _kept_bytes_a_token(plain, facts)
-    return plan.micro_batch_size * spec.training.sequence_length * each + 2 * _mask_bytes(spec, plan)
+    return plan.micro_batch_size * spec.training.sequence_length * each + _mask_bytes(spec, plan)
 
 
 def _loss_bytes(facts: ModelFacts, plan: MemoryPlan, tokens: int) -> int:
@@ -180,5 +181,8 @@ def _loss_bytes(facts: ModelFacts, plan: MemoryPlan, tokens: int) -> int:
 
 
 def _mask_bytes(spec: QLoRAJobSpec, plan: MemoryPlan) -> int:
-    """The mask that keeps packed records apart: a bf16 bias for each pair of positions."""
+    """The mask that keeps packed records apart: a bf16 bias for each pair of positions.
+
+    The batch has one, and the attention of every layer keeps another for its backward pass.
+    """
     return plan.micro_batch_size * spec.training.sequence_length**2 * BF16_BYTES if spec.training.packing else 0
