@@ -5,6 +5,7 @@
     |   |-- StoreUnavailable
     |   |-- TrackingUnavailable
     |   `-- WaitTimedOut      what was waited for did not come in time
+    |-- RuntimeLost           what runs the stages' holders is gone: the controller starts over, the stages go on
     `-- PermanentError        the same call gives the same answer: tell the user
         |-- InvalidObject     what was handed in breaks a rule; names the field
         |-- AlreadyExists
@@ -36,6 +37,10 @@ class TrackingUnavailable(TransientError):
 
 class WaitTimedOut(TransientError):
     """What was waited for did not come in time."""
+
+
+class RuntimeLost(OrchestratorError):
+    """What runs the stages' holders is gone; the process that used it must start over."""
 
 
 class PermanentError(OrchestratorError):

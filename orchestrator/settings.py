@@ -7,9 +7,11 @@ unchanged. The CLI, the supervisor and the controller each build their `Settings
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +55,7 @@ class Settings(BaseSettings):
     )
     """The MLflow tracking and registry URI (also `MLFLOW_TRACKING_URI`); default `sqlite:///<home>/mlflow.db`."""
     artifact_root: AbsolutePath = Field(default_factory=lambda known: known["home"] / "mlartifacts")
-    """Artifacts of the experiments that the service creates, unless MLflow is a server; default `<home>/mlartifacts`."""
+    """Artifacts of experiments that the service creates, unless MLflow is a server; default `<home>/mlartifacts`."""
     gpu_classes: GpuClassesText = ""
     """GPU slots such as `24Gi=2,cpu=1`. Empty: the cards that NVML reports, or one `cpu` slot where there are none."""
     trainer_command: str = f"{shlex.quote(sys.executable)} -m qlora_trainer"
@@ -139,6 +141,17 @@ class Settings(BaseSettings):
     def stages_folder(self) -> Path:
         """One folder a stage: `<namespace>/<name>/`."""
         return self.home / "stages"
+
+    @property
+    def runtime_folder(self) -> Path:
+        """Sockets, and Ray's session folders; short, because a unix socket's path has at most 107 bytes."""
+        digest = hashlib.sha256(bytes(self.home)).hexdigest()[:8]
+        return Path(tempfile.gettempdir()) / f"qlora-{os.getuid()}-{digest}"
+
+    @property
+    def sockets_folder(self) -> Path:
+        """The agents' sockets, one a running stage."""
+        return self.runtime_folder / "agents"
 
     @property
     def logs_folder(self) -> Path:
