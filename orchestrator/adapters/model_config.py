@@ -28,7 +28,9 @@ def read_facts(model: ModelSource) -> ModelFacts:
         return ModelFacts.from_config(config, model.revision)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise InvalidObject(f"{model.source}: {CONFIG_NAME} does not describe a causal language model: {reason}") from error
+        raise InvalidObject(
+            f"{model.source}: {CONFIG_NAME} does not describe a causal language model: {reason}"
+        ) from error
 
 
 def read_config(model: ModelSource) -> Mapping[str, Any]:
@@ -49,19 +51,21 @@ def read_config(model: ModelSource) -> Mapping[str, Any]:
 
 
 def _from_folder(source: str) -> bytes:
-    import fsspec  # here, because importing it costs more than most commands do
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
 
     options = _S3_OPTIONS if source.startswith("s3://") else {}
     try:
-        with fsspec.open(f"{source.rstrip('/')}/{CONFIG_NAME}", "rb", **options) as stream:  # pyright: ignore[reportUnknownMemberType]  fsspec has no types
-            return cast(bytes, stream.read(MAX_CONFIG_BYTES))  # pyright: ignore[reportUnknownMemberType]
+        with cast(Any, fsspec).open(f"{source.rstrip('/')}/{CONFIG_NAME}", "rb", **options) as stream:
+            return cast(bytes, stream.read(MAX_CONFIG_BYTES))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"{source}: there is no {CONFIG_NAME}; give the folder of a Hugging Face model") from error
     except PermissionError as error:
-        raise PermanentError(f"{source}: may not be read: {error}; check its permissions or your credentials") from error
+        raise PermanentError(
+            f"{source}: may not be read: {error}; check its permissions or your credentials"
+        ) from error
     except ImportError as error:
         raise PermanentError(f"{source}: {error}") from error
-    except Exception as error:  # noqa: BLE001  botocore has its own tree, which must not be imported to be caught
+    except Exception as error:
         raise StoreUnavailable(f"{source}: could not be read: {error}; check the endpoint and try again") from error
 
 
@@ -76,7 +80,9 @@ _S3_OPTIONS: dict[str, Any] = {
 
 def _from_hub(model: ModelSource) -> bytes:
     try:
-        from huggingface_hub import hf_hub_download  # optional
+        from huggingface_hub import (
+            hf_hub_download,  # pyright: ignore[reportUnknownVariableType]  an overload of it is untyped
+        )
         from huggingface_hub.errors import (
             EntryNotFoundError,
             GatedRepoError,
@@ -89,15 +95,15 @@ def _from_hub(model: ModelSource) -> bytes:
         ) from error
     repository = model.source.removeprefix("hf://")
     try:
-        path = hf_hub_download(
-            repository, CONFIG_NAME, revision=model.revision, etag_timeout=CONNECT_TIMEOUT_SECONDS
-        )
+        path = hf_hub_download(repository, CONFIG_NAME, revision=model.revision, etag_timeout=CONNECT_TIMEOUT_SECONDS)
         return Path(path).read_bytes()[:MAX_CONFIG_BYTES]
     except GatedRepoError as error:
-        raise PermanentError(f"{model.source}: access is gated; accept its terms on the hub and set HF_TOKEN") from error
+        raise PermanentError(
+            f"{model.source}: access is gated; accept its terms on the hub and set HF_TOKEN"
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise _hub_not_found(model, error) from error
-    except Exception as error:  # noqa: BLE001  requests, httpx and the hub each have their own tree
+    except Exception as error:
         raise StoreUnavailable(f"{model.source}: the hub did not answer: {error}; try again later") from error
 
 

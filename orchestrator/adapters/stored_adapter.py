@@ -91,7 +91,7 @@ def _chunks(uri: str, name: str) -> Iterator[bytes]:
     """A file of the store, piece by piece; errors of any backend leave as ours."""
     if uri.startswith("pvc://"):
         raise PermanentError(f"{uri} lies on a claim, which only the cluster can read; fetch the adapter from MLflow")
-    import fsspec  # here, because importing it costs more than most commands do
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
 
     address = f"{uri.rstrip('/')}/{name}"
     try:
@@ -102,5 +102,5 @@ def _chunks(uri: str, name: str) -> Iterator[bytes]:
         raise NotFound(f"{address} does not exist; the store was emptied, or the adapter is not complete") from error
     except ImportError as error:
         raise PermanentError(f"{address}: {error}") from error
-    except Exception as error:  # noqa: BLE001  botocore has its own tree, which must not be imported to be caught
+    except Exception as error:
         raise StoreUnavailable(f"{address} could not be read: {error}; check credentials and endpoint") from error

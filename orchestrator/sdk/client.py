@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TypeVar, cast
 
+from orchestrator.adapters import model_config
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, ServiceNotRunning
-from orchestrator.sdk.connection import Connection
+from orchestrator.sdk.connection import Connection, embedded, read_settings
 from orchestrator.sdk.handle import JobHandle
-from orchestrator.sdk.manifest import UserObject, load_manifest, parse_object
-from orchestrator.sdk.preflight import check_files
+from orchestrator.sdk.manifest import load_manifest, parse_object
+from orchestrator.sdk.planning import JobPlan, plan_job, refuse_resources
+from orchestrator.sdk.preflight import check_files, local_path
+from orchestrator.settings import Settings
 
 JobLike = QLoRAJob | Mapping[str, object] | str | os.PathLike[str]
 """A job built in Python, its wire form, or the path of a manifest that holds exactly one."""
@@ -31,8 +34,11 @@ QueueLike = QLoRAQueue | Mapping[str, object] | str | os.PathLike[str]
 class Client:
     """A client of one service; all methods raise OrchestratorError, and may be called from several threads."""
 
-    def __init__(self, connection: Connection, *, namespace: str = "default") -> None:
-        self.connection = connection
+    def __init__(
+        self, settings: Settings | None = None, *, namespace: str = "default", connection: Connection | None = None
+    ) -> None:
+        self.settings = settings or read_settings()
+        self.connection = connection or embedded(self.settings)
         self.namespace = namespace
         """Where jobs that name no namespace go, and where names are looked up."""
 
@@ -41,7 +47,7 @@ class Client:
         checked = self.check(job)
         if not self.connection.is_running():
             raise ServiceNotRunning("the service is not running, so nothing would run the job; start it: qlora up")
-        return JobHandle(self.connection, self.connection.store.create_job(checked))
+        return self._handle(self.connection.store.create_job(checked))
 
     def check(self, job: JobLike) -> QLoRAJob:
         """The job as `submit` would store it; raises what `submit` would raise, and changes nothing."""
@@ -51,12 +57,18 @@ class Client:
                 f"job {checked.key} exists already; choose another metadata.name, "
                 f"or remove it first: qlora delete {checked.metadata.name} -n {checked.metadata.namespace}"
             )
-        check_files(checked, self.connection.default_store_uri)
+        check_files(checked, self.settings.store_uri)
+        self._check_size(checked)
         return checked
+
+    def plan(self, job: JobLike) -> JobPlan:
+        """What the job would take and where it would run; reads the model's config and changes nothing."""
+        checked = self._in_namespace(_one(job, QLoRAJob))
+        return plan_job(checked, model_config.read_facts(checked.spec.model), self.connection.gpu_classes())
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
         """A handle on a job that exists; raises NotFound."""
-        return JobHandle(self.connection, self.get(name, namespace=namespace))
+        return self._handle(self.get(name, namespace=namespace))
 
     def get(self, name: str, *, namespace: str | None = None) -> QLoRAJob:
         """A job as it is now; raises NotFound."""
@@ -78,6 +90,23 @@ class Client:
         """All queues, ordered by name."""
         return self.connection.store.list_queues()
 
+    def _handle(self, job: QLoRAJob) -> JobHandle:
+        return JobHandle(self.connection, job, settings=self.settings)
+
+    def _check_size(self, job: QLoRAJob) -> None:
+        """Refuse what can never run here, as far as that is known without fetching anything."""
+        classes = self.connection.gpu_classes()
+        if not self.settings.gpu_classes_are_fixed or not classes:
+            return
+        refusal = refuse_resources(job.spec, classes)
+        if refusal is not None:
+            raise InvalidObject(refusal)
+        if local_path(job.spec.model.source) is None:
+            return
+        plan = plan_job(job, model_config.read_facts(job.spec.model), classes)
+        if plan.refusal is not None:
+            raise InvalidObject(f"the job fits no GPU here: {plan.refusal.message}")
+
     def _in_namespace(self, job: QLoRAJob) -> QLoRAJob:
         """The job in the client's namespace, unless it names its own."""
         if "namespace" in job.metadata.model_fields_set:
@@ -91,3 +120,21 @@ class Client:
         except NotFound:
             return False
         return True
+
+
+_Kind = TypeVar("_Kind", QLoRAJob, QLoRAQueue)
+
+
+def _one(source: object, kind: type[_Kind]) -> _Kind:
+    """The one object of a kind behind a path, a mapping or an object; raises InvalidObject."""
+    if isinstance(source, str | os.PathLike):
+        path = cast("str | os.PathLike[str]", source)
+        found = load_manifest(os.fspath(path))
+        if len(found) != 1:
+            raise InvalidObject(f"{os.fspath(path)} holds {len(found)} objects where one {kind.__name__} is wanted")
+        item = found[0]
+    else:
+        item = parse_object(cast("QLoRAJob | QLoRAQueue | Mapping[str, object]", source))
+    if not isinstance(item, kind):
+        raise InvalidObject(f"{item.metadata.name} is a {item.kind} where a {kind.__name__} is wanted")
+    return item

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from pydantic import ValidationError
 
 from orchestrator.controller.ports import Store
 from orchestrator.core.facts import GpuClass
+from orchestrator.errors import InvalidObject
+from orchestrator.settings import ENVIRONMENT_PREFIX, Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +21,34 @@ class Connection:
     """One service, as its clients see it."""
 
     store: Store
-    stages_folder: Path
-    """Where stages keep their logs, by namespace and stage name."""
     is_running: Callable[[], bool]
     """Whether a controller is at work; objects can be read and written without one."""
     gpu_classes: Callable[[], Sequence[GpuClass]]
     """What jobs are sized for."""
-    default_store_uri: str
-    """Where jobs that name no store keep their data."""
+
+
+def read_settings() -> Settings:
+    """The settings of this process's environment; raises InvalidObject naming the variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"{_variable(details['loc'])}: {details['msg']}" for details in error.errors()]
+        raise InvalidObject("\n".join(lines)) from error
+
+
+def embedded(settings: Settings) -> Connection:
+    """The service of this machine."""
+    from orchestrator.adapters.local.slots import find_slots
+    from orchestrator.adapters.sqlite_store import SqliteStore
+    from orchestrator.controller import supervisor
+
+    return Connection(
+        store=SqliteStore(settings),
+        is_running=lambda: supervisor.status(settings).running,
+        gpu_classes=lambda: find_slots(settings.gpu_classes).classes,
+    )
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    name = str(location[0]) if location else ""
+    return name if name.startswith(ENVIRONMENT_PREFIX) or name.isupper() else f"{ENVIRONMENT_PREFIX}{name.upper()}"

@@ -14,11 +14,13 @@ from pathlib import Path
 from orchestrator.adapters import stored_adapter
 from orchestrator.api.formats import JournalRecord, Metric
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus, StageName
-from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.facts import Event
+from orchestrator.core.state import TERMINAL_STATES, JobState, state_of
 from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
 from orchestrator.sdk.connection import Connection
+from orchestrator.sdk.explanation import Explanation, explain_job
 from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, LogQuery, follow_lines, read_lines
+from orchestrator.settings import Settings
 
 CHANGE_POLL_SECONDS = 1.0
 """Longest single wait for a change; bounds how late a stopped service or a deadline is noticed."""
@@ -56,20 +58,20 @@ class JobResult:
 
 def is_finished(job: QLoRAJob) -> bool:
     """Whether nothing will happen to the job any more."""
-    return job.status.is_true(ConditionType.FINISHED)
+    return state_of(job.status) in TERMINAL_STATES
 
 
 def succeeded(job: QLoRAJob) -> bool:
     """Whether the job finished with an adapter in the registry."""
-    finished = job.status.condition(ConditionType.FINISHED)
-    return finished is not None and finished.status == "True" and finished.reason is Reason.SUCCEEDED
+    return state_of(job.status) is JobState.SUCCEEDED
 
 
 class JobHandle:
     """One job of one service."""
 
-    def __init__(self, connection: Connection, job: QLoRAJob) -> None:
+    def __init__(self, connection: Connection, job: QLoRAJob, *, settings: Settings) -> None:
         self._connection = connection
+        self._settings = settings
         self.namespace = job.metadata.namespace
         self.name = job.metadata.name
         self.uid = job.metadata.uid
@@ -97,25 +99,32 @@ class JobHandle:
 
     def watch(self, timeout_seconds: float | None = None) -> Iterator[QLoRAJob]:
         """The job now and after every change, until it has finished."""
-        watch = Watch(handle=self, connection=self._connection, timeout_seconds=timeout_seconds)
+        watch = self.start_watch(timeout_seconds)
         while not watch.ended:
             job = watch.step()
             if job is not None:
                 yield job
 
+    def start_watch(self, timeout_seconds: float | None = None) -> Watch:
+        """`watch` for callers that take the steps themselves."""
+        return Watch(handle=self, connection=self._connection, timeout_seconds=timeout_seconds)
+
     def logs(
         self, follow: bool = False, stage: StageName | None = None, attempt: int | None = None
     ) -> Iterator[LogLine]:
         """Lines of the stages' logs in order; with `follow`, until the job has finished."""
-        query = self._log_query(stage, attempt)
-        if not follow:
-            yield from read_lines(query)
-            return
-        for line in follow_lines(query, finished=self._is_finished):
+        for line in self.log_steps(follow, stage, attempt):
             if line is None:
                 time.sleep(FOLLOW_POLL_SECONDS)
             else:
                 yield line
+
+    def log_steps(self, follow: bool, stage: StageName | None, attempt: int | None) -> Iterator[LogLine | None]:
+        """`logs` for callers that do the pausing themselves: None where nothing is new."""
+        self.object()
+        folder = self._settings.logs_folder / "stages" / self.namespace
+        query = LogQuery(folder=folder, job=self.name, stage=stage, attempt=attempt)
+        return follow_lines(query, finished=self._is_finished) if follow else read_lines(query)
 
     def cancel(self) -> QLoRAJob:
         """Ask for the job to be ended for good; what it has saved stays. No effect on a finished job."""
@@ -137,6 +146,10 @@ class JobHandle:
     def events(self) -> Sequence[tuple[str, Event]]:
         """What was decided about the job, with RFC 3339 times, oldest first."""
         return self._connection.store.list_events(self.namespace, self.name)
+
+    def explain(self) -> Explanation:
+        """Why the job is where it is, and what would change that."""
+        return explain_job(self.object(), self._connection, self._settings.policy())
 
     def result(self) -> JobResult:
         """Where the adapter is, and how good it became; raises JobFailed unless the job has succeeded."""
@@ -166,14 +179,8 @@ class JobHandle:
             raise JobFailed(f"job {job.key} has no adapter{_and_why(job)}")
         return stored_adapter.download(uri, Path(into), job.status.adapter_digest)
 
-    def _log_query(self, stage: StageName | None, attempt: int | None) -> LogQuery:
-        self.object()
-        folder = self._connection.stages_folder / self.namespace
-        return LogQuery(folder=folder, job=self.name, stage=stage, attempt=attempt)
-
     def _is_finished(self) -> bool:
-        job = self.object()
-        return is_finished(job) and job.status.active_attempt is None
+        return is_finished(self.object())
 
     def _update(self, change: Callable[[QLoRAJob], QLoRAJob]) -> QLoRAJob:
         """Apply a change to the newest version of the job; not at all where it is finished or changes nothing."""
@@ -249,9 +256,6 @@ def _require_success(job: QLoRAJob) -> None:
 
 
 def _and_why(job: QLoRAJob) -> str:
-    finished = job.status.condition(ConditionType.FINISHED)
-    if finished is not None and finished.status == "True" and finished.reason is not Reason.SUCCEEDED:
-        return f": {finished.reason}: {finished.message}"
     return f": {job.status.summary}" if job.status.summary else ""
 
 
@@ -263,5 +267,5 @@ def _journal(uri: str) -> tuple[JournalRecord, ...]:
         return ()
 
 
-def _last(records: Sequence[JournalRecord], metric: str) -> float | None:
+def _last(records: Sequence[JournalRecord], metric: Metric) -> float | None:
     return next((record.metrics[metric] for record in reversed(records) if metric in record.metrics), None)

@@ -1,4 +1,4 @@
-"""What a job's stages wrote, read from where the embedded runtime keeps it: `<home>/stages/<namespace>/<stage>/log`.
+"""What a job's stages wrote, read from where the embedded service keeps it: `<logs>/stages/<namespace>/<stage>.log`.
 
 `JobHandle.logs` and the CLI call it. Attempts are read in order; following goes on to the next attempt by itself.
 """
@@ -13,7 +13,7 @@ from typing import cast
 
 from orchestrator.api.job import StageName
 
-LOG_NAME = "log"
+LOG_SUFFIX = ".log"
 FOLLOW_POLL_SECONDS = 0.2
 MAX_LINE_BYTES = 1 << 20
 """A longer line is cut into several."""
@@ -36,7 +36,7 @@ class LogQuery:
     """Whose log is read."""
 
     folder: Path
-    """`<home>/stages/<namespace>`."""
+    """The logs of the job's namespace."""
     job: str
     stage: StageName | None = None
     attempt: int | None = None
@@ -45,8 +45,8 @@ class LogQuery:
         """The logs that exist and are asked for, by attempt."""
         pattern = re.compile(rf"{re.escape(self.job)}-(prepare|train|publish)-([1-9][0-9]*)")
         found: list[tuple[int, StageName, Path]] = []
-        for path in self.folder.glob(f"{self.job}-*/{LOG_NAME}"):
-            match = pattern.fullmatch(path.parent.name)
+        for path in self.folder.glob(f"{self.job}-*{LOG_SUFFIX}"):
+            match = pattern.fullmatch(path.stem)
             if match is None:
                 continue  # another job, whose name starts with this one's
             number, stage = int(match[2]), cast(StageName, match[1])

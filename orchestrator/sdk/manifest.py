@@ -143,10 +143,10 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def _documents(text: str) -> Iterator[tuple[object, yaml.Node]]:
-    loader = _Loader(text)
+    loader: Any = _Loader(text)  # Any: the stubs of yaml leave its lower half out
     try:
         while loader.check_node():
-            node = cast(yaml.Node, loader.get_node())
+            node: yaml.Node = loader.get_node()
             yield loader.construct_document(node), node
     finally:
         loader.dispose()
@@ -242,14 +242,15 @@ def _line_of(node: yaml.Node | None, path: FieldPath) -> int | None:
     """The line of the deepest part of the path that was written, counted from 1."""
     if node is None:
         return None
-    line = node.start_mark.line + 1
+    here: Any = node  # Any: the stubs of yaml leave a node's marks open
+    line: int = here.start_mark.line
     for part in path:
-        if isinstance(node, yaml.MappingNode):
-            entry = next(((k, v) for k, v in node.value if k.value == part), None)
+        if isinstance(here, yaml.MappingNode):
+            entry = next(((key, value) for key, value in here.value if key.value == part), None)
             if entry is None:
-                return line
-            line, node = entry[0].start_mark.line + 1, entry[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
+                break
+            line, here = entry[0].start_mark.line, entry[1]
+        elif isinstance(here, yaml.SequenceNode) and isinstance(part, int) and part < len(here.value):
+            here = here.value[part]
+            line = here.start_mark.line
+    return line + 1

@@ -104,12 +104,13 @@ def _path_in(data: object, details: ErrorDetails) -> FieldPath:
 
 def _value_at(data: object, path: FieldPath) -> object:
     """What stands at a path; nothing where it ends in a missing field."""
+    here: object = data
     for part in path:
-        if isinstance(data, dict):
-            data = cast(dict[object, object], data).get(part)
-        elif isinstance(data, list) and isinstance(part, int):
-            data = cast(list[object], data)[part]
-    return data
+        if isinstance(here, dict):
+            here = cast(dict[object, object], here).get(part)
+        elif isinstance(here, list) and isinstance(part, int):
+            here = cast(list[object], here)[part]
+    return here
 
 
 def _either(messages: Sequence[str]) -> str:
@@ -183,7 +184,9 @@ def _not_text(value: object, path: FieldPath) -> str:
     if path and path[-1] == "vram" and isinstance(value, int | float):
         return f'must be auto or a quantity in Gi; found the number {value}; write "{value:g}Gi"'
     if isinstance(value, bool):
-        return f"must be text; found {shown(value)}; YAML reads yes, no, on and off as true or false: write it in quotes"
+        return (
+            f"must be text; found {shown(value)}; YAML reads yes, no, on and off as true or false: write it in quotes"
+        )
     if isinstance(value, int | float):
         text = value.text if isinstance(value, WrittenFloat) else str(value)
         return f'must be text; found the number {text}; write it in quotes: "{decimal_text(text) or text}"'

@@ -1,0 +1,103 @@
+"""What a job would take, and where: the core's own choice, asked before anything runs.
+
+`Client.plan` and `qlora plan` show it, `Client.submit` refuses what it says can never run. The bytes and the choice
+come from `core/plans`, the very code that decides; here they are only put side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
+from orchestrator.api.plan import Estimate
+from orchestrator.api.results import ModelFacts
+from orchestrator.core import gpus, plans
+from orchestrator.core.facts import GpuClass, Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """What a GPU class would mean for the job."""
+
+    gpu_class: str
+    capacity: int
+    """GPUs of the class that exist here."""
+    estimate: Estimate | None
+    """The fastest plan that fits; absent where none does, or where spec.resources rules the class out."""
+    remark: str
+    """Why it is taken, or why not."""
+
+    def to_wire(self) -> dict[str, object]:
+        """JSON types with wire names."""
+        estimate = {"estimate": self.estimate.to_wire()} if self.estimate is not None else {}
+        return {"gpuClass": self.gpu_class, "capacity": self.capacity, "remark": self.remark, **estimate}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """The choice for one job."""
+
+    job: str
+    facts: ModelFacts
+    chosen: Estimate | None
+    """On the classes that exist here; absent where the job cannot run here."""
+    refusal: Refusal | None
+    """Why it cannot run here, and what would change it."""
+    alternatives: tuple[Alternative, ...]
+    """Every class, here or not, smallest first."""
+
+    def to_wire(self) -> dict[str, object]:
+        """JSON types with wire names."""
+        wire: dict[str, object] = {"job": self.job, "model": self.facts.to_wire()}
+        if self.chosen is not None:
+            wire["chosen"] = self.chosen.to_wire()
+        if self.refusal is not None:
+            wire["refusal"] = {"reason": self.refusal.reason.value, "message": self.refusal.message}
+        return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
+
+
+def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass]) -> JobPlan:
+    """The choice among the classes that exist, beside what every other class would mean."""
+    steps = job.spec.training.max_steps or 0
+    choice = plans.choose_class(job.spec, facts, classes, steps=steps)
+    chosen = choice if isinstance(choice, Estimate) else None
+    present = {gpu_class.name for gpu_class in classes}
+    absent = [gpus.gpu_class(name, capacity=0) for name in gpus.CLASS_NAMES if name not in present]
+    every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
+    return JobPlan(
+        job=job.key,
+        facts=facts,
+        chosen=chosen,
+        refusal=choice if isinstance(choice, Refusal) else None,
+        alternatives=tuple(_alternative(job.spec, facts, gpu_class, chosen) for gpu_class in every),
+    )
+
+
+def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | None:
+    """Why spec.resources can never be met here, whatever the model; nothing where it can."""
+    if not classes or plans.allowed_classes(spec, classes):
+        return None
+    present = ", ".join(f"{c.name} ({c.marketed_gib} GiB)" for c in classes)
+    asked = [f"vram {spec.resources.vram}"] if spec.resources.vram != "auto" else []
+    if spec.resources.gpu_classes:
+        asked.append(f"gpuClasses {', '.join(spec.resources.gpu_classes)}")
+    return (
+        f"spec.resources: no GPU here offers {' with '.join(asked)}; here are {present}: ask for less, or leave it out"
+    )
+
+
+def _alternative(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, chosen: Estimate | None) -> Alternative:
+    choice = plans.choose_class(spec, facts, (gpu_class,), steps=spec.training.max_steps or 0)
+    estimate = choice if isinstance(choice, Estimate) else None
+    if estimate is not None and chosen is not None and estimate.gpu_class == chosen.gpu_class:
+        remark = "chosen"
+    elif not plans.allowed_classes(spec, (gpu_class,)):
+        remark = "ruled out by spec.resources"
+    elif isinstance(choice, Refusal):
+        remark = choice.message
+    elif gpu_class.capacity == 0:
+        remark = "fits; none here"
+    else:
+        remark = "fits; not preferred" if spec.resources.gpu_classes else "fits; larger than needed"
+    return Alternative(gpu_class=gpu_class.name, capacity=gpu_class.capacity, estimate=estimate, remark=remark)
