@@ -152,5 +152,5 @@ def _gpu_sentence(names: Iterable[str], ledger: Ledger) -> str:
     told: list[str] = []
     for name in names:
         capacity = ledger.capacity.get(name, 0)
-        told.append(f"all {capacity} {name} GPUs are in use" if capacity else f"there is no {name} GPU now")
+        told.append(f"{capacity} of {capacity} {name} GPUs are in use" if capacity else f"there is no {name} GPU now")
     return f"{'; '.join(told)}; waits for one to come free, or add one"

@@ -1,0 +1,511 @@
+"""One job through its life: a snapshot in, commands out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.api.job import Attempt, CheckpointStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.api.results import StageResult
+from orchestrator.api.task import StageTask
+from orchestrator.core.decide import decide
+from orchestrator.core.facts import (
+    Command,
+    DeleteJob,
+    DeleteStage,
+    EnsureRun,
+    EnsureStage,
+    FinishRun,
+    StageFact,
+    StagePhase,
+    StopStage,
+    WriteStatus,
+)
+from orchestrator.core.plans import choose_class
+from orchestrator.core.state import JobState, state_of
+from tests.core.builders import (
+    DIGEST,
+    LLAMA_3_8B,
+    LLAMA_3_70B,
+    NOW,
+    POLICY,
+    PUBLISHED,
+    SMOLLM2_135M,
+    after,
+    exited,
+    failure,
+    gpus,
+    make_attempt,
+    make_job,
+    prepare_result,
+    prepared_status,
+    progress,
+    running_status,
+    snapshot,
+    stage,
+    train_result,
+    written,
+)
+
+GPUS = gpus(_24Gi=1, _48Gi=1)
+DONE = {"finish_time": NOW, "summary": "done"}
+
+
+def outside(commands: tuple[Command, ...]) -> list[Command]:
+    """The commands that reach beyond the store."""
+    return [command for command in commands if not isinstance(command, WriteStatus)]
+
+
+def says(status: QLoRAJobStatus, kind: ConditionType) -> tuple[str, Reason] | None:
+    condition = status.condition(kind)
+    return (condition.status, condition.reason) if condition else None
+
+
+def decide_one(job: QLoRAJob, *stages: StageFact, **fields: object) -> QLoRAJobStatus:
+    return written(decide(snapshot(job, stages=stages, gpu_classes=GPUS, **fields)))
+
+
+def preparing(**fields: object) -> QLoRAJob:
+    return make_job(status=QLoRAJobStatus(attempts=(make_attempt("prepare", 1, **fields),), attempts_total=1))
+
+
+def publishing(**fields: object) -> QLoRAJob:
+    attempt = make_attempt("publish", 3, start_time=after(-30), **fields)
+    return make_job(
+        status=prepared_status(
+            attempts=(attempt,), attempts_total=3, adapter_uri="file:///adapter", adapter_digest=DIGEST
+        )
+    )
+
+
+def with_estimate(status: QLoRAJobStatus, spec_job: QLoRAJob) -> QLoRAJobStatus:
+    chosen = choose_class(spec_job.spec, status.prepared.model, GPUS, steps=120)
+    plan_of = status.attempts[-1].model_copy(update={"plan": chosen.plan, "gpu_class": chosen.gpu_class})
+    return status.model_copy(update={"estimate": chosen, "attempts": (*status.attempts[:-1], plan_of)})
+
+
+# --- intent before creation ------------------------------------------------------------------------------------------
+
+
+def test_a_new_job_gets_a_prepare_attempt_on_record_and_nothing_else() -> None:
+    commands = decide(snapshot(make_job()))
+    assert outside(commands) == []
+    status = written(commands)
+    assert status.attempts == (Attempt(stage="prepare", number=1, created_time=NOW),)
+    assert says(status, ConditionType.PREPARED) == ("False", Reason.PREPARING)
+
+
+def test_a_recorded_attempt_without_a_stage_is_created_again_and_again_until_it_is_seen() -> None:
+    job = preparing()
+    world = snapshot(job)
+    task = StageTask(
+        stage="prepare",
+        namespace="default",
+        job="job",
+        uid="uid-job",
+        attempt=1,
+        spec=job.spec,
+        store_uri="file:///store/default/job-uid-job",
+    )
+    assert outside(decide(world)) == outside(decide(world)) == [EnsureStage(task=task, gpu_class=None)]
+
+
+def test_a_train_task_says_all_that_the_trainer_needs() -> None:
+    job = make_job(store={"uri": "s3://bucket/prefix/"}, status=prepared_status(attempts=(make_attempt(),)))
+    job = job.model_copy(update={"status": with_estimate(job.status, job)})
+    [command] = outside(decide(snapshot(job, gpu_classes=GPUS, policy=replace(POLICY, trainer_threads=2))))
+    assert command == EnsureStage(
+        gpu_class="24Gi",
+        task=StageTask(
+            stage="train",
+            namespace="default",
+            job="job",
+            uid="uid-job",
+            attempt=2,
+            spec=job.spec,
+            store_uri="s3://bucket/prefix/default/job-uid-job",
+            plan=job.status.estimate.plan,
+            prepared=prepare_result(),
+            run_id="run",
+            threads=2,
+        ),
+    )
+
+
+def test_a_stage_that_exists_is_not_created_again() -> None:
+    job = preparing()
+    assert outside(decide(snapshot(job, stages=(stage(job, StagePhase.PENDING),)))) == []
+
+
+def test_a_stage_that_ran_and_is_missing_is_lost_and_never_created_again() -> None:
+    job = make_job(status=running_status(number=2))
+    commands = decide(snapshot(job, gpu_classes=()))
+    assert outside(commands) == []
+    status = written(commands)
+    assert (status.attempts[-1].reason, status.attempts[-1].finish_time) == (Reason.LOST, NOW)
+    assert status.failures_total == 0
+    assert status.evictions == {"Lost": 1}
+    assert state_of(status) is JobState.QUEUED
+
+
+def test_a_stage_of_an_older_job_of_the_same_name_is_put_away_and_not_taken_for_this_jobs() -> None:
+    job = preparing()
+    stranger = replace(stage(job), uid="another")
+    commands = outside(decide(snapshot(job, stages=(stranger,))))
+    assert StopStage(namespace="default", name="job-prepare-1", grace_seconds=120, reason=Reason.FENCED) in commands
+
+
+# --- the way of a job that nothing happens to -----------------------------------------------------------------------
+
+
+def test_a_prepared_job_with_a_free_gpu_is_admitted_in_the_same_write() -> None:
+    job = preparing(start_time=after(-20))
+    status = decide_one(job, exited(job, 0, StageResult(prepare=prepare_result())))
+    estimate = choose_class(job.spec, SMOLLM2_135M, GPUS, steps=120)
+    assert status.prepared == prepare_result()
+    assert status.estimate == estimate
+    assert status.attempts == (
+        make_attempt(
+            "prepare",
+            1,
+            start_time=after(-20),
+            finish_time=NOW,
+            exit_code=0,
+            reason=Reason.SUCCEEDED,
+            message="prepare attempt 1 succeeded",
+        ),
+        Attempt(stage="train", number=2, gpu_class="24Gi", plan=estimate.plan, created_time=NOW),
+    )
+    assert (status.active_seconds, status.gpu_seconds) == (20, 0)
+    assert says(status, ConditionType.PREPARED) == ("True", Reason.PREPARED)
+    assert says(status, ConditionType.ADMITTED) == ("True", Reason.ADMITTED)
+    assert says(status, ConditionType.CHECKPOINTED) == ("False", Reason.NO_CHECKPOINT)
+
+
+def test_an_ended_stage_is_deleted_only_after_its_end_is_on_record() -> None:
+    job = preparing(start_time=after(-20))
+    gone = exited(job, 0, StageResult(prepare=prepare_result()))
+    first = decide(snapshot(job, stages=(gone,), gpu_classes=GPUS))
+    assert outside(first) == []
+    later = make_job(status=written(first))
+    assert DeleteStage(namespace="default", name="job-prepare-1") in outside(
+        decide(snapshot(later, stages=(gone,), gpu_classes=GPUS))
+    )
+
+
+def test_a_prepared_job_without_a_run_asks_for_one_and_trains_all_the_same() -> None:
+    job = make_job(status=prepared_status(run_id=None))
+    commands = decide(snapshot(job, gpu_classes=GPUS))
+    assert outside(commands) == [EnsureRun(job=job)]
+    assert state_of(written(commands)) is JobState.STARTING
+
+
+def test_a_train_stage_seen_running_makes_the_job_training() -> None:
+    job = make_job(status=prepared_status(attempts=(make_attempt(),), attempts_total=2))
+    status = decide_one(job, stage(job, start_time=after(-3)))
+    assert state_of(status) is JobState.TRAINING
+    assert status.attempts[-1].start_time == after(-3)
+    assert says(status, ConditionType.RUNNING) == ("True", Reason.TRAINING)
+
+
+def test_trained_frees_the_gpu_and_publishes_in_the_same_write() -> None:
+    job = make_job(status=running_status(ran_seconds=100))
+    status = decide_one(job, exited(job, 0, train_result()))
+    assert (status.adapter_uri, status.adapter_digest) == ("file:///adapter", DIGEST)
+    assert (status.active_seconds, status.gpu_seconds) == (100, 100)
+    assert status.checkpoint == CheckpointStatus(step=120, uri="file:///checkpoints/step-00000120", time=NOW)
+    assert says(status, ConditionType.ADMITTED) == ("False", Reason.TRAINED)
+    assert state_of(status) is JobState.PUBLISHING
+    assert status.progress.loss == 1.5
+
+
+def test_publish_waits_for_a_run_and_holds_no_gpu() -> None:
+    trained = make_job(status=prepared_status(run_id=None, adapter_uri="file:///adapter"))
+    other = make_job("other", status=prepared_status())
+    commands = decide(snapshot(trained, other, gpu_classes=gpus(_24Gi=1)))
+    waiting = written(commands)
+    assert says(waiting, ConditionType.PUBLISHED) == ("False", Reason.TRACKING_UNAVAILABLE)
+    assert waiting.active_attempt is None
+    assert state_of(written(commands, "other")) is JobState.STARTING
+
+
+def test_a_published_job_has_succeeded_and_its_run_is_finished_until_that_is_on_record() -> None:
+    job = publishing()
+    commands = decide(snapshot(job, stages=(exited(job, 0, PUBLISHED),)))
+    assert outside(commands) == []
+    status = written(commands)
+    assert says(status, ConditionType.FINISHED) == ("True", Reason.SUCCEEDED)
+    assert (status.mlflow.registered_model, status.mlflow.model_version) == ("job", "1")
+    done = make_job(status=status)
+    assert decide(snapshot(done)) == (FinishRun(job=done, run_status="FINISHED"),)
+    settled = status.model_copy(update={"mlflow": status.mlflow.model_copy(update={"run_status": "FINISHED"})})
+    assert decide(snapshot(make_job(status=settled))) == ()
+
+
+# --- ends that are not success ---------------------------------------------------------------------------------------
+
+# exit code, what else is known of the end, the reason it is booked as, failures counted, where the job is then
+ENDS = {
+    "preempted by the platform resumes": (85, {}, Reason.DISRUPTED, 0, JobState.QUEUED),
+    "killed is retried": (137, {}, Reason.KILLED, 1, JobState.QUEUED),
+    "killed as a local process reports it is retried": (-9, {}, Reason.KILLED, 1, JobState.QUEUED),
+    "killed by a vanishing node resumes": (137, {"disruption": Reason.DISRUPTED}, Reason.DISRUPTED, 0, JobState.QUEUED),
+    "an end that nobody saw resumes": (None, {}, Reason.LOST, 0, JobState.QUEUED),
+    "fenced resumes": (84, {}, Reason.FENCED, 0, JobState.QUEUED),
+    "a transient error is retried": (81, {}, Reason.TRANSIENT_ERROR, 1, JobState.QUEUED),
+    "an internal error is retried": (1, {}, Reason.INTERNAL_ERROR, 1, JobState.QUEUED),
+    "an unknown code is retried": (7, {}, Reason.INTERNAL_ERROR, 1, JobState.QUEUED),
+    "success without a result is retried": (0, {}, Reason.INTERNAL_ERROR, 1, JobState.QUEUED),
+    "success of half the training is retried": (
+        0,
+        {"result": train_result(5, complete=False)},
+        Reason.INTERNAL_ERROR,
+        1,
+        JobState.QUEUED,
+    ),
+    "a user error fails": (80, {}, Reason.USER_ERROR, 0, JobState.FAILED),
+    "divergence fails": (83, {}, Reason.DIVERGED, 0, JobState.FAILED),
+}
+
+
+@pytest.mark.parametrize(("code", "known", "reason", "failures", "state"), ENDS.values(), ids=ENDS)
+def test_an_end_is_booked_by_what_is_known_of_it(
+    code: int | None, known: dict, reason: Reason, failures: int, state: JobState
+) -> None:
+    job = make_job(status=running_status(ran_seconds=100))
+    status = written(decide(snapshot(job, stages=(stage(job, StagePhase.EXITED, exit_code=code, **known),))))
+    assert (status.attempts[-1].reason, status.failures_total, state_of(status)) == (reason, failures, state)
+    assert status.gpu_seconds == 100
+
+
+STOPS = {
+    "a checkpointed stop counts as what was asked for": (85, Reason.PREEMPTED),
+    "a kill after the grace period counts as what was asked for": (137, Reason.PREEMPTED),
+    "an end that nobody saw counts as what was asked for": (None, Reason.PREEMPTED),
+    "an error of its own is still an error": (83, Reason.DIVERGED),
+}
+
+
+@pytest.mark.parametrize(("code", "reason"), STOPS.values(), ids=STOPS)
+def test_a_stage_that_was_asked_to_stop(code: int | None, reason: Reason) -> None:
+    job = make_job(status=running_status(stop_reason=Reason.PREEMPTED))
+    status = written(decide(snapshot(job, stages=(exited(job, code),))))
+    assert status.attempts[-1].reason is reason
+    assert status.failures_total == 0
+
+
+def test_a_preempted_job_waits_for_nothing_but_a_gpu_and_keeps_its_checkpoint() -> None:
+    job = make_job(status=running_status(stop_reason=Reason.PREEMPTED, ran_seconds=1))
+    status = written(decide(snapshot(job, stages=(exited(job, 85, train_result(40, complete=False)),))))
+    assert status.retry_after is None
+    assert status.evictions == {"Preempted": 1}
+    assert status.checkpoint == CheckpointStatus(step=40, uri="file:///checkpoints/step-00000040", time=NOW)
+    assert says(status, ConditionType.EVICTED) == ("True", Reason.PREEMPTED)
+
+
+def test_stages_that_vanish_at_once_are_started_the_base_backoff_apart() -> None:
+    job = make_job(status=running_status(ran_seconds=4))
+    assert written(decide(snapshot(job, gpu_classes=GPUS))).retry_after == after(-4 + POLICY.backoff_base_seconds)
+
+
+@pytest.mark.parametrize(("before", "seconds"), [(0, 10), (1, 20), (2, 40), (6, 600), (60, 600)])
+def test_the_backoff_doubles_up_to_its_bound(before: int, seconds: float) -> None:
+    job = make_job(status=running_status(failures_total=before), backoff_limit=100)
+    status = decide_one(job, exited(job, 81))
+    assert status.retry_after == after(seconds)
+    assert says(status, ConditionType.ADMITTED) == ("False", Reason.BACKING_OFF)
+
+
+def test_one_failure_more_than_the_limit_fails_the_job_with_the_last_message() -> None:
+    job = make_job(status=running_status(failures_total=2), backoff_limit=2)
+    status = decide_one(job, exited(job, 81, failure(Reason.TRANSIENT_ERROR, "the store said 503")))
+    finished = status.condition(ConditionType.FINISHED)
+    assert (finished.status, finished.reason, finished.message) == (
+        "False",
+        Reason.BACKOFF_LIMIT_EXCEEDED,
+        "3 failed attempts are more than backoffLimit 2; the last one: the store said 503",
+    )
+
+
+def test_a_user_error_fails_at_once_with_the_stages_own_words() -> None:
+    job = preparing(start_time=after(-5))
+    status = decide_one(job, exited(job, 80, failure(Reason.USER_ERROR, "line 7 of data.jsonl is not JSON")))
+    finished = status.condition(ConditionType.FINISHED)
+    assert (finished.reason, finished.message) == (Reason.USER_ERROR, "line 7 of data.jsonl is not JSON")
+    assert status.summary == "UserError: line 7 of data.jsonl is not JSON"
+
+
+def test_a_publish_that_finds_mlflow_away_is_retried_without_counting_and_keeps_the_adapter() -> None:
+    job = publishing()
+    tired = job.status.model_copy(update={"failures_total": job.spec.backoff_limit})
+    job = make_job(status=tired)
+    status = decide_one(job, exited(job, 81, failure(Reason.TRANSIENT_ERROR, "MLflow is away")))
+    assert state_of(status) is JobState.TRAINED
+    assert (status.adapter_uri, status.failures_total) == ("file:///adapter", job.spec.backoff_limit)
+    assert status.retry_after == after(10)
+    assert says(status, ConditionType.PUBLISHED) == ("False", Reason.BACKING_OFF)
+
+
+def test_after_a_backoff_the_job_goes_on() -> None:
+    job = make_job(status=prepared_status(retry_after=after(1)))
+    assert decide_one(job).active_attempt is None
+    status = decide_one(job, now=after(1))
+    assert (state_of(status), status.retry_after) == (JobState.STARTING, None)
+
+
+def test_out_of_memory_resumes_at_once_on_a_thriftier_plan_and_says_so() -> None:
+    job = make_job(status=running_status(model=LLAMA_3_8B, checkpoint_age_seconds=10))
+    job = job.model_copy(update={"status": with_estimate(job.status, job)})
+    commands = decide(snapshot(job, stages=(exited(job, 82),), gpu_classes=GPUS))
+    status = written(commands)
+    assert job.status.estimate.plan.recompute_layers < 32
+    assert status.attempts[-1].plan == job.status.estimate.plan.model_copy(update={"recompute_layers": 32})
+    assert (status.step_ups, status.failures_total, status.attempts[-1].gpu_class) == (1, 1, "24Gi")
+    [write] = [c for c in commands if isinstance(c, WriteStatus)]
+    assert any(e.message.startswith("out of memory under micro-batch") for e in write.events)
+
+
+def test_out_of_memory_with_nothing_left_does_not_fit() -> None:
+    job = make_job(status=running_status(model=LLAMA_3_70B, gpu_class="48Gi"), vram="48Gi")
+    status = with_estimate(job.status, job)
+    last = status.estimate.plan.model_copy(update={"recompute_layers": 80, "micro_batch_size": 1})
+    status = status.model_copy(update={"estimate": status.estimate.model_copy(update={"plan": last})})
+    job = make_job(status=status, vram="48Gi")
+    failed = decide_one(job, exited(job, 82))
+    assert says(failed, ConditionType.FINISHED) == ("False", Reason.DOES_NOT_FIT)
+
+
+def test_a_failed_jobs_run_is_failed_and_a_cancelled_ones_killed() -> None:
+    for reason, run_status in ((Reason.USER_ERROR, "FAILED"), (Reason.CANCELLED, "KILLED")):
+        job = make_job(status=prepared_status(), cancelled=reason is Reason.CANCELLED)
+        if reason is Reason.USER_ERROR:
+            job = make_job(status=running_status())
+            finished = written(decide(snapshot(job, stages=(exited(job, 80),))))
+        else:
+            finished = written(decide(snapshot(job)))
+        done = make_job(status=finished)
+        assert FinishRun(job=done, run_status=run_status) in decide(snapshot(done))
+
+
+# --- what the user wants -------------------------------------------------------------------------------------------
+
+
+def test_cancelling_an_idle_job_ends_it() -> None:
+    status = written(decide(snapshot(make_job(cancelled=True))))
+    assert says(status, ConditionType.FINISHED) == ("False", Reason.CANCELLED)
+    assert status.finish_time == NOW
+
+
+def test_cancelling_a_running_job_stops_its_stage_first_and_ends_it_then() -> None:
+    running = make_job(status=running_status(), cancelled=True)
+    first = decide(snapshot(running, stages=(stage(running),)))
+    assert outside(first) == []
+    stopping = make_job(status=written(first), cancelled=True)
+    assert decide(snapshot(stopping, stages=(stage(stopping),))) == (
+        StopStage(namespace="default", name="job-train-2", grace_seconds=120, reason=Reason.CANCELLED),
+    )
+    ended = written(decide(snapshot(stopping, stages=(exited(stopping, 85),))))
+    assert says(ended, ConditionType.FINISHED) == ("False", Reason.CANCELLED)
+
+
+def test_a_cancelled_attempt_whose_stage_was_never_created_creates_none() -> None:
+    job = make_job(status=prepared_status(attempts=(make_attempt(),), attempts_total=2), cancelled=True)
+    first = decide(snapshot(job))
+    assert outside(first) == []
+    ended = decide(snapshot(make_job(status=written(first), cancelled=True)))
+    assert outside(ended) == []
+    assert state_of(written(ended)) is JobState.CANCELLED
+
+
+def test_suspending_stops_the_stage_and_resuming_goes_on_from_its_checkpoint() -> None:
+    running = make_job(status=running_status(), suspend=True)
+    stopping = make_job(status=decide_one(running, stage(running)), suspend=True)
+    assert stopping.status.active_attempt.stop_reason is Reason.SUSPENDED
+    held = decide_one(stopping, exited(stopping, 85, train_result(40, complete=False)))
+    assert says(held, ConditionType.ADMITTED) == ("False", Reason.SUSPENDED)
+    assert decide(snapshot(make_job(status=held, suspend=True), gpu_classes=GPUS)) == ()
+    going_on = decide_one(make_job(status=held))
+    assert (state_of(going_on), going_on.checkpoint.step) == (JobState.STARTING, 40)
+
+
+def test_the_deadline_counts_all_stages_and_the_running_one() -> None:
+    status = running_status(ran_seconds=60, active_seconds=50)
+    in_time, late = (make_job(status=status, active_deadline_seconds=s) for s in (111, 110))
+    assert decide_one(in_time, stage(in_time)).active_attempt.stop_time is None
+    assert decide_one(late, stage(late)).active_attempt.stop_reason is Reason.DEADLINE_EXCEEDED
+
+
+def finished(**job: object) -> QLoRAJob:
+    status = written(decide(snapshot(make_job(cancelled=True))))
+    return make_job(status=status.model_copy(update={"finish_time": after(-100)}), cancelled=True, **job)
+
+
+def test_a_finished_job_is_deleted_after_its_time_to_live() -> None:
+    early, due = finished(ttl_seconds_after_finished=101), finished(ttl_seconds_after_finished=100)
+    assert decide(snapshot(early)) == ()
+    assert decide(snapshot(due)) == (DeleteJob(job=due),)
+
+
+def test_a_deleted_job_goes_only_when_its_stages_are_gone() -> None:
+    job = finished(deleted=True)
+    left = StageFact(namespace="default", name="job-prepare-1", phase=StagePhase.EXITED, exit_code=0)
+    assert decide(snapshot(job, stages=(left,))) == (DeleteStage(namespace="default", name="job-prepare-1"),)
+    assert decide(snapshot(job)) == (DeleteJob(job=job),)
+
+
+# --- progress, history, bounds ---------------------------------------------------------------------------------------
+
+
+def test_progress_is_written_no_more_often_than_the_interval() -> None:
+    job = make_job(status=running_status(progress=progress(10, age_seconds=2)))
+    settled = make_job(status=decide_one(job, stage(job, progress=progress(10, age_seconds=2))))
+    for age_seconds, expected in ((1.5, None), (1.0, 12)):
+        commands = decide(snapshot(settled, stages=(stage(settled, progress=progress(12, age_seconds=age_seconds)),)))
+        assert (written(commands).progress.step if commands else None) == expected
+
+
+def test_a_new_checkpoint_is_written_at_once() -> None:
+    job = make_job(status=running_status(progress=progress(10)))
+    report = progress(10, checkpoint_step=10, checkpoint_uri="file:///c/10")
+    status = decide_one(job, stage(job, progress=report))
+    assert status.checkpoint == CheckpointStatus(step=10, uri="file:///c/10", time=NOW)
+    assert says(status, ConditionType.CHECKPOINTED) == ("True", Reason.CHECKPOINT_SAVED)
+
+
+def test_the_history_is_bounded_and_attempts_go_on_counting() -> None:
+    ended = tuple(make_attempt(number=n, finish_time=NOW, reason=Reason.PREEMPTED) for n in range(1, 33))
+    status = decide_one(make_job(status=prepared_status(attempts=ended, attempts_total=32)))
+    assert [attempt.number for attempt in status.attempts] == list(range(2, 34))
+    assert status.attempts_total == 33
+
+
+def test_prepare_and_publish_stages_are_bounded_and_go_by_priority() -> None:
+    jobs = [make_job(f"job-{n}", priority=n) for n in range(4)]
+    commands = decide(snapshot(*jobs, policy=replace(POLICY, cpu_stages_limit=2)))
+    states = [state_of(written(commands, job.metadata.name)) for job in jobs]
+    assert states == [JobState.NEW, JobState.NEW, JobState.PREPARING, JobState.PREPARING]
+    assert written(commands, "job-0").condition(ConditionType.PREPARED).message == (
+        "all 2 slots for prepare and publish stages are in use; waits for one"
+    )
+
+
+def test_a_job_that_fits_no_class_waits_where_gpus_may_come_and_fails_where_they_are_fixed() -> None:
+    job = make_job(status=prepared_status(LLAMA_3_70B))
+    small = gpus(_24Gi=1)
+    waiting = written(decide(snapshot(job, gpu_classes=small)))
+    assert says(waiting, ConditionType.ADMITTED) == ("False", Reason.DOES_NOT_FIT)
+    fixed = replace(POLICY, gpu_classes_are_fixed=True)
+    failed = written(decide(snapshot(job, gpu_classes=small, policy=fixed)))
+    assert says(failed, ConditionType.FINISHED) == ("False", Reason.DOES_NOT_FIT)
+    none_yet = written(decide(snapshot(job, policy=fixed)))
+    assert says(none_yet, ConditionType.ADMITTED) == ("False", Reason.WAITING_FOR_GPU)
+
+
+def test_a_job_with_a_checkpoint_resumes_on_the_class_and_plan_it_began_with() -> None:
+    job = make_job(status=running_status(gpu_class="48Gi", stop_reason=Reason.PREEMPTED, checkpoint_age_seconds=5))
+    chosen = choose_class(job.spec, SMOLLM2_135M, gpus(_48Gi=1), steps=120)
+    job = make_job(status=job.status.model_copy(update={"estimate": chosen}))
+    resumed = decide_one(job, exited(job, 85))
+    assert (resumed.attempts[-1].gpu_class, resumed.attempts[-1].plan) == ("48Gi", chosen.plan)
