@@ -1,0 +1,210 @@
+"""The frame around a stage: exit code, termination message and log, as the controller sees them from outside."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from qlora_trainer import __main__ as frame
+from qlora_trainer.outcome import DivergedError, FencedError, OutOfMemory, Preempted, StageError, Transient, UserError
+from qlora_trainer.outcome import write_result as write
+
+from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
+from orchestrator.api.reasons import ExitCode, Reason
+from orchestrator.api.results import Failure, StageResult, TrainResult
+from orchestrator.api.task import StageTask
+
+SECRET = "not-to-be-seen-s3cr3t"
+
+
+def make_task(store: Path, *, stage: str = "publish", source: str = "file:///models/base") -> StageTask:
+    spec = QLoRAJobSpec(model=ModelSource(source=source), dataset=DatasetSource(source="file:///data.jsonl"))
+    return StageTask.model_validate(
+        {
+            "stage": stage,
+            "namespace": "team-a",
+            "job": "job",
+            "uid": "u-1",
+            "attempt": 3,
+            "spec": spec.to_wire(),
+            "storeUri": store.as_uri(),
+            "runId": "0" * 32,
+        }
+    )
+
+
+def run_trainer(
+    tmp_path: Path, stage: str, task: str | None, **environment: str
+) -> tuple[int, StageResult, list[dict[str, object]]]:
+    """Run the real program; its exit code, its termination message and its log."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    variables["QLORA_TERMINATION_LOG"] = str(tmp_path / "termination-log")
+    variables.pop("QLORA_TASK", None)
+    if task is not None:
+        variables["QLORA_TASK"] = task
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer", stage], env=variables, capture_output=True, timeout=120, check=False
+    )
+    assert done.stdout == b""
+    result = StageResult.model_validate_json((tmp_path / "termination-log").read_text())
+    return done.returncode, result, [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_a_failed_stage_says_so_by_exit_code_message_and_log(tmp_path: Path) -> None:
+    task = make_task(tmp_path / "store").model_dump_json(by_alias=True)
+    code, result, lines = run_trainer(tmp_path, "publish", task)
+    assert code == ExitCode.USER_ERROR
+    assert result.failure is not None
+    assert result.failure.reason is Reason.USER_ERROR
+    assert "holds no finished adapter" in result.failure.message
+    assert {(line["job"], line["stage"], line["attempt"]) for line in lines[1:]} == {("team-a/job", "publish", 3)}
+    assert any(line["message"] == result.failure.message for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("stage", "task", "complaint"),
+    [
+        ("publish", None, "QLORA_TASK is not set"),
+        ("publish", "{}", "not a task of this trainer's version"),
+        ("serve", "{}", "usage: python -m qlora_trainer prepare | train | publish"),
+        ("prepare", "publish", "is for the stage 'publish', not 'prepare'"),
+    ],
+)
+def test_a_wrong_start_is_a_users_error(tmp_path: Path, stage: str, task: str | None, complaint: str) -> None:
+    if task == "publish":
+        task = make_task(tmp_path).model_dump_json(by_alias=True)
+    code, result, _ = run_trainer(tmp_path, stage, task)
+    assert code == ExitCode.USER_ERROR
+    assert result.failure is not None
+    assert complaint in result.failure.message
+
+
+def test_secrets_never_reach_the_log_or_the_message(tmp_path: Path) -> None:
+    # The wrong task is quoted in the validation error, and with it whatever was in it.
+    broken = json.dumps({"stage": SECRET, "storeUri": f"s3://user:{SECRET}@host"})
+    variables = {"HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": "x" * 40}
+    _, result, lines = run_trainer(tmp_path, "publish", broken, **variables)
+    assert result.failure is not None
+    assert SECRET not in result.failure.message
+    assert "<HF_TOKEN>" in result.failure.message
+    assert SECRET not in json.dumps(lines)
+
+
+def test_a_password_in_a_url_is_hidden() -> None:
+    assert frame.redact("at postgres://me:pass@db/mlflow") == "at postgres://<credentials>@db/mlflow"
+    assert frame.redact("at s3://bucket/key:1@2") == "at s3://bucket/key:1@2"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("x"), 80),
+        (Transient("x"), 81),
+        (OutOfMemory("x"), 82),
+        (DivergedError("x"), 83),
+        (FencedError("x"), 84),
+        (Preempted(), 85),
+        (StageError("x"), 1),
+        (ValueError("x"), 1),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/file"), 81),
+        (RuntimeError("CUDA error: out of memory"), 82),
+        (MemoryError(), 1),
+    ],
+)
+def test_each_error_has_its_exit_code(error: Exception, code: int) -> None:
+    found, result = frame.verdict(error)
+    assert int(found) == code
+    assert result.failure is not None
+    assert result.failure.reason is found.reason
+
+
+def test_torchs_out_of_memory_is_out_of_memory() -> None:
+    torch = pytest.importorskip("torch")
+    assert frame.verdict(torch.cuda.OutOfMemoryError("tried to allocate"))[0] is ExitCode.OUT_OF_MEMORY
+
+
+def test_a_full_disk_is_named() -> None:
+    _, result = frame.verdict(OSError(errno.ENOSPC, "No space left on device", "/data/file"))
+    assert result.failure is not None
+    assert "no space left on /data/file: free some" in result.failure.message
+
+
+def test_a_preempted_train_stage_hands_over_how_far_it_came() -> None:
+    train = TrainResult(step=7, complete=False, checkpoint_uri="file:///store/checkpoints/step-00000007")
+    code, result = frame.verdict(Preempted(train))
+    assert (code, result.train) == (ExitCode.PREEMPTED, train)
+
+
+def test_an_endless_message_still_fits_a_pods_status(tmp_path: Path) -> None:
+    _, result = frame.verdict(UserError('"\n' * 5000))
+    assert len(result.to_termination_message().encode()) <= 4096
+
+
+def test_a_termination_log_that_cannot_be_replaced_is_written_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a pod: the file is a mount of its own, so its folder's entry cannot be exchanged.
+    path = tmp_path / "termination-log"
+    path.write_bytes(b"")
+    mounted = subprocess.run(["mount", "--bind", str(path), str(path)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
+    try:
+        monkeypatch.setenv("QLORA_TERMINATION_LOG", str(path))
+        write(StageResult(failure=Failure(reason=Reason.USER_ERROR, message="why")))
+        found = json.loads(path.read_text())
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["termination-log"]
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+    assert found == {"failure": {"reason": "UserError", "message": "why"}}
+
+
+@pytest.mark.parametrize(("source", "offline"), [("file:///models/base", "1"), ("hf://owner/name", None)])
+def test_hubs_are_reached_only_where_the_job_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, offline: str | None
+) -> None:
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(variable, "to be restored")
+        monkeypatch.delenv(variable)
+    for variable in ("HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        monkeypatch.setenv(variable, "0")
+    frame.set_environment(make_task(tmp_path, source=source))
+    assert os.environ.get("HF_HUB_OFFLINE") == offline
+    assert os.environ.get("TRANSFORMERS_OFFLINE") == offline
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert os.environ["DO_NOT_TRACK"] == "true"
+
+
+def test_sigterm_ends_a_stage_without_state_as_preempted(tmp_path: Path) -> None:
+    # The store answers nobody, so publish is busy asking it again when it is told to stop.
+    pytest.importorskip("s3fs")
+    task = make_task(tmp_path).model_copy(update={"store_uri": "s3://bucket/job"}).model_dump_json(by_alias=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "QLORA_TASK": task,
+        "QLORA_TERMINATION_LOG": str(tmp_path / "termination-log"),
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_trainer", "publish"], env=environment, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    with process, process.stderr:
+        assert b"attempt 3" in process.stderr.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == ExitCode.PREEMPTED
+    result = StageResult.model_validate_json((tmp_path / "termination-log").read_text())
+    assert result.failure is not None
+    assert result.failure.reason is Reason.PREEMPTED

@@ -1,0 +1,100 @@
+"""The registered model, as code: a base in NF4 with the adapter on top, answering chats and plain prompts.
+
+`publish` hands this file to MLflow, which keeps it beside the adapter and runs it where the model is loaded. It
+therefore imports nothing of this project, and the heavy libraries only when the model is loaded.
+
+    model = mlflow.pyfunc.load_model("models:/name@candidate")
+    model.predict([{"messages": [{"role": "user", "content": "..."}]}])   # a chat, through the chat template
+    model.predict([{"prompt": "..."}], params={"max_new_tokens": 64})     # plain text, continued as it is
+
+The base is the one that adapter_config.json names; where it lies elsewhere, say so with the environment variable
+QLORA_BASE_MODEL or with `load_model(..., model_config={"base_model": ...})`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import mlflow
+
+BASE_MODEL_VARIABLE = "QLORA_BASE_MODEL"
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class AdapterModel(mlflow.pyfunc.PythonModel):
+    """`model` (a PeftModel) and `tokenizer` are there for whoever unwraps it."""
+
+    def load_context(self, context):
+        """Load the base in NF4 with double quantization and put the adapter on it."""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        adapter = Path(context.artifacts["adapter"])
+        base, revision = _base_model(adapter, context.model_config or {})
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            revision=revision,
+            dtype=torch.bfloat16,
+            quantization_config=quantization,
+            device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        self.model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(adapter)
+
+    def predict(self, context, model_input, params=None):  # noqa: ARG002 - the context was used for loading
+        """One answer for each row with `messages` or `prompt`."""
+        rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else list(model_input)
+        return [self._answer(self._encode(row), params or {}) for row in rows]
+
+    def _encode(self, row):
+        messages, prompt = row.get("messages"), row.get("prompt")
+        if _is_present(messages) == _is_present(prompt):
+            raise ValueError("give each row either `messages` (a chat) or `prompt` (text to continue)")
+        if _is_present(messages):
+            messages = [dict(message) for message in messages]
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        return self.tokenizer(prompt, return_tensors="pt")
+
+    def _answer(self, encoded, params):
+        import torch
+
+        temperature = float(params.get("temperature", 0.0))
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        inputs = {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            generated = self.model.generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=int(params.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)),
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            )
+        answer = generated[0, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def _base_model(adapter, model_config):
+    """Path or hub id of the base, and its revision where the adapter's own description is followed."""
+    elsewhere = os.environ.get(BASE_MODEL_VARIABLE) or model_config.get("base_model")
+    if elsewhere:
+        return elsewhere, None
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return config["base_model_name_or_path"], config.get("revision")
+
+
+def _is_present(value):
+    # A column that other rows fill holds None or NaN, the only value that differs from itself, in this one.
+    return value is not None and not (isinstance(value, float) and value != value)
+
+
+mlflow.models.set_model(AdapterModel())

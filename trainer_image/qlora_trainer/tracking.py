@@ -1,0 +1,399 @@
+"""MLflow, seen from the trainer: the job's run follows the journal, and the registry gets the adapter once.
+
+The only file of the trainer that imports mlflow, and only when it is used (the model that is registered,
+`serving_model`, imports it too, in the process that serves it). The rules:
+
+- The controller creates the run and gives it its status; the trainer finds it and only adds to it.
+- The journal is the truth. Before anything is logged the run is asked which steps of a metric it has, so that each is
+  there once, whatever was killed, repeated or lost on the way.
+- `train` never waits for MLflow: a thread mirrors the journal, the journal is its queue, and what it could not
+  deliver is delivered by `publish`.
+- Whatever is created in the registry carries the job's uid and the adapter's digest from the start, and is looked up
+  by them before it is created: a repeat finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from orchestrator.api.base import Digest
+from orchestrator.api.formats import JournalRecord
+from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
+from qlora_trainer.checkpoint import library_versions
+from qlora_trainer.journal import Journal
+from qlora_trainer.outcome import StageError, Transient, UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+JOB_UID_TAG = "qlora.dev/job-uid"
+ADAPTER_DIGEST_TAG = "qlora.dev/adapter-digest"
+LOGGED_MODEL_NAME = "adapter"
+BATCH_METRICS = 1000
+"""MLflow's bound on the metrics of one call."""
+BATCH_PARAMETERS = 100
+"""MLflow's bound on the parameters, and on the tags, of one call."""
+MAX_VALUE_CHARACTERS = 500
+MAX_DESCRIPTION_CHARACTERS = 5000
+"""What MLflow's SQL store keeps of a version's description."""
+MIRROR_INTERVAL_SECONDS = 1.0
+FIRST_PAUSE_SECONDS = 1.0
+MAX_PAUSE_SECONDS = 60.0
+TRIES = 5
+"""Of what publish does; pauses double from the first: 15 seconds in all."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def open_client() -> MlflowClient:
+    """A client of the job's tracking server. It fails fast and tries once: waiting and repeating are ours."""
+    uri = os.environ.get(TRACKING_URI_VARIABLE)
+    if not uri:
+        raise UserError(f"{TRACKING_URI_VARIABLE} is not set; it must name the MLflow server that keeps the results")
+    # A client that repeats a request by itself could create a second model version behind our back.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+
+
+def parameters(task: StageTask) -> dict[str, str]:
+    """The job's spec as MLflow parameters: `training.learningRate` -> `2e-4`."""
+    return dict(_flattened(task.spec.to_wire(), ""))
+
+
+def _flattened(value: object, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _flattened(part, f"{name}.{key}" if name else str(key))
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield name, text[:MAX_VALUE_CHARACTERS]
+
+
+def tags(task: StageTask) -> dict[str, str]:
+    """What a run, logged model or version says about where it comes from."""
+    found = {
+        "qlora.dev/job": task.job,
+        "qlora.dev/namespace": task.namespace,
+        JOB_UID_TAG: task.uid,
+        "qlora.dev/queue": task.spec.queue,
+        "qlora.dev/base-model": task.spec.model.source,
+    }
+    if task.prepared is not None:
+        found["qlora.dev/base-revision"] = task.prepared.model.revision
+        found["qlora.dev/dataset-digest"] = task.prepared.digest
+    return {key: value[:MAX_VALUE_CHARACTERS] for key, value in found.items()}
+
+
+def find_run(client: MlflowClient, task: StageTask) -> str | None:
+    """The id of the job's run: as the task says, or found by the job's uid."""
+    if task.run_id is not None:
+        return task.run_id
+    experiment = client.get_experiment_by_name(task.spec.tracking.experiment or task.namespace)
+    if experiment is None:
+        return None
+    found = client.search_runs([experiment.experiment_id], f"tags.`{JOB_UID_TAG}` = '{task.uid}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+class RunMirror:
+    """Brings one run up to the journal. After an error it is thrown away: what the run has must be asked anew."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._logged_steps: dict[str, set[int]] = {}
+
+    def describe(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
+        """Add parameters that the run lacks (they can be set once) and set tags."""
+        from mlflow.entities import Param, RunTag
+
+        present = self._client.get_run(self._run_id).data.params
+        missing = [Param(key, value) for key, value in parameters.items() if key not in present]
+        for batch in _batched(missing, BATCH_PARAMETERS):
+            self._client.log_batch(self._run_id, params=batch)
+        self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log(self, records: Iterable[JournalRecord]) -> None:
+        """Log what the run does not have yet."""
+        from mlflow.entities import Metric
+
+        missing = [
+            Metric(key, value, record.time_ms, record.step)
+            for record in records
+            for key, value in record.metrics.items()
+            if record.step not in self._steps(key)
+        ]
+        for batch in _batched(missing, BATCH_METRICS):
+            self._client.log_batch(self._run_id, metrics=batch)
+            for metric in batch:
+                self._steps(metric.key).add(metric.step)
+
+    def _steps(self, key: str) -> set[int]:
+        if key not in self._logged_steps:
+            history = self._client.get_metric_history(self._run_id, key)
+            self._logged_steps[key] = {metric.step for metric in history}
+        return self._logged_steps[key]
+
+
+class RunLogger:
+    """A thread that mirrors a growing journal into the job's run while training goes on."""
+
+    def __init__(self, task: StageTask, journal: Journal) -> None:
+        self._task = task
+        self._journal = journal
+        self._mirrored = 0
+        self._mirror: RunMirror | None = None
+        self._away_since: float | None = None
+        self._closing = Event()
+        self._thread = Thread(target=self._run, name="run-logger", daemon=True)
+        if os.environ.get(TRACKING_URI_VARIABLE):
+            self._thread.start()
+        else:
+            log.warning("%s is not set: metrics stay in the journal", TRACKING_URI_VARIABLE)
+
+    def close(self, timeout_seconds: float) -> int:
+        """Deliver what can be delivered in the given time; returns how many records are left to publish."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+        left = len(self._journal) - self._mirrored
+        if left:
+            log.warning("%d of %d journal records are not in MLflow yet; publish adds them", left, len(self._journal))
+        return left
+
+    def _run(self) -> None:
+        pause_seconds = FIRST_PAUSE_SECONDS
+        while not self._is_done():
+            if self._catch_up():
+                pause_seconds = FIRST_PAUSE_SECONDS
+                self._closing.wait(MIRROR_INTERVAL_SECONDS)
+            elif self._closing.wait(pause_seconds):
+                return  # MLflow is away, and nobody waits for it any more
+            else:
+                pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
+
+    def _is_done(self) -> bool:
+        return self._closing.is_set() and self._mirror is not None and self._mirrored == len(self._journal)
+
+    def _catch_up(self) -> bool:
+        """Mirror the new records; False where MLflow does not answer or has no run for the job yet."""
+        try:
+            if self._mirror is None:
+                self._mirror = self._open()
+            if self._mirror is None:
+                return False
+            records = self._journal.records()[self._mirrored :]
+            self._mirror.log(records)
+            self._mirrored += len(records)
+        except Exception as error:  # noqa: BLE001 - whatever MLflow does, training goes on
+            self._mirror = None
+            self._note_absence(error)
+            return False
+        self._note_return()
+        return True
+
+    def _open(self) -> RunMirror | None:
+        client = open_client()
+        run_id = find_run(client, self._task)
+        if run_id is None:
+            return None
+        mirror = RunMirror(client, run_id)
+        versions = {f"qlora.dev/version/{name}": version for name, version in library_versions().items()}
+        mirror.describe(parameters(self._task), {**tags(self._task), **versions, "qlora.dev/card": _card()})
+        return mirror
+
+    def _note_absence(self, error: Exception) -> None:
+        if self._away_since is None:
+            self._away_since = monotonic()
+            log.warning("MLflow is away; training goes on and the metrics follow later: %s", _first_line(error))
+
+    def _note_return(self) -> None:
+        if self._away_since is not None:
+            log.info("MLflow is back after %.0f s; all metrics are there", monotonic() - self._away_since)
+            self._away_since = None
+
+
+def _card() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+# --- for publish: the same, but waiting for MLflow, and failing if it stays away
+
+
+def reconcile(run_id: str, records: Sequence[JournalRecord]) -> None:
+    """After this the run has every record of the journal, each metric once a step."""
+    _insist("bring the metrics up to date", lambda client: RunMirror(client, run_id).log(records))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """An adapter on its way into the registry."""
+
+    task: StageTask
+    run_id: str
+    adapter_digest: Digest
+    description: str
+
+    @property
+    def registered_model(self) -> str:
+        """The name in the registry."""
+        return self.task.spec.tracking.registered_model or self.task.job
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the logged model and its version are found by, and more."""
+        return {**tags(self.task), ADAPTER_DIGEST_TAG: self.adapter_digest}
+
+    @property
+    def filter(self) -> str:
+        """MLflow's search condition for what belongs to this job and adapter."""
+        keys = (JOB_UID_TAG, ADAPTER_DIGEST_TAG)
+        return " and ".join(f"tags.`{key}` = '{self.tags[key]}'" for key in keys)
+
+
+def register(registration: Registration, save_model: Callable[[Path, Any], None], scratch: Path) -> str:
+    """The adapter's version in the registry, made if there is none yet, with the alias on it.
+
+    `save_model(folder, mlflow_model)` writes the model's artifact; it is called only when MLflow lacks it.
+    """
+    model_id = _insist("log the model", lambda client: _logged_model(client, registration, save_model, scratch))
+    version = _insist("register the model", lambda client: _model_version(client, registration, model_id))
+    alias = registration.task.spec.tracking.alias
+    if alias is not None:
+        name = registration.registered_model
+        _insist("move the alias", lambda client: client.set_registered_model_alias(name, alias, version))
+    return version
+
+
+def _logged_model(
+    client: MlflowClient, registration: Registration, save_model: Callable[[Path, Any], None], scratch: Path
+) -> str:
+    """The id of the run's logged model of this adapter, complete."""
+    from mlflow.entities import LoggedModelStatus
+    from mlflow.models import Model
+
+    run = client.get_run(registration.run_id)
+    found = _find_logged_model(client, run, registration)
+    if found is not None and found.status == LoggedModelStatus.READY:
+        return found.model_id
+    model = found or client.create_logged_model(
+        run.info.experiment_id, LOGGED_MODEL_NAME, source_run_id=run.info.run_id, tags=registration.tags
+    )
+    folder = scratch / model.model_id
+    if not folder.exists():
+        description = Model(
+            artifact_path=model.artifact_location,
+            run_id=run.info.run_id,
+            model_id=model.model_id,
+            model_uuid=model.model_id,
+        )
+        save_model(folder, description)
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    log.info("logged the adapter as model %s", model.model_id)
+    return model.model_id
+
+
+def _find_logged_model(client: MlflowClient, run: Run, registration: Registration) -> Any | None:
+    found = client.search_logged_models([run.info.experiment_id], registration.filter, max_results=10)
+    return next((model for model in found if model.source_run_id == run.info.run_id), None)
+
+
+def _model_version(client: MlflowClient, registration: Registration, model_id: str) -> str:
+    """The number of this adapter's version of the registered model."""
+    name = registration.registered_model
+    if (found := _find_version(client, registration)) is not None:
+        return str(found.version)
+    _ensure_registered_model(client, name)
+    version = client.create_model_version(
+        name,
+        source=f"models:/{model_id}",
+        run_id=registration.run_id,
+        tags=registration.tags,
+        description=registration.description[:MAX_DESCRIPTION_CHARACTERS],
+        model_id=model_id,
+    )
+    log.info("registered version %s of %s", version.version, name)
+    return str(version.version)
+
+
+def _find_version(client: MlflowClient, registration: Registration) -> ModelVersion | None:
+    # By tags alone: a model's name may hold quotes, for which MLflow's filters have no escape.
+    found = client.search_model_versions(registration.filter, max_results=100)
+    return next((version for version in found if version.name == registration.registered_model), None)
+
+
+def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _insist(action: str, call: Callable[[MlflowClient], T]) -> T:
+    """Do something in MLflow, again and again while it is away; Transient if it stays away."""
+    pause_seconds = FIRST_PAUSE_SECONDS
+    for left in reversed(range(TRIES)):
+        try:
+            return call(open_client())
+        except StageError:
+            raise
+        except Exception as error:
+            if _is_refused(error):
+                raise UserError(f"MLflow refuses to {action}: {_first_line(error)}; check its credentials") from error
+            if not _may_pass(error):
+                raise
+            if not left:
+                raise Transient(f"MLflow is away, cannot {action}: {_first_line(error)}") from error
+            log.warning("MLflow is away, cannot %s; trying again in %.0f s: %s", action, pause_seconds, error)
+        sleep(pause_seconds)
+        pause_seconds *= 2
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_refused(error: Exception) -> bool:
+    return _http_status(error) in (401, 403) or isinstance(error, PermissionError)
+
+
+def _may_pass(error: Exception) -> bool:
+    status = _http_status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("botocore", "boto3", "urllib3")
+
+
+def _http_status(error: Exception) -> int | None:
+    from mlflow.exceptions import MlflowException
+
+    return error.get_http_status_code() if isinstance(error, MlflowException) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:MAX_VALUE_CHARACTERS]
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
