@@ -12,15 +12,13 @@ the weights; `load_tokenizer` and `check_architecture` then say no before a GPU 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +29,8 @@ import fsspec
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.results import ModelFacts
 from qlora_trainer.jobstore import local_path
-from qlora_trainer.outcome import StageError, Transient, UserError
+from qlora_trainer.outcome import UserError
+from qlora_trainer.source_errors import translated
 
 MODEL_CACHE_VARIABLE = "QLORA_MODEL_CACHE"
 DEFAULT_MODEL_CACHE = "~/.cache/qlora/models"
@@ -74,14 +73,14 @@ class ModelDescription:
 
 def resolve_model(source: str, revision: str) -> Path:
     """A local folder with the whole model, weights included."""
-    with _translated(source):
+    with translated(source, field="spec.model.source"):
         location = _locate(source, revision)
         return location.fetch([*location.description_names(), *_weight_names(location)])
 
 
 def describe_model(source: str, revision: str) -> ModelDescription:
     """A local folder with config and tokenizer, and what the weights' headers say; all of it checked."""
-    with _translated(source):
+    with translated(source, field="spec.model.source"):
         location = _locate(source, revision)
         headers = {name: location.read_header(name) for name in _weight_names(location)}
         _check_index(location, headers)
@@ -133,6 +132,13 @@ def read_facts(description: ModelDescription, source: str) -> ModelFacts:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: {CONFIG_NAME} does not describe a causal language model: {reason}") from error
+
+
+def context_length(description: ModelDescription, source: str) -> int | None:
+    """The largest number of positions that the model was made for, where its config tells."""
+    config = _known_config(description.folder, source, _read_config(description.folder, source))
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec, *, packing: bool) -> None:
@@ -277,41 +283,6 @@ def _locate(source: str, revision: str) -> _Location:
         return _HubModel(source, revision)
     path = local_path(source)
     return _Bucket(source) if path is None else _Folder(source, path)
-
-
-@contextmanager
-def _translated(source: str) -> Iterator[None]:
-    """The source's errors as the stage's."""
-    try:
-        yield
-    except StageError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{source} needs a package that this trainer image lacks: {error}") from error
-    except Exception as error:
-        raise _judged(source, error) or error from error
-
-
-def _judged(source: str, error: Exception) -> StageError | None:
-    kind = type(error).__name__
-    if kind == "GatedRepoError":
-        return UserError(
-            f"{source} is gated: accept its terms on the hub, and give a token of that account through HF_TOKEN"
-        )
-    if kind == "RevisionNotFoundError":
-        return UserError(f"{source} has no such revision; check spec.model.revision")
-    if kind in ("RepositoryNotFoundError", "HFValidationError"):
-        return UserError(f"{source} is not on the hub, or is private; check its name, or give a token through HF_TOKEN")
-    if isinstance(error, PermissionError) or kind in ("NoCredentialsError", "PartialCredentialsError"):
-        return UserError(f"{source} may not be read: {error}; give the job credentials that may")
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{source} cannot be read: {error}; check spec.model.source")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return None  # says itself where there is no space left
-    client = type(error).__module__.split(".")[0]
-    if isinstance(error, OSError) or client in ("httpx", "httpx2", "botocore", "aiohttp", "aiobotocore"):
-        return Transient(f"{source} does not answer ({kind}: {error})")
-    return None
 
 
 # --- its files
