@@ -1,0 +1,264 @@
+"""The run logger and `reconcile` against real MLflow: SQLite, and a server that goes away and comes back.
+
+What is asserted is what an MLflow client of its own reads back.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+from qlora_trainer import tracking
+from qlora_trainer.journal import Journal
+from qlora_trainer.outcome import Transient, UserError
+from qlora_trainer.tracking import RunLogger
+
+from orchestrator.api.formats import JournalRecord
+from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.task import StageTask
+
+# MLflow's own pages and SQLAlchemy's pool speak of their deprecations; they are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """MLflow on a SQLite file of its own."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "MIRROR_INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr(tracking, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(tracking, "MAX_PAUSE_SECONDS", 0.2)
+    return MlflowClient(tracking_uri=uri)
+
+
+def make_run(client: MlflowClient, tmp_path: Path) -> str:
+    """What the controller does before training."""
+    experiment = client.create_experiment("team-a", artifact_location=(tmp_path / "artifacts").as_uri())
+    return client.create_run(experiment, tags={"qlora.dev/job-uid": "u-1"}).info.run_id
+
+
+def make_task(run_id: str | None = None, **training: object) -> StageTask:
+    spec = QLoRAJobSpec(
+        model=ModelSource(source="file:///models/base"),
+        dataset=DatasetSource(source="file:///data.jsonl"),
+        training=TrainingSpec.model_validate(training),
+        queue="research",
+    )
+    return StageTask(
+        stage="train",
+        namespace="team-a",
+        job="job",
+        uid="u-1",
+        attempt=1,
+        spec=spec,
+        store_uri="file:///store/job",
+        run_id=run_id,
+    )
+
+
+def make_journal(steps: int, *, time_ms: int = 1_000) -> Journal:
+    return Journal(make_record(step, time_ms=time_ms) for step in range(1, steps + 1))
+
+
+def make_record(step: int, *, time_ms: int = 1_000) -> JournalRecord:
+    return JournalRecord(step=step, time_ms=time_ms + step, metrics={"train/loss": 1 / step, "train/mfu": step / 7})
+
+
+def history(client: MlflowClient, run_id: str, key: str = "train/loss") -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
+
+
+def expected(steps: int) -> list[tuple[int, float]]:
+    return [(step, 1 / step) for step in range(1, steps + 1)]
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_the_run_follows_a_growing_journal(client: MlflowClient, tmp_path: Path) -> None:
+    run_id = make_run(client, tmp_path)
+    journal = make_journal(3)
+    logger = RunLogger(make_task(run_id), journal)
+    until(lambda: len(history(client, run_id)) == 3)
+    journal.append(make_record(4))
+    assert logger.close(30) == 0
+    assert history(client, run_id) == expected(4)
+    assert [metric.timestamp for metric in client.get_metric_history(run_id, "train/loss")] == [1001, 1002, 1003, 1004]
+
+
+def test_the_run_is_found_by_the_jobs_uid_when_the_task_names_none(client: MlflowClient, tmp_path: Path) -> None:
+    logger = RunLogger(make_task(run_id=None), make_journal(2))
+    time.sleep(0.3)  # there is no experiment yet; the controller makes it while training goes on
+    run_id = make_run(client, tmp_path)
+    until(lambda: len(history(client, run_id)) == 2)
+    assert logger.close(30) == 0
+    assert history(client, run_id) == expected(2)
+
+
+def test_a_resumed_run_logs_every_step_once(client: MlflowClient, tmp_path: Path) -> None:
+    run_id = make_run(client, tmp_path)
+    assert RunLogger(make_task(run_id), make_journal(15)).close(30) == 0
+    # The checkpoint was of step 10: the journal is cut to it, and steps 11 to 20 are made again, later.
+    resumed = Journal(make_journal(15).records()[:10])
+    for step in range(11, 21):
+        resumed.append(make_record(step, time_ms=9_000))
+    assert RunLogger(make_task(run_id), resumed).close(30) == 0
+    for key in ("train/loss", "train/mfu"):
+        assert [step for step, _ in history(client, run_id, key)] == list(range(1, 21))
+    assert history(client, run_id) == expected(20)
+
+
+def test_parameters_and_tags_say_what_the_job_is(client: MlflowClient, tmp_path: Path) -> None:
+    run_id = make_run(client, tmp_path)
+    RunLogger(make_task(run_id, learning_rate="3e-4"), make_journal(1)).close(30)
+    # A later attempt with another value must not fail: MLflow's parameters cannot be changed.
+    RunLogger(make_task(run_id, learning_rate="9e-4"), make_journal(2)).close(30)
+    data = client.get_run(run_id).data
+    assert data.params["training.learningRate"] == "3e-4"
+    assert data.params["adapter.targetModules"] == "all-linear"
+    assert data.tags["qlora.dev/queue"] == "research"
+    assert data.tags["qlora.dev/base-model"] == "file:///models/base"
+    assert data.tags["qlora.dev/card"]
+    assert data.tags["qlora.dev/version/python"] == sys.version.split()[0]
+    assert history(client, run_id) == expected(2)
+
+
+def test_the_runs_status_is_left_to_the_controller(client: MlflowClient, tmp_path: Path) -> None:
+    run_id = make_run(client, tmp_path)
+    RunLogger(make_task(run_id), make_journal(1)).close(30)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    client.set_terminated(run_id, "KILLED")
+    tracking.reconcile(run_id, make_journal(2).records())
+    assert client.get_run(run_id).info.status == "KILLED"
+
+
+def test_long_values_are_cut(client: MlflowClient) -> None:
+    task = make_task()
+    model = task.spec.model.model_copy(update={"chat_template": "x" * 9000})
+    task = task.model_copy(update={"spec": task.spec.model_copy(update={"model": model})})
+    assert max(len(value) for value in tracking.parameters(task).values()) == 500
+
+
+def test_reconcile_fills_every_gap_and_repeats_nothing(client: MlflowClient, tmp_path: Path) -> None:
+    run_id = make_run(client, tmp_path)
+    for step in (2, 3, 7):
+        client.log_metric(run_id, "train/loss", 1 / step, timestamp=5, step=step)
+    for _ in range(2):
+        tracking.reconcile(run_id, make_journal(2500).records())
+    assert sorted(history(client, run_id)) == expected(2500)
+    assert len(history(client, run_id, "train/mfu")) == 2500
+
+
+def test_a_metric_that_is_not_a_number_does_not_stop_the_rest(client: MlflowClient, tmp_path: Path) -> None:
+    run_id = make_run(client, tmp_path)
+    records = [JournalRecord(step=1, time_ms=1, metrics={"train/grad_norm": float("nan"), "train/loss": 1.0})]
+    tracking.reconcile(run_id, [*records, make_record(2)])
+    assert history(client, run_id) == expected(2)
+
+
+def test_without_a_tracking_uri_metrics_stay_in_the_journal(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert RunLogger(make_task(), make_journal(3)).close(1) == 3
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
+        tracking.reconcile("0" * 32, make_journal(1).records())
+
+
+def test_publish_gives_up_as_transient_when_mlflow_stays_away(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(tracking, "FIRST_PAUSE_SECONDS", 0.01)
+    with pytest.raises(Transient, match="MLflow is away, cannot bring the metrics up to date"):
+        tracking.reconcile("0" * 32, make_journal(1).records())
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[None]:
+    """A real server on loopback, gone (SIGKILL) when the block ends."""
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment.pop("MLFLOW_TRACKING_URI")
+    with (folder / "server.log").open("ab") as output:
+        # A session of its own, so that the workers go down with it.
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        until(lambda: server.poll() is not None or is_healthy(port), seconds=120)
+        assert server.poll() is None, (folder / "server.log").read_text()
+        yield
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait(30)
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except (URLError, OSError):
+        return False
+
+
+def test_a_server_that_goes_away_and_comes_back_has_every_step_once(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    remote = MlflowClient(tracking_uri=uri)
+    journal = make_journal(5)
+    with mlflow_server(tmp_path, port):
+        run_id = remote.create_run(remote.create_experiment("team-a"), tags={"qlora.dev/job-uid": "u-1"}).info.run_id
+        logger = RunLogger(make_task(run_id), journal)
+        until(lambda: len(history(remote, run_id)) == 5)
+    for step in range(6, 11):  # training does not notice
+        journal.append(make_record(step))
+        time.sleep(0.1)
+    assert not is_healthy(port)
+    with mlflow_server(tmp_path, port):
+        until(lambda: len(history(remote, run_id)) == 10)
+        journal.append(make_record(11))
+        assert logger.close(30) == 0
+        assert history(remote, run_id) == expected(11)
+        assert len(history(remote, run_id, "train/mfu")) == 11
+
+
+def test_closing_while_mlflow_is_away_is_quick_and_says_what_is_left(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    logger = RunLogger(make_task("0" * 32), make_journal(4))
+    time.sleep(0.3)
+    started = time.monotonic()
+    assert logger.close(5) == 4
+    assert time.monotonic() - started < 5
+    assert "4 of 4 journal records are not in MLflow yet" in caplog.text
