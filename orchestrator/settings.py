@@ -30,6 +30,14 @@ GpuClassesText = Annotated[str, StringConstraints(pattern=GPU_CLASSES_PATTERN)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
+def _absolute_uri(uri: str) -> str:
+    """A database or folder that is named relative to here, so that other processes find it, too."""
+    scheme, separator, rest = uri.partition(":///")
+    if scheme == "sqlite" and separator and not rest.startswith("/"):
+        return f"sqlite:///{Path(rest).absolute()}"
+    return uri if ":" in uri else Path(uri).absolute().as_uri()
+
+
 def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -49,7 +57,7 @@ class Settings(BaseSettings):
     """Folder of everything that the embedded service keeps: objects, stages, logs, and by default data and results."""
     store_uri: StoreUri = Field(default_factory=lambda known: f"file://{known['home']}/store")
     """Where jobs that name no store keep their data; default `file://<home>/store`."""
-    tracking_uri: str = Field(
+    tracking_uri: Annotated[str, AfterValidator(_absolute_uri)] = Field(
         default_factory=lambda known: f"sqlite:///{known['home']}/mlflow.db",
         validation_alias=AliasChoices("QLORA_TRACKING_URI", "MLFLOW_TRACKING_URI"),
     )

@@ -36,7 +36,7 @@ class Store(Protocol):
         ...
 
     def update_job(self, job: QLoRAJob) -> QLoRAJob:
-        """Replace spec and metadata, never status; bumps the generation if the spec changed; raises Conflict, NotFound."""
+        """Replace spec and metadata, never status; a new spec bumps the generation; raises Conflict, NotFound."""
         ...
 
     def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
@@ -64,7 +64,7 @@ class Store(Protocol):
         ...
 
     def wait_for_change(self, since: str, timeout_seconds: float) -> str:
-        """Block until something changed after the cursor `since` ('' is the beginning) or the timeout; the new cursor."""
+        """Block until a change after the cursor `since` ('' is the beginning) or the timeout; the new cursor."""
         ...
 
 

@@ -151,9 +151,7 @@ class RayStages:
     def _hold_exactly(self, unfinished: set[str]) -> None:
         """One live holder for each unfinished stage, none for any other."""
         references = [reference for _, reference in self._holders.values()]
-        ended: list[Any] = (
-            self._ray.wait(references, num_returns=len(references), timeout=0)[0] if references else []
-        )
+        ended: list[Any] = self._ray.wait(references, num_returns=len(references), timeout=0)[0] if references else []
         for key, (actor, reference) in list(self._holders.items()):
             if reference in ended or key not in unfinished:
                 del self._holders[key]

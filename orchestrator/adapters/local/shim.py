@@ -71,7 +71,7 @@ def _detach(folder: Path) -> int:
     os.setsid()
     if os.fork():
         os._exit(0)
-    os.chdir("/")
+    os.chdir(folder)
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(folder / SHIM_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for source, target in ((null, 0), (log, 1), (log, 2)):

@@ -1,0 +1,157 @@
+"""The controller's side of MLflow: a job's one run, found by its tag or created, and the run's last status.
+
+The controller's slow lane (`controller/act`) calls it, never the loop itself. Only this file of `orchestrator` imports
+mlflow, which takes seconds, so it does that with the first call. Trainers add metrics to the run; they never open or
+end it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.errors import TrackingUnavailable
+from orchestrator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+JOB_TAG, NAMESPACE_TAG, UID_TAG, QUEUE_TAG = (
+    "qlora.dev/job",
+    "qlora.dev/namespace",
+    "qlora.dev/job-uid",
+    "qlora.dev/queue",
+)
+HTTP_RETRIES = 1  # the caller tries again, with a backoff
+RUNNING = "RUNNING"
+Answer = TypeVar("Answer")
+
+
+class MlflowTracking:
+    """`ports.Tracking` on an MLflow server or database."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client: Any = None  # Any: mlflow is imported late
+        self._busy = threading.Lock()
+
+    def connect(self) -> None:
+        """Import mlflow and touch the store, which makes a new database's tables before anybody else can try."""
+        self._answered(lambda: self._connected().get_experiment_by_name("Default"))
+
+    def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        """The job's one run, set RUNNING."""
+        return self._answered(lambda: self._ensure_run(job))
+
+    def finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
+        """Give the job's run its last status."""
+        return self._answered(lambda: self._finish_run(job, run_status))
+
+    def _ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        run = self._find_run(job)
+        if run is None:
+            run = self._connected().create_run(
+                self._ensure_experiment(job), run_name=job.metadata.name, tags=_tags(job)
+            )
+            log.info("created MLflow run %s for job %s", run.info.run_id, job.key)
+        elif run.info.status != RUNNING:
+            self._connected().update_run(run.info.run_id, status=RUNNING)
+        return _status(job, run, RUNNING)
+
+    def _finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
+        run = self._find_run(job)
+        if run is None:
+            log.warning("the MLflow run of job %s is gone; it cannot be set to %s", job.key, run_status)
+            return job.status.mlflow.model_copy(update={"run_status": run_status})
+        if run.info.status != run_status:
+            self._connected().set_terminated(run.info.run_id, status=run_status)
+        return _status(job, run, run_status)
+
+    def _find_run(self, job: QLoRAJob) -> Any:
+        experiment = self._connected().get_experiment_by_name(_experiment_name(job))
+        if experiment is None:
+            return None
+        query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
+        # The oldest, should there ever be two: every caller finds the same one.
+        found = self._connected().search_runs(
+            [experiment.experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
+        )
+        return found[0] if found else None
+
+    def _ensure_experiment(self, job: QLoRAJob) -> str:
+        name = _experiment_name(job)
+        found = self._connected().get_experiment_by_name(name)
+        if found is None:
+            return self._create_experiment(name)
+        if found.lifecycle_stage == "deleted":
+            log.warning("MLflow experiment %s was deleted; job %s needs it and restores it", name, job.key)
+            self._connected().restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _create_experiment(self, name: str) -> str:
+        exceptions: Any = importlib.import_module("mlflow.exceptions")
+        try:
+            return self._connected().create_experiment(name, artifact_location=self._artifact_location(name))
+        except exceptions.MlflowException:
+            found = self._connected().get_experiment_by_name(name)  # somebody else was faster
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def _artifact_location(self, name: str) -> str | None:
+        """Where an experiment's artifacts go; a server knows that itself."""
+        if self._settings.tracking_uri.startswith(("http://", "https://", "databricks")):
+            return None
+        return (self._settings.artifact_root / name.replace("/", "_")).as_uri()
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(self._settings.tracking_timeout_seconds)))
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(HTTP_RETRIES))
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            mlflow: Any = importlib.import_module("mlflow")
+            self._client = mlflow.MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
+        return self._client
+
+    def _answered(self, call: Callable[[], Answer]) -> Answer:
+        """The answer of one call at a time, or TrackingUnavailable once its time is over."""
+        where = self._settings.tracking_uri
+        if not self._busy.acquire(blocking=False):
+            raise TrackingUnavailable(f"MLflow at {where} still owes an answer to an earlier call")
+        answer: Future[Answer] = Future()
+
+        def carry_out() -> None:
+            try:
+                answer.set_result(call())
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it can be handled
+                answer.set_exception(error)
+            finally:
+                self._busy.release()
+
+        threading.Thread(target=carry_out, name="mlflow call", daemon=True).start()
+        try:
+            return answer.result(self._settings.tracking_timeout_seconds)
+        except TimeoutError as error:
+            seconds = self._settings.tracking_timeout_seconds
+            raise TrackingUnavailable(f"MLflow at {where} did not answer within {seconds:g} s") from error
+        except Exception as error:
+            raise TrackingUnavailable(f"MLflow at {where} failed: {error}; check MLFLOW_TRACKING_URI") from error
+
+
+def _experiment_name(job: QLoRAJob) -> str:
+    return job.spec.tracking.experiment or job.metadata.namespace
+
+
+def _tags(job: QLoRAJob) -> dict[str, str]:
+    meta = job.metadata
+    return {JOB_TAG: meta.name, NAMESPACE_TAG: meta.namespace, UID_TAG: meta.uid, QUEUE_TAG: job.spec.queue}
+
+
+def _status(job: QLoRAJob, run: Any, run_status: str) -> MlflowStatus:
+    found = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "run_status": run_status}
+    return job.status.mlflow.model_copy(update=found)
