@@ -8,11 +8,15 @@ torch makes deterministic in deterministic mode; elsewhere each record is one ca
 
 from __future__ import annotations
 
+from itertools import pairwise
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from qlora_trainer.batches import MicroBatch
 
@@ -30,15 +34,20 @@ class PackedAttention:
         self._borders: list[int] = []
         self._longest_record = 0
 
+    def register(self) -> None:
+        """Be what transformers calls under `NAME`: that is one for the whole process."""
+        AttentionInterface.register(NAME, self)
+
     def expect(self, batch: MicroBatch, starts_on_device: Tensor) -> None:
         """Announce the row that the next forward pass (and its recomputation in backward) is about."""
+        self.register()
         self._starts = starts_on_device
         self._borders = batch.record_starts.tolist()
         self._longest_record = batch.longest_record
 
     def __call__(
         self,
-        module: torch.nn.Module,
+        _module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -50,13 +59,15 @@ class PackedAttention:
     ) -> tuple[Tensor, None]:
         """Query, key and value are [1, heads, tokens, size]; the answer is [1, tokens, heads, size]."""
         assert attention_mask is None, "packed attention knows the records' borders and takes no mask"
-        assert query.shape[0] == 1 and query.shape[2] == key.shape[2] == self._borders[-1], "not the announced row"
+        assert len(query) == 1, "a micro-batch is one packed row"
+        assert query.shape[2] == key.shape[2] == self._borders[-1], "this is not the row that was announced"
         window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
         fits_flash = query.is_cuda and query.shape[-1] == value.shape[-1] <= LARGEST_FLASH_HEAD and dropout == 0
         if fits_flash:
             return self._flash(query, key, value, scaling, window), None
-        borders = zip(self._borders, self._borders[1:], strict=False)
-        records = [tuple(part[:, :, start:end] for part in (query, key, value)) for start, end in borders]
+        records = [
+            tuple(part[:, :, start:end] for part in (query, key, value)) for start, end in pairwise(self._borders)
+        ]
         answers = [_one_record(*record, dropout, scaling, window) for record in records]
         return torch.cat(answers, dim=2).transpose(1, 2).contiguous(), None
 
@@ -72,10 +83,15 @@ class PackedAttention:
             self._longest_record,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **_grouped(varlen_attn, query.shape[1] != key.shape[1]),
         )
         assert isinstance(answer, Tensor)
         return answer.unsqueeze(0)
+
+
+def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, bool]:
+    """From torch 2.12 on, heads that share keys must be announced; before, they were just taken."""
+    return {"enable_gqa": grouped} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _one_record(

@@ -101,7 +101,7 @@ class Schedule:
 @lru_cache(maxsize=2)
 def epoch_order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The permutation of an epoch. RandomState's streams never change between NumPy versions (NEP 19)."""
-    return np.random.RandomState([seed, epoch]).permutation(rows)  # noqa: NPY002
+    return np.random.RandomState([seed, epoch]).permutation(rows)
 
 
 def micro_batches(data: PreparedRows, rows: Sequence[int], micro_batch_size: int) -> Iterator[MicroBatch]:

@@ -77,7 +77,8 @@ class Loop:
         leave: Callable[[TrainResult], None],
     ) -> None:
         """`leave` ends the process with a result, from a thread that is not the main one."""
-        assert task.plan is not None and task.prepared is not None
+        assert task.plan is not None, "train.run checks it"
+        assert task.prepared is not None, "train.run checks it"
         self._spec = task.spec
         self._plan: MemoryPlan = task.plan
         self.steps = task.prepared.steps
@@ -109,7 +110,7 @@ class Loop:
     # --- the way
 
     def run(self) -> None:
-        """Train from the present position to the end; raises Preempted, with a durable checkpoint, when asked to stop."""
+        """Train to the end; raises Preempted, with a durable checkpoint, when asked to stop."""
         watchdog = Watchdog(self._stop, self._lock, seconds_needed=self._seconds_to_save, rescue=self._rescue)
         with watchdog.watching():
             self._border()
@@ -360,7 +361,7 @@ class Loop:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of a step's dropout and noise. Hashed, because torch's CPU generator reads 32 bits and likes them mixed."""
+    """The seed of a step's dropout and noise. Hashed, because torch's CPU generator reads 32 bits of it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
 
 

@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
@@ -58,7 +58,7 @@ LOGITS_TOLERANCE = 0.05
 def load_base(folder: Path, device: torch.device, packed_attention: attention.PackedAttention) -> PreTrainedModel:
     """The base of a Hugging Face model folder, frozen and quantized on the device."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    AttentionInterface.register(attention.NAME, packed_attention)
+    packed_attention.register()
     implementation = _attention_implementation(config)
     if (folder / RANDOM_WEIGHTS_NAME).is_file():
         base = _random_base(config, implementation, device, seed=_random_seed(folder))
@@ -93,8 +93,10 @@ def _quantization() -> BitsAndBytesConfig:
 def _attention_implementation(config: PreTrainedConfig) -> str:
     """Packed attention, where the architecture asks for nothing but causal attention with or without a window."""
     text = config.get_text_config()
-    if getattr(text, "attn_logit_softcapping", None):
-        return "eager"  # the only one of transformers' implementations that squashes attention logits
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Only transformers' plain implementation squashes attention logits, and some architectures know no other.
+    if getattr(text, "attn_logit_softcapping", None) or not architecture._supports_sdpa:
+        return "eager"
     layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
     return attention.NAME if layer_types <= CHECKED_LAYER_TYPES else "sdpa"
 
@@ -106,8 +108,9 @@ def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:
 
 def _refuse_unquantized(base: PreTrainedModel) -> None:
     """Experts in 3-D parameters are left in 16 bits by bitsandbytes, and the model would not fit where it should."""
+    matrix = base.config.get_text_config().hidden_size ** 2  # smaller ones, such as convolutions, do not matter
     for name, parameter in base.named_parameters():
-        if parameter.dim() >= 3 and parameter.is_floating_point():
+        if parameter.dim() >= 3 and parameter.is_floating_point() and parameter.numel() >= matrix:
             raise UserError(
                 f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that cannot "
                 "be quantized to NF4; choose a model without fused experts"
@@ -126,8 +129,8 @@ def _quantized_layers(model: torch.nn.Module) -> dict[str, bnb.nn.Linear4bit]:
 def _random_seed(folder: Path) -> int:
     if os.environ.get(RANDOM_WEIGHTS_VARIABLE) != "1":
         raise UserError(
-            f"{folder} holds {RANDOM_WEIGHTS_NAME} in place of weights, which is for sizing and benchmarks; give a model "
-            f"with safetensors, or set {RANDOM_WEIGHTS_VARIABLE}=1"
+            f"{folder} holds {RANDOM_WEIGHTS_NAME} in place of weights, which is for sizing and benchmarks; "
+            f"give a model with safetensors, or set {RANDOM_WEIGHTS_VARIABLE}=1"
         )
     return int(json.loads((folder / RANDOM_WEIGHTS_NAME).read_text())["seed"])
 
@@ -189,7 +192,10 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
     with warnings.catch_warnings():
         # PEFT still asks for `is_gradient_checkpointing`, which transformers has renamed.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+        try:
+            model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+        except ValueError as error:  # modules of an architecture that PEFT knows to be unfit
+            raise UserError(f"adapter: PEFT refuses it for this model; {error}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(COMPUTE_DTYPE)
@@ -291,11 +297,10 @@ class TrainingModel:
     def check(self) -> None:
         """Compare loss path and packing with the model's own logits on a few tokens; raise UserError if they differ."""
         self.eval()
-        first, second = _probe(range(1, 6)), _probe(range(6, 13))
-        packed = self._logits(collate([first, second]))
-        alone = torch.cat([self._logits(collate([row])) for row in (first, second)])
+        first, other, second = (_probe(tokens) for tokens in (range(1, 6), range(21, 26), range(6, 13)))
+        after_first, after_other = (self._logits(collate([record, second]))[5:] for record in (first, other))
         name = type(self.base).__name__
-        if not _same(packed, alone):
+        if not torch.equal(after_first, after_other):  # the same shapes, so the same sums: not a bit may differ
             raise UserError(f"{name} lets records of one packed row see each other, so it cannot be trained here")
         batch = collate([first])
         ours = self._logits(batch)
@@ -349,4 +354,4 @@ def set_recompute(decoder: torch.nn.Module, layers: int) -> None:
         raise UserError(f"{type(decoder).__name__} has no layers that can recompute; set recomputeLayers to 0")
     for index, layer in enumerate(own):
         layer.gradient_checkpointing = index < layers
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # noqa: SLF001 - its interface
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # its own interface, per layer

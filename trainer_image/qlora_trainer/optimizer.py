@@ -86,6 +86,9 @@ class AdapterOptimizer:
 
     def import_state(self, exported: Mapping[str, Tensor]) -> None:
         """Bring back what `export_state` gave; raises KeyError where the tensors are of another adapter."""
+        others = {name.rpartition(".")[0] for name in exported} - set(self._names.values())
+        if others:
+            raise KeyError(f"the saved optimizer state is of another adapter: {sorted(others)[:3]}")
         members = [
             (group, parameter, group_index, index)
             for group_index, group in enumerate(self._adam.param_groups)

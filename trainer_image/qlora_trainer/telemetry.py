@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -59,7 +60,7 @@ class PhaseClock:
         marks = [*self._marks, ("", self._now())]
         if self._on_gpu:
             marks[-1][1].synchronize()
-        for (phase, start), (_, end) in zip(marks, marks[1:], strict=False):
+        for (phase, start), (_, end) in pairwise(marks):
             self.seconds[phase] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
         self._marks = []
 

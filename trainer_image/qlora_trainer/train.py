@@ -40,7 +40,8 @@ from qlora_trainer.summary import losses
 TRAIN_FILE, EVAL_FILE = "train.parquet", "eval.parquet"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CLOSE_SECONDS = 10.0
-"""How long the end of a stage waits for MLflow; publish brings in what is missing then."""
+HURRIED_CLOSE_SECONDS = 1.0
+"""How long the end of a stage waits for MLflow; what is missing then follows with the next attempt or publish."""
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
     if (finished := _finished(store, task, prepared)) is not None:
         log.info("the job's adapter is already at %s", finished.adapter_uri)
         return finished
-    log_settings(task)
+    log_settings(task, plan, prepared)
 
     with ExitStack() as resources:
         agent = _agent(stop, resources)
@@ -110,7 +111,7 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
             leave=_leave,
         )
         run_logger = tracking.RunLogger(task, training.journal)
-        resources.callback(run_logger.close, CLOSE_SECONDS)
+        resources.callback(lambda: run_logger.close(HURRIED_CLOSE_SECONDS if stop.asked.is_set() else CLOSE_SECONDS))
         stop.end_start_up()
 
         # 5. The steps.
@@ -142,7 +143,7 @@ def _inputs(task: StageTask) -> tuple[MemoryPlan, PrepareResult]:
     return task.plan, task.prepared
 
 
-def log_settings(task: StageTask) -> None:
+def log_settings(task: StageTask, plan: MemoryPlan, prepared: PrepareResult) -> None:
     """One line per resolved setting, with where it comes from."""
     for section in ("model", "dataset", "adapter", "training", "evaluation", "checkpoint"):
         settings: Model = getattr(task.spec, section)
@@ -151,10 +152,9 @@ def log_settings(task: StageTask) -> None:
                 "spec" if section in task.spec.model_fields_set and name in settings.model_fields_set else "default"
             )
             log.info("%s.%s = %s (%s)", section, to_camel(name), getattr(settings, name), origin)
-    assert task.plan is not None and task.prepared is not None
-    for name in type(task.plan).model_fields:
-        log.info("%s = %s (plan)", to_camel(name), getattr(task.plan, name))
-    log.info("steps = %d (prepare)", task.prepared.steps)
+    for name in type(plan).model_fields:
+        log.info("%s = %s (plan)", to_camel(name), getattr(plan, name))
+    log.info("steps = %d (prepare)", prepared.steps)
     log.info("threads = %d (task), graceSeconds = %d (task)", task.threads, task.grace_seconds)
 
 

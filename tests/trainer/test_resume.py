@@ -1,0 +1,188 @@
+"""A job that was stopped and resumed ends with the very adapter and journal of one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_job import digest_of_adapter, make_task
+
+from orchestrator.api.results import TrainResult
+from orchestrator.api.task import StageTask
+from qlora_trainer import train
+from qlora_trainer.journal import Journal
+from qlora_trainer.outcome import Preempted
+
+STEPS = 12
+JOBS: dict[str, dict[str, Any]] = {
+    "everything, 8-bit": {
+        "adapter": {"dropout": "0.2", "use_dora": True, "use_rslora": True},
+        "training": {
+            "optimizer": "paged_adamw_8bit",
+            "neftune_alpha": "5",
+            "scheduler": "cosine",
+            "warmup_ratio": "0.2",
+        },
+        "evaluation": {"every_steps": 4, "keep_best": True, "early_stopping_patience": 50},
+        "micro_batch_size": 1,
+        "recompute_layers": 2,
+    },
+    "defaults, 32-bit": {
+        "adapter": {"dropout": "0.1", "rank": 64},
+        "training": {"optimizer": "paged_adamw_32bit", "lora_plus_ratio": "4", "weight_decay": "0.01"},
+        "micro_batch_size": 4,
+        "recompute_layers": 0,
+    },
+}
+
+
+class StopAtStep(logging.Handler):
+    """Sends this process a SIGTERM when the loop says that a step is done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._message = f"step {step} of "
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(self._message):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def stopping_at(step: int) -> Iterator[None]:
+    loop = logging.getLogger("qlora_trainer.loop")
+    handler, level = StopAtStep(step), loop.level
+    loop.addHandler(handler)
+    loop.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        loop.removeHandler(handler)
+        loop.setLevel(level)
+
+
+def run_until(task: StageTask, step: int) -> TrainResult:
+    with stopping_at(step), pytest.raises(Preempted) as caught:
+        train.run(task)
+    assert caught.value.result is not None
+    return caught.value.result
+
+
+def losses(store: Path) -> list[tuple[int, str, float]]:
+    """Everything in the final journal that does not depend on the clock."""
+    return [
+        (record.step, name, value)
+        for record in Journal.load(store / "adapter" / "journal.jsonl").records()
+        for name, value in sorted(record.metrics.items())
+        if name in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss")
+    ]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_stopped_four_times_it_ends_as_if_nothing_had_happened(tmp_path: Path, name: str) -> None:
+    undisturbed = make_task(tmp_path / "undisturbed", steps=STEPS, **JOBS[name])
+    expected = train.run(undisturbed)
+    for attempt, step in enumerate((1, 4, 5, 11), start=1):  # 4 is also an evaluation's step
+        stopped = run_until(make_task(tmp_path / "stopped", steps=STEPS, attempt=attempt, **JOBS[name]), step)
+        assert (stopped.step, stopped.complete) == (step, False)
+        assert stopped.checkpoint_uri == (tmp_path / "stopped" / "checkpoints" / f"step-{step:08d}").as_uri()
+    resumed = train.run(make_task(tmp_path / "stopped", steps=STEPS, attempt=9, **JOBS[name]))
+    assert digest_of_adapter(tmp_path / "stopped") == digest_of_adapter(tmp_path / "undisturbed")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
+    assert resumed.adapter_digest == expected.adapter_digest
+    assert (resumed.eval_loss, resumed.train_loss) == (expected.eval_loss, expected.train_loss)
+
+
+def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(tmp_path: Path) -> None:
+    train.run(make_task(tmp_path / "undisturbed", steps=6))
+    run_until(make_task(tmp_path / "damaged", steps=6, checkpoint={"every_steps": 2}), 5)
+    newest = tmp_path / "damaged" / "checkpoints" / "step-00000005" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    train.run(make_task(tmp_path / "damaged", steps=6, attempt=2))
+    assert digest_of_adapter(tmp_path / "damaged") == digest_of_adapter(tmp_path / "undisturbed")
+    assert losses(tmp_path / "damaged") == losses(tmp_path / "undisturbed")
+
+
+def test_another_seed_gives_another_adapter(tmp_path: Path) -> None:
+    """So equal digests above mean something."""
+    for seed in (0, 1):
+        train.run(make_task(tmp_path / str(seed), steps=2, training={"seed": seed}))
+    assert digest_of_adapter(tmp_path / "0") != digest_of_adapter(tmp_path / "1")
+
+
+# --- as a process, the way the controller runs it
+
+
+def start(task: StageTask, folder: Path, **environment: str) -> subprocess.Popen[bytes]:
+    variables = {
+        **os.environ,
+        "QLORA_TASK": task.model_dump_json(by_alias=True, exclude_unset=True),
+        "QLORA_TERMINATION_LOG": str(folder / "termination-log"),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        **environment,
+    }
+    variables.pop("MLFLOW_TRACKING_URI", None)
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen([sys.executable, "-m", "qlora_trainer", "train"], env=variables, stderr=log, stdout=log)
+
+
+def wait_for_line(folder: Path, part: str, process: subprocess.Popen[bytes], *, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while part not in (text := (folder / "log").read_text()):
+        assert process.poll() is None, text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.02)
+
+
+def termination(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "termination-log").read_text())
+
+
+def test_killed_and_terminated_processes_resume_bit_for_bit(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"steps": 40, "eval_rows": 2, "checkpoint": {"every_steps": 3}, "recompute_layers": 0}
+    train.run(make_task(tmp_path / "undisturbed", **fields))
+    store = tmp_path / "stopped"
+
+    process = start(make_task(store, attempt=1, **fields), tmp_path, PYTHONHASHSEED="1")
+    wait_for_line(tmp_path, "step 7 of 40", process)
+    process.kill()
+    assert process.wait(10) == -signal.SIGKILL
+
+    process = start(make_task(store, attempt=2, **fields), tmp_path, PYTHONHASHSEED="2")
+    wait_for_line(tmp_path, "step 15 of 40", process)
+    asked = time.monotonic()
+    process.terminate()
+    assert process.wait(20) == 85
+    assert time.monotonic() - asked < 15
+    message = termination(tmp_path)
+    assert message["failure"]["reason"] == "Preempted"
+    assert message["train"]["step"] >= 15
+    assert not message["train"]["complete"]
+    assert (store / "checkpoints" / f"step-{message['train']['step']:08d}" / "manifest.json").is_file()
+
+    process = start(make_task(store, attempt=3, **fields), tmp_path, PYTHONHASHSEED="3")
+    wait_for_line(tmp_path, "training.learningRate", process)
+    process.terminate()  # it is importing torch or loading the model
+    assert process.wait(20) == 85
+    started = termination(tmp_path)
+    assert started["train"] == {
+        "step": message["train"]["step"],
+        "checkpointUri": message["train"]["checkpointUri"],
+        "complete": False,
+    }
+
+    process = start(make_task(store, attempt=4, **fields), tmp_path, PYTHONHASHSEED="4")
+    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert termination(tmp_path)["train"]["complete"]
+    assert digest_of_adapter(store) == digest_of_adapter(tmp_path / "undisturbed")
+    assert losses(store) == losses(tmp_path / "undisturbed")
