@@ -56,13 +56,13 @@ class Commands(TyperGroup):
             _leave_closed_pipe()
             raise typer.Exit(ExitStatus.OK) from None
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  as in click
         """The list of commands by what they are for."""
         for title, functions in COMMANDS.items():
             with formatter.section(title):
                 formatter.write_dl([(f.__name__, (f.__doc__ or "").strip()) for f in functions])
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  as in click
         """The exit statuses."""
         with formatter.section("Exit statuses"):
             formatter.write_dl([(str(status.value), status.meaning) for status in ExitStatus])

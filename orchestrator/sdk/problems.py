@@ -110,7 +110,7 @@ def _value_at(data: object, path: FieldPath) -> object:
             here = cast(dict[object, object], here).get(part)
         elif isinstance(here, list) and isinstance(part, int):
             here = cast(list[object], here)[part]
-    return here
+    return cast(object, here)
 
 
 def _either(messages: Sequence[str]) -> str:
