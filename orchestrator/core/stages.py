@@ -42,7 +42,7 @@ def stage_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureStage | S
         return
     fact = stage_of(draft.job, attempt, snapshot)
     if fact is None:
-        if attempt.start_time is None and _still_wanted(draft, attempt):
+        if _still_wanted(draft, attempt):
             yield ensure_stage(draft.job, attempt, snapshot.policy)
     elif fact.phase is not StagePhase.EXITED and attempt.stop_time is not None:
         yield StopStage(
@@ -54,7 +54,7 @@ def stage_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureStage | S
 
 
 def _still_wanted(draft: Draft, stored: Attempt) -> bool:
-    """Whether this pass neither ended the attempt nor asked it to stop."""
+    """Whether this pass neither ended the attempt, as it does where a stage that ran is gone, nor asked it to stop."""
     current = draft.attempt
     return current is not None and current.number == stored.number and current.stop_time is None
 

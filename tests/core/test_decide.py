@@ -280,6 +280,12 @@ def test_an_end_is_booked_by_what_is_known_of_it(
     assert status.gpu_seconds == 100
 
 
+def test_seconds_add_up_over_attempts() -> None:
+    job = make_job(status=running_status(ran_seconds=100, active_seconds=30, gpu_seconds=20))
+    status = decide_one(job, exited(job, 81))
+    assert (status.active_seconds, status.gpu_seconds) == (130, 120)
+
+
 STOPS = {
     "a checkpointed stop counts as what was asked for": (85, Reason.PREEMPTED),
     "a kill after the grace period counts as what was asked for": (137, Reason.PREEMPTED),

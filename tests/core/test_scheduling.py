@@ -81,6 +81,18 @@ def test_priority_comes_before_age_and_age_before_the_uid() -> None:
     assert line(world(*jobs)) == ["urgent", "old", "a", "b", "humble"]
 
 
+def test_priority_comes_before_fair_share() -> None:
+    """The urgent job's queue has had GPU time and the other one none; still it is first."""
+    jobs = (running("runs"), waiting("urgent", priority=1), waiting("fresh", queue="other", age_seconds=60))
+    assert line(world(*jobs, queues=(make_queue("other"),))) == ["urgent", "fresh"]
+
+
+def test_a_queues_own_lower_priorities_do_not_cost_its_urgent_job_its_turn() -> None:
+    mine = [waiting(f"humble-{n}", age_seconds=99 - n) for n in range(3)] + [waiting("mine", priority=1, age_seconds=9)]
+    jobs = (*mine, waiting("theirs", priority=1, queue="other"))
+    assert line(world(*jobs, queues=(make_queue("other"),)))[:2] == ["mine", "theirs"]
+
+
 def test_queues_take_turns_even_when_nobody_has_run_yet() -> None:
     queues = (make_queue("other"),)
     jobs = [waiting(f"mine-{n}", age_seconds=100 - n) for n in range(3)]
@@ -195,8 +207,16 @@ def test_only_as_much_is_reclaimed_as_is_borrowed() -> None:
     assert victims(world(*jobs, gpu_classes=gpus(_24Gi=2), queues=COHORT)) == {"owner-1": "second"}
 
 
+def test_nothing_is_reclaimed_from_a_queue_that_keeps_to_its_own_quota() -> None:
+    """There are fewer GPUs than quotas: whoever came first has it."""
+    seen = world(running("runs"), waiting("owner", queue="lender"), queues=COHORT)
+    assert victims(seen) == {}
+    assert refusal(seen, "owner")[0] is Reason.WAITING_FOR_GPU
+
+
 def test_a_borrower_moves_nobody_of_another_queue() -> None:
-    jobs = (running("mine"), running("theirs", spec={"queue": "lender"}), waiting("urgent", priority=9))
+    cheap = running("theirs", spec={"queue": "lender"}, ran_seconds=400)
+    jobs = (running("mine"), cheap, waiting("urgent", priority=9))
     assert victims(world(*jobs, gpu_classes=gpus(_24Gi=2), queues=COHORT)) == {"urgent": "mine"}
 
 
@@ -265,6 +285,13 @@ def test_never_more_victims_than_claims_that_need_one() -> None:
     urgent = [waiting(f"urgent-{n}", priority=5) for n in range(2)]
     seen = world(*holders, *urgent, gpu_classes=gpus(_24Gi=4))
     assert victims(seen) == {"urgent-0": "runs-0", "urgent-1": "runs-1"}
+
+
+def test_a_stage_that_is_stopping_is_coming_free_once_and_no_victim_again() -> None:
+    holders = (running("stopping", stop_reason=Reason.PREEMPTED, ran_seconds=400), running("runs"))
+    urgent = [waiting(f"urgent-{n}", priority=5) for n in range(3)]
+    seen = world(*holders, *urgent, gpu_classes=gpus(_24Gi=2))
+    assert victims(seen) == {"urgent-0": None, "urgent-1": "runs"}
 
 
 def test_a_queue_that_preempts_never_moves_nobody() -> None:
