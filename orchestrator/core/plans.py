@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, ResourcesSpec, TrainingSpec
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ModelFacts
@@ -21,7 +21,7 @@ from orchestrator.core.sizing import estimate, peak_bytes
 
 LOSS_CHUNK_TOKENS = 1024
 MAX_MICRO_BATCH_SIZE = 64
-PLAN_CACHE_SIZE = 4096
+ANSWERS_KEPT = 4096
 SHORTEST_SEQUENCE = 16  # the contract's lower bound on training.sequenceLength
 
 
@@ -57,14 +57,52 @@ def candidates(
     spec: QLoRAJobSpec, facts: ModelFacts, classes: Sequence[GpuClass], *, steps: int = 0
 ) -> tuple[Estimate, ...] | Refusal:
     """Every class that the job may use and fits, the preferred first, each with its fastest plan."""
-    allowed = allowed_classes(spec, classes)
+    question = _Question(
+        adapter=spec.adapter,
+        training=spec.training,
+        resources=spec.resources,
+        facts=facts,
+        classes=tuple(classes),
+        steps=steps,
+    )
+    return _answer(question)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """All that the answer depends on; a waiting job asks in every pass, and jobs alike ask alike."""
+
+    adapter: AdapterSpec
+    training: TrainingSpec
+    resources: ResourcesSpec
+    facts: ModelFacts
+    classes: tuple[GpuClass, ...]
+    steps: int
+
+
+@lru_cache(maxsize=ANSWERS_KEPT)
+def _answer(question: _Question) -> tuple[Estimate, ...] | Refusal:
+    spec, facts = _spec_of(question), question.facts
+    allowed = allowed_classes(spec, question.classes)
     if not allowed:
-        return _nothing_allowed(spec, classes)
+        return _nothing_allowed(spec, question.classes)
     chosen = ((gpu_class, choose_plan(spec, facts, gpu_class)) for gpu_class in allowed)
     fitting = tuple(
-        estimate(spec, facts, plan, gpu_class, steps=steps) for gpu_class, plan in chosen if plan is not None
+        estimate(spec, facts, plan, gpu_class, steps=question.steps) for gpu_class, plan in chosen if plan is not None
     )
     return fitting or _does_not_fit(spec, facts, max(allowed, key=_size))
+
+
+def _spec_of(question: _Question) -> QLoRAJobSpec:
+    """A spec that is the same to sizing, which looks at neither model source nor data."""
+    nowhere = "file:///"
+    return QLoRAJobSpec(
+        model=ModelSource(source=nowhere),
+        dataset=DatasetSource(source=nowhere),
+        adapter=question.adapter,
+        training=question.training,
+        resources=question.resources,
+    )
 
 
 def allowed_classes(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
@@ -79,15 +117,7 @@ def allowed_classes(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> tuple[Gp
 
 def choose_plan(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass) -> MemoryPlan | None:
     """The fastest plan that fits the class; None where even the thriftiest does not."""
-    return _answer(
-        _Question(
-            adapter=spec.adapter,
-            training=spec.training,
-            facts=facts,
-            usable_bytes=gpu_class.usable_bytes,
-            cpu=gpu_class.cpu,
-        )
-    )
+    return next(iter(plans(spec, facts, gpu_class)), None)
 
 
 def plans(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass) -> tuple[MemoryPlan, ...]:
@@ -175,32 +205,6 @@ def step_up(spec: QLoRAJobSpec, facts: ModelFacts, failed: Estimate, classes: Se
             "allowed here; reduce training.sequenceLength or adapter.rank, or add a larger GPU",
         )
     return found[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
-    """All that the choice of a plan depends on; a waiting job asks it in every pass."""
-
-    adapter: AdapterSpec
-    training: TrainingSpec
-    facts: ModelFacts
-    usable_bytes: int
-    cpu: bool
-
-
-@lru_cache(maxsize=PLAN_CACHE_SIZE)
-def _answer(question: _Question) -> MemoryPlan | None:
-    gpu_class = GpuClass(name="", marketed_gib=0, usable_bytes=question.usable_bytes, capacity=0, cpu=question.cpu)
-    fitting = plans(_sizing_spec(question.adapter, question.training), question.facts, gpu_class)
-    return fitting[0] if fitting else None
-
-
-def _sizing_spec(adapter: AdapterSpec, training: TrainingSpec) -> QLoRAJobSpec:
-    """A spec that is the same to the sizing formula, which looks at nothing else."""
-    nowhere = "file:///"
-    return QLoRAJobSpec(
-        model=ModelSource(source=nowhere), dataset=DatasetSource(source=nowhere), adapter=adapter, training=training
-    )
 
 
 def _size(gpu_class: GpuClass) -> tuple[int, str]:
