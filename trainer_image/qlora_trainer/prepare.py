@@ -172,7 +172,7 @@ def _refuse_beyond_model(split: Split, model: _Model, spec: QLoRAJobSpec) -> Non
     if model.context_length is not None and split.longest > model.context_length:
         raise UserError(
             f"the longest record has {split.longest} tokens, but {spec.model.source} was made for "
-            f"{model.context_length} positions: set spec.training.sequenceLength to at most that, with spec.dataset.tooLong "
+            f"{model.context_length} positions: set spec.training.sequenceLength to that, with spec.dataset.tooLong "
             "truncate or drop, or choose a model with a longer context"
         )
 
