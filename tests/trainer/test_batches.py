@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_job import make_rows, write_rows
-
 from qlora_trainer.batches import IGNORED, PreparedRows, Schedule, epoch_order, micro_batches, supervised_tokens
+from toy_job import make_rows, write_rows
 
 ROWS = 23
 PINNED = {(0, 0): [3, 7, 4, 0, 2, 6, 5, 1], (0, 1): [0, 5, 6, 1, 3, 2, 4, 7], (7, 1): [6, 7, 2, 3, 5, 0, 1, 4]}

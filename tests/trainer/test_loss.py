@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from qlora_trainer.loss import IGNORED, Head, cross_entropy
 from torch import Tensor
 from torch.nn import functional
-
-from qlora_trainer.loss import IGNORED, Head, cross_entropy
 
 TOKENS, WIDTH, VOCABULARY = 37, 24, 61
 

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from qlora_trainer.attention import PackedAttention
+from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.model import TrainingModel, add_adapter, load_base
+from qlora_trainer.outcome import UserError
 from safetensors.torch import load_file
 from tiny_model import build_tiny_model, save_tokenizer, tiny_model
 from torch import Tensor
@@ -20,10 +24,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
-from qlora_trainer.attention import PackedAttention
-from qlora_trainer.batches import MicroBatch, collate
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
-from qlora_trainer.outcome import UserError
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 21, 4)

@@ -1,4 +1,4 @@
-"""AdamW against torch's, its state through a checkpoint bit for bit, and the learning rate as a function of the step."""
+"""AdamW against torch's, its state through a checkpoint bit for bit, and the learning rate by step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_trainer.optimizer import AdapterOptimizer, learning_rate
 from torch import Tensor
 from torch.nn import Parameter
 
 from orchestrator.api.job import TrainingSpec
-from qlora_trainer.optimizer import AdapterOptimizer, learning_rate
 
 ALL = ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"]
 A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_magnitude_vector"

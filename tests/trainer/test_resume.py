@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qlora_trainer import train
+from qlora_trainer.journal import Journal
+from qlora_trainer.outcome import Preempted
 from toy_job import digest_of_adapter, make_task
 
 from orchestrator.api.results import TrainResult
 from orchestrator.api.task import StageTask
-from qlora_trainer import train
-from qlora_trainer.journal import Journal
-from qlora_trainer.outcome import Preempted
 
 STEPS = 12
 JOBS: dict[str, dict[str, Any]] = {
@@ -149,17 +149,17 @@ def termination(folder: Path) -> dict[str, Any]:
 
 
 def test_killed_and_terminated_processes_resume_bit_for_bit(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"steps": 40, "eval_rows": 2, "checkpoint": {"every_steps": 3}, "recompute_layers": 0}
+    fields: dict[str, Any] = {"steps": 24, "eval_rows": 2, "checkpoint": {"every_steps": 3}, "recompute_layers": 0}
     train.run(make_task(tmp_path / "undisturbed", **fields))
     store = tmp_path / "stopped"
 
     process = start(make_task(store, attempt=1, **fields), tmp_path, PYTHONHASHSEED="1")
-    wait_for_line(tmp_path, "step 7 of 40", process)
+    wait_for_line(tmp_path, "step 7 of 24", process)
     process.kill()
     assert process.wait(10) == -signal.SIGKILL
 
     process = start(make_task(store, attempt=2, **fields), tmp_path, PYTHONHASHSEED="2")
-    wait_for_line(tmp_path, "step 15 of 40", process)
+    wait_for_line(tmp_path, "step 15 of 24", process)
     asked = time.monotonic()
     process.terminate()
     assert process.wait(20) == 85

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from qlora_trainer import train
+from qlora_trainer.jobstore import JobStore
+from qlora_trainer.journal import Journal
+from qlora_trainer.outcome import DivergedError, FencedError, UserError
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 from toy_job import digest_of_adapter, make_rows, make_task
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orchestrator.api.plan import MemoryPlan
-from qlora_trainer import train
-from qlora_trainer.jobstore import JobStore
-from qlora_trainer.journal import Journal
-from qlora_trainer.outcome import DivergedError, FencedError, UserError
 
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
@@ -48,7 +49,7 @@ def held_out_loss(adapter: Path | None) -> float:
     total, tokens = 0.0, 0
     for row in make_rows(4, seed=2):
         borders = [*np.flatnonzero(np.array(row["position_ids"]) == 0), len(row["input_ids"])]
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             ids, labels = (torch.tensor([row[name][start:end]]) for name in ("input_ids", "labels"))
             with torch.no_grad():
                 total += float(model(input_ids=ids, labels=labels).loss) * (end - start - 1)

@@ -8,9 +8,9 @@ torch makes deterministic in deterministic mode; elsewhere each record is one ca
 
 from __future__ import annotations
 
-from itertools import pairwise
 from collections.abc import Callable
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch

@@ -36,8 +36,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
@@ -282,7 +282,7 @@ class TrainingModel:
         if self._neftune_alpha > 0 and self.peft_model.training:
             inputs = {"inputs_embeds": self._noisy_embeddings(on_device)}
         answer = self._decoder(**inputs, position_ids=on_device.position_ids, use_cache=False)
-        return answer.last_hidden_state
+        return answer.last_hidden_state.to(self._head.weight.dtype)  # some architectures end in float32
 
     def _noisy_embeddings(self, batch: MicroBatch) -> Tensor:
         """NEFTune (Jain et al., 2023, algorithm 1): uniform noise of alpha / sqrt(record length x width)."""
