@@ -11,12 +11,12 @@ import sys
 from rich.console import Console
 from rich.theme import Theme
 
-PLAIN_WIDTH = 10_000
 THEME = Theme(
     {
         "good": "green",
         "bad": "red",
         "busy": "cyan",
+        "current": "bold cyan",
         "waiting": "yellow",
         "quiet": "dim",
         "label": "dim",

@@ -138,7 +138,7 @@ def _stage_line(job: QLoRAJob) -> RenderableType:
     for index, stage in enumerate(STAGES):
         if index:
             names.append(" › ", style="quiet")
-        names.append(stage, style="good" if index < current else "bold busy" if index == current else "quiet")
+        names.append(stage, style="good" if index < current else "current" if index == current else "quiet")
     grid = Table.grid(padding=(0, 2))
     attempt = job.status.active_attempt
     where = f"on {attempt.gpu_class}" if attempt is not None and attempt.gpu_class else ""

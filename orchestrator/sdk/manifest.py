@@ -86,8 +86,12 @@ def parse_manifest(text: str, *, name: str, folder: Path) -> tuple[UserObject, .
 def parse_object(data: Mapping[str, object] | UserObject, *, folder: Path | None = None) -> UserObject:
     """One object from JSON types with wire names, or one built in Python, judged by the same rules."""
     if isinstance(data, QLoRAJob | QLoRAQueue):
-        # Unset optionals are kept: `tracking.alias: null` is not the same as no alias at all.
-        wire: object = data.model_dump(mode="json", by_alias=True)
+        # What was set, nulls included (`tracking.alias: null` is a choice), and nothing else (a namespace by default).
+        wire: object = {
+            **data.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            "apiVersion": data.api_version,
+            "kind": data.kind,
+        }
         name = f"{data.kind} {data.metadata.name}"
     else:
         wire, name = dict(data), "object"

@@ -1,0 +1,492 @@
+"""The commands as scripts and people use them: what they print, where, and with which exit status.
+
+The service is on paper: the real store in a fresh home, whose supervisor's record names the test process itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from orchestrator.adapters.local.processes import Process, write_durably
+from orchestrator.cli.exits import ExitStatus
+from orchestrator.cli.main import COMMANDS, app
+from orchestrator.controller.supervisor import RECORD_NAME
+from tests.sdk.paper_service import STEPS, PaperService, job_document, write_inputs
+
+CONTROL_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+QUEUE = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAQueue", "metadata": {"name": "team-a"}}
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PaperService:
+    """A service that counts as up for as long as this process lives."""
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("QLORA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("QLORA_GPU_CLASSES", "24Gi=1")
+    service = PaperService(tmp_path)
+    write_durably(service.settings.home / RECORD_NAME, {"process": Process.current()})
+    return service
+
+
+def qlora(*arguments: str, stdin: str | None = None) -> Result:
+    """Run a command in this process; only what it means to exit with is an exit."""
+    result = CliRunner().invoke(app, list(arguments), input=stdin)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start a command in a process of its own, without a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.cli", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def write_manifest(*documents: dict[str, object], name: str = "job.yaml") -> str:
+    Path(name).write_text("---\n".join(yaml.safe_dump(document) for document in documents))
+    return name
+
+
+def down(service: PaperService) -> None:
+    (service.settings.home / RECORD_NAME).unlink()
+
+
+# --- help and usage -----------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_every_exit_status() -> None:
+    text = qlora("--help").stdout
+    for functions in COMMANDS.values():
+        for function in functions:
+            assert re.search(rf"^  {function.__name__} ", text, re.MULTILINE)
+    for status in ExitStatus:
+        assert re.search(rf"^  {status.value} +{re.escape(status.meaning.split(',')[0])}", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [f.__name__ for functions in COMMANDS.values() for f in functions])
+def test_every_command_has_help(command: str) -> None:
+    result = qlora(command, "--help")
+    assert result.exit_code == ExitStatus.OK
+    assert result.stdout.startswith(f"Usage: qlora {command}") or f" {command} " in result.stdout.splitlines()[0]
+
+
+def test_every_command_that_changes_something_has_a_dry_run() -> None:
+    for command in ("run", "submit", "up", "down", "cancel", "suspend", "resume", "delete"):
+        assert "--dry-run" in qlora(command, "--help").stdout, command
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from orchestrator.cli.main import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: print([m for m in sys.argv[1:] if m in sys.modules], file=sys.stderr)"
+    )
+    heavy = ("torch", "ray", "mlflow", "pydantic", "yaml", "fsspec", "rich.console")
+    told = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert told.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["get", "pods"], ["cancel"], ["logs", "a", "--attempt", "0"]])
+def test_wrong_usage_is_status_2_without_a_traceback(service: PaperService, arguments: list[str]) -> None:
+    result = qlora(*arguments)
+    assert result.exit_code == ExitStatus.INVALID
+    assert "Error:" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# --- submit -------------------------------------------------------------------------------------------------------
+
+
+def test_submit_takes_several_files_with_jobs_and_queues(service: PaperService) -> None:
+    write_manifest(QUEUE, job_document("one", queue="team-a"), name="a.yaml")
+    write_manifest(job_document("two"), name="b.yaml")
+    result = qlora("submit", "a.yaml", "-f", "b.yaml")
+    assert result.stdout.splitlines() == ["queue/team-a applied", "job/one submitted", "job/two submitted"]
+    assert [job.metadata.name for job in service.store.list_jobs()] == ["one", "two"]
+    assert [queue.metadata.name for queue in service.store.list_queues()] == ["team-a"]
+
+
+def test_submit_reads_standard_input(service: PaperService) -> None:
+    assert qlora("submit", "-", stdin=yaml.safe_dump(job_document())).exit_code == ExitStatus.OK
+    assert service.job().spec.model.source == f"file://{service.folder}/model"
+
+
+def test_one_bad_object_keeps_the_others_from_being_stored(service: PaperService) -> None:
+    write_manifest(QUEUE, job_document("good"), job_document("bad", resources={"vram": "48GB"}))
+    result = qlora("submit", "job.yaml")
+    assert result.exit_code == ExitStatus.INVALID
+    assert result.stderr.startswith("error: job.yaml, document 3, line ")
+    assert 'spec.resources.vram: must be auto or a quantity in Gi; found "48GB"; write "48Gi"' in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert service.store.list_jobs() == service.store.list_queues() == []
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (job_document(resources={"vram": "900Gi"}), "no GPU here offers vram 900Gi"),
+        (job_document(dataset={"source": "file://./missing.jsonl"}), "missing.jsonl does not exist"),
+        (job_document(model={"source": "file://./missing"}), "missing is not a folder"),
+        (job_document(training={"learningRate": 2e-4}), "write it in quotes"),
+        (job_document(store={"uri": "file://./train.jsonl/x"}), "train.jsonl is not a folder"),
+        (job_document(trainig={}), "spec.trainig: unknown field; did you mean training?"),
+        ({"kind": "Pod"}, "apiVersion: is missing"),
+    ],
+)
+def test_what_cannot_work_is_status_2_and_one_line(
+    service: PaperService, document: dict[str, object], expected: str
+) -> None:
+    result = qlora("submit", write_manifest(document))
+    assert (result.exit_code, result.stdout) == (ExitStatus.INVALID, "")
+    assert expected in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert service.store.list_jobs() == []
+
+
+def test_a_missing_manifest_and_a_taken_name_are_status_2(service: PaperService) -> None:
+    assert "cannot be read: No such file" in qlora("submit", "nowhere.yaml").stderr
+    service.client.submit(job_document())
+    result = qlora("submit", write_manifest(job_document()))
+    assert result.exit_code == ExitStatus.INVALID
+    assert "job default/medical exists already" in result.stderr
+    twice = qlora("submit", write_manifest(job_document("same"), job_document("same")))
+    assert "QLoRAJob same stands more than once" in twice.stderr
+
+
+def test_submitting_to_a_service_that_is_down_is_status_4(service: PaperService) -> None:
+    down(service)
+    result = qlora("submit", write_manifest(job_document()))
+    assert result.exit_code == ExitStatus.UNAVAILABLE
+    assert "qlora up" in result.stderr
+    assert service.store.list_jobs() == []
+
+
+def test_a_dry_run_checks_plans_and_changes_nothing(service: PaperService) -> None:
+    down(service)
+    result = qlora("submit", "--dry-run", write_manifest(QUEUE, job_document()))
+    assert result.exit_code == ExitStatus.OK
+    assert "job/medical is valid; nothing was changed" in result.stdout
+    assert "usable on 24Gi" in result.stdout
+    assert service.store.list_jobs() == service.store.list_queues() == []
+
+
+def test_a_namespace_goes_with_the_command_or_the_manifest_but_not_against_it(service: PaperService) -> None:
+    assert qlora("submit", "-n", "team-a", write_manifest(job_document())).exit_code == ExitStatus.OK
+    assert [job.key for job in service.store.list_jobs()] == ["team-a/medical"]
+    other = job_document("other")
+    other["metadata"]["namespace"] = "team-b"
+    result = qlora("submit", "-n", "team-a", write_manifest(other))
+    assert result.exit_code == ExitStatus.INVALID
+    assert "is in namespace team-b, not team-a" in result.stderr
+
+
+# --- looking ------------------------------------------------------------------------------------------------------
+
+
+def test_get_is_a_table_with_one_line_a_job(service: PaperService) -> None:
+    for name in ("first", "second"):
+        service.client.submit(job_document(name, priority=5))
+    service.prepare("first")
+    service.train("first", step=10)
+    service.fail("second", message="line 7 is not JSON")
+    header, first, second = qlora("get").stdout.splitlines()
+    assert header.split() == ["NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE", "MESSAGE"]
+    assert first.split()[:7] == ["first", "default", "5", "Training", "24Gi", f"10/{STEPS}", "1m15s"]
+    assert second.split()[3] == "Failed"
+    assert second.endswith("UserError: line 7 is not JSON")
+    assert header.index("STATE") == first.index("Training") == second.index("Failed")
+
+
+def test_get_answers_programs(service: PaperService) -> None:
+    service.client.submit(job_document())
+    listed = json.loads(qlora("get", "jobs", "-o", "json").stdout)
+    alone = yaml.safe_load(qlora("get", "jobs", "medical", "-o", "yaml").stdout)
+    assert listed == [alone]
+    assert alone["spec"]["model"]["source"] == f"file://{service.folder}/model"
+    assert qlora("get", "-o", "name").stdout == "job/medical\n"
+    assert "RUN" in qlora("get", "-o", "wide").stdout
+
+
+def test_what_get_prints_can_be_submitted_again(service: PaperService) -> None:
+    service.client.submit(job_document(tracking={"alias": None}, priority=3))
+    service.fail()
+    Path("again.yaml").write_text(qlora("get", "jobs", "medical", "-o", "yaml").stdout)
+    before = service.job()
+    assert qlora("delete", "medical").stdout == "job/medical deleted\n"
+    assert qlora("submit", "again.yaml").exit_code == ExitStatus.OK
+    assert service.job().spec == before.spec
+    assert service.job().metadata.uid != before.metadata.uid
+
+
+def test_get_of_nothing_says_so_apart_from_the_answer(service: PaperService) -> None:
+    result = qlora("get", "-n", "empty")
+    assert (result.exit_code, result.stdout, result.stderr) == (ExitStatus.OK, "", "no jobs in namespace empty\n")
+
+
+def test_get_queues_counts_their_jobs(service: PaperService) -> None:
+    service.client.apply_queue(QUEUE)
+    service.client.submit(job_document("a", queue="team-a"))
+    service.client.submit(job_document("b", queue="team-a"))
+    service.prepare("a")
+    service.train("a")
+    row = qlora("get", "queues").stdout.splitlines()[1]
+    assert row.split() == ["team-a", "-", "1", "LowerPriority", "no", "1", "1", "no", "limit"]
+
+
+@pytest.mark.parametrize("command", ["describe", "logs", "cancel", "suspend", "resume", "delete", "explain", "wait"])
+def test_what_does_not_exist_is_status_3(service: PaperService, command: str) -> None:
+    result = qlora(command, "nobody")
+    assert (result.exit_code, result.stdout) == (ExitStatus.NOT_FOUND, "")
+    assert result.stderr == "error: there is no job default/nobody; list them with: qlora get\n"
+
+
+def test_describe_tells_the_whole_story(service: PaperService) -> None:
+    service.client.submit(job_document())
+    service.prepare()
+    service.train()
+    service.succeed()
+    page = qlora("describe", "medical").stdout
+    for told in (
+        "default/medical  Succeeded",
+        "600 records in 64 sequences",
+        "24Gi: 20.",
+        "MLflow run    run-1 (FINISHED)",
+        "models:/medical/3",
+        "Finished   True",
+        "2   train     24Gi",
+    ):
+        assert told in page
+    data = json.loads(qlora("describe", "medical", "-o", "json").stdout)
+    assert data["specDigest"].startswith("sha256:")
+    assert data["job"]["status"]["mlflow"]["runId"] == "run-1"
+
+
+def test_logs_are_readable_or_raw(service: PaperService) -> None:
+    service.client.submit(job_document())
+    line = '{"time":"2026-01-01T12:03:11.123Z","level":"warning","message":"slow disk","free":7}'
+    service.write_log("train-2", f"{line}\nplain\n")
+    result = qlora("logs", "medical")
+    assert result.stdout == "12:03:11  WARNING slow disk  free=7\nplain\n"
+    assert result.stderr == "--- train, attempt 2 ---\n"
+    assert qlora("logs", "medical", "--raw", "--stage", "train").stdout == f"{line}\nplain\n"
+    assert qlora("logs", "medical", "--stage", "publish").stdout == ""
+
+
+def test_explain_says_who_is_in_the_way(service: PaperService) -> None:
+    for name in ("holder", "waiter"):
+        service.client.submit(job_document(name))
+        service.prepare(name)
+    service.train("holder")
+    assert "default/holder" in qlora("explain", "waiter").stdout
+    assert json.loads(qlora("explain", "waiter", "-o", "json").stdout)["state"] == "Queued"
+
+
+def test_plan_shows_bytes_choice_and_alternatives(service: PaperService) -> None:
+    path = write_manifest(job_document())
+    text = qlora("plan", path).stdout
+    assert re.search(r"base weights, NF4 +3\.35 GiB", text)
+    assert re.search(r"24Gi +1 .* chosen", text)
+    data = json.loads(qlora("plan", path, "--json").stdout)
+    assert sum(item["bytes"] for item in data["chosen"]["items"]) == data["chosen"]["peakBytes"]
+
+
+def test_a_plan_that_is_impossible_here_is_status_2(service: PaperService) -> None:
+    result = qlora("plan", write_manifest(job_document(resources={"vram": "80Gi"})))
+    assert result.exit_code == ExitStatus.INVALID
+    assert "cannot run here" in result.stdout
+    assert re.search(r"80Gi +0 .* fits; none here", result.stdout)
+
+
+def test_a_model_on_a_claim_has_no_plan_before_prepare(service: PaperService) -> None:
+    result = qlora("plan", write_manifest(job_document(model={"source": "pvc://models/llama"})))
+    assert result.exit_code == ExitStatus.INVALID
+    assert result.stderr.startswith("error: pvc://models/llama lies on a claim, which only the cluster can read")
+
+
+def test_a_bucket_that_does_not_answer_is_status_4(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("s3fs") is None:
+        pytest.skip("s3fs is not installed")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    result = qlora("plan", write_manifest(job_document(model={"source": "s3://bucket/llama"})))
+    assert result.exit_code == ExitStatus.UNAVAILABLE
+    assert result.stderr.startswith("error: s3://bucket/llama: could not be read: ")
+
+
+# --- steering -----------------------------------------------------------------------------------------------------
+
+
+def test_steering_says_what_it_did_and_a_dry_run_does_nothing(service: PaperService) -> None:
+    service.client.submit(job_document())
+    assert qlora("suspend", "medical", "--dry-run").stdout == "job/medical would be suspended\n"
+    assert not service.job().spec.suspend
+    assert qlora("suspend", "medical").stdout == "job/medical suspended\n"
+    assert qlora("suspend", "medical").stdout == "job/medical is already suspended\n"
+    assert qlora("resume", "medical").stdout == "job/medical resumed\n"
+    service.prepare()
+    service.train()
+    assert qlora("cancel", "medical").stdout == "job/medical is being cancelled\n"
+    assert service.job().cancelled
+    assert qlora("delete", "medical", "--dry-run").stdout == "job/medical would be deleted\n"
+    assert "marked for deletion" in qlora("delete", "medical").stdout
+    service.fail()
+    assert "has finished already" in qlora("cancel", "medical").stdout
+
+
+def test_up_and_down_know_what_is_there(service: PaperService) -> None:
+    assert qlora("up").stdout.startswith("the service is up already")
+    service.client.submit(job_document())
+    assert qlora("down", "--dry-run").stdout == (
+        "the service would be stopped; 1 unfinished job will go on at the next start\n"
+    )
+    down(service)
+    assert qlora("down").stdout == "the service is down already\n"
+    assert qlora("up", "--dry-run").stdout == f"the service would be started in {service.settings.home}\n"
+
+
+def test_ui_serves_the_local_store_or_names_the_remote_one(
+    service: PaperService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("mlflow") is None:
+        pytest.skip("mlflow is not installed")
+    command = qlora("ui", "--dry-run", "--port", "5011").stdout
+    assert f"--backend-store-uri sqlite:///{service.settings.home}/mlflow.db" in command
+    assert "--host 127.0.0.1 --port 5011" in command
+    monkeypatch.setenv("QLORA_TRACKING_URI", "http://mlflow.example:5000")
+    assert qlora("ui").stdout == "http://mlflow.example:5000\n"
+
+
+def test_a_wrong_setting_is_named(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_GPU_CLASSES", "24GB=2")
+    result = qlora("get")
+    assert result.exit_code == ExitStatus.INVALID
+    assert result.stderr.startswith("error: QLORA_GPU_CLASSES: ")
+
+
+def test_version_names_what_jobs_run_with() -> None:
+    versions = json.loads(qlora("version", "-o", "json").stdout)
+    assert versions["python"] == sys.version.split()[0]
+    assert {"qlora-orchestrator", "mlflow", "ray", "torch"} <= set(versions)
+
+
+# --- run and wait, in processes of their own ----------------------------------------------------------------------
+
+
+def drive(service: PaperService, end: Callable[[], object]) -> threading.Thread:
+    """Play the controller: take the job through its life once it is there."""
+
+    def play() -> None:
+        deadline = time.monotonic() + 20
+        while not service.store.list_jobs() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        service.prepare()
+        for step in (10, 20, 30):
+            service.train(step=step)
+            time.sleep(0.25)
+        end()
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    return thread
+
+
+def test_run_follows_a_job_to_its_result_without_a_terminal(service: PaperService) -> None:
+    player = drive(service, service.succeed)
+    process = start("run", write_manifest(job_document()))
+    stdout, stderr = process.communicate(timeout=30)
+    player.join()
+    assert process.returncode == ExitStatus.OK, stderr
+    result = dict(line.split(": ", 1) for line in stdout.splitlines())
+    assert (result["state"], result["evalLossBefore"], result["evalLoss"]) == ("Succeeded", "3.5000", "1.7500")
+    assert result["model"] == "models:/medical/3"
+    assert "submitted default/medical" in stderr
+    assert re.search(r"medical: Training  \d0/40  loss 2\.5000  eval loss 2\.2500  812 tokens/s  ETA 1m15s", stderr)
+    assert not CONTROL_CODE.search(stdout + stderr)
+
+
+def test_run_of_a_job_that_fails_is_status_1_and_says_where_to_look(service: PaperService) -> None:
+    player = drive(service, service.fail)
+    process = start("run", write_manifest(job_document()), "-o", "json")
+    stdout, stderr = process.communicate(timeout=30)
+    player.join()
+    assert process.returncode == ExitStatus.JOB_FAILED
+    assert json.loads(stdout)["status"]["summary"].startswith("UserError: line 7")
+    assert "job default/medical did not succeed: UserError: line 7 of train.jsonl is not JSON" in stderr
+    assert "qlora logs medical" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_run_under_another_name_and_its_dry_run(service: PaperService) -> None:
+    path = write_manifest(job_document())
+    result = qlora("run", path, "--name", "other", "--dry-run")
+    assert "job/other is valid; nothing was changed" in result.stdout
+    assert service.store.list_jobs() == []
+    bad = qlora("run", path, "--name", "Other", "--dry-run")
+    assert bad.exit_code == ExitStatus.INVALID
+    assert "metadata.name" in bad.stderr
+
+
+def test_run_takes_exactly_one_job(service: PaperService) -> None:
+    result = qlora("run", write_manifest(job_document("a"), job_document("b")))
+    assert result.exit_code == ExitStatus.INVALID
+    assert "holds 2 jobs where one is wanted" in result.stderr
+
+
+def test_wait_is_status_5_when_the_time_is_over_and_0_when_the_job_is_done(service: PaperService) -> None:
+    service.client.submit(job_document())
+    service.prepare()
+    result = qlora("wait", "medical", "--timeout", "0.3")
+    assert result.exit_code == ExitStatus.TIMED_OUT
+    assert "had not finished after 0.3 s: WaitingForGpu" in result.stderr
+    service.succeed()
+    assert qlora("wait", "medical").exit_code == ExitStatus.OK
+
+
+def test_ctrl_c_detaches_and_says_how_to_come_back(service: PaperService) -> None:
+    service.client.submit(job_document())
+    service.prepare()
+    process = start("wait", "medical")
+    assert process.stderr is not None
+    assert "WaitingForGpu" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == ExitStatus.INTERRUPTED
+    assert "qlora wait medical" in stderr
+    assert "Traceback" not in stderr
+    assert not service.job().cancelled
+
+
+def test_a_reader_that_leaves_early_is_no_error(service: PaperService) -> None:
+    service.client.submit(job_document())
+    service.write_log("train-2", "a line\n" * 20_000)
+    process = start("logs", "medical")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=10) == ExitStatus.OK
