@@ -1,0 +1,349 @@
+"""Publishing: one version of one adapter, whatever is killed or repeated, and it loads without any code of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model
+from qlora_trainer import publish
+from qlora_trainer.checkpoint import Checkpointer, Provenance
+from qlora_trainer.jobstore import JobStore
+from qlora_trainer.outcome import FencedError, UserError
+from tiny_model import tiny_model
+
+from orchestrator.api.formats import JournalRecord
+from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrackingSpec, TrainingSpec
+from orchestrator.api.results import ModelFacts, PrepareResult
+from orchestrator.api.task import StageTask
+
+# MLflow and SQLAlchemy speak of their own deprecations; they are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+DIGEST = "sha256:" + "1" * 64
+RECORDS = [
+    JournalRecord(step=0, time_ms=1, metrics={"eval/loss": 3.25}),
+    JournalRecord(step=1, time_ms=2, metrics={"train/loss": 2.5, "eval/loss": 2.125}),
+]
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """MLflow on a SQLite file of its own, with the experiment that the controller makes."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client = MlflowClient(tracking_uri=uri)
+    client.create_experiment("team-a", artifact_location=(tmp_path / "artifacts").as_uri())
+    return client
+
+
+def make_task(client: MlflowClient, store: JobStore, *, model: str = "file:///models/base", **fields: str) -> StageTask:
+    experiment = client.get_experiment_by_name("team-a")
+    assert experiment is not None
+    uid = fields.pop("uid", "u-1")
+    facts = ModelFacts(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=512,
+        tied_embeddings=False,
+        revision="c0ffee",
+    )
+    return StageTask(
+        stage="publish",
+        namespace="team-a",
+        job="medical-es",
+        uid=uid,
+        attempt=2,
+        spec=QLoRAJobSpec(
+            model=ModelSource(source=model),
+            dataset=DatasetSource(source="file:///data.jsonl"),
+            training=TrainingSpec(learning_rate="3e-4"),
+            tracking=TrackingSpec.model_validate(fields),
+        ),
+        store_uri=store.uri,
+        prepared=PrepareResult(
+            digest=DIGEST,
+            uri=f"{store.uri}/prepared/1",
+            model=facts,
+            train_records=9,
+            train_sequences=3,
+            train_tokens=99,
+            supervised_tokens=50,
+            eval_records=1,
+            eval_sequences=1,
+            steps=1,
+        ),
+        run_id=client.create_run(experiment.experiment_id, tags={"qlora.dev/job-uid": uid}).info.run_id,
+    )
+
+
+def make_store(tmp_path: Path, *, base: Path = Path("/models/base"), seed: int = 0) -> JobStore:
+    """A job's store with a finished adapter for the tiny model, its weights drawn from the seed."""
+    import torch
+
+    store = JobStore(f"{tmp_path.as_uri()}/store-{seed}")
+    store.take_fence(1)
+    generator = torch.Generator().manual_seed(seed)
+    prefix = "base_model.model.model.layers"
+    adapter = {
+        f"{prefix}.{layer}.self_attn.q_proj.lora_{side}.weight": torch.randn(shape, generator=generator).bfloat16()
+        for layer in (0, 1)
+        for side, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": 4,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "inference_mode": True,
+    }
+    provenance = Provenance(
+        attempt=1, prepared=DIGEST, adapter_config=config, versions={"torch": "2.13.0+cu130", "peft": "0.21.2"}
+    )
+    Checkpointer(store, provenance, keep=1).publish_adapter(1, adapter, RECORDS, tiny_model())
+    return store
+
+
+def versions(client: MlflowClient, name: str) -> list[str]:
+    return [str(version.version) for version in client.search_model_versions(f"name = '{name}'")]
+
+
+def logged_models(client: MlflowClient, uid: str) -> list[str]:
+    experiment = client.get_experiment_by_name("team-a")
+    assert experiment is not None
+    found = client.search_logged_models([experiment.experiment_id], f"tags.`qlora.dev/job-uid` = '{uid}'")
+    return [model.model_id for model in found]
+
+
+def test_the_registry_holds_the_adapter_with_tags_alias_card_and_signature(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    task = make_task(client, store, registered_model="terms", alias="candidate")
+    result = publish.run(task)
+    assert (result.registered_model, result.model_version, result.model_uri) == ("terms", "1", "models:/terms/1")
+
+    version = client.get_model_version_by_alias("terms", "candidate")
+    assert (version.version, version.run_id, version.status) == (1, task.run_id, "READY")
+    weights = tmp_path / "store-0" / "adapter" / "adapter_model.safetensors"
+    sha256sum = subprocess.run(["sha256sum", weights], capture_output=True, check=True, text=True).stdout.split()[0]
+    assert version.tags["qlora.dev/job-uid"] == "u-1"
+    assert version.tags["qlora.dev/adapter-digest"] == f"sha256:{sha256sum}"
+    assert version.description.startswith("# terms")
+
+    folder = Path(download_artifacts("models:/terms@candidate", dst_path=str(tmp_path / "downloaded")))
+    assert (folder / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes() == weights.read_bytes()
+    signature = Model.load(str(folder)).signature
+    assert [column.name for column in signature.inputs] == ["messages", "prompt"]
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert {"torch==2.13.0", "peft==0.21.2"} <= set(requirements)
+    assert all("==" in line for line in requirements)
+
+    history = [(metric.step, metric.value) for metric in client.get_metric_history(task.run_id, "eval/loss")]
+    assert history == [(0, 3.25), (1, 2.125)]
+    assert client.get_run(task.run_id).info.status == "RUNNING"
+
+
+def test_the_card_is_a_hub_card_that_tells_what_came_of_it(client: MlflowClient, tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    task = make_task(client, store, model="file:///models/base", registered_model="terms")
+    card = publish.model_card(task, publish.fetch_adapter(store, tmp_path / "fetched"))
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == "/models/base"
+    assert front["library_name"] == "peft"
+    assert front["dataset_digest"] == DIGEST
+    assert "| held-out loss of the base | 3.2500 |" in card
+    assert "| held-out loss with the adapter | 2.1250 |" in card
+    assert "| training.learningRate | 3e-4 |" in card
+    assert "| base revision | c0ffee |" in card
+    assert 'mlflow.pyfunc.load_model("models:/terms@candidate")' in card
+    assert "PeftModel.from_pretrained(" in card
+    for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(snippet, "card", "exec")
+
+
+def test_a_repeat_finds_the_version_and_another_adapter_makes_a_new_one(client: MlflowClient, tmp_path: Path) -> None:
+    task = make_task(client, make_store(tmp_path, seed=0), registered_model='o\'neil "the" model')
+    first = publish.run(task)
+    assert publish.run(task) == first
+    other = publish.run(task.model_copy(update={"store_uri": make_store(tmp_path, seed=1).uri}))
+    assert (first.model_version, other.model_version) == ("1", "2")
+    assert len(logged_models(client, "u-1")) == 2
+
+
+def test_a_damaged_or_missing_adapter_and_a_fenced_attempt_register_nothing(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    task = make_task(client, store)
+    with pytest.raises(UserError, match="holds no finished adapter"):
+        publish.run(task.model_copy(update={"store_uri": f"{tmp_path.as_uri()}/empty"}))
+    store.take_fence(3)
+    with pytest.raises(FencedError, match="attempt 3 owns"):
+        publish.run(task)
+    weights = tmp_path / "store-0" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match=r"adapter is damaged.*adapter_model\.safetensors"):
+        publish.run(task.model_copy(update={"attempt": 3}))
+    assert versions(client, "medical-es") == []
+
+
+def test_publishing_needs_neither_torch_nor_transformers(client: MlflowClient, tmp_path: Path) -> None:
+    task = make_task(client, make_store(tmp_path))
+    program = (
+        "import sys\n"
+        "from qlora_trainer import publish\n"
+        "from orchestrator.api.task import StageTask\n"
+        "publish.run(StageTask.model_validate_json(sys.argv[1]))\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)))\n"
+    )
+    assert run_python(program, task.model_dump_json(by_alias=True)).splitlines()[-1] == "[]"
+    assert versions(client, "medical-es") == ["1"]
+
+
+KILLS = """
+import os, signal, sys
+from mlflow import MlflowClient
+import mlflow.pyfunc
+from qlora_trainer import publish
+from orchestrator.api.task import StageTask
+
+kill_at = None
+borders = 0
+
+def border():
+    global borders
+    if borders == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    borders += 1
+
+def bordered(method):
+    def call(*arguments, **named):
+        border()
+        answer = method(*arguments, **named)
+        border()
+        return answer
+    return call
+
+# Each call that changes or asks MLflow is an instant to be killed at, before it and after it.
+for name in ("get_run", "get_metric_history", "log_batch", "search_logged_models", "create_logged_model",
+             "log_model_artifacts", "finalize_logged_model", "search_model_versions", "create_registered_model",
+             "create_model_version", "set_registered_model_alias"):
+    setattr(MlflowClient, name, bordered(getattr(MlflowClient, name)))
+mlflow.pyfunc.save_model = bordered(mlflow.pyfunc.save_model)
+
+def in_child(task, kill):
+    global kill_at
+    child = os.fork()
+    if child == 0:
+        kill_at = kill
+        publish.run(task)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+killed = 0
+for kill, line in enumerate(sys.stdin):
+    task = StageTask.model_validate_json(line)
+    killed += in_child(task, kill) == -signal.SIGKILL
+    assert in_child(task, None) == 0, f"the repeat after kill {kill} failed"
+print(killed)
+"""
+
+
+def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_model(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    borders = 26
+    tasks = [make_task(client, store, uid=f"u-{kill}", registered_model=f"m-{kill}") for kill in range(borders + 1)]
+    lines = "\n".join(task.model_dump_json(by_alias=True) for task in tasks)
+    killed = int(run_python(KILLS, stdin=lines).splitlines()[-1])
+    assert killed == borders, "the last of these must have come through unharmed, the others not"
+    for kill, task in enumerate(tasks):
+        assert versions(client, f"m-{kill}") == ["1"], f"kill {kill}"
+        assert len(logged_models(client, f"u-{kill}")) == 1, f"kill {kill}"
+        assert client.get_model_version_by_alias(f"m-{kill}", "candidate").version == 1
+        assert [metric.step for metric in client.get_metric_history(task.run_id, "eval/loss")] == [0, 1]
+
+
+SERVED = """
+import json, sys
+import mlflow
+served = mlflow.pyfunc.load_model("models:/terms@candidate")
+chat = [{"messages": [{"role": "user", "content": "¿Qué es la disnea?"}]}, {"prompt": "La disnea es"}]
+answers = served.predict(chat, params={"max_new_tokens": 5})
+python_model = served.unwrap_python_model()
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+tokens = torch.tensor([[5, 9, 100, 42, 7, 300, 21]])
+def loss(model):
+    with torch.inference_mode():
+        return float(model(input_ids=tokens, labels=tokens).loss)
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch.bfloat16)
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, quantization_config=quantization)
+plain = loss(base)
+folder = mlflow.artifacts.download_artifacts("models:/terms@candidate") + "/artifacts/adapter"
+with_peft = loss(PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval())
+assert not [name for name in sys.modules if name.startswith(("qlora_trainer", "orchestrator"))]
+layer = python_model.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+print(json.dumps({"answers": answers, "served": loss(python_model.model), "peft": with_peft, "base": plain,
+                  "quantization": layer.quant_state.quant_type, "nested": layer.quant_state.nested}))
+"""
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["base where it was", "base elsewhere"])
+def test_the_version_loads_with_mlflow_alone_and_with_peft(client: MlflowClient, tmp_path: Path, moved: bool) -> None:
+    model = tiny_model()
+    store = make_store(tmp_path, base=Path("/nowhere") if moved else model)
+    publish.run(make_task(client, store, registered_model="terms"))
+    variables = {"QLORA_BASE_MODEL": str(model)} if moved else {}
+    found = json.loads(run_python(SERVED, str(model), paths=[], cwd=tmp_path, **variables).splitlines()[-1])
+    assert found["served"] == pytest.approx(found["peft"], abs=1e-3)
+    assert abs(found["served"] - found["base"]) > 1e-2, "the adapter must make a difference"
+    assert (found["quantization"], found["nested"]) == ("nf4", True)
+    assert len(found["answers"]) == 2
+    assert all(isinstance(answer, str) for answer in found["answers"])
+
+
+def run_python(
+    program: str,
+    *arguments: str,
+    stdin: str = "",
+    paths: list[str] | None = None,
+    cwd: Path | None = None,
+    **environment: str,
+) -> str:
+    """A Python process of its own; what it printed."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path if paths is None else paths), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=variables,
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
