@@ -110,6 +110,8 @@ class Settings(BaseSettings):
     """Logs of ended stages kept, newest first to stay."""
     tracking_timeout_seconds: Seconds = 30.0
     """How long MLflow may take to answer before it counts as away."""
+    tracking_start_seconds: Seconds = 90.0
+    """How long MLflow may take to load, and to make the tables of a new database, before the controller goes on."""
     ray_start_seconds: Seconds = 120.0
     """How long Ray may take to start."""
     ray_answer_seconds: Seconds = 20.0
@@ -122,7 +124,7 @@ class Settings(BaseSettings):
     """Wait before a controller that ended is started again; doubles while it keeps ending early."""
     restart_backoff_max_seconds: Seconds = 30.0
     """Longest wait before the controller is started again."""
-    start_timeout_seconds: Seconds = 120.0
+    start_timeout_seconds: Seconds = 180.0
     """How long `up` waits for the controller's first decision."""
     stop_timeout_seconds: Seconds = 20.0
     """How long `down` waits for the controller to end before it kills it."""

@@ -42,7 +42,9 @@ class MlflowTracking:
 
     def connect(self) -> None:
         """Import mlflow and touch the store, which makes a new database's tables before anybody else can try."""
-        self._answered(lambda: self._connected().get_experiment_by_name("Default"))
+        self._answered(
+            lambda: self._connected().get_experiment_by_name("Default"), self._settings.tracking_start_seconds
+        )
 
     def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
         """The job's one run, set RUNNING."""
@@ -118,8 +120,9 @@ class MlflowTracking:
             self._client = mlflow.MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
         return self._client
 
-    def _answered(self, call: Callable[[], Answer]) -> Answer:
+    def _answered(self, call: Callable[[], Answer], timeout_seconds: float | None = None) -> Answer:
         """The answer of one call at a time, or TrackingUnavailable once its time is over."""
+        seconds = timeout_seconds or self._settings.tracking_timeout_seconds
         where = self._settings.tracking_uri
         if not self._busy.acquire(blocking=False):
             raise TrackingUnavailable(f"MLflow at {where} still owes an answer to an earlier call")
@@ -135,9 +138,8 @@ class MlflowTracking:
 
         threading.Thread(target=carry_out, name="mlflow call", daemon=True).start()
         try:
-            return answer.result(self._settings.tracking_timeout_seconds)
+            return answer.result(seconds)
         except TimeoutError as error:
-            seconds = self._settings.tracking_timeout_seconds
             raise TrackingUnavailable(f"MLflow at {where} did not answer within {seconds:g} s") from error
         except Exception as error:
             raise TrackingUnavailable(f"MLflow at {where} failed: {error}; check MLFLOW_TRACKING_URI") from error

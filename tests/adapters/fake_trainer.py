@@ -2,7 +2,7 @@
 
     python -S fake_trainer.py prepare | train | publish
 
-It appends a line to `<store>/starts.log` whenever it starts. The name of the dataset file is its script:
+It appends a line to `<store>/starts.log` whenever it starts. The name of the dataset file is the train stage's script:
 
     ok              do the stage's work: training is spec.training.maxSteps steps of STEP_SECONDS, each durable at once
     exit-83         exit with that code and a failure message
@@ -46,9 +46,7 @@ def main() -> int:
         starts.write(f"{task['job']}-{stage}-{task['attempt']} {os.getpid()}\n")
     print(f"{stage} runs with pid {os.getpid()}", flush=True)
     script = os.path.basename(task["spec"]["dataset"]["source"])
-    if stage != task["spec"].get("failsIn", "train") and not script.startswith("in-every-stage"):
-        script = "ok" if stage != "train" else script
-    verb, _, code = script.partition("-")
+    verb, _, code = script.partition("-") if stage == "train" else ("ok", "", "")
     if verb in ("exit", "silent"):
         if verb == "exit":
             answer({"failure": {"reason": "UserError", "message": "line 7 is broken"}})
@@ -81,10 +79,7 @@ def train(task: dict, store: str) -> int:
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     agent = connect()
     steps = task["spec"]["training"].get("maxSteps") or 1
-    try:
-        step = int(open(f"{store}/step").read())
-    except FileNotFoundError:
-        step = 0
+    step = int(read(f"{store}/step") or 0)
     while step < steps and not asked:
         time.sleep(STEP_SECONDS)
         step += 1
@@ -115,7 +110,12 @@ def connect() -> "socket.socket | None":
 
 
 def report(agent: "socket.socket | None", step: int, steps: int) -> "socket.socket | None":
-    figures = {"stage": "train", "step": step, "steps": steps, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    figures = {
+        "stage": "train",
+        "step": step,
+        "steps": steps,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     try:
         if agent is not None:
             agent.sendall(json.dumps({"type": "progress", "report": figures}).encode() + b"\n")
@@ -126,6 +126,13 @@ def report(agent: "socket.socket | None", step: int, steps: int) -> "socket.sock
 
 def answer(message: object) -> None:
     write(os.environ["QLORA_TERMINATION_LOG"], message if isinstance(message, str) else json.dumps(message))
+
+
+def read(path: str) -> str:
+    if not os.path.exists(path):
+        return ""
+    with open(path) as file:
+        return file.read()
 
 
 def write(path: str, text: str) -> None:

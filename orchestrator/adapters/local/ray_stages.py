@@ -1,10 +1,11 @@
 """The StageRuntime of one machine, on a local Ray; the only file that imports ray.
 
-Ray places: every stage that has not ended is held by one small named actor with a resource such as `{"vram_24": 1}`.
-The actor starts the stage's shim, or adopts one that runs, and is the trainer's agent until the stage ends. What is
-true of a stage is on disk (`stages`), so `observe` needs no answer from Ray, and the stages outlive it:
+Ray places: every stage that has not ended is held by one named task, the holder, with a resource such as
+`{"vram_24": 1}`. It starts the stage's shim, or adopts one that runs, and is the trainer's agent until the stage ends.
+(A task and not an actor, because tasks share warm worker processes: a stage starts 1.5 s sooner.) What is true of a
+stage is on disk (`stages`), so `observe` needs no answer from Ray, and the stages outlive it:
 
-- An actor that died is made again by the next `observe`; it adopts what runs.
+- A holder that died is made again by the next `observe`; it adopts what runs.
 - When Ray itself is gone, calls raise RuntimeLost; the controller ends, its supervisor starts it again with a new Ray.
 - GPU slots are chosen under a lock on disk, not by Ray, which forgets who has what when it dies.
 """
@@ -63,17 +64,14 @@ class Holding:
     environment: Mapping[str, str]
 
 
-class StageHolder:
-    """The actor: holds one stage from its start, or from where it finds it, to its end."""
-
-    def hold(self, holding: Holding) -> None:
-        """Returns when the stage has ended."""
-        stages = LocalStages(holding.settings)
-        stage = stages.get(holding.namespace, holding.name)
-        with StageAgent(stages.socket_path(stage)) as agent:
-            while not stages.launch(stage, holding.slots, holding.environment):
-                time.sleep(SLOT_POLL_SECONDS)
-            _attend(stage, agent)
+def hold(holding: Holding) -> None:
+    """The task: hold one stage from its start, or from where it is found, to its end."""
+    stages = LocalStages(holding.settings)
+    stage = stages.get(holding.namespace, holding.name)
+    with StageAgent(stages.socket_path(stage)) as agent:
+        while not stages.launch(stage, holding.slots, holding.environment):
+            time.sleep(SLOT_POLL_SECONDS)
+        _attend(stage, agent)
 
 
 def _attend(stage: Stage, agent: StageAgent) -> None:
@@ -83,7 +81,8 @@ def _attend(stage: Stage, agent: StageAgent) -> None:
     ended = False
     while not ended:
         time.sleep(HOLD_POLL_SECONDS)
-        ended = stage.phase is StagePhase.EXITED  # looked at first, so that the last words are written, too
+        # Looked at first, so that the last words are written, too.
+        ended = stage.phase is StagePhase.EXITED or stage.record is None
         stop = stage.stop_request
         if stop is not None and not asked:
             agent.preempt(stop.remaining_seconds)
@@ -110,11 +109,11 @@ class RayStages:
         self._slots = find_slots(settings.gpu_classes)
         self._stages = LocalStages(settings)
         self._stages.sweep()
-        self._holders: dict[str, tuple[Any, Any]] = {}  # Any: Ray's handles and references are untyped
+        self._holders: dict[str, Any] = {}  # Any: Ray's references are untyped
         self._environment = clean_environment(os.environ)
         self._ray = _start_ray(settings, self._resources())
         self._processes = _ray_processes()
-        self._hold_class: Any = self._ray.remote(num_cpus=0, max_restarts=0)(StageHolder)
+        self._hold: Any = self._ray.remote(num_cpus=0, max_retries=0)(hold)
 
     def ensure(self, task: StageTask, gpu_class: str | None) -> None:
         """Make the stage's folder; its holder follows with the next `observe`."""
@@ -125,7 +124,7 @@ class RayStages:
         facts = self._stages.observe()
         self._require_ray()
         unfinished = {key for key, fact in facts.items() if fact.phase is not StagePhase.EXITED}
-        self._answered(lambda: self._hold_exactly(unfinished))
+        self._answered(lambda: self._hold_all(unfinished))
         return facts
 
     def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
@@ -148,19 +147,25 @@ class RayStages:
         by_class = {_resource(known.name): float(known.capacity) for known in self._slots.classes}
         return {**by_class, CPU_STAGE_RESOURCE: float(self._settings.cpu_stages_limit)}
 
-    def _hold_exactly(self, unfinished: set[str]) -> None:
-        """One live holder for each unfinished stage, none for any other."""
-        references = [reference for _, reference in self._holders.values()]
+    def _hold_all(self, unfinished: set[str]) -> None:
+        """One live holder for each unfinished stage. Those of ended stages end by themselves."""
+        references = list(self._holders.values())
         ended: list[Any] = self._ray.wait(references, num_returns=len(references), timeout=0)[0] if references else []
-        for key, (actor, reference) in list(self._holders.items()):
-            if reference in ended or key not in unfinished:
+        for key, reference in list(self._holders.items()):
+            if reference in ended:
                 del self._holders[key]
-                self._ray.kill(actor)
+                self._report_failure(key, reference)
         for key in sorted(unfinished - self._holders.keys()):
             namespace, _, name = key.partition("/")
-            self._hold(self._stages.get(namespace, name))
+            self._start_holder(self._stages.get(namespace, name))
 
-    def _hold(self, stage: Stage) -> None:
+    def _report_failure(self, key: str, reference: Any) -> None:
+        try:
+            self._ray.get(reference, timeout=0)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a new holder takes over
+            log.warning("the holder of stage %s ended early: %s", key, str(error).strip().splitlines()[-1])
+
+    def _start_holder(self, stage: Stage) -> None:
         record = stage.record
         if record is None:
             return
@@ -172,8 +177,7 @@ class RayStages:
             slots=self._slots.by_class.get(record.gpu_class, ()) if record.gpu_class else None,
             environment=self._environment,
         )
-        actor = self._hold_class.options(name=f"{stage.key} {time.monotonic_ns()}", resources={resource: 1}).remote()
-        self._holders[stage.key] = (actor, actor.hold.remote(holding))
+        self._holders[stage.key] = self._hold.options(name=f"hold {stage.key}", resources={resource: 1}).remote(holding)
 
     def _require_ray(self) -> None:
         gone = [name for name, process in self._processes.items() if not process.alive]

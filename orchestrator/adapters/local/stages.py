@@ -200,7 +200,7 @@ class LocalStages:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = settings.stages_folder
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def get(self, namespace: str, name: str) -> Stage:
         """The folder of this name, whether there or not."""

@@ -1,0 +1,111 @@
+"""The controller's side of MLflow against real stores, looked at with MLflow's own client."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.api.job import QLoRAJob, TrackingSpec
+from orchestrator.errors import TrackingUnavailable
+from orchestrator.settings import Settings
+from tests.adapters.builders import make_job
+
+# MLflow's imports and its database layer warn about themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    home = tmp_path_factory.mktemp("home")
+    settings = Settings(home=home, tracking_uri=f"sqlite:///{home}/mlflow.db", tracking_timeout_seconds=120)
+    MlflowTracking(settings).connect()
+    return settings
+
+
+def job(uid: str, **spec: Any) -> QLoRAJob:
+    return make_job("medical", meta={"uid": uid}, **spec)
+
+
+def runs(settings: Settings, experiment: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(settings.tracking_uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return list(client.search_runs([found.experiment_id]))
+
+
+def test_a_job_has_one_run_however_often_it_is_asked_for(settings: Settings) -> None:
+    first = MlflowTracking(settings).ensure_run(job("u-1"))
+    second = MlflowTracking(settings).ensure_run(job("u-1"))
+    assert first == second
+    assert first.run_status == "RUNNING"
+    found = [run for run in runs(settings, "team-a") if run.data.tags["qlora.dev/job-uid"] == "u-1"]
+    assert [run.info.run_id for run in found] == [first.run_id]
+    assert found[0].info.run_name == "medical"
+    assert found[0].data.tags["qlora.dev/job"] == "medical"
+    assert found[0].data.tags["qlora.dev/namespace"] == "team-a"
+    assert found[0].data.tags["qlora.dev/queue"] == "default"
+
+
+def test_another_job_of_the_name_has_another_run(settings: Settings) -> None:
+    tracking = MlflowTracking(settings)
+    assert tracking.ensure_run(job("u-2")).run_id != tracking.ensure_run(job("u-3")).run_id
+
+
+def test_the_experiment_is_the_jobs_choice_and_its_artifacts_are_in_the_artifact_root(settings: Settings) -> None:
+    from mlflow import MlflowClient
+
+    wanted = job("u-4", tracking=TrackingSpec(experiment="medical/es"))
+    status = MlflowTracking(settings).ensure_run(wanted)
+    experiment = MlflowClient(settings.tracking_uri).get_experiment_by_name("medical/es")
+    assert experiment is not None
+    assert experiment.experiment_id == status.experiment_id
+    assert Path(experiment.artifact_location.removeprefix("file://")).parent == settings.artifact_root
+
+
+def test_the_last_status_is_given_once_and_taken_back_when_the_job_goes_on(settings: Settings) -> None:
+    tracking = MlflowTracking(settings)
+    experiment = TrackingSpec(experiment="ends")
+    wanted = job("u-5", tracking=experiment)
+    tracking.ensure_run(wanted)
+    assert tracking.finish_run(wanted, "KILLED").run_status == "KILLED"
+    ended = runs(settings, "ends")[0].info
+    assert ended.status == "KILLED"
+    tracking.finish_run(wanted, "KILLED")
+    assert runs(settings, "ends")[0].info.end_time == ended.end_time
+    assert tracking.ensure_run(wanted).run_status == "RUNNING"
+    assert [run.info.status for run in runs(settings, "ends")] == ["RUNNING"]
+
+
+def test_a_run_that_somebody_deleted_does_not_stop_the_job_from_ending(settings: Settings) -> None:
+    status = MlflowTracking(settings).finish_run(job("u-6"), "FINISHED")
+    assert status.run_status == "FINISHED"
+
+
+def test_a_server_that_refuses_connections_is_unavailable(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    tracking = MlflowTracking(Settings(home=tmp_path, tracking_uri=f"http://127.0.0.1:{port}"))
+    with pytest.raises(TrackingUnavailable, match=str(port)):
+        tracking.ensure_run(job("u-7"))
+
+
+def test_a_server_that_never_answers_is_unavailable_in_time_and_is_not_asked_twice_at_once(tmp_path: Path) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        tracking = MlflowTracking(Settings(home=tmp_path, tracking_uri=uri, tracking_timeout_seconds=1))
+        start = time.monotonic()
+        with pytest.raises(TrackingUnavailable, match="within 1 s"):
+            tracking.ensure_run(job("u-8"))
+        assert time.monotonic() - start < 5
+        with pytest.raises(TrackingUnavailable, match="still owes"):
+            tracking.ensure_run(job("u-8"))
