@@ -1,7 +1,9 @@
 """The sizing formula against peaks measured on cards, and the plans that follow from it.
 
 Measured: peak reserved GiB on an H200 (torch 2.11, transformers 5.17, peft 0.21, bitsandbytes 0.50.2), NF4 with double
-quantization, rank 16 on all linears, bf16, no dropout, fused loss over chunks of 64 (2,048 tokens) to 512 tokens.
+quantization, rank 16 on all linears, bf16, fused loss. The record does not say the optimizer, the dropout or the loss's
+chunk; the least demanding are assumed (paged 8-bit AdamW, none, and chunks too small to matter), which makes "never
+under" the harder to pass.
 """
 
 from __future__ import annotations
