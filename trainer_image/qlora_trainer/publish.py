@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +96,18 @@ def save_model(adapter: Adapter, card: str, folder: Path, mlflow_model: Any) -> 
             if entry.name not in (JOURNAL_NAME, MANIFEST_NAME):
                 shutil.copyfile(adapter.folder / entry.name, peft_folder / entry.name)
         (peft_folder / CARD_NAME).write_text(card)
-        mlflow.pyfunc.save_model(
-            str(folder),
-            python_model=str(SERVING_MODEL),
-            artifacts={"adapter": str(peft_folder)},
-            signature=signature(),
-            pip_requirements=requirements(adapter.manifest.versions),
-            model_config={"base_model": ""},
-            mlflow_model=mlflow_model,
-        )
+        with warnings.catch_warnings():
+            # MLflow asks for type hints and an example to infer a signature from; this one is stated.
+            warnings.simplefilter("ignore", UserWarning)
+            mlflow.pyfunc.save_model(
+                str(folder),
+                python_model=str(SERVING_MODEL),
+                artifacts={"adapter": str(peft_folder)},
+                signature=signature(),
+                pip_requirements=requirements(adapter.manifest.versions),
+                model_config={"base_model": ""},
+                mlflow_model=mlflow_model,
+            )
 
 
 def signature() -> Any:
