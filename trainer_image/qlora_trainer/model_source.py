@@ -141,7 +141,7 @@ def context_length(description: ModelDescription, source: str) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec, *, packing: bool) -> None:
+def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> None:
     """Build the model without memory and refuse what training could not do."""
     config = _known_config(description.folder, source, _read_config(description.folder, source))
     _refuse_not_causal(source, config)
@@ -149,11 +149,6 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
     _refuse_unquantizable(source, model)
     _refuse_missing_targets(source, model, adapter)
     _refuse_missing_weights(source, model, description.parameters)
-    if packing and getattr(model, "_is_stateful", False):
-        raise UserError(
-            f"{source}: {type(model).__name__} carries a state from one record of a packed sequence into the next; "
-            "set spec.training.packing to false"
-        )
 
 
 # --- where it lies

@@ -95,7 +95,7 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
-    check_architecture(description, source, spec.adapter, packing=spec.training.packing)
+    check_architecture(description, source, spec.adapter)
     tokenizer = load_tokenizer(description.folder, source, spec.model.chat_template)
     check_chat_template(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)

@@ -1,0 +1,137 @@
+"""A small model hub over HTTP: folders as repositories at one commit, some of them gated.
+
+Speaks as much of the Hugging Face hub's protocol as reading takes: repository info, tree, path info, and files with
+ranges. Used by tests through `HF_ENDPOINT`, which huggingface_hub reads when it is imported: start a process for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repository:
+    """A folder that the hub serves."""
+
+    folder: Path
+    gated: bool = False
+    kind: str = "models"
+
+
+@contextmanager
+def serve(repositories: Mapping[str, Repository]) -> Iterator[tuple[str, list[str]]]:
+    """The hub's address, and the list of requests that it has answered."""
+    requests: list[str] = []
+
+    class Handler(_Handler):
+        known = repositories
+        log = requests
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    known: Mapping[str, Repository]
+    log: list[str]
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def _answer(self) -> None:
+        self._body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        self.log.append(f"{self.command} {'/'.join(parts)} {self.headers.get('Range', '')}".strip())
+        in_api = parts[0] == "api"
+        kind = parts[1] if in_api else "datasets" if parts[0] == "datasets" else "models"
+        parts = parts[2:] if in_api else parts[1:] if kind == "datasets" else parts
+        repository = self.known.get("/".join(parts[:2]))
+        if repository is None or repository.kind != kind:
+            return self._refuse(404, "RepoNotFound")
+        if in_api:
+            return self._answer_api(repository, parts[2:], "/".join(parts[:2]))
+        return self._answer_file(repository, parts[3], "/".join(parts[4:]))
+
+    def _answer_api(self, repository: Repository, rest: list[str], name: str) -> None:
+        revision = rest[1] if len(rest) > 1 else "main"
+        if revision not in ("main", COMMIT):
+            return self._refuse(404, "RevisionNotFound")
+        files = sorted(path for path in repository.folder.iterdir() if path.is_file())
+        if rest[:1] == ["tree"]:
+            return self._json([self._entry(path) for path in files])
+        if rest[:1] == ["paths-info"]:
+            wanted = self._wanted_paths()
+            return self._json([self._entry(path) for path in files if path.name in wanted])
+        siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in files]
+        return self._json({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
+
+    def _wanted_paths(self) -> list[str]:
+        if self.headers.get("Content-Type", "").startswith("application/json"):
+            return json.loads(self._body)["paths"]
+        return parse_qs(self._body.decode()).get("paths", [])
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        return {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": _etag(path)[:40]}
+
+    def _answer_file(self, repository: Repository, revision: str, name: str) -> None:
+        path = repository.folder / name
+        if revision not in ("main", COMMIT):
+            return self._refuse(404, "RevisionNotFound")
+        if not path.is_file():
+            return self._refuse(404, "EntryNotFound")
+        if repository.gated:
+            return self._refuse(403, "GatedRepo")
+        data = path.read_bytes()
+        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last) + 1 if last else None] if first else data
+        headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+        return self._send(206 if first else 200, part, headers)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
