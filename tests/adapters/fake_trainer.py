@@ -8,6 +8,7 @@ It appends a line to `<store>/starts.log` whenever it starts. The name of the da
     exit-83         exit with that code and a failure message
     silent-1        exit with that code and no message
     garbage         write a termination message that does not parse, and exit with 0
+    endless         like ok, but train until there is a file `<store>/finish`
     stubborn        train for a minute and ignore SIGTERM
     children        start a child that sleeps for a minute, note its pid in `<store>/child`, exit with 0
 """
@@ -77,12 +78,14 @@ def prepare(task: dict, store: str) -> int:
 def train(task: dict, store: str) -> int:
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    agent = connect()
+    agent = None
     steps = task["spec"]["training"].get("maxSteps") or 1
     step = int(read(f"{store}/step") or 0)
+    endless = os.path.basename(task["spec"]["dataset"]["source"]) == "endless"
     while step < steps and not asked:
         time.sleep(STEP_SECONDS)
         step += 1
+        steps = max(steps, step + 1) if endless and not os.path.exists(f"{store}/finish") else steps
         write(f"{store}/step", str(step))
         agent = report(agent, step, steps)
     result = {"step": step, "complete": step == steps, "checkpointUri": f"{store}/step"}
@@ -110,6 +113,8 @@ def connect() -> "socket.socket | None":
 
 
 def report(agent: "socket.socket | None", step: int, steps: int) -> "socket.socket | None":
+    """Tell the agent, if it is there; the connection to go on with."""
+    agent = agent or connect()
     figures = {
         "stage": "train",
         "step": step,

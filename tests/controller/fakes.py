@@ -1,0 +1,128 @@
+"""Small real implementations of the ports, with a slot for the next error; stages end when a test says so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.api.reasons import Reason
+from orchestrator.api.results import ModelFacts, PrepareResult, PublishResult, StageResult, TrainResult
+from orchestrator.api.task import StageTask
+from orchestrator.core.facts import GpuClass, StageFact, StagePhase
+from orchestrator.core.gpus import gpu_class
+
+DIGEST = "sha256:" + "0" * 64
+MODEL = ModelFacts(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    vocab_size=256,
+    tied_embeddings=True,
+    revision="r",
+)
+RESULTS = {
+    "prepare": StageResult(
+        prepare=PrepareResult(
+            digest=DIGEST,
+            uri="file:///prepared",
+            model=MODEL,
+            train_records=1,
+            train_sequences=1,
+            train_tokens=1,
+            supervised_tokens=1,
+            eval_records=0,
+            eval_sequences=0,
+            steps=10,
+        )
+    ),
+    "train": StageResult(
+        train=TrainResult(step=10, complete=True, adapter_uri="file:///adapter", adapter_digest=DIGEST)
+    ),
+    "publish": StageResult(
+        publish=PublishResult(registered_model="medical", model_version="1", model_uri="models:/medical/1")
+    ),
+}
+
+
+@dataclass
+class FakeRuntime:
+    """Stages in a dictionary."""
+
+    stages: dict[str, StageFact] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    error: Callable[[str], Exception | None] = lambda call: None
+    """What the next call raises."""
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        error = self.error(call)
+        if error is not None:
+            raise error
+
+    def ensure(self, task: StageTask, gpu_class: str | None) -> None:
+        name = f"{task.job}-{task.stage}-{task.attempt}"
+        self._note(f"ensure {name}")
+        fact = StageFact(
+            namespace=task.namespace, name=name, uid=task.uid, phase=StagePhase.RUNNING, start_time=datetime.now(UTC)
+        )
+        self.stages.setdefault(fact.key, fact)
+
+    def observe(self) -> Mapping[str, StageFact]:
+        error = self.error("observe")
+        if error is not None:
+            raise error
+        return dict(self.stages)
+
+    def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
+        self._note(f"stop {name}")
+
+    def delete(self, namespace: str, name: str) -> None:
+        self._note(f"delete {name}")
+        self.stages.pop(f"{namespace}/{name}", None)
+
+    def gpu_classes(self) -> Sequence[GpuClass]:
+        return [gpu_class("24Gi", 1)]
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End every stage that runs, the way its kind ends."""
+        for key, fact in self.stages.items():
+            if fact.phase is StagePhase.RUNNING:
+                result = RESULTS[fact.name.split("-")[-2]] if exit_code == 0 else None
+                self.stages[key] = replace(
+                    fact, phase=StagePhase.EXITED, exit_code=exit_code, result=result, finish_time=datetime.now(UTC)
+                )
+
+
+@dataclass
+class FakeTracking:
+    """Runs in a dictionary, by job uid."""
+
+    runs: dict[str, str] = field(default_factory=dict)
+    error: Exception | None = None
+    open: threading.Event = field(default_factory=threading.Event)
+    """While it is cleared, calls wait."""
+
+    def __post_init__(self) -> None:
+        self.open.set()
+
+    def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        return self._set(job, "RUNNING")
+
+    def finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
+        return self._set(job, run_status)
+
+    def _set(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
+        assert self.open.wait(30)
+        if self.error is not None:
+            raise self.error
+        self.runs[job.metadata.uid] = run_status
+        found = {"run_id": f"run-of-{job.metadata.name}", "experiment_id": "1", "run_status": run_status}
+        return job.status.mlflow.model_copy(update=found)
