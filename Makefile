@@ -31,7 +31,7 @@ test-core: $(VENV)/.synced ## The pure core's tests: seconds
 check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/python -m benchmarks.targets --check

@@ -122,8 +122,11 @@ def settings() -> str:
     """The settings table."""
     text = "# Settings\n\nRead from the environment.\n\n| variable | default | meaning |\n|---|---|---|\n"
     for name, field in Settings.model_fields.items():
-        variable = str(field.validation_alias or f"QLORA_{name.upper()}")
-        shown = "derived" if field.is_required() or field.default_factory else code(field.default)
+        variable = f"QLORA_{name.upper()}"
+        default = field.default
+        if isinstance(default, str):
+            default = default.replace(sys.executable, "python")
+        shown = "derived" if field.is_required() or field.default_factory else code(default)
         text += f"| `{variable}` | {shown} | {(field.description or '').replace(chr(10), ' ')} |\n"
     return text
 
@@ -152,7 +155,7 @@ def first_paragraph(kind: type[BaseModel]) -> str:
 
 def code(value: object) -> str:
     """A default as code; nothing where there is none."""
-    return "" if value is None else f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+    return "" if value is None or value == "" else f"`{json.dumps(value, default=str)}`" if not isinstance(value, str) else f"`{value}`"
 
 
 def mapping(value: object) -> dict[str, object]:
