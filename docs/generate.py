@@ -133,7 +133,7 @@ def settings() -> str:
 
 def reasons() -> str:
     """Reasons with their remedies, and exit codes."""
-    text = "# Reasons\n\nWhat a condition, an event or an attempt may give as its reason, and what is done about it.\n\n"
+    text = "# Reasons\n\nReasons of conditions, events and attempts, and what is done about them.\n\n"
     text += "| reason | remedy |\n|---|---|\n"
     text += "".join(f"| `{reason}` | {reason.remedy} |\n" for reason in Reason)
     text += "\n## Exit codes of a stage\n\n| code | reason |\n|---|---|\n"
@@ -155,7 +155,9 @@ def first_paragraph(kind: type[BaseModel]) -> str:
 
 def code(value: object) -> str:
     """A default as code; nothing where there is none."""
-    return "" if value is None or value == "" else f"`{json.dumps(value, default=str)}`" if not isinstance(value, str) else f"`{value}`"
+    if value is None or value == "":
+        return ""
+    return f"`{value if isinstance(value, str) else json.dumps(value, default=str)}`"
 
 
 def mapping(value: object) -> dict[str, object]:

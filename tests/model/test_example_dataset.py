@@ -1,7 +1,8 @@
 """The example dataset `examples/medical-es` keeps the promises of its README.
 
 The files are data that no code generates, so this reads them with the standard library alone, line by line.
-Held-out loss is the demo's evidence that training generalizes: no held-out term may occur anywhere in the training file.
+Held-out loss is the demo's evidence that training generalizes: no held-out term may occur anywhere in the training
+file.
 """
 
 import itertools
@@ -75,7 +76,7 @@ def test_text_is_utf8_in_composed_form_and_ends_with_a_newline(split: str) -> No
     text = (DATASET / f"{split}.jsonl").read_bytes().decode("utf-8")
     assert unicodedata.is_normalized("NFC", text)
     assert text.endswith("}\n")
-    assert "\ufeff" not in text and "\r" not in text and "\\u" not in text
+    assert not [sign for sign in ("\ufeff", "\r", "\\u") if sign in text]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -84,7 +85,8 @@ def test_answers_are_two_short_sentences_that_begin_with_the_term(split: str) ->
         assert len(item.answer.split()) in ANSWER_WORDS, item
         assert re.match(r"(?:El|La|Los|Las) ", item.answer), item
         assert mentions(item.answer[: item.answer.index(item.definition)], item.term), item
-        assert item.answer.endswith(".") and item.answer.count(". ") == 1, item
+        assert item.answer.endswith("."), item
+        assert item.answer.count(". ") == 1, item
         assert re.search(r"\. [A-ZÁÉÍÓÚ]", item.answer), item
         assert item.answer == " ".join(item.answer.split()), item
         assert item.answer.count("«") == item.answer.count("»"), item
