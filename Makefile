@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-preempt test test-core check fmt docs lock targets clean
+.PHONY: help demo demo-preempt test test-core test-kills check fmt docs lock targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -23,7 +23,10 @@ demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: 
 	$(BIN)/python -m examples.demo_preempt --model $(MODEL)
 
 test: check test-core $(MODEL)/model.safetensors ## Everything that CI runs
-	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest --ignore=tests/core
+	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest --ignore=tests/core --ignore=tests/e2e/test_kills.py
+
+test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instants: about half an hour
+	$(BIN)/python -m pytest tests/e2e/test_kills.py
 
 test-core: $(VENV)/.synced ## The pure core's tests: seconds
 	$(BIN)/python -m pytest -q tests/core
