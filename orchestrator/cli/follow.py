@@ -7,6 +7,7 @@ what to do and never ends a job by itself.
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from rich.console import Console, Group, RenderableType
@@ -28,6 +29,9 @@ REFRESHES_PER_SECOND = 8
 PLAIN_STEPS_SHARE = 0.1
 """Without a terminal, a line is printed each time so much of the steps is done."""
 STAGES = ("prepare", "train", "publish")
+PLAIN_DETAIL = "training"
+"""What the train stage reports while nothing but training goes on; the bar says it better."""
+_SPINNER = Spinner("dots", style="busy")  # one for all redraws, or it would begin anew with each
 
 
 class Interruption(StrEnum):
@@ -43,14 +47,17 @@ def follow(handle: JobHandle, timeout_seconds: float | None) -> QLoRAJob:
     console = messages()
     if not console.is_terminal:
         return _follow_plainly(handle, timeout_seconds, console)
-    with Live(console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True) as live:
-        watch = handle.start_watch(timeout_seconds)
-        while True:
-            job = watch.step()
-            if job is not None:
-                live.update(live_view(job))
-            if watch.ended:
-                return job or handle.object()
+    job = handle.object()
+    watch = handle.start_watch(timeout_seconds)
+    with Live(
+        get_renderable=lambda: live_view(job, datetime.now(UTC)),
+        console=console,
+        refresh_per_second=REFRESHES_PER_SECOND,
+        transient=True,
+    ):
+        while not watch.ended:
+            job = watch.step() or job
+    return job
 
 
 def ask_about_interruption() -> Interruption:
@@ -58,22 +65,21 @@ def ask_about_interruption() -> Interruption:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return Interruption.DETACH
     try:
-        answer = messages().input("\nDetach and let the job go on [D], cancel the job [c], or keep following [k]? ")
+        answer = messages().input(
+            "Detach and let the job go on [D], cancel it [c], or keep following [k]? ", markup=False
+        )
     except (EOFError, KeyboardInterrupt):
         return Interruption.DETACH
     choices = {"c": Interruption.CANCEL, "k": Interruption.KEEP}
     return choices.get(answer.strip().lower()[:1], Interruption.DETACH)
 
 
-def live_view(job: QLoRAJob) -> RenderableType:
-    """The running job in three lines: where it is, how far, how well."""
-    lines: list[RenderableType] = [_stage_line(job), _bar_line(job)]
-    figures = _figures(job)
-    if figures:
-        lines.append(Text("  " + "   ".join(figures)))
-    if _note(job):
-        lines.append(Text("  " + _note(job), style="quiet", no_wrap=True, overflow="ellipsis"))
-    return Group(*lines)
+def live_view(job: QLoRAJob, now: datetime) -> RenderableType:
+    """The running job in four lines at most: where it is, how far, how well, and what holds it."""
+    lines = [_stage_line(job, now), _bar_line(job)]
+    lines.append(Text("  " + "   ".join(figures)) if (figures := _figures(job)) else None)
+    lines.append(Text("  " + note, style="quiet", no_wrap=True, overflow="ellipsis") if (note := _note(job)) else None)
+    return Group(*(line for line in lines if line is not None))
 
 
 def result_panel(job: QLoRAJob, result: JobResult) -> Panel:
@@ -131,8 +137,8 @@ def plain_line(job: QLoRAJob) -> str:
     return line if far or is_finished(job) or not _note(job) else f"{line}  ({_note(job)})"
 
 
-def _stage_line(job: QLoRAJob) -> RenderableType:
-    """`medical-es  prepare > train > publish  Training on cpu`, with the stage at work marked by a spinner."""
+def _stage_line(job: QLoRAJob, now: datetime) -> RenderableType | None:
+    """`medical-es  prepare > train > publish  Training on cpu  1m20s`, with a spinner while a stage is at work."""
     current = _stage_index(job)
     names = Text()
     for index, stage in enumerate(STAGES):
@@ -143,12 +149,14 @@ def _stage_line(job: QLoRAJob) -> RenderableType:
     attempt = job.status.active_attempt
     where = f"on {attempt.gpu_class}" if attempt is not None and attempt.gpu_class else ""
     state = Text(f"{state_word(job)} {where}".strip(), style=state_style(job))
-    mark = Spinner("dots", style="busy") if attempt is not None else Text("·", style="waiting")
-    grid.add_row(mark, Text(job.metadata.name, style="bold"), names, state)
+    began = attempt.start_time if attempt is not None else None
+    took = Text(duration((now - began).total_seconds()) if began is not None else "", style="quiet")
+    mark = _SPINNER if attempt is not None else Text("·", style="waiting")
+    grid.add_row(mark, Text(job.metadata.name, style="bold"), names, state, took)
     return grid
 
 
-def _bar_line(job: QLoRAJob) -> RenderableType:
+def _bar_line(job: QLoRAJob) -> RenderableType | None:
     progress = job.status.progress
     at_work = job.status.active_attempt is not None
     known = progress is not None and progress.steps > 0 and progress.stage == STAGES[min(_stage_index(job), 2)]
@@ -159,7 +167,7 @@ def _bar_line(job: QLoRAJob) -> RenderableType:
     elif not at_work and prepared is not None:
         done, total = (checkpoint.step if checkpoint is not None else 0), prepared.steps
     else:
-        return Text("  ") + Text(progress.detail if progress is not None and at_work else "", style="quiet")
+        return None
     bar = ProgressBar(
         total=total, completed=done, width=BAR_WIDTH, complete_style="bar.complete", finished_style="good"
     )
@@ -185,7 +193,8 @@ def _note(job: QLoRAJob) -> str:
     """What the bar does not say: what is being done, or what the job waits for."""
     progress, attempt = job.status.progress, job.status.active_attempt
     if attempt is not None and attempt.stop_time is None:
-        return progress.detail if progress is not None and progress.stage == attempt.stage else ""
+        detail = progress.detail if progress is not None and progress.stage == attempt.stage else ""
+        return "" if detail == PLAIN_DETAIL else detail
     return job.status.summary
 
 

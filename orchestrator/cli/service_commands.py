@@ -164,7 +164,11 @@ def _start(settings: Settings) -> None:
     from orchestrator.controller import supervisor
 
     with messages().status("starting the service", spinner_style="busy"):
-        supervisor.start(settings)
+        try:
+            supervisor.start(settings)
+        except BaseException:
+            supervisor.stop(settings)  # what did not come up is not left half up
+            raise
 
 
 def _stop(settings: Settings) -> None:
