@@ -34,7 +34,8 @@ def main() -> None:
     for line in Path(heldout).read_text(encoding="utf-8").splitlines():
         loss, tokens = record_loss(model, tokenizer, json.loads(line)["messages"])
         total, count = total + loss, count + tokens
-    print(json.dumps({"loss": total / count, "tokens": count}))
+    signature = mlflow.models.get_model_info(model_uri).signature
+    print(json.dumps({"loss": total / count, "tokens": count, "has_signature": signature is not None}))
 
 
 @torch.no_grad()

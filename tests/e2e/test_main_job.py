@@ -46,7 +46,9 @@ def test_the_registered_adapter_gives_the_trainers_last_loss_in_a_process_that_k
     command = [sys.executable, "-I", str(script), settings.tracking_uri, str(result.model_uri)]
     answer = subprocess.run([*command, str(pretrained), str(heldout)], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    assert json.loads(answer.stdout.splitlines()[-1])["loss"] == pytest.approx(result.eval_loss, abs=1e-3)
+    found = json.loads(answer.stdout.splitlines()[-1])
+    assert found["loss"] == pytest.approx(result.eval_loss, abs=1e-3)
+    assert found["has_signature"]
 
 
 def test_mlflow_shows_one_finished_run_with_every_step_once(done: JobHandle, settings: Settings) -> None:
@@ -59,14 +61,10 @@ def test_mlflow_shows_one_finished_run_with_every_step_once(done: JobHandle, set
     assert [metric.step for metric in history] == list(range(1, STEPS + 1))
 
 
-def test_the_model_version_has_its_alias_signature_and_card(done: JobHandle, settings: Settings) -> None:
-    import mlflow
-
-    mlflow.set_tracking_uri(settings.tracking_uri)
+def test_the_model_version_has_its_alias_and_card(done: JobHandle, settings: Settings) -> None:
     version = MlflowClient(settings.tracking_uri).get_model_version_by_alias("medical", "candidate")
     assert version.run_id == done.result().run_id
-    assert "library_name: peft" in (version.description or "")
-    assert mlflow.models.get_model_info("models:/medical@candidate").signature is not None
+    assert "A LoRA adapter for" in (version.description or "")
 
 
 def test_the_adapter_downloads_verified(done: JobHandle, tmp_path: Path) -> None:
