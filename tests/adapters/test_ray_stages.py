@@ -76,7 +76,8 @@ def test_stages_outlive_ray_and_are_adopted_by_the_next(tmp_path: Path) -> None:
         home=tmp_path / "home", gpu_classes="24Gi=1", trainer_command=f"{sys.executable} -S {FAKE_TRAINER}"
     )
     settings.home.mkdir()
-    environment = {**os.environ, **settings.environment(), "STORE": str(tmp_path / "store")}
+    paths = os.pathsep.join(sys.path)  # a program of the tests finds them as pytest does
+    environment = {**os.environ, **settings.environment(), "STORE": str(tmp_path / "store"), "PYTHONPATH": paths}
     outcomes: list[int] = []
     for victim in ("raylet", "gcs_server", "itself"):
         outcomes.append(subprocess.run([sys.executable, str(program), victim], env=environment, timeout=180).returncode)
