@@ -293,12 +293,24 @@ def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_mo
 
 
 SERVED = """
-import json, sys
+import json, os, sys
 import mlflow
 served = mlflow.pyfunc.load_model("models:/terms@candidate")
-chat = [{"messages": [{"role": "user", "content": "¿Qué es la disnea?"}]}, {"prompt": "La disnea es"}]
-answers = served.predict(chat, params={"max_new_tokens": 5})
 python_model = served.unwrap_python_model()
+# Looked at before anything is answered: on some CPUs bitsandbytes repacks a weight when it is first evaluated.
+state = python_model.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.quant_state
+quant_type, nested = state.quant_type, state.nested
+python_model = served.unwrap_python_model()
+# Before the first forward: on some CPUs bitsandbytes then repacks the weights.
+state = python_model.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.quant_state
+quantization = [state.quant_type, state.nested]
+question = [{"role": "user", "content": "¿Qué es la disnea?"}]
+short = {"max_new_tokens": 5}
+answers = [
+    *served.predict([{"messages": question}, {"messages": question}], params=short),
+    *served.predict([{"prompt": "La disnea es"}], params=short),
+    *served.predict({"messages": question}, params=short),
+]
 
 import torch
 from peft import PeftModel
@@ -307,31 +319,45 @@ tokens = torch.tensor([[5, 9, 100, 42, 7, 300, 21]])
 def loss(model):
     with torch.inference_mode():
         return float(model(input_ids=tokens, labels=tokens).loss)
-quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=torch.bfloat16)
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, quantization_config=quantization)
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, quantization_config=nf4)
 plain = loss(base)
 folder = mlflow.artifacts.download_artifacts("models:/terms@candidate") + "/artifacts/adapter"
 with_peft = loss(PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval())
 assert not [name for name in sys.modules if name.startswith(("qlora_trainer", "orchestrator"))]
-layer = python_model.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
-print(json.dumps({"answers": answers, "served": loss(python_model.model), "peft": with_peft, "base": plain,
-                  "quantization": layer.quant_state.quant_type, "nested": layer.quant_state.nested}))
+def complaint(**options):
+    try:
+        mlflow.pyfunc.load_model("models:/terms@candidate", **options)
+    except Exception as error:
+        return str(error)
+elsewhere = [complaint(model_config={"base_model": "/nowhere"})]
+os.environ["QLORA_BASE_MODEL"] = "/nowhere/else"
+elsewhere.append(complaint())
+print(json.dumps({
+    "answers": answers,
+    "elsewhere": elsewhere,
+    "served": loss(python_model.model),
+    "peft": with_peft,
+    "base": plain,
+    "quantization": quantization,
+}))
 """
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["base where it was", "base elsewhere"])
-def test_the_version_loads_with_mlflow_alone_and_with_peft(client: MlflowClient, tmp_path: Path, moved: bool) -> None:
+def test_the_version_loads_with_mlflow_alone_and_with_peft(client: MlflowClient, tmp_path: Path) -> None:
     model = tiny_model()
-    store = make_store(tmp_path, base=Path("/nowhere") if moved else model)
-    publish.run(make_task(client, store, registered_model="terms"))
-    variables = {"QLORA_BASE_MODEL": str(model)} if moved else {}
-    found = json.loads(run_python(SERVED, str(model), paths=[], cwd=tmp_path, **variables).splitlines()[-1])
+    publish.run(make_task(client, make_store(tmp_path, base=model), registered_model="terms"))
+    found = json.loads(run_python(SERVED, str(model), paths=[], cwd=tmp_path).splitlines()[-1])
     assert found["served"] == pytest.approx(found["peft"], abs=1e-3)
     assert abs(found["served"] - found["base"]) > 1e-2, "the adapter must make a difference"
-    assert (found["quantization"], found["nested"]) == ("nf4", True)
-    assert len(found["answers"]) == 2
+    assert found["quantization"] == ["nf4", True]
+    assert len(found["answers"]) == 4
     assert all(isinstance(answer, str) for answer in found["answers"])
+    assert found["answers"][0] == found["answers"][1] == found["answers"][3]
+    by_configuration, by_environment = found["elsewhere"]
+    assert "/nowhere" in by_configuration, "a base that lies elsewhere must be looked for there"
+    assert "/nowhere/else" in by_environment
 
 
 def run_python(

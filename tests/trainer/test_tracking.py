@@ -210,7 +210,9 @@ def mlflow_server(folder: Path, port: int) -> Iterator[None]:
     environment.pop("MLFLOW_TRACKING_URI")
     with (folder / "server.log").open("ab") as output:
         # A session of its own, so that the workers go down with it.
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, cwd=folder, start_new_session=True
+        )
     try:
         until(lambda: server.poll() is not None or is_healthy(port), seconds=180)
         assert server.poll() is None, (folder / "server.log").read_text()

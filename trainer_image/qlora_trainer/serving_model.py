@@ -7,8 +7,9 @@ therefore imports nothing of this project, and the heavy libraries only when the
     model.predict([{"messages": [{"role": "user", "content": "..."}]}])   # a chat, through the chat template
     model.predict([{"prompt": "..."}], params={"max_new_tokens": 64})     # plain text, continued as it is
 
-The base is the one that adapter_config.json names; where it lies elsewhere, say so with the environment variable
-QLORA_BASE_MODEL or with `load_model(..., model_config={"base_model": ...})`.
+The rows of one call are all chats or all prompts. The base is the one that adapter_config.json names; where it lies
+elsewhere, say so with the environment variable QLORA_BASE_MODEL or with
+`load_model(..., model_config={"base_model": ...})`.
 """
 
 import json
@@ -57,9 +58,9 @@ class AdapterModel(mlflow.pyfunc.PythonModel):
 
     def _encode(self, row):
         messages, prompt = row.get("messages"), row.get("prompt")
-        if _is_present(messages) == _is_present(prompt):
+        if (messages is None) == (prompt is None):
             raise ValueError("give each row either `messages` (a chat) or `prompt` (text to continue)")
-        if _is_present(messages):
+        if messages is not None:
             messages = [dict(message) for message in messages]
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -90,11 +91,6 @@ def _base_model(adapter, model_config):
         return elsewhere, None
     config = json.loads((adapter / "adapter_config.json").read_text())
     return config["base_model_name_or_path"], config.get("revision")
-
-
-def _is_present(value):
-    # A column that other rows fill holds None or NaN, the only value that differs from itself, in this one.
-    return value is not None and not (isinstance(value, float) and value != value)
 
 
 mlflow.models.set_model(AdapterModel())
