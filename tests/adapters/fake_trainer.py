@@ -82,14 +82,17 @@ def train(task: dict, store: str) -> int:
     steps = task["spec"]["training"].get("maxSteps") or 1
     step = int(read(f"{store}/step") or 0)
     endless = os.path.basename(task["spec"]["dataset"]["source"]) == "endless"
-    while step < steps and not asked:
+
+    def done() -> bool:
+        return os.path.exists(f"{store}/finish") if endless else step >= steps
+
+    while not done() and not asked:
         time.sleep(STEP_SECONDS)
         step += 1
-        steps = max(steps, step + 1) if endless and not os.path.exists(f"{store}/finish") else steps
         write(f"{store}/step", str(step))
         agent = report(agent, step, steps)
-    result = {"step": step, "complete": step == steps, "checkpointUri": f"{store}/step"}
-    if step < steps:
+    result = {"step": step, "complete": done(), "checkpointUri": f"{store}/step"}
+    if not done():
         answer({"train": result})
         return 85
     write(f"{store}/adapter", "adapter")
