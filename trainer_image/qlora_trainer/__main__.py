@@ -39,6 +39,10 @@ MAX_MESSAGE_CHARACTERS = 2048  # the bound of orchestrator.api.base.Sentence
 log = logging.getLogger("qlora_trainer")
 
 
+class Stopped(BaseException):
+    """SIGTERM arrived. Not an Exception, because it may arrive inside a library that swallows those."""
+
+
 def main(arguments: list[str]) -> ExitCode:
     """Run the stage that the command line names; the exit code is the verdict."""
     stage = arguments[0] if len(arguments) == 1 else ""
@@ -50,6 +54,8 @@ def main(arguments: list[str]) -> ExitCode:
         if stage != "train":  # train listens for SIGTERM itself, because it has something to save
             signal.signal(signal.SIGTERM, _stop)
         result = run_stage(task)
+    except Stopped:
+        exit_code, result = verdict(Preempted())
     except Exception as error:  # noqa: BLE001 - the frame: whatever comes out of a stage becomes its verdict
         exit_code, result = verdict(error)
     else:
@@ -129,7 +135,7 @@ def _is_out_of_gpu_memory(error: Exception) -> bool:
 
 def _stop(_signal_number: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out must not be interrupted
-    raise Preempted()
+    raise Stopped
 
 
 def redact(text: str) -> str:
