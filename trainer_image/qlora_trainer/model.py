@@ -44,11 +44,10 @@ from orchestrator.api.plan import MemoryPlan
 from qlora_trainer import attention
 from qlora_trainer.batches import MicroBatch, collate
 from qlora_trainer.loss import Head, cross_entropy
+from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
 from qlora_trainer.outcome import UserError
 
 COMPUTE_DTYPE = torch.bfloat16
-RANDOM_WEIGHTS_NAME = "random_weights.json"
-RANDOM_WEIGHTS_VARIABLE = "QLORA_ALLOW_RANDOM_WEIGHTS"
 ADAPTER_NAME = "default"
 CHECKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LOGITS_TOLERANCE = 0.05
