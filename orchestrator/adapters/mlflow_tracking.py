@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
@@ -40,8 +41,14 @@ class MlflowTracking:
         self._client: Any = None  # Any: mlflow is imported late
         self._busy = threading.Lock()
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the store is a database that nobody has made yet."""
+        scheme, _, path = self._settings.tracking_uri.partition(":///")
+        return scheme == "sqlite" and not Path(path).exists()
+
     def connect(self) -> None:
-        """Import mlflow and touch the store, which makes a new database's tables before anybody else can try."""
+        """Import mlflow and touch the store, which makes the tables of a new database."""
         self._answered(
             lambda: self._connected().get_experiment_by_name("Default"), self._settings.tracking_start_seconds
         )

@@ -59,11 +59,13 @@ def main() -> int:
 
 def _work(settings: Settings) -> None:
     tracking = MlflowTracking(settings)
+    is_new = tracking.is_new
     connecting = threading.Thread(target=_connect, args=(tracking,), daemon=True)
-    connecting.start()
+    connecting.start()  # while Ray starts, which takes as long
     store = SqliteStore(settings)
     runtime = RayStages(settings)
-    connecting.join()
+    if is_new:
+        connecting.join()  # two processes must not make a new database at once, and trainers would try
     stop = threading.Event()
     # After Ray, which sets a handler of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: _ask_to_stop(stop, number, frame))
@@ -76,7 +78,6 @@ def _work(settings: Settings) -> None:
 
 
 def _connect(tracking: MlflowTracking) -> None:
-    """While Ray starts. MLflow takes as long to import, and two processes must not make a new database at once."""
     try:
         tracking.connect()
     except OrchestratorError as error:

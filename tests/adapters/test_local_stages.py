@@ -151,6 +151,24 @@ def test_of_many_launchers_one_starts_the_stage(world: World) -> None:
     assert world.starts() == ["medical-train-1"]
 
 
+def test_a_second_shim_of_a_stage_starts_nothing_while_the_first_runs_or_after(world: World) -> None:
+    stage = world.run()
+    first = processes_of(stage)
+    start_another_shim(stage)
+    world.ended(stage)
+    wait_for(lambda: not first[0].alive)
+    start_another_shim(stage)
+    assert processes_of(stage) == first
+    assert world.starts() == ["medical-train-1"]
+
+
+def start_another_shim(stage: Stage) -> None:
+    unused = os.open(os.devnull, os.O_RDONLY)
+    command = [sys.executable, "-m", "orchestrator.adapters.local.shim", str(stage.folder), str(unused)]
+    subprocess.run(command, pass_fds=(unused,), check=True, timeout=TIMEOUT_SECONDS)
+    os.close(unused)
+
+
 def test_a_slot_is_given_to_one_stage_at_a_time(world: World) -> None:
     first, second = world.run(name="first"), world.make(name="second")
     assert not world.launch(second)

@@ -40,6 +40,12 @@ def runs(settings: Settings, experiment: str) -> list[Any]:
     return list(client.search_runs([found.experiment_id]))
 
 
+def test_a_database_is_new_until_it_has_been_connected_to(settings: Settings, tmp_path: Path) -> None:
+    assert MlflowTracking(Settings(home=tmp_path, tracking_uri=f"sqlite:///{tmp_path}/other.db")).is_new
+    assert not MlflowTracking(Settings(home=tmp_path, tracking_uri="http://127.0.0.1:1")).is_new
+    assert not MlflowTracking(settings).is_new
+
+
 def test_a_job_has_one_run_however_often_it_is_asked_for(settings: Settings) -> None:
     first = MlflowTracking(settings).ensure_run(job("u-1"))
     second = MlflowTracking(settings).ensure_run(job("u-1"))

@@ -101,7 +101,7 @@ def processes(settings: Settings, job: str, victim: str) -> list[int]:
     """The running processes of one kind that belong to this service, found in /proc by command line and environment."""
     patterns = {
         "trainer": ("-m qlora_trainer train",),
-        "controller": ("-m orchestrator.controller",),
+        "controller": ("-m orchestrator.controller ",),
         "ray": ("raylet/raylet", "gcs_server"),
     }[victim]
     found = []
