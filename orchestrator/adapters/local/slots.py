@@ -112,10 +112,10 @@ def _find_cards() -> list[Card]:
         ]
     finally:
         pynvml.nvmlShutdown()
-    return _visible(cards)
+    return visible(cards)
 
 
-def _visible(cards: list[Card]) -> list[Card]:
+def visible(cards: list[Card]) -> list[Card]:
     """Those that CUDA_VISIBLE_DEVICES, by index or UUID, leaves."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:

@@ -1,0 +1,76 @@
+"""GPU slots from the setting; what NVML reports is taken on machines with cards only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.adapters.local import slots
+from orchestrator.adapters.local.slots import Card, find_slots
+from orchestrator.errors import InvalidObject
+
+HAS_DRIVER = Path("/proc/driver/nvidia").exists()
+without_cards = pytest.mark.skipif(HAS_DRIVER, reason="this machine has NVIDIA cards")
+with_cards = pytest.mark.skipif(not HAS_DRIVER, reason="this machine has no NVIDIA card")
+
+
+def memory_bytes() -> int:
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    return int(line.split()[1]) * 1024
+
+
+@without_cards
+def test_a_machine_without_cards_has_one_cpu_slot_of_most_of_its_memory() -> None:
+    found = find_slots("")
+    assert [(known.name, known.capacity, known.cpu) for known in found.classes] == [("cpu", 1, True)]
+    assert found.classes[0].usable_bytes == int(memory_bytes() * 0.8)
+    assert [slot.device for slot in found.by_class["cpu"]] == [None]
+
+
+@without_cards
+def test_classes_without_cards_stand_for_cards_in_trials() -> None:
+    found = find_slots("24Gi=2,48Gi=1")
+    assert [(known.name, known.capacity) for known in found.classes] == [("24Gi", 2), ("48Gi", 1)]
+    names = [slot.name for known in found.by_class.values() for slot in known]
+    assert len(names) == len(set(names)) == 3
+    assert all(slot.device is None for known in found.by_class.values() for slot in known)
+
+
+def test_cpu_slots_share_the_memory() -> None:
+    found = find_slots("cpu=4")
+    assert found.classes[0].capacity == 4
+    assert found.classes[0].usable_bytes * 4 <= memory_bytes()
+
+
+def test_an_unknown_class_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidObject, match=r"7Gi.*24Gi.*cpu"):
+        find_slots("7Gi=1")
+
+
+@with_cards
+def test_every_card_is_a_slot_that_is_pinned_to_it() -> None:
+    found = find_slots("")
+    devices = [slot.device for known in found.by_class.values() for slot in known]
+    assert devices
+    assert all(device is not None and device.startswith("GPU-") for device in devices)
+    assert sum(known.capacity for known in found.classes) == len(devices)
+
+
+@with_cards
+def test_more_cards_than_there_are_cannot_be_had() -> None:
+    name = find_slots("").classes[0].name
+    with pytest.raises(InvalidObject, match="1000 cards"):
+        find_slots(f"{name}=1000")
+
+
+@pytest.mark.parametrize(
+    ("visible", "left"),
+    [("0", ["GPU-a"]), ("1,0", ["GPU-a", "GPU-b"]), ("GPU-b", ["GPU-b"]), ("", []), (None, ["GPU-a", "GPU-b"])],
+)
+def test_only_visible_cards_count(monkeypatch: pytest.MonkeyPatch, visible: str | None, left: list[str]) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cards = [Card(uuid="GPU-a", total_mib=23_034), Card(uuid="GPU-b", total_mib=23_034)]
+    assert [card.uuid for card in slots.visible(cards)] == left
