@@ -61,6 +61,16 @@ class TestRayStages(RuntimeContract):
         assert len(self.starts(task)) == 1
         self.forget(task)
 
+    def test_a_trainer_runs_at_the_priority_of_the_service(self) -> None:
+        task = self.task("stubborn")
+        self.runtime.ensure(task, "24Gi")
+        self.until(task, lambda _: self.starts(task))
+        trainer = int((self.stores / task.job / "starts.log").read_text().split()[1])
+        assert os.getpriority(os.PRIO_PROCESS, trainer) == os.getpriority(os.PRIO_PROCESS, 0)
+        self.stop(task, grace_seconds=1)
+        self.ended(task)
+        self.forget(task)
+
     def test_no_path_of_a_socket_is_too_long(self) -> None:
         deep = self.settings.model_copy(update={"home": Path("/" + "/".join(["a-long-name"] * 20))})
         assert len(bytes(deep.sockets_folder / ("u" * 13 + "-1000000.sock"))) <= 107

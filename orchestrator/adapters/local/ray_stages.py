@@ -43,6 +43,7 @@ CPU_STAGE_RESOURCE = "cpu_stage"
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nothing is packaged and sent: it is this machine
+    "RAY_worker_niceness": "0",  # by default 15, which trainers would inherit
     "RAY_memory_monitor_refresh_ms": "0",  # memory is what the controller plans
     "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "false",  # shims outlive Ray
 }
