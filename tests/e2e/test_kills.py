@@ -23,9 +23,11 @@ from orchestrator.settings import Settings
 from tests.e2e.jobs import Document, tiny_job
 from tests.trainer.tiny_model import tiny_model
 
-STEPS = 3000
+STEPS = 800
 KILLS_OF_EACH = 10
 PREEMPTIONS = 10
+LONGEST_LIFE_SECONDS = 16.0
+"""Nothing lives longer than this without being killed: about twice what a trainer needs to start."""
 ROUND_TIMEOUT_SECONDS = 1500.0
 POLL_SECONDS = 0.1
 Found = TypeVar("Found")
@@ -48,17 +50,27 @@ def test_killing_changes_nothing(
     client: Client, settings: Settings, model: Path, undisturbed: str, victim: str
 ) -> None:
     instants = random.Random(f"kill {victim}")
-    name = f"killed-{victim}"
-    handle = client.submit(tiny_job(name, model, steps=STEPS))
-    killed = 0
+    killed, jobs = 0, 0
     while killed < KILLS_OF_EACH:
-        found = wait_for(lambda: processes(settings, name, victim), handle)
-        time.sleep(instants.uniform(0.0, 9.0))
-        killed += kill(instants.choice(found))
-        assert handle.status().finish_time is None, f"the job ended before all {KILLS_OF_EACH} kills: make it longer"
-    job = handle.wait(timeout_seconds=ROUND_TIMEOUT_SECONDS)
-    assert job.status.adapter_digest == undisturbed
-    assert_one_finished_run(settings, name)
+        jobs += 1
+        name = f"killed-{victim}-{jobs}"
+        handle = client.submit(tiny_job(name, model, steps=STEPS))
+        killed += kill_again_and_again(settings, handle, victim, instants, KILLS_OF_EACH - killed)
+        job = handle.wait(timeout_seconds=ROUND_TIMEOUT_SECONDS)
+        assert job.status.adapter_digest == undisturbed, job.status.summary
+        assert_one_finished_run(settings, name)
+
+
+def kill_again_and_again(
+    settings: Settings, handle: JobHandle, victim: str, instants: random.Random, limit: int
+) -> int:
+    """Kill one of the victim's processes at random instants until the job is over or the limit reached; how many."""
+    killed = 0
+    while killed < limit and handle.status().finish_time is None:
+        time.sleep(instants.uniform(0.0, LONGEST_LIFE_SECONDS))
+        if found := processes(settings, handle.name, victim):
+            killed += kill(instants.choice(found))
+    return killed
 
 
 @pytest.mark.timeout(1800)
@@ -67,7 +79,7 @@ def test_preempting_changes_nothing(client: Client, settings: Settings, model: P
     handle = client.submit(tiny_job("preempted", model, steps=STEPS))
     for number in range(PREEMPTIONS):
         wait_for(lambda: processes(settings, "preempted", "trainer"), handle)
-        time.sleep(instants.uniform(0.0, 9.0))
+        time.sleep(instants.uniform(0.0, LONGEST_LIFE_SECONDS))
         urgent = client.submit(tiny_job(f"urgent-{number}", model, steps=STEPS, priority=100))
         wait_for(lambda count=number + 1: sum(handle.status().evictions.values()) >= count, handle)
         urgent.cancel()
