@@ -1,4 +1,5 @@
-"""How long from SIGTERM to the exit with a durable checkpoint, at random instants of a real training run.
+"""How long from SIGTERM to the exit with a durable checkpoint, at random instants of a real training run,
+and what checkpoints cost a run that nobody stops.
 
     python -m benchmarks.stop --model FOLDER [--stops 12] [--seed 0] [--save stop]
 
@@ -10,6 +11,7 @@ undisturbed run's.
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import statistics
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.report import argument_parser, emit
 from benchmarks.stages import Bench, Ended, Stop, next_attempt, prepare, train
+from orchestrator.api.formats import Metric
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ExitCode
@@ -84,8 +87,18 @@ def results(calm: Ended, stops: list[Ended], last: Ended) -> dict[str, object]:
         "all_exits_are_preempted": all(stop.exit_code == ExitCode.PREEMPTED for stop in stops),
         "median_seconds": statistics.median(seconds),
         "worst_seconds": max(seconds),
+        "checkpoint_cost_fraction": checkpoint_cost_fraction(calm),
         "same_adapter": last.trained.adapter_digest == calm.trained.adapter_digest is not None,
     }
+
+
+def checkpoint_cost_fraction(ended: Ended) -> float:
+    """Share of a run's time, first step to last, in which the training thread waited for checkpoints."""
+    assert ended.trained.adapter_uri is not None, "the run is complete"
+    journal = Path(ended.trained.adapter_uri.removeprefix("file://")) / "journal.jsonl"
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    stalled_seconds = sum(record["metrics"].get(Metric.CHECKPOINT_STALL_SECONDS, 0.0) for record in records)
+    return stalled_seconds / ((records[-1]["timeMs"] - records[0]["timeMs"]) / 1000)
 
 
 if __name__ == "__main__":
