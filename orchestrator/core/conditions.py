@@ -34,6 +34,16 @@ class Finding:
     message: str = ""
 
 
+def says_the_same(condition: Condition, finding: Finding, generation: int) -> bool:
+    """Whether setting the finding would change nothing."""
+    return (condition.status, condition.reason, condition.message, condition.observed_generation) == (
+        finding.status,
+        finding.reason,
+        clip(finding.message),
+        generation,
+    )
+
+
 def set_condition(
     conditions: tuple[Condition, ...], finding: Finding, *, now: datetime, generation: int
 ) -> tuple[Condition, ...]:

@@ -22,18 +22,15 @@ class Draft:
 
     job: QLoRAJob
     status: QLoRAJobStatus
+    state: JobState
+    """Where the job is now: derived from the status, once for each of them."""
     now: datetime
     events: tuple[Event, ...] = ()
 
     @classmethod
     def open(cls, job: QLoRAJob, now: datetime) -> Draft:
         """A draft that changes nothing yet."""
-        return cls(job=job, status=job.status, now=now)
-
-    @property
-    def state(self) -> JobState:
-        """Where the job is now."""
-        return state_of(self.status)
+        return cls(job=job, status=job.status, state=state_of(job.status), now=now)
 
     @property
     def attempt(self) -> Attempt | None:
@@ -67,6 +64,8 @@ class Draft:
     def close(self) -> WriteStatus | None:
         """The write that stores the draft; None where it says what is stored already."""
         generation = self.job.metadata.generation
+        if self.status is self.job.status and self.status.observed_generation == generation:
+            return None  # most jobs, most of the time
         status = self.status.model_copy(
             update={"observed_generation": generation, "summary": summarize(self.status)},
         )
@@ -76,4 +75,5 @@ class Draft:
         conditions = self.status.conditions
         for finding in findings:
             conditions = set_condition(conditions, finding, now=self.now, generation=self.job.metadata.generation)
-        return replace(self, status=self.status.model_copy(update={"conditions": conditions, **changes}))
+        status = self.status.model_copy(update={"conditions": conditions, **changes})
+        return replace(self, status=status, state=state_of(status))

@@ -12,7 +12,7 @@ from datetime import timedelta
 from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.attempts import request_stop
-from orchestrator.core.conditions import Finding
+from orchestrator.core.conditions import Finding, says_the_same
 from orchestrator.core.draft import Draft
 from orchestrator.core.ending import ending
 from orchestrator.core.facts import Event, Snapshot, StageFact, StagePhase
@@ -50,7 +50,10 @@ def wait(draft: Draft, reason: Reason, message: str) -> Draft:
     """Say what an idle job waits for; told as an event when the reason is a new one."""
     kind = WAITING_CONDITION[draft.state]
     before = draft.status.condition(kind)
-    draft = draft.amend(Finding(kind=kind, status="False", reason=reason, message=message))
+    finding = Finding(kind=kind, status="False", reason=reason, message=message)
+    if before is not None and says_the_same(before, finding, draft.job.metadata.generation):
+        return draft
+    draft = draft.amend(finding)
     if before is not None and before.reason is reason:
         return draft
     return draft.tell(Event(reason=reason, message=message))
