@@ -1,7 +1,7 @@
-"""What the controller needs from the outside: three small protocols, each with two backends.
+"""What the controller needs from the outside: small protocols.
 
 `Store`: SQLite | Kubernetes. `StageRuntime`: local Ray | Kubernetes pods. `Tracking`: MLflow | a fake for tests.
-One contract suite runs over every implementation.
+One contract suite runs over every implementation. `AgentChannel` serves the runtime on Kubernetes, which may lack it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
+from orchestrator.api.results import ProgressReport
 from orchestrator.api.task import StageTask
 from orchestrator.core.facts import Event, GpuClass, StageFact
 
@@ -101,4 +102,28 @@ class Tracking(Protocol):
 
     def finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
         """Give the run its last status: FINISHED, FAILED or KILLED. Idempotent. Raises TrackingUnavailable."""
+        ...
+
+
+class AgentChannel(Protocol):
+    """A word with the trainers, through the agents beside them. Keys are `namespace/name` of stages.
+
+    It is a convenience and may be lost at any time: what it cannot tell is missing, what it cannot pass on is not
+    acknowledged, and a signal does the same work. No call waits for the outside.
+    """
+
+    def progress(self) -> Mapping[str, ProgressReport]:
+        """The latest figures of each stage; a stage of which nothing was heard lately is missing."""
+        ...
+
+    def request_checkpoint(self, key: str) -> None:
+        """Ask for a checkpoint at the next step border, if the stage can be reached."""
+        ...
+
+    def preempt(self, key: str, deadline_seconds: float) -> bool:
+        """Ask to checkpoint and exit with `ExitCode.PREEMPTED`; whether the trainer is known to have been told.
+
+        The first call passes the request on and its deadline counts; a later one asks how it went. False for long
+        means that nobody is there to be told.
+        """
         ...

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.local.agent import StageAgent
+from orchestrator.stage_agent import StageAgent
 
 REPORT = {"stage": "train", "step": 7, "steps": 10, "loss": 1.5, "time": "2026-01-01T00:00:00Z"}
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.adapters.local.agent import StageAgent
 from orchestrator.adapters.local.processes import Process, child_processes
 from orchestrator.adapters.local.slots import Slot, find_slots
 from orchestrator.adapters.local.stages import PROGRESS_NAME, LocalStages, Stage, clean_environment
@@ -35,6 +34,7 @@ from orchestrator.api.task import StageTask
 from orchestrator.core.facts import GpuClass, StageFact, StagePhase
 from orchestrator.errors import RuntimeLost
 from orchestrator.settings import Settings
+from orchestrator.stage_agent import StageAgent
 
 log = logging.getLogger(__name__)
 
