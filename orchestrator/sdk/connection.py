@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from orchestrator.controller.ports import Store
 from orchestrator.core.facts import GpuClass
 from orchestrator.errors import InvalidObject
+from orchestrator.sdk.logs import LogFolder, StageLogs
 from orchestrator.settings import ENVIRONMENT_PREFIX, Settings
 
 
@@ -25,6 +26,8 @@ class Connection:
     """Whether a controller is at work; objects can be read and written without one."""
     gpu_classes: Callable[[], Sequence[GpuClass]]
     """What jobs are sized for."""
+    logs: StageLogs
+    """What stages wrote."""
 
 
 def read_settings() -> Settings:
@@ -46,6 +49,7 @@ def embedded(settings: Settings) -> Connection:
         store=SqliteStore(settings),
         is_running=lambda: supervisor.status(settings).running,
         gpu_classes=lambda: find_slots(settings.gpu_classes).classes,
+        logs=LogFolder(settings.logs_folder / "stages"),
     )
 
 

@@ -122,9 +122,9 @@ class JobHandle:
     def log_steps(self, follow: bool, stage: StageName | None, attempt: int | None) -> Iterator[LogLine | None]:
         """`logs` for callers that do the pausing themselves: None where nothing is new."""
         self.object()
-        folder = self._settings.logs_folder / "stages" / self.namespace
-        query = LogQuery(folder=folder, job=self.name, stage=stage, attempt=attempt)
-        return follow_lines(query, finished=self._is_finished) if follow else read_lines(query)
+        logs = self._connection.logs
+        query = LogQuery(namespace=self.namespace, job=self.name, stage=stage, attempt=attempt)
+        return follow_lines(logs, query, finished=self._is_finished) if follow else read_lines(logs, query)
 
     def cancel(self) -> QLoRAJob:
         """Ask for the job to be ended for good; what it has saved stays. No effect on a finished job."""

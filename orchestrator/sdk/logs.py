@@ -1,15 +1,16 @@
-"""What a job's stages wrote, read from where the embedded service keeps it: `<logs>/stages/<namespace>/<stage>.log`.
+"""What a job's stages wrote: attempts in order, line by line, from wherever the service keeps it.
 
-`JobHandle.logs` and the CLI call it. Attempts are read in order; following goes on to the next attempt by itself.
+`JobHandle.logs` and the CLI call it. `StageLogs` is the place: a folder of the embedded service, or the pods of a
+cluster. Following goes on to the next attempt by itself.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from orchestrator.api.job import StageName
 
@@ -32,65 +33,123 @@ class LogLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageLog:
+    """One attempt that has a log."""
+
+    namespace: str
+    job: str
+    stage: StageName
+    attempt: int
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return f"{self.job}-{self.stage}-{self.attempt}"
+
+
+class Tail(Protocol):
+    """One log, read from its beginning, piece by piece."""
+
+    def new_lines(self, closed: bool) -> Iterator[str]:
+        """What was written since the last call; an unfinished last line only where the log is `closed`."""
+        ...
+
+
+class StageLogs(Protocol):
+    """Where logs are kept."""
+
+    def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
+        """The job's logs that exist, in any order."""
+        ...
+
+    def tail(self, log: StageLog) -> Tail:
+        """One of them, from its beginning."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogQuery:
     """Whose log is read."""
 
-    folder: Path
-    """The logs of the job's namespace."""
+    namespace: str
     job: str
     stage: StageName | None = None
     attempt: int | None = None
 
-    def attempts(self) -> list[tuple[int, StageName, Path]]:
-        """The logs that exist and are asked for, by attempt."""
-        pattern = re.compile(rf"{re.escape(self.job)}-(prepare|train|publish)-([1-9][0-9]*)")
-        found: list[tuple[int, StageName, Path]] = []
-        for path in self.folder.glob(f"{self.job}-*{LOG_SUFFIX}"):
-            match = pattern.fullmatch(path.stem)
-            if match is None:
-                continue  # another job, whose name starts with this one's
-            number, stage = int(match[2]), cast(StageName, match[1])
-            if self.stage in (None, stage) and self.attempt in (None, number):
-                found.append((number, stage, path))
-        return sorted(found)
+    def wants(self, log: StageLog) -> bool:
+        """Whether the log is asked for."""
+        return self.stage in (None, log.stage) and self.attempt in (None, log.attempt)
 
 
-def read_lines(query: LogQuery) -> Iterator[LogLine]:
+def read_lines(logs: StageLogs, query: LogQuery) -> Iterator[LogLine]:
     """All lines that are there now."""
-    for line in follow_lines(query, finished=lambda: True):
+    for line in follow_lines(logs, query, finished=lambda: True):
         if line is not None:
             yield line
 
 
-def follow_lines(query: LogQuery, finished: Callable[[], bool]) -> Iterator[LogLine | None]:
+def follow_lines(logs: StageLogs, query: LogQuery, finished: Callable[[], bool]) -> Iterator[LogLine | None]:
     """Lines as they are written, until the job is `finished` and all is read.
 
     None means that nothing is new: the caller pauses for FOLLOW_POLL_SECONDS, and may stop there.
     """
-    offsets: dict[Path, int] = {}
+    tails: dict[StageLog, Tail] = {}
     while True:
         at_end = finished()  # asked before reading, so that the last lines are not missed
-        attempts = query.attempts()
-        for number, stage, path in attempts:
-            closed = at_end or number < attempts[-1][0]
-            for text, offset in _new_lines(path, offsets.get(path, 0), closed):
-                offsets[path] = offset
-                yield LogLine(stage=stage, attempt=number, text=text)
+        found = [log for log in logs.attempts(query.namespace, query.job) if query.wants(log)]
+        attempts = sorted(found, key=lambda log: log.attempt)
+        for log in attempts:
+            tail = tails.setdefault(log, logs.tail(log))
+            for text in tail.new_lines(closed=at_end or log is not attempts[-1]):
+                yield LogLine(stage=log.stage, attempt=log.attempt, text=text)
         if at_end:
             return
         yield None
 
 
-def _new_lines(path: Path, offset: int, closed: bool) -> Iterator[tuple[str, int]]:
-    """Lines after `offset` with the offset behind them; an unfinished last line only when nothing follows it."""
-    try:
-        stream = path.open("rb")
-    except FileNotFoundError:
-        return  # deleted after it was listed
-    with stream:
-        stream.seek(offset)
-        while line := stream.readline(MAX_LINE_BYTES):
-            if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES and not closed:
-                return
-            offset += len(line)
-            yield line.decode(errors="replace").rstrip("\r\n"), offset
+class LogFolder:
+    """The embedded service's logs: `<folder>/<namespace>/<stage>.log`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
+        """The job's logs that exist."""
+        found = (
+            stage_log(namespace, job, path.stem) for path in (self._folder / namespace).glob(f"{job}-*{LOG_SUFFIX}")
+        )
+        return [log for log in found if log is not None]
+
+    def tail(self, log: StageLog) -> Tail:
+        """One of them, from its beginning."""
+        return FileTail(self._folder / log.namespace / f"{log.name}{LOG_SUFFIX}")
+
+
+def stage_log(namespace: str, job: str, name: str) -> StageLog | None:
+    """The attempt of this job that a stage's name stands for; None for a stage of another job."""
+    match = re.fullmatch(rf"{re.escape(job)}-(prepare|train|publish)-([1-9][0-9]*)", name)
+    if match is None:
+        return None  # of another job, whose name starts with this one's
+    return StageLog(namespace=namespace, job=job, stage=cast(StageName, match[1]), attempt=int(match[2]))
+
+
+class FileTail:
+    """A log file that may still grow, or go away."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset_bytes = 0
+
+    def new_lines(self, closed: bool) -> Iterator[str]:
+        """What was written since the last call."""
+        try:
+            stream = self._path.open("rb")
+        except FileNotFoundError:
+            return  # deleted after it was listed
+        with stream:
+            stream.seek(self._offset_bytes)
+            while line := stream.readline(MAX_LINE_BYTES):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES and not closed:
+                    return
+                self._offset_bytes += len(line)
+                yield line.decode(errors="replace").rstrip("\r\n")

@@ -24,6 +24,7 @@ from orchestrator.core.gpus import gpu_class
 from orchestrator.core.plans import choose_class
 from orchestrator.sdk.client import Client
 from orchestrator.sdk.connection import Connection
+from orchestrator.sdk.logs import LogFolder
 from orchestrator.settings import Settings
 
 STEPS = 40
@@ -72,7 +73,10 @@ class PaperService:
         self.settings = Settings(home=self.folder / "home", tracking_uri="sqlite:///unused.db")
         self.store = SqliteStore(self.settings)
         self.connection = Connection(
-            store=self.store, is_running=lambda: self.running, gpu_classes=lambda: self.classes
+            store=self.store,
+            is_running=lambda: self.running,
+            gpu_classes=lambda: self.classes,
+            logs=LogFolder(self.settings.logs_folder / "stages"),
         )
         self.client = Client(self.settings, connection=self.connection)
 
