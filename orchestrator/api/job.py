@@ -11,7 +11,14 @@ from datetime import datetime
 from typing import Annotated, Literal
 from uuid import uuid4
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from orchestrator.api.base import (
     API_VERSION,
@@ -193,6 +200,12 @@ class TrackingSpec(Model):
     """Default: the job's name."""
     alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=256)] | None = "candidate"
     """Moved to the new version; MLflow reserves `latest` and `v<number>`."""
+
+    @model_serializer(mode="wrap")
+    def _keep_null(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Null is a choice here, because the default is another: it must not be dropped with the unset fields."""
+        wire: dict[str, object] = dump(self)
+        return wire if self.alias is not None else {**wire, "alias": None}
 
     @field_validator("alias")
     @classmethod

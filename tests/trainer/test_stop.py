@@ -18,7 +18,7 @@ import pytest
 import torch
 from qlora_trainer import train
 from qlora_trainer.outcome import Preempted
-from qlora_trainer.stop import AgentClient, Stop, StopNow, Watchdog
+from qlora_trainer.stop import REPORT_EVERY_SECONDS, AgentClient, Stop, StopNow, Watchdog
 from test_resume import digest_of_adapter, losses, start, termination, wait_for_line
 from toy_job import make_task
 
@@ -74,6 +74,24 @@ def test_a_request_that_was_swallowed_by_a_library_still_ends_the_start_up() -> 
             terminate_and_sleep()
         with pytest.raises(StopNow):
             stop.end_start_up()
+
+
+def _import_natively() -> None:
+    """What a native module does that is interrupted while it is initialized."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    except BaseException as interruption:
+        raise ImportError("initialization failed") from interruption
+
+
+def test_an_error_that_native_code_makes_of_the_interruption_counts_as_the_stop() -> None:
+    stop = Stop(grace_seconds=30)
+    assert not stop.explains(ImportError("before any request, an error is an error"))
+    assert stop.explains(StopNow())
+    with stop.listening(), pytest.raises(ImportError) as caught:
+        _import_natively()
+    assert stop.explains(caught.value)
 
 
 def test_a_signal_is_noticed_while_the_main_thread_is_deep_in_native_code() -> None:
@@ -198,15 +216,20 @@ def test_the_agent_may_come_late_go_and_come_back(socket_path: Path) -> None:
     time.sleep(0.1)  # nobody is there
     first = Agent(socket_path)
     first.accept()
+    client.announce_checkpoint(1, "file:///job/checkpoints/step-00000001")
     client.report(make_report(1))
-    wait_until(lambda: first.messages)
+    wait_until(lambda: len(first.messages) == 2)
+    time.sleep(2 * REPORT_EVERY_SECONDS)
+    assert [message["type"] for message in first.messages] == ["checkpointed", "progress"]  # each once
     first.close()
     socket_path.unlink()
     second = Agent(socket_path)
     second.accept()
+    wait_until(lambda: len(second.messages) == 2)
+    assert second.messages == first.messages  # the latest, although nothing is new
     client.report(make_report(2))
-    wait_until(lambda: second.messages)
-    assert second.messages[0]["report"]["step"] == 2
+    wait_until(lambda: len(second.messages) == 3)
+    assert second.messages[2]["report"]["step"] == 2
     second.send("this is not JSON")
     second.send('{"type": "checkpoint"}')
     wait_until(stop.take_checkpoint_request)

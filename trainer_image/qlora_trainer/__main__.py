@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> ExitCode:
     except Stopped:
         exit_code, result = verdict(Preempted())
     except Exception as error:  # noqa: BLE001 - the frame: whatever comes out of a stage becomes its verdict
-        exit_code, result = verdict(error)
+        # Native code that `Stopped` interrupts, in an import above all, may raise an error of its own instead.
+        exit_code, result = verdict(Preempted() if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN else error)
     else:
         exit_code = ExitCode.OK
     write_result(result)

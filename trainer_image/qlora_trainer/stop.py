@@ -46,6 +46,7 @@ class Stop:
         self._grace_seconds = grace_seconds
         self._deadline = float("inf")
         self._interrupts = True
+        self._interrupted = False
         self._checkpoint_wanted = threading.Event()
         self.asked = threading.Event()
 
@@ -74,6 +75,10 @@ class Stop:
         if self.asked.is_set():
             raise StopNow
 
+    def explains(self, error: BaseException) -> bool:
+        """Whether an error may come of the interruption: native code, interrupted, may raise one of its own."""
+        return isinstance(error, StopNow) or (self._interrupted and isinstance(error, Exception))
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM. Only the main thread may do this."""
@@ -98,6 +103,7 @@ class Stop:
         self.ask(self._grace_seconds)
         if self._interrupts:
             self._interrupts = False
+            self._interrupted = True
             raise StopNow
 
     def _read_signals(self, receiver: socket.socket) -> None:
@@ -148,7 +154,10 @@ class Watchdog:
 
 
 class AgentClient:
-    """The trainer's end of the agent's socket: the latest figures go out, requests come in."""
+    """The trainer's end of the agent's socket: the latest figures go out, requests come in.
+
+    An agent that comes new, because it was restarted, is told the latest at once, and not only at the next step.
+    """
 
     def __init__(self, path: Path, stop: Stop) -> None:
         self._path = path
@@ -195,24 +204,19 @@ class AgentClient:
     def _talk(self, connection: socket.socket) -> None:
         listener = threading.Thread(target=self._listen, args=(connection,), name="agent-listener", daemon=True)
         listener.start()
+        told: tuple[Checkpointed | None, Progress | None] = (None, None)
         last_words = False
         while listener.is_alive() and not last_words:
             last_words = self._over.is_set()
             self._wake.clear()
-            # Sent first, so that no figures of a later step overtake the checkpoint that they follow.
-            for message in (self._take_checkpointed(), self._take_progress()):
-                if message is not None:
+            # The checkpoint first, so that no figures of a later step overtake the checkpoint that they follow.
+            latest = (self._checkpointed, self._progress)
+            for message, known in zip(latest, told, strict=True):
+                if message is not None and message is not known:
                     connection.sendall(message.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n")
+            told = latest
             if not last_words:
                 self._wake.wait(REPORT_EVERY_SECONDS)
-
-    def _take_progress(self) -> Progress | None:
-        progress, self._progress = self._progress, None
-        return progress
-
-    def _take_checkpointed(self) -> Checkpointed | None:
-        checkpointed, self._checkpointed = self._checkpointed, None
-        return checkpointed
 
     def _listen(self, connection: socket.socket) -> None:
         connection.settimeout(None)

@@ -52,7 +52,9 @@ def run(task: StageTask) -> TrainResult:
     with stop.listening():
         try:
             return _train(task, stop)
-        except StopNow:
+        except (StopNow, Exception) as error:
+            if not stop.explains(error):
+                raise
             raise Preempted(_durable(task), "stopped on request while starting up") from None
 
 
