@@ -16,10 +16,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.controller.logs import about
 from orchestrator.controller.ports import StageRuntime, Store, Tracking
 from orchestrator.core.facts import (
     Command,
@@ -113,15 +114,15 @@ class Actor:
         except RuntimeLost:
             raise
         except (Conflict, NotFound) as error:
-            log.info("%s is decided anew: %s", key, error)
+            log.info("%s is decided anew: %s", key, error, extra=_about(command))
             return False
         except TransientError as error:
-            self._postpone(key, error)
+            self._postpone(key, error, _about(command))
             return False
         except Exception as error:
             # A defect, or a world that no rule foresaw. Other jobs must not suffer for it.
-            self._postpone(key, error)
-            log.exception("%s failed unexpectedly", key)
+            self._postpone(key, error, _about(command))
+            log.exception("%s failed unexpectedly", key, extra=_about(command))
             return False
         with self._lock:
             self._backoff.succeeded(key)
@@ -132,6 +133,8 @@ class Actor:
             case WriteStatus(job=job, status=status, events=events):
                 written = self._store.update_status(job, status)
                 for event in events:
+                    level = logging.WARNING if event.warning else logging.INFO
+                    log.log(level, "%s: %s", event.reason, event.message, extra=_about(command))
                     self._store.record_event(written, event)
             case EnsureStage(task=task, gpu_class=gpu_class):
                 self._runtime.ensure(task, gpu_class)
@@ -161,12 +164,12 @@ class Actor:
             try:
                 self._record_run(slow.job, slow.call())
             except NotFound:
-                log.info("job %s is gone; what came of %s is not recorded", slow.job.key, slow.key)
+                log.info("the job is gone; what came of %s is not recorded", slow.key, extra=about(slow.job.key))
             except OrchestratorError as error:
-                self._postpone(slow.key, error)
+                self._postpone(slow.key, error, about(slow.job.key))
             except Exception as error:
-                self._postpone(slow.key, error)
-                log.exception("%s failed unexpectedly", slow.key)
+                self._postpone(slow.key, error, about(slow.job.key))
+                log.exception("%s failed unexpectedly", slow.key, extra=about(slow.job.key))
             else:
                 with self._lock:
                     self._backoff.succeeded(slow.key)
@@ -206,10 +209,10 @@ class Actor:
         with self._lock:
             return self._backoff.ready(key)
 
-    def _postpone(self, key: str, error: Exception) -> None:
+    def _postpone(self, key: str, error: Exception, context: Mapping[str, str | int]) -> None:
         with self._lock:
             seconds = self._backoff.failed(key)
-        log.warning("%s waits %.1f s: %s", key, seconds, error)
+        log.warning("%s waits %.1f s: %s", key, seconds, error, extra=context)
 
 
 def _key(command: Command) -> str:
@@ -232,3 +235,17 @@ def _job_key(command: Command) -> str:
             return f"{task.namespace}/{task.job}"
         case WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job):
             return job.key
+
+
+def _about(command: Command) -> Mapping[str, str | int]:
+    """What a log line about the command says of job and attempt."""
+    match command:
+        case EnsureStage(task=task):
+            return about(_job_key(command), task.attempt)
+        case StopStage(name=name) | DeleteStage(name=name):
+            number = name.rpartition("-")[2]
+            return about(_job_key(command), int(number) if number.isdecimal() else None)
+        case WriteStatus(status=status):
+            return about(_job_key(command), status.attempts_total or None)
+        case EnsureRun() | FinishRun() | DeleteJob():
+            return about(_job_key(command))

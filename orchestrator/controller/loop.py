@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from statistics import quantiles
 
 from orchestrator.controller.act import Actor, Backoff
+from orchestrator.controller.health import Health
+from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.observe import observe
 from orchestrator.controller.ports import StageRuntime, Store, Tracking
 from orchestrator.core.facts import Command, Policy, Snapshot
@@ -24,8 +24,6 @@ from orchestrator.settings import Settings
 
 log = logging.getLogger(__name__)
 
-ROUNDS_REMEMBERED = 1024
-METRICS_EVERY_SECONDS = 60.0
 ROUND_KEY = "round"
 
 Decide = Callable[[Snapshot], tuple[Command, ...]]
@@ -40,51 +38,17 @@ class Ports:
     tracking: Tracking
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latencies:
-    """Of the last rounds, in seconds."""
-
-    rounds: int
-    decide_median_seconds: float
-    decide_p99_seconds: float
-    round_median_seconds: float
-    round_p99_seconds: float
-
-
-class Metrics:
-    """How long rounds take, in memory, and now and then in the log."""
-
-    def __init__(self) -> None:
-        self._decide_seconds: deque[float] = deque(maxlen=ROUNDS_REMEMBERED)
-        self._round_seconds: deque[float] = deque(maxlen=ROUNDS_REMEMBERED)
-        self._rounds = 0
-        self._logged = time.monotonic()
-
-    def note(self, decide_seconds: float, round_seconds: float) -> None:
-        """One more round."""
-        self._rounds += 1
-        self._decide_seconds.append(decide_seconds)
-        self._round_seconds.append(round_seconds)
-        if time.monotonic() - self._logged >= METRICS_EVERY_SECONDS:
-            self._logged = time.monotonic()
-            log.info("%s", self.latencies())
-
-    def latencies(self) -> Latencies:
-        """What is remembered; zeros before the first round."""
-        decide, whole = _percentiles(self._decide_seconds), _percentiles(self._round_seconds)
-        return Latencies(
-            rounds=self._rounds,
-            decide_median_seconds=decide[49],
-            decide_p99_seconds=decide[98],
-            round_median_seconds=whole[49],
-            round_p99_seconds=whole[98],
-        )
-
-
 class Controller:
     """One controller; the caller sees to it that there is no other."""
 
-    def __init__(self, settings: Settings, ports: Ports, decide: Decide) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        ports: Ports,
+        decide: Decide,
+        metrics: Metrics | None = None,
+        health: Health | None = None,
+    ) -> None:
         self._settings = settings
         self._ports = ports
         self._decide = decide
@@ -92,7 +56,8 @@ class Controller:
         base, longest = settings.command_backoff_base_seconds, settings.command_backoff_max_seconds
         self._actor = Actor(ports.store, ports.runtime, ports.tracking, Backoff(base, longest))
         self._round_backoff = Backoff(base, longest)
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
+        self._health = health or Health(settings.tick_seconds)
 
     def run(self, stop: threading.Event, ready: Callable[[], None]) -> None:
         """Work until `stop` is set; tells `ready` after the first round that came through. Raises RuntimeLost."""
@@ -107,6 +72,7 @@ class Controller:
                 self._rest_after(error, stop)
                 continue
             self._round_backoff.succeeded(ROUND_KEY)
+            self._health.round_done()
             ready()
             stop.wait(self._settings.tick_minimum_seconds)
             self._sleep(cursor, stop)
@@ -114,6 +80,7 @@ class Controller:
     def round(self) -> Sequence[Command]:
         """One observation, decision and action; the commands that were decided."""
         start = time.monotonic()
+        self.metrics.round_begins()
         snapshot = observe(self._ports.store, self._ports.runtime, self._policy, datetime.now(UTC))
         observed = time.monotonic()
         commands = self._decide(snapshot)
@@ -121,28 +88,24 @@ class Controller:
         for command in commands:
             log.debug("decided: %s", command)
         self._actor.act(commands)
-        self.metrics.note(decided - observed, time.monotonic() - start)
+        self.metrics.round_done(snapshot, commands, decided - observed, start)
         return commands
 
     def _sleep(self, cursor: str, stop: threading.Event) -> None:
         if stop.is_set():
             return
         try:
-            self._ports.store.wait_for_change(cursor, self._settings.tick_seconds)
+            if self._ports.store.wait_for_change(cursor, self._settings.tick_seconds) != cursor:
+                self.metrics.changed()
         except TransientError:  # the next round meets it, too, and backs off
             stop.wait(self._settings.tick_seconds)
 
     def _rest_after(self, error: Exception, stop: threading.Event) -> None:
         seconds = self._round_backoff.failed(ROUND_KEY)
+        self.metrics.round_failed()
+        self._health.round_failed(str(error))
         if isinstance(error, TransientError):
             log.warning("this round failed, the next is in %.1f s: %s", seconds, error)
         else:
             log.error("this round failed, the next is in %.1f s", seconds, exc_info=error)
         stop.wait(seconds)
-
-
-def _percentiles(values: Sequence[float]) -> list[float]:
-    """The 1st to 99th percentile."""
-    if not values:
-        return [0.0] * 99
-    return quantiles(values, n=100, method="inclusive") if len(values) > 1 else [values[0]] * 99
