@@ -1,4 +1,4 @@
-"""What a job needs from the release: Ray's head answers on its port, MLflow on its address. Run by `helm test`."""
+"""What a job needs from the release: Ray's head, MLflow, and a store to write to. Run by `helm test`."""
 
 import os
 import pathlib
@@ -37,7 +37,7 @@ def mlflow_answers() -> str:
     if not uri.startswith("http"):
         return ""
     try:
-        urllib.request.urlopen(f"{uri}/version", timeout=10).close()
+        urllib.request.urlopen(f"{uri}/version", timeout=10).close()  # noqa: S310 - http, see above
     except urllib.error.HTTPError as error:
         return "" if error.code in (401, 403) else f"MLflow at {uri}: {error}"
     except OSError as error:
@@ -45,10 +45,23 @@ def mlflow_answers() -> str:
     return ""
 
 
+def store_takes_files() -> str:
+    """Empty, or why not; a store on S3 is the jobs' own business."""
+    if "STORE_FOLDER" not in os.environ:
+        return ""
+    path = pathlib.Path(os.environ["STORE_FOLDER"], f".check-{os.getpid()}-{socket.gethostname()}")
+    try:
+        path.write_bytes(b"")
+        path.unlink()
+    except OSError as error:
+        return f"the store's claim: {error}"
+    return ""
+
+
 deadline = time.monotonic() + PATIENCE_SECONDS
 while True:
-    pathlib.Path("/tmp/checked").touch()
-    problems = [problem for problem in (ray_answers(), mlflow_answers()) if problem]
+    pathlib.Path("/tmp/checked").touch()  # noqa: S108 - the pod's own volume, which its probes look into
+    problems = [problem for problem in (ray_answers(), mlflow_answers(), store_takes_files()) if problem]
     if not problems or time.monotonic() > deadline:
         break
     time.sleep(PAUSE_SECONDS)
