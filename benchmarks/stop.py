@@ -47,7 +47,7 @@ def main() -> None:
             stops.append(train(bench, task, stop))
             task = next_attempt(task)
         last = train(bench, task)
-    emit(results(calm, stops, last), save=arguments.save)
+        emit(results(calm, stops, last), save=arguments.save)
 
 
 PLAN = MemoryPlan(micro_batch_size=2, accumulation_steps=1, recompute_layers=0)
