@@ -18,8 +18,8 @@ from tests.controller.test_loop import World
 log_to_stderr()
 world = World(Path(sys.argv[1]))
 world.store.create_job(make_job())
-world.rounds(lambda: world.job().status.adapter_uri)
-world.runtime.error = lambda call: StoreUnavailable("away") if call.startswith("ensure") else None
+world.runtime.error = lambda call: StoreUnavailable("away") if "ensure" in call and "publish" in call else None
+world.rounds(lambda: world.job().status.attempts_total == 3)
 for _ in range(5):
     world.controller.round()
 """
