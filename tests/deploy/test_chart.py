@@ -1,0 +1,188 @@
+"""The chart under every linter that reads it, with no check switched off, and against what it is rendered to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.api.job import QLoRAJob
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.controller.metrics import Metrics
+from tests.cluster.binaries import KUBERNETES_VERSION
+from tests.deploy.render import NAMESPACE, documents, generated, rendered
+from tests.deploy.schemas import write_schemas
+from tests.deploy.tools import CHART, ROOT, checkov, run, tool
+
+HERE = Path(__file__).parent
+VALUES = sorted((HERE / "values").glob("*.yaml"))
+ALL_VALUES = [None, *VALUES]
+PRODUCTION = HERE / "values" / "production.yaml"
+EXAMPLES = sorted((ROOT / "manifests" / "examples").glob("*.yaml"))
+# What Prometheus adds to a name for the kinds of metrics that have several series.
+SERIES_SUFFIX = re.compile(r"_(total|bucket|sum|count)$")
+
+
+def named(values: Path | None) -> str:
+    return values.stem if values else "defaults"
+
+
+@pytest.fixture(scope="session")
+def schemas(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_schemas(tmp_path_factory.mktemp("schemas"))
+
+
+@pytest.mark.parametrize("values", ALL_VALUES, ids=named)
+def test_helm_lint_has_nothing_to_say(values: Path | None) -> None:
+    chosen = ["--values", values] if values else []
+    done = run([tool("helm"), "lint", "--strict", CHART, "--namespace", NAMESPACE, *chosen])
+    assert done.returncode == 0, done.stdout
+    assert not re.search(r"\[(WARNING|ERROR)\]", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("values", ALL_VALUES, ids=named)
+def test_every_object_has_the_shape_that_the_api_server_asks_for(values: Path | None, schemas: str) -> None:
+    text = rendered(values)
+    done = run([tool("kubeconform"), "-strict", "-output", "json", "-summary", "-schema-location", schemas], text=text)
+    said = json.loads(done.stdout)
+    assert (done.returncode, said.get("resources", [])) == (0, [])
+    crds = [d for d in documents(text) if d["kind"] == "CustomResourceDefinition"]
+    assert said["summary"]["valid"] == len(documents(text)) >= 15 + len(crds)
+
+
+def test_a_misspelled_field_would_be_found(schemas: str) -> None:
+    text = rendered().replace("terminationGracePeriodSeconds:", "terminationGraceSeconds:", 1)
+    done = run([tool("kubeconform"), "-strict", "-schema-location", schemas], text=text)
+    assert done.returncode == 1
+    assert "terminationGraceSeconds" in done.stdout
+
+
+@pytest.mark.parametrize("values", [None, PRODUCTION], ids=named)
+def test_kube_score_finds_nothing(values: Path | None) -> None:
+    command = [tool("kube-score"), "score", "-", "--output-format", "json", "--kubernetes-version"]
+    done = run([*command, f"v{KUBERNETES_VERSION.rpartition('.')[0]}"], text=rendered(values))
+    grades = [
+        (item["object_name"], check["check"]["name"], check["comments"])
+        for item in json.loads(done.stdout)
+        for check in item["checks"]
+        if not check["skipped"] and check["grade"] < 10
+    ]
+    assert grades == []
+    assert done.returncode == 0
+
+
+def test_checkov_finds_nothing_in_an_installation_by_digest(tmp_path: Path) -> None:
+    program = checkov()
+    (tmp_path / "production.yaml").write_text(rendered(PRODUCTION))
+    (tmp_path / "bundled.yaml").write_text(
+        rendered(ROOT / "manifests" / "values.yaml", "--set", f"image.controller.digest=sha256:{'0' * 64}")
+    )
+    done = run([program, "--directory", tmp_path, "--skip-download", "--output", "json", "--framework", "kubernetes"])
+    said = json.loads(done.stdout)
+    failed = [(check["check_id"], check["resource"]) for check in said["results"]["failed_checks"]]
+    assert failed == []
+    assert said["summary"]["skipped"] == said["summary"]["parsing_errors"] == 0
+    assert said["summary"]["passed"] > 300
+
+
+def test_the_unit_tests_pass() -> None:
+    done = run([tool("helm-unittest"), "--strict", "--file", "../../tests/deploy/unit/*_test.yaml", CHART])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (found := re.search(r"Tests: +(\d+) passed", done.stdout))
+    assert int(found[1]) >= 25
+
+
+def test_what_was_rendered_is_up_to_date() -> None:
+    stale = [path.name for path, text in generated().items() if not path.exists() or path.read_text() != text]
+    assert stale == [], "run `make manifests` and look at the difference"
+
+
+def test_every_value_is_in_the_schema_and_every_default_keeps_to_it() -> None:
+    """Helm checks the second when it lints; the first it would not miss."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    missing = sorted(set(paths(values)) - set(schema_paths(schema, schema)))
+    unknown = sorted(set(schema_paths(schema, schema)) - set(paths(values)) - {"global"})
+    assert (missing, unknown) == ([], [])
+
+
+@pytest.mark.parametrize("values", ALL_VALUES, ids=named)
+def test_every_container_keeps_to_the_restricted_standard_and_has_bounds(values: Path | None) -> None:
+    pods = [pod for document in documents(rendered(values)) if (pod := pod_of(document))]
+    assert pods
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 65532
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        for container in (*pod["containers"], *pod.get("initContainers", [])):
+            context = container["securityContext"]
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            for bound in ("requests", "limits"):
+                assert set(container["resources"][bound]) == {"cpu", "memory", "ephemeral-storage"}
+            secrets = [
+                variable for variable in container.get("env", []) if "secretKeyRef" in variable.get("valueFrom", {})
+            ]
+            assert secrets == []
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
+    metrics = Metrics()
+    known = {metric.name for metric in metrics.registry.collect()} | jobs_metrics()
+    asked = set(re.findall(r"\bqlora_[a-z_]+", rendered(PRODUCTION, "--show-only", "templates/monitoring/rules.yaml")))
+    board = json.loads((CHART / "files" / "dashboard.json").read_text())
+    asked |= {
+        name for panel in board["panels"] for t in panel["targets"] for name in re.findall(r"qlora_[a-z_]+", t["expr"])
+    }
+    assert len(asked) > 15
+    assert {name for name in asked if name not in known and SERIES_SUFFIX.sub("", name) not in known} == set()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_what_the_service_takes(path: Path) -> None:
+    kinds = {"QLoRAJob": QLoRAJob, "QLoRAQueue": QLoRAQueue}
+    found = documents(path.read_text())
+    assert found
+    for document in found:
+        kinds[str(document["kind"])].model_validate(document)
+
+
+def jobs_metrics() -> set[str]:
+    """Gauges that are only there once there is a round."""
+    source = (ROOT / "tests" / "controller" / "test_metrics.py").read_text()
+    return set(re.findall(r'^        "(qlora_[a-z_]+)",$', source, re.MULTILINE))
+
+
+def pod_of(document: Mapping[str, Any]) -> Any:
+    return document.get("spec", {}).get("template", {}).get("spec")
+
+
+def paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The chart's own values; maps that are the user's to fill count as one."""
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and value and not is_free(path):
+            yield from paths(value, f"{path}.")
+        else:
+            yield path
+
+
+def schema_paths(document: Any, node: Any, prefix: str = "") -> Iterator[str]:
+    for name, raw in node.get("properties", {}).items():
+        path = f"{prefix}{name}"
+        field = document["definitions"][raw["$ref"].rsplit("/", 1)[1]] if "$ref" in raw else raw
+        if field.get("properties") and not is_free(path):
+            yield from schema_paths(document, field, f"{path}.")
+        else:
+            yield path
+
+
+def is_free(path: str) -> bool:
+    return path.endswith(("nodeAffinity", ".labels"))
