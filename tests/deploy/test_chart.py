@@ -13,6 +13,7 @@ import yaml
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.reasons import Reason
 from orchestrator.controller.metrics import Metrics
 from tests.cluster.binaries import KUBERNETES_VERSION
 from tests.deploy.render import NAMESPACE, documents, generated, rendered
@@ -143,6 +144,26 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     }
     assert len(asked) > 15
     assert {name for name in asked if name not in known and SERIES_SUFFIX.sub("", name) not in known} == set()
+
+
+def test_the_guide_tells_of_every_reason_alert_and_metric() -> None:
+    guide = (ROOT / "docs" / "operators" / "troubleshooting.md").read_text()
+    told = set(re.findall(r"`([A-Za-z_]+)`", guide))
+    assert {reason.value for reason in Reason} - told == set()
+    rules = rendered(PRODUCTION, "--show-only", "templates/monitoring/rules.yaml")
+    assert set(re.findall(r"alert: (\w+)", rules)) - told == set()
+    assert jobs_metrics() - {SERIES_SUFFIX.sub("", name) for name in told} == set()
+
+
+def test_values_that_the_guide_names_exist() -> None:
+    known = set(paths(yaml.safe_load((CHART / "values.yaml").read_text())))
+    folders = {path.rpartition(".")[0] for path in known}
+    tops = {path.split(".")[0] for path in known}
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "operators").glob("*.md"))
+    named_here = set(re.findall(r"`([a-zA-Z0-9]+(?:\.[a-zA-Z0-9]+)+)(?:=[^`]*|: [^`]*)?`", pages))
+    asked = {name for name in named_here if name.split(".")[0] in tops}
+    assert len(asked) > 15
+    assert {name for name in asked if name not in known | folders and name.rpartition(".")[0] not in known} == set()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

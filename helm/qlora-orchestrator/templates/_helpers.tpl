@@ -224,7 +224,7 @@ imagePullSecrets:
 {{/* Names that MLflow answers to; a browser elsewhere must not reach it by a name of its own making (DNS rebinding). */}}
 {{- define "qlora.mlflow.allowedHosts" -}}
 {{- $name := printf "%s-mlflow" (include "qlora.fullname" .) -}}
-{{- $hosts := list "localhost:*" "127.0.0.1:*" "10.*" "192.168.*" -}}
+{{- $hosts := list "localhost:*" "127.0.0.1:*" -}}
 {{- range list "" (printf ".%s" .Release.Namespace) (printf ".%s.svc" .Release.Namespace) (printf ".%s.svc.cluster.local" .Release.Namespace) -}}
 {{- $hosts = append $hosts (printf "%s%s:%v" $name . $.Values.mlflow.port) -}}
 {{- end -}}
