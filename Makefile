@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-preempt test test-chart test-core test-kills check fmt docs lock manifests targets clean
+.PHONY: help demo demo-preempt test test-chart test-core test-e2e test-kills check fmt docs lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -31,6 +31,9 @@ test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instan
 
 test-chart: $(VENV)/.synced $(CHECKOV)/.synced ## The chart: linters, golden manifests, unit tests; builds their programs once
 	QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest tests/deploy
+
+test-e2e: $(VENV)/.synced ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
+	$(BIN)/python -m tests.e2e_cluster
 
 test-core: $(VENV)/.synced ## The pure core's tests: seconds
 	$(BIN)/python -m pytest -q tests/core

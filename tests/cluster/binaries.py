@@ -65,17 +65,18 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Names what a build depends on: the pins and the flags."""
-        pins = [(self.folder / name).read_bytes() for name in ("go.mod", "go.sum")]
-        return hashlib.sha256(b"\0".join([*pins, self.linker_flags.encode()])).hexdigest()[:16]
+        """Names what a build depends on: the pins, a program of our own if it is one, and the flags."""
+        files = [self.folder / "go.mod", self.folder / "go.sum", *sorted(self.folder.glob("*.go"))]
+        parts = [file.read_bytes() for file in files]
+        return hashlib.sha256(b"\0".join([*parts, self.linker_flags.encode()])).hexdigest()[:16]
 
 
-def _kubernetes(name: str) -> Source:
+def _kubernetes(name: str, *, module: str = "kubernetes", package: str = "") -> Source:
     version = "k8s.io/component-base/version"
     major, minor, _ = KUBERNETES_VERSION.split(".")
     return Source(
-        module="kubernetes",
-        package=f"k8s.io/kubernetes/cmd/{name}",
+        module=module,
+        package=package or f"k8s.io/kubernetes/cmd/{name}",
         variables={
             f"{version}.gitVersion": f"v{KUBERNETES_VERSION}",
             f"{version}.gitMajor": major,
@@ -106,6 +107,8 @@ SOURCES = {
     "kube-controller-manager": _kubernetes("kube-controller-manager"),
     "kubelet": _kubernetes("kubelet"),
     "kube-proxy": _kubernetes("kube-proxy"),
+    "kubectl": _kubernetes("kubectl", module="kubectl", package="qlora.dev/tools/kubectl"),
+    "coredns": Source(module="coredns", package="github.com/coredns/coredns"),
     "kwok": Source(module="kwok", package="sigs.k8s.io/kwok/cmd/kwok"),
     "helm": _helm(),
     "helm-unittest": Source(module="helm-unittest", package="github.com/helm-unittest/helm-unittest/cmd/helm-unittest"),
