@@ -472,7 +472,7 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(service: PaperService) -> Non
     assert process.stderr is not None
     assert "WaitingForGpu" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == ExitStatus.INTERRUPTED
     assert "qlora wait medical" in stderr
     assert "Traceback" not in stderr
@@ -489,4 +489,4 @@ def test_a_reader_that_leaves_early_is_no_error(service: PaperService) -> None:
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=10) == ExitStatus.OK
+    assert process.wait(timeout=60) == ExitStatus.OK
