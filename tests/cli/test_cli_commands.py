@@ -61,7 +61,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=take_interrupts,
     )
+
+
+def take_interrupts() -> None:
+    """Whoever runs the tests in the background ignores SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_manifest(*documents: dict[str, object], name: str = "job.yaml") -> str:
