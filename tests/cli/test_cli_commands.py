@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,13 +61,15 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        preexec_fn=take_interrupts,
     )
 
 
-def take_interrupts() -> None:
-    """Whoever runs the tests in the background ignores SIGINT, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture(autouse=True)
+def take_interrupts() -> Iterator[None]:
+    """Whoever runs the tests in the background ignores SIGINT, and children inherit that unless it is handled here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def write_manifest(*documents: dict[str, object], name: str = "job.yaml") -> str:
