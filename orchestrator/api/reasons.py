@@ -65,6 +65,9 @@ class Reason(StrEnum):
     PREEMPTED = "Preempted"
     QUOTA_RECLAIMED = "QuotaReclaimed"
     DISRUPTED = "Disrupted"
+    """The platform takes the machine away, or somebody the stage."""
+    UNSCHEDULABLE = "Unschedulable"
+    """No machine took the stage in time."""
     # ends of a stage that are not success
     USER_ERROR = "UserError"
     TRANSIENT_ERROR = "TransientError"
@@ -72,6 +75,10 @@ class Reason(StrEnum):
     FENCED = "Fenced"
     DIVERGED = "Diverged"
     INTERNAL_ERROR = "InternalError"
+    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
+    """The host's memory, not the card's."""
+    START_FAILED = "StartFailed"
+    """An image that cannot be pulled, a volume or secret that is not there."""
     KILLED = "Killed"
     LOST = "Lost"
     # ends of a job that are not success
@@ -90,11 +97,14 @@ _REMEDIES = {
     Reason.PREEMPTED: Remedy.RESUME,
     Reason.QUOTA_RECLAIMED: Remedy.RESUME,
     Reason.DISRUPTED: Remedy.RESUME,
+    Reason.UNSCHEDULABLE: Remedy.RESUME,
     Reason.SUSPENDED: Remedy.RESUME,
     Reason.LOST: Remedy.RESUME,
     Reason.FENCED: Remedy.RESUME,
     Reason.TRANSIENT_ERROR: Remedy.RETRY,
     Reason.INTERNAL_ERROR: Remedy.RETRY,
+    Reason.HOST_OUT_OF_MEMORY: Remedy.RETRY,
+    Reason.START_FAILED: Remedy.RETRY,
     Reason.KILLED: Remedy.RETRY,
     Reason.OUT_OF_MEMORY: Remedy.STEP_UP,
     Reason.USER_ERROR: Remedy.FAIL,

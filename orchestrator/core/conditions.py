@@ -6,6 +6,7 @@ observedGeneration names the spec that was looked at. `core/draft` is the caller
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -16,6 +17,7 @@ from orchestrator.core.state import JobState, state_of
 
 ConditionStatus = Literal["True", "False", "Unknown"]
 MAX_SENTENCE_CHARACTERS = 2048  # the contract's bound on `Sentence`
+_FIGURES = re.compile(r"\b\d+\b")
 _ORDER = {kind: index for index, kind in enumerate(ConditionType)}
 
 
@@ -35,13 +37,20 @@ class Finding:
 
 
 def says_the_same(condition: Condition, finding: Finding, generation: int) -> bool:
-    """Whether setting the finding would change nothing."""
-    return (condition.status, condition.reason, condition.message, condition.observed_generation) == (
+    """Whether setting the finding would change nothing but figures, such as how many GPUs are in use.
+
+    Those change all the time for everybody who waits; whoever wants them asks for an explanation.
+    """
+    return (condition.status, condition.reason, _words(condition.message), condition.observed_generation) == (
         finding.status,
         finding.reason,
-        clip(finding.message),
+        _words(clip(finding.message)),
         generation,
     )
+
+
+def _words(message: str) -> str:
+    return _FIGURES.sub("#", message)
 
 
 def set_condition(

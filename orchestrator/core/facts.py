@@ -55,7 +55,7 @@ class StageFact:
     result: StageResult | None = None
     """The termination message, if the stage wrote one that parses."""
     disruption: Reason | None = None
-    """Set where the platform, not the stage, brought about the end."""
+    """Set where the platform, not the stage, brought about the end or, before the end, is about to."""
     progress: ProgressReport | None = None
     uid: str = ""
     """The uid of the job that the stage was made for; empty where the runtime does not keep it."""

@@ -61,6 +61,12 @@ def classify(total_mib: int) -> str | None:
     return kept[-1] if kept else None
 
 
+def memory_range_mib(name: str) -> tuple[int, int | None]:
+    """Total MiB of the cards that `classify` puts into a class: from the first on, below the second, if any."""
+    lower = {known: usable_mib + CONTEXT_MIB for known, (_, usable_mib) in _CLASSES.items()}
+    return lower[name], min((mib for mib in lower.values() if mib > lower[name]), default=None)
+
+
 def gpu_class(name: str, capacity: int) -> GpuClass:
     """So many GPUs of a class of this table; raises KeyError for a name that it does not have."""
     marketed_gib, usable_mib = _CLASSES[name]

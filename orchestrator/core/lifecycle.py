@@ -15,7 +15,7 @@ from orchestrator.core.attempts import request_stop
 from orchestrator.core.conditions import Finding, says_the_same
 from orchestrator.core.draft import Draft
 from orchestrator.core.ending import ending
-from orchestrator.core.facts import Event, Snapshot, StageFact, StagePhase
+from orchestrator.core.facts import STAGES_ON_GPU, Event, Snapshot, StageFact, StagePhase
 from orchestrator.core.progress import fold_progress
 from orchestrator.core.remedy import end_attempt, fail
 from orchestrator.core.stages import stage_of
@@ -69,12 +69,12 @@ def _observe(draft: Draft, snapshot: Snapshot) -> Draft:
     fact = stage_of(draft.job, attempt, snapshot)
     if fact is None:
         return end_attempt(draft, ending(attempt, None, snapshot.now), snapshot) if _is_gone(attempt) else draft
-    if fact.phase is not StagePhase.PENDING and attempt.start_time is None:
+    if fact.phase is not StagePhase.PENDING and attempt.start_time is None and _is_told(attempt, fact, snapshot):
         draft = _seen_running(draft, attempt, fact)
     if fact.progress is not None:
         draft = fold_progress(draft, fact.progress, snapshot.policy.progress_interval_seconds)
     if fact.phase is not StagePhase.EXITED:
-        return draft
+        return draft if fact.disruption is None else request_stop(draft, fact.disruption, _why_disrupted(fact))
     current = draft.attempt
     assert current is not None, "seeing a stage run does not end its attempt"
     return end_attempt(draft, ending(current, fact, snapshot.now), snapshot)
@@ -83,6 +83,20 @@ def _observe(draft: Draft, snapshot: Snapshot) -> Draft:
 def _is_gone(attempt: Attempt) -> bool:
     """Whether a stage that does not exist will not be created either: it ran already, or it was called off."""
     return attempt.start_time is not None or attempt.stop_time is not None
+
+
+def _is_told(attempt: Attempt, fact: StageFact, snapshot: Snapshot) -> bool:
+    """Whether it is worth a write that the stage runs: of a CPU stage, only once it takes longer than most."""
+    age_seconds = (snapshot.now - attempt.created_time).total_seconds()
+    at_once = attempt.stage in STAGES_ON_GPU or fact.phase is StagePhase.EXITED
+    return at_once or age_seconds >= snapshot.policy.progress_interval_seconds
+
+
+def _why_disrupted(fact: StageFact) -> str:
+    """What the runtime says about a stage that is about to be taken away."""
+    if fact.result is not None and fact.result.failure is not None:
+        return fact.result.failure.message
+    return "its machine is being taken away"
 
 
 def _seen_running(draft: Draft, attempt: Attempt, fact: StageFact) -> Draft:
