@@ -1,4 +1,4 @@
-"""Settings of the embedded service: one table, read from the environment (12-factor), documented from here.
+"""Settings of the service, and those of the embedded one: read from the environment (12-factor), documented from here.
 
 Every field is the environment variable `QLORA_<FIELD>`; the tracking URI also answers to MLflow's own variable. Every
 bound, tick and timeout of the service has its name here, and what decisions depend on goes into `core.facts.Policy`
@@ -42,8 +42,8 @@ def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-class Settings(BaseSettings):
-    """Where the embedded service lives and how it behaves."""
+class ServiceSettings(BaseSettings):
+    """How the service decides, whatever it runs on."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX,
@@ -52,22 +52,6 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
         validate_default=True,
     )
-
-    home: AbsolutePath = Path("~/.local/share/qlora-orchestrator")
-    """Folder of everything that the embedded service keeps: objects, stages, logs, and by default data and results."""
-    store_uri: StoreUri = Field(default_factory=lambda known: f"file://{known['home']}/store")
-    """Where jobs that name no store keep their data; default `file://<home>/store`."""
-    tracking_uri: Annotated[str, AfterValidator(_absolute_uri)] = Field(
-        default_factory=lambda known: f"sqlite:///{known['home']}/mlflow.db",
-        validation_alias=AliasChoices("QLORA_TRACKING_URI", "MLFLOW_TRACKING_URI"),
-    )
-    """The MLflow tracking and registry URI (also `MLFLOW_TRACKING_URI`); default `sqlite:///<home>/mlflow.db`."""
-    artifact_root: AbsolutePath = Field(default_factory=lambda known: known["home"] / "mlartifacts")
-    """Artifacts of experiments that the service creates, unless MLflow is a server; default `<home>/mlartifacts`."""
-    gpu_classes: GpuClassesText = ""
-    """GPU slots such as `24Gi=2,cpu=1`. Empty: the cards that NVML reports, or one `cpu` slot where there are none."""
-    trainer_command: str = f"{shlex.quote(sys.executable)} -m qlora_trainer"
-    """The command of a stage; the stage's name is appended."""
 
     grace_seconds: int = Field(default=120, ge=1, le=86_400)
     """Between asking a stage to stop and killing it."""
@@ -87,11 +71,6 @@ class Settings(BaseSettings):
     """Prepare and publish stages that may run at one time."""
     progress_interval_seconds: float = Field(default=1.0, ge=0, le=3600)
     """A running job's progress is recorded at most so often; the end of a stage always is."""
-    gpu_classes_are_fixed: bool = True
-    """No other GPU can appear later: a job that fits none of them fails at once instead of waiting."""
-    trainer_threads: int = Field(default_factory=_usable_cpus, ge=1, le=1024)
-    """CPU threads of each stage; part of what makes results repeatable. Default: the CPUs this process may use."""
-
     tick_seconds: Seconds = 1.0
     """The controller looks at the world at least so often; changes of objects wake it at once."""
     tick_minimum_seconds: float = Field(default=0.1, ge=0, le=60)
@@ -100,6 +79,42 @@ class Settings(BaseSettings):
     """Wait before a command that met a transient error is tried again; doubles with every failure."""
     command_backoff_max_seconds: Seconds = 60.0
     """Longest wait before a command is tried again."""
+    tracking_timeout_seconds: Seconds = 30.0
+    """How long MLflow may take to answer before it counts as away."""
+    tracking_start_seconds: Seconds = 90.0
+    """How long MLflow may take to load, and to make the tables of a new database, before the controller goes on."""
+
+    def policy(self) -> Policy:
+        """What decisions depend on."""
+        return Policy(**{field.name: getattr(self, field.name) for field in fields(Policy)})
+
+
+class Settings(ServiceSettings):
+    """Where the embedded service lives and how it behaves."""
+
+    context: str = Field(default="", max_length=253)
+    """Which service the CLI and the SDK talk to: a kubeconfig context, `current`, or empty for the embedded one."""
+    home: AbsolutePath = Path("~/.local/share/qlora-orchestrator")
+    """Folder of everything that the embedded service keeps: objects, stages, logs, and by default data and results."""
+    store_uri: StoreUri = Field(default_factory=lambda known: f"file://{known['home']}/store")
+    """Where jobs that name no store keep their data; default `file://<home>/store`."""
+    tracking_uri: Annotated[str, AfterValidator(_absolute_uri)] = Field(
+        default_factory=lambda known: f"sqlite:///{known['home']}/mlflow.db",
+        validation_alias=AliasChoices("QLORA_TRACKING_URI", "MLFLOW_TRACKING_URI"),
+    )
+    """The MLflow tracking and registry URI (also `MLFLOW_TRACKING_URI`); default `sqlite:///<home>/mlflow.db`."""
+    artifact_root: AbsolutePath = Field(default_factory=lambda known: known["home"] / "mlartifacts")
+    """Artifacts of experiments that the service creates, unless MLflow is a server; default `<home>/mlartifacts`."""
+    gpu_classes: GpuClassesText = ""
+    """GPU slots such as `24Gi=2,cpu=1`. Empty: the cards that NVML reports, or one `cpu` slot where there are none."""
+    trainer_command: str = f"{shlex.quote(sys.executable)} -m qlora_trainer"
+    """The command of a stage; the stage's name is appended."""
+
+    gpu_classes_are_fixed: bool = True
+    """No other GPU can appear later: a job that fits none of them fails at once instead of waiting."""
+    trainer_threads: int = Field(default_factory=_usable_cpus, ge=1, le=1024)
+    """CPU threads of each stage; part of what makes results repeatable. Default: the CPUs this process may use."""
+
     store_busy_seconds: Seconds = 10.0
     """How long a writer waits for another writer of the object database."""
     store_poll_seconds: Seconds = 0.1
@@ -108,10 +123,6 @@ class Settings(BaseSettings):
     """Events kept for each job, newest first to stay."""
     stage_logs_limit: int = Field(default=1000, ge=1, le=1_000_000)
     """Logs of ended stages kept, newest first to stay."""
-    tracking_timeout_seconds: Seconds = 30.0
-    """How long MLflow may take to answer before it counts as away."""
-    tracking_start_seconds: Seconds = 90.0
-    """How long MLflow may take to load, and to make the tables of a new database, before the controller goes on."""
     ray_start_seconds: Seconds = 120.0
     """How long Ray may take to start."""
     ray_answer_seconds: Seconds = 20.0
@@ -132,10 +143,6 @@ class Settings(BaseSettings):
     """Size at which a log of the service is rotated."""
     log_files: int = Field(default=5, ge=1, le=100)
     """Rotated logs kept."""
-
-    def policy(self) -> Policy:
-        """What decisions depend on."""
-        return Policy(**{field.name: getattr(self, field.name) for field in fields(Policy)})
 
     def environment(self) -> dict[str, str]:
         """The variables that make another process read these very settings."""

@@ -14,11 +14,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.errors import TrackingUnavailable
-from orchestrator.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +32,34 @@ RUNNING = "RUNNING"
 Answer = TypeVar("Answer")
 
 
+class TrackingSettings(Protocol):
+    """What it needs to know."""
+
+    @property
+    def tracking_uri(self) -> str:
+        """The tracking and registry URI."""
+        ...
+
+    @property
+    def artifact_root(self) -> Path | None:
+        """Artifacts of experiments that are created here; MLflow's own choice by default."""
+        ...
+
+    @property
+    def tracking_timeout_seconds(self) -> float:
+        """How long MLflow may take to answer."""
+        ...
+
+    @property
+    def tracking_start_seconds(self) -> float:
+        """How long it may take to load, and to make the tables of a new database."""
+        ...
+
+
 class MlflowTracking:
     """`ports.Tracking` on an MLflow server or database."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TrackingSettings) -> None:
         self._settings = settings
         self._client: Any = None  # Any: mlflow is imported late
         self._busy = threading.Lock()
@@ -114,9 +137,10 @@ class MlflowTracking:
 
     def _artifact_location(self, name: str) -> str | None:
         """Where an experiment's artifacts go; a server knows that itself."""
-        if self._settings.tracking_uri.startswith(("http://", "https://", "databricks")):
+        root = self._settings.artifact_root
+        if root is None or self._settings.tracking_uri.startswith(("http://", "https://", "databricks")):
             return None
-        return (self._settings.artifact_root / name.replace("/", "_")).as_uri()
+        return (root / name.replace("/", "_")).as_uri()
 
     def _connected(self) -> Any:
         if self._client is None:

@@ -20,7 +20,7 @@ from orchestrator.controller.observe import observe
 from orchestrator.controller.ports import StageRuntime, Store, Tracking
 from orchestrator.core.facts import Command, Policy, Snapshot
 from orchestrator.errors import RuntimeLost, TransientError
-from orchestrator.settings import Settings
+from orchestrator.settings import ServiceSettings
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Controller:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ServiceSettings,
         ports: Ports,
         decide: Decide,
         metrics: Metrics | None = None,

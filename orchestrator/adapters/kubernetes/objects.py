@@ -1,0 +1,168 @@
+"""QLoRAJobs and QLoRAQueues between the API server's JSON and the contract's types.
+
+`store` is the caller. Objects are projected: what the contract does not know (managed fields, annotations of others)
+is left out. Ten thousand jobs are kept in memory, and most of what they say is the same, so equal parts are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.adapters.kubernetes.api import Json
+from orchestrator.adapters.kubernetes.watch import key_of
+from orchestrator.api.base import API_VERSION
+from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.errors import InvalidObject
+
+log = logging.getLogger(__name__)
+
+OURS = "qlora.dev/"
+SHARED_LIMIT = 20_000
+"""Distinct parts that are remembered in order to be shared."""
+
+Part = TypeVar("Part", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A job that this version cannot parse: known of, and left alone."""
+
+    key: str
+
+
+class Parser:
+    """Parses what the API server tells; of equal parts there is one."""
+
+    def __init__(self) -> None:
+        self._parts: dict[BaseModel, BaseModel] = {}
+        self._specs: dict[str, QLoRAJobSpec] = {}
+
+    def job(self, item: Json) -> QLoRAJob:
+        """The job in the contract's terms; raises InvalidObject for one that this version cannot read."""
+        meta: Json = item["metadata"]
+        try:
+            job = QLoRAJob.model_validate(
+                {
+                    "apiVersion": item.get("apiVersion", API_VERSION),  # lists leave these two out
+                    "kind": item.get("kind", "QLoRAJob"),
+                    "metadata": _projected(meta),
+                    "spec": self._spec(item.get("spec")),
+                    "status": item.get("status", {}),
+                }
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidObject(f"job {key_of(item)}: {where}: {first['msg']}") from error
+        return job.model_copy(update={"status": self._compact(job.status)})
+
+    def job_or_unreadable(self, item: Json) -> QLoRAJob | Unreadable:
+        """The same for a cache; what cannot be read is logged, once a version."""
+        try:
+            return self.job(item)
+        except InvalidObject as error:
+            log.error("%s; it is left alone, and so are its stages", error)
+            return Unreadable(key=key_of(item))
+
+    def queue(self, item: Json) -> QLoRAQueue | None:
+        """The queue, or None for one that cannot be read."""
+        try:
+            return QLoRAQueue.model_validate({"metadata": _projected(item["metadata"]), "spec": item.get("spec", {})})
+        except ValidationError as error:
+            log.error("queue %s cannot be read by this version and is left alone: %s", item["metadata"]["name"], error)
+            return None
+
+    def _spec(self, wire: Json | None) -> QLoRAJobSpec | Json | None:
+        """A spec that was seen before is not parsed again."""
+        if not isinstance(wire, dict):
+            return wire
+        text = json.dumps(wire, sort_keys=True)
+        known = self._specs.get(text)
+        if known is None:
+            known = QLoRAJobSpec.model_validate(wire)
+            parts = {name: self._shared(part) for name, part in known if isinstance(part, BaseModel)}
+            known = known.model_copy(update=parts)
+            if len(self._specs) >= SHARED_LIMIT:
+                self._specs.clear()
+            self._specs[text] = known
+        return known
+
+    def _compact(self, status: QLoRAJobStatus) -> QLoRAJobStatus:
+        changes: dict[str, object] = {
+            "attempts": tuple(self._compact_attempt(attempt) for attempt in status.attempts),
+            "mlflow": self._shared(status.mlflow),
+        }
+        if status.prepared is not None:
+            changes["prepared"] = status.prepared.model_copy(update={"model": self._shared(status.prepared.model)})
+        if status.estimate is not None:
+            changes["estimate"] = self._shared(status.estimate)
+        return status.model_copy(update=changes)
+
+    def _compact_attempt(self, attempt: Attempt) -> Attempt:
+        return attempt.model_copy(update={"plan": self._shared(attempt.plan)}) if attempt.plan else attempt
+
+    def _shared(self, part: Part) -> Part:
+        if len(self._parts) >= SHARED_LIMIT:
+            self._parts.clear()
+        found = self._parts.setdefault(part, part)
+        assert type(found) is type(part), "only models of one type are equal"
+        return found
+
+
+def job_wire(job: QLoRAJob) -> Json:
+    """A new job as it is sent."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": job.kind,
+        "metadata": metadata_wire(job),
+        "spec": job.spec.to_wire(),
+    }
+
+
+def metadata_wire(job: QLoRAJob) -> Json:
+    """Our part of the metadata, for a write."""
+    meta = job.metadata
+    return {
+        "name": meta.name,
+        "namespace": meta.namespace,
+        "labels": dict(meta.labels),
+        "annotations": ours(meta.annotations),
+        "finalizers": list(meta.finalizers),
+    }
+
+
+def status_wire(job: QLoRAJob, status: QLoRAJobStatus) -> Json:
+    """A status as it is sent: of this very job, and only if it is still at the version that was read."""
+    meta = job.metadata
+    return {
+        "apiVersion": API_VERSION,
+        "kind": job.kind,
+        "metadata": {
+            "name": meta.name,
+            "namespace": meta.namespace,
+            "uid": meta.uid,
+            "resourceVersion": meta.resource_version,
+        },
+        "status": status.to_wire(),
+    }
+
+
+def ours(annotations: Mapping[str, str]) -> dict[str, str]:
+    """Our annotations; those of others may be of any size."""
+    return {key: value for key, value in annotations.items() if key.startswith(OURS)}
+
+
+_METADATA = ("name", "namespace", "uid", "generation", "labels", "finalizers", "resourceVersion")
+_TIMES = ("creationTimestamp", "deletionTimestamp")
+
+
+def _projected(meta: Json) -> Json:
+    known = {key: meta[key] for key in (*_METADATA, *_TIMES) if key in meta}
+    return {**known, "annotations": ours(meta.get("annotations", {}))}

@@ -1,0 +1,273 @@
+"""QLoRAJobs and QLoRAQueues in a Kubernetes API server: `ports.Store` over the CRDs.
+
+The controller, and clients with a kubeconfig, use it. Rules:
+
+- Status is written by PUT to its own subresource, spec and metadata by merge patch, both with the resource version that
+  was read: neither touches the other, and a stale write is refused. After a refusal the object is read anew, so that a
+  view that missed something is put right by the write that it misled.
+- A job that holds a GPU, or an MLflow run that waits for its last status, carries FINALIZER, so that deleting it waits
+  for the controller. It is on before the status says so, and off when the job has finished and nothing is held: what
+  is finished can be deleted with no controller around. Prepare and publish stages need no such care: the garbage
+  collector ends their pods with the job.
+- `start` turns on caches; before it every read asks the server, which is what a short-lived client wants.
+- An object that does not parse (a newer version wrote it) is left alone, reported, and fails nobody else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.events import Recorder
+from orchestrator.adapters.kubernetes.objects import Parser, Unreadable, job_wire, metadata_wire, status_wire
+from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
+from orchestrator.api.base import API_VERSION
+from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.core.facts import STAGES_ON_GPU, Event
+from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
+
+log = logging.getLogger(__name__)
+
+JOBS, QUEUES = "qlorajobs", "qloraqueues"
+FINALIZER = "qlora.dev/release"
+
+
+class KubernetesStore:
+    """`ports.Store` on one API server; all namespaces, or some."""
+
+    def __init__(
+        self,
+        api: KubeApi,
+        *,
+        namespaces: Sequence[str] = EVERYWHERE,
+        reporter: str = "client",
+        changes: Changes | None = None,
+    ) -> None:
+        self._api = api
+        self._namespaces = namespaces
+        self._changes = changes or Changes()
+        self._parser = Parser()
+        self._recorder = Recorder(api, reporter)
+        self._jobs: Cache[QLoRAJob | Unreadable] = Cache(
+            api, API_VERSION, JOBS, self._parser.job_or_unreadable, self._changes, namespaces=namespaces
+        )
+        self._queues: Cache[QLoRAQueue] = Cache(api, API_VERSION, QUEUES, self._parser.queue, self._changes)
+
+    def start(self) -> None:
+        """Read from caches from now on, which watches keep up to date, and send events without waiting for them."""
+        self._queues.start()
+        self._jobs.start()
+        self._recorder.start()
+
+    def close(self) -> None:
+        """Send what is left to tell, and watch no more."""
+        self._recorder.close()
+        self._jobs.close()
+        self._queues.close()
+
+    # jobs
+
+    def list_jobs(self, namespace: str | None = None) -> Sequence[QLoRAJob]:
+        """All jobs that parse, ordered by namespace and name."""
+        found = (job for job in self._all_jobs() if isinstance(job, QLoRAJob))
+        return sorted((job for job in found if namespace in (None, job.metadata.namespace)), key=_place)
+
+    def list_unreadable(self) -> Sequence[str]:
+        """Keys of the jobs that do not parse; the log says why."""
+        return sorted(job.key for job in self._all_jobs() if isinstance(job, Unreadable))
+
+    def get_job(self, namespace: str, name: str) -> QLoRAJob:
+        """One job; raises NotFound, or InvalidObject if it does not parse."""
+        if self._jobs.started:
+            known = self._jobs.find(f"{namespace}/{name}")
+            if isinstance(known, QLoRAJob):
+                return known
+        return self.read_job(namespace, name)
+
+    def read_job(self, namespace: str, name: str) -> QLoRAJob:
+        """One job as the server has it now, whatever the view says, which is put right."""
+        try:
+            item = self._api.get(path_of(API_VERSION, JOBS, namespace, name))
+        except NotFound as error:
+            self._jobs.drop(f"{namespace}/{name}")
+            raise NotFound(f"there is no job {namespace}/{name}") from error
+        job = self._parser.job_or_unreadable(item)
+        self._jobs.correct(item, job)
+        return job if isinstance(job, QLoRAJob) else self._parser.job(item)  # which says why it cannot
+
+    def create_job(self, job: QLoRAJob) -> QLoRAJob:
+        """Store a new job; raises AlreadyExists, InvalidObject."""
+        try:
+            return self._took(self._api.create(path_of(API_VERSION, JOBS, job.metadata.namespace), job_wire(job)))
+        except AlreadyExists as error:
+            raise AlreadyExists(
+                f"job {job.key} exists already; choose another name, or delete it first: qlora delete "
+                f"{job.metadata.name}"
+            ) from error
+
+    def update_job(self, job: QLoRAJob) -> QLoRAJob:
+        """Replace spec and our part of the metadata, never the status."""
+        stored = self.read_job(job.metadata.namespace, job.metadata.name)
+        if stored.metadata.resource_version != job.metadata.resource_version:
+            raise Conflict(f"job {job.key} changed since it was read; read it again and repeat the change")
+        _require_mutable(stored, job)
+        meta = metadata_wire(job)
+        meta["annotations"] |= {key: None for key in stored.metadata.annotations if key not in meta["annotations"]}
+        meta["labels"] |= {key: None for key in stored.metadata.labels if key not in meta["labels"]}
+        meta["resourceVersion"] = job.metadata.resource_version
+        # With nulls, which take a field away; the immutable ones are not sent at all.
+        spec = job.spec.model_dump(mode="json", by_alias=True, exclude=set(IMMUTABLE_SPEC_FIELDS))
+        try:
+            return self._took(self._api.patch(self._path(job), {"metadata": meta, "spec": spec}))
+        except Conflict as error:
+            raise Conflict(f"job {job.key} changed since it was read; read it again and repeat the change") from error
+
+    def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
+        """Replace the status alone."""
+        if _holds(status) and FINALIZER not in job.metadata.finalizers and job.metadata.deletion_timestamp is None:
+            job = self._set_finalizers(job, (*job.metadata.finalizers, FINALIZER))
+        try:
+            written = self._took(self._api.replace(f"{self._path(job)}/status", status_wire(job, status)))
+        except (NotFound, Conflict) as error:
+            raise self._put_right(job, error) from error
+        if status.finish_time is not None and not _holds(status) and FINALIZER in job.metadata.finalizers:
+            return self._release_finished(written)
+        return written
+
+    def delete_job(self, namespace: str, name: str) -> None:
+        """Remove the object; one that is busy is marked, and removed by the call that finds it at rest."""
+        job = self.read_job(namespace, name)
+        is_marked = job.metadata.deletion_timestamp is not None
+        if _is_busy(job.status):
+            if not is_marked:
+                held = FINALIZER in job.metadata.finalizers
+                self._remove(job if held else self._set_finalizers(job, (*job.metadata.finalizers, FINALIZER)))
+            return
+        if FINALIZER in job.metadata.finalizers:
+            job = self._release(job)
+        if not is_marked:
+            self._remove(job)
+
+    # queues
+
+    def list_queues(self) -> Sequence[QLoRAQueue]:
+        """All queues, ordered by name."""
+        if self._queues.started:
+            found: Iterable[QLoRAQueue | None] = self._queues.values().values()
+        else:
+            found = [self._parser.queue(item) for item in self._api.get(path_of(API_VERSION, QUEUES))["items"]]
+        return sorted((queue for queue in found if queue is not None), key=lambda queue: queue.metadata.name)
+
+    def apply_queue(self, queue: QLoRAQueue) -> QLoRAQueue:
+        """Create a queue, or replace its spec."""
+        name = queue.metadata.name
+        body: Json = {"apiVersion": API_VERSION, "kind": queue.kind, "metadata": {"name": name}}
+        body["spec"] = queue.spec.to_wire()
+        try:
+            item = self._api.create(path_of(API_VERSION, QUEUES), body)
+        except AlreadyExists:
+            spec = queue.spec.model_dump(mode="json", by_alias=True)  # with nulls, which take a field away
+            item = self._api.patch(path_of(API_VERSION, QUEUES, name=name), {"spec": spec})
+        applied = self._parser.queue(item)
+        self._queues.put(item, applied)
+        if applied is None:
+            raise InvalidObject(f"queue {name} as the server stored it cannot be read by this version")
+        return applied
+
+    # events
+
+    def record_event(self, job: QLoRAJob, event: Event) -> None:
+        """Tell people."""
+        self._recorder.record(job, event)
+
+    def list_events(self, namespace: str, name: str) -> Sequence[tuple[str, Event]]:
+        """A job's events that the server still has, oldest first."""
+        return self._recorder.list(self.get_job(namespace, name))
+
+    def wait_for_change(self, since: str, timeout_seconds: float) -> str:
+        """Block until something that is watched changes."""
+        self._jobs.start()
+        return self._changes.wait(since, timeout_seconds)
+
+    # pieces
+
+    def _all_jobs(self) -> Iterable[QLoRAJob | Unreadable]:
+        if self._jobs.started:
+            return self._jobs.values().values()
+        pages = (self._api.get(path_of(API_VERSION, JOBS, namespace))["items"] for namespace in self._namespaces)
+        return [self._parser.job_or_unreadable(item) for page in pages for item in page]
+
+    def _took(self, item: Json) -> QLoRAJob:
+        job = self._parser.job(item)
+        self._jobs.put(item, job)
+        return job
+
+    def _path(self, job: QLoRAJob) -> str:
+        return path_of(API_VERSION, JOBS, job.metadata.namespace, job.metadata.name)
+
+    def _remove(self, job: QLoRAJob) -> None:
+        """Delete this very object; the server answers with what is left of it while others hold it."""
+        gone = self._api.delete(self._path(job), {"preconditions": {"uid": job.metadata.uid}})
+        if gone.get("kind") == job.kind and gone["metadata"].get("finalizers"):
+            self._took(gone)
+        else:
+            self._jobs.drop(job.key)
+
+    def _release(self, job: QLoRAJob) -> QLoRAJob:
+        """Take our finalizer off, with which an object that is marked is gone."""
+        left = tuple(finalizer for finalizer in job.metadata.finalizers if finalizer != FINALIZER)
+        released = self._set_finalizers(job, left)
+        if job.metadata.deletion_timestamp is not None and not left:
+            self._jobs.drop(job.key)
+        return released
+
+    def _release_finished(self, job: QLoRAJob) -> QLoRAJob:
+        try:
+            return self._release(job)
+        except (NotFound, Conflict) as error:  # the status is written all the same; deleting the job does the rest
+            log.info("the finalizer stays on job %s: %s", job.key, error)
+            return job
+
+    def _set_finalizers(self, job: QLoRAJob, finalizers: tuple[str, ...]) -> QLoRAJob:
+        meta = {"finalizers": list(finalizers), "uid": job.metadata.uid}
+        meta["resourceVersion"] = job.metadata.resource_version
+        try:
+            return self._took(self._api.patch(self._path(job), {"metadata": meta}))
+        except (NotFound, Conflict) as error:
+            raise self._put_right(job, error) from error
+
+    def _put_right(self, job: QLoRAJob, error: NotFound | Conflict) -> NotFound | Conflict:
+        """After a refusal: what the view holds of the job is what the server has; the refusal to raise."""
+        if self._jobs.started and isinstance(error, Conflict):
+            self.read_job(job.metadata.namespace, job.metadata.name)
+        elif isinstance(error, NotFound):
+            self._jobs.drop(job.key)
+            return NotFound(f"there is no job {job.key}")
+        return Conflict(f"job {job.key} changed since it was read")
+
+
+def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
+    """The API server checks the same; here the field is named in the same words as everywhere."""
+    for field in IMMUTABLE_SPEC_FIELDS:
+        if getattr(stored.spec, field) != getattr(wanted.spec, field):
+            raise InvalidObject(
+                f"spec.{field} of job {wanted.key} cannot be changed, because the work done so far depends on it; "
+                f"submit a new job instead"
+            )
+
+
+def _holds(status: QLoRAJobStatus) -> bool:
+    """Whether a GPU is held, or an MLflow run waits for its last status."""
+    attempt = status.active_attempt
+    return (attempt is not None and attempt.stage in STAGES_ON_GPU) or status.mlflow.run_status == "RUNNING"
+
+
+def _is_busy(status: QLoRAJobStatus) -> bool:
+    """Whether deleting the job has to wait for the controller when we are asked to delete it."""
+    return status.active_attempt is not None or _holds(status)
+
+
+def _place(job: QLoRAJob) -> tuple[str, str]:
+    return job.metadata.namespace, job.metadata.name

@@ -1,0 +1,64 @@
+"""What a control plane needs before a test can use it: our resources and namespaces; and what the machine needs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.adapters.kubernetes.api import Json, KubeApi
+from orchestrator.errors import AlreadyExists, OrchestratorError
+from tests.cluster.binaries import MissingProgramError, program
+
+CRDS = Path(__file__).parents[2] / "helm/qlora-orchestrator/files/crds"
+CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+NAMESPACES = ("team-a", "team-b")
+ESTABLISHED_SECONDS = 30.0
+
+
+def require(*names: str) -> None:
+    """Skip on a machine without these programs; where everything has to run that is a failure."""
+    try:
+        for name in names:
+            program(name)
+    except MissingProgramError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+def furnish(api: KubeApi) -> None:
+    """Our resources, established, and the tests' namespaces."""
+    for file in sorted(CRDS.glob("*.yaml")):
+        for document in yaml.safe_load_all(file.read_text()):
+            apply_crd(api, document)
+    for name in NAMESPACES:
+        try:
+            api.create("/api/v1/namespaces", {"metadata": {"name": name}})
+        except AlreadyExists:
+            continue
+
+
+def apply_crd(api: KubeApi, document: Json) -> None:
+    """Create a resource definition and wait until it is served."""
+    api.create(CRD_PATH, document)
+    deadline = time.monotonic() + ESTABLISHED_SECONDS
+    path = f"{CRD_PATH}/{document['metadata']['name']}"
+    while not _is_served(api, api.get(path)):
+        assert time.monotonic() < deadline, f"{document['metadata']['name']} was not established"
+        time.sleep(0.05)
+
+
+def _is_served(api: KubeApi, found: Json) -> bool:
+    conditions: list[Json] = found.get("status", {}).get("conditions") or []
+    if not any(condition["type"] == "Established" and condition["status"] == "True" for condition in conditions):
+        return False
+    spec: Json = found["spec"]
+    try:
+        api.get(f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}")
+    except OrchestratorError:
+        return False
+    return True
