@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.adapters.kubernetes.api import Json, KubeApi
-from orchestrator.errors import AlreadyExists, OrchestratorError
+from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.api.base import API_VERSION
+from orchestrator.errors import AlreadyExists, NotFound, OrchestratorError
 from tests.cluster.binaries import MissingProgramError, program
 
 CRDS = Path(__file__).parents[2] / "helm/qlora-orchestrator/files/crds"
@@ -40,6 +42,19 @@ def furnish(api: KubeApi) -> None:
             api.create("/api/v1/namespaces", {"metadata": {"name": name}})
         except AlreadyExists:
             continue
+
+
+def clear(api: KubeApi) -> None:
+    """Take away the jobs and queues of earlier tests, whoever holds them."""
+    for namespace in NAMESPACES:
+        for item in api.get(path_of(API_VERSION, "qlorajobs", namespace))["items"]:
+            path = path_of(API_VERSION, "qlorajobs", namespace, item["metadata"]["name"])
+            if item["metadata"].get("finalizers"):
+                api.patch(path, {"metadata": {"finalizers": None}})
+            with contextlib.suppress(NotFound):  # it waited for its finalizer only
+                api.delete(path)
+    for item in api.get(path_of(API_VERSION, "qloraqueues"))["items"]:
+        api.delete(path_of(API_VERSION, "qloraqueues", name=item["metadata"]["name"]))
 
 
 def apply_crd(api: KubeApi, document: Json) -> None:

@@ -19,7 +19,7 @@ from orchestrator.errors import Conflict, OrchestratorError
 from tests.adapters.builders import make_job
 from tests.adapters.store_contract import StoreContract, with_attempt
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.resources import NAMESPACES
+from tests.cluster.resources import clear
 
 WAIT_SECONDS = 10.0
 
@@ -28,17 +28,7 @@ WAIT_SECONDS = 10.0
 def api(cluster: ControlPlane) -> Iterator[KubeApi]:
     """A connection to a cluster without jobs and queues."""
     api = cluster.api()
-    for namespace in NAMESPACES:
-        for item in api.get(path_of(API_VERSION, "qlorajobs", namespace))["items"]:
-            path = path_of(API_VERSION, "qlorajobs", namespace, item["metadata"]["name"])
-            if item["metadata"].get("finalizers"):
-                api.patch(path, {"metadata": {"finalizers": None}}, MERGE_PATCH)
-            try:
-                api.delete(path)
-            except OrchestratorError:
-                continue
-    for item in api.get(path_of(API_VERSION, "qloraqueues"))["items"]:
-        api.delete(path_of(API_VERSION, "qloraqueues", name=item["metadata"]["name"]))
+    clear(api)
     yield api
     api.close()
 

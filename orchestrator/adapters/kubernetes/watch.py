@@ -9,7 +9,7 @@
 - Our own writes are put into it from the server's answers, so whoever wrote reads what was written. Where the watch
   is further than that answer it has told of it, or of the object's end, and the answer is dropped.
 - Events only update the cache and wake the loop; no decision hangs on one event, and what a faulty connection
-  swallowed is found by the list that is made every RELIST_SECONDS, or by the conflict that it leads to (`correct`).
+  swallowed is found by the list that is made every `relist_seconds`, or by the conflict that it leads to (`correct`).
 
 Two caches are not one snapshot, and the core relies on one thing across them (`core/stages.leftover_commands`): that a
 stage in the view of pods has its attempt in the view of jobs. `pods` says how that is kept.
@@ -36,16 +36,18 @@ SILENCE_SECONDS = 130.0
 """The server sends a bookmark about every minute; a connection that is silent for longer is dead."""
 BACKOFF_SECONDS = (0.2, 15.0)
 STALE_SECONDS = 180.0
-RELIST_SECONDS = 3600.0
+RELIST_SECONDS = 600.0
 EVERYWHERE = ("",)
 
 Value = TypeVar("Value")
 
 
 class Changes:
-    """Counts changes and lets threads wait for the next one; shared by all caches of a process."""
+    """What all caches of a process share. Counts changes and lets threads wait for the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, relist_seconds: float = RELIST_SECONDS) -> None:
+        self.relist_seconds = relist_seconds
+        """Every cache lists anew so often, whatever its watch has told."""
         self._changed = threading.Condition()
         self._count = 0
         self.on_restart: Callable[[str, str], None] = lambda _resource, _reason: None
@@ -221,7 +223,7 @@ class Feed(Generic[Value]):
         failures = 0
         while not self._over.is_set():
             try:
-                if not self._seen_version or time.monotonic() - self._listed_at > RELIST_SECONDS:
+                if not self._seen_version or time.monotonic() - self._listed_at > self._changes.relist_seconds:
                     self._list()
                 self._watch()
                 failures = 0
@@ -277,7 +279,7 @@ class Feed(Generic[Value]):
             **self._query,
             "resourceVersion": self._seen_version,
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": random.randint(*WATCH_SECONDS),  # noqa: S311  jitter
+            "timeoutSeconds": min(random.randint(*WATCH_SECONDS), max(1, int(self._changes.relist_seconds))),  # noqa: S311
         }
         self._stream = self._api.watch(self._path, SILENCE_SECONDS, **query)
         self._heard_at = time.monotonic()
