@@ -1,0 +1,137 @@
+"""Which GPUs the nodes have: the classes that jobs are sized for, and which nodes are about to go.
+
+`pods` keeps a cache of nodes through `read_node`; clients that size a job call `list_gpu_classes`. Rules:
+
+- A GPU counts where a train pod could be put now: the node is ready, is not about to be taken away, and has no taint
+  that the pods do not tolerate. A GPU that one of our pods holds counts as long as it is held, whatever becomes of its
+  node: the books have it on both sides.
+- What an autoscaler can bring up counts as if it were there (`GPU_CLASSES`): a pod that waits is what brings it up.
+- Pods of others are not counted, since watching them all would cost more than it is worth: the scheduler leaves a pod
+  of ours pending, which ends as UNSCHEDULABLE and puts the job back into the queue. Keep the cards apart with taints.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.core.facts import GpuClass
+from orchestrator.core.gpus import CLASS_NAMES, gpu_class
+from orchestrator.core.pod import PodPolicy, node_class, takes_pods
+from orchestrator.errors import InvalidObject
+
+NODES = "nodes"
+PAGE_NODES = 500
+OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+LEAVING_TAINTS = frozenset(
+    {
+        OUT_OF_SERVICE,
+        "node.cloudprovider.kubernetes.io/shutdown",
+        "ToBeDeletedByClusterAutoscaler",
+        "karpenter.sh/disrupted",
+        "karpenter.sh/disruption",
+        "cloud.google.com/impending-node-termination",
+        "aws-node-termination-handler/spot-itn",
+        "aws-node-termination-handler/scheduled-maintenance",
+        "aws-node-termination-handler/asg-lifecycle-termination",
+    }
+)
+"""Put on nodes that are being taken away, by autoscalers and by those who hear of a spot machine's end."""
+READINESS_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"})
+"""They follow the condition, which is looked at itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What matters of a node."""
+
+    name: str
+    gpu_class: str | None
+    gpus: int
+    usable: bool
+    """Whether a train pod could be put there."""
+    leaving: str = ""
+    """Why it is about to go, in words; empty if nothing is known."""
+    out_of_service: bool = False
+    """Whether an operator vouches for it that nothing runs there any more."""
+
+
+def read_node(item: Json, policy: PodPolicy) -> Node:
+    """A node of the API."""
+    meta: Json = item["metadata"]
+    spec: Json = item.get("spec", {})
+    status: Json = item.get("status", {})
+    labels: dict[str, str] = meta.get("labels") or {}
+    taints: list[dict[str, str]] = spec.get("taints") or []
+    leaving = _leaving(meta, taints)
+    usable = (
+        _is_ready(status)
+        and not spec.get("unschedulable", False)
+        and not leaving
+        and takes_pods(labels, [taint for taint in taints if taint["key"] not in READINESS_TAINTS], policy.template)
+    )
+    return Node(
+        name=meta["name"],
+        gpu_class=node_class(labels, policy.gpu_resource),
+        gpus=_gpus(status, labels, policy),
+        usable=usable,
+        leaving=leaving,
+        out_of_service=any(taint["key"] == OUT_OF_SERVICE for taint in taints),
+    )
+
+
+def count_gpus(nodes: Iterable[Node], held: Mapping[str, int], reachable: Mapping[str, int]) -> tuple[GpuClass, ...]:
+    """The classes that there are, small ones first. `held`: GPUs of ours by node; `reachable`: what may come up."""
+    counts: Counter[str] = Counter()
+    for node in nodes:
+        if node.gpu_class is not None:
+            counts[node.gpu_class] += node.gpus if node.usable else min(node.gpus, held.get(node.name, 0))
+    totals = {name: max(counts[name], reachable.get(name, 0)) for name in CLASS_NAMES}
+    return tuple(gpu_class(name, total) for name, total in totals.items() if total > 0)
+
+
+def parse_gpu_classes(text: str) -> Mapping[str, int]:
+    """`24Gi=4,48Gi=2`. Raises InvalidObject for a class that no card is in."""
+    counts = {name: int(count) for name, _, count in (entry.partition("=") for entry in text.split(",") if entry)}
+    for name in counts:
+        if name not in CLASS_NAMES:
+            known = ", ".join(CLASS_NAMES)
+            raise InvalidObject(f"QLORA_GPU_CLASSES names the GPU class {name}, which is none of: {known}")
+    return counts
+
+
+def list_gpu_classes(api: KubeApi, gpu_resource: str = "nvidia.com/gpu") -> Sequence[GpuClass]:
+    """What the nodes have now, for a client that sizes a job; it knows nothing of the operator's settings."""
+    policy = PodPolicy(trainer_image="", tracking_uri="", gpu_resource=gpu_resource)
+    nodes: list[Node] = []
+    token = ""
+    while True:
+        query: dict[str, str | int] = {"limit": PAGE_NODES, **({"continue": token} if token else {})}
+        page = api.get(path_of("v1", NODES), **query)
+        nodes += [read_node(item, policy) for item in page["items"]]
+        if not (token := page["metadata"].get("continue", "")):
+            return count_gpus(nodes, {}, {})
+
+
+def _is_ready(status: Json) -> bool:
+    conditions: list[Json] = status.get("conditions") or []
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
+def _leaving(meta: Json, taints: Iterable[Mapping[str, str]]) -> str:
+    if meta.get("deletionTimestamp"):
+        return f"node {meta['name']} is being deleted"
+    found = next((taint["key"] for taint in taints if taint["key"] in LEAVING_TAINTS), None)
+    return f"node {meta['name']} is being taken away: {found}" if found else ""
+
+
+def _gpus(status: Json, labels: Mapping[str, str], policy: PodPolicy) -> int:
+    """How many there are; with dynamic allocation no resource says so, but GPU Feature Discovery does."""
+    if policy.gpu_mode == "dra":
+        text = labels.get(f"{policy.gpu_resource}.count", "0")
+    else:
+        allocatable: Json = status.get("allocatable") or {}
+        text = str(allocatable.get(policy.gpu_resource, "0"))
+    return int(text) if text.isdecimal() else 0
