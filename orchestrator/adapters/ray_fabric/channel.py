@@ -56,8 +56,9 @@ class Preemption:
 class FabricChannel:
     """One for a controller while it leads: to connect is what starts the head. A context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh_seconds: float = FRESH_SECONDS) -> None:
         self._path = path
+        self._fresh_seconds = fresh_seconds
         self._lock = threading.Lock()
         self._head: socket.socket | None = None
         self._heard: dict[str, Heard] = {}
@@ -107,7 +108,7 @@ class FabricChannel:
 
     def _forget(self) -> None:
         now = time.monotonic()
-        self._heard = {key: heard for key, heard in self._heard.items() if now - heard.at <= FRESH_SECONDS}
+        self._heard = {key: heard for key, heard in self._heard.items() if now - heard.at <= self._fresh_seconds}
         self._preemptions = {
             key: order for key, order in self._preemptions.items() if now - order.deadline <= FORGET_SECONDS
         }

@@ -37,6 +37,7 @@ RAY_ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",  # the container's limit is the only judge of memory
     "RAY_enable_metrics_collection": "0",  # nobody reads Ray's own figures
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a node without its head ends, and the agent joins the next
+    "RAY_NUM_REDIS_GET_RETRIES": "3",  # our own retries are patient, and they find the head's new address
     "RAY_ROTATION_MAX_BYTES": str(2**20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
 }
