@@ -20,7 +20,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from configparser import ConfigParser
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,18 +137,19 @@ def _build(cache: Path, image: Image) -> None:
     dockerfile = CHECKOUT / image.dockerfile
     for name in _public_bases(dockerfile.read_text()):
         _buildah(cache, "tag", BASE, name)
-    _buildah(
-        cache,
-        "build",
-        "--layers",
-        "--isolation=chroot",
-        "--network=host",
-        "--pull=never",
-        *_package_sources(),
-        f"--tag=localhost/{image.reference}",
-        f"--file={dockerfile}",
-        str(CHECKOUT),
-    )
+    with _pip_settings() as mounts:
+        _buildah(
+            cache,
+            "build",
+            "--layers",
+            "--isolation=chroot",
+            "--network=host",
+            "--pull=never",
+            *mounts,
+            f"--tag=localhost/{image.reference}",
+            f"--file={dockerfile}",
+            str(CHECKOUT),
+        )
 
 
 def _public_bases(dockerfile: str) -> list[str]:
@@ -164,16 +167,23 @@ def _public_bases(dockerfile: str) -> list[str]:
     return bases
 
 
-def _package_sources() -> list[str]:
-    """The machine's package caches, settings and certificates, mounted for the build's commands only."""
-    home = Path.home()
-    folders = {home / ".cache" / "uv": "/root/.cache/uv", home / ".cache" / "pip": "/root/.cache/pip"}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    files = {Path("/etc/pip.conf"): "/etc/pip.conf", CERTIFICATES: str(CERTIFICATES)}
-    mounts = [f"--volume={source}:{target}" for source, target in {**folders, **files}.items() if source.exists()]
-    names = [name for name in os.environ if name.startswith(("PIP_", "UV_")) or name == "SSL_CERT_FILE"]
-    return [*mounts, *(f"--env={name}={os.environ[name]}" for name in names)]
+@contextmanager
+def _pip_settings() -> Iterator[list[str]]:
+    """Mounts with which the build's pip finds packages as this machine's does; nothing of them stays in the image."""
+    settings = ConfigParser(interpolation=None)
+    settings.read("/etc/pip.conf")
+    of_environment = {
+        name[4:].lower().replace("_", "-"): value for name, value in os.environ.items() if name.startswith("PIP_")
+    }
+    settings["global"] = {**(settings["global"] if "global" in settings else {}), **of_environment}
+    with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
+        settings.write(file)
+        file.flush()
+        mounts = {
+            file.name: "/etc/pip.conf",
+            **({str(CERTIFICATES): str(CERTIFICATES)} if CERTIFICATES.exists() else {}),
+        }
+        yield [f"--volume={source}:{target}:ro" for source, target in mounts.items()]
 
 
 def _buildah(cache: Path, *arguments: str) -> None:
