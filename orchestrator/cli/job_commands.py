@@ -213,10 +213,10 @@ def explain(name: JobName, namespace: Namespace = None, output: Output = None) -
 
 
 def connect(namespace: str | None) -> Client:
-    """A client of the embedded service."""
+    """A client of the service that was asked for."""
     from orchestrator.sdk.client import Client
 
-    return Client(namespace=namespace or "default")
+    return Client(namespace=namespace)
 
 
 def load(path: Path, namespace: str | None) -> tuple[UserObject, ...]:

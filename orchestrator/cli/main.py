@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -78,6 +78,25 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+@app.callback()
+def choose_service(
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context",
+            help="A kubeconfig context, or `current`: the service on that cluster instead of the embedded one "
+            "(also QLORA_CONTEXT).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Where every command below looks, by way of the settings' own variable."""
+    if context is not None:
+        os.environ["QLORA_CONTEXT"] = context
+
+
 for _functions in COMMANDS.values():
     for _function in _functions:
         app.command()(_function)

@@ -63,7 +63,7 @@ def up(dry_run: DryRun = False) -> None:
     from orchestrator.cli.output import print_text
     from orchestrator.controller import supervisor
 
-    settings = _settings()
+    settings = _embedded_settings("up")
     if supervisor.status(settings).running:
         print_text(f"the service is up already, in {settings.home}")
         return
@@ -79,6 +79,7 @@ def down(dry_run: DryRun = False) -> None:
     from orchestrator.cli.output import print_text
     from orchestrator.controller import supervisor
 
+    _embedded_settings("down")
     client = connect(None)
     if not supervisor.status(client.settings).running:
         print_text("the service is down already")
@@ -99,7 +100,7 @@ def ui(
     from orchestrator.cli.output import print_text
     from orchestrator.cli.tracking_ui import serve, server_command
 
-    settings = _settings()
+    settings = _embedded_settings("ui")
     if settings.tracking_uri.startswith(("http://", "https://")):
         print_text(settings.tracking_uri)
         return
@@ -130,10 +131,18 @@ def version(output: Output = None) -> None:
     print_text("\n".join(f"{package:<{width}}  {number}" for package, number in versions.items()))
 
 
-def _settings() -> Settings:
+def _embedded_settings(command: str) -> Settings:
+    """The settings, for a command that makes no sense for a cluster."""
+    from orchestrator.errors import InvalidObject
     from orchestrator.sdk.connection import read_settings
 
-    return read_settings()
+    settings = read_settings()
+    if settings.context:
+        raise InvalidObject(
+            f"qlora {command} is about the embedded service, and context {settings.context} is a cluster; "
+            "leave out --context and QLORA_CONTEXT"
+        )
+    return settings
 
 
 @contextmanager
@@ -142,7 +151,7 @@ def _service(settings: Settings, *, keep_up: bool) -> Generator[None]:
     from orchestrator.cli.console import say
     from orchestrator.controller import supervisor
 
-    if supervisor.status(settings).running:
+    if settings.context or supervisor.status(settings).running:
         yield
         return
     _start(settings)

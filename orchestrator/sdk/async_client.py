@@ -30,7 +30,7 @@ class AsyncClient:
     """An asynchronous client of one service."""
 
     def __init__(
-        self, settings: Settings | None = None, *, namespace: str = "default", connection: Connection | None = None
+        self, settings: Settings | None = None, *, namespace: str | None = None, connection: Connection | None = None
     ) -> None:
         self.sync = Client(settings, namespace=namespace, connection=connection)
         """The client that does the work."""

@@ -5,8 +5,9 @@
     job.wait(timeout_seconds=3600)
     job.adapter(into="adapter")
 
-Without arguments it is a client of the embedded service of this machine, as `Settings()` describes it. Objects are
-checked here before they are stored, by the rules of the contract and by what this machine can know.
+Without arguments it is a client of the service that `Settings()` names: the embedded one of this machine, or one on a
+cluster (`QLORA_CONTEXT`). Objects are checked here before they are stored, by the rules of the contract and by what
+this machine can know.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from orchestrator.adapters import model_config
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, ServiceNotRunning
-from orchestrator.sdk.connection import Connection, embedded, read_settings
+from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.handle import JobHandle
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.planning import JobPlan, plan_job, refuse_resources
@@ -35,11 +36,11 @@ class Client:
     """A client of one service; all methods raise OrchestratorError, and may be called from several threads."""
 
     def __init__(
-        self, settings: Settings | None = None, *, namespace: str = "default", connection: Connection | None = None
+        self, settings: Settings | None = None, *, namespace: str | None = None, connection: Connection | None = None
     ) -> None:
         self.settings = settings or read_settings()
-        self.connection = connection or embedded(self.settings)
-        self.namespace = namespace
+        self.connection = connection or connect(self.settings)
+        self.namespace = namespace or self.connection.namespace
         """Where jobs that name no namespace go, and where names are looked up."""
 
     def submit(self, job: JobLike) -> JobHandle:
@@ -57,8 +58,9 @@ class Client:
                 f"job {checked.key} exists already; choose another metadata.name, "
                 f"or remove it first: qlora delete {checked.metadata.name} -n {checked.metadata.namespace}"
             )
-        check_files(checked, self.settings.store_uri)
-        self._check_size(checked)
+        if self.connection.is_local:
+            check_files(checked, self.settings.store_uri)
+            self._check_size(checked)
         return checked
 
     def plan(self, job: JobLike) -> JobPlan:

@@ -1,6 +1,7 @@
 """What the client talks to: an object store, the place of the stages' logs, and whether anybody is at work.
 
-`Client` holds one. `embedded` opens the service of this machine; it imports no ray and no mlflow.
+`Client` holds one. `embedded` opens the service of this machine, `on_cluster` one on Kubernetes, and `connect` what
+the settings name. None of them imports ray or mlflow.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from orchestrator.errors import InvalidObject
 from orchestrator.sdk.logs import LogFolder, StageLogs
 from orchestrator.settings import ENVIRONMENT_PREFIX, Settings
 
+CURRENT_CONTEXT = "current"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
@@ -28,6 +31,10 @@ class Connection:
     """What jobs are sized for."""
     logs: StageLogs
     """What stages wrote."""
+    namespace: str = "default"
+    """Where jobs go that name none."""
+    is_local: bool = True
+    """Whether stages see the files of this machine."""
 
 
 def read_settings() -> Settings:
@@ -37,6 +44,31 @@ def read_settings() -> Settings:
     except ValidationError as error:
         lines = [f"{_variable(details['loc'])}: {details['msg']}" for details in error.errors()]
         raise InvalidObject("\n".join(lines)) from error
+
+
+def connect(settings: Settings) -> Connection:
+    """The service that `context` names."""
+    if not settings.context:
+        return embedded(settings)
+    return on_cluster("" if settings.context == CURRENT_CONTEXT else settings.context)
+
+
+def on_cluster(context: str) -> Connection:
+    """The service on the cluster of a kubeconfig context, the current one by default. Raises InvalidObject."""
+    from orchestrator.adapters.kubernetes.api import KubeApi
+    from orchestrator.adapters.kubernetes.nodes import list_gpu_classes
+    from orchestrator.adapters.kubernetes.pod_logs import PodLogs
+    from orchestrator.adapters.kubernetes.store import KubernetesStore
+
+    api = KubeApi(context)
+    return Connection(
+        store=KubernetesStore(api),
+        is_running=lambda: True,  # the API server keeps the job until a controller comes
+        gpu_classes=lambda: list_gpu_classes(api),
+        logs=PodLogs(api),
+        namespace=api.namespace,
+        is_local=False,
+    )
 
 
 def embedded(settings: Settings) -> Connection:

@@ -52,14 +52,13 @@ class Proxy:
     faults: Faults
     writes: int = 0
     on_write: Callable[[int, str], None] = lambda _number, _moment: None
-    """Told `before` and `after` each write, which is passed on and answered in between."""
+    """Told `before` and `after` each write, which is passed on and answered in between. A lease's do not count."""
 
 
 @contextmanager
 def fault_proxy(upstream: str, faults: Faults | None = None, seed: int = 0) -> Generator[Proxy]:
     """A proxy on a free port, until the context ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
     proxy = Proxy(url=f"http://127.0.0.1:{server.server_port}", faults=faults or Faults())
     server.RequestHandlerClass = _handler(upstream, proxy, random.Random(seed))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -70,6 +69,15 @@ def fault_proxy(upstream: str, faults: Faults | None = None, seed: int = 0) -> G
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    """Clients of tests are killed in the middle of everything; that is no error here."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing."""
 
 
 def _handler(upstream: str, proxy: Proxy, chance: random.Random) -> type[BaseHTTPRequestHandler]:
@@ -114,13 +122,16 @@ def _handler(upstream: str, proxy: Proxy, chance: random.Random) -> type[BaseHTT
             if happens(proxy.faults.errors):
                 self._refuse()
                 return
+            counts = "/leases" not in self.path
             with lock:
-                proxy.writes += 1
+                proxy.writes += counts
                 number = proxy.writes
-            proxy.on_write(number, "before")
+            if counts:
+                proxy.on_write(number, "before")
             answer = self._pass_on(body)
             status, data = answer.status, answer.data
-            proxy.on_write(number, "after")
+            if counts:
+                proxy.on_write(number, "after")
             if happens(proxy.faults.lost_answers):
                 self._refuse()
             else:

@@ -25,7 +25,7 @@ def main() -> int:
     """Stand by, lead, hand over on SIGTERM."""
     kubeconfig, identity, path = sys.argv[1:]
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
     patience = Timeouts(connect_seconds=0.5, answer_seconds=1.0)
     lease = Lease(KubeApi(kubeconfig=kubeconfig, timeouts=patience), "default", "election", identity, TIMES)
     while not stop.is_set():

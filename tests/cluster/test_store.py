@@ -191,3 +191,18 @@ def test_watchers_keep_up_with_many_writers(api: KubeApi, stores: Callable[..., 
         thread.join()
     until(lambda: [job.status.attempts_total for job in watcher.list_jobs()] == [49] * 10)
     assert watcher.list_jobs() == writers[0].list_jobs()
+
+
+def test_a_finalizer_that_a_killed_controller_left_is_taken_off_by_the_next(
+    api: KubeApi, stores: Callable[..., KubernetesStore]
+) -> None:
+    store = stores()
+    job = store.create_job(make_job(meta={"finalizers": (FINALIZER,)}))
+    over = QLoRAJobStatus(finish_time=now(), mlflow=MlflowStatus(run_id="r", run_status="FINISHED"))
+    path = path_of(API_VERSION, "qlorajobs", "team-a", "medical")
+    api.patch(f"{path}/status", {"status": over.to_wire()}, MERGE_PATCH)
+    assert api.get(path)["metadata"]["finalizers"] == [FINALIZER]
+    following = stores(started=True)
+    following.refresh()
+    assert "finalizers" not in api.get(path)["metadata"]
+    assert following.get_job("team-a", "medical").metadata.uid == job.metadata.uid

@@ -43,7 +43,7 @@ FAULTS = {
 }
 
 
-@pytest.fixture(params=FAULTS.values(), ids=FAULTS)
+@pytest.fixture(params=FAULTS.values(), ids=list(FAULTS))
 def proxy(cluster: ControlPlane, request: pytest.FixtureRequest) -> Iterator[Proxy]:
     """One that behaves until the test is ready."""
     clear(cluster.api())

@@ -39,6 +39,7 @@ from orchestrator.errors import (
 Json = dict[str, Any]  # Any: an object of the API, as it comes
 Query = Mapping[str, str | int]
 
+JSON = "application/json"
 JSON_PATCH = "application/json-patch+json"
 MERGE_PATCH = "application/merge-patch+json"
 STRATEGIC_PATCH = "application/strategic-merge-patch+json"
@@ -97,6 +98,11 @@ class KubeApi:
         """One object, or a list."""
         return self._json("GET", path, query)
 
+    def get_as(self, path: str, accept: str) -> Json:
+        """The same in another form, such as the table that kubectl prints."""
+        answer = self._send("GET", path, {}, None, "", self._timeouts.answer_seconds, accept)
+        return cast(Json, json.loads(answer.data))
+
     def text(self, path: str, **query: str | int) -> str:
         """What is no object, such as a log."""
         answer = self._send("GET", path, query, None, "", self._timeouts.answer_seconds)
@@ -126,35 +132,35 @@ class KubeApi:
         """Hang up."""
         self._client.rest_client.pool_manager.clear()
 
-    def _json(self, verb: str, path: str, query: Query, body: object = None, kind: str = "application/json") -> Json:
+    def _json(self, verb: str, path: str, query: Query, body: object = None, kind: str = JSON) -> Json:
         response = self._send(verb, path, query, body, kind, self._timeouts.answer_seconds)
         return cast(Json, json.loads(response.data))
 
     def _send(
-        self, verb: str, path: str, query: Query, body: object, kind: str, answer_seconds: float
+        self, verb: str, path: str, query: Query, body: object, kind: str, answer_seconds: float, accept: str = JSON
     ) -> urllib3.BaseHTTPResponse:
         """The answer to one request; raises for one that is an error."""
         data = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         url = f"{self._host}{path}" + (f"?{urlencode(query)}" if query else "")
-        response = self._request(verb, url, path, data, kind, answer_seconds)
+        response = self._request(verb, url, path, data, kind, answer_seconds, accept)
         for _ in range(THROTTLED_TRIES - 1):
             if response.status != 429:
                 break
             response.drain_conn()
             time.sleep(_asked_seconds(response))
-            response = self._request(verb, url, path, data, kind, answer_seconds)
+            response = self._request(verb, url, path, data, kind, answer_seconds, accept)
         if response.status >= 400:
             raise_error(response.status, _status(response.data), f"{verb} {path}", creates=verb == "POST")
         return response
 
     def _request(
-        self, verb: str, url: str, path: str, data: bytes | None, kind: str, answer_seconds: float
+        self, verb: str, url: str, path: str, data: bytes | None, kind: str, answer_seconds: float, accept: str
     ) -> urllib3.BaseHTTPResponse:
         if verb not in READS:
             self.before_write()
         with self._lock:
             self.requests[verb, resource_of(path)] += 1
-        headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
+        headers = {"Accept": accept, "User-Agent": USER_AGENT}
         if data is not None:
             headers["Content-Type"] = kind
         self._client.update_params_for_auth(headers, [], ["BearerToken"], path, verb, None)
@@ -220,7 +226,7 @@ def path_of(group_version: str, resource: str, namespace: str = "", name: str = 
 
 def resource_of(path: str) -> str:
     """The resource that a path is about, `pods` or `qlorajobs/status`: a label of bounded cardinality."""
-    parts = path.split("/")[3 if path.startswith("/api/") else 4 :] or [path]  # such as /version
+    parts = path.partition("?")[0].split("/")[3 if path.startswith("/api/") else 4 :] or [path]  # such as /version
     if parts[:1] == ["namespaces"] and len(parts) > 2:
         parts = parts[2:]
     return "/".join((parts[0], parts[2])) if len(parts) > 2 else parts[0]

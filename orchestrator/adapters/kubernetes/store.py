@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 JOBS, QUEUES = "qlorajobs", "qloraqueues"
 FINALIZER = "qlora.dev/release"
+RELEASE_TRIES = 3
+"""Attempts to take it off a finished job while others write to the job."""
 
 
 class KubernetesStore:
@@ -60,6 +62,14 @@ class KubernetesStore:
         self._queues.start()
         self._jobs.start()
         self._recorder.start()
+
+    def refresh(self) -> None:
+        """See everything that anybody wrote before this call, and finish what a controller left that was killed."""
+        self._queues.refresh()
+        self._jobs.refresh()
+        for job in self.list_jobs():
+            if job.status.finish_time is not None and not _holds(job.status) and FINALIZER in job.metadata.finalizers:
+                self._release_finished(job)
 
     def close(self) -> None:
         """Send what is left to tell, and watch no more."""
@@ -201,7 +211,10 @@ class KubernetesStore:
 
     def _took(self, item: Json) -> QLoRAJob:
         job = self._parser.job(item)
-        self._jobs.put(item, job)
+        if job.metadata.deletion_timestamp is not None and not job.metadata.finalizers:
+            self._jobs.drop(job.key)  # nothing held it any more, so this write was its end
+        else:
+            self._jobs.put(item, job)
         return job
 
     def _path(self, job: QLoRAJob) -> str:
@@ -218,17 +231,19 @@ class KubernetesStore:
     def _release(self, job: QLoRAJob) -> QLoRAJob:
         """Take our finalizer off, with which an object that is marked is gone."""
         left = tuple(finalizer for finalizer in job.metadata.finalizers if finalizer != FINALIZER)
-        released = self._set_finalizers(job, left)
-        if job.metadata.deletion_timestamp is not None and not left:
-            self._jobs.drop(job.key)
-        return released
+        return self._set_finalizers(job, left)
 
     def _release_finished(self, job: QLoRAJob) -> QLoRAJob:
-        try:
-            return self._release(job)
-        except (NotFound, Conflict) as error:  # the status is written all the same; deleting the job does the rest
-            log.info("the finalizer stays on job %s: %s", job.key, error)
-            return job
+        """The status is written all the same; where this comes to nothing, the next controller does it."""
+        for _ in range(RELEASE_TRIES):
+            try:
+                return self._release(job)
+            except Conflict:
+                job = self.read_job(job.metadata.namespace, job.metadata.name)
+            except NotFound:
+                break
+        log.info("the finalizer stays on job %s for now", job.key)
+        return job
 
     def _set_finalizers(self, job: QLoRAJob, finalizers: tuple[str, ...]) -> QLoRAJob:
         meta = {"finalizers": list(finalizers), "uid": job.metadata.uid}

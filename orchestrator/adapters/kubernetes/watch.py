@@ -7,7 +7,7 @@
 - It never goes back: a list older than what the watch has told is refused, an object gives way only to a newer one.
   (Resource versions of one resource are numbers that grow: etcd's revisions.)
 - Our own writes are put into it from the server's answers, so whoever wrote reads what was written. Where the watch
-  is further than that answer it has told of it, or of the object's end, and the answer is dropped.
+  is further than that answer, and the object is not here, it may have told of the object's end: the answer is dropped.
 - Events only update the cache and wake the loop; no decision hangs on one event, and what a faulty connection
   swallowed is found by the list that is made every `relist_seconds`, or by the conflict that it leads to (`correct`).
 
@@ -79,10 +79,11 @@ class Cache(Generic[Value]):
         *,
         namespaces: Sequence[str] = EVERYWHERE,
         selector: str = "",
+        on_deleted: Callable[[Json], None] = lambda _item: None,
     ) -> None:
-        """What `parse` returns None for is left out."""
+        """What `parse` returns None for is left out. `on_deleted` is told an object's last state, if the watch is."""
         self._feeds = {
-            namespace: Feed(api, path_of(group_version, resource, namespace), parse, changes, selector)
+            namespace: Feed(api, path_of(group_version, resource, namespace), parse, changes, selector, on_deleted)
             for namespace in namespaces
         }
 
@@ -95,6 +96,11 @@ class Cache(Generic[Value]):
         """List once, then watch in threads of their own. Raises what the list raises."""
         for feed in self._feeds.values():
             feed.start()
+
+    def refresh(self) -> None:
+        """List anew, now: whatever anybody wrote before this call is seen after it."""
+        for feed in self._feeds.values():
+            feed.refresh()
 
     def close(self) -> None:
         """Watch no more."""
@@ -133,8 +139,16 @@ class Feed(Generic[Value]):
     """A list and the watches that follow it."""
 
     def __init__(
-        self, api: KubeApi, path: str, parse: Callable[[Json], Value | None], changes: Changes, selector: str
+        self,
+        api: KubeApi,
+        path: str,
+        parse: Callable[[Json], Value | None],
+        changes: Changes,
+        selector: str,
+        on_deleted: Callable[[Json], None],
     ) -> None:
+        self._on_deleted = on_deleted
+        self._listing = threading.Lock()
         self._api = api
         self._path = path
         self._parse = parse
@@ -188,7 +202,8 @@ class Feed(Generic[Value]):
     def put(self, item: Json, value: Value | None) -> None:
         """An answer to our own write: newer than what is here, unless the watch has told of it already."""
         with self._lock:
-            taken = version_of(item) > self._seen_version and self._take(item, value)
+            may_exist = version_of(item) > self._seen_version or key_of(item) in self._items
+            taken = may_exist and self._take(item, value)
         if taken:
             self._changes.note()
 
@@ -250,8 +265,16 @@ class Feed(Generic[Value]):
         log.info("watching %s again in %.1f s: %s", self._path, seconds, error)
         self._over.wait(seconds)
 
+    def refresh(self) -> None:
+        """List anew."""
+        self._list()
+
     def _list(self) -> None:
         """Replace everything by a list that is as new as the server's storage."""
+        with self._listing:
+            self._replace()
+
+    def _replace(self) -> None:
         listed_at, version, found = time.monotonic(), 0, set[str]()
         query: dict[str, str | int] = {**self._query, "limit": PAGE_OBJECTS}
         while True:
@@ -269,7 +292,7 @@ class Feed(Generic[Value]):
         with self._lock:
             for key in [key for key, (known, _) in self._items.items() if key not in found and known <= version]:
                 del self._items[key]
-            self._seen_version = version
+            self._seen_version = max(self._seen_version, version)
         self._heard_at, self._listed_at = time.monotonic(), listed_at
         self._changes.note()
 
@@ -297,6 +320,8 @@ class Feed(Generic[Value]):
             elif version >= self._seen_version and kind != "BOOKMARK" and self._is_news(item):
                 changed = self._take(item, self._parse(item))
             self._seen_version = max(self._seen_version, version)
+        if kind == "DELETED" and changed:
+            self._on_deleted(item)
         if changed:
             self._changes.note()
 

@@ -1,0 +1,239 @@
+"""The controller's program on a real API server, killed -9 before and after each of its writes.
+
+A proxy between the two counts the writes and kills the controller at the one that it is told; another controller is
+started then. MLflow is a real database; pods are played by a kubelet on paper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, KubeApi, path_of
+from orchestrator.adapters.kubernetes.store import FINALIZER, KubernetesStore
+from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.api.job import QLoRAJob
+from orchestrator.api.reasons import ConditionType
+from orchestrator.errors import OrchestratorError
+from orchestrator.settings import Settings
+from tests.adapters.builders import make_job
+from tests.cluster.control_plane import ControlPlane, free_ports
+from tests.cluster.fault_proxy import Faults, Proxy, fault_proxy
+from tests.cluster.kubelet import PaperKubelet
+from tests.cluster.resources import clear
+
+FINISH_SECONDS = 300.0
+MIN_KILLS = 10
+"""Two jobs take some twenty writes; fewer kills than this would mean that the proxy was not asked."""
+NODES = {"gpu-1": 24_564, "gpu-2": 24_564}
+SETTINGS = {
+    "QLORA_NAMESPACE": "default",
+    "QLORA_POD_NAME": "controller-0",
+    "QLORA_STORE_URI": "s3://adapters/jobs",
+    "QLORA_TRAINER_IMAGE": "trainer:1",
+    "QLORA_LEASE_DURATION_SECONDS": "3",
+    "QLORA_LEASE_RENEW_SECONDS": "2",
+    "QLORA_LEASE_RETRY_SECONDS": "0.3",
+    "QLORA_TICK_SECONDS": "0.5",
+    "QLORA_COMMAND_BACKOFF_BASE_SECONDS": "0.1",
+    "QLORA_COMMAND_BACKOFF_MAX_SECONDS": "1",
+    "QLORA_BACKOFF_BASE_SECONDS": "0.2",
+    "QLORA_RELIST_SECONDS": "3",
+    "QLORA_MINIMUM_RUN_SECONDS": "0",
+    "QLORA_PREEMPTION_COOLDOWN_SECONDS": "0",
+}
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, which take it long to make."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    settings = Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db", tracking_start_seconds=300)
+    MlflowTracking(settings).connect()
+    return folder / "mlflow.db"
+
+
+class Program:
+    """The controller's process, started again whenever it is gone."""
+
+    def __init__(self, kubeconfig: Path, folder: Path) -> None:
+        self._folder = folder
+        health, metrics = free_ports(2)
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "MLFLOW_"))},
+            **SETTINGS,
+            "KUBECONFIG": str(kubeconfig),
+            "QLORA_KUBE_CONTEXT": "test",
+            "QLORA_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "QLORA_ARTIFACT_ROOT": str(folder / "artifacts"),
+            "QLORA_HEALTH_PORT": str(health),
+            "QLORA_METRICS_PORT": str(metrics),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        """All that it said."""
+        return self._folder / "controller.log"
+
+    def keep_running(self) -> None:
+        """Start it if it is not there, as a kubelet would."""
+        if self.process is None or self.process.poll() is not None:
+            with self.log.open("ab") as log:
+                command = [sys.executable, "-m", "orchestrator.controller.cluster"]
+                self.process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def api(cluster: ControlPlane) -> Iterator[KubeApi]:
+    """A cluster with two GPUs and nothing else."""
+    api = cluster.api()
+    clear(api)
+    for item in api.get(path_of("v1", "pods", "team-a"))["items"]:
+        path = path_of("v1", "pods", "team-a", item["metadata"]["name"])
+        with contextlib.suppress(OrchestratorError):
+            api.delete(path, {"gracePeriodSeconds": 0})
+    for item in api.get(path_of("v1", "nodes"))["items"]:
+        api.delete(path_of("v1", "nodes", name=item["metadata"]["name"]))
+    with contextlib.suppress(OrchestratorError):
+        api.delete("/apis/coordination.k8s.io/v1/namespaces/default/leases/qlora-orchestrator")
+    for name, memory_mib in NODES.items():
+        labels = {"nvidia.com/gpu.memory": str(memory_mib)}
+        api.create(path_of("v1", "nodes"), {"metadata": {"name": name, "labels": labels}})
+        have = {"nvidia.com/gpu": "1", "cpu": "8", "memory": "64Gi", "pods": "10"}
+        status = {"allocatable": have, "capacity": have, "conditions": [{"type": "Ready", "status": "True"}]}
+        api.patch(f"{path_of('v1', 'nodes', name=name)}/status", {"status": status}, STRATEGIC_PATCH)
+    yield api
+    clear(api)
+    api.close()
+
+
+@pytest.fixture
+def proxy(cluster: ControlPlane) -> Iterator[Proxy]:
+    """Between the controller and the API server."""
+    with fault_proxy(cluster.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def program(cluster: ControlPlane, proxy: Proxy, new_database: Path, tmp_path: Path) -> Iterator[Program]:
+    """The controller, not started yet."""
+    shutil.copyfile(new_database, tmp_path / "mlflow.db")
+    program = Program(cluster.kubeconfig_for(cluster.token, url=proxy.url, name="controller"), tmp_path)
+    yield program
+    program.kill()
+
+
+def run_until_finished(program: Program, store: KubernetesStore, names: list[str]) -> dict[str, QLoRAJob]:
+    """Keep the controller going until the jobs have succeeded and nothing is held for them."""
+    deadline = time.monotonic() + FINISH_SECONDS
+    while True:
+        program.keep_running()
+        jobs = {name: store.read_job("team-a", name) for name in names}
+        if all(is_over(job) for job in jobs.values()):
+            return jobs
+        if time.monotonic() > deadline:
+            told = {name: (job.status.summary, job.status.mlflow) for name, job in jobs.items()}
+            raise AssertionError(f"not finished: {told}\n{program.log.read_text()[-4000:]}")
+        time.sleep(0.1)
+
+
+def is_over(job: QLoRAJob) -> bool:
+    return (
+        job.status.is_true(ConditionType.FINISHED)
+        and job.status.mlflow.run_status == "FINISHED"
+        and FINALIZER not in job.metadata.finalizers
+    )
+
+
+def runs_of(folder: Path) -> list[tuple[str, str]]:
+    """(job's uid, status) of every run in MLflow's database."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        return database.execute(
+            "SELECT t.value, r.status FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
+            "WHERE t.key = 'qlora.dev/job-uid'"
+        ).fetchall()
+
+
+def check(api: KubeApi, kubelet: PaperKubelet, jobs: dict[str, QLoRAJob], folder: Path) -> None:
+    """No job lost, no second pod at one time, no GPU kept, one run each."""
+    assert kubelet.books.overlaps == []
+    assert sorted(runs_of(folder)) == sorted((job.metadata.uid, "FINISHED") for job in jobs.values())
+    for item in api.get(path_of("v1", "pods", "team-a"))["items"]:
+        assert item["status"]["phase"] in ("Succeeded", "Failed"), item["metadata"]["name"]
+    for job in jobs.values():
+        assert kubelet.books.steps[job.metadata.uid] == 120
+        stages = [(attempt.stage, attempt.number) for attempt in job.status.attempts]
+        assert len(stages) == len(set(stages)) == job.status.attempts_total
+
+
+def submit_two(store: KubernetesStore) -> list[str]:
+    for name in ("first", "second"):
+        store.create_job(make_job(name))
+    return ["first", "second"]
+
+
+def test_two_jobs_come_through_and_every_write_is_counted(
+    api: KubeApi, proxy: Proxy, program: Program, tmp_path: Path
+) -> None:
+    store = KubernetesStore(api)
+    with PaperKubelet(api, "gpu-1") as kubelet:
+        jobs = run_until_finished(program, store, submit_two(store))
+        check(api, kubelet, jobs, tmp_path)
+    assert all(kubelet.books.started[job.metadata.uid] == 1 for job in jobs.values())
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_each_of_its_writes_it_loses_nothing(
+    api: KubeApi, proxy: Proxy, program: Program, tmp_path: Path, moment: str
+) -> None:
+    """After every write that was carried out; and before every second, since one that never passes ends nothing."""
+    store = KubernetesStore(api)
+    killed: list[int] = []
+
+    def kill_at(number: int, when: str) -> None:
+        if when == moment and (moment == "after" or number % 2 == 0):
+            killed.append(number)
+            program.kill()
+
+    proxy.on_write = kill_at
+    with PaperKubelet(api, "gpu-1") as kubelet:
+        jobs = run_until_finished(program, store, submit_two(store))
+        check(api, kubelet, jobs, tmp_path)
+    assert len(killed) >= MIN_KILLS
+
+
+def test_a_faulty_connection_delays_jobs_and_loses_none(
+    api: KubeApi, proxy: Proxy, program: Program, tmp_path: Path
+) -> None:
+    store = KubernetesStore(api)
+    proxy.faults = Faults(
+        drop_events=0.1,
+        repeat_events=0.1,
+        delay_events=0.1,
+        delay_seconds=0.2,
+        end_watches=0.05,
+        stale_reads=0.1,
+        errors=0.1,
+        lost_answers=0.1,
+    )
+    with PaperKubelet(api, "gpu-1") as kubelet:
+        jobs = run_until_finished(program, store, submit_two(store))
+        check(api, kubelet, jobs, tmp_path)
