@@ -175,7 +175,8 @@ def _pip_settings() -> Iterator[list[str]]:
     of_environment = {
         name[4:].lower().replace("_", "-"): value for name, value in os.environ.items() if name.startswith("PIP_")
     }
-    settings["global"] = {**(settings["global"] if "global" in settings else {}), **of_environment}
+    known = dict(settings["global"]) if settings.has_section("global") else {}
+    settings["global"] = {**known, **of_environment}
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
         settings.write(file)
         file.flush()
