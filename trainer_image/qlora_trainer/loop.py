@@ -103,7 +103,7 @@ class Loop:
         self._step_started = perf_counter()
         self.journal = Journal(resumed.journal if resumed else ())
         self._position = self._restore(resumed)
-        self._arithmetic = arithmetic(model)
+        self._arithmetic = _arithmetic(model)
         self._card = Card(model.device, _last(self.journal, Metric.ENERGY_JOULES) or 0.0)
         self.clock = PhaseClock(model.device)
 
@@ -375,8 +375,7 @@ def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def arithmetic(model: TrainingModel) -> Arithmetic:
-    """How many operations a step of this model takes."""
+def _arithmetic(model: TrainingModel) -> Arithmetic:
     config = model.base.config.get_text_config()
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Arithmetic(
