@@ -28,7 +28,7 @@ DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_lengt
 JobName = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length=1, max_length=48)]
 SourceUri = Annotated[str, StringConstraints(pattern=URI_PATTERN, max_length=1024)]
 StoreUri = Annotated[str, StringConstraints(pattern=STORE_URI_PATTERN, max_length=1024)]
-Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN)]
+Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN, max_length=71)]
 ShortText = Annotated[str, StringConstraints(max_length=256)]
 Sentence = Annotated[str, StringConstraints(max_length=2048)]
 

@@ -2,7 +2,8 @@
 
 The spec's defaults are the published QLoRA recipe (Dettmers et al., 2023, section 4 and appendix B): rank 64 and
 alpha 16 on all linear layers, constant learning rate 2e-4, global batch 16, gradient norm 0.3, Adam beta2 0.999.
-Static rules live here and nowhere else; the CRD's CEL rules are generated from the same table of cases.
+Static rules live here, and in CEL in `crd`; one table of cases is tried on both. They compare decimals as floats,
+which is what the trainer and CEL make of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.alias_generators import to_camel
 
 from orchestrator.api.base import (
     API_VERSION,
@@ -31,7 +33,6 @@ from orchestrator.api.base import (
     ShortText,
     SourceUri,
     StoreUri,
-    decimal,
 )
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
@@ -40,6 +41,8 @@ from orchestrator.api.results import PrepareResult, ProgressReport
 CANCEL_ANNOTATION = "qlora.dev/cancel"
 # What the results depend on; a job that should compute something else is another job.
 IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
+TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
+TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
 Labels = Annotated[dict[Annotated[str, StringConstraints(max_length=317)], ShortText], Field(max_length=64)]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
@@ -92,9 +95,9 @@ class DatasetSource(Model):
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DatasetSource:
-        if decimal(self.eval_fraction) > decimal("0.5"):
+        if float(self.eval_fraction) > 0.5:
             raise ValueError("evalFraction must be between 0 and 0.5")
-        if self.eval_source is not None and decimal(self.eval_fraction) != 0:
+        if self.eval_source is not None and float(self.eval_fraction) != 0:
             raise ValueError("set evalSource or evalFraction, not both")
         return self
 
@@ -116,7 +119,7 @@ class AdapterSpec(Model):
     @field_validator("dropout")
     @classmethod
     def _dropout_is_a_probability(cls, value: DecimalString) -> DecimalString:
-        if decimal(value) >= 1:
+        if float(value) >= 1:
             raise ValueError("dropout must be at least 0 and below 1")
         return value
 
@@ -151,14 +154,12 @@ class TrainingSpec(Model):
 
     @model_validator(mode="after")
     def _ranges(self) -> TrainingSpec:
-        positive = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
-        below_one = ("warmup_ratio", "adam_beta1", "adam_beta2")
-        for name in positive:
-            if decimal(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} must be above 0")
-        for name in below_one:
-            if decimal(getattr(self, name)) >= 1:
-                raise ValueError(f"{name} must be below 1")
+        for name in TRAINING_FIELDS_ABOVE_ZERO:
+            if float(getattr(self, name)) <= 0:
+                raise ValueError(f"{to_camel(name)} must be above 0")
+        for name in TRAINING_FIELDS_BELOW_ONE:
+            if float(getattr(self, name)) >= 1:
+                raise ValueError(f"{to_camel(name)} must be below 1")
         return self
 
 

@@ -62,7 +62,9 @@ def _closed(schema: Any) -> Any:
         return schema
     if schema.get("x-kubernetes-int-or-string") or schema.get("format") == "int-or-string":
         return {"type": ["string", "integer"]}
-    closed = {key: _closed(value) for key, value in schema.items() if key != "format"}
+    closed = {key: _closed(value) for key, value in schema.items() if key not in ("format", "properties")}
+    if isinstance(named := schema.get("properties"), dict):  # by name, and a field may be named like a keyword
+        closed["properties"] = {name: _closed(field) for name, field in named.items()}
     open_ended = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
     if isinstance(schema.get("properties"), dict) and not open_ended:
         closed["additionalProperties"] = False
