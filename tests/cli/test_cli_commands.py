@@ -498,3 +498,31 @@ def test_a_reader_that_leaves_early_is_no_error(service: PaperService) -> None:
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=60) == ExitStatus.OK
+
+
+# --- a service on a cluster ----------------------------------------------------------------------------------------
+
+
+def test_a_context_that_leads_nowhere_is_named(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "nowhere.kubeconfig")
+    monkeypatch.setenv("QLORA_CONTEXT", "production")
+    result = qlora("get")
+    assert result.exit_code == ExitStatus.INVALID
+    assert "no way to a cluster" in result.stderr
+    assert "KUBECONFIG" in result.stderr
+
+
+def test_a_context_may_be_an_option(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "nowhere.kubeconfig")
+    monkeypatch.setenv("QLORA_CONTEXT", "")
+    assert "no way to a cluster" in qlora("--context", "current", "get").stderr
+
+
+@pytest.mark.parametrize("command", ["up", "down", "ui"])
+def test_commands_of_the_embedded_service_refuse_a_cluster(
+    service: PaperService, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("QLORA_CONTEXT", "production")
+    result = qlora(command)
+    assert result.exit_code == ExitStatus.INVALID
+    assert f"qlora {command} is about the embedded service" in result.stderr
