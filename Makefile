@@ -36,8 +36,8 @@ test-chart: $(VENV)/.synced $(CHECKOV)/.synced ## The chart: linters, golden man
 test-api: $(VENV)/.synced $(VENV)/.go ## A real API server: the store, pods, leases, faults, kills; builds etcd and kube-apiserver once
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/cluster
 
-test-e2e: $(VENV)/.synced ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
-	$(BIN)/python -m tests.e2e_cluster
+test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
+	PATH="$(abspath $(BIN)):$$PATH" QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m tests.e2e_cluster
 
 test-core: $(VENV)/.synced ## The pure core's tests: seconds
 	$(BIN)/python -m pytest -q tests/core
