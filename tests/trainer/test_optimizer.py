@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_trainer import optimizer
 from qlora_trainer.optimizer import AdapterOptimizer, learning_rate
 from torch import Tensor
 from torch.nn import Parameter
@@ -15,6 +16,7 @@ from orchestrator.api.job import TrainingSpec
 
 ALL = ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"]
 A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_magnitude_vector"
+C = "k_proj.lora_A.weight"
 
 
 def make_parameters(dtype: torch.dtype = torch.bfloat16) -> dict[str, Parameter]:
@@ -69,6 +71,27 @@ def test_state_is_copied_into_the_optimizers_own_buffers() -> None:
     assert restored.keys() == saved.keys()
     assert all(torch.equal(restored[key], saved[key]) for key in saved)
     assert not {tensor.data_ptr() for tensor in restored.values()} & {tensor.data_ptr() for tensor in saved.values()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_piece_or_many_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(optimizer=name, weight_decay="0.1")
+    ends, states = [], []
+    for largest in (1 << 28, 2 * 64 * 96, 0):  # A, B and C in one piece; in two; each on its own
+        monkeypatch.setattr(optimizer, "LARGEST_PIECE", largest)
+        parameters = make_parameters() | {C: Parameter(torch.ones(64, 96, dtype=torch.bfloat16))}
+        adam = AdapterOptimizer(parameters.items(), spec)
+        addresses = sorted(parameters[key].data_ptr() for key in (A, B, C))
+        if largest:
+            assert [place - addresses[0] for place in addresses] == [0, 2 * 64 * 96, 4 * 64 * 96]
+        take_steps(adam, parameters, range(4))
+        assert all(parameter.grad is None for parameter in parameters.values())
+        ends.append(values(parameters))
+        states.append(adam.export_state())
+    assert all(torch.equal(one, other) for end in ends[1:] for one, other in zip(end, ends[0], strict=True))
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[key], states[0][key]) for key in state)
 
 
 def test_an_adapter_with_other_names_is_an_error_not_a_fresh_start() -> None:

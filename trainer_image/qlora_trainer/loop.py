@@ -103,7 +103,7 @@ class Loop:
         self._step_started = perf_counter()
         self.journal = Journal(resumed.journal if resumed else ())
         self._position = self._restore(resumed)
-        self._arithmetic = _arithmetic(model)
+        self._arithmetic = arithmetic(model)
         self._card = Card(model.device, _last(self.journal, Metric.ENERGY_JOULES) or 0.0)
         self.clock = PhaseClock(model.device)
 
@@ -151,7 +151,7 @@ class Loop:
         self._refuse_to_diverge(step, total.item(), norm.item())
         rate = learning_rate(step, self.steps, training)
         with self._lock:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, float(training.max_grad_norm), norm)
+            clip(self._parameters, norm.item(), float(training.max_grad_norm))
             self._optimizer.step(rate)
             self.clock.close()
             seconds = perf_counter() - self._step_started
@@ -367,15 +367,24 @@ def step_seed(seed: int, step: int) -> int:
 
 def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
     """The norm of all gradients together, in float32: bfloat16 would round it to three digits."""
-    norms = [
-        torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-        for parameter in parameters
-        if parameter.grad is not None
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(_gradients(parameters), 2, torch.float32)))
 
 
-def _arithmetic(model: TrainingModel) -> Arithmetic:
+def clip(parameters: list[torch.nn.Parameter], norm: float, largest_norm: float) -> None:
+    """Scale all gradients down to the largest norm, if they exceed it (Pascanu et al., 2013).
+
+    torch's own takes a tensor for the norm, which costs a launch for every parameter.
+    """
+    if norm > largest_norm:
+        torch._foreach_mul_(_gradients(parameters), largest_norm / norm)
+
+
+def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def arithmetic(model: TrainingModel) -> Arithmetic:
+    """How many operations a step of this model takes."""
     config = model.base.config.get_text_config()
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Arithmetic(
