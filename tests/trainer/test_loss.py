@@ -78,9 +78,9 @@ class WatchedHead(Head):
 
     asked: list[int] = field(default_factory=list)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def raw_logits(self, hidden: Tensor) -> Tensor:
         self.asked.append(len(hidden))
-        return super().logits(hidden)
+        return super().raw_logits(hidden)
 
 
 def test_logits_exist_for_one_chunk_of_supervised_tokens_at_a_time() -> None:

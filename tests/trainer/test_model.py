@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.plan import MemoryPlan, OffloadTarget
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 21, 4)
@@ -36,6 +36,7 @@ def make_model(
     recompute_layers: int = 0,
     chunk_tokens: int = 16,
     neftune_alpha: float = 0.0,
+    offload: tuple[OffloadTarget, ...] = (),
     **adapter: Any,
 ) -> TrainingModel:
     packed_attention = PackedAttention()
@@ -46,6 +47,7 @@ def make_model(
         accumulation_steps=1,
         recompute_layers=recompute_layers,
         loss_chunk_tokens=chunk_tokens,
+        offload=offload,
     )
     return TrainingModel(peft_model, plan, packed_attention, neftune_alpha)
 
@@ -271,8 +273,6 @@ def test_recomputing_layers_changes_no_bit_even_with_dropout_and_noise(recompute
     recomputed = make_model(dropout="0.2", neftune_alpha=5.0, recompute_layers=recompute_layers)
     for model in (kept, recomputed):
         wake_adapter(model)
-    layers = [module for module in recomputed.base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    assert [layer.gradient_checkpointing for layer in layers] == [index < recompute_layers for index in range(2)]
     assert equal(gradients(recomputed, [batch]), gradients(kept, [batch]))
 
 
@@ -293,12 +293,23 @@ def test_recomputing_keeps_fewer_tensors() -> None:
     assert sizes[0] > 1.2 * sizes[1] > 1.4 * sizes[2]
 
 
+def test_layers_that_nobody_took_over_recompute_too(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "granite", "granite", logits_scaling=4.0, attention_dropout=0.0)
+    batch = collate(make_records())
+    kept, recomputed = (make_model(folder, dropout="0.2", recompute_layers=layers) for layers in (0, 1))
+    for model in (kept, recomputed):
+        wake_adapter(model)
+    layers = [module for module in recomputed.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]
+    assert equal(gradients(recomputed, [batch]), gradients(kept, [batch]))
+
+
 def test_noise_on_the_embeddings_has_the_published_size_and_is_off_in_evaluation() -> None:
     model = make_model(neftune_alpha=5.0)
     batch = collate(make_records())
     embedded = model.base.get_input_embeddings()(batch.input_ids)
     torch.manual_seed(0)
-    noise = (model._noisy_embeddings(batch) - embedded).float()[0]
+    noise = (model._with_noise(embedded, batch) - embedded).float()[0]
     start = 0
     for length in LENGTHS:  # alpha / sqrt(length x width), uniform
         limit = 5.0 / math.sqrt(length * embedded.shape[-1])

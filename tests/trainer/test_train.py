@@ -107,7 +107,7 @@ def test_training_stops_early_and_ends_with_the_best_adapter(tmp_path: Path, cap
         task = make_task(
             tmp_path / folder,
             steps=30,
-            training={"learning_rate": "3e-1", "max_grad_norm": "10"},  # overshoots
+            training={"learning_rate": "1", "max_grad_norm": "10"},  # overshoots
             evaluation={"every_steps": 1, "early_stopping_patience": patience, **fields},
             checkpoint={"every_steps": 1, "keep": 30},
         )
@@ -174,10 +174,6 @@ def test_every_setting_is_logged_with_its_origin(tmp_path: Path, caplog: pytest.
     ("plan", "message"),
     [
         (MemoryPlan(micro_batch_size=3, accumulation_steps=1, recompute_layers=0), "3 x 1 sequences are not"),
-        (
-            MemoryPlan(micro_batch_size=2, accumulation_steps=2, recompute_layers=0, offload=("activations",)),
-            "cannot offload activations",
-        ),
         (None, "needs a memory plan"),
     ],
 )

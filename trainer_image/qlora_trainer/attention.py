@@ -4,6 +4,9 @@
 the row begin. transformers' own way, a boolean mask of tokens x tokens, costs 4 GiB at 65,536 tokens and forbids the
 flash kernels. Here the GPU runs flash attention over all records in one launch (Dao, 2023, variable-length form), which
 torch makes deterministic in deterministic mode; elsewhere each record is one causal call.
+
+transformers calls the object and leaves the backward pass to autograd; `kernels.layer` calls `forward` and `backward`,
+whose tensors are [tokens, heads, size].
 """
 
 from __future__ import annotations
@@ -24,6 +27,12 @@ NAME = "qlora_packed"
 """The name under which transformers finds it."""
 LARGEST_FLASH_HEAD = 128
 """Flash attention's backward pass takes larger heads on data-center cards only."""
+FLASH_HEAD_MULTIPLE = 8
+QUERY_TILE_TOKENS = 16384
+"""Queries in one call of flash attention's backward pass, and with `HEADS_AT_ONCE` the bound on what it needs: in
+deterministic mode a float32 sum for every multiprocessor and query (1.1 GiB on a card with 132), whatever the row's
+length; else a copy of keys and values for every head that shares them."""
+HEADS_AT_ONCE = 8
 
 
 class PackedAttention:
@@ -62,8 +71,7 @@ class PackedAttention:
         assert len(query) == 1, "a micro-batch is one packed row"
         assert query.shape[2] == key.shape[2] == self._borders[-1], "this is not the row that was announced"
         window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
-        fits_flash = query.is_cuda and query.shape[-1] == value.shape[-1] <= LARGEST_FLASH_HEAD and dropout == 0
-        if fits_flash:
+        if dropout == 0 and _fits_flash(query, value):
             return self._flash(query, key, value, scaling, window), None
         records = [
             tuple(part[:, :, start:end] for part in (query, key, value)) for start, end in pairwise(self._borders)
@@ -87,6 +95,130 @@ class PackedAttention:
         )
         assert isinstance(answer, Tensor)
         return answer.unsqueeze(0)
+
+    # --- both passes by hand
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The answer, and for flash attention the log of each query's normalizer [heads, tokens]."""
+        if not _fits_flash(query, value):
+            return self._record_by_record(query, key, value, scaling, window), None
+        borders, longest = self._starts, self._longest_record
+        found = torch.ops.aten._flash_attention_forward(
+            query, key, value, borders, borders, longest, longest, 0.0, **self._options(scaling, window),
+            return_debug_mask=False,
+        )  # fmt: skip
+        return found[0], found[1]
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        answer: Tensor,
+        logsumexp: Tensor | None,
+        scaling: float,
+        window: int | None,
+        *,
+        room: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients to query, key and value; a long row's come in `room`, which has their shapes."""
+        if logsumexp is None:
+            with torch.enable_grad():
+                leaves = tuple(part.detach().requires_grad_() for part in inputs)
+                again = self._record_by_record(*leaves, scaling, window)
+            query, key, value = torch.autograd.grad(again, leaves, grad)
+            return query.contiguous(), key.contiguous(), value.contiguous()
+        options = self._options(scaling, window)
+        if len(grad) <= QUERY_TILE_TOKENS:
+            borders, longest = self._starts, self._longest_record
+            return _flash_backward(grad, inputs, answer, logsumexp, (borders, borders), (longest, longest), options)
+        share = inputs[0].shape[1] // inputs[1].shape[1]
+        for first in range(0, inputs[1].shape[1], max(1, HEADS_AT_ONCE // share)):
+            keys = slice(first, first + max(1, HEADS_AT_ONCE // share))
+            queries = slice(keys.start * share, keys.stop * share)
+            heads = (queries, keys, keys)
+            self._tiled_backward(
+                grad[:, queries],
+                tuple(part[:, own] for part, own in zip(inputs, heads, strict=True)),
+                answer[:, queries],
+                logsumexp[queries],
+                options,
+                tuple(part[:, own] for part, own in zip(room, heads, strict=True)),
+            )
+        return room
+
+    def _tiled_backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, ...],
+        answer: Tensor,
+        logsumexp: Tensor,
+        options: dict[str, Any],
+        room: tuple[Tensor, ...],
+    ) -> None:
+        """A few heads, one tile of queries after the other; a tile sees keys up to its end."""
+        query, key, value = inputs
+        sums = [torch.zeros(part.shape, dtype=torch.float32, device=part.device) for part in (key, value)]
+        for start in range(0, len(grad), QUERY_TILE_TOKENS):
+            rows = slice(start, min(start + QUERY_TILE_TOKENS, len(grad)))
+            first, *borders = self._tile_borders(rows)
+            seen = slice(first, rows.stop)
+            room[0][rows], *found = _flash_backward(
+                grad[rows],
+                (query[rows], key[seen], value[seen]),
+                answer[rows],
+                logsumexp[:, rows].contiguous(),
+                tuple(torch.tensor(border, dtype=torch.int32, device=grad.device) for border in borders),
+                tuple(max(end - begin for begin, end in pairwise(border)) for border in borders),
+                options,
+            )
+            for total, part in zip(sums, found, strict=True):
+                total[seen] += part
+        for view, total in zip(room[1:], sums, strict=True):
+            view.copy_(total)
+
+    def _tile_borders(self, rows: slice) -> tuple[int, list[int], list[int]]:
+        """The first key that the tile's queries see, and the records' borders among its queries and its keys."""
+        inner = [border for border in self._borders if rows.start < border < rows.stop]
+        first = max(border for border in self._borders if border <= rows.start)
+        of_queries = [border - rows.start for border in (rows.start, *inner, rows.stop)]
+        of_keys = [border - first for border in (first, *inner, rows.stop)]
+        return first, of_queries, of_keys
+
+    def _options(self, scaling: float, window: int | None) -> dict[str, Any]:
+        own = window if window is not None and window < self._longest_record else None
+        left = -1 if own is None else own - 1
+        return {"is_causal": own is None, "scale": scaling, "window_size_left": left, "window_size_right": 0}
+
+    def _record_by_record(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        answers = []
+        for start, end in pairwise(self._borders):
+            record = [part[start:end].transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
+            answers.append(_one_record(*record, 0.0, scaling, window)[0].transpose(0, 1))
+        return torch.cat(answers)
+
+
+def _fits_flash(query: Tensor, value: Tensor) -> bool:
+    size = query.shape[-1]
+    return query.is_cuda and size == value.shape[-1] <= LARGEST_FLASH_HEAD and size % FLASH_HEAD_MULTIPLE == 0
+
+
+def _flash_backward(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    answer: Tensor,
+    logsumexp: Tensor,
+    borders: tuple[Tensor, ...],
+    longest: tuple[int, ...],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = torch.empty(2, dtype=torch.uint64, device=grad.device)  # the state of a dropout that there is not
+    return torch.ops.aten._flash_attention_backward(
+        grad, *inputs, answer, logsumexp, *borders, *longest, 0.0, rng_state=nothing, unused=nothing, **options
+    )
 
 
 def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, bool]:

@@ -62,6 +62,8 @@ class MicroBatch:
     record_starts: Tensor
     """int32 [records + 1]: where each record begins, and the number of tokens."""
     longest_record: int
+    supervised: Tensor
+    """int64: the positions that carry loss."""
 
     @property
     def tokens(self) -> int:
@@ -76,6 +78,7 @@ class MicroBatch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             record_starts=self.record_starts.to(device, non_blocking=True),
             longest_record=self.longest_record,
+            supervised=self.supervised.to(device, non_blocking=True),
         )
 
 
@@ -128,6 +131,7 @@ def collate(rows: Sequence[tuple[Numbers, Numbers, Numbers]]) -> MicroBatch:
         position_ids=torch.from_numpy(positions.astype(np.int64)).unsqueeze(0),
         record_starts=torch.from_numpy(starts),
         longest_record=int(np.diff(starts).max()),
+        supervised=torch.from_numpy(np.flatnonzero(targets != IGNORED)),
     )
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_trainer.kernels import ops
+
 IGNORED = -100
 """The target of a position that carries no loss."""
 
@@ -34,9 +36,13 @@ class Head:
     softcap: float | None = None
     """Gemma 2 squashes its logits to (-softcap, softcap)."""
 
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [tokens, vocabulary] of hidden states [tokens, hidden], neither scaled nor capped, in their type."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [tokens, vocabulary] of hidden states [tokens, hidden]."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        logits = self.raw_logits(hidden).float()
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -44,48 +50,53 @@ class Head:
         return logits
 
 
-def cross_entropy(hidden: Tensor, targets: Tensor, head: Head, *, chunk_tokens: int, divisor: float) -> Tensor:
+def cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    chunk_tokens: int,
+    divisor: float,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of hidden states [tokens, hidden] against targets [tokens], summed, over `divisor`; float32.
 
-    `chunk_tokens` 0 takes all tokens at once.
+    `chunk_tokens` 0 takes all tokens at once. `positions`, of the targets that are not IGNORED, spares the wait for the
+    GPU that finding them takes.
     """
     assert not head.weight.requires_grad, "the head must be frozen: its gradient is not computed"
-    return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, divisor)
+    if positions is None:
+        positions = (targets != IGNORED).nonzero().squeeze(1)
+    return _ChunkedCrossEntropy.apply(hidden, targets, positions, head, chunk_tokens, divisor)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradient in one sweep over chunks of the supervised positions."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, divisor: float) -> Tensor:
-        positions = (targets != IGNORED).nonzero().squeeze(1)
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, positions: Tensor, head: Head, chunk_tokens: int, divisor: float
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for chunk in positions.split(chunk_tokens or max(1, len(positions))):
-            logits = head.logits(hidden[chunk])
-            wanted = targets[chunk].unsqueeze(1)
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_normalizer - logits.gather(1, wanted)).sum()
+            logits = head.raw_logits(hidden[chunk])
+            losses = ops.cross_entropy_(
+                logits,
+                targets[chunk],
+                scale=head.scale,
+                softcap=head.softcap,
+                gradient_scale=None if gradient is None else 1 / divisor,
+            )
+            total += losses.sum()
             if gradient is not None:
-                gradient[chunk] = _gradient(logits, log_normalizer, wanted, head, divisor)
+                gradient[chunk] = logits @ head.weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total / divisor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_outputs[0]), None, None, None, None
-
-
-def _gradient(logits: Tensor, log_normalizer: Tensor, wanted: Tensor, head: Head, divisor: float) -> Tensor:
-    """The gradient of the chunk's loss to its hidden states; the logits are overwritten where that saves memory."""
-    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
-    gradient = logits.sub_(log_normalizer).exp_()
-    gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=gradient.dtype))
-    if slope is not None:
-        gradient *= slope
-    # Scaled while it is float32: a factor of 1/tokens rounded to bfloat16 would bend every gradient by up to 0.4 %.
-    gradient *= head.scale / divisor
-    return gradient.to(head.weight.dtype) @ head.weight
+        return gradient.mul_(grad_outputs[0]), None, None, None, None, None

@@ -8,6 +8,7 @@ Built by `train` at the start of an attempt. Rules, each the answer to a trap:
 - On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
   bypasses the autograd path in training. It is told not to.
 - Only decoder layers up to `plan.recompute_layers` recompute their activations.
+- Layers that `kernels` knows are computed there; the others by transformers and PEFT.
 - What this module assumes of an architecture (how logits come from hidden states, that records in one row do not see
   each other) is checked on a few tokens before training (`check`), because a wrong loss looks like a bad dataset.
 """
@@ -15,9 +16,11 @@ Built by `train` at the start of an attempt. Rules, each the answer to a trap:
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,8 @@ from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer import attention
 from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.kernels.decoder import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
+from qlora_trainer.kernels.hostmemory import HostEmbedding, InputStore
 from qlora_trainer.loss import Head, cross_entropy
 from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
 from qlora_trainer.outcome import UserError
@@ -52,6 +57,8 @@ ADAPTER_NAME = "default"
 CHECKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LOGITS_TOLERANCE = 0.05
 """Largest relative difference between two bfloat16 ways to the same logits; a wrong way is off by far more."""
+
+log = logging.getLogger(__name__)
 
 
 def load_base(folder: Path, device: torch.device, packed_attention: attention.PackedAttention) -> PreTrainedModel:
@@ -230,10 +237,20 @@ class TrainingModel:
         self._decoder = self.base.get_decoder()
         self._head = _head(self.base)
         self._attention = packed_attention
-        self._chunk_tokens = plan.loss_chunk_tokens
+        self._plan = plan
         self._neftune_alpha = neftune_alpha
         self._saved = _saved_parameters(peft_model)
-        set_recompute(self._decoder, plan.recompute_layers)
+        self._fused = fuse(
+            self._decoder,
+            self.base.config.get_text_config(),
+            packed_attention,
+            adapter_name=ADAPTER_NAME,
+            recompute_layers=plan.recompute_layers,
+            store=InputStore(self.device) if "activations" in plan.offload else None,
+        )
+        if self._fused is None:
+            self._go_without_fused_layers()
+        self._host_embedding = self._offloaded_embedding() if "embeddings" in plan.offload else None
 
     def train(self) -> None:
         """Dropout and noise on."""
@@ -267,7 +284,12 @@ class TrainingModel:
         hidden = self._hidden(batch, on_device)
         targets = on_device.targets.flatten()
         return cross_entropy(
-            hidden.flatten(0, 1), targets, self._head, chunk_tokens=self._chunk_tokens, divisor=divisor
+            hidden.flatten(0, 1),
+            targets,
+            self._head,
+            chunk_tokens=self._plan.loss_chunk_tokens,
+            divisor=divisor,
+            positions=on_device.supervised,
         )
 
     def linear_weights(self) -> int:
@@ -277,18 +299,42 @@ class TrainingModel:
 
     def _hidden(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
         self._attention.expect(batch, on_device.record_starts)
-        inputs: dict[str, Tensor] = {"input_ids": on_device.input_ids}
-        if self._neftune_alpha > 0 and self.peft_model.training:
-            inputs = {"inputs_embeds": self._noisy_embeddings(on_device)}
+        if self._fused is not None:
+            self._fused.begin(draw_seed())
+        noisy = self._neftune_alpha > 0 and self.peft_model.training
+        if noisy or self._host_embedding is not None:
+            embedded = self._embedded(batch, on_device)
+            inputs = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
+        else:
+            inputs = {"input_ids": on_device.input_ids}
         answer = self._decoder(**inputs, position_ids=on_device.position_ids, use_cache=False)
         return answer.last_hidden_state.to(self._head.weight.dtype)  # some architectures end in float32
 
-    def _noisy_embeddings(self, batch: MicroBatch) -> Tensor:
+    def _embedded(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
+        if self._host_embedding is not None:
+            return self._host_embedding(batch.input_ids)
+        return self.base.get_input_embeddings()(on_device.input_ids)
+
+    def _with_noise(self, embedded: Tensor, batch: MicroBatch) -> Tensor:
         """NEFTune (Jain et al., 2023, algorithm 1): uniform noise of alpha / sqrt(record length x width)."""
-        embedded = self.base.get_input_embeddings()(batch.input_ids)
         lengths = batch.record_starts.diff().repeat_interleave(batch.record_starts.diff(), output_size=batch.tokens)
         size = self._neftune_alpha / (lengths * embedded.shape[-1]).sqrt()
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[None, :, None].to(embedded.dtype)
+
+    def _go_without_fused_layers(self) -> None:
+        self._fused = None
+        if "activations" in self._plan.offload:
+            raise UserError(f"activations of {type(self.base).__name__} cannot be offloaded; choose another plan")
+        set_recompute(self._decoder, self._plan.recompute_layers)
+
+    def _offloaded_embedding(self) -> HostEmbedding | None:
+        table = self.base.get_input_embeddings()
+        if table.weight.data_ptr() == self._head.weight.data_ptr():
+            log.info("the embeddings stay on the card: the head shares them")
+            return None
+        if type(table) is not torch.nn.Embedding:  # some architectures scale what they look up
+            raise UserError(f"embeddings of {type(self.base).__name__} cannot be offloaded; choose another plan")
+        return HostEmbedding(table, self.device)
 
     # --- does the architecture work the way that this module assumes?
 
@@ -301,12 +347,31 @@ class TrainingModel:
         name = type(self.base).__name__
         if not torch.equal(after_first, after_other):  # the same shapes, so the same sums: not a bit may differ
             raise UserError(f"{name} lets records of one packed row see each other, so it cannot be trained here")
+        if self._fused is not None:
+            self._check_fused_layers(self._fused, collate([first, second]))
         batch = collate([first])
-        ours = self._logits(batch)
-        if not _same(ours, self.base(input_ids=batch.to(self.device).input_ids, use_cache=False).logits[0].float()):
+        with self._fused.bypassed() if self._fused is not None else nullcontext():
+            ours, embedded = self._logits(batch), self._embedded(batch, batch.to(self.device))
+            theirs = self.base(inputs_embeds=embedded, use_cache=False).logits[0].float()
+        if not _same(ours, theirs):
             raise UserError(
                 f"{name} makes its logits in a way that the trainer does not know, so its loss would be wrong"
             )
+
+    def _check_fused_layers(self, fused: FusedDecoder, batch: MicroBatch) -> None:
+        """Hold each layer against the untouched one; go back to those if one is off."""
+        with fused.compared() as differences:
+            self._hidden(batch, batch.to(self.device))
+        odd = [layer for layer, difference in enumerate(differences) if not difference <= LARGEST_DIFFERENCE]
+        if odd:
+            log.warning(
+                "the layers run as transformers and PEFT compute them: layer %d is off by %.2g in ours, which is more "
+                "than rounding; please report the model",
+                odd[0],
+                differences[odd[0]],
+            )
+            fused.give_back()
+            self._go_without_fused_layers()
 
     def _logits(self, batch: MicroBatch) -> Tensor:
         return self._head.logits(self._hidden(batch, batch.to(self.device))[0])

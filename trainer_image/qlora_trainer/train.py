@@ -134,8 +134,6 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
 def _inputs(task: StageTask) -> tuple[MemoryPlan, PrepareResult]:
     if task.plan is None or task.prepared is None:
         raise UserError("a train task needs a memory plan and the result of prepare; the task holds only one or none")
-    if task.plan.offload:
-        raise UserError(f"this trainer cannot offload {', '.join(task.plan.offload)}; choose a plan without offload")
     batch = task.spec.training.global_batch_size
     if task.plan.micro_batch_size * task.plan.accumulation_steps != batch:
         raise UserError(

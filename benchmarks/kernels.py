@@ -1,0 +1,205 @@
+"""The Triton kernels held against torch on the card, and fused layers against transformers', PEFT's and autograd's own.
+
+    python -m benchmarks.kernels [--save kernels]
+
+The tests do the same on the CPU, where Triton is interpreted and attention is another; here everything runs as it does
+in training. Differences are relative, |ours - theirs| / |theirs|. Exit 1 if one is larger than rounding allows, or if
+bits differ that must not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import argument_parser, emit
+from benchmarks.shapes import write_model
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ["QLORA_ALLOW_RANDOM_WEIGHTS"] = "1"
+
+import numpy as np
+import torch
+from bitsandbytes.functional import quantize_4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from qlora_trainer import runtime
+from qlora_trainer.attention import QUERY_TILE_TOKENS, PackedAttention
+from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.kernels import torch_ops
+from qlora_trainer.model import TrainingModel, add_adapter, load_base
+from torch import Tensor
+
+from orchestrator.api.job import AdapterSpec
+from orchestrator.api.plan import MemoryPlan, OffloadTarget
+
+KERNEL_TOLERANCE = 0.005
+"""One rounding to bfloat16 is off by 0.002 on average."""
+LAYER_TOLERANCE = 0.03
+"""Two ways through four layers in bfloat16; leaving out any part is off by ten times as much."""
+PACKED = (700, 300, 24, 1024)
+LONG = (QUERY_TILE_TOKENS + 3000, 500)
+ALL_LAYERS = 1024
+
+
+def main() -> None:
+    """Compare, print, judge."""
+    arguments = argument_parser(__doc__).parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this compares what runs on a GPU, and there is none; the tests do the same on the CPU")
+    device = runtime.set_up(threads=os.cpu_count() or 1, deterministic=True)
+    kernels = compare_kernels(device)
+    layers = compare_layers(device)
+    agree = (
+        all(difference <= KERNEL_TOLERANCE for difference in kernels.values())
+        and all(found["largest_gradient_difference"] <= LAYER_TOLERANCE for found in layers["against_the_untouched"])
+        and all(layers["same_bits"].values())
+    )
+    emit({"agree": agree, "kernel_differences": kernels, **layers}, save=arguments.save)
+    sys.exit(0 if agree else 1)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """|one - other| / |other|."""
+    return float((one.float() - other.float()).norm() / other.float().norm())
+
+
+# --- kernels
+
+
+def compare_kernels(device: torch.device) -> dict[str, float]:
+    """Each kernel's largest difference to torch, in shapes of the 8B model and rows that lie apart."""
+    from qlora_trainer.kernels import triton_ops
+
+    torch.manual_seed(0)
+    found: dict[str, float] = {}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(torch.bfloat16)
+
+    def both(name: str, *arguments: Any, changed: Sequence[int] = ()) -> None:
+        one, other = ([a.clone() if isinstance(a, Tensor) else a for a in arguments] for _ in range(2))
+        results = getattr(triton_ops, name)(*one), getattr(torch_ops, name)(*other)
+        pairs = [(one[index], other[index]) for index in changed]
+        pairs += [results] if results[1] is not None else []
+        found[name] = max([found.get(name, 0.0), *(round(difference(*pair), 6) for pair in pairs)])
+
+    wide = draw(515, 6144)
+    both("rms_norm", wide[:, :4096], draw(4096), 1e-5)
+    for residual in (None, draw(515, 4096)):
+        both("rms_norm_backward", draw(515, 4096), wide[:, :4096], draw(4096), 1e-5, residual)
+    angle = torch.randn(515, 64, device=device).repeat(1, 2)
+    heads = wide[:, :5120].view(515, 40, 128)
+    for back in (False, True):
+        both("rotate", heads, angle.cos().bfloat16(), angle.sin().bfloat16(), draw(515, 40, 128), back, changed=(3,))
+    both("swiglu", draw(515, 28672))
+    both("swiglu_backward_", draw(515, 14336), draw(515, 28672), changed=(0, 1))
+    targets = torch.randint(0, 128256, (515,), device=device)
+    for softcap in (None, 30.0):
+        for gradient_scale in (None, 0.37):
+            changed = (0,) if gradient_scale else ()
+            both("cross_entropy_", draw(515, 128256), targets, 1.0, softcap, gradient_scale, changed=changed)
+    weight = 0.02 * draw(4096, 14336)
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4", blocksize=64)
+    ours, theirs = torch.empty_like(weight), torch.empty_like(weight)
+    triton_ops.dequantize(packed, state, ours)
+    torch_ops.dequantize(packed, state, theirs)
+    found["dequantize"] = float(not torch.equal(ours, theirs))
+    return found
+
+
+# --- layers
+
+
+def compare_layers(device: torch.device) -> dict[str, Any]:
+    """Loss and gradients with and without fused layers; and what must not change a bit."""
+    attention = PackedAttention()
+    with tempfile.TemporaryDirectory() as folder:
+        base = load_base(write_model(Path(folder), "small"), device, attention)
+    plain = woken(add_adapter(base, AdapterSpec(rank=16, alpha=32, dropout="0"), seed=0))
+    against = [
+        {"records": list(lengths), "recompute_layers": layers, **against_untouched(plain, attention, lengths, layers)}
+        for lengths, layers in ((PACKED, 0), (PACKED, ALL_LAYERS), (LONG, 0), (LONG, ALL_LAYERS))
+    ]
+    for module in plain.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    same = {f"{len(lengths)} records": same_bits(plain, attention, lengths) for lengths in (PACKED, LONG)}
+    return {
+        "against_the_untouched": against,
+        "same_bits": {f"{name}, {what}": equal for name, found in same.items() for what, equal in found.items()},
+    }
+
+
+def woken(model: PeftModel) -> PeftModel:
+    """With B that is not zero, so that the adapter does something."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    return model
+
+
+def against_untouched(
+    peft_model: PeftModel, attention: PackedAttention, lengths: Sequence[int], recompute_layers: int
+) -> dict[str, float]:
+    """How far loss and gradients are from those of layers that nobody took over."""
+    model = training_model(peft_model, attention, recompute_layers)
+    assert model._fused is not None, "the layers must have been taken over"
+    batch = records(lengths)
+    loss, ours = loss_and_gradients(model, batch)
+    with model._fused.bypassed():
+        expected, theirs = loss_and_gradients(model, batch)
+    return {
+        "loss_difference": round(abs(loss - expected) / expected, 6),
+        "largest_gradient_difference": round(max(map(difference, ours, theirs)), 5),
+        "mean_gradient_difference": round(sum(map(difference, ours, theirs)) / len(ours), 5),
+    }
+
+
+def same_bits(peft_model: PeftModel, attention: PackedAttention, lengths: Sequence[int]) -> dict[str, bool]:
+    """Whether gradients are the same, bit for bit, twice; with and without recomputation where it may be; offloaded."""
+    batch = records(lengths)
+    full = training_model(peft_model, attention, ALL_LAYERS)
+    first, again = loss_and_gradients(full, batch), loss_and_gradients(full, batch)
+    offloaded = loss_and_gradients(training_model(peft_model, attention, ALL_LAYERS, ("activations",)), batch)
+    return {"twice": same(first, again), "activations offloaded": same(first, offloaded)}
+
+
+def training_model(
+    peft_model: PeftModel, attention: PackedAttention, recompute_layers: int, offload: tuple[OffloadTarget, ...] = ()
+) -> TrainingModel:
+    """The model under a plan."""
+    plan = MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=recompute_layers, offload=offload)
+    return TrainingModel(peft_model, plan, attention, 0.0)
+
+
+def records(lengths: Sequence[int]) -> MicroBatch:
+    """One row of records of random tokens."""
+    random = np.random.RandomState(1)
+    tokens = [random.randint(5, 32000, size=length).astype(np.int32) for length in lengths]
+    return collate([(ids, ids, np.arange(len(ids), dtype=np.int32)) for ids in tokens])
+
+
+def loss_and_gradients(model: TrainingModel, batch: MicroBatch) -> tuple[float, list[Tensor]]:
+    """Of one micro-batch in training."""
+    model.train()
+    torch.manual_seed(0)
+    loss = model.loss(batch, divisor=float(batch.tokens))
+    loss.backward()
+    found = [parameter.grad for _, parameter in model.trainable() if parameter.grad is not None]
+    model.peft_model.zero_grad(set_to_none=True)
+    return loss.item(), found
+
+
+def same(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]]) -> bool:
+    """Bit for bit."""
+    return one[0] == other[0] and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+if __name__ == "__main__":
+    main()

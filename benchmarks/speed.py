@@ -1,0 +1,279 @@
+"""Tokens a second, MFU and peak memory of training steps on published shapes with random weights.
+
+    python -m benchmarks.speed --shape 8b --cases 2048x4 2048x1 512x1 [--cap-gib 21.5] [--save speed_8b]
+
+A case is SEQUENCExMICROBATCH, then `/LAYERS` that recompute (none unless given, `/all` for all) and `+activations` or
+`+embeddings` for what is offloaded. A step is what the loop makes of one micro-batch: collate, forward, backward,
+gradient norm, clipping, optimizer. Each case runs for so many repetitions of so many steps after a warm-up; a
+repetition's figure is the median of its steps. Rank 16 on all linear layers, paged 8-bit AdamW, no dropout. MFU counts
+4 operations a weight and token (`qlora_trainer.telemetry.Arithmetic`). `--profile` adds where another step's time
+went, on the card by kernel and on the host by function. Embeddings that a case offloads stay there for later cases.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import gc
+import json
+import os
+import pstats
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, stdev
+from typing import Any, get_args
+
+from benchmarks.report import argument_parser, emit
+from benchmarks.shapes import write_model
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ["QLORA_ALLOW_RANDOM_WEIGHTS"] = "1"
+
+import numpy as np
+import torch
+from peft import PeftModel
+from qlora_trainer import runtime
+from qlora_trainer.attention import PackedAttention
+from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.loop import arithmetic, clip, gradient_norm
+from qlora_trainer.model import TrainingModel, add_adapter, load_base
+from qlora_trainer.optimizer import AdapterOptimizer
+from qlora_trainer.telemetry import Card
+
+from orchestrator.api.formats import Metric
+from orchestrator.api.job import AdapterSpec, TrainingSpec
+from orchestrator.api.plan import MemoryPlan, OffloadTarget
+
+ALL_LAYERS = 1024
+PROFILED_KERNELS = 24
+PROFILED_NAME = 90
+PROFILED_FUNCTIONS = 40
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What one measurement is of."""
+
+    sequence: int
+    micro_batch: int
+    recompute_layers: int = 0
+    offload: tuple[OffloadTarget, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """From `SEQUENCExMICROBATCH[/LAYERS][+offload]...`."""
+        plan, *offload = text.split("+")
+        size, _, layers = plan.partition("/")
+        sequence, _, micro_batch = size.partition("x")
+        known = [name for name in get_args(OffloadTarget) if name in offload]
+        return cls(
+            sequence=int(sequence),
+            micro_batch=int(micro_batch),
+            recompute_layers=ALL_LAYERS if layers == "all" else int(layers or 0),
+            offload=tuple(known),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.sequence * self.micro_batch
+
+    def plan(self) -> MemoryPlan:
+        """The memory plan of one micro-batch a step."""
+        return MemoryPlan(
+            micro_batch_size=self.micro_batch,
+            accumulation_steps=1,
+            recompute_layers=self.recompute_layers,
+            offload=self.offload,
+        )
+
+
+def main() -> None:
+    """Measure every case on one model."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--cases", nargs="+", default=["2048x4"])
+    parser.add_argument("--cap-gib", type=float, default=0.0, help="cap on the allocator; 0 is none")
+    parser.add_argument("--dropout", default="0")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--nondeterministic", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    emit(measure_all(arguments), save=arguments.save)
+
+
+def measure_all(arguments: Namespace) -> dict[str, object]:
+    """The results by case, and what they share."""
+    began = time.perf_counter()
+    bench = Bench(arguments)
+    loaded = time.perf_counter() - began
+    cases: dict[str, Any] = {}
+    for text in arguments.cases:
+        cases[text] = bench.measure(Case.parse(text), arguments)
+        print(json.dumps({text: cases[text]}), file=sys.stderr, flush=True)
+    return {
+        "shape": arguments.shape,
+        "cap_gib": arguments.cap_gib,
+        "rank": arguments.rank,
+        "dropout": arguments.dropout,
+        "deterministic": not arguments.nondeterministic,
+        "seconds_to_load": round(loaded, 1),
+        "cases": cases,
+        "best_tokens_per_second": max((c.get("tokens_per_second", 0.0) for c in cases.values()), default=0.0),
+        "longest_tokens": max((case_tokens(t) for t, c in cases.items() if "tokens_per_second" in c), default=0),
+    }
+
+
+def case_tokens(text: str) -> int:
+    """Tokens of one sequence of a case."""
+    return Case.parse(text).sequence
+
+
+class Bench:
+    """A model of a published shape, and training steps on it under one plan after the other."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self._device = runtime.set_up(threads=os.cpu_count() or 1, deterministic=not arguments.nondeterministic)
+        if arguments.cap_gib and self._device.type == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(arguments.cap_gib * GIB / total)
+        self._attention = PackedAttention()
+        with tempfile.TemporaryDirectory() as folder:
+            base = load_base(write_model(Path(folder), arguments.shape), self._device, self._attention)
+        self._vocabulary = base.config.vocab_size
+        adapter = AdapterSpec(rank=arguments.rank, alpha=16, dropout=arguments.dropout)
+        self._peft_model = add_adapter(base, adapter, seed=0)
+
+    def measure(self, case: Case, arguments: Namespace) -> dict[str, object]:
+        """The figures of one case; where it runs out of memory, how much was in use."""
+        self._start_afresh()
+        try:
+            steps = Steps(self._peft_model, self._attention, case, self._vocabulary)
+            seconds = steps.repeat(arguments.repetitions, arguments.steps, arguments.warm_up)
+            peaks = self._peaks()
+            profile = {"profile": steps.profile()} if arguments.profile else {}
+        except torch.OutOfMemoryError as error:
+            return {"out_of_memory": str(error).split(". GPU")[0], **self._peaks()}
+        rates = [case.tokens / median(repetition) for repetition in seconds]
+        speed = median(rates)
+        card = Card(self._device, 0.0).metrics(steps.operations(), case.tokens / speed)
+        return {
+            "tokens_per_second": round(speed, 1),
+            "tokens_per_second_spread": round(stdev(rates), 1) if len(rates) > 1 else 0.0,
+            "step_seconds": round(case.tokens / speed, 4),
+            "mfu": round(card.get(Metric.MFU, 0.0), 4),
+            "loss": round(steps.loss, 4),
+            "plan": case.plan().to_wire(),
+            **peaks,
+            **profile,
+        }
+
+    def _start_afresh(self) -> None:
+        for parameter in self._peft_model.parameters():
+            parameter.grad = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peaks(self) -> dict[str, float]:
+        if self._device.type != "cuda":
+            return {}
+        return {
+            "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+            "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        }
+
+
+class Steps:
+    """Training steps of one case."""
+
+    def __init__(self, peft_model: PeftModel, attention: PackedAttention, case: Case, vocabulary: int) -> None:
+        self._model = TrainingModel(peft_model, case.plan(), attention, 0.0)
+        self._optimizer = AdapterOptimizer(self._model.trainable(), TrainingSpec(optimizer="paged_adamw_8bit"))
+        self._parameters = [parameter for _, parameter in self._model.trainable()]
+        self._case = case
+        self._vocabulary = vocabulary
+        self._random = np.random.RandomState(0)
+        self._number = 0
+        self.loss = 0.0
+
+    def repeat(self, repetitions: int, steps: int, warm_up: int) -> list[list[float]]:
+        """Seconds of each step, by repetition."""
+        self._model.train()
+        for _ in range(warm_up):
+            self._timed()
+        return [[self._timed() for _ in range(steps)] for _ in range(repetitions)]
+
+    def operations(self) -> float:
+        """Floating-point operations of a step."""
+        return arithmetic(self._model).operations([self._batch()])
+
+    def profile(self) -> dict[str, object]:
+        """Milliseconds on the card in one step, by kernel; and of the step."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            seconds = self._timed()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+        return {
+            "step_ms": round(1000 * seconds, 1),
+            "card_ms": round(sum(event.self_device_time_total for event in events) / 1000, 1),
+            "kernels": sum(event.count for event in events),
+            "by_kernel_ms": {
+                f"{event.key[:PROFILED_NAME]} x{event.count}": round(event.self_device_time_total / 1000, 2)
+                for event in events[:PROFILED_KERNELS]
+            },
+            "by_function_ms": self._profile_host(),
+        }
+
+    def _profile_host(self) -> dict[str, float]:
+        """Milliseconds in Python functions during a step; the profiler itself about doubles them."""
+        profiler = cProfile.Profile()
+        with torch.autograd.set_multithreading_enabled(False):
+            profiler.enable()
+            self._timed()
+            profiler.disable()
+        statistics = pstats.Stats(profiler).stats  # type: ignore[attr-defined] - typeshed lacks it
+        slowest = sorted(statistics.items(), key=lambda item: -item[1][2])[:PROFILED_FUNCTIONS]
+        return {
+            f"{Path(file).name}:{line} {name} x{calls}": round(1000 * own, 2)
+            for (file, line, name), (_, calls, own, _, _) in slowest
+        }
+
+    def _timed(self) -> float:
+        batch = self._batch()
+        began = time.perf_counter()
+        torch.manual_seed(self._number)
+        loss = self._model.loss(batch, divisor=float(self._case.tokens - self._case.micro_batch))
+        loss.backward()
+        norm = gradient_norm(self._parameters)
+        self.loss = loss.item()  # the loop refuses to diverge, so it reads both
+        clip(self._parameters, norm.item(), 0.3)
+        self._optimizer.step(1e-4)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._number += 1
+        return time.perf_counter() - began
+
+    def _batch(self) -> MicroBatch:
+        """Rows of one record each, every token but the last of which carries loss."""
+        place = np.arange(self._case.sequence, dtype=np.int32)
+        rows: Iterable[Any] = (
+            self._random.randint(5, self._vocabulary, size=self._case.sequence).astype(np.int32)
+            for _ in range(self._case.micro_batch)
+        )
+        return collate([(ids, ids, place) for ids in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Linear layers that read one input: frozen NF4 weights, LoRA adapters on some of them, both passes by hand.
+
+`layer` builds a group for query, key and value, one for gate and up, and one each for the output and down projections.
+y = x W' + scaling * dropout(x) A' B', where W stacks the members' weights. Rules:
+
+- The weights are dequantized once per use, into one matrix, so that a group is one matrix product whatever it holds.
+- The adapters' A are neighbors in memory, so their rank-r products are one product, and so are their gradients. Who
+  moves them (`optimizer` does) must keep them neighbors.
+- The members' adapters share one dropout mask, as they share the input. Which elements it drops depends on its seed
+  alone, so it is made anew wherever it is needed and never kept.
+- No autograd in here: `layer` decides what is kept between the passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.functional import linear
+
+from qlora_trainer.kernels import ops
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Which elements of an adapter's input are dropped."""
+
+    probability: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Adapter:
+    """One member's adapter: the rows of its layer in the group's output, its ranks, its B."""
+
+    outputs: slice
+    ranks: slice
+    b: Parameter
+
+
+class LinearGroup:
+    """One or more linear layers with a common input."""
+
+    def __init__(self, modules: Sequence[Module], adapter_name: str) -> None:
+        """`modules` are bitsandbytes' 4-bit layers or PEFT's LoRA layers around them; see `is_known`."""
+        self._bases = [_base(module) for module in modules]
+        # As plain tensors: asking bitsandbytes' class of parameters for anything takes as long as a kernel's launch.
+        self._packed = [base.weight.data.as_subclass(Tensor) for base in self._bases]
+        self._states = [base.weight.quant_state for base in self._bases]
+        self.inputs = self._bases[0].in_features
+        self.outputs = sum(base.out_features for base in self._bases)
+        self._biases = _stacked_biases(self._bases)
+        self._wrapped = [module for module in modules if isinstance(module, LoraLayer)]
+        self._adapters: list[_Adapter] = []
+        self._a: Tensor | None = None
+        self.parameters: list[Parameter] = []
+        """A of every adapted member, then B of every one: the order of the gradients."""
+        self.dropout_probability = 0.0
+        self._scaling = 1.0
+        if self._wrapped:
+            self._take_adapters(modules, adapter_name)
+
+    @staticmethod
+    def is_known(module: Module, adapter_name: str) -> bool:
+        """Whether this is a layer that the group computes exactly as PEFT does."""
+        base = _base(module)
+        if not isinstance(base, Linear4bit) or base.weight.quant_state is None:
+            return False
+        if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
+            return module is base
+        plain = not module.lora_variant and not module.lora_bias[adapter_name] and list(module.lora_A) == [adapter_name]
+        dropout = module.lora_dropout[adapter_name]
+        return plain and isinstance(dropout, torch.nn.Identity | torch.nn.Dropout)
+
+    def _take_adapters(self, modules: Sequence[Module], name: str) -> None:
+        every_a, row, rank = [], 0, 0
+        for module, base in zip(modules, self._bases, strict=True):
+            rows = slice(row, row + base.out_features)
+            row = rows.stop
+            if isinstance(module, LoraLayer):
+                every_a.append(module.lora_A[name].weight)
+                ranks = slice(rank, rank + len(every_a[-1]))
+                rank = ranks.stop
+                self._adapters.append(_Adapter(outputs=rows, ranks=ranks, b=module.lora_B[name].weight))
+        self._a = torch.cat([a.data for a in every_a])
+        for a, adapter in zip(every_a, self._adapters, strict=True):
+            a.data = self._a[adapter.ranks]
+        self.parameters = [*every_a, *(adapter.b for adapter in self._adapters)]
+        (self._scaling,) = {module.scaling[name] for module in self._wrapped}
+        (self.dropout_probability,) = {getattr(module.lora_dropout[name], "p", 0.0) for module in self._wrapped}
+
+    def weight(self) -> Tensor:
+        """The dense weights [outputs, inputs]."""
+        dense = torch.empty(self.outputs, self.inputs, dtype=self._states[0].dtype, device=self._packed[0].device)
+        row = 0
+        for packed, state in zip(self._packed, self._states, strict=True):
+            ops.dequantize(packed, state, dense[row : row + state.shape[0]])
+            row += state.shape[0]
+        return dense
+
+    def forward(self, x: Tensor, dropout: Dropout | None, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The outputs, side by side, and the rank-r product, which `adapter_gradients` needs."""
+        y = linear(x, self.weight() if weight is None else weight, self._biases)
+        low = self.low(x, dropout)
+        if low is not None:
+            for adapter in self._adapters:
+                y[:, adapter.outputs].addmm_(low[:, adapter.ranks], adapter.b.t(), alpha=self._scaling)
+        return y, low
+
+    def low(self, x: Tensor, dropout: Dropout | None) -> Tensor | None:
+        """The rank-r product of all adapters, [tokens, ranks]."""
+        return linear(_dropped(x, dropout), self._stacked_a()) if self._active() else None
+
+    def low_gradient(self, grad: Tensor) -> Tensor | None:
+        """The gradient to the rank-r product, [tokens, ranks]: both other gradients need it."""
+        if not self._active():
+            return None
+        low = grad.new_empty(len(grad), self._adapters[-1].ranks.stop)
+        for adapter in self._adapters:
+            torch.mm(grad[:, adapter.outputs], adapter.b, out=low[:, adapter.ranks])
+        return low.mul_(self._scaling) if self._scaling != 1.0 else low
+
+    def input_gradient(
+        self, grad: Tensor, low_grad: Tensor | None, dropout: Dropout | None, weight: Tensor | None = None
+    ) -> Tensor:
+        """The gradient to `x`."""
+        answer = grad @ (self.weight() if weight is None else weight)
+        if low_grad is not None and dropout is None:
+            answer.addmm_(low_grad, self._stacked_a())
+        elif low_grad is not None and dropout is not None:
+            ops.add_dropout_(answer, low_grad @ self._stacked_a(), dropout.probability, dropout.seed)
+        return answer
+
+    def adapter_gradients(
+        self, grad: Tensor, x: Tensor, low: Tensor | None, low_grad: Tensor | None, dropout: Dropout | None
+    ) -> list[Tensor]:
+        """The gradients to A, stacked, and to each B; nothing where there is no adapter. See `split`."""
+        if low is None or low_grad is None:
+            return []
+        to_b = [grad[:, adapter.outputs].t() @ low[:, adapter.ranks] for adapter in self._adapters]
+        if self._scaling != 1.0:
+            torch._foreach_mul_(to_b, self._scaling)
+        return [low_grad.t() @ _dropped(x, dropout), *to_b]
+
+    def split(self, gradients: list[Tensor]) -> list[Tensor | None]:
+        """`adapter_gradients` in the order of `parameters`."""
+        if not gradients:
+            return [None] * len(self.parameters)
+        of_a, *of_b = gradients
+        return [*(of_a[adapter.ranks] for adapter in self._adapters), *of_b]
+
+    def _stacked_a(self) -> Tensor:
+        """All A, one below the other, [ranks, inputs], wherever they have been moved."""
+        assert self._a is not None, "only asked for where there are adapters"
+        if self._a.data_ptr() != self.parameters[0].data_ptr():
+            every_a = self.parameters[: len(self._adapters)]
+            self._a = every_a[0].data.as_strided(self._a.shape, self._a.stride())
+            places = [self._a[adapter.ranks].data_ptr() for adapter in self._adapters]
+            assert places == [a.data_ptr() for a in every_a], "somebody moved A apart"
+        return self._a
+
+    def _active(self) -> bool:
+        return self._a is not None and not self._wrapped[0].disable_adapters
+
+
+def _base(module: Module) -> Module:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _stacked_biases(bases: Sequence[Module]) -> Tensor | None:
+    """The biases side by side, zero where a layer has none; None where none has one."""
+    if all(base.bias is None for base in bases):
+        return None
+    like = next(base.bias for base in bases if base.bias is not None)
+    return torch.cat([base.bias.data if base.bias is not None else like.new_zeros(base.out_features) for base in bases])
+
+
+def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    return x if dropout is None else ops.dropout(x, dropout.probability, dropout.seed)

@@ -1,0 +1,91 @@
+"""The operations between matrix products, by name: Triton kernels on a GPU, plain torch elsewhere.
+
+Called by `layer`, `linears` and `loss`. Both implementations have the same signatures and are held against each other
+on the GPU by `benchmarks/kernels.py`, and on the CPU, through Triton's interpreter, by tests. Tensors are 2-D
+[tokens, width] in the model's type with rows that may be further apart than they are wide; sums are taken in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from types import ModuleType
+
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from qlora_trainer.kernels import torch_ops
+
+log = logging.getLogger(__name__)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Rows scaled to a root mean square of 1, times the weight (Zhang and Sennrich, 2019)."""
+    return _of(x).rms_norm(x, weight, epsilon)
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Tensor:
+    """The gradient to `x`, plus that of the residual stream; the weight is frozen."""
+    return _of(x).rms_norm_backward(grad, x, weight, epsilon, residual)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:
+    """Rotary position embedding (Su et al., 2021) of heads [tokens, heads, size] into `out`, which may be `x`.
+
+    `cos` and `sin` are [tokens, size], the halves alike; `back` turns the other way, as the gradient does.
+    """
+    _of(x).rotate(x, cos, sin, out, back)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, 2020) of [tokens, 2 x width]: the gates, then the ups."""
+    return _of(gate_up).swiglu(gate_up)
+
+
+def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
+    """Turn `gate_up` into its gradient, and `grad` into what the forward pass gave, which the adapter needs."""
+    _of(grad).swiglu_backward_(grad, gate_up)
+
+
+def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
+    """`x` with elements zeroed and the rest scaled up; which ones depends on seed and place alone."""
+    return _of(x).dropout(x, probability, seed)
+
+
+def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: int) -> None:
+    """`target += dropout(x)`: the gradient's way back through `dropout`."""
+    _of(x).add_dropout_(target, x, probability, seed)
+
+
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, *, scale: float, softcap: float | None, gradient_scale: float | None
+) -> Tensor:
+    """Cross-entropy of each row; with a `gradient_scale`, `logits` become the gradient times it.
+
+    The loss is of `softcap * tanh(scale * logits / softcap)`; the gradient is to `logits` as they came.
+    """
+    return _of(logits).cross_entropy_(logits, targets, scale, softcap, gradient_scale)
+
+
+def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
+    """NF4 weights (Dettmers et al., 2023) into `out`, bit for bit what bitsandbytes gives."""
+    of = _of(packed) if state.nested and state.quant_type == "nf4" else torch_ops
+    of.dequantize(packed, state, out)
+
+
+def _of(tensor: Tensor) -> ModuleType:
+    return (_triton() or torch_ops) if tensor.is_cuda else torch_ops
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The Triton kernels, if they can be built here: that takes Triton, and a C compiler for its launchers."""
+    try:
+        from qlora_trainer.kernels import triton_ops
+
+        triton_ops.dropout(torch.ones(1, 8, device="cuda", dtype=torch.bfloat16), 0.5, 0)
+    except Exception as error:  # noqa: BLE001 - no compiler, no cache folder, an unknown card: torch does the work
+        log.warning("training without Triton kernels, which is slower: %s", error)
+        return None
+    return triton_ops
