@@ -233,9 +233,9 @@ class TrainingModel:
     ) -> None:
         self.peft_model = peft_model
         self.base: PreTrainedModel = peft_model.get_base_model()
-        self.device = self.base.device
         self._decoder = self.base.get_decoder()
         self._head = _head(self.base)
+        self.device = self._head.weight.device  # the embeddings may be on the host
         self._attention = packed_attention
         self._plan = plan
         self._neftune_alpha = neftune_alpha
