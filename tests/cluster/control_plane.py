@@ -12,7 +12,7 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ class ControlPlane:
     url: str
     token: str
     kubeconfig: Path
+    accounts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Tokens of further administrators, by name, so that what each of them asks for can be told apart."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict[str, "subprocess.Popen[bytes]"])
 
     def api(self) -> KubeApi:
@@ -57,8 +59,17 @@ class ControlPlane:
 
 
 @contextmanager
-def control_plane(folder: Path, *parts: str) -> Generator[ControlPlane]:
-    """Up and answering; `parts` are any of kube-scheduler, kube-controller-manager and kwok."""
+def control_plane(
+    folder: Path,
+    *parts: str,
+    accounts: Sequence[str] = (),
+    arguments: Mapping[str, Sequence[str]] | None = None,
+) -> Generator[ControlPlane]:
+    """Up and answering; `parts` are any of kube-scheduler, kube-controller-manager and kwok.
+
+    `accounts` are names of further administrators; `arguments` are added to a program's command line.
+    """
+    more = arguments or {}
     folder.mkdir(parents=True, exist_ok=True)
     etcd_port, peer_port, api_port, kwok_port = free_ports(4)
     plane = ControlPlane(
@@ -66,11 +77,12 @@ def control_plane(folder: Path, *parts: str) -> Generator[ControlPlane]:
         url=f"https://127.0.0.1:{api_port}",
         token=secrets.token_hex(16),
         kubeconfig=folder / "admin.kubeconfig",
+        accounts={name: secrets.token_hex(16) for name in accounts},
     )
     key = _signing_key(folder)
     with ExitStack() as stack:
         _start(stack, plane, "etcd", _etcd(folder, etcd_port, peer_port))
-        _start(stack, plane, "kube-apiserver", _apiserver(plane, key, etcd_port, api_port))
+        _start(stack, plane, "kube-apiserver", [*_apiserver(plane, key, etcd_port, api_port), *more.get("kube-apiserver", ())])
         _wait(plane, "kube-apiserver", (folder / "certificates/apiserver.crt").is_file)
         plane.kubeconfig_for(plane.token, name="admin")
         api = plane.api()
@@ -92,7 +104,7 @@ def control_plane(folder: Path, *parts: str) -> Generator[ControlPlane]:
             ],
         }
         for name in parts:
-            _start(stack, plane, name, [f"--kubeconfig={plane.kubeconfig}", *commands[name]])
+            _start(stack, plane, name, [f"--kubeconfig={plane.kubeconfig}", *commands[name], *more.get(name, ())])
         if "kube-controller-manager" in parts:
             _wait(plane, "kube-controller-manager", lambda: _has_service_account(api))
         yield plane
@@ -125,7 +137,8 @@ def _etcd(folder: Path, port: int, peer_port: int) -> list[str]:
 
 def _apiserver(plane: ControlPlane, key: Path, etcd_port: int, port: int) -> list[str]:
     tokens = plane.folder / "tokens.csv"
-    tokens.write_text(f'{plane.token},admin,admin,"system:masters"\n')
+    names = {"admin": plane.token, **plane.accounts}
+    tokens.write_text("".join(f'{token},{name},{name},"system:masters"\n' for name, token in names.items()))
     return [
         f"--etcd-servers=http://127.0.0.1:{etcd_port}",
         "--bind-address=127.0.0.1",
