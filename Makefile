@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-preempt test test-api test-chart test-core test-e2e test-kills check fmt docs lock manifests targets clean
+.PHONY: help demo demo-preempt test test-api test-scale test-chart test-core test-e2e test-kills check fmt docs lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -35,6 +35,9 @@ test-chart: $(VENV)/.synced $(CHECKOV)/.synced ## The chart: linters, golden man
 
 test-api: $(VENV)/.synced $(VENV)/.go ## A real API server: the store, pods, leases, faults, kills; builds etcd and kube-apiserver once
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/cluster
+
+test-scale: $(VENV)/.synced $(VENV)/.go ## A thousand GPUs on paper and 10,000 jobs: every rule, and the figures; builds scheduler and KWOK once
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/scale
 
 test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m tests.e2e_cluster

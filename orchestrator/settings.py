@@ -79,6 +79,8 @@ class ServiceSettings(BaseSettings):
     """Wait before a command that met a transient error is tried again; doubles with every failure."""
     command_backoff_max_seconds: Seconds = 60.0
     """Longest wait before a command is tried again."""
+    round_act_seconds: Seconds = 1.0
+    """A round begins nothing more after so long; what is left is decided anew, together with what is new."""
     tracking_timeout_seconds: Seconds = 30.0
     """How long MLflow may take to answer before it counts as away."""
     tracking_start_seconds: Seconds = 90.0

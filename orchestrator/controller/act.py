@@ -2,8 +2,11 @@
 
 The loop hands in what `decide` returned. Rules:
 
-- In order, and a job whose status could not be written gets no later command in the same round: nothing outside comes
-  of an intent that was not recorded.
+- In order for each job, and a job whose status could not be written gets no later command in the same round: nothing
+  outside comes of an intent that was not recorded. Different jobs may be served at one time, since most of a round is
+  waiting for answers, and those that come first are begun first.
+- A round is over in time: what it has not begun by then is decided anew, with all that has become known meanwhile. So
+  a new job need not wait until thousands of others have been told why they wait.
 - Conflict and NotFound mean that the world has moved: the command is dropped, and the next round decides anew.
 - A transient error makes that command wait, twice as long each time up to a bound; every other job goes on.
 - MLflow may take long to answer, so its commands go down the slow lane, a thread of its own. One command a job is in
@@ -17,6 +20,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
@@ -74,6 +78,16 @@ class Backoff:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How much a round may do."""
+
+    writers: int = 1
+    """Jobs that are served at one time; more than one needs a store and a runtime that bear it."""
+    seconds: float = 86_400.0
+    """After which nothing more is begun."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slow:
     """A command in the slow lane."""
 
@@ -85,7 +99,11 @@ class Slow:
 class Actor:
     """Carries out one round of commands after another."""
 
-    def __init__(self, store: Store, runtime: StageRuntime, tracking: Tracking, backoff: Backoff) -> None:
+    def __init__(
+        self, store: Store, runtime: StageRuntime, tracking: Tracking, backoff: Backoff, bounds: Bounds | None = None
+    ) -> None:
+        self._bounds = bounds or Bounds()
+        self._pool = ThreadPoolExecutor(self._bounds.writers, thread_name_prefix="act")
         self._store = store
         self._runtime = runtime
         self._tracking = tracking
@@ -97,16 +115,27 @@ class Actor:
 
     def act(self, commands: Sequence[Command]) -> None:
         """Carry out one decision. Raises RuntimeLost, after which the process must start over."""
-        unrecorded: set[str] = set()
+        over = time.monotonic() + self._bounds.seconds
+        by_job: dict[str, list[Command]] = {}
         for command in commands:
-            job, key = _job_key(command), _key(command)
-            if job in unrecorded:
-                continue
-            done = self._ready(key) and self._carry_out(command, key)
-            if not done and isinstance(command, WriteStatus):
-                unrecorded.add(job)
+            by_job.setdefault(_job_key(command), []).append(command)
+        if self._bounds.writers == 1:
+            for of_job in by_job.values():
+                self._act_on_job(of_job, over)
+        else:
+            for begun in [self._pool.submit(self._act_on_job, of_job, over) for of_job in by_job.values()]:
+                begun.result()  # which raises what was raised there
         with self._lock:
             self._backoff.forget_all_but({_key(command) for command in commands})
+
+    def _act_on_job(self, commands: Sequence[Command], over: float) -> None:
+        for command in commands:
+            if time.monotonic() > over:
+                return
+            key = _key(command)
+            done = self._ready(key) and self._carry_out(command, key)
+            if not done and isinstance(command, WriteStatus):
+                return
 
     def _carry_out(self, command: Command, key: str) -> bool:
         try:
@@ -140,8 +169,8 @@ class Actor:
                 self._runtime.ensure(task, gpu_class)
             case StopStage(namespace=namespace, name=name, grace_seconds=grace_seconds, reason=reason):
                 self._runtime.stop(namespace, name, grace_seconds, reason)
-            case DeleteStage(namespace=namespace, name=name):
-                self._runtime.delete(namespace, name)
+            case DeleteStage(namespace=namespace, name=name, recorded=recorded):
+                self._runtime.delete(namespace, name, recorded=recorded)
             case EnsureRun(job=job):
                 self._go_slowly(Slow(key=key, job=job, call=lambda: self._tracking.ensure_run(job)))
             case FinishRun(job=job, run_status=run_status):

@@ -155,7 +155,7 @@ def _lead(settings: ClusterSettings, view: View, health: Health, metrics: Metric
         if settings.ray_address:
             view.runtime.channel = stack.enter_context(FabricChannel(settings.ray_fabric_socket))
         ports = Ports(store=view.store, runtime=view.runtime, tracking=tracking)
-        controller = Controller(settings, ports, decide, metrics, health)
+        controller = Controller(settings, ports, decide, metrics, health, writers=settings.writers)
         controller.run(stop, ready=lambda: None)
     metrics.leads(False)
     log.info("%s leads no more; stages go on: %s", settings.pod_name, controller.metrics.latencies())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from orchestrator.controller.act import Actor, Backoff
+from orchestrator.controller.act import Actor, Backoff, Bounds
 from orchestrator.controller.health import Health
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.observe import observe
@@ -48,13 +48,16 @@ class Controller:
         decide: Decide,
         metrics: Metrics | None = None,
         health: Health | None = None,
+        *,
+        writers: int = 1,
     ) -> None:
         self._settings = settings
         self._ports = ports
         self._decide = decide
         self._policy: Policy = settings.policy()
         base, longest = settings.command_backoff_base_seconds, settings.command_backoff_max_seconds
-        self._actor = Actor(ports.store, ports.runtime, ports.tracking, Backoff(base, longest))
+        bounds = Bounds(writers=writers, seconds=settings.round_act_seconds)
+        self._actor = Actor(ports.store, ports.runtime, ports.tracking, Backoff(base, longest), bounds)
         self._round_backoff = Backoff(base, longest)
         self.metrics = metrics or Metrics()
         self._health = health or Health(settings.tick_seconds)

@@ -84,8 +84,8 @@ class StageRuntime(Protocol):
         """Ask for a checkpoint and an end within the grace period, then kill. Idempotent; unknown names are ignored."""
         ...
 
-    def delete(self, namespace: str, name: str) -> None:
-        """Forget an ended stage. Idempotent."""
+    def delete(self, namespace: str, name: str, *, recorded: bool = False) -> None:
+        """Forget an ended stage. Idempotent. `recorded`: its job's status is known to say how it ended."""
         ...
 
     def gpu_classes(self) -> Sequence[GpuClass]:

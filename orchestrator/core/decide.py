@@ -20,6 +20,7 @@ from orchestrator.core.facts import (
     EnsureRun,
     FinishRun,
     Snapshot,
+    WriteStatus,
 )
 from orchestrator.core.schedule import schedule
 from orchestrator.core.stages import leftover_commands, stage_commands
@@ -43,12 +44,21 @@ def _commands(drafts: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
     # other way round a job whose progress changes in every pass would never get its run.
     for draft in drafts:
         yield from _run_commands(draft)
+    # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
+    # just now, and last come words about those who wait.
+    waiting: list[WriteStatus] = []
+    moved: list[Command] = []
     for draft in drafts:
-        if (write := draft.close()) is not None:
-            yield write
-    for draft in drafts:
-        yield from stage_commands(draft, snapshot)
+        write, stage = draft.close(), tuple(stage_commands(draft, snapshot))
+        if write is not None and not stage and draft.state is state_of(draft.job.status):
+            waiting.append(write)
+        elif stage and write is None:
+            yield from stage
+        else:
+            moved += [*((write,) if write else ()), *stage]
+    yield from moved
     yield from leftover_commands(snapshot)
+    yield from waiting
     yield from _expired(drafts, snapshot)
 
 

@@ -157,6 +157,8 @@ class DeleteStage:
 
     namespace: str
     name: str
+    recorded: bool = False
+    """Whether the job's status was seen to say how it ended; otherwise the job is gone, or the view of it is old."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

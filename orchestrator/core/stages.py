@@ -96,13 +96,13 @@ def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
     Those are ended attempts, whose end the status records, and stages of jobs that are gone. A stage is created only
     after its attempt was stored, so an observer that lists stages before jobs never shows a wanted one here.
     """
-    wanted = _wanted_stages(snapshot)
+    wanted, recorded = _wanted_stages(snapshot), _recorded_stages(snapshot)
     for key in sorted(snapshot.stages):
         fact = snapshot.stages[key]
         if key in wanted:
             continue
         if fact.phase is StagePhase.EXITED:
-            yield DeleteStage(namespace=fact.namespace, name=fact.name)
+            yield DeleteStage(namespace=fact.namespace, name=fact.name, recorded=key in recorded)
         else:
             yield StopStage(
                 namespace=fact.namespace,
@@ -110,6 +110,17 @@ def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
                 grace_seconds=snapshot.policy.grace_seconds,
                 reason=Reason.FENCED,
             )
+
+
+def _recorded_stages(snapshot: Snapshot) -> frozenset[str]:
+    """Stages of attempts that a stored status says have ended."""
+    found = (
+        stage_of(job, attempt, snapshot)
+        for job in snapshot.jobs
+        for attempt in job.status.attempts
+        if not attempt.active
+    )
+    return frozenset(fact.key for fact in found if fact is not None)
 
 
 def _wanted_stages(snapshot: Snapshot) -> frozenset[str]:

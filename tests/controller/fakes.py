@@ -84,7 +84,7 @@ class FakeRuntime:
     def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
         self._note(f"stop {name}")
 
-    def delete(self, namespace: str, name: str) -> None:
+    def delete(self, namespace: str, name: str, *, recorded: bool = False) -> None:
         self._note(f"delete {name}")
         self.stages.pop(f"{namespace}/{name}", None)
 

@@ -190,7 +190,7 @@ def test_an_ended_stage_is_deleted_only_after_its_end_is_on_record() -> None:
     first = decide(snapshot(job, stages=(gone,), gpu_classes=GPUS))
     assert outside(first) == []
     later = make_job(status=written(first))
-    assert DeleteStage(namespace="default", name="job-prepare-1") in outside(
+    assert DeleteStage(namespace="default", name="job-prepare-1", recorded=True) in outside(
         decide(snapshot(later, stages=(gone,), gpu_classes=GPUS))
     )
 

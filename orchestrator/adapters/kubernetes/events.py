@@ -3,7 +3,8 @@
 `store` is the caller. Events are for people: they may be late, and one that cannot be sent is logged and lost. So a
 controller hands them to a lane of their own, which waits DELAY_SECONDS and tells what came together about one job,
 such as "prepared" and "admitted", in one object: its reason is the last one's, its note has all the sentences.
-Warnings are told one by one. The server keeps events for about an hour.
+Warnings are told one by one. The lane tells of JOBS_PER_SECOND jobs at the most: when there is more to tell it comes
+later and more of it comes together, so that words never crowd out deeds. The server keeps events for about an hour.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import ObjectMeta, QLoRAJob
 from orchestrator.api.reasons import Reason
 from orchestrator.core.facts import Event
 from orchestrator.errors import AlreadyExists, OrchestratorError
@@ -25,12 +27,16 @@ from orchestrator.errors import AlreadyExists, OrchestratorError
 log = logging.getLogger(__name__)
 
 EVENTS_VERSION, EVENTS = "events.k8s.io/v1", "events"
+KIND = "QLoRAJob"
 REPORTER = "qlora.dev/controller"
 NOTE_BYTES = 1024
 """The API server's bound on notes."""
 DELAY_SECONDS = 2.0
 WAITING_LIMIT = 10_000
 """Jobs with events to be told; what finds no room is lost."""
+JOBS_PER_SECOND = 10.0
+CLOSE_SECONDS = 5.0
+"""How long the end may be put off in order to tell what is left."""
 SEPARATOR = "\n"
 
 
@@ -38,7 +44,7 @@ SEPARATOR = "\n"
 class Told:
     """Something that happened to a job."""
 
-    job: QLoRAJob
+    meta: ObjectMeta
     event: Event
     time: datetime
 
@@ -60,14 +66,14 @@ class Recorder:
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is left, and end."""
+        """Send what is left, as far as there is time for it, and end."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
 
     def record(self, job: QLoRAJob, event: Event) -> None:
         """Tell of an event."""
-        told = Told(job=job, event=event, time=datetime.now(UTC))
+        told = Told(meta=job.metadata, event=event, time=datetime.now(UTC))
         if self._thread is None:
             self._send([told])
             return
@@ -84,21 +90,29 @@ class Recorder:
         return [(str(item["eventTime"]), _parsed(item)) for item in items]
 
     def _drive(self) -> None:
-        while not self._over.wait(DELAY_SECONDS):
-            self._send_waiting()
-        self._send_waiting()
+        while not self._over.wait(1 / JOBS_PER_SECOND):
+            self._send_about_one_job(DELAY_SECONDS)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._waiting and time.monotonic() < deadline:
+            self._send_about_one_job(0.0)
+        if self._waiting:
+            log.warning("events about %d jobs are lost: there was no time left to tell them", len(self._waiting))
 
-    def _send_waiting(self) -> None:
+    def _send_about_one_job(self, delay_seconds: float) -> None:
+        """What there is to tell about the job that has waited longest, once that is long enough."""
         with self._lock:
-            waiting, self._waiting = self._waiting, {}
-        for told in waiting.values():
-            for together in _grouped(told):
-                try:
-                    self._send(together)
-                except OrchestratorError as error:
-                    log.warning("an event about job %s is lost: %s", together[0].job.key, error)
-                except Exception:
-                    log.exception("an event about job %s is lost", together[0].job.key)
+            uid = next(iter(self._waiting), None)
+            if uid is None or _age_seconds(self._waiting[uid][0]) < delay_seconds:
+                return
+            told = self._waiting.pop(uid)
+        for together in _grouped(told):
+            about = f"{together[0].meta.namespace}/{together[0].meta.name}"
+            try:
+                self._send(together)
+            except OrchestratorError as error:
+                log.warning("an event about job %s is lost: %s", about, error)
+            except Exception:
+                log.exception("an event about job %s is lost", about)
 
     def _send(self, together: Sequence[Told]) -> None:
         body = _wire(together, self._reporter)
@@ -106,6 +120,10 @@ class Recorder:
             self._api.create(path_of(EVENTS_VERSION, EVENTS, body["metadata"]["namespace"]), body)
         except AlreadyExists:  # sent before, and only the answer was lost
             log.debug("event %s exists", body["metadata"]["name"])
+
+
+def _age_seconds(told: Told) -> float:
+    return (datetime.now(UTC) - told.time).total_seconds()
 
 
 def _grouped(told: Sequence[Told]) -> list[list[Told]]:
@@ -121,22 +139,22 @@ def _grouped(told: Sequence[Told]) -> list[list[Told]]:
 
 def _wire(together: Sequence[Told], reporter: str) -> Json:
     last = together[-1]
-    meta, reason = last.job.metadata, last.event.reason.value
+    meta, reason = last.meta, last.event.reason.value
     note = _clipped(SEPARATOR.join(told.event.message for told in together))
-    time = last.time.isoformat(timespec="microseconds").replace("+00:00", "Z")
-    digest = hashlib.sha256(f"{meta.uid} {reason} {note} {time}".encode()).hexdigest()[:16]
+    when = last.time.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    digest = hashlib.sha256(f"{meta.uid} {reason} {note} {when}".encode()).hexdigest()[:16]
     return {
         "apiVersion": EVENTS_VERSION,
         "kind": "Event",
         "metadata": {"name": f"{meta.name}.{digest}", "namespace": meta.namespace},
         "regarding": {
             "apiVersion": API_VERSION,
-            "kind": last.job.kind,
+            "kind": KIND,
             "name": meta.name,
             "namespace": meta.namespace,
             "uid": meta.uid,
         },
-        "eventTime": time,
+        "eventTime": when,
         "type": "Warning" if last.event.warning else "Normal",
         "reason": reason,
         "action": reason,

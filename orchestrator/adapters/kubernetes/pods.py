@@ -280,7 +280,7 @@ class KubernetesPods:
 
     # forget
 
-    def delete(self, namespace: str, name: str) -> None:
+    def delete(self, namespace: str, name: str, *, recorded: bool = False) -> None:
         """Forget an ended stage. Older ones of the job are deleted if too many stay, and what never started at once."""
         key = f"{namespace}/{name}"
         self._refused.pop(key, None)
@@ -289,7 +289,8 @@ class KubernetesPods:
             ended = self._ends.get(key) if found is None else found
         if ended is None:
             return
-        self._require_unwanted(ended)
+        if not recorded:
+            self._require_unwanted(ended)
         if ended.end is not None:
             self._forget(ended)
             self._delete_older(ended)

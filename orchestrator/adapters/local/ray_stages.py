@@ -132,7 +132,7 @@ class RayStages:
         """Ask the stage to end, by a file and a signal; its holder passes the request on over the socket, too."""
         self._stages.stop(self._stages.get(namespace, name), grace_seconds, reason)
 
-    def delete(self, namespace: str, name: str) -> None:
+    def delete(self, namespace: str, name: str, *, recorded: bool = False) -> None:  # noqa: ARG002 - one view
         """Forget an ended stage."""
         self._stages.delete(self._stages.get(namespace, name))
 
