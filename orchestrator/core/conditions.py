@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Literal
 
 from orchestrator.api.job import Attempt, Condition, QLoRAJobStatus
@@ -16,6 +17,7 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.state import JobState, state_of
 
 ConditionStatus = Literal["True", "False", "Unknown"]
+WORDS_KEPT = 4096
 MAX_SENTENCE_CHARACTERS = 2048  # the contract's bound on `Sentence`
 _FIGURES = re.compile(r"\b\d+\b")
 _ORDER = {kind: index for index, kind in enumerate(ConditionType)}
@@ -49,6 +51,7 @@ def says_the_same(condition: Condition, finding: Finding, generation: int) -> bo
     )
 
 
+@lru_cache(maxsize=WORDS_KEPT)  # everybody who waits is asked about in every pass, and most wait for the same
 def _words(message: str) -> str:
     return _FIGURES.sub("#", message)
 

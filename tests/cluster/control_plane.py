@@ -82,7 +82,12 @@ def control_plane(
     key = _signing_key(folder)
     with ExitStack() as stack:
         _start(stack, plane, "etcd", _etcd(folder, etcd_port, peer_port))
-        _start(stack, plane, "kube-apiserver", [*_apiserver(plane, key, etcd_port, api_port), *more.get("kube-apiserver", ())])
+        _start(
+            stack,
+            plane,
+            "kube-apiserver",
+            [*_apiserver(plane, key, etcd_port, api_port), *more.get("kube-apiserver", ())],
+        )
         _wait(plane, "kube-apiserver", (folder / "certificates/apiserver.crt").is_file)
         plane.kubeconfig_for(plane.token, name="admin")
         api = plane.api()
