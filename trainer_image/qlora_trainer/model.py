@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -46,11 +46,13 @@ from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer import attention
 from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.decoder import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
 from qlora_trainer.kernels.hostmemory import HostEmbedding, InputStore
 from qlora_trainer.loss import Head, cross_entropy
 from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
 from qlora_trainer.outcome import UserError
+from qlora_trainer.replay import Replay, StepInputs
 
 COMPUTE_DTYPE = torch.bfloat16
 ADAPTER_NAME = "default"
@@ -251,6 +253,7 @@ class TrainingModel:
         if self._fused is None:
             self._go_without_fused_layers()
         self._host_embedding = self._offloaded_embedding() if "embeddings" in plan.offload else None
+        self._replay = self._make_replay()
 
     def train(self) -> None:
         """Dropout and noise on."""
@@ -280,34 +283,50 @@ class TrainingModel:
 
     def loss(self, batch: MicroBatch, *, divisor: float) -> Tensor:
         """Summed cross-entropy of the micro-batch's targets, over `divisor`."""
-        on_device = batch.to(self.device)
-        hidden = self._hidden(batch, on_device)
-        targets = on_device.targets.flatten()
-        return cross_entropy(
-            hidden.flatten(0, 1),
-            targets,
-            self._head,
-            chunk_tokens=self._plan.loss_chunk_tokens,
-            divisor=divisor,
-            positions=on_device.supervised,
-        )
+        inputs = StepInputs.of(batch, draw_seed(), divisor, self.device)
+        if self._replay is None:
+            return self._loss(inputs)
+        return self._replay.make_room(lambda: self._loss(inputs))
+
+    def accumulate(self, batch: MicroBatch, *, divisor: float, between: Callable[[], None] = lambda: None) -> Tensor:
+        """`loss`, whose gradients are added to the adapter's; `between` is called between both passes.
+
+        The answer is good until the next call.
+        """
+        if self._replay is not None and self._replay.takes(batch):
+            return self._replay.run(batch, divisor, between)
+        loss = self.loss(batch, divisor=divisor)
+        between()
+        loss.backward()
+        return loss.detach()
 
     def linear_weights(self) -> int:
         """Weights that every token is multiplied with: the quantized layers and the head."""
         layers = _quantized_layers(self.base).values()
         return sum(layer.in_features * layer.out_features for layer in layers) + self._head.weight.numel()
 
-    def _hidden(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
+    def _loss(self, inputs: StepInputs) -> Tensor:
+        return cross_entropy(
+            self._hidden(inputs).flatten(0, 1),
+            inputs.batch.targets.flatten(),
+            self._head,
+            chunk_tokens=self._plan.loss_chunk_tokens,
+            scale=inputs.scale,
+            positions=inputs.batch.supervised,
+        )
+
+    def _hidden(self, inputs: StepInputs) -> Tensor:
+        batch, on_device = inputs.host, inputs.batch
         self._attention.expect(batch, on_device.record_starts)
         if self._fused is not None:
-            self._fused.begin(draw_seed())
+            self._fused.begin(inputs.seed)
         noisy = self._neftune_alpha > 0 and self.peft_model.training
         if noisy or self._host_embedding is not None:
             embedded = self._embedded(batch, on_device)
-            inputs = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
+            tokens = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
         else:
-            inputs = {"input_ids": on_device.input_ids}
-        answer = self._decoder(**inputs, position_ids=on_device.position_ids, use_cache=False)
+            tokens = {"input_ids": on_device.input_ids}
+        answer = self._decoder(**tokens, position_ids=on_device.position_ids, use_cache=False)
         return answer.last_hidden_state.to(self._head.weight.dtype)  # some architectures end in float32
 
     def _embedded(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
@@ -322,10 +341,16 @@ class TrainingModel:
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[None, :, None].to(embedded.dtype)
 
     def _go_without_fused_layers(self) -> None:
-        self._fused = None
+        self._fused = self._replay = None
         if "activations" in self._plan.offload:
             raise UserError(f"activations of {type(self.base).__name__} cannot be offloaded; choose another plan")
         set_recompute(self._decoder, self._plan.recompute_layers)
+
+    def _make_replay(self) -> Replay | None:
+        """CUDA graphs, where everything between tokens and gradients runs on the card and draws nothing there."""
+        if self._fused is None or self._plan.offload or self._neftune_alpha > 0 or not ops.can_be_captured(self.device):
+            return None
+        return Replay(list(self._saved.values()), self._loss, draw_seed)
 
     def _offloaded_embedding(self) -> HostEmbedding | None:
         table = self.base.get_input_embeddings()
@@ -361,7 +386,7 @@ class TrainingModel:
     def _check_fused_layers(self, fused: FusedDecoder, batch: MicroBatch) -> None:
         """Hold each layer against the untouched one; go back to those if one is off."""
         with fused.compared() as differences:
-            self._hidden(batch, batch.to(self.device))
+            self._hidden(StepInputs.of(batch, 0, 1.0, self.device))
         odd = [layer for layer, difference in enumerate(differences) if not difference <= LARGEST_DIFFERENCE]
         if odd:
             log.warning(
@@ -374,7 +399,7 @@ class TrainingModel:
             self._go_without_fused_layers()
 
     def _logits(self, batch: MicroBatch) -> Tensor:
-        return self._head.logits(self._hidden(batch, batch.to(self.device))[0])
+        return self._head.logits(self._hidden(StepInputs.of(batch, 0, 1.0, self.device))[0])
 
 
 def _probe(tokens: range) -> tuple[Any, Any, Any]:

@@ -31,7 +31,10 @@ class Dropout:
     """Which elements of an adapter's input are dropped."""
 
     probability: float
-    seed: int
+    seed: Tensor
+    """int64, of the whole micro-batch."""
+    number: int
+    """Added to the seed: the place in the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +106,20 @@ class LinearGroup:
             row += state.shape[0]
         return dense
 
-    def forward(self, x: Tensor, dropout: Dropout | None, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The outputs, side by side, and the rank-r product, which `adapter_gradients` needs."""
-        y = linear(x, self.weight() if weight is None else weight, self._biases)
+    def forward(
+        self, x: Tensor, dropout: Dropout | None, weight: Tensor | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs, side by side, and the rank-r product, which `adapter_gradients` needs.
+
+        `residual` is added to the outputs inside the matrix product, which spares a pass over both.
+        """
+        dense = self.weight() if weight is None else weight
+        if residual is None:
+            y = linear(x, dense, self._biases)
+        else:
+            y = torch.addmm(residual, x, dense.t())
+            if self._biases is not None:
+                y += self._biases
         low = self.low(x, dropout)
         if low is not None:
             for adapter in self._adapters:
@@ -133,7 +147,8 @@ class LinearGroup:
         if low_grad is not None and dropout is None:
             answer.addmm_(low_grad, self._stacked_a())
         elif low_grad is not None and dropout is not None:
-            ops.add_dropout_(answer, low_grad @ self._stacked_a(), dropout.probability, dropout.seed)
+            back = low_grad @ self._stacked_a()
+            ops.add_dropout_(answer, back, dropout.probability, dropout.seed, dropout.number)
         return answer
 
     def adapter_gradients(
@@ -181,4 +196,4 @@ def _stacked_biases(bases: Sequence[Module]) -> Tensor | None:
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
-    return x if dropout is None else ops.dropout(x, dropout.probability, dropout.seed)
+    return x if dropout is None else ops.dropout(x, dropout.probability, dropout.seed, dropout.number)

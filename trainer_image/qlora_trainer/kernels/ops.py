@@ -48,20 +48,25 @@ def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
     _of(grad).swiglu_backward_(grad, gate_up)
 
 
-def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
-    """`x` with elements zeroed and the rest scaled up; which ones depends on seed and place alone."""
-    return _of(x).dropout(x, probability, seed)
+def dropout(x: Tensor, probability: float, seed: Tensor, number: int) -> Tensor:
+    """`x` with elements zeroed and the rest scaled up; which ones depends on `seed + number` and place alone.
+
+    The seed is an int64 number on the device of `x`, so that a CUDA graph can be replayed with another.
+    """
+    return _of(x).dropout(x, probability, seed, number)
 
 
-def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: int) -> None:
+def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: Tensor, number: int) -> None:
     """`target += dropout(x)`: the gradient's way back through `dropout`."""
-    _of(x).add_dropout_(target, x, probability, seed)
+    _of(x).add_dropout_(target, x, probability, seed, number)
 
 
 def cross_entropy_(
-    logits: Tensor, targets: Tensor, *, scale: float, softcap: float | None, gradient_scale: float | None
+    logits: Tensor, targets: Tensor, *, scale: float, softcap: float | None, gradient_scale: Tensor | None
 ) -> Tensor:
-    """Cross-entropy of each row; with a `gradient_scale`, `logits` become the gradient times it.
+    """Cross-entropy of each row; with a `gradient_scale`, a number on the card, `logits` become the gradient times it.
+
+    A row with a negative target has no loss, and its gradient is zero.
 
     The loss is of `softcap * tanh(scale * logits / softcap)`; the gradient is to `logits` as they came.
     """
@@ -74,6 +79,11 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
     of.dequantize(packed, state, out)
 
 
+def can_be_captured(device: torch.device) -> bool:
+    """Whether these operations run on the card without asking the host for anything."""
+    return device.type == "cuda" and _triton() is not None
+
+
 def _of(tensor: Tensor) -> ModuleType:
     return (_triton() or torch_ops) if tensor.is_cuda else torch_ops
 
@@ -84,7 +94,8 @@ def _triton() -> ModuleType | None:
     try:
         from qlora_trainer.kernels import triton_ops
 
-        triton_ops.dropout(torch.ones(1, 8, device="cuda", dtype=torch.bfloat16), 0.5, 0)
+        ones = torch.ones(1, 8, device="cuda", dtype=torch.bfloat16)
+        triton_ops.dropout(ones, 0.5, torch.zeros((), dtype=torch.int64, device="cuda"), 0)
     except Exception as error:  # noqa: BLE001 - no compiler, no cache folder, an unknown card: torch does the work
         log.warning("training without Triton kernels, which is slower: %s", error)
         return None
