@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -36,11 +37,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
@@ -52,6 +57,7 @@ from qlora_trainer.kernels.hostmemory import HostEmbedding, InputStore
 from qlora_trainer.loss import Head, cross_entropy
 from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
 from qlora_trainer.outcome import UserError
+from qlora_trainer.quantized import QuantizedCache, UnfitEntry, entry_key, fill, tensors_of
 from qlora_trainer.replay import Replay, StepInputs
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -65,28 +71,91 @@ log = logging.getLogger(__name__)
 
 def load_base(folder: Path, device: torch.device, packed_attention: attention.PackedAttention) -> PreTrainedModel:
     """The base of a Hugging Face model folder, frozen and quantized on the device."""
+    began = time.perf_counter()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     packed_attention.register()
     implementation = _attention_implementation(config)
     if (folder / RANDOM_WEIGHTS_NAME).is_file():
-        base = _random_base(config, implementation, device, seed=_random_seed(folder))
+        base, origin = _random_base(config, implementation, device, seed=_random_seed(folder)), "drawn at random"
     else:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            quantization_config=_quantization(),
-            dtype=COMPUTE_DTYPE,
-            device_map={"": str(device)},
-            attn_implementation=implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        base, origin = _checkpoint_base(folder, config, implementation, device)
     base.requires_grad_(False)
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
     _refuse_unquantized(base)
+    gib = sum(tensor.nbytes for _, tensor in tensors_of(base)) / 2**30
+    log.info("loaded %.1f GiB in %.1f s, %s", gib, time.perf_counter() - began, origin)
     return base
+
+
+def _checkpoint_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> tuple[PreTrainedModel, str]:
+    """The base and how it was had. What had to be quantized is kept at once, while nothing else needs card or disk."""
+    cache = QuantizedCache.from_environment()
+    if cache is None:
+        return _quantized_base(folder, config, implementation, device), "quantized"
+    key = entry_key(folder, device, _quantization().to_dict())
+    base = _cached_base(cache, key, folder, config, implementation, device)
+    if base is not None:
+        return base, "from the cache of quantized weights"
+    base = _quantized_base(folder, config, implementation, device)
+    _keep_cpu_weights_unpacked(base)
+    cache.write(key, tensors_of(base))
+    return base, "quantized"
+
+
+def _quantized_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> PreTrainedModel:
+    """Read through a memory map and quantized on the device, one tensor after the other."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        quantization_config=_quantization(),
+        dtype=COMPUTE_DTYPE,
+        device_map={"": str(device)},
+        attn_implementation=implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+
+
+def _cached_base(
+    cache: QuantizedCache, key: str, folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> PreTrainedModel | None:
+    tensors = cache.read(key, device)
+    if tensors is None:
+        return None
+    base, quantizer = _weightless_base(folder, config, implementation, device)
+    try:
+        fill(base, tensors)
+        if any(parameter.is_meta for parameter in base.parameters()):
+            base.tie_weights()  # an entry holds tied weights once
+        if unfilled := [name for name, tensor in tensors_of(base) if tensor.is_meta]:
+            raise UnfitEntry(f"it lacks {unfilled[0]}")
+    except UnfitEntry as error:
+        log.warning("the cached quantized weights do not fit, and are not used: %s", error)
+        return None
+    quantizer.postprocess_model(base)
+    return base
+
+
+def _weightless_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> tuple[PreTrainedModel, HfQuantizer]:
+    """What `from_pretrained` builds before it reads weights, and the rest of what it leaves on a model."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
+    quantizer = AutoHfQuantizer.from_config(_quantization())
+    quantizer.preprocess_model(base, device_map={"": str(device)})
+    base.config.quantization_config = quantizer.quantization_config
+    base.config.name_or_path = str(folder)
+    base.hf_quantizer = quantizer
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return base.eval(), quantizer
 
 
 def _quantization() -> BitsAndBytesConfig:
