@@ -174,6 +174,8 @@ def _attention_implementation(config: PreTrainedConfig) -> str:
     # Only transformers' plain implementation squashes attention logits, and some architectures know no other.
     if getattr(text, "attn_logit_softcapping", None) or not architecture._supports_sdpa:
         return "eager"
+    if not architecture._supports_attention_backend:  # it looks its attention up in a table of its own
+        return "sdpa"
     layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
     return attention.NAME if layer_types <= CHECKED_LAYER_TYPES else "sdpa"
 
@@ -223,6 +225,8 @@ def _random_base(config: PreTrainedConfig, implementation: str, device: torch.de
             base.set_submodule(name, _random_layer(module, device, generator))
         elif type(module).__name__.endswith("RotaryEmbedding"):
             base.set_submodule(name, type(module)(config).to(device))
+        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _fill_buffers(base, module, device)
     for name, parameter in list(base.named_parameters()):
         if parameter.is_meta:
             values = torch.ones(parameter.shape, dtype=COMPUTE_DTYPE, device=device)
@@ -233,6 +237,13 @@ def _random_base(config: PreTrainedConfig, implementation: str, device: torch.de
     base.tie_weights()
     base.is_loaded_in_4bit = True  # as transformers' own loading marks it, for PEFT
     return base
+
+
+def _fill_buffers(base: PreTrainedModel, module: torch.nn.Module, device: torch.device) -> None:
+    """Constants such as Gemma's scale of embeddings, which no checkpoint holds: transformers fills them itself."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, torch.empty_like(buffer, device=device))
+    base._init_weights(module)
 
 
 def _random_layer(linear: torch.nn.Linear, device: torch.device, generator: torch.Generator) -> bnb.nn.Linear4bit:
