@@ -392,9 +392,8 @@ class Job:
         self._model.train()
         total = torch.zeros((), device=self._model.device)
         for batch in batches:
-            loss = self._model.loss(batch, divisor=float(sum(len(b.supervised) for b in batches)))
-            loss.backward()
-            total += loss.detach()
+            loss = self._model.accumulate(batch, divisor=float(sum(len(b.supervised) for b in batches)))
+            total += loss
         norm = gradient_norm(self._parameters)
         answer = total.item()
         clip(self._parameters, norm.item(), 0.3)
