@@ -39,7 +39,7 @@ class Head:
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] of hidden states [tokens, hidden], neither scaled nor capped, in their type."""
-        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return ops.affine(hidden, self.weight, self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [tokens, vocabulary] of hidden states [tokens, hidden]."""
@@ -91,7 +91,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
             total += losses.sum()
             if gradient is not None:
-                gradient[chunk] = logits @ head.weight
+                gradient[chunk] = ops.product(logits, head.weight)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total * scale
