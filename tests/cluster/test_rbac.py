@@ -28,7 +28,7 @@ LOOK = "get list watch"
 CHANGE = "create delete get list patch update watch"
 WRITE = "get patch update"
 ASKED_FOR_ONLY = (("qlora.dev", "qlorajobs/finalizers", True), ("qlora.dev", "qloraqueues/finalizers", False))
-"""Not served, but asked for: by the plugin OwnerReferencesPermissionEnforcement, of an owner that blocks its deletion."""
+"""Not served, but asked for of whoever names an owner that blocks its deletion."""
 AGGREGATION_SECONDS = 60.0
 ROLE = f"{NAMESPACE}-{RELEASE}"
 
