@@ -30,8 +30,8 @@ demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: 
 test: ## Everything that CI runs; each part tells of itself when it has ended
 	+@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(TIERS)
 
-test-trainer: $(VENV)/.synced ## The trainer: data, model, optimizer, checkpoints, stages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer
+test-trainer: $(VENV)/.synced $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages
+	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/trainer
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
 	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/model tests/adapters tests/controller tests/sdk tests/cli tests/e2e \
