@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.e2e_cluster.lab import NODES, Lab
+from tests.e2e_cluster.lab import Lab
 from tests.e2e_cluster.service import (
     BUCKET,
     SYSTEM,
     TEAM,
     WEIGHTS,
+    add_gpu,
     drain,
     evict,
     finished,
@@ -30,14 +31,18 @@ from tests.e2e_cluster.service import (
     make_volumes,
     mlflow_answer,
     mlflow_runs,
+    queue,
     reason_of,
     registered_weights,
+    status_of,
     succeeded,
+    until,
     wait_for_training,
 )
 
 STEPS = 14
 """Enough for four train stages that each do a step before something happens to them."""
+pytestmark = pytest.mark.timeout(2400)  # each wait within has a bound of its own
 CONTROLLERS = ("--namespace", SYSTEM, "--selector=app.kubernetes.io/component=controller")
 
 
@@ -53,9 +58,9 @@ def volumes(lab: Lab) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(lab: Lab, volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The chart, installed; node-2 takes no pods of jobs until a test says so, which leaves one GPU."""
+    """The chart, installed, and one GPU; node-2 gets another when a test needs it."""
+    add_gpu(lab, "node-1")
     install(lab, volumes, tmp_path_factory.mktemp("values") / "values.yaml")
-    lab.kubectl("cordon", "node-2")
     yield
     for namespace in (SYSTEM, TEAM):
         lab.kubectl("delete", "namespace", namespace, "--wait=false")
@@ -101,12 +106,14 @@ def test_kubectl_wait_returns_for_a_job_that_fails(lab: Lab, installed: None) ->
 
 
 def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undisturbed: dict[str, Any]) -> None:
+    lab.apply(queue("urgent", hold=True), job("urgent", 1, priority=100, queue="urgent"), namespace=TEAM)
+    until(lab, "urgent", "it is prepared", lambda: reason_of(status_of(lab, "urgent"), "Prepared") is not None)
     lab.apply(job("disturbed", STEPS), namespace=TEAM)
     wait_for_training(lab, "disturbed", 1)
-    lab.apply(job("urgent", 1, priority=100), namespace=TEAM)  # one GPU for two jobs
+    lab.apply(queue("urgent", hold=False))  # one GPU for two jobs
     evict(lab, wait_for_training(lab, "disturbed", 2))
     wait_for_training(lab, "disturbed", 3)
-    lab.kubectl("uncordon", "node-2")
+    add_gpu(lab, "node-2")
     drain(lab, "node-1")
     pod = wait_for_training(lab, "disturbed", 4)
     assert lab.get(f"pod/{pod}", f"--namespace={TEAM}")["spec"]["nodeName"] == "node-2"
@@ -130,7 +137,7 @@ def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undistur
         for container in pod["status"].get(kind, [])
     ]
     assert sum(restarts) >= sum(killed.values())
-    lab.kubectl("uncordon", *NODES)
+    lab.kubectl("uncordon", "node-1")
 
 
 def digest(file: Path) -> str:
