@@ -22,6 +22,7 @@ from qlora_trainer.kernels import ops
 from qlora_trainer.model import TrainingModel, add_adapter, load_base
 from qlora_trainer.optimizer import AdapterOptimizer
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.api.job import AdapterSpec
@@ -114,6 +115,13 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = gpu_kernels()
     monkeypatch.setattr(ops, "_of", lambda _: kernels)
     monkeypatch.setattr(ops, "dequantize", lambda *_: None)
+    monkeypatch.setattr(ops, "product", torch.matmul)
+    monkeypatch.setattr(ops, "affine", affine_on_a_gpu)
+
+
+def affine_on_a_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """As `ops.affine` has it on a card: in one product."""
+    return functional.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.t())
 
 
 def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPlan, workspace_bytes: int) -> int:
