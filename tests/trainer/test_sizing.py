@@ -204,4 +204,5 @@ def test_every_tensor_of_a_training_step_is_counted(
     measured = peak_of_two_micro_batches(tmp_path, adapter, plan, workspace)
     expected = predicted(facts, adapter, plan)
     batch_bytes = 4 * 8 * TOKENS  # on the CPU a micro-batch is not copied, and so outlives the forward pass
-    assert measured == expected + batch_bytes
+    seed_bytes = 8  # of dropout; on a card it hides in the allocator's rounding
+    assert measured == expected + batch_bytes + seed_bytes
