@@ -254,8 +254,7 @@ class Steps:
         batch = self._batch()
         began = time.perf_counter()
         torch.manual_seed(self._number)
-        loss = self._model.loss(batch, divisor=float(self._case.tokens - self._case.micro_batch))
-        loss.backward()
+        loss = self._model.accumulate(batch, divisor=float(self._case.tokens - self._case.micro_batch))
         norm = gradient_norm(self._parameters)
         self.loss = loss.item()  # the loop refuses to diverge, so it reads both
         clip(self._parameters, norm.item(), 0.3)

@@ -18,6 +18,7 @@ class ConditionType(StrEnum):
     EVICTED = "Evicted"
     PUBLISHED = "Published"
     FINISHED = "Finished"
+    """True of every end; the reason says whether it was success."""
 
 
 class Remedy(StrEnum):

@@ -29,6 +29,8 @@ class GpuClass:
     """Allocator bytes after the CUDA context, on the smallest card of the class."""
     capacity: int
     """GPUs of this class that exist now."""
+    multiprocessors: int = 148
+    """The most on a card of the class: deterministic attention keeps a sum for each."""
     cpu: bool = False
     """A stand-in for machines without a GPU: slots of host memory, trained on the CPU."""
 

@@ -39,16 +39,17 @@ CARDS_TOTAL_MIB: Mapping[str, int] = MappingProxyType(
 # (measured: 0.9 to 1.25 GiB). A card belongs to a class when it has the class's usable bytes and this on top.
 CONTEXT_MIB = 922
 
-# name -> (GiB that the cards are sold as, MiB that PyTorch's allocator can have on the smallest of them)
-_CLASSES: Mapping[str, tuple[int, int]] = MappingProxyType(
+# name -> (GiB that the cards are sold as, MiB that PyTorch's allocator can have on the smallest of them, the most
+# multiprocessors on one of them, by NVIDIA's data sheets)
+_CLASSES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {
-        "16Gi": (16, 14_336),  # 14.0 GiB: T4
-        "24Gi": (24, 22_016),  # 21.5 GiB: A10G, L4
-        "40Gi": (40, 39_424),  # 38.5 GiB: A100 40GB
-        "48Gi": (48, 45_056),  # 44.0 GiB: L40S, A40
-        "80Gi": (80, 79_872),  # 78.0 GiB: H100 80GB
-        "141Gi": (141, 142_336),  # 139.0 GiB: H200
-        "180Gi": (180, 181_760),  # 177.5 GiB: B200
+        "16Gi": (16, 14_336, 40),  # 14.0 GiB: T4
+        "24Gi": (24, 22_016, 128),  # 21.5 GiB: A10G, L4; RTX 4090
+        "40Gi": (40, 39_424, 108),  # 38.5 GiB: A100 40GB
+        "48Gi": (48, 45_056, 142),  # 44.0 GiB: L40S, A40
+        "80Gi": (80, 79_872, 132),  # 78.0 GiB: H100 80GB
+        "141Gi": (141, 142_336, 132),  # 139.0 GiB: H200
+        "180Gi": (180, 181_760, 148),  # 177.5 GiB: B200
     }
 )
 CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
@@ -57,20 +58,26 @@ CPU_CLASS = "cpu"
 
 def classify(total_mib: int) -> str | None:
     """The largest class whose promise a card with so many MiB keeps; None where it is too small for any."""
-    kept = [name for name, (_, usable_mib) in _CLASSES.items() if usable_mib + CONTEXT_MIB <= total_mib]
+    kept = [name for name, (_, usable_mib, _) in _CLASSES.items() if usable_mib + CONTEXT_MIB <= total_mib]
     return kept[-1] if kept else None
 
 
 def memory_range_mib(name: str) -> tuple[int, int | None]:
     """Total MiB of the cards that `classify` puts into a class: from the first on, below the second, if any."""
-    lower = {known: usable_mib + CONTEXT_MIB for known, (_, usable_mib) in _CLASSES.items()}
+    lower = {known: usable_mib + CONTEXT_MIB for known, (_, usable_mib, _) in _CLASSES.items()}
     return lower[name], min((mib for mib in lower.values() if mib > lower[name]), default=None)
 
 
 def gpu_class(name: str, capacity: int) -> GpuClass:
     """So many GPUs of a class of this table; raises KeyError for a name that it does not have."""
-    marketed_gib, usable_mib = _CLASSES[name]
-    return GpuClass(name=name, marketed_gib=marketed_gib, usable_bytes=usable_mib * MIB, capacity=capacity)
+    marketed_gib, usable_mib, multiprocessors = _CLASSES[name]
+    return GpuClass(
+        name=name,
+        marketed_gib=marketed_gib,
+        usable_bytes=usable_mib * MIB,
+        capacity=capacity,
+        multiprocessors=multiprocessors,
+    )
 
 
 def cpu_class(slot_bytes: int, capacity: int) -> GpuClass:

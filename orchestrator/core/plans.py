@@ -124,7 +124,7 @@ def plans(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass) -> tuple[M
     """The plans that fit the class, fastest first: for each micro-batch the one that recomputes least."""
     pace = CPU_PACE if gpu_class.cpu else GPU_PACE
     fitting = (
-        least_recompute(spec, facts, micro_batch_size, gpu_class.usable_bytes)
+        least_recompute(spec, facts, micro_batch_size, gpu_class)
         for micro_batch_size in micro_batch_sizes(spec.training.global_batch_size)
     )
     return tuple(
@@ -142,7 +142,7 @@ def micro_batch_sizes(global_batch_size: int) -> Iterator[int]:
 
 
 def least_recompute(
-    spec: QLoRAJobSpec, facts: ModelFacts, micro_batch_size: int, usable_bytes: int
+    spec: QLoRAJobSpec, facts: ModelFacts, micro_batch_size: int, gpu_class: GpuClass
 ) -> MemoryPlan | None:
     """The plan with this micro-batch that fits and recomputes the fewest layers.
 
@@ -157,12 +157,16 @@ def least_recompute(
             loss_chunk_tokens=LOSS_CHUNK_TOKENS,
         )
 
+    def fits(layers: int) -> bool:
+        peak = peak_bytes(spec, facts, plan(layers), multiprocessors=gpu_class.multiprocessors)
+        return peak <= gpu_class.usable_bytes
+
     low, high = 0, facts.num_layers
-    if peak_bytes(spec, facts, plan(high)) > usable_bytes:
+    if not fits(high):
         return None
     while low < high:
         middle = (low + high) // 2
-        if peak_bytes(spec, facts, plan(middle)) <= usable_bytes:
+        if fits(middle):
             high = middle
         else:
             low = middle + 1
@@ -234,7 +238,7 @@ def _does_not_fit(spec: QLoRAJobSpec, facts: ModelFacts, largest: GpuClass) -> R
         recompute_layers=facts.num_layers,
         loss_chunk_tokens=LOSS_CHUNK_TOKENS,
     )
-    needed_gib = peak_bytes(spec, facts, thriftiest) / GIB
+    needed_gib = peak_bytes(spec, facts, thriftiest, multiprocessors=largest.multiprocessors) / GIB
     length = spec.training.sequence_length
     message = (
         f"needs {needed_gib:.1f} GiB at sequenceLength {length}, and {largest.name} offers "

@@ -33,7 +33,8 @@ from orchestrator.api.task import (
 )
 from orchestrator.core.facts import STAGES_ON_GPU
 from orchestrator.core.gpus import GIB, MIB, classify, memory_range_mib
-from orchestrator.core.sizing import BF16_BYTES, OPTIMIZER_BYTES, adapter_parameters, linears
+from orchestrator.core.linears import linears
+from orchestrator.core.sizing import BF16_BYTES, OPTIMIZER_BYTES, adapter_parameters
 from orchestrator.errors import InvalidObject
 
 Manifest = dict[str, object]

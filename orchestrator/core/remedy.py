@@ -50,9 +50,12 @@ def end_attempt(draft: Draft, ended: Ending, snapshot: Snapshot) -> Draft:
 
 
 def fail(draft: Draft, reason: Reason, message: str) -> Draft:
-    """The job ends without success; no stage of it is active."""
+    """The job ends without success; no stage of it is active.
+
+    Finished is true of every end, as of a Job's or of Kueue's Workload; its reason says which end it was.
+    """
     event = JobEvent.CANCELLED if reason is Reason.CANCELLED else JobEvent.FAILED
-    finding = Finding(kind=ConditionType.FINISHED, status="False", reason=reason, message=message)
+    finding = Finding(kind=ConditionType.FINISHED, status="True", reason=reason, message=message)
     draft = draft.move(event, finding, finish_time=draft.now, retry_after=None)
     return draft.tell(Event(reason=reason, message=message, warning=reason is not Reason.CANCELLED))
 

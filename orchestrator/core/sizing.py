@@ -1,89 +1,113 @@
-"""How many bytes a job takes under a memory plan, line by line.
+"""How many bytes a job takes under a memory plan: the peak of PyTorch's allocator, line by line.
 
-An upper bound on PyTorch's peak allocation for QLoRA on a decoder-only transformer with gated MLPs: NF4 linears
-with double quantization, everything else in bf16. `core/plans` chooses among plans with it. It is held against
-measured peaks in tests/core/test_sizing.py.
-
-Per-token figures count bf16 elements; h is the hidden size, i the MLP's inner size, q and kv the widths of the query
-and the key (or value) projection.
+The trainer's own code, walked through instant by instant: what lasts (weights, adapter, optimizer state), and at each
+instant that can be the peak what comes and goes (`core/fused` for layers that the trainer computes by hand,
+`core/plain` for the others). The largest instant is the peak. `core/plans` chooses among plans with it; it is held
+against measured peaks in tests/core/test_sizing.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.facts import GpuClass
+from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention
+from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
+from orchestrator.core.linears import group, linears, targeted
+from orchestrator.core.plain import PlainLayer, plain_layer
+from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
 FP32_BYTES = 4
-# NF4 with double quantization (Dettmers et al., 2023, section 3): 4 bits a weight, an 8-bit constant for 64 weights,
-# a 32-bit one for 256 of those.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 OPTIMIZER_BYTES = {
     "adamw_8bit": 2 + 8 / 256,  # two 8-bit moments, and a 32-bit constant for each block of 256
     "paged_adamw_8bit": 2 + 8 / 256,
     "adamw_32bit": 8.0,
-    "paged_adamw_32bit": 8.0,  # paged out only under pressure, so counted
+    "paged_adamw_32bit": 8.0,
 }
-LOGITS_COPIES = 3  # fp32: logits, softmax, gradient
-DEQUANTIZED_COPIES = 2  # one matrix in use, the next being made
-SLACK_SHARE = 0.04  # of what comes and goes: what the allocator cannot hand out again
-SLACK_BYTES = 64 << 20
+"""For each trainable parameter, in the allocator or in paged memory."""
+SCALE_BYTES = 8 / 256
+"""Of an 8-bit optimizer: what of a paged state is in the allocator."""
+LEAST_PAGED = 100_000
+"""bitsandbytes pages the state of larger parameters alone (`get_state_buffer`); the trainer updates all as one."""
+CUBLAS_BYTES = 2 * (32 << 20)
+"""The workspace that CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, once for each thread that multiplies: the main one, and
+autograd's."""
+TOKEN_BYTES = 4 * 8
+"""A micro-batch on the card: ids, targets, positions, and where the targets are."""
+FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
+NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "starcoder2": 4}
+"""Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
+MOST_MULTIPROCESSORS = 148
+"""Of the cards in `core/gpus`, where the class is not known."""
+SLACK_SHARE = 0.005
+SLACK_BYTES = 8 << 20
+ANSWERS_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
-    """A quantized matrix of a decoder layer."""
+class Instant:
+    """A moment that can be the peak: what it takes beside what lasts."""
 
     name: str
-    inputs: int
-    outputs: int
+    kept_bytes: int
+    """Activations that wait for their backward pass."""
+    gradient_bytes: int
+    working_bytes: int
 
     @property
-    def parameters(self) -> int:
-        """Weights of the matrix."""
-        return self.inputs * self.outputs
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.kept_bytes + self.gradient_bytes + self.working_bytes
 
 
-def linears(facts: ModelFacts) -> tuple[Linear, ...]:
-    """The matrices of one decoder layer."""
-    h, i = facts.hidden_size, facts.intermediate_size
-    q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
-    return (
-        Linear(name="q_proj", inputs=h, outputs=q),
-        Linear(name="k_proj", inputs=h, outputs=kv),
-        Linear(name="v_proj", inputs=h, outputs=kv),
-        Linear(name="o_proj", inputs=q, outputs=h),
-        Linear(name="gate_proj", inputs=h, outputs=i),
-        Linear(name="up_proj", inputs=h, outputs=i),
-        Linear(name="down_proj", inputs=i, outputs=h),
+def footprint(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    plan: MemoryPlan,
+    *,
+    multiprocessors: int = MOST_MULTIPROCESSORS,
+    records: int | None = None,
+) -> tuple[ByteItem, ...]:
+    """The plan's peak, by purpose. `records` is how many a micro-batch packs, where that is known."""
+    question = _Question(
+        adapter=spec.adapter,
+        optimizer=spec.training.optimizer,
+        sequence_length=spec.training.sequence_length,
+        packing=spec.training.packing,
+        deterministic=spec.training.deterministic,
+        facts=facts,
+        plan=plan,
+        multiprocessors=multiprocessors,
+        records=records,
     )
+    return _footprint(question)
 
 
-def footprint(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> tuple[ByteItem, ...]:
-    """The plan's peak, by purpose."""
-    lasting = tuple(_lasting(spec, facts))
-    passing = tuple(_passing(spec, facts, plan))
-    slack = SLACK_BYTES + SLACK_SHARE * sum(count for _, count in passing)
-    items = (*lasting, *passing, ("allocator slack", slack))
-    return tuple(ByteItem(name=name, bytes=round(count)) for name, count in items)
-
-
-def peak_bytes(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> int:
+def peak_bytes(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    plan: MemoryPlan,
+    *,
+    multiprocessors: int = MOST_MULTIPROCESSORS,
+    records: int | None = None,
+) -> int:
     """The plan's peak."""
-    return sum(item.bytes for item in footprint(spec, facts, plan))
+    return sum(item.bytes for item in footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records))
 
 
 def estimate(
     spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, gpu_class: GpuClass, *, steps: int = 0
 ) -> Estimate:
     """The plan's peak held against what a class offers."""
-    items = footprint(spec, facts, plan)
+    items = footprint(spec, facts, plan, multiprocessors=gpu_class.multiprocessors)
     return Estimate(
         gpu_class=gpu_class.name,
         plan=plan,
@@ -99,90 +123,217 @@ def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     magnitudes = 1 if adapter.use_dora else 0
     each = sum(
         adapter.rank * (linear.inputs + linear.outputs) + magnitudes * linear.outputs
-        for linear in _targeted(adapter, facts)
+        for linear in targeted(adapter, linears(facts))
     )
     return each * facts.num_layers
 
 
-def _targeted(adapter: AdapterSpec, facts: ModelFacts) -> tuple[Linear, ...]:
-    """The matrices with an adapter; all of them where a target's name is not one of these."""
-    every = linears(facts)
-    if adapter.target_modules == "all-linear":
-        return every
-    wanted = {name.rsplit(".", 1)[-1] for name in adapter.target_modules}
-    unknown = wanted - {linear.name for linear in every}
-    return every if unknown else tuple(linear for linear in every if linear.name in wanted)
+def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
+    """Whether the trainer computes this model's layers by hand."""
+    return facts.model_type in FUSED_TYPES and not adapter.use_dora
 
 
-def _lasting(spec: QLoRAJobSpec, facts: ModelFacts) -> Iterator[tuple[str, float]]:
+# --- the parts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """All that the answer depends on: a search over plans asks the same again and again."""
+
+    adapter: AdapterSpec
+    optimizer: str
+    sequence_length: int
+    packing: bool
+    deterministic: bool
+    facts: ModelFacts
+    plan: MemoryPlan
+    multiprocessors: int
+    records: int | None
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.plan.micro_batch_size * self.sequence_length
+
+    @property
+    def stream(self) -> int:
+        """A tensor of [tokens, hidden]."""
+        return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters of the adapter."""
+        return adapter_parameters(self.adapter, self.facts)
+
+
+@lru_cache(maxsize=ANSWERS_KEPT)
+def _footprint(question: _Question) -> tuple[ByteItem, ...]:
+    lasting = tuple(_lasting(question))
+    peak = max(_instants(question), key=lambda instant: instant.total_bytes)
+    found = (
+        *lasting,
+        ("adapter gradients, bf16", peak.gradient_bytes),
+        ("activations kept for the backward pass", peak.kept_bytes),
+        (f"working set: {peak.name}", peak.working_bytes),
+    )
+    slack = SLACK_BYTES + SLACK_SHARE * sum(count for _, count in found)
+    return tuple(ByteItem(name=name, bytes=round(count)) for name, count in (*found, ("margin", slack)))
+
+
+def _lasting(question: _Question) -> Iterator[tuple[str, float]]:
     """What stays for as long as training does."""
-    h = facts.hidden_size
-    quantized = sum(linear.parameters for linear in linears(facts)) * facts.num_layers
-    yield "base weights, NF4", quantized * NF4_BYTES
-    tables = (1 if facts.tied_embeddings else 2) * facts.vocab_size * h
-    norms = (2 * facts.num_layers + 1) * h
-    yield "embeddings, head and norms, bf16", (tables + norms) * BF16_BYTES
-    trainable = adapter_parameters(spec.adapter, facts)
+    facts, trainable = question.facts, question.trainable
+    yield "base weights, NF4", facts.num_layers * sum(linear.weight_bytes for linear in linears(facts))
+    yield "embeddings, head and norms, bf16", _sixteen_bit_bytes(question)
     yield "adapter, bf16", trainable * BF16_BYTES
-    yield "adapter gradients, bf16", trainable * BF16_BYTES
-    yield "optimizer state", trainable * OPTIMIZER_BYTES[spec.training.optimizer]
+    yield "optimizer state", trainable * _state_bytes(question)
+    yield "cuBLAS workspaces", CUBLAS_BYTES
 
 
-def _passing(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> Iterator[tuple[str, float]]:
-    """What comes and goes with every micro-step."""
-    tokens = plan.micro_batch_size * spec.training.sequence_length
-    recomputed = min(plan.recompute_layers, facts.num_layers)
-    kept = facts.num_layers - recomputed
-    layer_bytes = tokens * _kept_bytes_a_token(spec.adapter, facts) + _mask_bytes(spec, plan)
-    yield "inputs of recomputed layers", recomputed * tokens * facts.hidden_size * BF16_BYTES
-    yield "activations of kept layers", kept * layer_bytes
-    yield "attention mask", _mask_bytes(spec, plan)
-    yield "working set", max(_layer_bytes(spec, facts, plan), _loss_bytes(facts, plan, tokens))
-    largest = max(linear.parameters for linear in linears(facts))
-    copies = DEQUANTIZED_COPIES * (2 if spec.adapter.use_dora else 1)  # DoRA also takes the norm of W + BA
-    yield "dequantization workspace", copies * largest * BF16_BYTES
+def _state_bytes(question: _Question) -> float:
+    """For each trainable parameter, in the allocator: what is paged moves out where the allocator wants the room."""
+    if not question.optimizer.startswith("paged") or question.trainable < LEAST_PAGED:
+        return OPTIMIZER_BYTES[question.optimizer]
+    return SCALE_BYTES if question.optimizer.endswith("8bit") else 0.0
 
 
-def _kept_bytes_a_token(adapter: AdapterSpec, facts: ModelFacts) -> int:
-    """What the backward pass of one layer needs of its forward pass.
+def _sixteen_bit_bytes(question: _Question) -> int:
+    facts = question.facts
+    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES)
+    tables = 1 if facts.tied_embeddings or "embeddings" in question.plan.offload else 2
+    norms = NORMS.get(facts.model_type, 2) * facts.num_layers + 1
+    return tables * table + norms * allocated(facts.hidden_size * BF16_BYTES)
 
-    Two norms keep an fp32 copy and their output (6 h), attention its output and the residual (2 h), q, k and v; the
-    gated MLP keeps gate, activation, up and their product (4 i).
+
+def _instants(question: _Question) -> Iterator[Instant]:
+    """Every moment that can be the peak. Within a kind of layers bytes grow or fall evenly, so the ends are enough."""
+    layers = _Layers.of(question)
+    facts, plan = question.facts, question.plan
+    shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
+    batch = shared + TOKEN_BYTES * question.tokens
+    table = layers.recomputed.gradients * facts.num_layers
+    before = table if plan.accumulation_steps > 1 else 0
+    offloaded = "activations" in plan.offload
+    for index in layers.ends():
+        held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
+        working = layers.at(index).forward_peak + batch + held
+        yield Instant(
+            name="a layer's forward pass", kept_bytes=layers.kept(index), gradient_bytes=before, working_bytes=working
+        )
+    everything = layers.kept(facts.num_layers)
+    working = _loss_bytes(question) + batch
+    yield Instant(name="loss", kept_bytes=everything, gradient_bytes=before, working_bytes=working)
+    for index in layers.ends():
+        done = before or layers.recomputed.gradients * (facts.num_layers - 1 - index)
+        working = layers.at(index).backward_peak + shared
+        yield Instant(
+            name="a layer's backward pass", kept_bytes=layers.kept(index), gradient_bytes=done, working_bytes=working
+        )
+    yield Instant(name="optimizer", kept_bytes=0, gradient_bytes=table, working_bytes=table)
+    yield Instant(name="loading", kept_bytes=0, gradient_bytes=0, working_bytes=_loading_bytes(question))
+
+
+def _loss_bytes(question: _Question) -> int:
+    """`qlora_trainer/loss.py`: the last hidden states as they are and normalized, their gradient, and logits.
+
+    The logits of a chunk are still there when the next one's are made.
     """
-    h, i = facts.hidden_size, facts.intermediate_size
-    q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
-    kept = (8 * h + 4 * i + q + 2 * kv) * BF16_BYTES
-    if decimal(adapter.dropout) > 0:  # each adapter keeps its own dropped input, and a mask of a byte an element
-        kept += sum(linear.inputs for linear in _targeted(adapter, facts)) * (BF16_BYTES + 1)
-    if adapter.use_dora:  # the scaled and the unscaled product
-        kept += 2 * sum(linear.outputs for linear in _targeted(adapter, facts)) * BF16_BYTES
-    return kept
+    chunk = min(question.plan.loss_chunk_tokens or question.tokens, question.tokens)
+    chunks = 2 if chunk < question.tokens else 1
+    logits = chunks * allocated(chunk * question.facts.vocab_size * BF16_BYTES)
+    return 3 * question.stream + logits + 2 * allocated(chunk * question.facts.hidden_size * BF16_BYTES)
 
 
-def _layer_bytes(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> int:
-    """The backward pass through one recomputed layer: its activations and their gradients.
-
-    Fitted from above to peaks measured at 8B (four lengths), 13B and 70B: their slopes over the tokens give
-    8 h + 7 i + 6 (q + 2 kv) elements a token; the attention kernel's fp32 sums are in the last term.
-    """
-    h, i = facts.hidden_size, facts.intermediate_size
-    q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
-    each = (8 * h + 7 * i + 6 * (q + 2 * kv)) * BF16_BYTES
-    plain = spec.adapter.model_copy(update={"dropout": "0", "use_dora": False})
-    each += _kept_bytes_a_token(spec.adapter, facts) - _kept_bytes_a_token(plain, facts)
-    return plan.micro_batch_size * spec.training.sequence_length * each + _mask_bytes(spec, plan)
+def _loading_bytes(question: _Question) -> int:
+    """PEFT makes the adapter in float32; embeddings leave the card after they were loaded."""
+    facts = question.facts
+    offloaded = "embeddings" in question.plan.offload and not facts.tied_embeddings
+    return question.trainable * (FP32_BYTES - BF16_BYTES) + (
+        allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if offloaded else 0
+    )
 
 
-def _loss_bytes(facts: ModelFacts, plan: MemoryPlan, tokens: int) -> int:
-    """The logits of one chunk in fp32, and the last hidden states with their gradient."""
-    chunk = min(plan.loss_chunk_tokens or tokens, tokens)
-    logits = chunk * facts.vocab_size * FP32_BYTES * LOGITS_COPIES
-    return logits + LOGITS_COPIES * tokens * facts.hidden_size * BF16_BYTES
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layers:
+    """The decoder's layers, of which the first so many recompute."""
+
+    count: int
+    recomputing: int
+    recomputed: LayerBytes
+    whole: LayerBytes
+
+    @classmethod
+    def of(cls, question: _Question) -> _Layers:
+        """The layers under the question's plan."""
+        recomputed, whole = _layer_bytes(_shape(question), "activations" in question.plan.offload)
+        count = question.facts.num_layers
+        recomputing = min(question.plan.recompute_layers, count)
+        return cls(count=count, recomputing=recomputing, recomputed=recomputed, whole=whole)
+
+    def ends(self) -> tuple[int, ...]:
+        """The first and the last layer of each kind."""
+        return tuple(sorted({0, max(0, self.recomputing - 1), min(self.recomputing, self.count - 1), self.count - 1}))
+
+    def at(self, index: int) -> LayerBytes:
+        """One layer's bytes."""
+        return self.recomputed if index < self.recomputing else self.whole
+
+    def kept(self, below: int) -> int:
+        """What the layers below one keep."""
+        recomputed = min(below, self.recomputing)
+        return recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
 
 
-def _mask_bytes(spec: QLoRAJobSpec, plan: MemoryPlan) -> int:
-    """The mask that keeps packed records apart: a bf16 bias for each pair of positions.
+@lru_cache(maxsize=ANSWERS_KEPT)
+def _layer_bytes(shape: FusedLayer | PlainLayer, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
+    """Of a layer that recomputes, and of one that keeps its activations."""
+    if isinstance(shape, FusedLayer):
+        return recomputed_layer(shape, offloaded=offloaded), kept_layer(shape)
+    return plain_layer(shape, recomputes=True), plain_layer(shape, recomputes=False)
 
-    The batch has one, and the attention of every layer keeps another for its backward pass.
-    """
-    return plan.micro_batch_size * spec.training.sequence_length**2 * BF16_BYTES if spec.training.packing else 0
+
+def _shape(question: _Question) -> FusedLayer | PlainLayer:
+    facts, adapter, tokens = question.facts, question.adapter, question.tokens
+    every = linears(facts)
+    adapted = targeted(adapter, every)
+    attention = _attention(question)
+    drops = decimal(adapter.dropout) > 0
+    if not is_fused(adapter, facts):
+        return PlainLayer(
+            tokens=tokens,
+            facts=facts,
+            adapted=adapted,
+            rank=adapter.rank,
+            drops=drops,
+            dora=adapter.use_dora,
+            attention=attention,
+        )
+    return FusedLayer(
+        tokens=tokens,
+        hidden=facts.hidden_size,
+        inner=facts.intermediate_size,
+        rank=adapter.rank,
+        drops=drops,
+        normalizes_heads=facts.model_type == "qwen3",
+        attention=attention,
+        qkv=group(("q_proj", "k_proj", "v_proj"), every, adapted),
+        output=group(("o_proj",), every, adapted),
+        gate_up=group(("gate_proj", "up_proj"), every, adapted),
+        down=group(("down_proj",), every, adapted),
+    )
+
+
+def _attention(question: _Question) -> Attention:
+    facts = question.facts
+    least = question.plan.micro_batch_size
+    most = max(least, question.tokens // SHORT_RECORD_TOKENS) if question.packing else least
+    return Attention(
+        tokens=question.tokens,
+        records=question.records or least,
+        most_records=question.records or most,
+        query_heads=facts.num_attention_heads,
+        key_heads=facts.num_key_value_heads,
+        head_size=facts.head_dim,
+        deterministic=question.deterministic,
+        multiprocessors=question.multiprocessors,
+    )

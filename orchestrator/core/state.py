@@ -89,6 +89,8 @@ TABLE: Mapping[JobState, Mapping[JobEvent, JobState]] = MappingProxyType(
     }
 )
 
+_ENDS: Mapping[Reason | None, JobState] = {Reason.SUCCEEDED: _S.SUCCEEDED, Reason.CANCELLED: _S.CANCELLED}
+"""Reason of the condition Finished -> the end that it stands for; every other reason is a failure."""
 TERMINAL_STATES: frozenset[JobState] = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELLED})
 GPU_STATES: frozenset[JobState] = frozenset({_S.STARTING, _S.TRAINING, _S.STOPPING})
 """Where a job has a GPU."""
@@ -129,11 +131,8 @@ def state_of(status: QLoRAJobStatus) -> JobState:
 
 def _terminal_state(status: QLoRAJobStatus) -> JobState:
     finished = status.condition(ConditionType.FINISHED)
-    if finished is not None and finished.status == "True":
-        return JobState.SUCCEEDED
-    if finished is not None and finished.reason is Reason.CANCELLED:
-        return JobState.CANCELLED
-    return JobState.FAILED
+    reason = finished.reason if finished is not None else None
+    return _ENDS.get(reason, JobState.FAILED)
 
 
 def _idle_state(status: QLoRAJobStatus) -> JobState:

@@ -30,7 +30,7 @@ CLIENT_STAGE = "team-a/client-train-1"
 INTRUDER_STAGE = "team-a/intruder-train-1"
 TRAINER = Path(__file__).with_name("fabric_trainer.py")
 TOKEN = "a-token-that-only-this-cluster-knows"
-TIMEOUT_SECONDS = 90.0
+TIMEOUT_SECONDS = 240.0
 PREEMPTED = 85
 
 

@@ -279,7 +279,7 @@ def test_describe_tells_the_whole_story(service: PaperService) -> None:
     for told in (
         "default/medical  Succeeded",
         "600 records in 64 sequences",
-        "24Gi: 20.",
+        "24Gi: 18.32 GiB of 21.50 GiB usable",
         "MLflow run    run-1 (FINISHED)",
         "models:/medical/3",
         "Finished   True",

@@ -108,7 +108,7 @@ SOURCES = {
     "kubelet": _kubernetes("kubelet"),
     "kube-proxy": _kubernetes("kube-proxy"),
     "kubectl": _kubernetes("kubectl", module="kubectl", package="qlora.dev/tools/kubectl"),
-    "coredns": Source(module="coredns", package="github.com/coredns/coredns"),
+    "coredns": Source(module="coredns", package="qlora.dev/tools/coredns"),
     "kwok": Source(module="kwok", package="sigs.k8s.io/kwok/cmd/kwok"),
     "helm": _helm(),
     "helm-unittest": Source(module="helm-unittest", package="github.com/helm-unittest/helm-unittest/cmd/helm-unittest"),

@@ -27,7 +27,7 @@ from orchestrator.settings import Settings
 from tests.adapters.builders import make_job
 
 FAKE_TRAINER = Path(__file__).parents[1] / "adapters" / "fake_trainer.py"
-TIMEOUT_SECONDS = 240.0
+TIMEOUT_SECONDS = 480.0
 
 pytestmark = pytest.mark.timeout(900)
 

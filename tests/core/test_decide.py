@@ -329,7 +329,7 @@ def test_one_failure_more_than_the_limit_fails_the_job_with_the_last_message() -
     status = decide_one(job, exited(job, 81, failure(Reason.TRANSIENT_ERROR, "the store said 503")))
     finished = status.condition(ConditionType.FINISHED)
     assert (finished.status, finished.reason, finished.message) == (
-        "False",
+        "True",
         Reason.BACKOFF_LIMIT_EXCEEDED,
         "3 failed attempts are more than backoffLimit 2; the last one: the store said 503",
     )
@@ -380,7 +380,7 @@ def test_out_of_memory_with_nothing_left_does_not_fit() -> None:
     status = status.model_copy(update={"estimate": status.estimate.model_copy(update={"plan": last})})
     job = make_job(status=status, vram="48Gi")
     failed = decide_one(job, exited(job, 82))
-    assert says(failed, ConditionType.FINISHED) == ("False", Reason.DOES_NOT_FIT)
+    assert says(failed, ConditionType.FINISHED) == ("True", Reason.DOES_NOT_FIT)
 
 
 def test_a_failed_jobs_run_is_failed_and_a_cancelled_ones_killed() -> None:
@@ -400,7 +400,7 @@ def test_a_failed_jobs_run_is_failed_and_a_cancelled_ones_killed() -> None:
 
 def test_cancelling_an_idle_job_ends_it() -> None:
     status = written(decide(snapshot(make_job(cancelled=True))))
-    assert says(status, ConditionType.FINISHED) == ("False", Reason.CANCELLED)
+    assert says(status, ConditionType.FINISHED) == ("True", Reason.CANCELLED)
     assert status.finish_time == NOW
 
 
@@ -413,7 +413,7 @@ def test_cancelling_a_running_job_stops_its_stage_first_and_ends_it_then() -> No
         StopStage(namespace="default", name="job-train-2", grace_seconds=120, reason=Reason.CANCELLED),
     )
     ended = written(decide(snapshot(stopping, stages=(exited(stopping, 85),))))
-    assert says(ended, ConditionType.FINISHED) == ("False", Reason.CANCELLED)
+    assert says(ended, ConditionType.FINISHED) == ("True", Reason.CANCELLED)
 
 
 def test_a_cancelled_attempt_whose_stage_was_never_created_creates_none() -> None:
@@ -504,7 +504,7 @@ def test_a_job_that_fits_no_class_waits_where_gpus_may_come_and_fails_where_they
     assert says(waiting, ConditionType.ADMITTED) == ("False", Reason.DOES_NOT_FIT)
     fixed = replace(POLICY, gpu_classes_are_fixed=True)
     failed = written(decide(snapshot(job, gpu_classes=small, policy=fixed)))
-    assert says(failed, ConditionType.FINISHED) == ("False", Reason.DOES_NOT_FIT)
+    assert says(failed, ConditionType.FINISHED) == ("True", Reason.DOES_NOT_FIT)
     none_yet = written(decide(snapshot(job, policy=fixed)))
     assert says(none_yet, ConditionType.ADMITTED) == ("False", Reason.WAITING_FOR_GPU)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.api.reasons import ExitCode
+from orchestrator.api.reasons import ConditionType, ExitCode, Reason
 from orchestrator.core.decide import decide
 from orchestrator.core.explain import explain
 from orchestrator.core.facts import Policy, WriteStatus
@@ -123,8 +123,11 @@ def test_in_any_story_the_invariants_hold_and_every_job_finishes_once_the_world_
     assert unfinished(world) == []
     assert world.stages == {}
     for job in world.jobs.values():
-        last = {"True": "FINISHED"}.get(job.status.conditions[-1].status)
-        expected = last or ("KILLED" if job.cancelled else "FAILED")
+        finished = job.status.condition(ConditionType.FINISHED)
+        assert finished is not None
+        assert finished.status == "True"
+        ends = {Reason.SUCCEEDED: "FINISHED", Reason.CANCELLED: "KILLED"}
+        expected = ends.get(finished.reason, "FAILED")
         assert job.status.mlflow.run_status in ({expected} if job.status.mlflow.run_id else {None})
 
 

@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cluster.binaries import BuildError, MissingProgramError, program
@@ -42,11 +44,19 @@ def main(arguments: list[str]) -> int:
     with (cache / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one cluster at a time; held until the tests have ended
         try:
-            _timed("programs", lambda: [program(name) for name in PROGRAMS])
+            _provide(cache)
         except (MissingProgramError, BuildError) as error:
             return _skip(str(error))
-        _timed("images", lambda: provide_images(cache))
         return _test(arguments, cache)
+
+
+def _provide(cache: Path) -> None:
+    """Programs and images at the same time: compilers compute while packages come over the network."""
+    with ThreadPoolExecutor() as pool:
+        programs = pool.submit(_timed, "programs", lambda: [program(name) for name in PROGRAMS])
+        images = pool.submit(_timed, "images", lambda: provide_images(cache))
+        programs.result()
+        images.result()
 
 
 def _test(arguments: list[str], cache: Path) -> int:
@@ -61,9 +71,9 @@ def _skip(problem: str) -> int:
     return 1 if os.environ.get("CI") else 0
 
 
-def _timed(what: str, step: object) -> None:
+def _timed(what: str, step: Callable[[], object]) -> None:
     started = time.monotonic()
-    step()  # type: ignore[operator]
+    step()
     print(f"{what} ready in {time.monotonic() - started:.1f} s", flush=True)
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ SERVICE_SUBNET = "10.96.0.0/16"
 API_SERVER = f"https://{ADDRESS}:6443"
 ETCD = "http://127.0.0.1:2379"
 REGISTRY_PORT = 5000
+S3 = f"http://{ADDRESS}:7070"
+S3_ACCESS, S3_SECRET, S3_REGION = "lab", "lab-secret", "us-east-1"
 START_SECONDS = 120.0
 LOGS_VARIABLE = "QLORA_E2E_LOGS"
 """A folder that gets the logs of everything at the end."""
@@ -64,6 +67,11 @@ class Lab:
     def kubeconfig(self) -> Path:
         """Of the administrator."""
         return self.folder / "admin.kubeconfig"
+
+    @property
+    def buckets(self) -> Path:
+        """The S3 server's disk."""
+        return self.folder / "buckets"
 
     def kubectl(self, *arguments: str, stdin: str | None = None, seconds: float = 120) -> str:
         """What a kubectl command prints; fails with what it says."""
@@ -114,6 +122,7 @@ def open_lab(cache: Path) -> Iterator[Lab]:
             clone_containerd(cache, folder / name / "containerd")
             lab.nodes[name] = _start_node(lab, name)
         _start_dns(lab)
+        _start_s3(lab)
         _wait_for_nodes(lab)
         yield lab
 
@@ -265,6 +274,23 @@ cluster.local:53 {{
     file = lab.folder / "Corefile"
     file.write_text(configuration)
     lab.start("coredns", [program("coredns"), "-conf", file])
+
+
+def _start_s3(lab: Lab) -> None:
+    """A server of the S3 protocol; its buckets are the folders in `lab.buckets`, its objects the files in them."""
+    lab.buckets.mkdir()
+    sidecar = lab.folder / "s3-metadata"  # not every file system keeps extended attributes
+    sidecar.mkdir()
+    account = [f"--access={S3_ACCESS}", f"--secret={S3_SECRET}", f"--region={S3_REGION}"]
+    where = [f"--port={ADDRESS}:7070", "posix", f"--sidecar={sidecar}", lab.buckets]
+    server = lab.start("versitygw", [program("versitygw"), *account, *where])
+    wait_until("the S3 server answers", lambda: _listens(7070), START_SECONDS, server)
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection((ADDRESS, port), timeout=5):
+        return True
+    return False
 
 
 def _wait_for_nodes(lab: Lab) -> None:

@@ -1,197 +1,84 @@
 """Real jobs on the cluster: the chart is installed, `kubectl apply` hands a job in, MLflow has the adapter.
 
-Everything is real but the cards: nodes say that they have a GPU of 24 GB, and the trainer trains on their CPUs.
+Two long jobs are the same but for their stores and their luck: `undisturbed` keeps its things on a claim; `disturbed`,
+on S3, goes through all that a cluster does to a job. In the end MLflow has the same bytes of both.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
-import yaml
 
-from tests.cluster.binaries import program
-from tests.e2e_cluster.images import CHART, CHECKOUT
-from tests.e2e_cluster.lab import NODES, Lab
+from tests.e2e_cluster.lab import Lab
+from tests.e2e_cluster.service import (
+    BUCKET,
+    SYSTEM,
+    TEAM,
+    WEIGHTS,
+    add_gpu,
+    drain,
+    evict,
+    finished,
+    install,
+    job,
+    kill_controllers,
+    logged_steps,
+    make_volumes,
+    mlflow_answer,
+    mlflow_runs,
+    queue,
+    reason_of,
+    registered_weights,
+    status_of,
+    succeeded,
+    until,
+    wait_for_training,
+)
 
-SYSTEM, TEAM, RELEASE = "qlora-system", "team-e2e", "qlora-orchestrator"
-EXAMPLE = CHECKOUT / "examples" / "medical-es"
-INSTALL_SECONDS, JOB_SECONDS = 300, 540
-MLFLOW_PORT = 5000
-SHARED_CLASS, MLFLOW_CLASS = "shared", "mlflow"
-VALUES = {
-    "image": {"pullPolicy": "IfNotPresent"},
-    "controller": {
-        "replicas": 2,
-        "settings": {
-            "TRAINER_THREADS": "1",
-            "MINIMUM_RUN_SECONDS": "0",
-            "PREEMPTION_COOLDOWN_SECONDS": "0",
-            "PROGRESS_INTERVAL_SECONDS": "2",
-        },
-    },
-    "jobs": {"namespaces": [TEAM]},
-    "store": {"pvc": {"storageClassName": SHARED_CLASS, "size": "1Gi"}},
-    "mlflow": {"storage": {"storageClassName": MLFLOW_CLASS, "size": "1Gi"}},
-}
+STEPS = 14
+"""Enough for four train stages that each do a step before something happens to them."""
+pytestmark = pytest.mark.timeout(2400)  # each wait within has a bound of its own
+CONTROLLERS = ("--namespace", SYSTEM, "--selector=app.kubernetes.io/component=controller")
 
 
 @pytest.fixture(scope="module")
 def volumes(lab: Lab) -> Path:
-    """Folders behind the persistent volumes; model and data are in one of them."""
+    """Folders behind the persistent volumes."""
     model = os.environ.get("QLORA_TEST_MODEL")
     if model is None:
         message = "set QLORA_TEST_MODEL to the folder that `make demo` made"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    folder = lab.folder / "volumes"
-    for name in ("store", "mlflow", "data"):
-        (folder / name).mkdir(parents=True)
-        (folder / name).chmod(0o777)
-    shutil.copytree(model, folder / "data" / "smollm2")
-    for file in EXAMPLE.glob("*.jsonl"):
-        shutil.copy(file, folder / "data")
-    for path in (folder / "data").rglob("*"):  # whoever made the model may have kept it to himself
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder
+    return make_volumes(lab, Path(model))
 
 
 @pytest.fixture(scope="module")
 def installed(lab: Lab, volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The chart, installed with Helm into namespaces where Pod Security `restricted` is enforced."""
-    for namespace in (SYSTEM, TEAM):
-        lab.make_namespace(namespace)
-    lab.apply(
-        volume("store", SHARED_CLASS, volumes / "store", "ReadWriteMany"),
-        volume("mlflow", MLFLOW_CLASS, volumes / "mlflow", "ReadWriteOnce"),
-        volume("data", "data", volumes / "data", "ReadWriteMany"),
-    )
-    lab.apply(claim("data", "data"), namespace=TEAM)
-    for node in NODES:
-        add_gpu(lab, node)
-    values = tmp_path_factory.mktemp("values") / "values.yaml"
-    values.write_text(yaml.safe_dump(VALUES))
-    helm(lab, "install", RELEASE, str(CHART), f"--values={values}", "--wait", f"--timeout={INSTALL_SECONDS}s")
+    """The chart, installed, and one GPU; node-2 gets another when a test needs it."""
+    add_gpu(lab, "node-1")
+    install(lab, volumes, tmp_path_factory.mktemp("values") / "values.yaml")
     yield
     for namespace in (SYSTEM, TEAM):
         lab.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
-def volume(name: str, storage_class: str, path: Path, mode: str) -> dict[str, Any]:
-    spec = {"capacity": {"storage": "1Gi"}, "accessModes": [mode], "storageClassName": storage_class}
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolume",
-        "metadata": {"name": name},
-        "spec": {**spec, "hostPath": {"path": str(path), "type": "Directory"}},
-    }
-
-
-def claim(name: str, storage_class: str) -> dict[str, Any]:
-    wanted = {"requests": {"storage": "1Gi"}}
-    spec = {"accessModes": ["ReadWriteMany"], "storageClassName": storage_class, "resources": wanted}
-    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
-
-
-def add_gpu(lab: Lab, node: str) -> None:
-    """What a device plugin and GPU Feature Discovery would say."""
-    lab.kubectl("label", "node", node, "nvidia.com/gpu.memory=24564", "--overwrite")
-    gpu = [
-        {"op": "add", "path": f"/status/{kind}/nvidia.com~1gpu", "value": "1"} for kind in ("capacity", "allocatable")
-    ]
-    lab.kubectl("patch", "node", node, "--subresource=status", "--type=json", f"--patch={json.dumps(gpu)}")
-
-
-def helm(lab: Lab, *arguments: str) -> str:
-    command = [str(program("helm")), *arguments, f"--namespace={SYSTEM}", f"--kubeconfig={lab.kubeconfig}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS + 60)
-    if done.returncode:
-        pods = lab.kubectl("get", "pods", "--all-namespaces", "--output=wide")
-        events = lab.kubectl("get", "events", "--namespace", SYSTEM, "--sort-by=.lastTimestamp")
-        raise AssertionError(f"helm {arguments[0]}: {done.stderr}\n{pods}\n{events[-4000:]}")
-    return done.stdout
-
-
-def job(name: str, steps: int = 6, **spec: Any) -> dict[str, Any]:
-    """The example's job, with model and data from a claim."""
-    document = yaml.safe_load((EXAMPLE / "job.yaml").read_text())
-    document["metadata"]["name"] = name
-    document["spec"]["model"]["source"] = "pvc://data/smollm2"
-    document["spec"]["dataset"]["source"] = "pvc://data/train.jsonl"
-    document["spec"]["dataset"]["evalSource"] = "pvc://data/heldout.jsonl"
-    document["spec"]["training"] |= {"maxSteps": steps, "sequenceLength": 256}
-    document["spec"]["evaluation"] = {"everySteps": steps}
-    document["spec"]["checkpoint"] = {"everySeconds": 3600}
-    document["spec"]["tracking"] = {"experiment": TEAM, "registeredModel": name}
-    return {**document, "spec": {**document["spec"], **spec}}
-
-
-def finish(lab: Lab, name: str) -> dict[str, Any]:
-    """Wait for a job as a user would; its status."""
-    over = "--for=jsonpath={.status.finishTime}"  # well or not
-    wait = ["wait", f"qj/{name}", over, f"--timeout={JOB_SECONDS}s", f"--namespace={TEAM}"]
-    try:
-        lab.kubectl(*wait, seconds=JOB_SECONDS + 30)
-    except (AssertionError, subprocess.TimeoutExpired) as error:
-        raise AssertionError(f"{error}\n{story(lab, name)}") from error
-    status: dict[str, Any] = lab.get(f"qj/{name}", f"--namespace={TEAM}")["status"]
-    assert condition_is(status, "Finished"), story(lab, name)
-    return status
-
-
-def story(lab: Lab, name: str) -> str:
-    """What there is to know about a job that did not come through."""
-    told = lab.kubectl("describe", f"qj/{name}", f"--namespace={TEAM}")
-    pods = lab.kubectl("get", "pods", f"--namespace={TEAM}", "--output=wide")
-    logs = lab.kubectl(
-        "logs", f"--namespace={SYSTEM}", "--selector=app.kubernetes.io/component=controller", "--tail=30"
-    )
-    return f"{told[-4000:]}\n{pods}\n{logs[-4000:]}"
-
-
-def until(what: str, holds: Callable[[], bool], seconds: float = JOB_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.5)
-
-
-def digest_in_store(volumes: Path, status: dict[str, Any]) -> str:
-    """Of the adapter's weights, as they lie on the volume."""
-    uri: str = status["adapterUri"]
-    path = volumes / "store" / uri.removeprefix("pvc://").partition("/")[2] / "adapter_model.safetensors"
-    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def mlflow_answer(lab: Lab, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What MLflow's own API says: asked by its pod's address, under the name that it knows itself by."""
-    pod = lab.get(f"pod/{RELEASE}-mlflow-0", f"--namespace={SYSTEM}")
-    url = f"http://{pod['status']['podIP']}:{MLFLOW_PORT}/api/2.0/mlflow/{path}"
-    headers = {"Content-Type": "application/json", "Host": f"{RELEASE}-mlflow.{SYSTEM}.svc:{MLFLOW_PORT}"}
-    request = Request(url, json.dumps(body).encode() if body is not None else None, headers)
-    with urlopen(request, timeout=30) as got:
-        return json.loads(got.read())
-
-
 @pytest.fixture(scope="module")
 def undisturbed(lab: Lab, installed: None) -> dict[str, Any]:
     """The status of a job that nobody disturbed."""
-    lab.apply(job("undisturbed"), namespace=TEAM)
-    return finish(lab, "undisturbed")
+    lab.apply(job("undisturbed", STEPS, store={"uri": "pvc://store/undisturbed"}), namespace=TEAM)
+    return succeeded(lab, "undisturbed")
 
 
 def test_a_job_goes_from_apply_to_the_registry(lab: Lab, volumes: Path, undisturbed: dict[str, Any]) -> None:
     status = undisturbed
     assert [attempt["stage"] for attempt in status["attempts"]] == ["prepare", "train", "publish"]
-    assert digest_in_store(volumes, status) == status["adapterDigest"]
+    folder = volumes / "store" / status["adapterUri"].removeprefix("pvc://store/")
+    assert digest(folder / WEIGHTS) == status["adapterDigest"]
+    assert sha256(registered_weights(lab, "undisturbed")) == status["adapterDigest"]
     run = mlflow_answer(lab, f"runs/get?run_id={status['mlflow']['runId']}")["run"]
     assert run["info"]["status"] == "FINISHED"
     version = mlflow_answer(lab, "model-versions/get?name=undisturbed&version=1")["model_version"]
@@ -209,48 +96,53 @@ def test_pods_of_stages_are_restricted_and_know_no_account(lab: Lab, undisturbed
         assert "/var/run/secrets/kubernetes.io/serviceaccount" not in mounts
 
 
-def test_an_evicted_job_whose_controller_is_killed_ends_with_the_same_adapter(
-    lab: Lab, volumes: Path, undisturbed: dict[str, Any]
-) -> None:
-    lab.apply(job("moved"), namespace=TEAM)
-    until("the first train stage trains", lambda: trains(lab, "moved", attempts=2))
-    pod = "moved-train-2"
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": TEAM}}
-    path = f"/api/v1/namespaces/{TEAM}/pods/{pod}/eviction"
-    lab.kubectl("create", f"--raw={path}", "--filename=-", stdin=json.dumps(eviction))
-    until("the second train stage trains", lambda: trains(lab, "moved", attempts=3))
-    lab.kubectl(
-        "delete", "pods", f"--namespace={SYSTEM}", "--selector=app.kubernetes.io/component=controller", "--force",
-        "--grace-period=0",
-    )  # fmt: skip
-    status = finish(lab, "moved")
-    assert status["evictions"] == {"Disrupted": 1}
-    assert [attempt["stage"] for attempt in status["attempts"]] == ["prepare", "train", "train", "publish"]
-    assert digest_in_store(volumes, status) == status["adapterDigest"] == undisturbed["adapterDigest"]
-    runs = mlflow_runs(lab, "moved")
-    assert [run["info"]["status"] for run in runs] == ["FINISHED"]
+def test_kubectl_wait_returns_for_a_job_that_fails(lab: Lab, installed: None) -> None:
+    broken = job("broken", STEPS)
+    broken["spec"]["dataset"] = {"source": "pvc://data/absent.jsonl", "format": "messages"}
+    lab.apply(broken, namespace=TEAM)
+    status = finished(lab, "broken")
+    assert reason_of(status, "Finished") == "UserError"
+    assert "absent.jsonl" in status["summary"]
 
 
-def trains(lab: Lab, name: str, attempts: int) -> bool:
-    """Whether the job's so-manieth attempt is at work and has done a step."""
-    status = lab.get(f"qj/{name}", f"--namespace={TEAM}").get("status", {})
-    if condition_is(status, "Finished"):
-        raise AssertionError(f"{name} finished too early: {status['summary']}")
-    pod = f"{name}-train-{attempts}"
-    if len(status.get("attempts", [])) != attempts:
-        return False
-    try:
-        return "step" in lab.kubectl("logs", f"--namespace={TEAM}", pod, "--container=trainer")
-    except AssertionError:
-        return False
+def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undisturbed: dict[str, Any]) -> None:
+    lab.apply(queue("urgent", hold=True), job("urgent", 1, priority=100, queue="urgent"), namespace=TEAM)
+    until(lab, "urgent", "it is prepared", lambda: reason_of(status_of(lab, "urgent"), "Prepared") is not None)
+    lab.apply(job("disturbed", STEPS), namespace=TEAM)
+    wait_for_training(lab, "disturbed", 1)
+    lab.apply(queue("urgent", hold=False))  # one GPU for two jobs
+    evict(lab, wait_for_training(lab, "disturbed", 2))
+    wait_for_training(lab, "disturbed", 3)
+    add_gpu(lab, "node-2")
+    drain(lab, "node-1")
+    pod = wait_for_training(lab, "disturbed", 4)
+    assert lab.get(f"pod/{pod}", f"--namespace={TEAM}")["spec"]["nodeName"] == "node-2"
+    killed = kill_controllers()
+    assert min(killed.values()) >= 1, killed
+    status = succeeded(lab, "disturbed")
+
+    assert status["evictions"] == {"Preempted": 1, "Disrupted": 2}
+    assert [attempt["stage"] for attempt in status["attempts"]] == ["prepare", *["train"] * 4, "publish"]
+    assert reason_of(succeeded(lab, "urgent"), "Evicted") is None
+    weights = lab.buckets / BUCKET / status["adapterUri"].removeprefix(f"s3://{BUCKET}/") / WEIGHTS
+    assert digest(weights) == status["adapterDigest"] == undisturbed["adapterDigest"]
+    assert registered_weights(lab, "disturbed") == registered_weights(lab, "undisturbed")
+    (run,) = mlflow_runs(lab, "disturbed")
+    assert run["info"]["status"] == "FINISHED"
+    assert logged_steps(lab, run["info"]["run_id"], "train/loss") == list(range(1, STEPS + 1))
+    restarts = [
+        container["restartCount"]
+        for pod in lab.get("pods", *CONTROLLERS)["items"]
+        for kind in ("containerStatuses", "initContainerStatuses")
+        for container in pod["status"].get(kind, [])
+    ]
+    assert sum(restarts) >= sum(killed.values())
+    lab.kubectl("uncordon", "node-1")
 
 
-def condition_is(status: dict[str, Any], kind: str) -> bool:
-    return any(each["type"] == kind and each["status"] == "True" for each in status.get("conditions", []))
+def digest(file: Path) -> str:
+    return sha256(file.read_bytes())
 
 
-def mlflow_runs(lab: Lab, name: str) -> list[dict[str, Any]]:
-    """The runs of a job."""
-    experiment = mlflow_answer(lab, f"experiments/get-by-name?experiment_name={TEAM}")["experiment"]["experiment_id"]
-    body = {"experiment_ids": [experiment], "filter": f"tags.`qlora.dev/job` = '{name}'"}
-    return mlflow_answer(lab, "runs/search", body).get("runs", [])
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()

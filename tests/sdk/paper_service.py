@@ -152,7 +152,7 @@ class PaperService:
     def fail(self, name: str = "medical", message: str = "line 7 of train.jsonl is not JSON") -> QLoRAJob:
         """Failed for good."""
         job = self.job(name)
-        failed = _condition(ConditionType.FINISHED, "False", Reason.USER_ERROR, message)
+        failed = _condition(ConditionType.FINISHED, "True", Reason.USER_ERROR, message)
         self.store.record_event(job, Event(reason=Reason.USER_ERROR, message=message, warning=True))
         return self.write(job, attempts=_ended(job), conditions=(failed,), finish_time=_now())
 

@@ -45,7 +45,7 @@ def test_loss_and_gradient_are_those_of_full_logits(
     head = Head(weight=weight, bias=bias if biased else None, scale=scale, softcap=softcap)
     expected_loss, expected_gradient = reference(hidden, targets, head, divisor=11.0)
     hidden.requires_grad_()
-    loss = cross_entropy(hidden, targets, head, chunk_tokens=chunk_tokens, divisor=11.0)
+    loss = cross_entropy(hidden, targets, head, chunk_tokens=chunk_tokens, scale=torch.tensor(1 / 11))
     loss.backward()
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(hidden.grad, expected_gradient)
@@ -56,7 +56,7 @@ def test_bfloat16_states_lose_no_more_than_their_own_rounding() -> None:
     head = Head(weight=weight)
     expected_loss, expected_gradient = reference(hidden.float(), targets, Head(weight=weight.float()), divisor=1000.0)
     hidden.requires_grad_()
-    loss = cross_entropy(hidden, targets, head, chunk_tokens=8, divisor=1000.0)
+    loss = cross_entropy(hidden, targets, head, chunk_tokens=8, scale=torch.tensor(1 / 1000))
     loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected_loss, rtol=5e-3, atol=0)
@@ -68,7 +68,7 @@ def test_the_gradient_that_comes_from_above_is_passed_on() -> None:
     hidden, weight, _, targets = make_inputs()
     _, expected = reference(hidden, targets, Head(weight=weight), divisor=1.0)
     hidden.requires_grad_()
-    (0.5 * cross_entropy(hidden, targets, Head(weight=weight), chunk_tokens=5, divisor=1.0)).backward()
+    (0.5 * cross_entropy(hidden, targets, Head(weight=weight), chunk_tokens=5, scale=torch.tensor(1.0))).backward()
     torch.testing.assert_close(hidden.grad, 0.5 * expected)
 
 
@@ -86,7 +86,7 @@ class WatchedHead(Head):
 def test_logits_exist_for_one_chunk_of_supervised_tokens_at_a_time() -> None:
     hidden, weight, _, targets = make_inputs()
     head = WatchedHead(weight=weight)
-    cross_entropy(hidden, targets, head, chunk_tokens=8, divisor=1.0)
+    cross_entropy(hidden, targets, head, chunk_tokens=8, scale=torch.tensor(1.0))
     assert max(head.asked) == 8
     assert sum(head.asked) == int((targets != IGNORED).sum()) < TOKENS
 
@@ -94,7 +94,9 @@ def test_logits_exist_for_one_chunk_of_supervised_tokens_at_a_time() -> None:
 def test_a_micro_batch_without_targets_costs_nothing_and_moves_nothing() -> None:
     hidden, weight, _, targets = make_inputs()
     hidden.requires_grad_()
-    loss = cross_entropy(hidden, torch.full_like(targets, IGNORED), Head(weight=weight), chunk_tokens=8, divisor=5.0)
+    loss = cross_entropy(
+        hidden, torch.full_like(targets, IGNORED), Head(weight=weight), chunk_tokens=8, scale=torch.tensor(1 / 5)
+    )
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad is not None

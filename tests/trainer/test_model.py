@@ -16,6 +16,7 @@ from qlora_trainer.attention import PackedAttention
 from qlora_trainer.batches import MicroBatch, collate
 from qlora_trainer.model import TrainingModel, add_adapter, load_base
 from qlora_trainer.outcome import UserError
+from qlora_trainer.replay import StepInputs
 from safetensors.torch import load_file
 from tiny_model import build_tiny_model, save_tokenizer, tiny_model
 from torch import Tensor
@@ -224,8 +225,8 @@ def test_tokens_of_one_record_do_not_move_another() -> None:
     changed = make_records(seed=7)[1]
     with torch.no_grad():
         model.eval()
-        one = model._hidden(batch := collate([first, second, third]), batch)
-        other = model._hidden(batch := collate([first, changed, third]), batch)
+        one = model._hidden(StepInputs.of(collate([first, second, third]), 0, 1.0, CPU))
+        other = model._hidden(StepInputs.of(collate([first, changed, third]), 0, 1.0, CPU))
     middle = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
     assert torch.equal(one[:, : middle.start], other[:, : middle.start])
     assert torch.equal(one[:, middle.stop :], other[:, middle.stop :])

@@ -129,7 +129,7 @@ class JobStore:
         `make_manifest` is called when all files are in place: the moment to check the fence. Files that the store
         already has in that folder, byte for byte, are left alone; otherwise the folder is replaced.
         """
-        files = tuple(_describe(path) for path in sorted(local.iterdir()))
+        files = tuple(describe_durably(path) for path in sorted(local.iterdir()))
         with self._trying(f"write {name} to"):
             if not self._has(name, files):
                 self._backend.remove(f"{name}/{MANIFEST_NAME}")
@@ -237,7 +237,7 @@ class JobStore:
         return None
 
 
-def _describe(path: Path) -> FileEntry:
+def describe_durably(path: Path) -> FileEntry:
     """Make a file durable and describe it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -314,7 +314,7 @@ class _FileSystem:
             os.fsync(file.fileno())
         target = self._root / name
         temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         folder.rmdir()
 
     def exists(self, name: str) -> bool:
@@ -328,7 +328,7 @@ class _FileSystem:
             path.unlink()
         else:
             return
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def folders(self, prefix: str) -> list[str]:
         parent = self._root / prefix
@@ -350,12 +350,12 @@ class _FileSystem:
                 (local / file_name).replace(staged / file_name)
             else:
                 _copy_durably(local / file_name, staged / file_name)
-        _sync_folder(staged)
+        sync_folder(staged)
         target = self._root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(target)
-        _sync_folder(target.parent)
-        _sync_folder(self._root)
+        sync_folder(target.parent)
+        sync_folder(self._root)
 
     def fetch(self, name: str, file_names: list[str], into: Path) -> Path:  # noqa: ARG002 - needs no copy
         return self._root / name
@@ -375,7 +375,7 @@ def _copy_durably(source: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -141,10 +141,7 @@ class Loop:
         total = torch.zeros((), device=self._model.device)
         for batch in batches:
             self.clock.enter("forward")
-            loss = self._model.loss(batch, divisor=supervised)
-            self.clock.enter("backward")
-            loss.backward()
-            total += loss.detach()
+            total += self._model.accumulate(batch, divisor=supervised, between=lambda: self.clock.enter("backward"))
             self._stop_inside_a_step_if_need_be()
         self.clock.enter("optimizer")
         norm = gradient_norm(self._parameters)

@@ -5,8 +5,9 @@ the logits of 16k tokens and their gradient take 8 GiB; here only `chunk_tokens`
 The head is frozen, so the gradient to the hidden states is all that backward needs, and it is computed right in the
 forward pass while a chunk's logits exist (Hsu et al., 2024, "Liger Kernel", section 3.2).
 
-Rules: positions without a target (`IGNORED`) cost nothing; the softmax is taken in float32 whatever the head's type;
-the sum is divided by what the caller says, because only it knows how many tokens of the global batch carry loss.
+Rules: positions without a target (`IGNORED`) cost nothing unless the caller lists them, and then they add nothing; the
+softmax is taken in float32 whatever the head's type; the sum is scaled by what the caller says, because only it knows
+how many tokens of the global batch carry loss.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Head:
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] of hidden states [tokens, hidden], neither scaled nor capped, in their type."""
-        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return ops.affine(hidden, self.weight, self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [tokens, vocabulary] of hidden states [tokens, hidden]."""
@@ -56,18 +57,18 @@ def cross_entropy(
     head: Head,
     *,
     chunk_tokens: int,
-    divisor: float,
+    scale: Tensor,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of hidden states [tokens, hidden] against targets [tokens], summed, over `divisor`; float32.
+    """Cross-entropy of hidden states [tokens, hidden] against targets [tokens], summed, times `scale`; float32.
 
-    `chunk_tokens` 0 takes all tokens at once. `positions`, of the targets that are not IGNORED, spares the wait for the
-    GPU that finding them takes.
+    `scale` is a float32 number on the hidden states' device. `chunk_tokens` 0 takes all tokens at once. `positions`, of
+    all targets that are not IGNORED, spares the wait for the GPU that finding them takes.
     """
     assert not head.weight.requires_grad, "the head must be frozen: its gradient is not computed"
     if positions is None:
         positions = (targets != IGNORED).nonzero().squeeze(1)
-    return _ChunkedCrossEntropy.apply(hidden, targets, positions, head, chunk_tokens, divisor)
+    return _ChunkedCrossEntropy.apply(hidden, targets, positions, head, chunk_tokens, scale)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -75,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, positions: Tensor, head: Head, chunk_tokens: int, divisor: float
+        ctx: Any, hidden: Tensor, targets: Tensor, positions: Tensor, head: Head, chunk_tokens: int, scale: Tensor
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -86,14 +87,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 targets[chunk],
                 scale=head.scale,
                 softcap=head.softcap,
-                gradient_scale=None if gradient is None else 1 / divisor,
+                gradient_scale=None if gradient is None else scale,
             )
             total += losses.sum()
             if gradient is not None:
-                gradient[chunk] = logits @ head.weight
+                gradient[chunk] = ops.product(logits, head.weight)
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total / divisor
+        return total * scale
 
     @staticmethod
     @once_differentiable

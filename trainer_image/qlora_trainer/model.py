@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,21 +37,28 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer import attention
 from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.decoder import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
 from qlora_trainer.kernels.hostmemory import HostEmbedding, InputStore
 from qlora_trainer.loss import Head, cross_entropy
 from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
 from qlora_trainer.outcome import UserError
+from qlora_trainer.quantized import QuantizedCache, UnfitEntry, entry_key, fill, tensors_of
+from qlora_trainer.replay import Replay, StepInputs
 
 COMPUTE_DTYPE = torch.bfloat16
 ADAPTER_NAME = "default"
@@ -63,28 +71,91 @@ log = logging.getLogger(__name__)
 
 def load_base(folder: Path, device: torch.device, packed_attention: attention.PackedAttention) -> PreTrainedModel:
     """The base of a Hugging Face model folder, frozen and quantized on the device."""
+    began = time.perf_counter()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     packed_attention.register()
     implementation = _attention_implementation(config)
     if (folder / RANDOM_WEIGHTS_NAME).is_file():
-        base = _random_base(config, implementation, device, seed=_random_seed(folder))
+        base, origin = _random_base(config, implementation, device, seed=_random_seed(folder)), "drawn at random"
     else:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            quantization_config=_quantization(),
-            dtype=COMPUTE_DTYPE,
-            device_map={"": str(device)},
-            attn_implementation=implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        base, origin = _checkpoint_base(folder, config, implementation, device)
     base.requires_grad_(False)
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
     _refuse_unquantized(base)
+    gib = sum(tensor.nbytes for _, tensor in tensors_of(base)) / 2**30
+    log.info("loaded %.1f GiB in %.1f s, %s", gib, time.perf_counter() - began, origin)
     return base
+
+
+def _checkpoint_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> tuple[PreTrainedModel, str]:
+    """The base and how it was had. What had to be quantized is kept at once, while nothing else needs card or disk."""
+    cache = QuantizedCache.from_environment()
+    if cache is None:
+        return _quantized_base(folder, config, implementation, device), "quantized"
+    key = entry_key(folder, device, _quantization().to_dict())
+    base = _cached_base(cache, key, folder, config, implementation, device)
+    if base is not None:
+        return base, "from the cache of quantized weights"
+    base = _quantized_base(folder, config, implementation, device)
+    _keep_cpu_weights_unpacked(base)
+    cache.write(key, tensors_of(base))
+    return base, "quantized"
+
+
+def _quantized_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> PreTrainedModel:
+    """Read through a memory map and quantized on the device, one tensor after the other."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        quantization_config=_quantization(),
+        dtype=COMPUTE_DTYPE,
+        device_map={"": str(device)},
+        attn_implementation=implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+
+
+def _cached_base(
+    cache: QuantizedCache, key: str, folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> PreTrainedModel | None:
+    tensors = cache.read(key, device)
+    if tensors is None:
+        return None
+    base, quantizer = _weightless_base(folder, config, implementation, device)
+    try:
+        fill(base, tensors)
+        if any(parameter.is_meta for parameter in base.parameters()):
+            base.tie_weights()  # an entry holds tied weights once
+        if unfilled := [name for name, tensor in tensors_of(base) if tensor.is_meta]:
+            raise UnfitEntry(f"it lacks {unfilled[0]}")
+    except UnfitEntry as error:
+        log.warning("the cached quantized weights do not fit, and are not used: %s", error)
+        return None
+    quantizer.postprocess_model(base)
+    return base
+
+
+def _weightless_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> tuple[PreTrainedModel, HfQuantizer]:
+    """What `from_pretrained` builds before it reads weights, and the rest of what it leaves on a model."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
+    quantizer = AutoHfQuantizer.from_config(_quantization())
+    quantizer.preprocess_model(base, device_map={"": str(device)})
+    base.config.quantization_config = quantizer.quantization_config
+    base.config.name_or_path = str(folder)
+    base.hf_quantizer = quantizer
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return base.eval(), quantizer
 
 
 def _quantization() -> BitsAndBytesConfig:
@@ -103,6 +174,8 @@ def _attention_implementation(config: PreTrainedConfig) -> str:
     # Only transformers' plain implementation squashes attention logits, and some architectures know no other.
     if getattr(text, "attn_logit_softcapping", None) or not architecture._supports_sdpa:
         return "eager"
+    if not architecture._supports_attention_backend:  # it looks its attention up in a table of its own
+        return "sdpa"
     layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
     return attention.NAME if layer_types <= CHECKED_LAYER_TYPES else "sdpa"
 
@@ -152,6 +225,8 @@ def _random_base(config: PreTrainedConfig, implementation: str, device: torch.de
             base.set_submodule(name, _random_layer(module, device, generator))
         elif type(module).__name__.endswith("RotaryEmbedding"):
             base.set_submodule(name, type(module)(config).to(device))
+        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _fill_buffers(base, module, device)
     for name, parameter in list(base.named_parameters()):
         if parameter.is_meta:
             values = torch.ones(parameter.shape, dtype=COMPUTE_DTYPE, device=device)
@@ -162,6 +237,13 @@ def _random_base(config: PreTrainedConfig, implementation: str, device: torch.de
     base.tie_weights()
     base.is_loaded_in_4bit = True  # as transformers' own loading marks it, for PEFT
     return base
+
+
+def _fill_buffers(base: PreTrainedModel, module: torch.nn.Module, device: torch.device) -> None:
+    """Constants such as Gemma's scale of embeddings, which no checkpoint holds: transformers fills them itself."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, torch.empty_like(buffer, device=device))
+    base._init_weights(module)
 
 
 def _random_layer(linear: torch.nn.Linear, device: torch.device, generator: torch.Generator) -> bnb.nn.Linear4bit:
@@ -251,6 +333,7 @@ class TrainingModel:
         if self._fused is None:
             self._go_without_fused_layers()
         self._host_embedding = self._offloaded_embedding() if "embeddings" in plan.offload else None
+        self._replay = self._make_replay()
 
     def train(self) -> None:
         """Dropout and noise on."""
@@ -280,34 +363,50 @@ class TrainingModel:
 
     def loss(self, batch: MicroBatch, *, divisor: float) -> Tensor:
         """Summed cross-entropy of the micro-batch's targets, over `divisor`."""
-        on_device = batch.to(self.device)
-        hidden = self._hidden(batch, on_device)
-        targets = on_device.targets.flatten()
-        return cross_entropy(
-            hidden.flatten(0, 1),
-            targets,
-            self._head,
-            chunk_tokens=self._plan.loss_chunk_tokens,
-            divisor=divisor,
-            positions=on_device.supervised,
-        )
+        inputs = StepInputs.of(batch, draw_seed(), divisor, self.device)
+        if self._replay is None:
+            return self._loss(inputs)
+        return self._replay.make_room(lambda: self._loss(inputs))
+
+    def accumulate(self, batch: MicroBatch, *, divisor: float, between: Callable[[], None] = lambda: None) -> Tensor:
+        """`loss`, whose gradients are added to the adapter's; `between` is called between both passes.
+
+        The answer is good until the next call.
+        """
+        if self._replay is not None and self._replay.takes(batch):
+            return self._replay.run(batch, divisor, between)
+        loss = self.loss(batch, divisor=divisor)
+        between()
+        loss.backward()
+        return loss.detach()
 
     def linear_weights(self) -> int:
         """Weights that every token is multiplied with: the quantized layers and the head."""
         layers = _quantized_layers(self.base).values()
         return sum(layer.in_features * layer.out_features for layer in layers) + self._head.weight.numel()
 
-    def _hidden(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
+    def _loss(self, inputs: StepInputs) -> Tensor:
+        return cross_entropy(
+            self._hidden(inputs).flatten(0, 1),
+            inputs.batch.targets.flatten(),
+            self._head,
+            chunk_tokens=self._plan.loss_chunk_tokens,
+            scale=inputs.scale,
+            positions=inputs.batch.supervised,
+        )
+
+    def _hidden(self, inputs: StepInputs) -> Tensor:
+        batch, on_device = inputs.host, inputs.batch
         self._attention.expect(batch, on_device.record_starts)
         if self._fused is not None:
-            self._fused.begin(draw_seed())
+            self._fused.begin(inputs.seed)
         noisy = self._neftune_alpha > 0 and self.peft_model.training
         if noisy or self._host_embedding is not None:
             embedded = self._embedded(batch, on_device)
-            inputs = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
+            tokens = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
         else:
-            inputs = {"input_ids": on_device.input_ids}
-        answer = self._decoder(**inputs, position_ids=on_device.position_ids, use_cache=False)
+            tokens = {"input_ids": on_device.input_ids}
+        answer = self._decoder(**tokens, position_ids=on_device.position_ids, use_cache=False)
         return answer.last_hidden_state.to(self._head.weight.dtype)  # some architectures end in float32
 
     def _embedded(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
@@ -322,10 +421,16 @@ class TrainingModel:
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[None, :, None].to(embedded.dtype)
 
     def _go_without_fused_layers(self) -> None:
-        self._fused = None
+        self._fused = self._replay = None
         if "activations" in self._plan.offload:
             raise UserError(f"activations of {type(self.base).__name__} cannot be offloaded; choose another plan")
         set_recompute(self._decoder, self._plan.recompute_layers)
+
+    def _make_replay(self) -> Replay | None:
+        """CUDA graphs, where everything between tokens and gradients runs on the card and draws nothing there."""
+        if self._fused is None or self._plan.offload or self._neftune_alpha > 0 or not ops.can_be_captured(self.device):
+            return None
+        return Replay(list(self._saved.values()), self._loss, draw_seed)
 
     def _offloaded_embedding(self) -> HostEmbedding | None:
         table = self.base.get_input_embeddings()
@@ -361,7 +466,7 @@ class TrainingModel:
     def _check_fused_layers(self, fused: FusedDecoder, batch: MicroBatch) -> None:
         """Hold each layer against the untouched one; go back to those if one is off."""
         with fused.compared() as differences:
-            self._hidden(batch, batch.to(self.device))
+            self._hidden(StepInputs.of(batch, 0, 1.0, self.device))
         odd = [layer for layer, difference in enumerate(differences) if not difference <= LARGEST_DIFFERENCE]
         if odd:
             log.warning(
@@ -374,7 +479,7 @@ class TrainingModel:
             self._go_without_fused_layers()
 
     def _logits(self, batch: MicroBatch) -> Tensor:
-        return self._head.logits(self._hidden(batch, batch.to(self.device))[0])
+        return self._head.logits(self._hidden(StepInputs.of(batch, 0, 1.0, self.device))[0])
 
 
 def _probe(tokens: range) -> tuple[Any, Any, Any]:

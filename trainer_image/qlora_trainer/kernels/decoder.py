@@ -49,13 +49,13 @@ class FusedDecoder:
 
     def __init__(self, store: InputStore | None) -> None:
         self._store = store
-        self._seed: int | None = None
+        self._seed: Tensor | None = None
         self._bypassed = False
         self._differences: list[float] | None = None
         self._taken_over: list[Module] = []
         self._run: Run | None = None
 
-    def begin(self, seed: int | None) -> None:
+    def begin(self, seed: Tensor) -> None:
         """A micro-batch begins; its adapters' dropout is drawn from the seed."""
         self._seed = seed
         self._run = None

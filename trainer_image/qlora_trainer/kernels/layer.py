@@ -29,7 +29,6 @@ from qlora_trainer.kernels.linears import Dropout, LinearGroup
 
 MLP_TILE_TOKENS = 8192
 """Enough for matrix products at full speed."""
-SEEDS = 1 << 63
 TILE_SEED = 0x9E3779B1
 """Odd, so that no two tiles of up to 2^32 tokens share the low bits of a seed."""
 
@@ -41,8 +40,8 @@ class Run:
     cos: Tensor
     sin: Tensor
     """[tokens, head size]"""
-    seed: int | None
-    """Of the adapters' dropout; None: nothing is dropped."""
+    seed: Tensor | None
+    """int64: of the adapters' dropout; None: nothing is dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +157,9 @@ class FusedLayer:
         query, key, value = self._turned(qkv, run)
         answer, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
         answer = answer.reshape(len(x), -1)
-        middle, output_low = self._output.forward(answer, self._dropout(run, 1))
+        middle, output_low = self._output.forward(answer, self._dropout(run, 1), residual=x)
         attended = Attended(qkv=qkv, answer=answer, logsumexp=logsumexp, qkv_low=qkv_low, output_low=output_low)
-        return middle.add_(x), attended
+        return middle, attended
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Heads [tokens, heads, size]: queries and keys together, and values."""
@@ -181,8 +180,8 @@ class FusedLayer:
 
     def _mlp(self, middle: Tensor, run: Run) -> tuple[Tensor, Gated]:
         gate_up, gate_up_low = self._gate_up.forward(self._middle_norm(middle), self._dropout(run, 2))
-        out, down_low = self._down.forward(ops.swiglu(gate_up), self._dropout(run, 3))
-        return out.add_(middle), Gated(gate_up=gate_up, gate_up_low=gate_up_low, down_low=down_low)
+        out, down_low = self._down.forward(ops.swiglu(gate_up), self._dropout(run, 3), residual=middle)
+        return out, Gated(gate_up=gate_up, gate_up_low=gate_up_low, down_low=down_low)
 
     def _mlp_in_tiles(self, middle: Tensor, run: Run) -> Tensor:
         tiles = list(_tiles(len(middle)))
@@ -195,11 +194,7 @@ class FusedLayer:
             gate_up = self._gate_up.forward(normalized, self._dropout(run, 2, tile), gate_up_weight)[0]
             product = ops.swiglu(gate_up)
             del normalized, gate_up
-            torch.add(
-                middle[tile],
-                self._down.forward(product, self._dropout(run, 3, tile), down_weight)[0],
-                out=out[tile],
-            )
+            out[tile] = self._down.forward(product, self._dropout(run, 3, tile), down_weight, residual=middle[tile])[0]
         return out
 
     # --- backward
@@ -324,7 +319,7 @@ class FusedLayer:
         if run.seed is None or probability == 0.0:
             return None
         own = len(self._groups) * self._number + group
-        return Dropout(probability, (run.seed + own + tile.start * TILE_SEED) % SEEDS)
+        return Dropout(probability, run.seed, own + tile.start * TILE_SEED)
 
 
 class _LayerFunction(torch.autograd.Function):

@@ -21,7 +21,6 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.functional import linear
 
 from qlora_trainer.kernels import ops
 
@@ -31,7 +30,10 @@ class Dropout:
     """Which elements of an adapter's input are dropped."""
 
     probability: float
-    seed: int
+    seed: Tensor
+    """int64, of the whole micro-batch."""
+    number: int
+    """Added to the seed: the place in the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +105,14 @@ class LinearGroup:
             row += state.shape[0]
         return dense
 
-    def forward(self, x: Tensor, dropout: Dropout | None, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The outputs, side by side, and the rank-r product, which `adapter_gradients` needs."""
-        y = linear(x, self.weight() if weight is None else weight, self._biases)
+    def forward(
+        self, x: Tensor, dropout: Dropout | None, weight: Tensor | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs, side by side, and the rank-r product, which `adapter_gradients` needs.
+
+        `residual` is added to the outputs inside the matrix product, which spares a pass over both.
+        """
+        y = ops.affine(x, self.weight() if weight is None else weight, self._biases, residual)
         low = self.low(x, dropout)
         if low is not None:
             for adapter in self._adapters:
@@ -114,7 +121,7 @@ class LinearGroup:
 
     def low(self, x: Tensor, dropout: Dropout | None) -> Tensor | None:
         """The rank-r product of all adapters, [tokens, ranks]."""
-        return linear(_dropped(x, dropout), self._stacked_a()) if self._active() else None
+        return ops.affine(_dropped(x, dropout), self._stacked_a()) if self._active() else None
 
     def low_gradient(self, grad: Tensor) -> Tensor | None:
         """The gradient to the rank-r product, [tokens, ranks]: both other gradients need it."""
@@ -129,11 +136,12 @@ class LinearGroup:
         self, grad: Tensor, low_grad: Tensor | None, dropout: Dropout | None, weight: Tensor | None = None
     ) -> Tensor:
         """The gradient to `x`."""
-        answer = grad @ (self.weight() if weight is None else weight)
+        answer = ops.product(grad, self.weight() if weight is None else weight)
         if low_grad is not None and dropout is None:
             answer.addmm_(low_grad, self._stacked_a())
         elif low_grad is not None and dropout is not None:
-            ops.add_dropout_(answer, low_grad @ self._stacked_a(), dropout.probability, dropout.seed)
+            back = ops.product(low_grad, self._stacked_a())
+            ops.add_dropout_(answer, back, dropout.probability, dropout.seed, dropout.number)
         return answer
 
     def adapter_gradients(
@@ -142,10 +150,10 @@ class LinearGroup:
         """The gradients to A, stacked, and to each B; nothing where there is no adapter. See `split`."""
         if low is None or low_grad is None:
             return []
-        to_b = [grad[:, adapter.outputs].t() @ low[:, adapter.ranks] for adapter in self._adapters]
+        to_b = [ops.product(grad[:, adapter.outputs].t(), low[:, adapter.ranks]) for adapter in self._adapters]
         if self._scaling != 1.0:
             torch._foreach_mul_(to_b, self._scaling)
-        return [low_grad.t() @ _dropped(x, dropout), *to_b]
+        return [ops.product(low_grad.t(), _dropped(x, dropout)), *to_b]
 
     def split(self, gradients: list[Tensor]) -> list[Tensor | None]:
         """`adapter_gradients` in the order of `parameters`."""
@@ -181,4 +189,4 @@ def _stacked_biases(bases: Sequence[Module]) -> Tensor | None:
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
-    return x if dropout is None else ops.dropout(x, dropout.probability, dropout.seed)
+    return x if dropout is None else ops.dropout(x, dropout.probability, dropout.seed, dropout.number)

@@ -14,10 +14,30 @@ from types import ModuleType
 import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
+from torch.nn.functional import linear
 
 from qlora_trainer.kernels import torch_ops
 
 log = logging.getLogger(__name__)
+
+
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """The matrix product; on the CPU in float32.
+
+    torch's own product of bfloat16 matrices takes fifty times as long on CPUs without bfloat16 arithmetic.
+    """
+    return one @ other if one.is_cuda else (one.float() @ other.float()).to(one.dtype)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias + residual`; see `product`."""
+    if not x.is_cuda:
+        exact = linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return (exact if residual is None else exact.add_(residual)).to(x.dtype)
+    if residual is None:
+        return linear(x, weight, bias)
+    y = torch.addmm(residual, x, weight.t())
+    return y if bias is None else y.add_(bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -48,20 +68,25 @@ def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
     _of(grad).swiglu_backward_(grad, gate_up)
 
 
-def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
-    """`x` with elements zeroed and the rest scaled up; which ones depends on seed and place alone."""
-    return _of(x).dropout(x, probability, seed)
+def dropout(x: Tensor, probability: float, seed: Tensor, number: int) -> Tensor:
+    """`x` with elements zeroed and the rest scaled up; which ones depends on `seed + number` and place alone.
+
+    The seed is an int64 number on the device of `x`, so that a CUDA graph can be replayed with another.
+    """
+    return _of(x).dropout(x, probability, seed, number)
 
 
-def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: int) -> None:
+def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: Tensor, number: int) -> None:
     """`target += dropout(x)`: the gradient's way back through `dropout`."""
-    _of(x).add_dropout_(target, x, probability, seed)
+    _of(x).add_dropout_(target, x, probability, seed, number)
 
 
 def cross_entropy_(
-    logits: Tensor, targets: Tensor, *, scale: float, softcap: float | None, gradient_scale: float | None
+    logits: Tensor, targets: Tensor, *, scale: float, softcap: float | None, gradient_scale: Tensor | None
 ) -> Tensor:
-    """Cross-entropy of each row; with a `gradient_scale`, `logits` become the gradient times it.
+    """Cross-entropy of each row; with a `gradient_scale`, a number on the card, `logits` become the gradient times it.
+
+    A row with a negative target has no loss, and its gradient is zero.
 
     The loss is of `softcap * tanh(scale * logits / softcap)`; the gradient is to `logits` as they came.
     """
@@ -74,6 +99,11 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
     of.dequantize(packed, state, out)
 
 
+def can_be_captured(device: torch.device) -> bool:
+    """Whether these operations run on the card without asking the host for anything."""
+    return device.type == "cuda" and _triton() is not None
+
+
 def _of(tensor: Tensor) -> ModuleType:
     return (_triton() or torch_ops) if tensor.is_cuda else torch_ops
 
@@ -84,7 +114,8 @@ def _triton() -> ModuleType | None:
     try:
         from qlora_trainer.kernels import triton_ops
 
-        triton_ops.dropout(torch.ones(1, 8, device="cuda", dtype=torch.bfloat16), 0.5, 0)
+        ones = torch.ones(1, 8, device="cuda", dtype=torch.bfloat16)
+        triton_ops.dropout(ones, 0.5, torch.zeros((), dtype=torch.int64, device="cuda"), 0)
     except Exception as error:  # noqa: BLE001 - no compiler, no cache folder, an unknown card: torch does the work
         log.warning("training without Triton kernels, which is slower: %s", error)
         return None

@@ -50,14 +50,14 @@ def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
     grad.copy_(activated * up)
 
 
-def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
+def dropout(x: Tensor, probability: float, seed: Tensor, number: int) -> Tensor:
     """See `ops.dropout`."""
-    return x * _kept(x, probability, seed)
+    return x * _kept(x, probability, int(seed) + number)
 
 
-def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: int) -> None:
+def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: Tensor, number: int) -> None:
     """See `ops.add_dropout_`."""
-    target.add_(dropout(x, probability, seed))
+    target.add_(dropout(x, probability, seed, number))
 
 
 def _kept(x: Tensor, probability: float, seed: int) -> Tensor:
@@ -67,7 +67,7 @@ def _kept(x: Tensor, probability: float, seed: int) -> Tensor:
 
 
 def cross_entropy_(
-    logits: Tensor, targets: Tensor, scale: float, softcap: float | None, gradient_scale: float | None
+    logits: Tensor, targets: Tensor, scale: float, softcap: float | None, gradient_scale: Tensor | None
 ) -> Tensor:
     """See `ops.cross_entropy_`."""
     capped = logits.float() * scale
@@ -76,15 +76,16 @@ def cross_entropy_(
         squashed = torch.tanh(capped / softcap)
         capped, slope = softcap * squashed, 1 - squashed.square()
     log_normalizer = capped.logsumexp(dim=1, keepdim=True)
-    wanted = targets.unsqueeze(1)
-    losses = (log_normalizer - capped.gather(1, wanted)).squeeze(1)
+    counts = (targets >= 0).unsqueeze(1)
+    wanted = targets.clamp(min=0).unsqueeze(1)
+    losses = ((log_normalizer - capped.gather(1, wanted)) * counts).squeeze(1)
     if gradient_scale is not None:
         gradient = capped.sub_(log_normalizer).exp_()
         gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=gradient.dtype))
         if slope is not None:
             gradient *= slope
         # Scaled while it is float32: a factor of 1/tokens rounded to bfloat16 would bend every gradient.
-        logits.copy_(gradient.mul_(scale * gradient_scale))
+        logits.copy_(gradient.mul_(scale * gradient_scale * counts))
     return losses
 
 

@@ -172,11 +172,14 @@ def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
 # --- dropout
 
 
-@triton.jit(do_not_specialize=["seed", "elements"])
-def _dropout(x, out, elements, seed, threshold, scale, ADD: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["number", "elements"])
+def _dropout(
+    x, out, elements, seed, number, threshold, scale,
+    ADD: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Each call of the generator decides over eight elements, with 16 random bits for each."""
     counter = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, second, third, fourth = tl.randint4x(seed, counter)
+    first, second, third, fourth = tl.randint4x(tl.load(seed) + number, counter)
     start = tl.program_id(0).to(tl.int64) * BLOCK * LANES + tl.arange(0, BLOCK)
     for lane in tl.static_range(LANES):
         bits = first if lane < 2 else second if lane < 4 else third if lane < 6 else fourth
@@ -190,24 +193,24 @@ def _dropout(x, out, elements, seed, threshold, scale, ADD: tl.constexpr, LANES:
         tl.store(out + place, kept, mask=inside)
 
 
-def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
+def dropout(x: Tensor, probability: float, seed: Tensor, number: int) -> Tensor:
     """See `ops.dropout`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _drop(x, out, probability, seed, add=False)
+    _drop(x, out, probability, seed, number, add=False)
     return out
 
 
-def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: int) -> None:
+def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: Tensor, number: int) -> None:
     """See `ops.add_dropout_`."""
-    _drop(x, target, probability, seed, add=True)
+    _drop(x, target, probability, seed, number, add=True)
 
 
-def _drop(x: Tensor, out: Tensor, probability: float, seed: int, *, add: bool) -> None:
+def _drop(x: Tensor, out: Tensor, probability: float, seed: Tensor, number: int, *, add: bool) -> None:
     assert x.is_contiguous(), "dropout counts elements"
     assert out.is_contiguous(), "dropout counts elements"
     grid = (triton.cdiv(x.numel(), DROPOUT_BLOCK * DROPOUT_LANES),)
     threshold, scale = round(probability * 65536), 1 / (1 - probability)
-    _dropout[grid](x, out, x.numel(), seed, threshold, scale, ADD=add, LANES=DROPOUT_LANES, BLOCK=DROPOUT_BLOCK)
+    _dropout[grid](x, out, x.numel(), seed, number, threshold, scale, ADD=add, LANES=DROPOUT_LANES, BLOCK=DROPOUT_BLOCK)
 
 
 # --- cross-entropy
@@ -221,7 +224,8 @@ def _cross_entropy(
     row = tl.program_id(0).to(tl.int64)
     values = logits + row * stride
     target = tl.load(targets + row)
-    wanted = _capped(tl.load(values + target).to(tl.float32) * scale, softcap, CAPPED)
+    counts = target >= 0
+    wanted = _capped(tl.load(values + target, mask=counts, other=0.0).to(tl.float32) * scale, softcap, CAPPED)
     largest, total = -float("inf"), 0.0
     for start in range(0, width, BLOCK):
         place = start + tl.arange(0, BLOCK)
@@ -231,8 +235,9 @@ def _cross_entropy(
         total = total * tl.exp(largest - peak) + tl.sum(tl.exp(value - peak), 0)
         largest = peak
     log_normalizer = largest + tl.log(total)
-    tl.store(losses + row, log_normalizer - wanted)
+    tl.store(losses + row, tl.where(counts, log_normalizer - wanted, 0.0))
     if GRADIENT:
+        factor = tl.where(counts, tl.load(gradient_scale) * scale, 0.0)
         for start in range(0, width, BLOCK):
             place = start + tl.arange(0, BLOCK)
             raw = tl.load(values + place, mask=place < width, other=0.0)
@@ -240,7 +245,7 @@ def _cross_entropy(
             gradient = tl.exp(value - log_normalizer) - tl.where(place == target, 1.0, 0.0)
             if CAPPED:
                 gradient *= 1 - (value / softcap) * (value / softcap)
-            tl.store(values + place, (gradient * gradient_scale).to(raw.dtype), mask=place < width)
+            tl.store(values + place, (gradient * factor).to(raw.dtype), mask=place < width)
 
 
 @triton.jit
@@ -251,14 +256,14 @@ def _capped(value, softcap, CAPPED: tl.constexpr):
 
 
 def cross_entropy_(
-    logits: Tensor, targets: Tensor, scale: float, softcap: float | None, gradient_scale: float | None
+    logits: Tensor, targets: Tensor, scale: float, softcap: float | None, gradient_scale: Tensor | None
 ) -> Tensor:
     """See `ops.cross_entropy_`."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy[(len(logits),)](
         logits, logits.stride(0), targets, losses, logits.shape[1], scale, softcap or 1.0,
-        scale * (gradient_scale or 0.0), CAPPED=softcap is not None, GRADIENT=gradient_scale is not None,
-        BLOCK=VOCABULARY_BLOCK, num_warps=8,
+        losses if gradient_scale is None else gradient_scale, CAPPED=softcap is not None,
+        GRADIENT=gradient_scale is not None, BLOCK=VOCABULARY_BLOCK, num_warps=8,
     )  # fmt: skip
     return losses
 

@@ -1,0 +1,103 @@
+"""The config.json of published models, as far as bytes depend on it, for `benchmarks.sizing`.
+
+Written from the models' own configs. A name ends in the size that the model is published under.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_GATED = {"hidden_act": "silu", "attention_dropout": 0.0}
+_LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_GATED}
+_MISTRAL: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **_GATED}
+_QWEN2: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **_GATED}
+_QWEN3: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, **_GATED}
+_PHI3: dict[str, Any] = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", **_GATED}
+_GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+
+
+def _shape(
+    hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int, *, tied: bool = False
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {**_LLAMA, **_shape(256, 512, 4, 4, 2, 1024)},
+    "smollm2-135m": {**_LLAMA, **_shape(576, 1536, 30, 9, 3, 49152, tied=True)},
+    "llama-3.2-1b": {**_LLAMA, **_shape(2048, 8192, 16, 32, 8, 128256, tied=True)},
+    "llama-3.1-8b": {**_LLAMA, **_shape(4096, 14336, 32, 32, 8, 128256)},
+    "llama-2-13b": {**_LLAMA, **_shape(5120, 13824, 40, 40, 40, 32000)},
+    "llama-65b": {**_LLAMA, **_shape(8192, 22016, 80, 64, 64, 32000)},
+    "llama-3.1-70b": {**_LLAMA, **_shape(8192, 28672, 80, 64, 8, 128256)},
+    "mistral-7b": {**_MISTRAL, **_shape(4096, 14336, 32, 32, 8, 32768), "head_dim": 128, "sliding_window": None},
+    "mistral-small-24b": {
+        **_MISTRAL, **_shape(5120, 32768, 40, 32, 8, 131072), "head_dim": 128, "sliding_window": 4096,
+    },
+    "qwen2.5-0.5b": {**_QWEN2, **_shape(896, 4864, 24, 14, 2, 151936, tied=True)},
+    "qwen2.5-7b": {**_QWEN2, **_shape(3584, 18944, 28, 28, 4, 152064)},
+    "qwen2.5-32b": {**_QWEN2, **_shape(5120, 27648, 64, 40, 8, 152064)},
+    "qwen3-0.6b": {**_QWEN3, **_shape(1024, 3072, 28, 16, 8, 151936, tied=True)},
+    "qwen3-8b": {**_QWEN3, **_shape(4096, 12288, 36, 32, 8, 151936)},
+    "gemma-2-2b": {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 256, "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
+        **_shape(2304, 9216, 26, 8, 4, 256000), **_GEMMA,
+    },
+    "gemma-3-1b": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 256, "sliding_window": 512,
+        "query_pre_attn_scalar": 256, **_shape(1152, 6912, 26, 4, 1, 262144), **_GEMMA,
+    },
+    "phi-3-mini-3.8b": {**_PHI3, **_shape(3072, 8192, 32, 32, 32, 32064), "sliding_window": 2047},
+    "phi-4-14b": {**_PHI3, **_shape(5120, 17920, 40, 40, 10, 100352), "sliding_window": None},
+    "olmo-2-7b": {
+        "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", **_GATED,
+        **_shape(4096, 11008, 32, 32, 32, 100352),
+    },
+    "granite-3.1-8b": {
+        "architectures": ["GraniteForCausalLM"], "model_type": "granite", **_GATED, "logits_scaling": 16.0,
+        "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125,
+        **_shape(4096, 12800, 40, 32, 8, 49155, tied=True),
+    },
+    "falcon-7b": {
+        "architectures": ["FalconForCausalLM"], "model_type": "falcon", "multi_query": True, "parallel_attn": True,
+        "new_decoder_architecture": False, "bias": False, "alibi": False, "attention_dropout": 0.0,
+        "hidden_dropout": 0.0, **_shape(4544, 18176, 32, 71, 71, 65024, tied=True),
+    },
+    "pythia-6.9b": {
+        "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "hidden_act": "gelu", "rotary_pct": 0.25,
+        "use_parallel_residual": True, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+        **_shape(4096, 16384, 32, 32, 32, 50432),
+    },
+    "starcoder2-7b": {
+        "architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh",
+        "use_bias": True, "sliding_window": 4096, "attention_dropout": 0.0, "residual_dropout": 0.0,
+        "embedding_dropout": 0.0, **_shape(4608, 18432, 32, 36, 4, 49152, tied=True),
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_GATED, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1,
+        **_shape(2048, 6144, 48, 32, 4, 151936),
+    },
+}  # fmt: skip
+"""By name."""
+
+
+def config(name: str, layers: int | None = None) -> dict[str, Any]:
+    """A model's config, cut to so many layers if they are given."""
+    found = dict(CONFIGS[name])
+    if layers is not None:
+        found["num_hidden_layers"] = layers
+    return found

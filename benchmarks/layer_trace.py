@@ -1,0 +1,401 @@
+"""Traces what a decoder layer of transformers takes, and writes it as the table that `orchestrator/core/plain` reads.
+
+    python -m benchmarks.layer_trace [--write] [--families granite ...]
+
+A model of three layers is built on fake tensors of a GPU that need not be there (`FakeTensorMode`), as the trainer
+builds it: NF4 layers, PEFT's adapters, packed attention, recompute. One training step runs over it while every
+allocation and every release is written down; the middle layer's part is cut out. The same step on other widths tells
+which widths each allocation is a product of. What is left is, for each instant that can be the layer's peak, a sum of
+such products.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+import weakref
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from qlora_trainer import attention as packed
+from qlora_trainer.batches import collate
+from qlora_trainer.model import COMPUTE_DTYPE, _attention_implementation, add_adapter, set_recompute
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from benchmarks.architectures import CONFIGS
+from benchmarks.report import argument_parser
+from orchestrator.api.job import AdapterSpec
+
+FAMILIES = {
+    "phi3": "phi-3-mini-3.8b",
+    "gpt_neox": "pythia-6.9b",
+    "starcoder2": "starcoder2-7b",
+    "granite": "granite-3.1-8b",
+    "olmo2": "olmo-2-7b",
+    "gemma2": "gemma-2-2b",
+    "gemma3_text": "gemma-3-1b",
+    "llama": "llama-3.1-8b",
+}
+"""Model types that are traced, and a model of each."""
+LAYERS, MIDDLE = 3, 1
+TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "core" / "plain_layers.json"
+DEVICE = "cpu"
+"""Of the fake tensors: autograd refuses a GPU that is not there. What a GPU does otherwise is done by hand below."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Sizes that no product of others equals by chance."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head: int
+    rank: int
+
+    def symbols(self, hidden: int) -> dict[str, int]:
+        """By the letter that the table uses."""
+        query, key = self.heads * self.head, self.key_heads * self.head
+        return {
+            "t": self.tokens, "h": hidden, "i": self.inner, "q": query, "k": key, "r": self.rank, "n": self.heads,
+            "d": self.head, "p": query + 2 * key,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """An allocation (`number` is new), a release, or a mark."""
+
+    kind: str
+    number: int = -1
+    size: int = 0
+    name: str = ""
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down when storages come to be and when they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self._numbers: dict[int, int] = {}
+        self._count = 0
+
+    def mark(self, name: str) -> None:
+        """A place in the list of events."""
+        self.events.append(Event(kind="mark", name=name))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
+                self._see(tensor.untyped_storage(), str(func))
+        return found
+
+    def _see(self, storage: Any, name: str) -> None:
+        key = storage._cdata
+        if key in self._numbers:
+            return
+        self._numbers[key] = self._count
+        self.events.append(Event(kind="take", number=self._count, size=storage.nbytes(), name=name))
+        weakref.finalize(storage, self._drop, key)
+        self._count += 1
+
+    def _drop(self, key: int) -> None:
+        self.events.append(Event(kind="drop", number=self._numbers.pop(key)))
+
+
+def trace(model: str, widths: Widths, *, recomputes: bool, dropout: bool) -> list[Event]:
+    """The events of a training step."""
+    config = _config(model, widths)
+    recorder = Recorder()
+    AttentionInterface.register(packed.NAME, _Flash(recorder))
+    base = _base(config)
+    adapter = AdapterSpec(rank=widths.rank, dropout="0.05" if dropout else "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_model = add_adapter(base, adapter, seed=0)
+    ids = np.arange(widths.tokens, dtype=np.int32) % 5
+    batch = collate([(ids, ids, np.arange(widths.tokens, dtype=np.int32))])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _move_to_card(base)
+        peft_model.train()
+        decoder = base.get_decoder()
+        set_recompute(decoder, LAYERS if recomputes else 0)
+        _mark_layers(decoder, recorder)
+        with recorder, mock.patch("torch.nn.functional.dropout", _Dropout.apply_to):
+            hidden = decoder(
+                input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
+            ).last_hidden_state
+            hidden.sum().backward()
+            del hidden
+    return recorder.events
+
+
+class _Flash:
+    """Flash attention: what it keeps and gives. The workspace of its backward pass is `core/flash`'s."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __call__(
+        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, None]:
+        parts = (part[0].transpose(0, 1) for part in (query, key, value))
+        return _FlashFunction.apply(*parts, self._recorder).unsqueeze(0), None
+
+
+class _FlashFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: Recorder) -> Tensor:
+        answer = torch.empty(query.shape, dtype=query.dtype, device=DEVICE)
+        ctx.recorder = recorder
+        ctx.save_for_backward(query, key, value, answer, torch.empty(query.shape[1], len(query), device=DEVICE))
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        found = tuple(torch.empty(part.shape, dtype=part.dtype, device=DEVICE) for part in (query, key, value))
+        ctx.recorder.events.append(Event(kind="flash"))
+        del grad
+        return *found, None
+
+
+class _Dropout(torch.autograd.Function):
+    """As on a GPU: a mask of a byte for each element."""
+
+    @staticmethod
+    def apply_to(x: Tensor, p: float = 0.5, training: bool = True, *_: Any) -> Tensor:
+        """In the place of `torch.nn.functional.dropout`."""
+        return _Dropout.apply(x) if training and p > 0 else x
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool, device=DEVICE))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        return torch.empty_like(grads[0])
+
+
+class _Product(torch.autograd.Function):
+    """What bitsandbytes' `MatMul4Bit` does on a GPU, allocation by allocation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: TracedLinear) -> Tensor:
+        ctx.layer = layer
+        return torch.nn.functional.linear(x, layer.dense(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.matmul(grads[0], ctx.layer.dense()), None
+
+
+class TracedLinear(bnb.nn.Linear4bit):
+    """A 4-bit layer whose weights are nowhere: they only take room while they are dense."""
+
+    def dense(self) -> Tensor:
+        """Scales first, as bitsandbytes' `dequantize_4bit` has it, then the weights."""
+        scales = torch.empty(self.in_features * self.out_features // 64, device=DEVICE)
+        weights = torch.empty(self.out_features, self.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
+        del scales
+        return weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Linear4bit.forward`."""
+        return _Product.apply(x, self)
+
+
+def _hidden(model: str, widths: Widths) -> int:
+    """Most architectures split the hidden size into heads; some give heads a size of their own."""
+    return widths.hidden if "head_dim" in CONFIGS[model] else widths.heads * widths.head
+
+
+def _base(config: Any) -> Any:
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=COMPUTE_DTYPE, attn_implementation=_attention_implementation(config)
+        )
+    head = base.get_output_embeddings()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            layer = TracedLinear(
+                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=COMPUTE_DTYPE,
+                quant_type="nf4", device="meta",
+            )  # fmt: skip
+            base.set_submodule(name, layer)
+    base.requires_grad_(False)
+    base.is_loaded_in_4bit = True
+    return base
+
+
+def _move_to_card(base: Any) -> None:
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, bnb.nn.Params4bit):
+                fresh = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
+                module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
+
+
+def _config(model: str, widths: Widths) -> Any:
+    own = {
+        **CONFIGS[model],
+        "num_hidden_layers": LAYERS,
+        "hidden_size": _hidden(model, widths),
+        "intermediate_size": widths.inner,
+        "num_attention_heads": widths.heads,
+        "num_key_value_heads": widths.key_heads,
+        "vocab_size": 97,
+    }
+    if "head_dim" in own:
+        own["head_dim"] = widths.head
+    if "query_pre_attn_scalar" in own:
+        own["query_pre_attn_scalar"] = widths.head
+    return AutoConfig.for_model(**own)
+
+
+def _mark_layers(decoder: Any, recorder: Recorder) -> None:
+    for index in (MIDDLE - 1, MIDDLE, MIDDLE + 1):
+        layer = decoder.layers[index]
+        layer.register_forward_pre_hook(lambda *_, i=index: recorder.mark(f"forward {i}"))
+        layer.register_forward_hook(lambda _m, _a, out, i=index: _on_gradient(out, recorder, f"backward {i}"))
+
+
+def _on_gradient(out: Any, recorder: Recorder, name: str) -> None:
+    tensor = out[0] if isinstance(out, tuple) else out
+    if tensor.requires_grad:
+        tensor.register_hook(lambda _: recorder.mark(name))
+
+
+# --- from sizes to products of widths
+
+
+Polynomial = dict[str, float]
+"""Bytes for each product of widths: `{"th": 2}` is 2 bytes x tokens x hidden size."""
+PRODUCTS = (
+    *("th", "ti", "tq", "tk", "tp", "tr", "ttn", "tt", "tn", "td", "t"),
+    *("hi", "hh", "hq", "hk", "hp", "rh", "ri", "rq", "rk", "rp", "h", "i", "q", "k", "p", "r", ""),
+)
+SMALL_BYTES = 4096
+"""What is smaller whatever the widths is left to the margin."""
+SAMPLES = (
+    Widths(tokens=2018, hidden=576, inner=1376, heads=8, key_heads=2, head=64, rank=11),
+    Widths(tokens=1213, hidden=384, inner=1984, heads=6, key_heads=3, head=80, rank=23),
+    Widths(tokens=3011, hidden=720, inner=1152, heads=10, key_heads=5, head=64, rank=37),
+)
+
+
+def polynomial(sizes: tuple[int, ...], values: list[dict[str, int]]) -> Polynomial:
+    """The product of widths that has these sizes on the samples; raises ValueError where there is none."""
+    if max(sizes) <= SMALL_BYTES:
+        return {}
+    for product in PRODUCTS:
+        factors = {size / value[product] for size, value in zip(sizes, values, strict=True)}
+        if max(factors) - min(factors) < 1e-9 * max(factors):
+            return {product: min(factors)}
+    for one, other in combinations(PRODUCTS, 2):
+        matrix = np.array([[value[one], value[other]] for value in values], dtype=float)
+        found, *_ = np.linalg.lstsq(matrix, np.array(sizes, dtype=float), rcond=None)
+        if np.allclose(matrix @ found, sizes, rtol=1e-9) and min(found) > 0:
+            return {one: round(float(found[0]), 6), other: round(float(found[1]), 6)}
+    raise ValueError(f"no product of widths has the sizes {sizes}")
+
+
+def _values(model: str, widths: Widths) -> dict[str, int]:
+    symbols = widths.symbols(_hidden(model, widths))
+    return {product: int(np.prod([symbols[letter] for letter in product], dtype=np.int64)) for product in PRODUCTS}
+
+
+def table(model: str, *, recomputes: bool, dropout: bool) -> dict[str, Any]:
+    """What a layer keeps, and the instants of both passes that can be its peak."""
+    traces = [trace(model, widths, recomputes=recomputes, dropout=dropout) for widths in SAMPLES]
+    assert len({len(events) for events in traces}) == 1, "the widths change what is computed"
+    takes = [[event for event in events if event.kind == "take"] for events in traces]
+    sizes = {events[0].number: tuple(e.size for e in events) for events in zip(*takes, strict=True)}
+    values = [_values(model, widths) for widths in SAMPLES]
+    polynomials = {number: polynomial(found, values) for number, found in sizes.items()}
+    stream = {"th": 2.0}
+    forward = _segment(traces[0], polynomials, f"forward {MIDDLE}", f"forward {MIDDLE + 1}", stream)
+    kept = _sum(forward[-1][1], stream, -1)
+    backward = _segment(traces[0], polynomials, f"backward {MIDDLE}", f"backward {MIDDLE - 1}", _sum(kept, stream, 1))
+    return {"kept": kept, "forward": _largest(forward), "backward": _largest(backward)}
+
+
+Moment = tuple[bool, Polynomial]
+"""Whether flash attention's backward pass is at work, and what is alive."""
+
+
+def _segment(
+    events: list[Event], polynomials: dict[int, Polynomial], first: str, last: str, start: Polynomial
+) -> list[Moment]:
+    names = [event.name for event in events]
+    live, moments = start, [(False, start)]
+    for event in events[names.index(first) : names.index(last) + 1]:
+        if event.kind == "take":
+            live = _sum(live, polynomials[event.number], 1)
+        elif event.kind == "drop":
+            live = _sum(live, polynomials[event.number], -1)
+        moments.append((event.kind == "flash", live))
+    return moments
+
+
+def _sum(one: Polynomial, other: Polynomial, sign: int) -> Polynomial:
+    found = {key: round(one.get(key, 0) + sign * other.get(key, 0), 6) for key in {*one, *other}}
+    return {key: found[key] for key in sorted(found) if found[key]}
+
+
+def _largest(moments: list[Moment]) -> list[Moment]:
+    """Those that no other exceeds in every product."""
+    distinct = list({json.dumps(moment): moment for moment in moments}.values())
+    return [one for one in distinct if not any(other is not one and _exceeds(other, one) for other in distinct)]
+
+
+def _exceeds(one: Moment, other: Moment) -> bool:
+    products = {*one[1], *other[1]}
+    return one[0] >= other[0] and all(one[1].get(product, 0) >= other[1].get(product, 0) for product in products)
+
+
+def main() -> None:
+    """Print or write the tables."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--write", action="store_true", help="write orchestrator/core/plain_layers.json")
+    arguments = parser.parse_args()
+    tables: dict[str, Any] = {}
+    for family in arguments.families:
+        tables[family] = {
+            f"{'recomputed' if recomputes else 'kept'}, {'dropped' if dropout else 'whole'}": table(
+                FAMILIES[family], recomputes=recomputes, dropout=dropout
+            )
+            for recomputes in (False, True)
+            for dropout in (False, True)
+        }
+        print(family, {key: len(entry["backward"]) for key, entry in tables[family].items()}, file=sys.stderr)
+    lines = (f'"{family}": {json.dumps(entry)}' for family, entry in tables.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    if arguments.write:
+        TABLES_PATH.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

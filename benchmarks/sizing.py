@@ -1,0 +1,483 @@
+"""Peak memory and step time of many jobs on one GPU: the rows that `orchestrator/core/sizing` is held against.
+
+    python -m benchmarks.sizing --rows FILE [--seconds 540] [--models llama-3.1-8b ...] [--parts cut whole lora16]
+
+Every row is a job that the trainer's own code ran with random weights: base in NF4, adapter, check, an evaluation
+where the case has one, two or three optimizer steps. Parts: `cut`, models of published width and two or four layers
+under plans drawn from a seed per model; `whole`, models with all their layers under the allocator's cap of a GPU
+class; `lora16`, the same adapter on a 16-bit base, computed by transformers and PEFT, as what QLoRA is compared with.
+
+A row is written as soon as it is known, a failure too, and the order mixes models, so a run that is cut short by its
+time is still balanced. Where `peak_allocated_bytes` was taken, the process had nothing of the cases before: gradients,
+optimizer state, cuBLAS' workspaces and the allocator's cache are dropped in between.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.architectures import CONFIGS, config
+from benchmarks.report import argument_parser, circumstances
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ["QLORA_ALLOW_RANDOM_WEIGHTS"] = "1"
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from qlora_trainer import runtime
+from qlora_trainer.attention import PackedAttention
+from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.loop import clip, gradient_norm
+from qlora_trainer.model import TrainingModel, add_adapter, load_base
+from qlora_trainer.optimizer import AdapterOptimizer
+from qlora_trainer.outcome import UserError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from orchestrator.api.job import AdapterSpec, TrainingSpec
+from orchestrator.api.plan import MemoryPlan
+
+GIB = 1 << 30
+CUT_LAYERS = (4, 2)
+CASES_A_ROUND = (6, 5)
+"""Of a model with four layers. The first ones are repeated with two, which shows that bytes grow by the layer."""
+REPEATED_WITH_FEWER_LAYERS = 3
+SEQUENCES = (512, 1024, 2048, 2048, 4096, 4096, 8192, 8192, 16384, 16384, 32768)
+RANKS = (8, 16, 16, 32, 64, 64, 128)
+OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit")
+MOST_TOKENS = 32768
+LONG_TOKENS = 16384
+"""From here on a step is timed once."""
+FUSED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One job: everything that a row is predicted from, but the model."""
+
+    adapter: AdapterSpec
+    training: TrainingSpec
+    plan: MemoryPlan
+    records: int = 1
+    """In each row of a micro-batch, equally long."""
+    evaluation: bool = False
+    cap_gib: float = 0.0
+
+    def to_wire(self) -> dict[str, object]:
+        """JSON types."""
+        return {
+            "adapter": self.adapter.to_wire(),
+            "training": self.training.to_wire(),
+            "plan": self.plan.to_wire(),
+            "records": self.records,
+            "evaluation": self.evaluation,
+            "cap_gib": self.cap_gib,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Cases on one model, which is loaded once for them."""
+
+    model: str
+    layers: int
+    cases: tuple[Case, ...]
+    part: str
+
+
+def main() -> None:
+    """Run what fits into the time."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--rows", type=Path, required=True, help="file that gets a JSON line for every row")
+    parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--models", nargs="*", default=[name for name in CONFIGS if name != "tiny"])
+    parser.add_argument("--parts", nargs="*", default=["cut", "whole", "lora16"])
+    arguments = parser.parse_args()
+    bench = Bench(arguments.rows, deadline=time.monotonic() + arguments.seconds)
+    for group in groups(arguments.models, arguments.parts):
+        if bench.out_of_time():
+            print("out of time", file=sys.stderr, flush=True)
+            break
+        bench.run(group)
+
+
+# --- what is measured
+
+
+def groups(models: list[str], parts: list[str]) -> Iterator[Group]:
+    """All groups in their order: a first round over every model, whole models, the 16-bit base, a second round."""
+    first, second = ([], []) if "cut" not in parts else _rounds(models)
+    yield from first
+    if "whole" in parts:
+        yield from (group for group in WHOLE if group.model in models)
+    if "lora16" in parts:
+        yield from (group for group in LORA16 if group.model in models)
+    yield from second
+
+
+def _rounds(models: list[str]) -> tuple[list[Group], list[Group]]:
+    rounds: tuple[list[Group], list[Group]] = ([], [])
+    for model in models:
+        cases = list(_drawn(model, sum(CASES_A_ROUND)))
+        first, second = cases[: CASES_A_ROUND[0]], cases[CASES_A_ROUND[0] :]
+        repeated = tuple(first[:REPEATED_WITH_FEWER_LAYERS])
+        rounds[0].append(Group(model=model, layers=CUT_LAYERS[0], cases=tuple(first), part="cut"))
+        rounds[1].append(Group(model=model, layers=CUT_LAYERS[1], cases=repeated, part="cut"))
+        rounds[1].append(Group(model=model, layers=CUT_LAYERS[0], cases=tuple(second), part="cut"))
+    for order in rounds:
+        random.Random(0).shuffle(order)
+    return rounds
+
+
+def _drawn(model: str, count: int) -> Iterator[Case]:
+    """Plans and hyperparameters from a seed per model; each value of a list comes up about equally often."""
+    draw = random.Random(model)
+    sequences, ranks, optimizers = (_dealt(draw, values) for values in (SEQUENCES, RANKS, OPTIMIZERS))
+    for number in range(count):
+        sequence, rank, optimizer = next(sequences), next(ranks), next(optimizers)
+        micro_batch = draw.choice([size for size in (1, 1, 1, 2, 4) if size * sequence <= MOST_TOKENS])
+        accumulation = draw.choice((1, 2))
+        recompute = draw.choice((0, 0, 2, 1024, 1024, 1024))
+        few = draw.random() < 0.15
+        yield Case(
+            adapter=AdapterSpec(
+                rank=rank,
+                dropout=draw.choice(("0", "0.05")),
+                target_modules=_few_targets(model) if few else "all-linear",
+                use_dora=number == count - 1,
+            ),
+            training=TrainingSpec(
+                sequence_length=sequence,
+                global_batch_size=micro_batch * accumulation,
+                optimizer=optimizer,
+                deterministic=draw.random() < 0.75,
+            ),
+            plan=MemoryPlan(
+                micro_batch_size=micro_batch,
+                accumulation_steps=accumulation,
+                recompute_layers=recompute,
+                offload=_offload(draw, model, recompute),
+                loss_chunk_tokens=draw.choice((1024, 1024, 1024, 512, 4096)),
+            ),
+            records=draw.choice((1, 1, 4)),
+            evaluation=draw.random() < 0.3,
+        )
+
+
+def _dealt(draw: random.Random, values: tuple[Any, ...]) -> Iterator[Any]:
+    while True:
+        yield from draw.sample(values, len(values))
+
+
+def _offload(draw: random.Random, model: str, recompute: int) -> tuple[Any, ...]:
+    of = CONFIGS[model]
+    fused, tied = of["model_type"] in FUSED, of["tie_word_embeddings"]
+    activations = ("activations",) if fused and recompute and draw.random() < 0.3 else ()
+    return (*activations, *(("embeddings",) if not tied and draw.random() < 0.3 else ()))
+
+
+def _few_targets(model: str) -> tuple[str, ...]:
+    kind = CONFIGS[model]["model_type"]
+    fused = {"phi3": ("qkv_proj",), "falcon": ("query_key_value",), "gpt_neox": ("query_key_value",)}
+    return fused.get(kind, ("q_proj", "v_proj"))
+
+
+def _plain_case(*, rank: int, cap_gib: float = 0.0, recompute: int = 1024, sequence: int = 2048, **plan: Any) -> Case:
+    return Case(
+        adapter=AdapterSpec(rank=rank, dropout="0.05"),
+        training=TrainingSpec(sequence_length=sequence, global_batch_size=2, optimizer="paged_adamw_32bit"),
+        plan=MemoryPlan(micro_batch_size=1, accumulation_steps=2, recompute_layers=recompute, **plan),
+        cap_gib=cap_gib,
+    )
+
+
+def _whole(model: str, *cases: Case, part: str = "whole") -> Group:
+    return Group(model=model, layers=CONFIGS[model]["num_hidden_layers"], cases=cases, part=part)
+
+
+CAP_24, CAP_48 = 21.5, 44.0
+WHOLE = (
+    _whole("llama-2-13b", _plain_case(rank=64, cap_gib=CAP_24), _plain_case(rank=64, cap_gib=CAP_24, recompute=20)),
+    _whole("llama-3.1-70b", _plain_case(rank=16, cap_gib=CAP_48)),
+    _whole("llama-65b", _plain_case(rank=16, cap_gib=CAP_48)),
+    _whole("llama-3.1-8b", _plain_case(rank=16, cap_gib=CAP_24), _plain_case(rank=64, recompute=0)),
+    _whole("smollm2-135m", _plain_case(rank=16), _plain_case(rank=128, recompute=0, sequence=8192)),
+    _whole("qwen2.5-7b", _plain_case(rank=16, cap_gib=CAP_24, sequence=8192)),
+    _whole("qwen3-8b", _plain_case(rank=16, cap_gib=CAP_24, sequence=4096)),
+    _whole("gemma-2-2b", _plain_case(rank=16, cap_gib=CAP_24)),
+    _whole("olmo-2-7b", _plain_case(rank=16, cap_gib=CAP_24)),
+)
+LORA16 = (
+    _whole("llama-2-13b", _plain_case(rank=64), _plain_case(rank=64, recompute=0), part="lora16"),
+    _whole("llama-3.1-8b", _plain_case(rank=16), _plain_case(rank=16, recompute=0), part="lora16"),
+)
+
+
+# --- measuring
+
+
+class Bench:
+    """The card, the file of rows, and one model at a time."""
+
+    def __init__(self, rows: Path, *, deadline: float) -> None:
+        self._device = runtime.set_up(threads=os.cpu_count() or 1, deterministic=True)
+        self._rows = rows
+        self._deadline = deadline
+        self._circumstances = circumstances()
+        self._attention = PackedAttention()
+        rows.parent.mkdir(parents=True, exist_ok=True)
+
+    def out_of_time(self) -> bool:
+        """Whether the budget is spent."""
+        return time.monotonic() > self._deadline
+
+    def run(self, group: Group) -> None:
+        """Every case of a group, as far as time allows."""
+        began = time.perf_counter()
+        self._fresh()
+        base: PreTrainedModel | None = None
+        try:
+            base = self._load(group)
+            loaded = {
+                "base_bytes": _allocated(self._device),
+                "load_seconds": round(time.perf_counter() - began, 2),
+            }
+        except Exception as error:  # noqa: BLE001 - a model that cannot be built is a row, like all else
+            self._write(group, None, {"error": _words(error)})
+            return
+        for case in group.cases:
+            if self.out_of_time():
+                return
+            figures = self._measured(base, group, case)
+            self._write(group, case, {**loaded, **figures})
+
+    def _load(self, group: Group) -> PreTrainedModel:
+        self._cap(0.0)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "config.json").write_text(json.dumps(config(group.model, group.layers)))
+            (folder / "random_weights.json").write_text(json.dumps({"seed": 0}))
+            if group.part == "lora16":
+                return self._load_in_16_bits(folder)
+            return load_base(folder, self._device, self._attention)
+
+    def _load_in_16_bits(self, folder: Path) -> PreTrainedModel:
+        own = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with self._device:
+            base = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16, attn_implementation="sdpa")
+        base.config.use_cache = False
+        return base.requires_grad_(False)
+
+    def _measured(self, base: PreTrainedModel, group: Group, case: Case) -> dict[str, object]:
+        torch.use_deterministic_algorithms(case.training.deterministic and group.part != "lora16")
+        kind = SixteenBitJob if group.part == "lora16" else Job
+        job = kind(base, case, self._attention, self._device)
+        self._fresh()
+        self._cap(case.cap_gib)
+        figures: dict[str, object] = {}
+        try:
+            figures = job.measure()
+        except UserError as error:
+            figures = {"refused": str(error)}
+        except Exception as error:  # noqa: BLE001 - running out of memory is a row, and so is everything unforeseen
+            figures = {"error": _words(error)}
+        figures |= self._peaks()
+        job.leave()
+        del job
+        self._fresh()
+        table = base.get_input_embeddings()
+        table.weight.data = table.weight.data.to(self._device)  # where the case had moved it to the host
+        return figures
+
+    def _cap(self, gib: float) -> None:
+        if self._device.type == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(gib * GIB / total if gib else 1.0)
+
+    def _fresh(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peaks(self) -> dict[str, object]:
+        if self._device.type != "cuda":
+            return {}
+        torch.cuda.synchronize()
+        return {
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+
+    def _write(self, group: Group, case: Case | None, figures: dict[str, object]) -> None:
+        row = {
+            "part": group.part,
+            "model": group.model,
+            "config": config(group.model, group.layers),
+            **(case.to_wire() if case is not None else {}),
+            **figures,
+            "multiprocessors": _multiprocessors(),
+            **self._circumstances,
+        }
+        with self._rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(group.part, group.model, group.layers, json.dumps(figures)[:400], file=sys.stderr, flush=True)
+
+
+class Job:
+    """A case in the trainer's own hands."""
+
+    def __init__(self, base: PreTrainedModel, case: Case, attention: PackedAttention, device: torch.device) -> None:
+        self._base, self._case, self._device = base, case, device
+        self._attention = attention
+        self._random = np.random.RandomState(0)
+        self._peft_model: PeftModel | None = None
+
+    def measure(self) -> dict[str, object]:
+        """Add the adapter, check, evaluate where asked, train."""
+        self._peft_model = add_adapter(self._base, self._case.adapter, seed=0)
+        self._model = TrainingModel(self._peft_model, self._case.plan, self._attention, 0.0)
+        built = _allocated(self._device)
+        self._model.check()
+        checked = _allocated(self._device)
+        self._optimizer = AdapterOptimizer(self._model.trainable(), self._case.training)
+        self._parameters = [parameter for _, parameter in self._model.trainable()]
+        if self._case.evaluation:
+            self._evaluate()
+        tokens = self._case.training.sequence_length * self._case.plan.micro_batch_size
+        steps = [self._step() for _ in range(2 if tokens >= LONG_TOKENS else 3)]
+        return {
+            "fused": self._model._fused is not None,
+            "with_adapter_bytes": built,
+            "after_check_bytes": checked,
+            "between_steps_bytes": _allocated(self._device),
+            "paged_bytes": self._optimizer.paged_bytes(),
+            "first_step_seconds": round(steps[0][0], 4),
+            "step_seconds": round(median(seconds for seconds, _ in steps[1:]), 5),
+            "loss": round(steps[-1][1], 4),
+        }
+
+    def leave(self) -> None:
+        """Give the base back as it was."""
+        for module in self._base.modules():
+            module.__dict__.pop("forward", None)
+        if self._peft_model is not None:
+            self._peft_model.unload()
+            self._base.__dict__.pop("peft_config", None)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        self._model.eval()
+        float(self._model.loss(self._batch(), divisor=1.0))
+
+    def _step(self) -> tuple[float, float]:
+        """As the loop makes it: seconds and loss."""
+        batches = [self._batch() for _ in range(self._case.plan.accumulation_steps)]
+        began = time.perf_counter()
+        self._model.train()
+        total = torch.zeros((), device=self._model.device)
+        for batch in batches:
+            loss = self._model.accumulate(batch, divisor=float(sum(len(b.supervised) for b in batches)))
+            total += loss
+        norm = gradient_norm(self._parameters)
+        answer = total.item()
+        clip(self._parameters, norm.item(), 0.3)
+        self._optimizer.step(1e-4)
+        return time.perf_counter() - began, answer
+
+    def _batch(self) -> MicroBatch:
+        """Rows of equal records, every token but a record's last of which carries loss."""
+        sequence, records = self._case.training.sequence_length, self._case.records
+        places = np.arange(sequence, dtype=np.int32) % (sequence // records)
+        vocabulary = self._base.config.vocab_size
+        rows = [
+            self._random.randint(5, vocabulary, size=sequence).astype(np.int32)
+            for _ in range(self._case.plan.micro_batch_size)
+        ]
+        return collate([(ids, ids, places) for ids in rows])
+
+
+class SixteenBitJob:
+    """LoRA on a 16-bit base as PEFT's and transformers' documentation has it; the optimizer is the same."""
+
+    def __init__(self, base: PreTrainedModel, case: Case, _attention: PackedAttention, device: torch.device) -> None:
+        self._base, self._case, self._device = base, case, device
+        self._peft_model: PeftModel | None = None
+
+    def measure(self) -> dict[str, object]:
+        """Three steps under bf16 autocast, as transformers' Trainer runs them."""
+        self._build()
+        optimizer = bnb.optim.PagedAdamW32bit(self._parameters, lr=1e-4)
+        self._peft_model.train()
+        steps = [self._step(optimizer) for _ in range(3)]
+        return {"step_seconds": round(median(steps[1:]), 5)}
+
+    def _build(self) -> None:
+        torch.manual_seed(0)
+        adapter, base = self._case.adapter, self._base
+        settings = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=float(adapter.dropout),
+            target_modules="all-linear",
+        )
+        self._peft_model = get_peft_model(base, settings)
+        if self._case.plan.recompute_layers:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        else:
+            base.gradient_checkpointing_disable()
+        self._parameters = [p for p in self._peft_model.parameters() if p.requires_grad]
+
+    def leave(self) -> None:
+        """Give the base back as it was."""
+        if self._peft_model is not None:
+            self._peft_model.unload()
+        self._base.__dict__.pop("peft_config", None)
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> float:
+        began = time.perf_counter()
+        for _ in range(self._case.plan.accumulation_steps):
+            shape = (self._case.plan.micro_batch_size, self._case.training.sequence_length)
+            ids = torch.randint(5, self._base.config.vocab_size, shape, device=self._device)
+            with torch.autocast(self._device.type, dtype=torch.bfloat16):
+                loss = self._peft_model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _multiprocessors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 0
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).split('. GPU')[0][:300]}"
+
+
+if __name__ == "__main__":
+    main()

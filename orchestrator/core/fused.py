@@ -1,0 +1,309 @@
+"""Bytes of a decoder layer that the trainer computes by hand (`qlora_trainer/kernels/layer.py`), instant by instant.
+
+`core/sizing` is the caller. Each function walks through the method of the trainer that its docstring names and must
+be changed with it. Sizes are in bytes; bf16 everywhere but where a comment says otherwise. The gradients of a layer's
+adapters are part of its backward pass; those of other layers are `core/sizing`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.core.flash import Attention
+from orchestrator.core.linears import Group
+from orchestrator.core.timeline import Timeline
+
+BF16_BYTES = 2
+MLP_TILE_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedLayer:
+    """One layer's shape, and the micro-batch that goes through it."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    rank: int
+    drops: bool
+    """Whether the adapters' inputs are dropped out."""
+    normalizes_heads: bool
+    attention: Attention
+    qkv: Group
+    output: Group
+    gate_up: Group
+    down: Group
+
+    def of(self, width: int, tokens: int | None = None) -> int:
+        """A bf16 tensor of [tokens, width]."""
+        return (self.tokens if tokens is None else tokens) * width * BF16_BYTES
+
+    @property
+    def stream(self) -> int:
+        """The residual stream."""
+        return self.of(self.hidden)
+
+    @property
+    def query(self) -> int:
+        """All query heads."""
+        return self.of(self.attention.query_width)
+
+    @property
+    def key(self) -> int:
+        """All key heads, or all value heads."""
+        return self.of(self.attention.key_width)
+
+    def low(self, group: Group, tokens: int | None = None) -> int:
+        """The rank-r product of a group's adapters."""
+        return self.of(group.adapters * self.rank, tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBytes:
+    """What a layer takes beside what other layers keep."""
+
+    kept: int
+    """From its forward to its backward pass."""
+    forward_peak: int
+    """Its input counted."""
+    backward_peak: int
+    """What it kept and the gradient to its output counted."""
+    gradients: int
+    """Of its adapters, once it is done."""
+
+
+def kept_layer(layer: FusedLayer) -> LayerBytes:
+    """A layer that keeps its activations."""
+    forward = Timeline()
+    forward.take(x=layer.stream)
+    _attend(forward, layer)
+    _mlp(forward, layer)
+    backward = Timeline()
+    _take_attended(backward, layer)
+    backward.take(
+        x=layer.stream,
+        middle=layer.stream,
+        gate_up=layer.of(layer.gate_up.outputs),
+        gate_up_low=layer.low(layer.gate_up),
+        down_low=layer.low(layer.down),
+    )
+    kept = backward.live_bytes
+    backward.take(grad=layer.stream)
+    _mlp_tile_backward(backward, layer, layer.tokens, recomputes=False)
+    _attention_backward(backward, layer, recomputes=False)
+    _qkv_backward(backward, layer)
+    return _result(layer, kept, forward, backward)
+
+
+def recomputed_layer(layer: FusedLayer, *, offloaded: bool) -> LayerBytes:
+    """A layer that keeps its input alone, on the card or in host memory."""
+    forward = Timeline()
+    forward.take(x=layer.stream)
+    _attend(forward, layer)
+    _drop_attended(forward)
+    _mlp_in_tiles(forward, layer)
+    backward = Timeline()
+    backward.take(x=layer.stream, grad=layer.stream)
+    _attend(backward, layer)
+    if layer.tokens <= MLP_TILE_TOKENS:
+        backward.take(gate_up_weight=layer.gate_up.dense_bytes)
+        _mlp_tile_backward(backward, layer, layer.tokens, recomputes=True)
+        backward.drop("gate_up_weight")
+    else:
+        _mlp_tiles_backward(backward, layer)
+    backward.drop("middle")
+    _attention_backward(backward, layer, recomputes=True)
+    if offloaded:  # the input of the layer below is on its way
+        backward.take(fetched=layer.stream)
+    _qkv_backward(backward, layer)
+    return _result(layer, 0 if offloaded else layer.stream, forward, backward)
+
+
+def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> LayerBytes:
+    groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    return LayerBytes(
+        kept=kept,
+        forward_peak=forward.peak_bytes,
+        backward_peak=backward.peak_bytes,
+        gradients=sum(group.gradient_bytes(layer.rank) for group in groups),
+    )
+
+
+# --- forward
+
+
+def _attend(t: Timeline, layer: FusedLayer) -> None:
+    """`FusedLayer._attend`; leaves `middle` and what `Attended` holds."""
+    t.take(normalized=layer.stream)
+    _group_forward(t, layer, layer.qkv, "qkv", "qkv_low")
+    t.drop("normalized")
+    _turn_heads(t, layer)
+    t.take(answer=layer.query, logsumexp=layer.attention.logsumexp_bytes)
+    _group_forward(t, layer, layer.output, "middle", "output_low")
+    if layer.normalizes_heads:
+        t.drop("turned_query", "turned_key")
+
+
+def _turn_heads(t: Timeline, layer: FusedLayer) -> None:
+    """`FusedLayer._turned`: normalized heads are copies, made from copies without gaps."""
+    if layer.normalizes_heads:
+        t.take(copy=layer.query, turned_query=layer.query)
+        t.drop("copy")
+        t.take(copy=layer.key, turned_key=layer.key)
+        t.drop("copy")
+
+
+def _take_attended(t: Timeline, layer: FusedLayer) -> None:
+    t.take(
+        qkv=layer.of(layer.qkv.outputs),
+        answer=layer.query,
+        logsumexp=layer.attention.logsumexp_bytes,
+        qkv_low=layer.low(layer.qkv),
+        output_low=layer.low(layer.output),
+    )
+
+
+def _drop_attended(t: Timeline) -> None:
+    t.drop("qkv", "answer", "logsumexp", "qkv_low", "output_low")
+
+
+def _mlp(t: Timeline, layer: FusedLayer) -> None:
+    """`FusedLayer._mlp`; leaves `out`, `gate_up` and the low products."""
+    t.take(normalized=layer.stream)
+    _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low")
+    t.drop("normalized")
+    t.take(product=layer.of(layer.inner))
+    _group_forward(t, layer, layer.down, "out", "down_low")
+    t.drop("product")
+
+
+def _mlp_in_tiles(t: Timeline, layer: FusedLayer) -> None:
+    """`FusedLayer._mlp_in_tiles`; every tile is like the first."""
+    if layer.tokens <= MLP_TILE_TOKENS:
+        return _mlp(t, layer)
+    t.take(out=layer.stream, gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes)
+    tile = MLP_TILE_TOKENS
+    t.take(normalized=layer.of(layer.hidden, tile))
+    _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tile, weight_is_there=True)
+    t.drop("gate_up_low")
+    t.take(product=layer.of(layer.inner, tile))
+    t.drop("normalized", "gate_up")
+    _group_forward(t, layer, layer.down, "down", "down_low", tile, weight_is_there=True)
+    return None
+
+
+def _group_forward(
+    t: Timeline,
+    layer: FusedLayer,
+    group: Group,
+    output: str,
+    low: str,
+    tokens: int | None = None,
+    *,
+    weight_is_there: bool = False,
+) -> None:
+    """`LinearGroup.forward`; leaves its output and the low product under the given names."""
+    if not weight_is_there:
+        t.take(weight=group.dense_bytes)
+    t.take(**{output: layer.of(group.outputs, tokens)})
+    if not weight_is_there:
+        t.drop("weight")
+    _low(t, layer, group, low, tokens)
+
+
+def _low(t: Timeline, layer: FusedLayer, group: Group, name: str, tokens: int | None = None) -> None:
+    """`LinearGroup.low`: the dropped input is made for the product alone."""
+    dropped = layer.of(group.inputs, tokens) if layer.drops and group.adapters else 0
+    t.take(dropped=dropped)
+    t.take(**{name: layer.low(group, tokens)})
+    t.drop("dropped")
+
+
+# --- backward
+
+
+def _mlp_tiles_backward(t: Timeline, layer: FusedLayer) -> None:
+    """`FusedLayer._mlp_backward` over more than one tile; the adapters' gradients are summed in float32."""
+    t.take(
+        gate_up_weight=layer.gate_up.dense_bytes,
+        down_weight=layer.down.dense_bytes,
+        middle_grad=layer.stream,
+        gradient_sums=2 * (layer.gate_up.gradient_bytes(layer.rank) + layer.down.gradient_bytes(layer.rank)),
+    )
+    tile = Timeline()
+    _mlp_tile_backward(tile, layer, MLP_TILE_TOKENS, recomputes=True, down_weight_is_there=True)
+    t.passing(tile=tile.peak_bytes)
+    t.drop("gate_up_weight", "down_weight")
+    _take_mlp_gradients(t, layer)
+    t.drop("gradient_sums")
+
+
+def _mlp_tile_backward(
+    t: Timeline, layer: FusedLayer, tokens: int, *, recomputes: bool, down_weight_is_there: bool = False
+) -> None:
+    """`FusedLayer._mlp_tile_backward`; leaves `middle_grad` and the gradients of the MLP's adapters."""
+    inner, stream = layer.of(layer.inner, tokens), layer.of(layer.hidden, tokens)
+    t.take(normalized=stream)
+    if recomputes:
+        _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tokens, weight_is_there=True)
+    t.take(low_grad=layer.low(layer.down, tokens))
+    _input_gradient(t, layer, layer.down, "product", tokens, weight_is_there=down_weight_is_there)
+    if recomputes:
+        _low(t, layer, layer.down, "down_low", tokens)
+    dropped = inner if layer.drops and layer.down.adapters else 0
+    t.take(down_gradients=layer.down.gradient_bytes(layer.rank))
+    t.passing(dropped=dropped)
+    t.drop("product", "low_grad")
+    t.take(low_grad=layer.low(layer.gate_up, tokens), gate_up_gradients=layer.gate_up.gradient_bytes(layer.rank))
+    t.passing(dropped=stream if layer.drops and layer.gate_up.adapters else 0)
+    t.drop("normalized")
+    _input_gradient(t, layer, layer.gate_up, "normalized_grad", tokens, weight_is_there=recomputes)
+    t.take(middle_grad=stream)
+    t.drop("normalized_grad", "low_grad")
+    if recomputes:
+        t.drop("gate_up", "gate_up_low", "down_low")
+
+
+def _take_mlp_gradients(t: Timeline, layer: FusedLayer) -> None:
+    t.take(
+        down_gradients=layer.down.gradient_bytes(layer.rank), gate_up_gradients=layer.gate_up.gradient_bytes(layer.rank)
+    )
+
+
+def _input_gradient(
+    t: Timeline, layer: FusedLayer, group: Group, name: str, tokens: int | None = None, *, weight_is_there: bool = False
+) -> None:
+    """`LinearGroup.input_gradient`; with dropout the adapters' part is made apart."""
+    if not weight_is_there:
+        t.take(weight=group.dense_bytes)
+    t.take(**{name: layer.of(group.inputs, tokens)})
+    if not weight_is_there:
+        t.drop("weight")
+    t.passing(apart=layer.of(group.inputs, tokens) if layer.drops and group.adapters else 0)
+
+
+def _attention_backward(t: Timeline, layer: FusedLayer, *, recomputes: bool) -> None:
+    """`FusedLayer._attention_backward`, and the end of `Attended` where the layer had made it anew."""
+    t.take(low_grad=layer.low(layer.output), output_gradients=layer.output.gradient_bytes(layer.rank))
+    t.passing(dropped=layer.query if layer.drops and layer.output.adapters else 0)
+    _input_gradient(t, layer, layer.output, "answer_grad")
+    t.take(qkv_grad=layer.of(layer.qkv.outputs))
+    _turn_heads(t, layer)
+    found = layer.attention.backward_result_bytes
+    t.take(found=found)
+    t.passing(attention=layer.attention.backward_peak_bytes - found)
+    if layer.normalizes_heads:
+        t.drop("turned_query", "turned_key")
+        t.passing(gradient_copy=layer.query, part_copy=layer.query, rows=layer.query)
+    t.drop("found", "answer_grad", "low_grad")
+    if recomputes:
+        t.drop("answer", "logsumexp", "output_low", "qkv")
+
+
+def _qkv_backward(t: Timeline, layer: FusedLayer) -> None:
+    """The rest of `FusedLayer.backward`."""
+    t.take(low_grad=layer.low(layer.qkv), qkv_gradients=layer.qkv.gradient_bytes(layer.rank))
+    t.passing(normalized=layer.stream, dropped=layer.stream if layer.drops and layer.qkv.adapters else 0)
+    _input_gradient(t, layer, layer.qkv, "normalized_grad")
+    t.drop("qkv_grad")
+    t.take(x_grad=layer.stream)

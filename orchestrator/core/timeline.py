@@ -1,0 +1,44 @@
+"""What is alive on the card, instant by instant: the tool that the memory models of layers are written with.
+
+A model walks through a computation as the trainer does, and says what comes to be and what goes; the timeline adds
+up. Bytes are counted as PyTorch's allocator hands them out.
+"""
+
+from __future__ import annotations
+
+ALLOCATION_BYTES = 512
+"""The allocator's smallest unit; with expandable segments larger blocks are split to it (c10/cuda, `should_split`)."""
+
+
+def allocated(size_bytes: float) -> int:
+    """What the allocator hands out for a tensor of so many bytes."""
+    return -int(-size_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+class Timeline:
+    """Tensors by name, their sum now, and its peak so far."""
+
+    __slots__ = ("_held", "live_bytes", "peak_bytes")
+
+    def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+        self.live_bytes = 0
+        self.peak_bytes = 0
+
+    def take(self, **sizes: float) -> None:
+        """Tensors of so many bytes come to be."""
+        for name, size in sizes.items():
+            assert name not in self._held, f"{name} is alive already"
+            self._held[name] = allocated(size)
+            self.live_bytes += self._held[name]
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def drop(self, *names: str) -> None:
+        """Tensors are freed."""
+        for name in names:
+            self.live_bytes -= self._held.pop(name)
+
+    def passing(self, **sizes: float) -> None:
+        """Tensors come to be and are freed at once."""
+        self.take(**sizes)
+        self.drop(*sizes)

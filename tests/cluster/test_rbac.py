@@ -1,0 +1,261 @@
+"""The chart's roles on a real API server: what each account may do, asked of everything that the server knows.
+
+The manifests are the chart's own, rendered for jobs in `team-a`. Accounts are service accounts with real tokens. For
+each, every verb on every resource is put to the server's authorizer, and the whole answer is compared with the table
+here: a right too many shows as well as one that is missing. Then each does a few things for real.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
+from orchestrator.api.base import API_VERSION
+from tests.cluster.control_plane import ControlPlane, control_plane
+from tests.cluster.resources import furnish, require
+from tests.deploy.render import NAMESPACE, RELEASE, documents, rendered
+
+RBAC = "rbac.authorization.k8s.io/v1"
+CLUSTER = "cluster"
+"""Stands for what is in no namespace."""
+PLACES = ("team-a", "team-b", NAMESPACE, CLUSTER)
+VERBS = ("create", "delete", "deletecollection", "get", "list", "patch", "update", "watch")
+LOOK = "get list watch"
+CHANGE = "create delete get list patch update watch"
+WRITE = "get patch update"
+ASKED_FOR_ONLY = (("qlora.dev", "qlorajobs/finalizers", True), ("qlora.dev", "qloraqueues/finalizers", False))
+"""Not served, but asked for of whoever names an owner that blocks its deletion."""
+AGGREGATION_SECONDS = 60.0
+ROLE = f"{NAMESPACE}-{RELEASE}"
+
+Rights = Mapping[tuple[str, str], str]
+"""(place, resource) -> verbs."""
+
+RIGHTS: Mapping[str, Rights] = {
+    "submitter": {
+        ("team-a", "qlorajobs.qlora.dev"): CHANGE,
+        ("team-a", "qlorajobs/status.qlora.dev"): LOOK,
+        ("team-a", "events"): LOOK,
+        ("team-a", "pods"): LOOK,
+        ("team-a", "pods/log"): LOOK,
+    },
+    "viewer": {
+        ("team-a", "qlorajobs.qlora.dev"): LOOK,
+        ("team-a", "qlorajobs/status.qlora.dev"): LOOK,
+    },
+    "queue-admin": {
+        (CLUSTER, "qloraqueues.qlora.dev"): CHANGE,
+        **{(place, "qlorajobs.qlora.dev"): LOOK for place in PLACES if place != CLUSTER},
+        **{(place, "qlorajobs/status.qlora.dev"): LOOK for place in PLACES if place != CLUSTER},
+    },
+    "controller": {
+        (CLUSTER, "nodes"): LOOK,
+        (CLUSTER, "qloraqueues.qlora.dev"): LOOK,
+        ("team-a", "qlorajobs.qlora.dev"): "delete get list patch update watch",
+        ("team-a", "qlorajobs/finalizers.qlora.dev"): WRITE,
+        ("team-a", "qlorajobs/status.qlora.dev"): WRITE,
+        ("team-a", "pods"): "create delete get list patch watch",
+        ("team-a", "events"): "create patch",
+        ("team-a", "events.events.k8s.io"): "create patch",
+        (NAMESPACE, "leases.coordination.k8s.io"): "create get patch update",
+    },
+}
+OURS: Mapping[str, Rights] = {
+    "edit": {("team-a", "qlorajobs.qlora.dev"): CHANGE, ("team-a", "qlorajobs/status.qlora.dev"): LOOK},
+    "view": {("team-a", "qlorajobs.qlora.dev"): LOOK, ("team-a", "qlorajobs/status.qlora.dev"): LOOK},
+}
+"""Of the cluster's own roles: what they have become with the chart's, in our group."""
+HOMES = {"controller": (NAMESPACE, RELEASE)}
+"""Account -> (namespace, name), where it is not one of team-a's."""
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A control plane that aggregates roles, with the chart's, and somebody in each."""
+    require("etcd", "kube-apiserver", "kube-controller-manager", "helm")
+    with control_plane(tmp_path_factory.mktemp("rbac"), "kube-controller-manager") as plane:
+        api = plane.api()
+        furnish(api)
+        api.create("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
+        for document in documents(roles_and_accounts()):
+            create(api, document)
+        for name in (*RIGHTS, *OURS, "nobody"):
+            if name not in HOMES:
+                create(api, {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": in_team(name)})
+        for name, role in {"submitter": f"{ROLE}-submitter", "viewer": f"{ROLE}-viewer", "edit": "edit"}.items():
+            create(api, binding("RoleBinding", name, role))
+        create(api, binding("RoleBinding", "view", "view"))
+        create(api, binding("ClusterRoleBinding", "queue-admin", f"{ROLE}-queue-admin"))
+        yield plane
+
+
+def roles_and_accounts() -> str:
+    parts = ("rbac/controller", "rbac/users", "controller/service-account")
+    chosen = [word for part in parts for word in ("--show-only", f"templates/{part}.yaml")]
+    return rendered(None, "--set", "jobs.namespaces={team-a}", *chosen)
+
+
+def create(api: KubeApi, document: Mapping[str, Any]) -> None:
+    kind = str(document["kind"]).lower() + "s"
+    namespace = document["metadata"].get("namespace", "")
+    api.create(path_of(str(document["apiVersion"]), kind, namespace), dict(document))
+
+
+def in_team(name: str) -> Json:
+    return {"name": name, "namespace": "team-a"}
+
+
+def binding(kind: str, name: str, role: str) -> Json:
+    metadata = in_team(name) if kind == "RoleBinding" else {"name": name}
+    return {
+        "apiVersion": RBAC,
+        "kind": kind,
+        "metadata": metadata,
+        "roleRef": {"apiGroup": RBAC.partition("/")[0], "kind": "ClusterRole", "name": role},
+        "subjects": [{"kind": "ServiceAccount", **in_team(name)}],
+    }
+
+
+@pytest.fixture(scope="module")
+def everybody(plane: ControlPlane) -> Rights:
+    """What any account may, bound to nothing."""
+    return rights_of(plane.api(), "nobody")
+
+
+@pytest.mark.parametrize("name", RIGHTS)
+def test_an_account_has_the_rights_that_it_needs_and_no_other(
+    plane: ControlPlane, everybody: Rights, name: str
+) -> None:
+    found = rights_of(plane.api(), name)
+    assert {key: verbs for key, verbs in found.items() if everybody.get(key) != verbs} == RIGHTS[name]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_clusters_own_roles_know_our_resources(plane: ControlPlane, name: str) -> None:
+    api = plane.api()
+    deadline = time.monotonic() + AGGREGATION_SECONDS
+    while not may(api, name, "get", "team-a", "qlora.dev", "qlorajobs", ""):
+        assert time.monotonic() < deadline, "roles were not aggregated"
+        time.sleep(0.2)
+    assert rights_of(api, name, "qlora.dev") == OURS[name]
+
+
+def test_a_submitter_hands_in_jobs_in_the_own_namespace_alone(plane: ControlPlane) -> None:
+    api = acting_as(plane, "submitter")
+    api.create(path_of(API_VERSION, "qlorajobs", "team-a"), job("mine"))
+    assert api.get(path_of(API_VERSION, "qlorajobs", "team-a", "mine"))["spec"]["queue"] == "default"
+    mine = path_of(API_VERSION, "qlorajobs", "team-a", "mine")
+    for attempt in (
+        lambda: api.create(path_of(API_VERSION, "qlorajobs", "team-b"), job("theirs")),
+        lambda: api.patch(f"{mine}/status", {"status": {"summary": "done"}}),
+        lambda: api.create(path_of(API_VERSION, "qloraqueues"), queue("mine")),
+        lambda: api.get("/api/v1/namespaces/team-a/secrets"),
+        lambda: api.create(path_of(RBAC, "rolebindings", "team-a"), binding("RoleBinding", "more", "cluster-admin")),
+    ):
+        refused(attempt)
+    api.delete(mine)
+
+
+def test_a_viewer_changes_nothing(plane: ControlPlane) -> None:
+    plane.api().create(path_of(API_VERSION, "qlorajobs", "team-a"), job("seen"))
+    api = acting_as(plane, "viewer")
+    seen = path_of(API_VERSION, "qlorajobs", "team-a", "seen")
+    assert api.get(seen)["metadata"]["name"] == "seen"
+    refused(lambda: api.create(path_of(API_VERSION, "qlorajobs", "team-a"), job("new")))
+    refused(lambda: api.patch(seen, {"spec": {"suspend": True}}))
+    refused(lambda: api.delete(seen))
+    refused(lambda: api.get(path_of(API_VERSION, "qlorajobs", "team-b")))
+
+
+def test_a_queue_admin_shares_out_and_touches_no_job(plane: ControlPlane) -> None:
+    api = acting_as(plane, "queue-admin")
+    api.create(path_of(API_VERSION, "qloraqueues"), queue("research"))
+    assert api.get(path_of(API_VERSION, "qlorajobs"))["kind"] == "QLoRAJobList"
+    refused(lambda: api.create(path_of(API_VERSION, "qlorajobs", "team-a"), job("mine")))
+    refused(lambda: api.get("/api/v1/namespaces/team-a/pods"))
+    api.delete(path_of(API_VERSION, "qloraqueues", name="research"))
+
+
+def test_the_controller_makes_pods_where_jobs_live_and_reads_no_secret(plane: ControlPlane) -> None:
+    api = acting_as(plane, "controller")
+    api.create("/api/v1/namespaces/team-a/pods", pod("stage"))
+    api.delete("/api/v1/namespaces/team-a/pods/stage")
+    for attempt in (
+        lambda: api.create("/api/v1/namespaces/team-b/pods", pod("stage")),
+        lambda: api.create(f"/api/v1/namespaces/{NAMESPACE}/pods", pod("stage")),
+        lambda: api.get("/api/v1/namespaces/team-a/secrets"),
+        lambda: api.get("/api/v1/namespaces/team-a/pods/stage/log"),
+        lambda: api.create(path_of(API_VERSION, "qlorajobs", "team-a"), job("own")),
+        lambda: api.create("/api/v1/namespaces/team-a/serviceaccounts/edit/token", {"spec": {}}),
+        lambda: api.patch("/api/v1/nodes/any", {"spec": {"unschedulable": True}}),
+    ):
+        refused(attempt)
+
+
+def refused(attempt: Any) -> None:
+    with pytest.raises(Forbidden, match="cannot"):
+        attempt()
+
+
+def job(name: str) -> Json:
+    spec = {"model": {"source": "pvc://data/model"}, "dataset": {"source": "pvc://data/d.jsonl"}}
+    return {"apiVersion": API_VERSION, "kind": "QLoRAJob", "metadata": {"name": name}, "spec": spec}
+
+
+def queue(name: str) -> Json:
+    return {"apiVersion": API_VERSION, "kind": "QLoRAQueue", "metadata": {"name": name}, "spec": {}}
+
+
+def pod(name: str) -> Json:
+    return {"metadata": {"name": name}, "spec": {"containers": [{"name": "main", "image": "none"}]}}
+
+
+def acting_as(plane: ControlPlane, name: str) -> KubeApi:
+    """A connection with the account's own token."""
+    namespace, account = HOMES.get(name, ("team-a", name))
+    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
+    token = plane.api().create(path, {"spec": {"expirationSeconds": 3600}})["status"]["token"]
+    return KubeApi(kubeconfig=str(plane.kubeconfig_for(token, name=name)))
+
+
+def rights_of(api: KubeApi, name: str, only_group: str | None = None) -> Rights:
+    """Everything that the authorizer lets an account do."""
+    found: dict[tuple[str, str], str] = {}
+    for group, resource, namespaced in resources(api):
+        if only_group not in (None, group):
+            continue
+        for place in PLACES:
+            if namespaced == (place == CLUSTER):
+                continue
+            main, _, part = resource.partition("/")
+            if verbs := [verb for verb in VERBS if may(api, name, verb, place, group, main, part)]:
+                found[place, f"{resource}.{group}" if group else resource] = " ".join(verbs)
+    return found
+
+
+def resources(api: KubeApi) -> list[tuple[str, str, bool]]:
+    """All that the server has: (group, resource or resource/part, whether it is in namespaces)."""
+    groups = api.get("/apis")["groups"]
+    versions = [("", "/api/v1"), *((g["name"], f"/apis/{g['preferredVersion']['groupVersion']}") for g in groups)]
+    served = [(group, r["name"], r["namespaced"]) for group, path in versions for r in api.get(path)["resources"]]
+    return [*served, *ASKED_FOR_ONLY]
+
+
+def may(api: KubeApi, name: str, verb: str, place: str, group: str, resource: str, part: str) -> bool:
+    """The authorizer's word on one request."""
+    namespace, account = HOMES.get(name, ("team-a", name))
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
+    asked = {"verb": verb, "group": group, "resource": resource, "subresource": part}
+    review = {
+        "spec": {
+            "user": f"system:serviceaccount:{namespace}:{account}",
+            "groups": groups,
+            "resourceAttributes": {**asked, "namespace": "" if place == CLUSTER else place},
+        }
+    }
+    path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+    return bool(api.create(path, review)["status"]["allowed"])
