@@ -244,8 +244,9 @@ def test_the_agents_preempt_is_a_signal_with_its_own_deadline(socket_path: Path)
         client = AgentClient(socket_path, stop)
         client.start()
         agent.accept()
-        with pytest.raises(StopNow):  # the signal may come before the agent's call is over
-            agent.send('{"type": "preempt", "deadlineSeconds": 20}')
+        # The signal may come before the agent's call is over, so that is not made here.
+        threading.Timer(0.1, agent.send, ['{"type": "preempt", "deadlineSeconds": 20}']).start()
+        with pytest.raises(StopNow):
             time.sleep(10)
     assert 10 < stop.seconds_left() <= 20
     client.close()
