@@ -3,8 +3,8 @@
     python independent_eval.py TRACKING_URI MODEL_URI BASE HELDOUT.jsonl
 
 Run as a process of its own. Uses MLflow, transformers and PEFT alone; every record goes through the model by itself,
-so nothing of the trainer's
-masking, packing or loss is shared. Prints JSON: the mean loss over the assistants' tokens and how many there were.
+so nothing of the trainer's masking, packing or loss is shared; and it computes in float32, without the trainer's
+roundings. Prints JSON: the mean loss over the assistants' tokens and how many there were.
 """
 
 import json
@@ -25,9 +25,9 @@ def main() -> None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     total, count = 0.0, 0

@@ -20,6 +20,9 @@ pytestmark = pytest.mark.timeout(1800)  # real training, also on a machine that 
 MARGIN = 0.5
 """Nats by which held-out loss must fall in the few steps of this test; measured falls are about twice that."""
 STEPS = 16
+ROUNDING = 0.005
+"""Of the trainer's held-out loss: two bfloat16 ways through SmolLM2's thirty layers differ by up to 0.003, while an
+adapter of another step or a wrong mask is off by ten times as much."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_the_registered_adapter_gives_the_trainers_last_loss_in_a_process_that_k
     answer = subprocess.run([*command, str(pretrained), str(heldout)], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout.splitlines()[-1])
-    assert found["loss"] == pytest.approx(result.eval_loss, abs=1e-3)
+    assert found["loss"] == pytest.approx(result.eval_loss, abs=ROUNDING)
     assert found["has_signature"]
 
 

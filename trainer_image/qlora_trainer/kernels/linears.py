@@ -116,7 +116,7 @@ class LinearGroup:
         low = self.low(x, dropout)
         if low is not None:
             for adapter in self._adapters:
-                y[:, adapter.outputs].addmm_(low[:, adapter.ranks], adapter.b.t(), alpha=self._scaling)
+                ops.add_product_(y[:, adapter.outputs], low[:, adapter.ranks], adapter.b.t(), self._scaling)
         return y, low
 
     def low(self, x: Tensor, dropout: Dropout | None) -> Tensor | None:

@@ -40,6 +40,14 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return y if bias is None else y.add_(bias)
 
 
+def add_product_(target: Tensor, one: Tensor, other: Tensor, factor: float) -> None:
+    """`target += factor * one @ other`; see `product`."""
+    if target.is_cuda:
+        target.addmm_(one, other, alpha=factor)
+    else:
+        target.add_(product(one, other), alpha=factor)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Rows scaled to a root mean square of 1, times the weight (Zhang and Sennrich, 2019)."""
     return _of(x).rms_norm(x, weight, epsilon)
