@@ -115,9 +115,9 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = gpu_kernels()
     monkeypatch.setattr(ops, "_of", lambda _: kernels)
     monkeypatch.setattr(ops, "dequantize", lambda *_: None)
-    monkeypatch.setattr(ops, "product", torch.matmul)
+    monkeypatch.setattr(ops, "product", torch.mm)
     monkeypatch.setattr(ops, "affine", affine_on_a_gpu)
-    monkeypatch.setattr(ops, "add_product_", lambda y, one, other, factor: y.addmm_(one, other, alpha=factor))
+    monkeypatch.setattr(ops, "add_product_", lambda y, one, other, factor=1.0: y.addmm_(one, other, alpha=factor))
 
 
 def affine_on_a_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -129,7 +129,7 @@ class LinearGroup:
             return None
         low = grad.new_empty(len(grad), self._adapters[-1].ranks.stop)
         for adapter in self._adapters:
-            torch.mm(grad[:, adapter.outputs], adapter.b, out=low[:, adapter.ranks])
+            ops.product(grad[:, adapter.outputs], adapter.b, out=low[:, adapter.ranks])
         return low.mul_(self._scaling) if self._scaling != 1.0 else low
 
     def input_gradient(
@@ -138,7 +138,7 @@ class LinearGroup:
         """The gradient to `x`."""
         answer = ops.product(grad, self.weight() if weight is None else weight)
         if low_grad is not None and dropout is None:
-            answer.addmm_(low_grad, self._stacked_a())
+            ops.add_product_(answer, low_grad, self._stacked_a())
         elif low_grad is not None and dropout is not None:
             back = ops.product(low_grad, self._stacked_a())
             ops.add_dropout_(answer, back, dropout.probability, dropout.seed, dropout.number)
