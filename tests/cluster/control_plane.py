@@ -188,13 +188,14 @@ def _start(stack: ExitStack, plane: ControlPlane, name: str, arguments: Sequence
     log = stack.enter_context((plane.folder / f"{name}.log").open("ab"))
     process = subprocess.Popen([str(path), *arguments], stdout=log, stderr=log, cwd=plane.folder)
     plane.processes[name] = process
-    stack.callback(_stop, process)
+    stack.callback(stop_process, process, STOP_SECONDS)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop_process(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask it to end, and kill it after so long."""
     process.terminate()
     try:
-        process.wait(STOP_SECONDS)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cluster.control_plane import CONTEXT, ControlPlane, free_ports
+from tests.cluster.control_plane import CONTEXT, ControlPlane, free_ports, stop_process
 
 ACCOUNT = "controller"
 START_SECONDS = 120.0
@@ -125,12 +125,7 @@ def _process(command: list[str], log: Path, environment: Mapping[str, str]) -> G
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop_process(process, STOP_SECONDS)
 
 
 def _wait_until_it_leads(program: Program) -> None:

@@ -13,10 +13,9 @@ import pytest
 import torch
 from peft import PeftModel
 from qlora_trainer.attention import PackedAttention
-from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.batches import MicroBatch, StepInputs, collate
 from qlora_trainer.model import TrainingModel, add_adapter, load_base
 from qlora_trainer.outcome import UserError
-from qlora_trainer.replay import StepInputs
 from safetensors.torch import load_file
 from tiny_model import build_tiny_model, save_tokenizer, tiny_model
 from torch import Tensor

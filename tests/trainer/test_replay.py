@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.batches import MicroBatch, StepInputs, collate
 from qlora_trainer.loss import IGNORED
-from qlora_trainer.replay import LARGEST_TOKENS, Replay, Shape, StepInputs
+from qlora_trainer.replay import LARGEST_TOKENS, Replay, Shape
 
 from tests.trainer.test_model import make_model
 

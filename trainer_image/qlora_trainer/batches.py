@@ -83,6 +83,36 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """All that a micro-batch's kernels read beside the model, on the card."""
+
+    host: MicroBatch
+    """The same micro-batch on the host: what launches depend on."""
+    batch: MicroBatch
+    seed: Tensor
+    """int64: of the adapters' dropout."""
+    scale: Tensor
+    """float32: what the summed loss is multiplied with."""
+
+    @classmethod
+    def of(cls, host: MicroBatch, seed: int, divisor: float, device: torch.device) -> StepInputs:
+        """Fresh tensors on the device."""
+        return cls(
+            host=host,
+            batch=host.to(device),
+            seed=torch.full((), seed, dtype=torch.int64, device=device),
+            scale=torch.full((), 1 / divisor, dtype=torch.float32, device=device),
+        )
+
+    def refill(self, host: MicroBatch, seed: int, divisor: float) -> None:
+        """Another micro-batch of the same shape into the same tensors."""
+        for name in ("input_ids", "targets", "position_ids", "record_starts", "supervised"):
+            getattr(self.batch, name).copy_(getattr(host, name), non_blocking=True)
+        self.seed.fill_(seed)
+        self.scale.fill_(1 / divisor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """The endless, seeded sequence of rows, cut into steps."""
 

@@ -50,7 +50,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer import attention
-from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.batches import MicroBatch, StepInputs, collate
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.decoder import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
 from qlora_trainer.kernels.hostmemory import HostEmbedding, InputStore
@@ -58,7 +58,7 @@ from qlora_trainer.loss import Head, cross_entropy
 from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
 from qlora_trainer.outcome import UserError
 from qlora_trainer.quantized import QuantizedCache, UnfitEntry, entry_key, fill, tensors_of
-from qlora_trainer.replay import Replay, StepInputs
+from qlora_trainer.replay import Replay
 
 COMPUTE_DTYPE = torch.bfloat16
 ADAPTER_NAME = "default"
@@ -83,7 +83,7 @@ def load_base(folder: Path, device: torch.device, packed_attention: attention.Pa
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
     _refuse_unquantized(base)
-    gib = sum(tensor.nbytes for _, tensor in tensors_of(base)) / 2**30
+    gib = sum(parameter.nbytes for parameter in base.parameters()) / 2**30
     log.info("loaded %.1f GiB in %.1f s, %s", gib, time.perf_counter() - began, origin)
     return base
 
@@ -133,7 +133,7 @@ def _cached_base(
         fill(base, tensors)
         if any(parameter.is_meta for parameter in base.parameters()):
             base.tie_weights()  # an entry holds tied weights once
-        if unfilled := [name for name, tensor in tensors_of(base) if tensor.is_meta]:
+        if unfilled := [name for name, tensor in (*base.named_parameters(), *base.named_buffers()) if tensor.is_meta]:
             raise UnfitEntry(f"it lacks {unfilled[0]}")
     except UnfitEntry as error:
         log.warning("the cached quantized weights do not fit, and are not used: %s", error)

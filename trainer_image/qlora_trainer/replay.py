@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
-from qlora_trainer.batches import MicroBatch
+from qlora_trainer.batches import MicroBatch, StepInputs
 from qlora_trainer.loss import IGNORED
 
 LARGEST_TOKENS = 6144
@@ -35,41 +35,11 @@ RECORDS_FACTOR = 4
 SUPERVISED_PARTS = 4
 """Positions that carry loss are padded to a multiple of this part of the tokens."""
 MOST_GRAPHS = 16
-MOST_LOSSES = 3
+MOST_TIMES_GIVEN_UP = 3
 """So often may all graphs be given up for want of memory; then there are no more."""
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
-    """All that a micro-batch's kernels read beside the model, on the card."""
-
-    host: MicroBatch
-    """The same micro-batch on the host: what launches depend on."""
-    batch: MicroBatch
-    seed: Tensor
-    """int64: of the adapters' dropout."""
-    scale: Tensor
-    """float32: what the summed loss is multiplied with."""
-
-    @classmethod
-    def of(cls, host: MicroBatch, seed: int, divisor: float, device: torch.device) -> StepInputs:
-        """Fresh tensors on the device."""
-        return cls(
-            host=host,
-            batch=host.to(device),
-            seed=torch.full((), seed, dtype=torch.int64, device=device),
-            scale=torch.full((), 1 / divisor, dtype=torch.float32, device=device),
-        )
-
-    def refill(self, host: MicroBatch, seed: int, divisor: float) -> None:
-        """Another micro-batch of the same shape into the same tensors."""
-        for name in ("input_ids", "targets", "position_ids", "record_starts", "supervised"):
-            getattr(self.batch, name).copy_(getattr(host, name), non_blocking=True)
-        self.seed.fill_(seed)
-        self.scale.fill_(1 / divisor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +99,7 @@ class Replay:
         self._device = self._parameters[0].device
         self._graphs: dict[Shape, _Graph] = {}
         self._seen: set[Shape] = set()
-        self._losses = 0
+        self._times_given_up = 0
         self._pool: Any = None
         self._stream: Any = None
         self._sum: Tensor | None = None
@@ -193,13 +163,13 @@ class Replay:
         if shape not in self._seen:
             self._seen.add(shape)
             return None
-        if len(self._graphs) >= MOST_GRAPHS or self._losses >= MOST_LOSSES:
+        if len(self._graphs) >= MOST_GRAPHS or self._times_given_up >= MOST_TIMES_GIVEN_UP:
             return None
         try:
             self._graphs[shape] = self._capture(padded)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             log.info("steps run without CUDA graphs: %s", error)
-            self._losses = MOST_LOSSES
+            self._times_given_up = MOST_TIMES_GIVEN_UP
             self._forget()
         return self._graphs.get(shape)
 
@@ -220,6 +190,6 @@ class Replay:
         self._graphs.clear()
         self._seen.clear()
         self._pool = None
-        self._losses += 1
+        self._times_given_up += 1
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
