@@ -41,6 +41,8 @@ CUBLAS_BYTES = 2 * (32 << 20)
 autograd's."""
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
+REPLAY_TOKENS, REPLAY_TOKENS_STEP, REPLAY_RECORDS_FACTOR = 6144, 256, 4
+"""Micro-batches of up to so many tokens run as CUDA graphs, padded (`qlora_trainer/replay.py`)."""
 FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
 NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "starcoder2": 4}
@@ -83,6 +85,7 @@ def footprint(
         sequence_length=spec.training.sequence_length,
         packing=spec.training.packing,
         deterministic=spec.training.deterministic,
+        noisy=decimal(spec.training.neftune_alpha) > 0,
         facts=facts,
         plan=plan,
         multiprocessors=multiprocessors,
@@ -145,15 +148,24 @@ class _Question:
     sequence_length: int
     packing: bool
     deterministic: bool
+    noisy: bool
+    """NEFTune draws in the forward pass, which a graph cannot."""
     facts: ModelFacts
     plan: MemoryPlan
     multiprocessors: int
     records: int | None
 
     @property
+    def replayed(self) -> bool:
+        """Whether micro-batches run as CUDA graphs."""
+        graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and not self.noisy
+        return graphs and self.plan.micro_batch_size * self.sequence_length <= REPLAY_TOKENS
+
+    @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.plan.micro_batch_size * self.sequence_length
+        """Of a micro-batch, padding counted."""
+        tokens = self.plan.micro_batch_size * self.sequence_length
+        return -(-tokens // REPLAY_TOKENS_STEP) * REPLAY_TOKENS_STEP if self.replayed else tokens
 
     @property
     def stream(self) -> int:
@@ -212,7 +224,7 @@ def _instants(question: _Question) -> Iterator[Instant]:
     shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
     batch = shared + TOKEN_BYTES * question.tokens
     table = layers.recomputed.gradients * facts.num_layers
-    before = table if plan.accumulation_steps > 1 else 0
+    before = table if plan.accumulation_steps > 1 or question.replayed else 0
     offloaded = "activations" in plan.offload
     for index in layers.ends():
         held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
@@ -224,7 +236,11 @@ def _instants(question: _Question) -> Iterator[Instant]:
     working = _loss_bytes(question) + batch
     yield Instant(name="loss", kept_bytes=everything, gradient_bytes=before, working_bytes=working)
     for index in layers.ends():
-        done = before or layers.recomputed.gradients * (facts.num_layers - 1 - index)
+        done = layers.recomputed.gradients * (facts.num_layers - 1 - index)
+        if question.replayed:  # all layers' gradients are added to the sums at once
+            done += before
+        elif before:
+            done = before
         working = layers.at(index).backward_peak + shared
         yield Instant(
             name="a layer's backward pass", kept_bytes=layers.kept(index), gradient_bytes=done, working_bytes=working
@@ -234,13 +250,9 @@ def _instants(question: _Question) -> Iterator[Instant]:
 
 
 def _loss_bytes(question: _Question) -> int:
-    """`qlora_trainer/loss.py`: the last hidden states as they are and normalized, their gradient, and logits.
-
-    The logits of a chunk are still there when the next one's are made.
-    """
+    """`qlora_trainer/loss.py`: the last hidden states as they are and normalized, their gradient, and logits."""
     chunk = min(question.plan.loss_chunk_tokens or question.tokens, question.tokens)
-    chunks = 2 if chunk < question.tokens else 1
-    logits = chunks * allocated(chunk * question.facts.vocab_size * BF16_BYTES)
+    logits = allocated(chunk * question.facts.vocab_size * BF16_BYTES)
     return 3 * question.stream + logits + 2 * allocated(chunk * question.facts.hidden_size * BF16_BYTES)
 
 
@@ -327,13 +339,23 @@ def _attention(question: _Question) -> Attention:
     facts = question.facts
     least = question.plan.micro_batch_size
     most = max(least, question.tokens // SHORT_RECORD_TOKENS) if question.packing else least
+    least, most = question.records or least, question.records or most
+    if question.replayed:
+        least, most = _padded_records(least), _padded_records(most)
     return Attention(
         tokens=question.tokens,
-        records=question.records or least,
-        most_records=question.records or most,
+        records=least,
+        most_records=most,
         query_heads=facts.num_attention_heads,
         key_heads=facts.num_key_value_heads,
         head_size=facts.head_dim,
         deterministic=question.deterministic,
         multiprocessors=question.multiprocessors,
     )
+
+
+def _padded_records(records: int) -> int:
+    padded = 1
+    while padded < records:
+        padded *= REPLAY_RECORDS_FACTOR
+    return padded

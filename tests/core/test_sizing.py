@@ -141,7 +141,7 @@ def test_every_plan_fits_keeps_the_global_batch_and_recomputes_no_more_than_it_m
     assert found
     for each in found:
         assert each.micro_batch_size * each.accumulation_steps == 24
-        assert peak_bytes(spec, facts, each) <= offered.usable_bytes
+        assert peak_bytes(spec, facts, each, multiprocessors=offered.multiprocessors) <= offered.usable_bytes
         if each.recompute_layers:
             less = each.model_copy(update={"recompute_layers": each.recompute_layers - 1})
             assert peak_bytes(spec, facts, less) > offered.usable_bytes

@@ -92,6 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if gradient is not None:
                 gradient[chunk] = ops.product(logits, head.weight)
+            del logits  # or it would still be there when the next chunk's are made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total * scale
