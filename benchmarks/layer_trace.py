@@ -70,7 +70,7 @@ class Widths:
         query, key = self.heads * self.head, self.key_heads * self.head
         return {
             "t": self.tokens, "h": hidden, "i": self.inner, "q": query, "k": key, "r": self.rank, "n": self.heads,
-            "d": self.head, "p": query + 2 * key,
+            "m": self.key_heads, "d": self.head, "p": query + 2 * key,
         }  # fmt: skip
 
 
@@ -92,6 +92,10 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self._numbers: dict[int, int] = {}
         self._count = 0
+
+    def ignore(self, tensor: Tensor) -> None:
+        """It is there already, and so is whatever views it."""
+        self._numbers[tensor.untyped_storage()._cdata] = -1
 
     def mark(self, name: str) -> None:
         """A place in the list of events."""
@@ -135,6 +139,8 @@ def trace(model: str, widths: Widths, *, recomputes: bool, dropout: bool) -> lis
         decoder = base.get_decoder()
         set_recompute(decoder, LAYERS if recomputes else 0)
         _mark_layers(decoder, recorder)
+        for tensor in (*peft_model.parameters(), *peft_model.buffers()):
+            recorder.ignore(tensor)
         with recorder, mock.patch("torch.nn.functional.dropout", _Dropout.apply_to):
             hidden = decoder(
                 input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
@@ -199,7 +205,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: TracedLinear) -> Tensor:
         ctx.layer = layer
-        return torch.nn.functional.linear(x, layer.dense(), layer.bias)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, layer.dense(), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -291,7 +298,7 @@ def _on_gradient(out: Any, recorder: Recorder, name: str) -> None:
 Polynomial = dict[str, float]
 """Bytes for each product of widths: `{"th": 2}` is 2 bytes x tokens x hidden size."""
 PRODUCTS = (
-    *("th", "ti", "tq", "tk", "tp", "tr", "ttn", "tt", "tn", "td", "t"),
+    *("th", "ti", "tq", "tk", "tp", "tr", "ttn", "tt", "tn", "tm", "td", "t"),
     *("hi", "hh", "hq", "hk", "hp", "rh", "ri", "rq", "rk", "rp", "h", "i", "q", "k", "p", "r", ""),
 )
 SMALL_BYTES = 4096

@@ -7,6 +7,7 @@ tiles as `qlora_trainer/attention.py` does. `core/fused` and `core/plain` are th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from orchestrator.core.timeline import allocated
 
@@ -20,6 +21,15 @@ LARGEST_HEAD = 128
 HEAD_MULTIPLE = 8
 SHORT_RECORD_TOKENS = 64
 """Packed rows of records shorter than this on average would take more than is counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Some queries of a row, and the keys that they see."""
+
+    rows: int
+    seen: int
+    records: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +80,24 @@ class Attention:
         if self.tokens <= QUERY_TILE_TOKENS:
             workspace = self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)
             return self.backward_result_bytes + workspace
+        return max(self._tiled_backward(records) for records in {self.records, self.most_records})
+
+    def _tiled_backward(self, records: int) -> int:
+        """A few heads, and the tile of queries that takes most, where so many equal records are in the row."""
         share = self.query_heads // self.key_heads
         keys = max(1, HEADS_AT_ONCE // share)
         queries = keys * share
-        tile, key_bytes = QUERY_TILE_TOKENS, self.tokens * keys * self.head_size
-        copies = allocated(tile * queries * self.head_size * BF16_BYTES) * 3  # gradient, answer; query's gradient
-        copies += allocated(tile * queries * FP32_BYTES)
-        sums = 2 * allocated(key_bytes * FP32_BYTES)
-        found = 2 * allocated(key_bytes * BF16_BYTES)
-        before = 2 * allocated((self.tokens - tile) * keys * self.head_size * BF16_BYTES)
-        return sums + copies + found + before + self._workspace(tile, self.tokens, queries, keys)
+        row = keys * self.head_size
+        sums = 2 * allocated(self.tokens * row * FP32_BYTES)
+        peak, before = 0, 0
+        for tile in _tiles(self.tokens, records):
+            copies = allocated(tile.rows * queries * self.head_size * BF16_BYTES) * 3  # gradient, answer, and of query
+            copies += allocated(tile.rows * queries * FP32_BYTES)
+            found = 2 * allocated(tile.seen * row * BF16_BYTES)
+            workspace = self._tile_workspace(tile, queries, keys)
+            peak = max(peak, copies + found + before + workspace)
+            before = found  # the gradients of the tile before, until this one's are there
+        return sums + peak
 
     @property
     def whole_workspace_bytes(self) -> int:
@@ -87,22 +105,36 @@ class Attention:
         return self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)
 
     def _workspace(self, rows: int, seen: int, query_heads: int, key_heads: int) -> int:
-        """The sums of query gradients, the rows' products, and a copy of keys and values for heads that share them."""
-        width = query_heads * self._rounded_head
-        sums = max(
-            self._splits(records, query_heads) * (rows + ROWS_OF_A_RECORD * records)
-            for records in (self.records, self.most_records)
+        """Of a whole row, whose records are more or fewer."""
+        return max(
+            self._tile_workspace(Tile(rows=rows, seen=seen, records=records), query_heads, key_heads)
+            for records in {self.records, self.most_records}
         )
-        found = allocated(sums * width * FP32_BYTES)
-        found += allocated(query_heads * (rows + ROWS_OF_A_RECORD * self.most_records) * FP32_BYTES)
-        if query_heads != key_heads:
-            found += 2 * allocated(seen * query_heads * self.head_size * BF16_BYTES)
-        return found
 
-    def _splits(self, records: int, query_heads: int) -> int:
-        return -(-self.multiprocessors // (records * query_heads)) if self.deterministic else 1
+    def _tile_workspace(self, tile: Tile, query_heads: int, key_heads: int) -> int:
+        """The sums of query gradients, the rows' products, and a copy of keys and values for heads that share them."""
+        rows = tile.rows + ROWS_OF_A_RECORD * tile.records
+        splits = -(-self.multiprocessors // (tile.records * query_heads)) if self.deterministic else 1
+        found = allocated(splits * rows * query_heads * self._rounded_head * FP32_BYTES)
+        found += allocated(query_heads * rows * FP32_BYTES)
+        if query_heads != key_heads:
+            found += 2 * allocated(tile.seen * query_heads * self.head_size * BF16_BYTES)
+        return found
 
     @property
     def _rounded_head(self) -> int:
         multiple = 32 if self.head_size <= LARGEST_HEAD else 64
         return -(-self.head_size // multiple) * multiple
+
+
+@cache
+def _tiles(tokens: int, records: int) -> tuple[Tile, ...]:
+    """The tiles of a row of equal records, as `PackedAttention._tiled_backward` cuts it."""
+    length = -(-tokens // records)
+    tiles: list[Tile] = []
+    for start in range(0, tokens, QUERY_TILE_TOKENS):
+        stop = min(start + QUERY_TILE_TOKENS, tokens)
+        first = start // length
+        seen = stop - first * length
+        tiles.append(Tile(rows=stop - start, seen=seen, records=-(-stop // length) - first))
+    return tuple(tiles)

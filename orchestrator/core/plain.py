@@ -6,7 +6,7 @@ runs a layer on tensors without memory, and `plain_layers.json` keeps, for each 
 products of widths. An architecture that is not in there is sized like Llama's layer.
 
 Letters: t tokens, h hidden size, i inner size, q and k widths of all query and all key heads, p q + 2 k, n query
-heads, d head size, r rank; `th: 2` is 2 bytes x t x h.
+heads, m key heads, d head size, r rank; `th: 2` is 2 bytes x t x h.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class PlainLayer:
             "k": key,
             "p": query + 2 * key,
             "n": self.facts.num_attention_heads,
+            "m": self.facts.num_key_value_heads,
             "d": self.facts.head_dim,
             "r": self.rank,
         }

@@ -36,9 +36,8 @@ SCALE_BYTES = 8 / 256
 """Of an 8-bit optimizer: what of a paged state is in the allocator."""
 LEAST_PAGED = 100_000
 """bitsandbytes pages the state of larger parameters alone (`get_state_buffer`); the trainer updates all as one."""
-CUBLAS_BYTES = 2 * (32 << 20)
-"""The workspace that CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, once for each thread that multiplies: the main one, and
-autograd's."""
+CUBLAS_BYTES = 32 << 20
+"""The workspace that CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, for each pair of thread and stream that multiplies."""
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
 REPLAY_TOKENS, REPLAY_TOKENS_STEP, REPLAY_RECORDS_FACTOR = 6144, 256, 4
@@ -199,7 +198,7 @@ def _lasting(question: _Question) -> Iterator[tuple[str, float]]:
     yield "embeddings, head and norms, bf16", _sixteen_bit_bytes(question)
     yield "adapter, bf16", trainable * BF16_BYTES
     yield "optimizer state", trainable * _state_bytes(question)
-    yield "cuBLAS workspaces", CUBLAS_BYTES
+    yield "cuBLAS workspaces", 2 * CUBLAS_BYTES  # of the main thread, and of autograd's
 
 
 def _state_bytes(question: _Question) -> float:
@@ -223,17 +222,18 @@ def _instants(question: _Question) -> Iterator[Instant]:
     facts, plan = question.facts, question.plan
     shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
     batch = shared + TOKEN_BYTES * question.tokens
+    capturing = CUBLAS_BYTES if question.replayed else 0  # graphs are captured on a stream of their own, in each pass
     table = layers.recomputed.gradients * facts.num_layers
     before = table if plan.accumulation_steps > 1 or question.replayed else 0
     offloaded = "activations" in plan.offload
     for index in layers.ends():
         held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
-        working = layers.at(index).forward_peak + batch + held
+        working = layers.at(index).forward_peak + batch + held + capturing
         yield Instant(
             name="a layer's forward pass", kept_bytes=layers.kept(index), gradient_bytes=before, working_bytes=working
         )
     everything = layers.kept(facts.num_layers)
-    working = _loss_bytes(question) + batch
+    working = _loss_bytes(question) + batch + capturing
     yield Instant(name="loss", kept_bytes=everything, gradient_bytes=before, working_bytes=working)
     for index in layers.ends():
         done = layers.recomputed.gradients * (facts.num_layers - 1 - index)
@@ -241,7 +241,7 @@ def _instants(question: _Question) -> Iterator[Instant]:
             done += before
         elif before:
             done = before
-        working = layers.at(index).backward_peak + shared
+        working = layers.at(index).backward_peak + shared + 2 * capturing
         yield Instant(
             name="a layer's backward pass", kept_bytes=layers.kept(index), gradient_bytes=done, working_bytes=working
         )
@@ -253,7 +253,7 @@ def _loss_bytes(question: _Question) -> int:
     """`qlora_trainer/loss.py`: the last hidden states as they are and normalized, their gradient, and logits."""
     chunk = min(question.plan.loss_chunk_tokens or question.tokens, question.tokens)
     logits = allocated(chunk * question.facts.vocab_size * BF16_BYTES)
-    return 3 * question.stream + logits + 2 * allocated(chunk * question.facts.hidden_size * BF16_BYTES)
+    return 3 * question.stream + logits + allocated(chunk * question.facts.hidden_size * BF16_BYTES)
 
 
 def _loading_bytes(question: _Question) -> int:

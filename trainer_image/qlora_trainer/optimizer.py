@@ -96,6 +96,10 @@ class AdapterOptimizer:
             betas=(float(training.adam_beta1), float(training.adam_beta2)),
             eps=float(training.adam_epsilon),
         )
+        # Made now, so that a job which lacks the memory finds out in its first step.
+        for group_index, group in enumerate(self._adam.param_groups):
+            for index, piece in enumerate(group["params"]):
+                self._adam.init_state(group, piece, group_index, index)
 
     def step(self, rate: float) -> None:
         """Update the adapter from its gradients at this learning rate, and drop the gradients."""
@@ -123,8 +127,6 @@ class AdapterOptimizer:
             for index, piece in enumerate(group["params"]):
                 if piece.grad is None:
                     continue
-                if not self._adam.state[piece]:
-                    self._adam.init_state(group, piece, group_index, index)
                 self._adam.prefetch_state(piece)
                 self._adam.update_step(group, piece, group_index, index)
         if self._on_gpu:
@@ -153,19 +155,13 @@ class AdapterOptimizer:
         others = {name.rpartition(".")[0] for name in exported} - own
         if others:
             raise KeyError(f"the saved optimizer state is of another adapter: {sorted(others)[:3]}")
-        restored = [
-            (group, piece, group_index, index)
-            for group_index, group in enumerate(self._adam.param_groups)
-            for index, piece in enumerate(group["params"])
-            if f"{self._pieces[piece][0].name}.step" in exported
-        ]
-        for group, piece, group_index, index in restored:
-            self._adam.init_state(group, piece, group_index, index)
         if self._on_gpu:
             torch.cuda.synchronize()  # paged buffers are zeroed on the GPU, and written from the CPU below
-        for _, piece, _, _ in restored:
+        for piece, members in self._pieces.items():
+            if f"{members[0].name}.step" not in exported:
+                continue
             state = self._adam.state[piece]
-            for member in self._pieces[piece]:
+            for member in members:
                 state["step"] = int(exported[f"{member.name}.step"])
                 for key in STATE_TENSORS:
                     if key in state:
