@@ -44,6 +44,7 @@ from qlora_trainer.loop import arithmetic, clip, gradient_norm
 from qlora_trainer.model import TrainingModel, add_adapter, load_base
 from qlora_trainer.optimizer import AdapterOptimizer
 from qlora_trainer.telemetry import Card
+from transformers import PreTrainedModel
 
 from orchestrator.api.formats import Metric
 from orchestrator.api.job import AdapterSpec, TrainingSpec
@@ -176,6 +177,14 @@ class Bench:
             **peaks,
             **profile,
         }
+
+    def leave(self) -> PreTrainedModel:
+        """The base without its adapter, for somebody else."""
+        for module in self._peft_model.modules():
+            module.__dict__.pop("forward", None)
+        base = self._peft_model.unload()
+        base.__dict__.pop("peft_config", None)
+        return base
 
     def _start_afresh(self) -> None:
         for parameter in self._peft_model.parameters():
