@@ -61,6 +61,7 @@ class Recipe:
     """A model as the documentation prepares it, and its training steps."""
 
     def __init__(self, base: PreTrainedModel, *, rank: int = 16, rate: float = 1e-4) -> None:
+        torch.use_deterministic_algorithms(False)  # nobody else pays for it
         base.set_attn_implementation("sdpa")
         prepared = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
         settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=16, target_modules="all-linear")
