@@ -6,7 +6,7 @@ A model of three layers is built on fake tensors of a GPU that need not be there
 builds it: NF4 layers, PEFT's adapters, packed attention, recompute. One training step runs over it while every
 allocation and every release is written down; the middle layer's part is cut out. The same step on other widths tells
 which widths each allocation is a product of. What is left is, for each instant that can be the layer's peak, a sum of
-such products.
+such products. So is what the norm after the last layer takes, up to the loss and from there back to that layer.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def trace(model: str, widths: Widths, *, recomputes: bool, dropout: bool) -> lis
     """The events of a training step."""
     config = _config(model, widths)
     recorder = Recorder()
-    AttentionInterface.register(packed.NAME, _Flash(recorder))
+    AttentionInterface.register(packed.NAME, _Attention(recorder))
     base = _base(config)
     adapter = AdapterSpec(rank=widths.rank, dropout="0.05" if dropout else "0")
     with warnings.catch_warnings():
@@ -145,40 +145,59 @@ def trace(model: str, widths: Widths, *, recomputes: bool, dropout: bool) -> lis
             hidden = decoder(
                 input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
             ).last_hidden_state
-            hidden.sum().backward()
+            loss = _Loss.apply(hidden, recorder)
             del hidden
+            loss.backward()
     return recorder.events
 
 
-class _Flash:
-    """Flash attention: what it keeps and gives. The workspace of its backward pass is `core/flash`'s."""
+class _Attention:
+    """`PackedAttention`: what it keeps and gives. The workspace of its backward pass is `core/flash`'s."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
     def __call__(
-        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, softcap: float | None = None, **__: Any
     ) -> tuple[Tensor, None]:
-        parts = (part[0].transpose(0, 1) for part in (query, key, value))
-        return _FlashFunction.apply(*parts, self._recorder).unsqueeze(0), None
+        if softcap is None:
+            parts = (part[0].transpose(0, 1) for part in (query, key, value))
+            return _AttentionFunction.apply(*parts, self._recorder, True).unsqueeze(0), None
+        answer = _AttentionFunction.apply(query[0], key[0], value[0], self._recorder, False).unsqueeze(0)
+        return torch.cat([answer], dim=2).transpose(1, 2).contiguous(), None
 
 
-class _FlashFunction(torch.autograd.Function):
+class _AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: Recorder) -> Tensor:
-        answer = torch.empty(query.shape, dtype=query.dtype, device=DEVICE)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: Recorder, keeps_answer: bool) -> Tensor:
+        answer = torch.empty_like(query)
         ctx.recorder = recorder
-        ctx.save_for_backward(query, key, value, answer, torch.empty(query.shape[1], len(query), device=DEVICE))
+        kept = (answer, torch.empty(query.shape[1], len(query), device=DEVICE)) if keeps_answer else ()
+        ctx.save_for_backward(query, key, value, *kept)
         return answer
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
-        found = tuple(torch.empty(part.shape, dtype=part.dtype, device=DEVICE) for part in (query, key, value))
+        found = tuple(torch.empty_like(part) for part in (query, key, value))
         ctx.recorder.events.append(Event(kind="flash"))
         del grad
-        return *found, None
+        return *found, None, None
+
+
+class _Loss(torch.autograd.Function):
+    """As `qlora_trainer.loss` has it: the gradient is there from the forward pass on."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, recorder: Recorder) -> Tensor:
+        ctx.save_for_backward(torch.empty(hidden.shape, dtype=hidden.dtype, device=DEVICE))
+        recorder.mark("loss")
+        return torch.zeros((), device=DEVICE)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
 
 
 class _Dropout(torch.autograd.Function):
@@ -284,6 +303,7 @@ def _mark_layers(decoder: Any, recorder: Recorder) -> None:
         layer = decoder.layers[index]
         layer.register_forward_pre_hook(lambda *_, i=index: recorder.mark(f"forward {i}"))
         layer.register_forward_hook(lambda _m, _a, out, i=index: _on_gradient(out, recorder, f"backward {i}"))
+    decoder.layers[LAYERS - 1].register_forward_hook(lambda *_: recorder.mark("end"))
 
 
 def _on_gradient(out: Any, recorder: Recorder, name: str) -> None:
@@ -343,7 +363,15 @@ def table(model: str, *, recomputes: bool, dropout: bool) -> dict[str, Any]:
     forward = _segment(traces[0], polynomials, f"forward {MIDDLE}", f"forward {MIDDLE + 1}", stream)
     kept = _sum(forward[-1][1], stream, -1)
     backward = _segment(traces[0], polynomials, f"backward {MIDDLE}", f"backward {MIDDLE - 1}", _sum(kept, stream, 1))
-    return {"kept": kept, "forward": _largest(forward), "backward": _largest(backward)}
+    end = _segment(traces[0], polynomials, "end", "loss", stream)
+    norm = _segment(traces[0], polynomials, "loss", f"backward {LAYERS - 1}", end[-1][1])
+    return {
+        "kept": kept,
+        "forward": _largest(forward),
+        "backward": _largest(backward),
+        "loss": end[-1][1],
+        "norm": _largest(norm),
+    }
 
 
 Moment = tuple[bool, Polynomial]

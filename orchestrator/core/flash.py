@@ -17,8 +17,13 @@ QUERY_TILE_TOKENS = 16384
 HEADS_AT_ONCE = 8
 ROWS_OF_A_RECORD = 128
 """Rows that flash attention keeps between two records' sums."""
-LARGEST_HEAD = 128
+LARGEST_HEAD, LARGEST_COMMON_HEAD = 256, 192
 HEAD_MULTIPLE = 8
+SCORES_BYTES = 64 << 20
+SCORES_ALIVE = 4
+"""Tiles of scores that are alive at once where attention is computed in plain sight."""
+ROUNDED_FINELY = 128
+"""Heads up to this size are rounded to a multiple of 32, larger ones to one of 64."""
 SHORT_RECORD_TOKENS = 64
 """Packed rows of records shorter than this on average would take more than is counted."""
 
@@ -46,11 +51,14 @@ class Attention:
     deterministic: bool
     multiprocessors: int
     """Of the card: in deterministic mode each sums for itself."""
+    squashes: bool = False
+    """Whether scores are squashed, which flash attention cannot (Gemma 2)."""
 
     @property
     def fits(self) -> bool:
         """Whether flash attention takes such heads."""
-        return self.head_size <= LARGEST_HEAD and self.head_size % HEAD_MULTIPLE == 0
+        known = self.head_size == LARGEST_HEAD or self.head_size <= LARGEST_COMMON_HEAD
+        return known and self.head_size % HEAD_MULTIPLE == 0
 
     @property
     def query_width(self) -> int:
@@ -102,6 +110,9 @@ class Attention:
     @property
     def whole_workspace_bytes(self) -> int:
         """Beside the gradients, where the row is not cut into tiles: transformers' own backward pass."""
+        if self.squashes:
+            tile = min(SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
+            return SCORES_ALIVE * tile + 2 * allocated(self.tokens * self.key_width * FP32_BYTES)
         return self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)
 
     def _workspace(self, rows: int, seen: int, query_heads: int, key_heads: int) -> int:
@@ -123,7 +134,7 @@ class Attention:
 
     @property
     def _rounded_head(self) -> int:
-        multiple = 32 if self.head_size <= LARGEST_HEAD else 64
+        multiple = 32 if self.head_size <= ROUNDED_FINELY else 64
         return -(-self.head_size // multiple) * multiple
 
 

@@ -83,6 +83,17 @@ def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
     )
 
 
+def final_norm(layer: PlainLayer) -> tuple[int, int]:
+    """Bytes while the loss is computed, and at the most from there back to the last layer, beside what layers keep.
+
+    The last layer's output, the normalized states and the gradient to them are among them.
+    """
+    tables = _tables()
+    table = (tables.get(layer.facts.model_type) or tables[UNKNOWN])["kept, whole"]
+    values = layer.values()
+    return _bytes(table["loss"], values), _largest(table["norm"], values, 0)
+
+
 def _largest(moments: list[Moment], values: Mapping[str, int], workspace: int) -> int:
     return max(_bytes(polynomial, values) + (workspace if flash else 0) for flash, polynomial in moments)
 

@@ -20,7 +20,7 @@ from orchestrator.core.facts import GpuClass
 from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention
 from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
 from orchestrator.core.linears import group, linears, targeted
-from orchestrator.core.plain import PlainLayer, plain_layer
+from orchestrator.core.plain import PlainLayer, final_norm, plain_layer
 from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
@@ -44,6 +44,8 @@ REPLAY_TOKENS, REPLAY_TOKENS_STEP, REPLAY_RECORDS_FACTOR = 6144, 256, 4
 """Micro-batches of up to so many tokens run as CUDA graphs, padded (`qlora_trainer/replay.py`)."""
 FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
+SQUASHING_TYPES = frozenset({"gemma2"})
+"""Model types whose attention squashes its scores."""
 NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "starcoder2": 4}
 """Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
 MOST_MULTIPROCESSORS = 148
@@ -233,8 +235,15 @@ def _instants(question: _Question) -> Iterator[Instant]:
             name="a layer's forward pass", kept_bytes=layers.kept(index), gradient_bytes=before, working_bytes=working
         )
     everything = layers.kept(facts.num_layers)
-    working = _loss_bytes(question) + batch + capturing
+    at_loss, in_norm = _final_norm(question)
+    working = at_loss + _logits_bytes(question) + batch + capturing
     yield Instant(name="loss", kept_bytes=everything, gradient_bytes=before, working_bytes=working)
+    yield Instant(
+        name="the last norm's backward pass",
+        kept_bytes=everything,
+        gradient_bytes=before,
+        working_bytes=in_norm + shared + 2 * capturing,
+    )
     for index in layers.ends():
         done = layers.recomputed.gradients * (facts.num_layers - 1 - index)
         if question.replayed:  # all layers' gradients are added to the sums at once
@@ -249,11 +258,19 @@ def _instants(question: _Question) -> Iterator[Instant]:
     yield Instant(name="loading", kept_bytes=0, gradient_bytes=0, working_bytes=_loading_bytes(question))
 
 
-def _loss_bytes(question: _Question) -> int:
-    """`qlora_trainer/loss.py`: the last hidden states as they are and normalized, their gradient, and logits."""
+def _final_norm(question: _Question) -> tuple[int, int]:
+    """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
+    shape = _shape(question)
+    if isinstance(shape, PlainLayer):
+        return final_norm(shape)
+    return 3 * question.stream, 3 * question.stream
+
+
+def _logits_bytes(question: _Question) -> int:
+    """`qlora_trainer/loss.py`: a chunk's hidden states or their gradient, and its logits."""
     chunk = min(question.plan.loss_chunk_tokens or question.tokens, question.tokens)
     logits = allocated(chunk * question.facts.vocab_size * BF16_BYTES)
-    return 3 * question.stream + logits + allocated(chunk * question.facts.hidden_size * BF16_BYTES)
+    return logits + allocated(chunk * question.facts.hidden_size * BF16_BYTES)
 
 
 def _loading_bytes(question: _Question) -> int:
@@ -351,6 +368,7 @@ def _attention(question: _Question) -> Attention:
         head_size=facts.head_dim,
         deterministic=question.deterministic,
         multiprocessors=question.multiprocessors,
+        squashes=facts.model_type in SQUASHING_TYPES,
     )
 
 

@@ -188,6 +188,7 @@ def test_every_tensor_of_a_training_step_is_counted(
     monkeypatch.setattr(ops, "can_be_captured", lambda _: replayed)
     monkeypatch.setattr(Replay, "_graph", lambda *_: None)  # what runs before a graph is made
     monkeypatch.setattr(sizing, "REPLAY_TOKENS", LARGEST_TOKENS if replayed else 0)
+    monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
     sizing._layer_bytes.cache_clear()
     sizing._footprint.cache_clear()
     names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -3,7 +3,8 @@
 `model` registers one `PackedAttention` with transformers and tells it, before each forward pass, where the records of
 the row begin. transformers' own way, a boolean mask of tokens x tokens, costs 4 GiB at 65,536 tokens and forbids the
 flash kernels. Here the GPU runs flash attention over all records in one launch (Dao, 2023, variable-length form), which
-torch makes deterministic in deterministic mode; elsewhere each record is one causal call.
+torch makes deterministic in deterministic mode; elsewhere each record is one causal call, and what neither knows
+(windows, Gemma 2's squashed scores) is computed tile by tile (`tiled_attention`).
 
 transformers calls the object and leaves the backward pass to autograd; `kernels.layer` calls `forward` and `backward`,
 whose tensors are [tokens, heads, size].
@@ -11,7 +12,7 @@ whose tensors are [tokens, heads, size].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 from itertools import pairwise
 from typing import Any
@@ -25,14 +26,17 @@ from qlora_trainer.batches import MicroBatch
 
 NAME = "qlora_packed"
 """The name under which transformers finds it."""
-LARGEST_FLASH_HEAD = 128
-"""Flash attention's backward pass takes larger heads on data-center cards only."""
+LARGEST_FLASH_HEAD = 256
+LARGEST_COMMON_HEAD = 192
+"""Between these two, flash attention's backward pass takes heads of the largest size alone on most cards."""
 FLASH_HEAD_MULTIPLE = 8
 QUERY_TILE_TOKENS = 16384
 """Queries in one call of flash attention's backward pass, and with `HEADS_AT_ONCE` the bound on what it needs: in
 deterministic mode a float32 sum for every multiprocessor and query (1.1 GiB on a card with 132), whatever the row's
 length; else a copy of keys and values for every head that shares them."""
 HEADS_AT_ONCE = 8
+SCORES_BYTES = 64 << 20
+"""Of a tile of scores where they are computed in plain sight; a few such tensors are alive at once."""
 
 
 class PackedAttention:
@@ -64,6 +68,7 @@ class PackedAttention:
         dropout: float = 0.0,
         scaling: float | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Query, key and value are [1, heads, tokens, size]; the answer is [1, tokens, heads, size]."""
@@ -71,12 +76,12 @@ class PackedAttention:
         assert len(query) == 1, "a micro-batch is one packed row"
         assert query.shape[2] == key.shape[2] == self._borders[-1], "this is not the row that was announced"
         window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
-        if dropout == 0 and _fits_flash(query, value):
+        if dropout == 0 and softcap is None and _fits_flash(query, value):
             return self._flash(query, key, value, scaling, window), None
         records = [
             tuple(part[:, :, start:end] for part in (query, key, value)) for start, end in pairwise(self._borders)
         ]
-        answers = [_one_record(*record, dropout, scaling, window) for record in records]
+        answers = [_one_record(*record, dropout, scaling, window, softcap) for record in records]
         return torch.cat(answers, dim=2).transpose(1, 2).contiguous(), None
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
@@ -203,7 +208,8 @@ class PackedAttention:
 
 def _fits_flash(query: Tensor, value: Tensor) -> bool:
     size = query.shape[-1]
-    return query.is_cuda and size == value.shape[-1] <= LARGEST_FLASH_HEAD and size % FLASH_HEAD_MULTIPLE == 0
+    known = size == LARGEST_FLASH_HEAD or size <= LARGEST_COMMON_HEAD
+    return query.is_cuda and size == value.shape[-1] and known and size % FLASH_HEAD_MULTIPLE == 0
 
 
 def _flash_backward(
@@ -227,13 +233,25 @@ def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, bool]:
 
 
 def _one_record(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
     mask = None
-    if window is not None and window < query.shape[2]:
+    own_window = window if window is not None and window < query.shape[2] else None
+    if softcap is not None or (own_window is not None and dropout == 0):
+        assert dropout == 0, "attention that squashes its scores drops nothing"
+        parts = (part[0] for part in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return tiled_attention(*parts, scale, own_window, softcap).unsqueeze(0)
+    if own_window is not None:
         place = torch.arange(query.shape[2], device=query.device)
         distance = place[:, None] - place
-        mask = (distance >= 0) & (distance < window)
+        mask = (distance >= 0) & (distance < own_window)
     return scaled_dot_product_attention(
         query,
         key,
@@ -244,3 +262,89 @@ def _one_record(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+# --- tile by tile
+
+
+def tiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention over one record, [heads, tokens, size] each, that holds the scores of a few queries at a time.
+
+    Key and value may have fewer heads. A token sees `window` tokens, itself counted; `softcap` squashes the scores to
+    (-softcap, softcap) before the softmax, as Gemma 2 does. The backward pass computes the scores anew.
+    """
+    return _TiledAttention.apply(query, key, value, scaling, window, softcap)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.options = (scaling, window, softcap)
+        answer = torch.empty_like(query)
+        for rows, seen in _score_tiles(query, window):
+            chances, _ = _chances(query, key, rows, seen, *ctx.options)
+            answer[:, rows] = torch.bmm(chances.to(value.dtype), value[:, seen]).view(answer[:, rows].shape)
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        scaling, window, softcap = ctx.options
+        query_grad = torch.empty_like(query)
+        key_sum, value_sum = (torch.zeros(part.shape, dtype=torch.float32, device=part.device) for part in (key, value))
+        for rows, seen in _score_tiles(query, window):
+            chances, slope = _chances(query, key, rows, seen, scaling, window, softcap)
+            grad = _by_key_head(grads[0][:, rows], key)
+            value_sum[:, seen] += torch.bmm(chances.to(grad.dtype).transpose(1, 2), grad)
+            scores_grad = torch.bmm(grad, value[:, seen].transpose(1, 2)).float()
+            scores_grad -= (scores_grad * chances).sum(dim=-1, keepdim=True)
+            scores_grad *= chances
+            del chances
+            if slope is not None:
+                scores_grad *= slope
+            scores_grad *= scaling
+            low = scores_grad.to(query.dtype)
+            del scores_grad, slope
+            query_grad[:, rows] = torch.bmm(low, key[:, seen]).view(query[:, rows].shape)
+            key_sum[:, seen] += torch.bmm(low.transpose(1, 2), _by_key_head(query[:, rows], key))
+        return query_grad, key_sum.to(key.dtype), value_sum.to(value.dtype), None, None, None
+
+
+def _score_tiles(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Queries, and the keys that they see; a tile's scores take at most `SCORES_BYTES` in float32."""
+    heads, tokens, _ = query.shape
+    row_bytes = 4 * heads * tokens if window is None else 4 * heads * min(tokens, 2 * window)
+    step = max(1, min(SCORES_BYTES // row_bytes, tokens if window is None else window))
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        yield slice(start, stop), slice(first, stop)
+
+
+def _by_key_head(queries: Tensor, key: Tensor) -> Tensor:
+    """[heads, rows, size] as [key heads, heads that share one x rows, size]."""
+    return queries.reshape(key.shape[0], -1, queries.shape[-1])
+
+
+def _chances(
+    query: Tensor, key: Tensor, rows: slice, seen: slice, scaling: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The softmax of a tile's scores [key heads, heads that share one x rows, seen], float32, and squashing's slope."""
+    scores = torch.bmm(_by_key_head(query[:, rows], key), key[:, seen].transpose(1, 2)).float()
+    scores *= scaling
+    slope = None
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_()
+        slope = 1 - scores.square()
+        scores *= softcap
+    place = torch.arange(seen.start, rows.stop, device=query.device)
+    distance = place[rows.start - seen.start :, None] - place
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    shared = query.shape[0] // key.shape[0]
+    scores.view(key.shape[0], shared, *distance.shape).masked_fill_(hidden, -torch.inf)
+    return scores.softmax(dim=-1), slope

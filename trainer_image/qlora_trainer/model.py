@@ -171,8 +171,7 @@ def _attention_implementation(config: PreTrainedConfig) -> str:
     """Packed attention, where the architecture asks for nothing but causal attention with or without a window."""
     text = config.get_text_config()
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    # Only transformers' plain implementation squashes attention logits, and some architectures know no other.
-    if getattr(text, "attn_logit_softcapping", None) or not architecture._supports_sdpa:
+    if not architecture._supports_sdpa:
         return "eager"
     if not architecture._supports_attention_backend:  # it looks its attention up in a table of its own
         return "sdpa"

@@ -1,0 +1,54 @@
+"""Attention that is computed tile by tile, against all scores at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from qlora_trainer import attention
+from torch import Tensor
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """The same in one piece, by autograd."""
+    shared = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(shared, dim=0), value.repeat_interleave(shared, dim=0)
+    scores = scaling * query @ key.transpose(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(query.shape[1])
+    distance = place[:, None] - place
+    hidden = (distance < 0) | (distance >= (window or len(place)))
+    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
+
+
+@pytest.mark.parametrize(
+    ("tokens", "key_heads", "window", "softcap"),
+    [
+        pytest.param(37, 4, None, 2.0, id="squashed"),
+        pytest.param(37, 2, 7, None, id="window, shared keys"),
+        pytest.param(64, 1, 50, 1.5, id="squashed, window, one key head"),
+        pytest.param(5, 2, 64, 1.5, id="a record shorter than the window"),
+    ],
+)
+@pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
+def test_tiles_give_the_answer_and_the_gradients_of_all_scores_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    key_heads: int,
+    window: int | None,
+    softcap: float | None,
+    rows_at_once: int,
+) -> None:
+    monkeypatch.setattr(attention, "SCORES_BYTES", 4 * 4 * tokens * rows_at_once)
+    torch.manual_seed(0)
+    query = torch.randn(4, tokens, 8, requires_grad=True)
+    key, value = (torch.randn(key_heads, tokens, 8, requires_grad=True) for _ in range(2))
+    weights = torch.randn(4, tokens, 8)
+    found = attention.tiled_attention(query, key, value, 0.6, window, softcap)
+    expected = dense(query, key, value, 0.6, window, softcap)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad((found * weights).sum(), (query, key, value))
+    right = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    torch.testing.assert_close(gradients, right, rtol=1e-4, atol=1e-5)
