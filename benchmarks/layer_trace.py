@@ -299,11 +299,12 @@ def _config(model: str, widths: Widths) -> Any:
 
 
 def _mark_layers(decoder: Any, recorder: Recorder) -> None:
-    for index in (MIDDLE - 1, MIDDLE, MIDDLE + 1):
+    for index in range(LAYERS):
         layer = decoder.layers[index]
         layer.register_forward_pre_hook(lambda *_, i=index: recorder.mark(f"forward {i}"))
         layer.register_forward_hook(lambda _m, _a, out, i=index: _on_gradient(out, recorder, f"backward {i}"))
-    decoder.layers[LAYERS - 1].register_forward_hook(lambda *_: recorder.mark("end"))
+    norm = [module for name, module in decoder.named_children() if "norm" in name][-1]
+    norm.register_forward_pre_hook(lambda *_: recorder.mark("end"))
 
 
 def _on_gradient(out: Any, recorder: Recorder, name: str) -> None:
@@ -352,7 +353,7 @@ def _values(model: str, widths: Widths) -> dict[str, int]:
 
 
 def table(model: str, *, recomputes: bool, dropout: bool) -> dict[str, Any]:
-    """What a layer keeps, and the instants of both passes that can be its peak."""
+    """What a layer keeps, the first one too, and the instants of both passes that can be its peak."""
     traces = [trace(model, widths, recomputes=recomputes, dropout=dropout) for widths in SAMPLES]
     assert len({len(events) for events in traces}) == 1, "the widths change what is computed"
     takes = [[event for event in events if event.kind == "take"] for events in traces]
@@ -363,15 +364,29 @@ def table(model: str, *, recomputes: bool, dropout: bool) -> dict[str, Any]:
     forward = _segment(traces[0], polynomials, f"forward {MIDDLE}", f"forward {MIDDLE + 1}", stream)
     kept = _sum(forward[-1][1], stream, -1)
     backward = _segment(traces[0], polynomials, f"backward {MIDDLE}", f"backward {MIDDLE - 1}", _sum(kept, stream, 1))
-    end = _segment(traces[0], polynomials, "end", "loss", stream)
-    norm = _segment(traces[0], polynomials, "loss", f"backward {LAYERS - 1}", end[-1][1])
+    first = _segment(traces[0], polynomials, "forward 0", "forward 1", {})
+    events = [event for event in traces[0] if event != _embeddings_drop(traces[0], polynomials)]
+    end = _segment(events, polynomials, "end", "loss", stream)
+    norm = _segment(events, polynomials, "loss", f"backward {LAYERS - 1}", end[-1][1])
+    released = len(events) < len(traces[0])
     return {
         "kept": kept,
+        "first": first[-1][1],
         "forward": _largest(forward),
         "backward": _largest(backward),
         "loss": end[-1][1],
         "norm": _largest(norm),
+        "released": stream if released else {},
     }
+
+
+def _embeddings_drop(events: list[Event], polynomials: dict[int, Polynomial]) -> Event | None:
+    """The end of the first layer's input, where the decoder lets go of it before the loss and nothing else needs it."""
+    names = [event.name for event in events]
+    before = events[: names.index("forward 0")]
+    made = [event.number for event in before if event.kind == "take" and polynomials[event.number] == {"th": 2.0}]
+    between = events[names.index("end") : names.index("loss")]
+    return next((event for event in between if event.kind == "drop" and event.number in made), None)
 
 
 Moment = tuple[bool, Polynomial]

@@ -64,6 +64,10 @@ class LayerBytes:
 
     kept: int
     """From its forward to its backward pass."""
+    first_kept: int
+    """By the first layer, whose input needs no gradient."""
+    released: int
+    """Of that, before the loss: the decoder holds its embeddings to its end."""
     forward_peak: int
     """Its input counted."""
     backward_peak: int
@@ -123,6 +127,8 @@ def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline)
     groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
     return LayerBytes(
         kept=kept,
+        first_kept=kept,
+        released=0,
         forward_peak=forward.peak_bytes,
         backward_peak=backward.peak_bytes,
         gradients=sum(group.gradient_bytes(layer.rank) for group in groups),
@@ -229,13 +235,14 @@ def _mlp_tiles_backward(t: Timeline, layer: FusedLayer) -> None:
         down_weight=layer.down.dense_bytes,
         middle_grad=layer.stream,
         gradient_sums=2 * (layer.gate_up.gradient_bytes(layer.rank) + layer.down.gradient_bytes(layer.rank)),
+        found=layer.gate_up.gradient_bytes(layer.rank) + layer.down.gradient_bytes(layer.rank),  # of the tile before
     )
     tile = Timeline()
     _mlp_tile_backward(tile, layer, MLP_TILE_TOKENS, recomputes=True, down_weight_is_there=True)
     t.passing(tile=tile.peak_bytes)
     t.drop("gate_up_weight", "down_weight")
     _take_mlp_gradients(t, layer)
-    t.drop("gradient_sums")
+    t.drop("gradient_sums", "found")
 
 
 def _mlp_tile_backward(

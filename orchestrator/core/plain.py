@@ -70,28 +70,32 @@ def _tables() -> dict[str, Any]:
 
 def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
     """A layer's bytes; one that recomputes keeps its input."""
-    tables = _tables()
-    family = tables.get(layer.facts.model_type) or tables[UNKNOWN]
-    table = family[f"{'recomputed' if recomputes else 'kept'}, {'dropped' if layer.drops else 'whole'}"]
+    table = _table(layer, recomputes)
     values, workspace = layer.values(), layer.attention.whole_workspace_bytes
     extra = _dora_bytes(layer)
     return LayerBytes(
         kept=_bytes(table["kept"], values) + (0 if recomputes else extra),
+        first_kept=_bytes(table["first"], values) + (0 if recomputes else extra),
+        released=_bytes(table["released"], values),
         forward_peak=_largest(table["forward"], values, workspace) + extra,
         backward_peak=_largest(table["backward"], values, workspace) + extra,
         gradients=_gradient_bytes(layer),
     )
 
 
-def final_norm(layer: PlainLayer) -> tuple[int, int]:
+def final_norm(layer: PlainLayer, *, recomputes: bool) -> tuple[int, int]:
     """Bytes while the loss is computed, and at the most from there back to the last layer, beside what layers keep.
 
     The last layer's output, the normalized states and the gradient to them are among them.
     """
-    tables = _tables()
-    table = (tables.get(layer.facts.model_type) or tables[UNKNOWN])["kept, whole"]
-    values = layer.values()
+    table, values = _table(layer, recomputes), layer.values()
     return _bytes(table["loss"], values), _largest(table["norm"], values, 0)
+
+
+def _table(layer: PlainLayer, recomputes: bool) -> dict[str, Any]:
+    tables = _tables()
+    family = tables.get(layer.facts.model_type) or tables[UNKNOWN]
+    return family[f"{'recomputed' if recomputes else 'kept'}, {'dropped' if layer.drops else 'whole'}"]
 
 
 def _largest(moments: list[Moment], values: Mapping[str, int], workspace: int) -> int:

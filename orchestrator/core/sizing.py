@@ -234,7 +234,7 @@ def _instants(question: _Question) -> Iterator[Instant]:
         yield Instant(
             name="a layer's forward pass", kept_bytes=layers.kept(index), gradient_bytes=before, working_bytes=working
         )
-    everything = layers.kept(facts.num_layers)
+    everything = layers.kept(facts.num_layers) - layers.at(0).released
     at_loss, in_norm = _final_norm(question)
     working = at_loss + _logits_bytes(question) + batch + capturing
     yield Instant(name="loss", kept_bytes=everything, gradient_bytes=before, working_bytes=working)
@@ -262,7 +262,7 @@ def _final_norm(question: _Question) -> tuple[int, int]:
     """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
     shape = _shape(question)
     if isinstance(shape, PlainLayer):
-        return final_norm(shape)
+        return final_norm(shape, recomputes=question.plan.recompute_layers >= question.facts.num_layers)
     return 3 * question.stream, 3 * question.stream
 
 
@@ -274,12 +274,12 @@ def _logits_bytes(question: _Question) -> int:
 
 
 def _loading_bytes(question: _Question) -> int:
-    """PEFT makes the adapter in float32; embeddings leave the card after they were loaded."""
+    """PEFT makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later."""
     facts = question.facts
     offloaded = "embeddings" in question.plan.offload and not facts.tied_embeddings
-    return question.trainable * (FP32_BYTES - BF16_BYTES) + (
-        allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if offloaded else 0
-    )
+    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if offloaded else 0
+    later = question.trainable * _state_bytes(question) + 2 * CUBLAS_BYTES
+    return max(0, round(question.trainable * (FP32_BYTES - BF16_BYTES) + table - later))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +310,9 @@ class _Layers:
     def kept(self, below: int) -> int:
         """What the layers below one keep."""
         recomputed = min(below, self.recomputing)
-        return recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
+        first = self.at(0)
+        others = recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
+        return others - (first.kept - first.first_kept if below else 0)
 
 
 @lru_cache(maxsize=ANSWERS_KEPT)

@@ -171,12 +171,10 @@ def _attention_implementation(config: PreTrainedConfig) -> str:
     """Packed attention, where the architecture asks for nothing but causal attention with or without a window."""
     text = config.get_text_config()
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not architecture._supports_sdpa:
-        return "eager"
-    if not architecture._supports_attention_backend:  # it looks its attention up in a table of its own
-        return "sdpa"
     layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
-    return attention.NAME if layer_types <= CHECKED_LAYER_TYPES else "sdpa"
+    if architecture._supports_attention_backend and layer_types <= CHECKED_LAYER_TYPES:
+        return attention.NAME
+    return "sdpa" if architecture._supports_sdpa else "eager"  # it may look its attention up in a table of its own
 
 
 def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:
