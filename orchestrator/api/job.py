@@ -39,6 +39,8 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport
 
 CANCEL_ANNOTATION = "qlora.dev/cancel"
+RELEASE_FINALIZER = "qlora.dev/release"
+"""On a job while something outside has to be settled before its object may go: see `core/release`."""
 # What the results depend on; a job that should compute something else is another job.
 IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
@@ -303,7 +305,7 @@ class MlflowStatus(Model):
     registered_model: ShortText | None = None
     model_version: ShortText | None = None
     run_status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] | None = None
-    """The last status that the controller gave the run."""
+    """The status that the controller gave the run; the last one is on its way while `qlora.dev/release` is there."""
 
 
 class QLoRAJobStatus(Model):

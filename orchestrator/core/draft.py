@@ -13,7 +13,7 @@ from datetime import datetime
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.core.conditions import Finding, clip, set_condition, summarize
 from orchestrator.core.facts import Event, WriteStatus
-from orchestrator.core.state import IllegalTransitionError, JobEvent, JobState, next_state, state_of
+from orchestrator.core.state import LAST_RUN_STATUS, IllegalTransitionError, JobEvent, JobState, next_state, state_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +38,15 @@ class Draft:
         return self.status.active_attempt
 
     def move(self, event: JobEvent, *findings: Finding, **changes: object) -> Draft:
-        """The draft after an event of the state machine, with the status changes that make it so."""
+        """The draft after an event of the state machine, with the status changes that make it so.
+
+        A job's end is also its run's, if it has one.
+        """
         expected = next_state(self.job.key, self.state, event)
         after = self._with(findings, changes)
         if after.state is not expected:
             raise IllegalTransitionError(self.job.key, self.state, event, f"the change leads to {after.state.value}")
-        return after
+        return after._end_run() if after.state in LAST_RUN_STATUS else after
 
     def amend(self, *findings: Finding, **changes: object) -> Draft:
         """The draft with changes that leave the job in its state."""
@@ -69,7 +72,22 @@ class Draft:
         status = self.status.model_copy(
             update={"observed_generation": generation, "summary": summarize(self.status)},
         )
-        return None if status == self.job.status else WriteStatus(job=self.job, status=status, events=self.events)
+        if status == self.job.status:
+            return None
+        return WriteStatus(job=self.job, status=status, events=self.events, words_only=self._says_only(status))
+
+    def _says_only(self, status: QLoRAJobStatus) -> bool:
+        """Whether the status differs from the stored one in nothing but words about a job that waits."""
+        said = {"conditions", "summary", "observed_generation"}
+        words = {name: getattr(self.job.status, name) for name in said}
+        return status.active_attempt is None and status.model_copy(update=words) == self.job.status
+
+    def _end_run(self) -> Draft:
+        mlflow = self.status.mlflow
+        if mlflow.run_id is None:
+            return self
+        ended = mlflow.model_copy(update={"run_status": LAST_RUN_STATUS[self.state]})
+        return replace(self, status=self.status.model_copy(update={"mlflow": ended}))
 
     def _with(self, findings: tuple[Finding, ...], changes: dict[str, object]) -> Draft:
         conditions = self.status.conditions
