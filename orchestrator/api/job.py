@@ -305,7 +305,7 @@ class MlflowStatus(Model):
     registered_model: ShortText | None = None
     model_version: ShortText | None = None
     run_status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] | None = None
-    """The status that the controller gave the run; the last one is on its way while `qlora.dev/release` is there."""
+    """The last status that the controller gave the run."""
 
 
 class QLoRAJobStatus(Model):
