@@ -43,27 +43,37 @@ def _commands(drafts: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
         yield from _run_commands(draft.job, snapshot)
     yield from _runs_of_gone_jobs(snapshot)
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
-    # just now, and last come words about those who wait.
-    waiting: list[WriteStatus] = []
+    # just now, then figures of jobs that go on as before, and last come words about those who wait.
     moved: list[Command] = []
+    figures: list[WriteStatus] = []
+    waiting: list[Draft] = []
     for draft in drafts:
-        write, stage = draft.close(), tuple(stage_commands(draft, snapshot))
-        if write is not None and not stage and draft.state is state_of(draft.job.status):
-            waiting.append(write)
-        elif stage and write is None:
+        stage = tuple(stage_commands(draft, snapshot))
+        if draft.words_only and not stage:
+            waiting.append(draft)
+        elif (write := draft.close()) is None:
             yield from stage
+        elif draft.state is state_of(draft.job.status) and not stage:
+            figures.append(write)
         else:
-            moved += [*((write,) if write else ()), *stage, *_begun(write, snapshot.policy)]
+            moved += [write, *stage, *_begun(write, snapshot.policy)]
     yield from moved
     yield from leftover_commands(snapshot)
-    # Of those, whoever has been told nothing at all comes first.
-    yield from sorted(waiting, key=lambda write: write.job.status.observed_generation > 0)
+    yield from figures
+    yield from _words(waiting, snapshot.policy)
     yield from _expired(drafts, snapshot)
 
 
-def _begun(write: WriteStatus | None, policy: Policy) -> Iterator[EnsureStage]:
+def _words(waiting: list[Draft], policy: Policy) -> Iterator[WriteStatus]:
+    """So many at a time; whoever has been told nothing at all comes first."""
+    news = [draft for draft in waiting if draft.says_something_new]
+    news.sort(key=lambda draft: draft.job.status.observed_generation > 0)
+    yield from filter(None, (draft.close() for draft in news[: policy.words_limit]))
+
+
+def _begun(write: WriteStatus, policy: Policy) -> Iterator[EnsureStage]:
     """The stage of an attempt that the write puts on record."""
-    if write is None or write.status.attempts_total == write.job.status.attempts_total:
+    if write.status.attempts_total == write.job.status.attempts_total:
         return
     attempt = write.status.active_attempt
     assert attempt is not None, "an attempt that begins is active"

@@ -26,6 +26,8 @@ class Draft:
     """Where the job is now: derived from the status, once for each of them."""
     now: datetime
     events: tuple[Event, ...] = ()
+    words_only: bool = True
+    """Whether nothing has changed but what is said about the job, which costs nobody anything to hear late."""
 
     @classmethod
     def open(cls, job: QLoRAJob, now: datetime) -> Draft:
@@ -64,23 +66,23 @@ class Draft:
         *earlier, last = self.status.attempts
         return (*earlier, last.model_copy(update=changes))
 
+    @property
+    def says_something_new(self) -> bool:
+        """Whether there may be something to write; most jobs have nothing, most of the time."""
+        seen = self.status.observed_generation == self.job.metadata.generation
+        return self.status is not self.job.status or not seen
+
     def close(self) -> WriteStatus | None:
         """The write that stores the draft; None where it says what is stored already."""
+        if not self.says_something_new:
+            return None
         generation = self.job.metadata.generation
-        if self.status is self.job.status and self.status.observed_generation == generation:
-            return None  # most jobs, most of the time
         status = self.status.model_copy(
             update={"observed_generation": generation, "summary": summarize(self.status)},
         )
         if status == self.job.status:
             return None
-        return WriteStatus(job=self.job, status=status, events=self.events, words_only=self._says_only(status))
-
-    def _says_only(self, status: QLoRAJobStatus) -> bool:
-        """Whether the status differs from the stored one in nothing but words about a job that waits."""
-        said = {"conditions", "summary", "observed_generation"}
-        words = {name: getattr(self.job.status, name) for name in said}
-        return status.active_attempt is None and status.model_copy(update=words) == self.job.status
+        return WriteStatus(job=self.job, status=status, events=self.events, words_only=self.words_only)
 
     def _end_run(self) -> Draft:
         mlflow = self.status.mlflow
@@ -94,4 +96,5 @@ class Draft:
         for finding in findings:
             conditions = set_condition(conditions, finding, now=self.now, generation=self.job.metadata.generation)
         status = self.status.model_copy(update={"conditions": conditions, **changes})
-        return replace(self, status=status, state=state_of(status))
+        words_only = self.words_only and not changes
+        return replace(self, status=status, state=state_of(status), words_only=words_only)

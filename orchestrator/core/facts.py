@@ -102,6 +102,8 @@ class Policy:
     trainer_threads: int = 1
     progress_interval_seconds: float = 1.0
     """A running stage's progress is written to the status at most this often."""
+    words_limit: int = 100
+    """Jobs of which one decision says something new while nothing else about them changes."""
     gpu_classes_are_fixed: bool = False
     """Whether no other GPU can ever appear here: a job that fits none of them then fails instead of waiting."""
 

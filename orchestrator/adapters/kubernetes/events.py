@@ -34,7 +34,7 @@ NOTE_BYTES = 1024
 DELAY_SECONDS = 2.0
 WAITING_LIMIT = 10_000
 """Jobs with events to be told; what finds no room is lost."""
-JOBS_PER_SECOND = 10.0
+JOBS_PER_SECOND = 5.0
 CLOSE_SECONDS = 5.0
 """How long the end may be put off in order to tell what is left."""
 SEPARATOR = "\n"

@@ -146,8 +146,9 @@ class KubernetesStore:
 
     def release(self, job: QLoRAJob) -> None:
         """Take RELEASE_FINALIZER off a job that owes nothing any more."""
-        if RELEASE_FINALIZER in job.metadata.finalizers:
-            self._release_finished(job)
+        current = self.get_job(job.metadata.namespace, job.metadata.name)
+        if current.metadata.uid == job.metadata.uid and RELEASE_FINALIZER in current.metadata.finalizers:
+            self._release_finished(current)
 
     def delete_job(self, namespace: str, name: str) -> None:
         """Remove the object; one that is busy is marked, and removed by the call that finds it at rest."""
