@@ -40,6 +40,9 @@ from orchestrator.errors import Conflict, NotFound, RuntimeLost, TransientError
 
 log = logging.getLogger(__name__)
 
+ACT_PER_LOOK = 3.0
+"""Acting may take so many times as long as looking and deciding did, or thousands of jobs would be mostly looked at."""
+
 ByCall = WriteStatus | EnsureStage | StopStage | DeleteStage | DeleteJob
 """Commands that one call to a port carries out."""
 
@@ -51,7 +54,7 @@ class Bounds:
     writers: int = 1
     """Jobs that are served at one time; more than one needs a store and a runtime that bear it."""
     seconds: float = 86_400.0
-    """After which nothing more is begun."""
+    """After which nothing more is begun, unless looking took longer than a third of it."""
     lanes: int = 1
     """Commands that MLflow is asked to carry out at one time."""
     words_per_second: float = 1e9
@@ -76,9 +79,9 @@ class Actor:
         """MLflow runs that no status has on record yet, by the uid of their job."""
         return self._lanes.runs()
 
-    def act(self, commands: Sequence[Command]) -> None:
-        """Carry out one decision. Raises RuntimeLost, after which the process must start over."""
-        over = time.monotonic() + self._bounds.seconds
+    def act(self, commands: Sequence[Command], looked_seconds: float = 0.0) -> None:
+        """Carry out one decision, which took so long to make. Raises RuntimeLost: the process must start over."""
+        over = time.monotonic() + max(self._bounds.seconds, ACT_PER_LOOK * looked_seconds)
         by_job: dict[str, list[Command]] = {}
         for command in commands:
             by_job.setdefault(_job_key(command), []).append(command)

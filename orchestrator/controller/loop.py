@@ -97,7 +97,7 @@ class Controller:
         decided = time.monotonic()
         for command in commands:
             log.debug("decided: %s", command)
-        self._actor.act(commands)
+        self._actor.act(commands, decided - start)
         self.metrics.round_done(snapshot, commands, decided - observed, start)
         return commands
 

@@ -26,6 +26,8 @@ class Draft:
     """Where the job is now: derived from the status, once for each of them."""
     now: datetime
     events: tuple[Event, ...] = ()
+    word: Finding | None = None
+    """Why the job waits. It gets into the status when the draft is closed: of thousands who wait few are told so."""
     words_only: bool = True
     """Whether nothing has changed but what is said about the job, which costs nobody anything to hear late."""
 
@@ -66,23 +68,34 @@ class Draft:
         *earlier, last = self.status.attempts
         return (*earlier, last.model_copy(update=changes))
 
+    def say(self, word: Finding) -> Draft:
+        """The draft with why the job waits; told as an event when the reason is a new one."""
+        return replace(self, word=word)
+
     @property
     def says_something_new(self) -> bool:
         """Whether there may be something to write; most jobs have nothing, most of the time."""
         seen = self.status.observed_generation == self.job.metadata.generation
-        return self.status is not self.job.status or not seen
+        return self.word is not None or self.status is not self.job.status or not seen
 
     def close(self) -> WriteStatus | None:
         """The write that stores the draft; None where it says what is stored already."""
         if not self.says_something_new:
             return None
-        generation = self.job.metadata.generation
-        status = self.status.model_copy(
-            update={"observed_generation": generation, "summary": summarize(self.status)},
+        said = self if self.word is None else self._with_word(self.word)
+        status = said.status.model_copy(
+            update={"observed_generation": self.job.metadata.generation, "summary": summarize(said.status)},
         )
         if status == self.job.status:
             return None
-        return WriteStatus(job=self.job, status=status, events=self.events, words_only=self.words_only)
+        return WriteStatus(job=self.job, status=status, events=said.events, words_only=self.words_only)
+
+    def _with_word(self, word: Finding) -> Draft:
+        before = self.status.condition(word.kind)
+        said = self.amend(word)
+        if before is not None and before.reason is word.reason:
+            return said
+        return said.tell(Event(reason=word.reason, message=word.message))
 
     def _end_run(self) -> Draft:
         mlflow = self.status.mlflow

@@ -49,16 +49,13 @@ def is_ready(draft: Draft) -> bool:
 
 
 def wait(draft: Draft, reason: Reason, message: str) -> Draft:
-    """Say what an idle job waits for; told as an event when the reason is a new one."""
+    """Say what an idle job waits for."""
     kind = WAITING_CONDITION[draft.state]
     before = draft.status.condition(kind)
     finding = Finding(kind=kind, status="False", reason=reason, message=message)
     if before is not None and says_the_same(before, finding, draft.job.metadata.generation):
         return draft
-    draft = draft.amend(finding)
-    if before is not None and before.reason is reason:
-        return draft
-    return draft.tell(Event(reason=reason, message=message))
+    return draft.say(finding)
 
 
 def _note_run(draft: Draft, snapshot: Snapshot) -> Draft:

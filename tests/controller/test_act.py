@@ -248,6 +248,13 @@ def test_a_round_begins_nothing_more_once_its_time_is_over(tmp_path: Path) -> No
     assert 1 <= len(done) <= 5
 
 
+def test_a_round_that_took_long_to_decide_may_act_longer(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(seconds=0.01))
+    world.runtime.error = lambda call: time.sleep(0.02)
+    world.actor.act([ensure(world.job(f"job-{number}")) for number in range(5)], looked_seconds=10.0)
+    assert len(world.runtime.calls) == 5
+
+
 def test_what_follows_a_write_waits_for_the_next_round_once_the_time_is_over(tmp_path: Path) -> None:
     world = World(tmp_path, Bounds(seconds=-1.0))
     job = world.job()
