@@ -94,7 +94,7 @@ class ClusterSettings(ServiceSettings):
     """Everything is listed anew so often, whatever the watches have told."""
     tracking_lanes: int = Field(default=4, ge=1, le=64)
     """Calls that MLflow is asked to answer at one time."""
-    writers: int = Field(default=8, ge=1, le=64)
+    writers: int = Field(default=16, ge=1, le=64)
     """Jobs that the controller writes to the API server about at one time."""
     tick_minimum_seconds: float = Field(default=0.02, ge=0, le=60)
     """The controller rests at least so long between two looks."""

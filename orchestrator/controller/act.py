@@ -40,7 +40,7 @@ from orchestrator.errors import Conflict, NotFound, RuntimeLost, TransientError
 
 log = logging.getLogger(__name__)
 
-ACT_PER_LOOK = 3.0
+ACT_PER_LOOK = 4.0
 """Acting may take so many times as long as looking and deciding did, or thousands of jobs would be mostly looked at."""
 
 ByCall = WriteStatus | EnsureStage | StopStage | DeleteStage | DeleteJob
@@ -54,7 +54,7 @@ class Bounds:
     writers: int = 1
     """Jobs that are served at one time; more than one needs a store and a runtime that bear it."""
     seconds: float = 86_400.0
-    """After which nothing more is begun, unless looking took longer than a third of it."""
+    """After which nothing more is begun, unless looking took longer than a quarter of it."""
     lanes: int = 1
     """Commands that MLflow is asked to carry out at one time."""
     words_per_second: float = 1e9
