@@ -10,10 +10,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, Stream, path_of
 from orchestrator.core.pod import JOB_LABEL, MANAGED_BY_LABEL, MANAGER, QUEUE_LABEL, STAGE_LABEL
+from orchestrator.errors import StoreUnavailable
 from tests.cluster.resources import NAMESPACES
 
 SILENCE_SECONDS = 600.0
@@ -105,16 +107,16 @@ class Observer:
 
     def _follow(self) -> None:
         """One event after another; a server that hangs up on a slow reader is asked for what came after the last."""
-        while not self._over:
+        while True:
             version = ""
-            for event in self._stream:
-                now, version = time.monotonic(), event["object"]["metadata"]["resourceVersion"]
-                with self._lock:
-                    self._hear(event["type"], event["object"], now)
-            if version and not self._over:
-                self._stream = self._watch(version)
-            elif not version:
+            with suppress(StoreUnavailable):
+                for event in self._stream:
+                    now, version = time.monotonic(), event["object"]["metadata"]["resourceVersion"]
+                    with self._lock:
+                        self._hear(event["type"], event["object"], now)
+            if self._over or not version:
                 return
+            self._stream = self._watch(version)
 
     def _hear(self, kind: str, item: Json, now: float) -> None:
         meta: Json = item["metadata"]
