@@ -31,8 +31,8 @@ def is_at_rest(job: QLoRAJob) -> bool:
 
 def finalizers_with(job: QLoRAJob, status: QLoRAJobStatus) -> tuple[str, ...]:
     """The job's finalizers once it has this status."""
-    has_new_run = status.mlflow.run_id is not None and job.status.mlflow.run_id is None
-    if (holds(status) or has_new_run) and RELEASE_FINALIZER not in job.metadata.finalizers:
+    may_be_open = status.mlflow.run_id is not None and job.status.mlflow.run_status in (None, "RUNNING")
+    if (holds(status) or may_be_open) and RELEASE_FINALIZER not in job.metadata.finalizers:
         return (*job.metadata.finalizers, RELEASE_FINALIZER)
     if status.finish_time is not None and status.mlflow.run_id is None:
         return released(job)
