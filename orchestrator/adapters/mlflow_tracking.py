@@ -119,9 +119,10 @@ class MlflowTracking:
         if job.status.mlflow.run_id is None:
             experiment = self._connected().get_experiment_by_name(_experiment_name(job))
             return None if experiment is None else self._find_run(job, experiment.experiment_id)
+        client = self._connected()  # first, because no two threads may import parts of mlflow at one time
         exceptions: Any = importlib.import_module("mlflow.exceptions")
         try:
-            run = self._connected().get_run(job.status.mlflow.run_id)
+            run = client.get_run(job.status.mlflow.run_id)
         except exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -154,9 +155,10 @@ class MlflowTracking:
         return found.experiment_id
 
     def _create_experiment(self, name: str) -> str:
+        client = self._connected()
         exceptions: Any = importlib.import_module("mlflow.exceptions")
         try:
-            return self._connected().create_experiment(name, artifact_location=self._artifact_location(name))
+            return client.create_experiment(name, artifact_location=self._artifact_location(name))
         except exceptions.MlflowException:
             found = self._connected().get_experiment_by_name(name)  # somebody else was faster
             if found is None:

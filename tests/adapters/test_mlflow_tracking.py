@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,34 @@ def test_a_job_has_one_run_however_often_it_is_asked_for(settings: Settings) -> 
     assert found[0].data.tags["qlora.dev/job"] == "medical"
     assert found[0].data.tags["qlora.dev/namespace"] == "team-a"
     assert found[0].data.tags["qlora.dev/queue"] == "default"
+
+
+FIRST_CALLS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.api.job import MlflowStatus, QLoRAJobStatus
+from orchestrator.settings import Settings
+from tests.adapters.builders import make_job
+
+home = Path(sys.argv[1])
+uri = f"sqlite:///{home}/mlflow.db"
+tracking = MlflowTracking(Settings(home=home, tracking_uri=uri, tracking_lanes=4, tracking_timeout_seconds=120))
+gone = make_job("gone").model_copy(update={"status": QLoRAJobStatus(mlflow=MlflowStatus(run_id="gone"))})
+with ThreadPoolExecutor(4) as pool:
+    calls = [pool.submit(tracking.connect), *(pool.submit(tracking.finish_run, gone, "KILLED") for _ in range(3))]
+    for call in calls:
+        call.result()
+"""
+
+
+def test_the_first_calls_may_come_in_all_lanes_at_one_time(settings: Settings) -> None:
+    """In a process of their own, which has not imported mlflow yet."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FIRST_CALLS, str(settings.home)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_another_job_of_the_name_has_another_run(settings: Settings) -> None:
