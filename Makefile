@@ -46,7 +46,7 @@ test-chart: $(VENV)/.synced $(VENV)/.go $(CHECKOV)/.synced ## The chart: linters
 test-api: $(VENV)/.synced $(VENV)/.go ## A real API server: the store, pods, leases, faults, kills; builds etcd and kube-apiserver once
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/cluster
 
-test-scale: $(VENV)/.synced $(VENV)/.go ## A thousand GPUs on paper and 10,000 jobs: every rule, and the figures; builds scheduler and KWOK once
+test-scale: $(VENV)/.synced $(VENV)/.go ## A hundred GPUs on paper and 1,000 jobs (QLORA_SCALE=1: ten times that): every rule, and the figures
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/scale
 
 test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root

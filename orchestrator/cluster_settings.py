@@ -92,7 +92,9 @@ class ClusterSettings(ServiceSettings):
     """A running job's progress is recorded at most so often; the end of a stage always is."""
     relist_seconds: Seconds = 600.0
     """Everything is listed anew so often, whatever the watches have told."""
-    writers: int = Field(default=8, ge=1, le=64)
+    tracking_lanes: int = Field(default=4, ge=1, le=64)
+    """Calls that MLflow is asked to answer at one time."""
+    writers: int = Field(default=16, ge=1, le=64)
     """Jobs that the controller writes to the API server about at one time."""
     tick_minimum_seconds: float = Field(default=0.02, ge=0, le=60)
     """The controller rests at least so long between two looks."""

@@ -80,7 +80,13 @@ class ServiceSettings(BaseSettings):
     command_backoff_max_seconds: Seconds = 60.0
     """Longest wait before a command is tried again."""
     round_act_seconds: Seconds = 1.0
-    """A round begins nothing more after so long; what is left is decided anew, together with what is new."""
+    """A round begins nothing more after so long, or four times its look at things; the rest is decided anew."""
+    words_limit: int = Field(default=100, ge=1, le=100_000)
+    """Jobs of which one round says something new while nothing else about them changes, such as why they wait."""
+    words_per_second: float = Field(default=10.0, gt=0, le=10_000)
+    """Such words are written about so many jobs a second, and ten times as many after a pause."""
+    tracking_lanes: int = Field(default=1, ge=1, le=64)
+    """Calls that MLflow is asked to answer at one time."""
     tracking_timeout_seconds: Seconds = 30.0
     """How long MLflow may take to answer before it counts as away."""
     tracking_start_seconds: Seconds = 90.0

@@ -1,6 +1,6 @@
 """The controller's side of MLflow: a job's one run, found by its tag or created, and the run's last status.
 
-The controller's slow lane (`controller/act`) calls it, never the loop itself. Only this file of `orchestrator` imports
+The controller's lanes (`controller/lanes`) call it, never the loop itself. Only this file of `orchestrator` imports
 mlflow, which takes seconds, so it does that with the first call. Trainers add metrics to the run; they never open or
 end it.
 """
@@ -28,6 +28,7 @@ JOB_TAG, NAMESPACE_TAG, UID_TAG, QUEUE_TAG = (
     "qlora.dev/queue",
 )
 HTTP_RETRIES = 1  # the caller tries again, with a backoff
+EXPERIMENTS_KNOWN = 1000
 RUNNING = "RUNNING"
 Answer = TypeVar("Answer")
 
@@ -55,6 +56,11 @@ class TrackingSettings(Protocol):
         """How long it may take to load, and to make the tables of a new database."""
         ...
 
+    @property
+    def tracking_lanes(self) -> int:
+        """Calls that it may have to answer at one time."""
+        ...
+
 
 class MlflowTracking:
     """`ports.Tracking` on an MLflow server or database."""
@@ -62,7 +68,10 @@ class MlflowTracking:
     def __init__(self, settings: TrackingSettings) -> None:
         self._settings = settings
         self._client: Any = None  # Any: mlflow is imported late
-        self._busy = threading.Lock()
+        self._connecting = threading.Lock()
+        self._free = threading.BoundedSemaphore(settings.tracking_lanes)
+        self._experiments: dict[str, str] = {}
+        """Ids by name, of experiments that were there when they were last used."""
 
     @property
     def is_new(self) -> bool:
@@ -80,43 +89,63 @@ class MlflowTracking:
         """The job's one run, set RUNNING."""
         return self._answered(lambda: self._ensure_run(job))
 
-    def finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
+    def finish_run(self, job: QLoRAJob, run_status: str) -> None:
         """Give the job's run its last status."""
-        return self._answered(lambda: self._finish_run(job, run_status))
+        self._answered(lambda: self._finish_run(job, run_status))
 
     def _ensure_run(self, job: QLoRAJob) -> MlflowStatus:
-        run = self._find_run(job)
+        experiment_id = self._ensure_experiment(job)
+        run = self._find_run(job, experiment_id)
         if run is None:
-            run = self._connected().create_run(
-                self._ensure_experiment(job), run_name=job.metadata.name, tags=_tags(job)
-            )
+            try:
+                run = self._connected().create_run(experiment_id, run_name=job.metadata.name, tags=_tags(job))
+            except Exception:
+                self._experiments.pop(_experiment_name(job), None)  # somebody may have deleted it
+                raise
             log.info("created MLflow run %s for job %s", run.info.run_id, job.key)
         elif run.info.status != RUNNING:
             self._connected().update_run(run.info.run_id, status=RUNNING)
         return _status(job, run, RUNNING)
 
-    def _finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
-        run = self._find_run(job)
+    def _finish_run(self, job: QLoRAJob, run_status: str) -> None:
+        run = self._known_run(job)
         if run is None:
             log.warning("the MLflow run of job %s is gone; it cannot be set to %s", job.key, run_status)
-            return job.status.mlflow.model_copy(update={"run_status": run_status})
-        if run.info.status != run_status:
+        elif run.info.status != run_status:
             self._connected().set_terminated(run.info.run_id, status=run_status)
-        return _status(job, run, run_status)
 
-    def _find_run(self, job: QLoRAJob) -> Any:
-        experiment = self._connected().get_experiment_by_name(_experiment_name(job))
-        if experiment is None:
+    def _known_run(self, job: QLoRAJob) -> Any:
+        """The run that the job's status names or else the one with its tag; None where it is gone."""
+        if job.status.mlflow.run_id is None:
+            experiment = self._connected().get_experiment_by_name(_experiment_name(job))
+            return None if experiment is None else self._find_run(job, experiment.experiment_id)
+        client = self._connected()  # first, because no two threads may import parts of mlflow at one time
+        exceptions: Any = importlib.import_module("mlflow.exceptions")
+        try:
+            run = client.get_run(job.status.mlflow.run_id)
+        except exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _find_run(self, job: QLoRAJob, experiment_id: str) -> Any:
         query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
         # The oldest, should there ever be two: every caller finds the same one.
         found = self._connected().search_runs(
-            [experiment.experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
+            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
         )
         return found[0] if found else None
 
     def _ensure_experiment(self, job: QLoRAJob) -> str:
         name = _experiment_name(job)
+        if name not in self._experiments:
+            self._experiments[name] = self._find_or_create_experiment(name, job)
+            while len(self._experiments) > EXPERIMENTS_KNOWN:
+                self._experiments.pop(next(iter(self._experiments)), None)
+        return self._experiments[name]
+
+    def _find_or_create_experiment(self, name: str, job: QLoRAJob) -> str:
         found = self._connected().get_experiment_by_name(name)
         if found is None:
             return self._create_experiment(name)
@@ -126,9 +155,10 @@ class MlflowTracking:
         return found.experiment_id
 
     def _create_experiment(self, name: str) -> str:
+        client = self._connected()
         exceptions: Any = importlib.import_module("mlflow.exceptions")
         try:
-            return self._connected().create_experiment(name, artifact_location=self._artifact_location(name))
+            return client.create_experiment(name, artifact_location=self._artifact_location(name))
         except exceptions.MlflowException:
             found = self._connected().get_experiment_by_name(name)  # somebody else was faster
             if found is None:
@@ -143,6 +173,10 @@ class MlflowTracking:
         return (root / name.replace("/", "_")).as_uri()
 
     def _connected(self) -> Any:
+        with self._connecting:
+            return self._connect()
+
+    def _connect(self) -> Any:
         if self._client is None:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(self._settings.tracking_timeout_seconds)))
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(HTTP_RETRIES))
@@ -152,11 +186,11 @@ class MlflowTracking:
         return self._client
 
     def _answered(self, call: Callable[[], Answer], timeout_seconds: float | None = None) -> Answer:
-        """The answer of one call at a time, or TrackingUnavailable once its time is over."""
+        """The answer of one of the calls at a time, or TrackingUnavailable once its time is over."""
         seconds = timeout_seconds or self._settings.tracking_timeout_seconds
         where = self._settings.tracking_uri
-        if not self._busy.acquire(blocking=False):
-            raise TrackingUnavailable(f"MLflow at {where} still owes an answer to an earlier call")
+        if not self._free.acquire(blocking=False):
+            raise TrackingUnavailable(f"MLflow at {where} still owes an answer to earlier calls")
         answer: Future[Answer] = Future()
 
         def carry_out() -> None:
@@ -165,7 +199,7 @@ class MlflowTracking:
             except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it can be handled
                 answer.set_exception(error)
             finally:
-                self._busy.release()
+                self._free.release()
 
         threading.Thread(target=carry_out, name="mlflow call", daemon=True).start()
         try:

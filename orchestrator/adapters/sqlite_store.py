@@ -24,10 +24,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, QLoRAJob, QLoRAJobStatus, new_uid
+from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus, new_uid
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.core.facts import Event
+from orchestrator.core.release import finalizers_with, is_at_rest, released
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, StoreUnavailable
 from orchestrator.settings import Settings
 
@@ -131,10 +132,24 @@ class SqliteStore:
         """Replace the status alone."""
         with self._transaction() as (connection, version):
             stored = self._get_current(connection, job)
-            meta = stored.metadata.model_copy(update={"resource_version": str(version)})
+            update = {"resource_version": str(version), "finalizers": finalizers_with(stored, status)}
+            meta = stored.metadata.model_copy(update=update)
             updated = _checked(stored.model_copy(update={"metadata": meta, "status": status}))
             _put(connection, JOB, meta.namespace, updated)
             return updated
+
+    def release(self, job: QLoRAJob) -> None:
+        """Take RELEASE_FINALIZER off a job that owes nothing any more; with it goes an object that is marked."""
+        with self._transaction() as (connection, version):
+            stored = self._get_job(connection, job.metadata.namespace, job.metadata.name)
+            if stored.metadata.uid != job.metadata.uid or RELEASE_FINALIZER not in stored.metadata.finalizers:
+                return
+            update = {"resource_version": str(version), "finalizers": released(stored)}
+            left = stored.model_copy(update={"metadata": stored.metadata.model_copy(update=update)})
+            if left.metadata.deletion_timestamp and _at_rest(left):
+                _remove(connection, left)
+            else:
+                _put(connection, JOB, left.metadata.namespace, left)
 
     def delete_job(self, namespace: str, name: str) -> None:
         """Remove a job at rest; mark any other as deleted, which cancels it."""
@@ -309,9 +324,8 @@ def _remove(connection: sqlite3.Connection, job: QLoRAJob) -> None:
 
 
 def _at_rest(job: QLoRAJob) -> bool:
-    """Whether nothing outside would be forgotten with the object: no stage, no open MLflow run, no finalizer."""
-    open_run = job.status.mlflow.run_status == "RUNNING"
-    return job.status.active_attempt is None and not open_run and not job.metadata.finalizers
+    """Whether nothing outside would be forgotten with the object: no stage, no open run, no other's finalizer."""
+    return is_at_rest(job) and not released(job)
 
 
 def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:

@@ -39,6 +39,8 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport
 
 CANCEL_ANNOTATION = "qlora.dev/cancel"
+RELEASE_FINALIZER = "qlora.dev/release"
+"""On a job while something outside has to be settled before its object may go: see `core/release`."""
 # What the results depend on; a job that should compute something else is another job.
 IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from orchestrator.controller.act import Actor, Backoff, Bounds
+from orchestrator.controller.act import Actor, Bounds
 from orchestrator.controller.health import Health
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.observe import observe
+from orchestrator.controller.pace import Backoff
 from orchestrator.controller.ports import StageRuntime, Store, Tracking
 from orchestrator.core.facts import Command, Policy, Snapshot
 from orchestrator.errors import RuntimeLost, TransientError
@@ -56,7 +57,12 @@ class Controller:
         self._decide = decide
         self._policy: Policy = settings.policy()
         base, longest = settings.command_backoff_base_seconds, settings.command_backoff_max_seconds
-        bounds = Bounds(writers=writers, seconds=settings.round_act_seconds)
+        bounds = Bounds(
+            writers=writers,
+            seconds=settings.round_act_seconds,
+            lanes=settings.tracking_lanes,
+            words_per_second=settings.words_per_second,
+        )
         self._actor = Actor(ports.store, ports.runtime, ports.tracking, Backoff(base, longest), bounds)
         self._round_backoff = Backoff(base, longest)
         self.metrics = metrics or Metrics()
@@ -84,13 +90,14 @@ class Controller:
         """One observation, decision and action; the commands that were decided."""
         start = time.monotonic()
         self.metrics.round_begins()
-        snapshot = observe(self._ports.store, self._ports.runtime, self._policy, datetime.now(UTC))
+        runs = self._actor.runs()
+        snapshot = observe(self._ports.store, self._ports.runtime, runs, self._policy, datetime.now(UTC))
         observed = time.monotonic()
         commands = self._decide(snapshot)
         decided = time.monotonic()
         for command in commands:
             log.debug("decided: %s", command)
-        self._actor.act(commands)
+        self._actor.act(commands, decided - start)
         self.metrics.round_done(snapshot, commands, decided - observed, start)
         return commands
 

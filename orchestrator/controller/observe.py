@@ -10,19 +10,22 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from orchestrator.controller.ports import StageRuntime, Store
-from orchestrator.core.facts import Policy, Snapshot, StageFact
+from orchestrator.core.facts import Policy, RunFact, Snapshot, StageFact
 
 
-def observe(store: Store, runtime: StageRuntime, policy: Policy, now: datetime) -> Snapshot:
+def observe(
+    store: Store, runtime: StageRuntime, runs: Mapping[str, RunFact], policy: Policy, now: datetime
+) -> Snapshot:
     """Everything that a decision may depend on. Raises if any part of it cannot be read."""
     stages = runtime.observe()
-    jobs = store.list_jobs()
+    jobs, unreadable = store.list_jobs(), store.list_unreadable()
     return Snapshot(
         now=now,
         jobs=tuple(jobs),
         queues=tuple(store.list_queues()),
-        stages=_without_unreadable(stages, store.list_unreadable()),
+        stages=_without_unreadable(stages, unreadable),
         gpu_classes=tuple(runtime.gpu_classes()),
+        runs={uid: fact for uid, fact in runs.items() if fact.job.key not in unreadable},
         policy=policy,
     )
 

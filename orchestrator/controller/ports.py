@@ -41,7 +41,14 @@ class Store(Protocol):
         ...
 
     def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
-        """Replace the status alone; raises Conflict if `job.metadata.resource_version` is stale, NotFound."""
+        """Replace the status alone; raises Conflict if `job.metadata.resource_version` is stale, NotFound.
+
+        With it goes RELEASE_FINALIZER, on or off, as `core/release` says.
+        """
+        ...
+
+    def release(self, job: QLoRAJob) -> None:
+        """Take RELEASE_FINALIZER off a job that owes nothing any more. Idempotent; raises NotFound."""
         ...
 
     def delete_job(self, namespace: str, name: str) -> None:
@@ -100,7 +107,7 @@ class Tracking(Protocol):
         """The job's one run, found by its tag or created; sets it RUNNING. Raises TrackingUnavailable."""
         ...
 
-    def finish_run(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
+    def finish_run(self, job: QLoRAJob, run_status: str) -> None:
         """Give the run its last status: FINISHED, FAILED or KILLED. Idempotent. Raises TrackingUnavailable."""
         ...
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
-from orchestrator.api.job import QLoRAJob, QLoRAJobStatus, StageName
+from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus, StageName
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport, StageResult
@@ -69,6 +69,16 @@ class StageFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunFact:
+    """A job's MLflow run that is there, and that no status has on record yet."""
+
+    job: QLoRAJob
+    """As it was when the run was asked for."""
+    mlflow: MlflowStatus
+    """What MLflow answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """The settings that decisions depend on; every bound has its name here."""
 
@@ -92,6 +102,8 @@ class Policy:
     trainer_threads: int = 1
     progress_interval_seconds: float = 1.0
     """A running stage's progress is written to the status at most this often."""
+    words_limit: int = 100
+    """Jobs of which one decision says something new while nothing else about them changes."""
     gpu_classes_are_fixed: bool = False
     """Whether no other GPU can ever appear here: a job that fits none of them then fails instead of waiting."""
 
@@ -106,6 +118,8 @@ class Snapshot:
     stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])
     """By `namespace/name`; complete: a stage that is not here does not exist."""
     gpu_classes: tuple[GpuClass, ...] = ()
+    runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
+    """By the job's uid; may be lost at any time, since asking for a run again finds the same one."""
     policy: Policy
 
 
@@ -133,6 +147,8 @@ class WriteStatus:
     job: QLoRAJob
     status: QLoRAJobStatus
     events: tuple[Event, ...] = ()
+    words_only: bool = False
+    """Whether nothing changes but what is said about a job that waits; that may come late."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,14 +181,14 @@ class DeleteStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsureRun:
-    """Find or create the job's MLflow run and record it in the status."""
+    """Find or create the job's MLflow run; it becomes a fact."""
 
     job: QLoRAJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishRun:
-    """Give the job's MLflow run its last status and record that."""
+    """Give the job's MLflow run its last status, and release the job, which waited for that."""
 
     job: QLoRAJob
     run_status: str

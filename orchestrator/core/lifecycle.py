@@ -19,7 +19,7 @@ from orchestrator.core.facts import STAGES_ON_GPU, Event, Snapshot, StageFact, S
 from orchestrator.core.progress import fold_progress
 from orchestrator.core.remedy import end_attempt, fail
 from orchestrator.core.stages import stage_of
-from orchestrator.core.state import TERMINAL_STATES, JobEvent, JobState
+from orchestrator.core.state import LAST_RUN_STATUS, TERMINAL_STATES, JobEvent, JobState
 
 WAITING_CONDITION: Mapping[JobState, ConditionType] = {
     JobState.NEW: ConditionType.PREPARED,
@@ -31,14 +31,16 @@ WAITING_CONDITION: Mapping[JobState, ConditionType] = {
 
 def reconcile(job: QLoRAJob, snapshot: Snapshot) -> Draft:
     """The job's draft after the facts and the user's wishes."""
-    draft = Draft.open(job, snapshot.now)
+    opened = Draft.open(job, snapshot.now)
+    draft = noted = _note_run(opened, snapshot)
     if draft.state not in TERMINAL_STATES:
         draft = _observe(draft, snapshot)  # 1. what happened outside
     if draft.state not in TERMINAL_STATES:
         draft = _obey(draft)  # 2. what the user wants
     if draft.state in WAITING_CONDITION:
         draft = _hold(draft)  # 3. what of the job's own keeps it from going on
-    return draft
+    # A run that comes while a job is prepared needs no write of its own: the end of that stage is the next one.
+    return opened if draft is noted and draft.state is JobState.PREPARING else draft
 
 
 def is_ready(draft: Draft) -> bool:
@@ -47,16 +49,23 @@ def is_ready(draft: Draft) -> bool:
 
 
 def wait(draft: Draft, reason: Reason, message: str) -> Draft:
-    """Say what an idle job waits for; told as an event when the reason is a new one."""
+    """Say what an idle job waits for."""
     kind = WAITING_CONDITION[draft.state]
     before = draft.status.condition(kind)
     finding = Finding(kind=kind, status="False", reason=reason, message=message)
     if before is not None and says_the_same(before, finding, draft.job.metadata.generation):
         return draft
-    draft = draft.amend(finding)
-    if before is not None and before.reason is reason:
+    return draft.say(finding)
+
+
+def _note_run(draft: Draft, snapshot: Snapshot) -> Draft:
+    """The draft with the run that MLflow has for the job, which may have come when the job was over."""
+    fact, known = snapshot.runs.get(draft.job.metadata.uid), draft.status.mlflow
+    if fact is None or known.run_id is not None:
         return draft
-    return draft.tell(Event(reason=reason, message=message))
+    run_status = LAST_RUN_STATUS.get(draft.state, fact.mlflow.run_status)
+    found = {"run_id": fact.mlflow.run_id, "experiment_id": fact.mlflow.experiment_id, "run_status": run_status}
+    return draft.amend(mlflow=known.model_copy(update=found))
 
 
 # --- 1. what happened outside ---------------------------------------------------------------------------------

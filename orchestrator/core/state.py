@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Literal
 
 from orchestrator.api.job import QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason
@@ -92,6 +93,12 @@ TABLE: Mapping[JobState, Mapping[JobEvent, JobState]] = MappingProxyType(
 _ENDS: Mapping[Reason | None, JobState] = {Reason.SUCCEEDED: _S.SUCCEEDED, Reason.CANCELLED: _S.CANCELLED}
 """Reason of the condition Finished -> the end that it stands for; every other reason is a failure."""
 TERMINAL_STATES: frozenset[JobState] = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELLED})
+LAST_RUN_STATUS: Mapping[JobState, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    _S.SUCCEEDED: "FINISHED",
+    _S.FAILED: "FAILED",
+    _S.CANCELLED: "KILLED",
+}
+"""What a job's MLflow run ends as."""
 GPU_STATES: frozenset[JobState] = frozenset({_S.STARTING, _S.TRAINING, _S.STOPPING})
 """Where a job has a GPU."""
 

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from orchestrator.api.job import Attempt, MlflowStatus, QLoRAJobStatus, TrackingSpec, TrainingSpec
+from orchestrator.api.base import utc
+from orchestrator.api.job import RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus, TrackingSpec, TrainingSpec
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, Quota
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.ports import Store
@@ -181,6 +182,38 @@ class StoreContract(ABC):
         store.delete_job("team-a", "medical")
         assert store.get_job("team-a", "medical") == marked
         store.update_status(marked, QLoRAJobStatus())
+        store.delete_job("team-a", "medical")
+        assert store.list_jobs() == []
+
+    def test_a_job_is_held_from_its_run_on_record_until_it_is_released(self) -> None:
+        store = self.open()
+        open_run = MlflowStatus(run_id="r", run_status="RUNNING")
+        job = store.update_status(store.create_job(make_job()), QLoRAJobStatus(mlflow=open_run))
+        ended = open_run.model_copy(update={"run_status": "FINISHED"})
+        job = store.update_status(job, QLoRAJobStatus(mlflow=ended, finish_time=utc(0)))
+        assert job.metadata.finalizers == (RELEASE_FINALIZER,)
+        store.delete_job("team-a", "medical")
+        assert store.get_job("team-a", "medical").metadata.deletion_timestamp is not None
+        store.release(store.get_job("team-a", "medical"))
+        assert store.list_jobs() == []
+
+    def test_to_release_a_job_twice_changes_nothing(self) -> None:
+        store = self.open()
+        ended = MlflowStatus(run_id="r", run_status="FAILED")
+        job = store.update_status(store.create_job(make_job()), QLoRAJobStatus(mlflow=ended, finish_time=utc(0)))
+        assert job.metadata.finalizers == (RELEASE_FINALIZER,), "a run that is new on record may still be open"
+        store.release(job)
+        released = store.get_job("team-a", "medical")
+        store.release(job)
+        store.release(released)
+        assert store.get_job("team-a", "medical") == released
+        assert released.metadata.finalizers == ()
+
+    def test_a_job_that_finishes_without_a_run_owes_nothing(self) -> None:
+        store = self.open()
+        created = store.create_job(make_job(meta={"finalizers": (RELEASE_FINALIZER,)}))
+        job = store.update_status(created, QLoRAJobStatus(finish_time=utc(0)))
+        assert job.metadata.finalizers == ()
         store.delete_job("team-a", "medical")
         assert store.list_jobs() == []
 

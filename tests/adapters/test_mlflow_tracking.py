@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.adapters.mlflow_tracking import MlflowTracking
-from orchestrator.api.job import QLoRAJob, TrackingSpec
+from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus, TrackingSpec
 from orchestrator.errors import TrackingUnavailable
 from orchestrator.settings import Settings
 from tests.adapters.builders import make_job
@@ -31,9 +34,12 @@ def job(uid: str, **spec: Any) -> QLoRAJob:
     return make_job("medical", meta={"uid": uid}, **spec)
 
 
-def runs(settings: Settings, experiment: str) -> list[Any]:
-    from mlflow import MlflowClient
+def recorded(wanted: QLoRAJob, run: MlflowStatus) -> QLoRAJob:
+    """The job with the run on record."""
+    return wanted.model_copy(update={"status": QLoRAJobStatus(mlflow=run)})
 
+
+def runs(settings: Settings, experiment: str) -> list[Any]:
     client = MlflowClient(settings.tracking_uri)
     found = client.get_experiment_by_name(experiment)
     assert found is not None
@@ -59,14 +65,40 @@ def test_a_job_has_one_run_however_often_it_is_asked_for(settings: Settings) -> 
     assert found[0].data.tags["qlora.dev/queue"] == "default"
 
 
+FIRST_CALLS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.api.job import MlflowStatus, QLoRAJobStatus
+from orchestrator.settings import Settings
+from tests.adapters.builders import make_job
+
+home = Path(sys.argv[1])
+uri = f"sqlite:///{home}/mlflow.db"
+tracking = MlflowTracking(Settings(home=home, tracking_uri=uri, tracking_lanes=4, tracking_timeout_seconds=120))
+gone = make_job("gone").model_copy(update={"status": QLoRAJobStatus(mlflow=MlflowStatus(run_id="gone"))})
+with ThreadPoolExecutor(4) as pool:
+    calls = [pool.submit(tracking.connect), *(pool.submit(tracking.finish_run, gone, "KILLED") for _ in range(3))]
+    for call in calls:
+        call.result()
+"""
+
+
+def test_the_first_calls_may_come_in_all_lanes_at_one_time(settings: Settings) -> None:
+    """In a process of their own, which has not imported mlflow yet."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FIRST_CALLS, str(settings.home)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_another_job_of_the_name_has_another_run(settings: Settings) -> None:
     tracking = MlflowTracking(settings)
     assert tracking.ensure_run(job("u-2")).run_id != tracking.ensure_run(job("u-3")).run_id
 
 
 def test_the_experiment_is_the_jobs_choice_and_its_artifacts_are_in_the_artifact_root(settings: Settings) -> None:
-    from mlflow import MlflowClient
-
     wanted = job("u-4", tracking=TrackingSpec(experiment="medical/es"))
     status = MlflowTracking(settings).ensure_run(wanted)
     experiment = MlflowClient(settings.tracking_uri).get_experiment_by_name("medical/es")
@@ -80,7 +112,7 @@ def test_the_last_status_is_given_once_and_taken_back_when_the_job_goes_on(setti
     experiment = TrackingSpec(experiment="ends")
     wanted = job("u-5", tracking=experiment)
     tracking.ensure_run(wanted)
-    assert tracking.finish_run(wanted, "KILLED").run_status == "KILLED"
+    tracking.finish_run(wanted, "KILLED")
     ended = runs(settings, "ends")[0].info
     assert ended.status == "KILLED"
     tracking.finish_run(wanted, "KILLED")
@@ -90,8 +122,31 @@ def test_the_last_status_is_given_once_and_taken_back_when_the_job_goes_on(setti
 
 
 def test_a_run_that_somebody_deleted_does_not_stop_the_job_from_ending(settings: Settings) -> None:
-    status = MlflowTracking(settings).finish_run(job("u-6"), "FINISHED")
-    assert status.run_status == "FINISHED"
+    tracking = MlflowTracking(settings)
+    tracking.finish_run(job("u-6"), "FINISHED")
+    run = tracking.ensure_run(job("u-9"))
+    MlflowClient(settings.tracking_uri).delete_run(run.run_id)
+    tracking.finish_run(recorded(job("u-9"), run), "FINISHED")
+    tracking.finish_run(recorded(job("u-9"), MlflowStatus(run_id="no-such-run")), "FINISHED")
+
+
+def test_a_run_on_record_is_ended_by_its_id(settings: Settings) -> None:
+    tracking = MlflowTracking(settings)
+    wanted = job("u-10", tracking=TrackingSpec(experiment="by-id"))
+    wanted = recorded(wanted, tracking.ensure_run(wanted))
+    MlflowClient(settings.tracking_uri).rename_experiment(wanted.status.mlflow.experiment_id, "renamed")
+    tracking.finish_run(wanted, "FINISHED")
+    assert [run.info.status for run in runs(settings, "renamed")] == ["FINISHED"]
+
+
+def test_an_experiment_that_was_deleted_meanwhile_is_restored(settings: Settings) -> None:
+    tracking = MlflowTracking(settings)
+    experiment = TrackingSpec(experiment="away")
+    first = tracking.ensure_run(job("u-11", tracking=experiment))
+    MlflowClient(settings.tracking_uri).delete_experiment(first.experiment_id)
+    with pytest.raises(TrackingUnavailable):
+        tracking.ensure_run(job("u-12", tracking=experiment))
+    assert tracking.ensure_run(job("u-12", tracking=experiment)).experiment_id == first.experiment_id
 
 
 def test_a_server_that_refuses_connections_is_unavailable(tmp_path: Path) -> None:
@@ -115,3 +170,17 @@ def test_a_server_that_never_answers_is_unavailable_in_time_and_is_not_asked_twi
         assert time.monotonic() - start < 5
         with pytest.raises(TrackingUnavailable, match="still owes"):
             tracking.ensure_run(job("u-8"))
+
+
+def test_as_many_calls_are_made_at_one_time_as_there_are_lanes(tmp_path: Path) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        settings = Settings(home=tmp_path, tracking_uri=uri, tracking_timeout_seconds=1, tracking_lanes=2)
+        tracking = MlflowTracking(settings)
+        for _ in range(2):
+            with pytest.raises(TrackingUnavailable, match="within 1 s"):
+                tracking.ensure_run(job("u-13"))
+        with pytest.raises(TrackingUnavailable, match="still owes"):
+            tracking.ensure_run(job("u-13"))

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, KubeApi, path_of
-from orchestrator.adapters.kubernetes.store import FINALIZER, KubernetesStore
+from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.mlflow_tracking import MlflowTracking
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import RELEASE_FINALIZER, QLoRAJob
 from orchestrator.api.reasons import ConditionType
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings
@@ -159,7 +159,7 @@ def is_over(job: QLoRAJob) -> bool:
     return (
         job.status.is_true(ConditionType.FINISHED)
         and job.status.mlflow.run_status == "FINISHED"
-        and FINALIZER not in job.metadata.finalizers
+        and RELEASE_FINALIZER not in job.metadata.finalizers
     )
 
 

@@ -462,6 +462,28 @@ def test_a_pod_is_forced_out_only_where_nothing_of_it_can_be_running(
     eventually(lambda: KEY not in pods.observe())
 
 
+def test_what_is_seen_to_be_on_record_is_forgotten_without_asking_the_server_once_more(
+    cluster: ControlPlane, api: KubeApi, pods: KubernetesPods
+) -> None:
+    store = KubernetesStore(cluster.api())
+    job = store.create_job(make_job())
+    try:
+        active = Attempt(stage="train", number=2, created_time=datetime.now(UTC))
+        job = store.update_status(job, QLoRAJobStatus(attempts=(active,), attempts_total=2))
+        run_on_node(api, pods, make_task(uid=job.metadata.uid))
+        report(api, ended(85, ""), phase="Failed")
+        until(pods, is_ended)
+        with pytest.raises(Conflict, match="active attempt"):
+            pods.delete(NAMESPACE, NAME)
+        assert KEY in pods.observe()
+        pods.delete(NAMESPACE, NAME, recorded=True)
+        assert KEY not in pods.observe()
+    finally:
+        path = path_of(API_VERSION, "qlorajobs", NAMESPACE, "medical")
+        api.patch(path, {"metadata": {"finalizers": None}})
+        api.delete(path)
+
+
 def test_a_leftover_is_ended_only_if_the_job_on_the_server_does_not_want_it(
     cluster: ControlPlane, api: KubeApi, pods: KubernetesPods
 ) -> None:

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 import pytest
 
 from orchestrator.adapters.kubernetes.api import MERGE_PATCH, KubeApi, path_of
-from orchestrator.adapters.kubernetes.store import FINALIZER, KubernetesStore
+from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import Attempt, MlflowStatus, QLoRAJobStatus
+from orchestrator.api.job import RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.core.facts import Event
 from orchestrator.errors import Conflict, OrchestratorError
@@ -112,11 +112,11 @@ def test_the_finalizer_is_there_while_a_gpu_is_held_and_gone_with_the_end(
     store = stores(started=True)
     job = store.create_job(make_job())
     preparing = store.update_status(job, with_attempt())
-    assert FINALIZER not in preparing.metadata.finalizers
+    assert RELEASE_FINALIZER not in preparing.metadata.finalizers
     training = store.update_status(preparing, train_attempt())
-    assert FINALIZER in training.metadata.finalizers
+    assert RELEASE_FINALIZER in training.metadata.finalizers
     path = path_of(API_VERSION, "qlorajobs", "team-a", "medical")
-    assert api.get(path)["metadata"]["finalizers"] == [FINALIZER]
+    assert api.get(path)["metadata"]["finalizers"] == [RELEASE_FINALIZER]
     over = train_attempt().model_copy(
         update={
             "attempts": tuple(a.model_copy(update={"finish_time": now()}) for a in train_attempt().attempts),
@@ -125,7 +125,9 @@ def test_the_finalizer_is_there_while_a_gpu_is_held_and_gone_with_the_end(
         }
     )
     done = store.update_status(training, over)
-    assert FINALIZER not in done.metadata.finalizers
+    assert RELEASE_FINALIZER in done.metadata.finalizers, "nobody has told MLflow yet"
+    store.release(done)
+    assert RELEASE_FINALIZER not in store.get_job("team-a", "medical").metadata.finalizers
     assert "finalizers" not in api.get(path)["metadata"]
     api.delete(path)
     until(lambda: store.list_jobs() == [])
@@ -197,11 +199,11 @@ def test_a_finalizer_that_a_killed_controller_left_is_taken_off_by_the_next(
     api: KubeApi, stores: Callable[..., KubernetesStore]
 ) -> None:
     store = stores()
-    job = store.create_job(make_job(meta={"finalizers": (FINALIZER,)}))
-    over = QLoRAJobStatus(finish_time=now(), mlflow=MlflowStatus(run_id="r", run_status="FINISHED"))
+    job = store.create_job(make_job(meta={"finalizers": (RELEASE_FINALIZER,)}))
+    over = QLoRAJobStatus(finish_time=now())
     path = path_of(API_VERSION, "qlorajobs", "team-a", "medical")
     api.patch(f"{path}/status", {"status": over.to_wire()}, MERGE_PATCH)
-    assert api.get(path)["metadata"]["finalizers"] == [FINALIZER]
+    assert api.get(path)["metadata"]["finalizers"] == [RELEASE_FINALIZER]
     following = stores(started=True)
     following.refresh()
     assert "finalizers" not in api.get(path)["metadata"]

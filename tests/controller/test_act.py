@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.adapters.sqlite_store import SqliteStore
 from orchestrator.api.base import utc
-from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import RELEASE_FINALIZER, MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
-from orchestrator.controller.act import Actor, Backoff
+from orchestrator.controller.act import Actor, Bounds
+from orchestrator.controller.pace import Allowance, Backoff
 from orchestrator.core.facts import (
     DeleteJob,
     DeleteStage,
@@ -30,18 +33,21 @@ from tests.controller.fakes import FakeRuntime, FakeTracking
 
 
 class World:
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, bounds: Bounds | None = None) -> None:
         self.store = SqliteStore(Settings(home=home))
         self.runtime = FakeRuntime()
         self.tracking = FakeTracking()
         self.now = 0.0
-        self.actor = Actor(self.store, self.runtime, self.tracking, Backoff(1, 8, clock=lambda: self.now))
+        self.actor = Actor(self.store, self.runtime, self.tracking, Backoff(1, 8, clock=lambda: self.now), bounds)
 
     def job(self, name: str = "medical") -> QLoRAJob:
         return self.store.create_job(make_job(name))
 
+    def stored(self, name: str = "medical") -> QLoRAJob:
+        return self.store.get_job("team-a", name)
+
     def status(self, name: str = "medical") -> QLoRAJobStatus:
-        return self.store.get_job("team-a", name).status
+        return self.stored(name).status
 
 
 @pytest.fixture
@@ -79,10 +85,16 @@ def test_every_command_reaches_its_port(world: World) -> None:
             ensure(job),
             StopStage(namespace="team-a", name="medical-train-2", grace_seconds=5, reason=Reason.PREEMPTED),
             DeleteStage(namespace="team-a", name="medical-train-2"),
+            DeleteStage(namespace="team-a", name="medical-train-3", recorded=True),
             DeleteJob(job=job),
         ]
     )
-    assert world.runtime.calls == ["ensure medical-prepare-1", "stop medical-train-2", "delete medical-train-2"]
+    assert world.runtime.calls == [
+        "ensure medical-prepare-1",
+        "stop medical-train-2",
+        "delete medical-train-2",
+        "delete medical-train-3 recorded",
+    ]
     assert world.store.list_jobs() == []
 
 
@@ -147,19 +159,18 @@ def test_a_lost_runtime_ends_the_round(world: World) -> None:
         world.actor.act([ensure(job)])
 
 
-def test_a_run_is_recorded_on_the_newest_status(world: World) -> None:
+def test_a_run_that_mlflow_has_is_a_fact_until_it_is_on_record(world: World) -> None:
     job = world.job()
     world.tracking.open.clear()
     world.actor.act([EnsureRun(job=job), write(job, "went on meanwhile")])
     assert world.status().summary == "went on meanwhile"
+    assert world.actor.runs() == {}
     world.tracking.open.set()
-    wait_for(lambda: world.status().mlflow.run_id)
-    status = world.status()
-    assert (status.summary, status.mlflow.run_id, status.mlflow.run_status) == (
-        "went on meanwhile",
-        "run-of-medical",
-        "RUNNING",
-    )
+    wait_for(world.actor.runs)
+    fact = world.actor.runs()[job.metadata.uid]
+    assert (fact.job, fact.mlflow.run_id, fact.mlflow.run_status) == (job, "run-of-medical", "RUNNING")
+    world.actor.act([WriteStatus(job=world.stored(), status=QLoRAJobStatus(mlflow=fact.mlflow))])
+    assert world.actor.runs() == {}
 
 
 def test_a_tracking_server_that_hangs_stops_no_job(world: World) -> None:
@@ -170,7 +181,19 @@ def test_a_tracking_server_that_hangs_stops_no_job(world: World) -> None:
     assert time.monotonic() - start < 5
     assert world.runtime.calls == ["ensure one-prepare-1", "ensure two-prepare-1"]
     world.tracking.open.set()
-    wait_for(lambda: world.status("two").mlflow.run_id)
+    wait_for(lambda: len(world.actor.runs()) == 2)
+
+
+def test_a_call_that_hangs_in_one_lane_leaves_the_others_free(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(lanes=2))
+    slow, quick = world.job("slow"), world.job("quick")
+    world.tracking.held = "slow"
+    world.tracking.open.clear()
+    world.actor.act([EnsureRun(job=slow), EnsureRun(job=quick)])
+    wait_for(world.actor.runs)
+    assert [fact.job for fact in world.actor.runs().values()] == [quick]
+    world.tracking.open.set()
+    wait_for(lambda: len(world.actor.runs()) == 2)
 
 
 def test_what_mlflow_refused_is_tried_again_after_the_wait(world: World) -> None:
@@ -181,27 +204,95 @@ def test_what_mlflow_refused_is_tried_again_after_the_wait(world: World) -> None
     world.tracking.error = None
     world.actor.act([EnsureRun(job=job)])
     time.sleep(0.3)
-    assert world.status().mlflow.run_id is None, "its second has not passed"
+    assert world.actor.runs() == {}, "its second has not passed"
     world.now = 2.0
     world.actor.act([EnsureRun(job=job)])
-    wait_for(lambda: world.status().mlflow.run_id)
+    wait_for(world.actor.runs)
 
 
-def test_the_last_status_of_a_run_keeps_what_publish_found(world: World) -> None:
-    job = world.job()
-    attempt = Attempt(stage="publish", number=3, created_time=utc(0), finish_time=utc(1))
-    status = QLoRAJobStatus(attempts=(attempt,))
-    mlflow = status.mlflow.model_copy(update={"registered_model": "medical", "model_version": "4"})
-    job = world.store.update_status(job, status.model_copy(update={"mlflow": mlflow}))
-    world.actor.act([FinishRun(job=job, run_status="FINISHED")])
-    wait_for(lambda: world.status().mlflow.run_status == "FINISHED")
-    assert (world.status().mlflow.registered_model, world.status().mlflow.model_version) == ("medical", "4")
-
-
-def test_a_run_whose_job_was_deleted_meanwhile_is_ended(world: World) -> None:
-    job = world.job()
+def test_a_run_gets_its_last_status_and_then_the_job_is_released(world: World) -> None:
+    open_run = MlflowStatus(run_id="r", run_status="RUNNING", registered_model="medical", model_version="4")
+    job = world.store.update_status(world.job(), QLoRAJobStatus(mlflow=open_run))
+    ended = open_run.model_copy(update={"run_status": "FINISHED"})
+    job = world.store.update_status(job, QLoRAJobStatus(mlflow=ended, finish_time=utc(1)))
+    assert job.metadata.finalizers == (RELEASE_FINALIZER,)
     world.tracking.open.clear()
-    world.actor.act([EnsureRun(job=job)])
-    world.store.delete_job("team-a", "medical")
+    world.actor.act([FinishRun(job=job, run_status="FINISHED")])
+    assert world.stored().metadata.finalizers == (RELEASE_FINALIZER,)
     world.tracking.open.set()
-    wait_for(lambda: world.tracking.runs.get(job.metadata.uid) == "KILLED")
+    wait_for(lambda: not world.stored().metadata.finalizers)
+    assert world.tracking.runs == {job.metadata.uid: "FINISHED"}
+    assert world.status().mlflow == ended
+
+
+def test_the_run_of_a_job_that_is_gone_is_ended_and_forgotten(world: World) -> None:
+    job = world.job()
+    world.actor.act([EnsureRun(job=job)])
+    wait_for(world.actor.runs)
+    world.store.delete_job("team-a", "medical")
+    world.actor.act([FinishRun(job=job, run_status="KILLED")])
+    wait_for(lambda: not world.actor.runs())
+    assert world.tracking.runs == {job.metadata.uid: "KILLED"}
+
+
+# --- the bounds of a round ------------------------------------------------------------------------------------------
+
+
+def test_a_round_begins_nothing_more_once_its_time_is_over(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(seconds=0.2))
+    world.runtime.error = lambda call: time.sleep(0.05)
+    commands = [ensure(world.job(f"job-{number}")) for number in range(20)]
+    world.actor.act(commands)
+    done = world.runtime.calls
+    assert done == [f"ensure job-{number}-prepare-1" for number in range(len(done))], "the first come first"
+    assert 1 <= len(done) <= 5
+
+
+def test_a_round_that_took_long_to_decide_may_act_longer(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(seconds=0.01))
+    world.runtime.error = lambda call: time.sleep(0.02)
+    world.actor.act([ensure(world.job(f"job-{number}")) for number in range(5)], looked_seconds=10.0)
+    assert len(world.runtime.calls) == 5
+
+
+def test_what_follows_a_write_waits_for_the_next_round_once_the_time_is_over(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(seconds=-1.0))
+    job = world.job()
+    world.actor.act([write(job, "too late"), ensure(job)])
+    assert (world.status().summary, world.runtime.calls) == ("", [])
+
+
+def test_several_jobs_are_served_at_one_time_and_each_in_its_order(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(writers=4))
+    together = threading.Barrier(4)
+    world.runtime.error = lambda call: (together.wait(20), None)[1]  # nobody gets on alone
+    jobs = [world.job(f"job-{number}") for number in range(4)]
+    world.actor.act([command for job in jobs for command in (write(job, "recorded"), ensure(job))])
+    assert sorted(world.runtime.calls) == [f"ensure job-{number}-prepare-1" for number in range(4)]
+    assert [world.status(job.metadata.name).summary for job in jobs] == ["recorded"] * 4
+
+
+def test_of_several_jobs_at_one_time_the_one_whose_runtime_is_lost_ends_the_round(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(writers=4))
+    world.runtime.error = lambda call: RuntimeLost("Ray is gone") if "job-2" in call else None
+    with pytest.raises(RuntimeLost):
+        world.actor.act([ensure(world.job(f"job-{number}")) for number in range(4)])
+
+
+def test_words_about_jobs_that_wait_come_no_faster_than_allowed_and_hold_no_deed_up(tmp_path: Path) -> None:
+    world = World(tmp_path, Bounds(words_per_second=0.2))  # ten seconds' worth of which are two
+    jobs = [world.job(f"job-{number}") for number in range(5)]
+    world.actor.act([replace(write(job, "waits"), words_only=True) for job in jobs[:4]])
+    world.actor.act([write(jobs[4], "starts")])
+    said = [world.status(job.metadata.name).summary for job in jobs]
+    assert said == ["waits", "waits", "", "", "starts"]
+
+
+def test_an_allowance_saves_up_to_its_bound_what_is_not_used() -> None:
+    now = 0.0
+    allowance = Allowance(2.0, saved_seconds=3.0, clock=lambda: now)
+    assert [allowance.take() for _ in range(7)] == [True] * 6 + [False]
+    now = 0.5
+    assert [allowance.take() for _ in range(2)] == [True, False]
+    now = 1000.0
+    assert [allowance.take() for _ in range(7)] == [True] * 6 + [False]

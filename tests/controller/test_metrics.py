@@ -83,7 +83,7 @@ def test_a_job_is_counted_as_its_status_tells_it(tmp_path: Path) -> None:
     metrics = world.controller.metrics
     world.controller.round()
     world.store.create_job(make_job())
-    world.rounds(lambda: world.job().status.mlflow.run_status == "FINISHED" and not world.runtime.stages)
+    world.rounds(lambda: world.is_settled() and not world.runtime.stages)
     world.controller.round()
     status = world.job().status
     assert samples(metrics, "qlora_attempts_ended_total") == {

@@ -31,7 +31,7 @@ from orchestrator.api.results import (
     StageResult,
     TrainResult,
 )
-from orchestrator.core.facts import Command, GpuClass, Policy, Snapshot, StageFact, StagePhase, WriteStatus
+from orchestrator.core.facts import Command, GpuClass, Policy, RunFact, Snapshot, StageFact, StagePhase, WriteStatus
 from orchestrator.core.gpus import gpu_class
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
@@ -111,6 +111,7 @@ def make_job(
     age_seconds: float = 0,
     cancelled: bool = False,
     deleted: bool = False,
+    finalizers: tuple[str, ...] = (),
     **spec: object,
 ) -> QLoRAJob:
     return QLoRAJob(
@@ -121,6 +122,7 @@ def make_job(
             creation_timestamp=after(-age_seconds),
             deletion_timestamp=NOW if deleted else None,
             annotations={CANCEL_ANNOTATION: "true"} if cancelled else {},
+            finalizers=finalizers,
         ),
         spec=make_spec(**spec),
         status=status or QLoRAJobStatus(),
@@ -261,6 +263,7 @@ def snapshot(
     stages: tuple[StageFact, ...] = (),
     gpu_classes: tuple[GpuClass, ...] = (),
     queues: tuple[QLoRAQueue, ...] = (),
+    runs: tuple[RunFact, ...] = (),
     policy: Policy = POLICY,
     now: datetime = NOW,
 ) -> Snapshot:
@@ -270,6 +273,7 @@ def snapshot(
         queues=queues,
         stages={fact.key: fact for fact in stages},
         gpu_classes=gpu_classes,
+        runs={fact.job.metadata.uid: fact for fact in runs},
         policy=policy,
     )
 

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.api.job import Attempt, CheckpointStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import (
+    RELEASE_FINALIZER,
+    Attempt,
+    CheckpointStatus,
+    MlflowStatus,
+    QLoRAJob,
+    QLoRAJobStatus,
+)
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import StageResult
 from orchestrator.api.task import StageTask
@@ -18,12 +25,14 @@ from orchestrator.core.facts import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    RunFact,
     StageFact,
     StagePhase,
     StopStage,
     WriteStatus,
 )
 from orchestrator.core.plans import choose_class
+from orchestrator.core.release import finalizers_with
 from orchestrator.core.state import JobState, state_of
 from tests.core.builders import (
     DIGEST,
@@ -67,8 +76,17 @@ def decide_one(job: QLoRAJob, *stages: StageFact, **fields: object) -> QLoRAJobS
     return written(decide(snapshot(job, stages=stages, gpu_classes=GPUS, **fields)))
 
 
-def preparing(**fields: object) -> QLoRAJob:
-    return make_job(status=QLoRAJobStatus(attempts=(make_attempt("prepare", 1, **fields),), attempts_total=1))
+def stage_command(commands: tuple[Command, ...]) -> EnsureStage:
+    [found] = [command for command in commands if isinstance(command, EnsureStage)]
+    return found
+
+
+RUN = MlflowStatus(run_id="run", experiment_id="1", run_status="RUNNING")
+
+
+def preparing(run_id: str | None = "run", **fields: object) -> QLoRAJob:
+    attempts = (make_attempt("prepare", 1, **fields),)
+    return make_job(status=QLoRAJobStatus(attempts=attempts, attempts_total=1, mlflow=MlflowStatus(run_id=run_id)))
 
 
 def publishing(**fields: object) -> QLoRAJob:
@@ -89,10 +107,12 @@ def with_estimate(status: QLoRAJobStatus, spec_job: QLoRAJob) -> QLoRAJobStatus:
 # --- intent before creation ------------------------------------------------------------------------------------------
 
 
-def test_a_new_job_gets_a_prepare_attempt_on_record_and_nothing_else() -> None:
-    commands = decide(snapshot(make_job()))
-    assert outside(commands) == []
+def test_a_new_job_gets_a_prepare_attempt_on_record_and_then_its_stage() -> None:
+    job = make_job()
+    commands = decide(snapshot(job))
+    assert [type(command) for command in commands] == [WriteStatus, EnsureStage]
     status = written(commands)
+    assert commands[1] == stage_command(decide(snapshot(make_job(status=status))))
     assert status.attempts == (Attempt(stage="prepare", number=1, created_time=NOW),)
     assert says(status, ConditionType.PREPARED) == ("False", Reason.PREPARING)
 
@@ -188,7 +208,7 @@ def test_an_ended_stage_is_deleted_only_after_its_end_is_on_record() -> None:
     job = preparing(start_time=after(-20))
     gone = exited(job, 0, StageResult(prepare=prepare_result()))
     first = decide(snapshot(job, stages=(gone,), gpu_classes=GPUS))
-    assert outside(first) == []
+    assert [type(command) for command in first] == [WriteStatus, EnsureStage]
     later = make_job(status=written(first))
     assert DeleteStage(namespace="default", name="job-prepare-1", recorded=True) in outside(
         decide(snapshot(later, stages=(gone,), gpu_classes=GPUS))
@@ -198,8 +218,45 @@ def test_an_ended_stage_is_deleted_only_after_its_end_is_on_record() -> None:
 def test_a_prepared_job_without_a_run_asks_for_one_and_trains_all_the_same() -> None:
     job = make_job(status=prepared_status(run_id=None))
     commands = decide(snapshot(job, gpu_classes=GPUS))
-    assert outside(commands) == [EnsureRun(job=job)]
+    assert [type(command) for command in commands] == [EnsureRun, WriteStatus, EnsureStage]
     assert state_of(written(commands)) is JobState.STARTING
+
+
+def test_a_run_is_asked_for_with_the_first_attempt_and_recorded_with_the_next_write() -> None:
+    job = preparing(run_id=None)
+    going = stage(job)
+    assert decide(snapshot(job, stages=(going,)))[0] == EnsureRun(job=job)
+    runs = (RunFact(job=job, mlflow=RUN),)
+    before = make_job(status=decide_one(job, going))
+    assert decide(snapshot(before, stages=(going,), runs=runs)) == ()
+    prepared = exited(before, 0, StageResult(prepare=prepare_result()))
+    commands = decide(snapshot(before, stages=(prepared,), gpu_classes=GPUS, runs=runs))
+    assert [type(command) for command in commands] == [WriteStatus, EnsureStage]
+    assert written(commands).mlflow == RUN
+    assert stage_command(commands).task.run_id == "run"
+
+
+def test_a_run_that_comes_late_is_recorded_at_once() -> None:
+    job = make_job(status=running_status().model_copy(update={"mlflow": MlflowStatus()}))
+    runs = (RunFact(job=job, mlflow=RUN),)
+    assert written(decide(snapshot(job, stages=(stage(job),), gpu_classes=GPUS, runs=runs))).mlflow == RUN
+
+
+def test_a_run_that_comes_when_the_job_is_over_is_ended() -> None:
+    job = preparing(run_id=None, start_time=after(-20))
+    bad = exited(job, 80, failure(Reason.USER_ERROR, "line 7"))
+    over = make_job(status=decide_one(job, bad))
+    assert outside(decide(snapshot(over))) == [EnsureRun(job=over)]
+    status = written(decide(snapshot(over, runs=(RunFact(job=over, mlflow=RUN),))))
+    assert status.mlflow == RUN.model_copy(update={"run_status": "FAILED"})
+    owing = make_job(status=status, finalizers=finalizers_with(over, status))
+    assert decide(snapshot(owing)) == (FinishRun(job=owing, run_status="FAILED"),)
+
+
+def test_the_run_of_a_job_that_is_gone_is_killed() -> None:
+    job = preparing(run_id=None)
+    runs = (RunFact(job=job, mlflow=RUN),)
+    assert decide(snapshot(runs=runs)) == (FinishRun(job=job, run_status="KILLED"),)
 
 
 def test_a_train_stage_seen_running_makes_the_job_training() -> None:
@@ -231,17 +288,17 @@ def test_publish_waits_for_a_run_and_holds_no_gpu() -> None:
     assert state_of(written(commands, "other")) is JobState.STARTING
 
 
-def test_a_published_job_has_succeeded_and_its_run_is_finished_until_that_is_on_record() -> None:
+def test_a_published_job_has_succeeded_and_its_run_is_finished_until_the_job_is_released() -> None:
     job = publishing()
     commands = decide(snapshot(job, stages=(exited(job, 0, PUBLISHED),)))
     assert outside(commands) == []
     status = written(commands)
     assert says(status, ConditionType.FINISHED) == ("True", Reason.SUCCEEDED)
     assert (status.mlflow.registered_model, status.mlflow.model_version) == ("job", "1")
-    done = make_job(status=status)
+    assert status.mlflow.run_status == "FINISHED"
+    done = make_job(status=status, finalizers=(RELEASE_FINALIZER,))
     assert decide(snapshot(done)) == (FinishRun(job=done, run_status="FINISHED"),)
-    settled = status.model_copy(update={"mlflow": status.mlflow.model_copy(update={"run_status": "FINISHED"})})
-    assert decide(snapshot(make_job(status=settled))) == ()
+    assert decide(snapshot(make_job(status=status))) == ()
 
 
 # --- ends that are not success ---------------------------------------------------------------------------------------
@@ -391,7 +448,7 @@ def test_a_failed_jobs_run_is_failed_and_a_cancelled_ones_killed() -> None:
             finished = written(decide(snapshot(job, stages=(exited(job, 80),))))
         else:
             finished = written(decide(snapshot(job)))
-        done = make_job(status=finished)
+        done = make_job(status=finished, finalizers=(RELEASE_FINALIZER,))
         assert FinishRun(job=done, run_status=run_status) in decide(snapshot(done))
 
 

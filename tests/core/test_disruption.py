@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import StageResult
 from orchestrator.core.conditions import Finding, says_the_same, set_condition
@@ -71,7 +71,8 @@ def test_what_may_be_the_jobs_own_fault_is_tried_again_a_bounded_number_of_times
 def test_a_cpu_stage_that_is_quick_is_not_written_about_before_its_end() -> None:
     policy = replace(POLICY, progress_interval_seconds=30.0)
     attempt = make_attempt("prepare", 1, created_time=after(-5))
-    job = make_job(status=QLoRAJobStatus(attempts=(attempt,), attempts_total=1))
+    has_run = MlflowStatus(run_id="run", run_status="RUNNING")
+    job = make_job(status=QLoRAJobStatus(attempts=(attempt,), attempts_total=1, mlflow=has_run))
     starting = stage(job, StagePhase.PENDING)
     job = job.model_copy(
         update={"status": written(decide(snapshot(job, stages=[starting], gpu_classes=GPUS, policy=policy)))}

@@ -122,6 +122,8 @@ def test_in_any_story_the_invariants_hold_and_every_job_finishes_once_the_world_
     settle(world)
     assert unfinished(world) == []
     assert world.stages == {}
+    assert world.runs == {}
+    assert [key for key, job in world.jobs.items() if job.metadata.finalizers] == []
     for job in world.jobs.values():
         finished = job.status.condition(ConditionType.FINISHED)
         assert finished is not None
@@ -129,6 +131,7 @@ def test_in_any_story_the_invariants_hold_and_every_job_finishes_once_the_world_
         ends = {Reason.SUCCEEDED: "FINISHED", Reason.CANCELLED: "KILLED"}
         expected = ends.get(finished.reason, "FAILED")
         assert job.status.mlflow.run_status in ({expected} if job.status.mlflow.run_id else {None})
+        assert world.mlflow.get(job.metadata.uid) == job.status.mlflow.run_status
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

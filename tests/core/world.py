@@ -32,12 +32,14 @@ from orchestrator.core.facts import (
     FinishRun,
     GpuClass,
     Policy,
+    RunFact,
     Snapshot,
     StageFact,
     StagePhase,
     StopStage,
     WriteStatus,
 )
+from orchestrator.core.release import finalizers_with, is_at_rest, released
 from tests.core.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
 
 TRAIN_STEPS = 6
@@ -62,6 +64,10 @@ class World:
     """Steps that are durable, by job."""
     ever_ended: set[str] = field(default_factory=set)
     mlflow_away: bool = False
+    mlflow: dict[str, str] = field(default_factory=dict)
+    """Status of each run that MLflow has, by the uid of its job."""
+    runs: dict[str, RunFact] = field(default_factory=dict)
+    """What the controller remembers of them; gone when it is killed."""
     versions: int = 1
 
     # --- the controller -----------------------------------------------------------------------------------------
@@ -73,6 +79,7 @@ class World:
             queues=self.queues,
             stages=dict(self.stages),
             gpu_classes=tuple(self.gpu_classes),
+            runs=dict(self.runs),
             policy=self.policy,
         )
 
@@ -86,6 +93,8 @@ class World:
         self._check_priority(commands)
         for command in commands[:commands_carried_out]:
             self._act(command)
+        if commands_carried_out is not None:
+            self.runs.clear()
         self.check()
         return commands
 
@@ -102,15 +111,17 @@ class World:
                 self._delete(f"{command.namespace}/{command.name}")
             case EnsureRun():
                 if not self.mlflow_away:
-                    mlflow = command.job.status.mlflow.model_copy(update={"run_id": "run", "run_status": "RUNNING"})
-                    self._write_mlflow(command.job, mlflow)
+                    uid = command.job.metadata.uid
+                    self.mlflow[uid] = "RUNNING"
+                    found = MlflowStatus(run_id=f"run-of-{uid}", run_status="RUNNING")
+                    self.runs[uid] = RunFact(job=command.job, mlflow=found)
             case FinishRun():
                 if not self.mlflow_away:
-                    mlflow = command.job.status.mlflow.model_copy(update={"run_status": command.run_status})
-                    self._write_mlflow(command.job, mlflow)
+                    self._finish_run(command)
             case DeleteJob():
                 assert command.job.status.finish_time is not None, "only finished jobs may be deleted"
-                self.jobs.pop(command.job.key, None)
+                if is_at_rest(self.jobs[command.job.key]):
+                    self.jobs.pop(command.job.key)
 
     def _write(self, seen: QLoRAJob, status: QLoRAJobStatus) -> None:
         """As a store does: validate what comes over the wire, refuse what was decided on an older version."""
@@ -119,10 +130,20 @@ class World:
             return
         parsed = QLoRAJobStatus.model_validate(status.to_wire())
         assert parsed == status, "a status must survive the store"
-        self._replace(stored, status=parsed)
+        finalizers = finalizers_with(stored, parsed)
+        self._replace(stored, status=parsed, metadata=stored.metadata.model_copy(update={"finalizers": finalizers}))
+        if parsed.mlflow.run_id is not None:
+            self.runs.pop(stored.metadata.uid, None)
 
-    def _write_mlflow(self, seen: QLoRAJob, mlflow: MlflowStatus) -> None:
-        self._write(seen, seen.status.model_copy(update={"mlflow": mlflow}))
+    def _finish_run(self, command: FinishRun) -> None:
+        """As the lanes do: in MLflow, then on the object, if it is still there."""
+        uid = command.job.metadata.uid
+        assert uid in self.mlflow, "only a run that exists can end"
+        self.mlflow[uid] = command.run_status
+        self.runs.pop(uid, None)
+        job = self.jobs.get(command.job.key)
+        if job is not None and job.metadata.uid == uid:
+            self._replace(job, metadata=job.metadata.model_copy(update={"finalizers": released(job)}))
 
     def _replace(self, job: QLoRAJob, **changes: object) -> None:
         self.versions += 1

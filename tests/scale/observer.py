@@ -10,13 +10,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.api import Json, KubeApi, Stream, path_of
 from orchestrator.core.pod import JOB_LABEL, MANAGED_BY_LABEL, MANAGER, QUEUE_LABEL, STAGE_LABEL
+from orchestrator.errors import StoreUnavailable
 from tests.cluster.resources import NAMESPACES
 
 SILENCE_SECONDS = 600.0
+POLL_SECONDS = 0.1
+"""Between two looks of whoever waits. Looking at every event would take more of the machine than what is measured."""
 SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 
 
@@ -57,10 +61,10 @@ class Observer:
         self._on_job: Counter[str] = Counter()
         self._on_node: Counter[str] = Counter()
         self._on_quota: Counter[tuple[str, str]] = Counter()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         version = api.get(path_of("v1", "pods"), labelSelector=SELECTOR, limit=1)["metadata"]["resourceVersion"]
-        query = {"labelSelector": SELECTOR, "resourceVersion": version, "timeoutSeconds": 3600}
-        self._stream = api.watch(path_of("v1", "pods"), SILENCE_SECONDS, **query)
+        self._over = False
+        self._stream = self._watch(version)
         self._thread = threading.Thread(target=self._follow, name="observer", daemon=True)
 
     def __enter__(self) -> Observer:
@@ -68,27 +72,27 @@ class Observer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over = True
         self._stream.close()
         self._thread.join()
 
     def wait(self, seen: Callable[[], bool], timeout_seconds: float, what: str) -> None:
         """Until something is so. Fails the test after the time, or where the watch has ended."""
         deadline = time.monotonic() + timeout_seconds
-        with self._changed:
-            while not seen():
-                self._changed.wait(0.5)
-                assert self._thread.is_alive(), "the watch of the pods has ended"
-                assert time.monotonic() < deadline, f"not in {timeout_seconds:.0f} s: {what}"
+        while not seen():
+            time.sleep(POLL_SECONDS)
+            assert self._thread.is_alive(), "the watch of the pods has ended"
+            assert time.monotonic() < deadline, f"not in {timeout_seconds:.0f} s: {what}"
 
     def of(self, stage: str) -> list[Pod]:
         """Pods of a stage so far."""
-        with self._changed:
+        with self._lock:
             return [pod for pod in self.pods.values() if pod.stage == stage]
 
     def first_pods(self) -> dict[str, float]:
         """When each job's first pod was seen, by the job's name."""
         first: dict[str, float] = {}
-        with self._changed:
+        with self._lock:
             for pod in self.pods.values():
                 first.setdefault(pod.job, pod.created_at)
         return first
@@ -97,12 +101,22 @@ class Observer:
         """Nodes with a GPU that is still held."""
         return sorted(node for node, count in self._on_node.items() if count)
 
+    def _watch(self, version: str) -> Stream:
+        query = {"labelSelector": SELECTOR, "resourceVersion": version, "timeoutSeconds": 3600}
+        return self._api.watch(path_of("v1", "pods"), SILENCE_SECONDS, **query)
+
     def _follow(self) -> None:
-        for event in self._stream:
-            now = time.monotonic()
-            with self._changed:
-                self._hear(event["type"], event["object"], now)
-                self._changed.notify_all()
+        """One event after another; a server that hangs up on a slow reader is asked for what came after the last."""
+        while True:
+            version = ""
+            with suppress(StoreUnavailable):
+                for event in self._stream:
+                    now, version = time.monotonic(), event["object"]["metadata"]["resourceVersion"]
+                    with self._lock:
+                        self._hear(event["type"], event["object"], now)
+            if self._over or not version:
+                return
+            self._stream = self._watch(version)
 
     def _hear(self, kind: str, item: Json, now: float) -> None:
         meta: Json = item["metadata"]

@@ -49,15 +49,16 @@ def audit_arguments(folder: Path) -> list[str]:
     return [f"--audit-policy-file={policy}", f"--audit-log-path={folder / 'audit.log'}", "--audit-log-mode=blocking"]
 
 
-def audited_requests(folder: Path) -> Counter[str]:
-    """The controller's requests so far, `verb resource`, as the API server counts them."""
-    requests: Counter[str] = Counter()
+def audited_requests(folder: Path) -> Counter[tuple[str, str]]:
+    """The controller's requests so far by namespace and `verb resource`, as the API server counts them."""
+    requests: Counter[tuple[str, str]] = Counter()
     with (folder / "audit.log").open() as log:
         for line in log:
             entry = json.loads(line)
             found: Mapping[str, str] = entry.get("objectRef", {})
             names = (found.get("resource", ""), found.get("subresource", ""))
-            requests[f"{entry['verb']} {'/'.join(name for name in names if name)}"] += 1
+            what = f"{entry['verb']} {'/'.join(name for name in names if name)}"
+            requests[found.get("namespace", ""), what] += 1
     return requests
 
 

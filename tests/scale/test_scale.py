@@ -1,7 +1,8 @@
-"""A thousand GPUs and thousands of jobs: every rule at the end, and the figures that are promised.
+"""Many GPUs and many more jobs: every rule at the end, and the figures.
 
-`QLORA_SCALE` is the size: 1 is a thousand nodes and five thousand jobs; a smaller one tries the tier itself and
-promises nothing.
+`QLORA_SCALE` is the size. 1 is a thousand nodes and ten thousand jobs, half of them suspended: figures are promised for
+that (`benchmarks/scale` keeps them). A tenth is what CI runs: the same rules, and bounds that a busy machine keeps and
+that a controller which has lost its way does not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from orchestrator.api.reasons import ConditionType, Reason
 from tests.cluster.resources import require
 from tests.scale.trial import Outcome, Size, kind_of, run
 
-FRACTION = float(os.environ.get("QLORA_SCALE", "1"))
+FRACTION = float(os.environ.get("QLORA_SCALE", "0.1"))
 full_size = pytest.mark.skipif(FRACTION < 1, reason="figures are promised for the full size alone")
 pytestmark = pytest.mark.timeout(1200)
 
@@ -89,6 +90,25 @@ def test_urgent_jobs_moved_others_out_of_the_way(ran: list[QLoRAJob]) -> None:
     assert all(job.status.is_true(ConditionType.FINISHED) for job in moved)
 
 
+def test_the_controller_is_as_small_as_promised_for_more_jobs(outcome: Outcome) -> None:
+    assert outcome.figures["controller_peak_mib"] <= 400
+
+
+def test_a_job_gets_its_pod_within_a_second_even_on_a_busy_machine(outcome: Outcome) -> None:
+    assert outcome.figures["apply_to_pod"]["p50_ms"] <= 300
+    assert outcome.figures["apply_to_pod"]["p99_ms"] <= 1000
+
+
+def test_a_job_takes_few_requests(outcome: Outcome) -> None:
+    """The promise is 12; here the lease weighs more, and what is said about jobs that wait, which goes by the clock."""
+    assert outcome.figures["requests"]["per_job"] <= 14
+
+
+def test_jobs_are_admitted_at_a_fair_rate(outcome: Outcome) -> None:
+    """Not held against the scheduler: its client may send a hundred requests at once, which are most of these pods."""
+    assert outcome.figures["wave"]["admitted_per_second"] >= 20
+
+
 @full_size
 def test_a_pod_is_created_as_soon_as_promised(outcome: Outcome) -> None:
     assert outcome.figures["apply_to_pod"]["p50_ms"] <= 100
@@ -102,11 +122,6 @@ def test_jobs_are_admitted_faster_than_the_scheduler_places_their_pods(outcome: 
 
 
 @full_size
-def test_the_controller_is_as_small_as_promised(outcome: Outcome) -> None:
-    assert len(outcome.jobs) >= 10_000
-    assert outcome.figures["controller_peak_mib"] <= 400
-
-
-@full_size
 def test_a_job_takes_as_few_requests_as_promised(outcome: Outcome) -> None:
+    assert len(outcome.jobs) >= 10_000
     assert outcome.figures["requests"]["per_job"] <= 12

@@ -39,6 +39,7 @@ QUEUES = (*COHORT_QUEUES, LONE_QUEUE)
 LONE_SHARE = 25
 """One GPU in so many is the lone queue's, and so is one job in so many."""
 BAD_EVERY, OUT_OF_MEMORY_EVERY = 50, 40
+SUSPENDED_NAMESPACE = "team-b"
 URGENT_PRIORITY = 1000
 LATENCY_PAUSE_SECONDS = 0.2
 LATENCY_SECONDS, PREPARE_SECONDS, WAVE_SECONDS, FINISH_SECONDS = 60.0, 400.0, 200.0, 600.0
@@ -244,11 +245,25 @@ class Trial:
         for program in programs:
             self.plane.processes[program].send_signal(number)
 
-    def _requests(self, before: Counter[str]) -> Json:
-        """Of the controller's account, by the API server's own count, for each job of the mass."""
+    def _requests(self, before: Counter[tuple[str, str]]) -> Json:
+        """Of the controller's account, by the API server's own count, for each job of the mass.
+
+        Suspended jobs have a namespace of their own, and what is asked about them is told apart.
+        """
         spent = audited_requests(self.plane.folder) - before
-        per_job = {what: round(count / self._mass, 3) for what, count in spent.most_common()}
-        return self._told("requests a job", {"per_job": spent.total() / self._mass, "by_kind": per_job})
+        suspended = sum(count for (namespace, _), count in spent.items() if namespace == SUSPENDED_NAMESPACE)
+        by_kind: Counter[str] = Counter()
+        for (namespace, what), count in spent.items():
+            if namespace != SUSPENDED_NAMESPACE:
+                by_kind[what] += count
+        return self._told(
+            "requests a job",
+            {
+                "per_job": by_kind.total() / self._mass,
+                "per_suspended_job": suspended / self.size.suspended,
+                "by_kind": {what: round(count / self._mass, 3) for what, count in by_kind.most_common()},
+            },
+        )
 
     def _decisions(self, before: Mapping[str, float]) -> Json:
         """Milliseconds of a decision about everything."""
@@ -281,7 +296,7 @@ def mass_jobs(count: int) -> Iterator[QLoRAJob]:
 
 def suspended_jobs(count: int) -> Iterator[QLoRAJob]:
     """Jobs that are only there."""
-    return (make_job(f"ok-suspended-{number}", namespace="team-b", suspend=True) for number in range(count))
+    return (make_job(f"ok-suspended-{number}", namespace=SUSPENDED_NAMESPACE, suspend=True) for number in range(count))
 
 
 def kind_of(job: QLoRAJob) -> str:

@@ -34,7 +34,7 @@ NOTE_BYTES = 1024
 DELAY_SECONDS = 2.0
 WAITING_LIMIT = 10_000
 """Jobs with events to be told; what finds no room is lost."""
-JOBS_PER_SECOND = 10.0
+JOBS_PER_SECOND = 5.0
 CLOSE_SECONDS = 5.0
 """How long the end may be put off in order to tell what is left."""
 SEPARATOR = "\n"
@@ -52,7 +52,16 @@ class Told:
 class Recorder:
     """Sends events: at once, or after `start` from a thread of its own."""
 
-    def __init__(self, api: KubeApi, reporter: str) -> None:
+    def __init__(
+        self,
+        api: KubeApi,
+        reporter: str,
+        *,
+        delay_seconds: float = DELAY_SECONDS,
+        jobs_per_second: float = JOBS_PER_SECOND,
+    ) -> None:
+        self._delay_seconds = delay_seconds
+        self._pause_seconds = 1 / jobs_per_second
         self._api = api
         self._reporter = reporter[:128]
         self._waiting: dict[str, list[Told]] = {}
@@ -90,8 +99,8 @@ class Recorder:
         return [(str(item["eventTime"]), _parsed(item)) for item in items]
 
     def _drive(self) -> None:
-        while not self._over.wait(1 / JOBS_PER_SECOND):
-            self._send_about_one_job(DELAY_SECONDS)
+        while not self._over.wait(self._pause_seconds):
+            self._send_about_one_job(self._delay_seconds)
         deadline = time.monotonic() + CLOSE_SECONDS
         while self._waiting and time.monotonic() < deadline:
             self._send_about_one_job(0.0)

@@ -5,10 +5,9 @@ The controller, and clients with a kubeconfig, use it. Rules:
 - Status is written by PUT to its own subresource, spec and metadata by merge patch, both with the resource version that
   was read: neither touches the other, and a stale write is refused. After a refusal the object is read anew, so that a
   view that missed something is put right by the write that it misled.
-- A job that holds a GPU, or an MLflow run that waits for its last status, carries FINALIZER, so that deleting it waits
-  for the controller. It is on before the status says so, and off when the job has finished and nothing is held: what
-  is finished can be deleted with no controller around. Prepare and publish stages need no such care: the garbage
-  collector ends their pods with the job.
+- RELEASE_FINALIZER keeps a job that holds a GPU, or whose MLflow run waits for its last status (`core/release`), so
+  deleting it waits for the controller. It is on before the status says so. Prepare and publish stages need no such
+  care, because the garbage collector ends their pods with the job.
 - `start` turns on caches; before it every read asks the server, which is what a short-lived client wants.
 - An object that does not parse (a newer version wrote it) is left alone, reported, and fails nobody else.
 """
@@ -23,15 +22,15 @@ from orchestrator.adapters.kubernetes.events import Recorder
 from orchestrator.adapters.kubernetes.objects import Parser, Unreadable, job_wire, metadata_wire, status_wire
 from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.core.facts import STAGES_ON_GPU, Event
+from orchestrator.core.facts import Event
+from orchestrator.core.release import finalizers_with, is_at_rest, released
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 
 log = logging.getLogger(__name__)
 
 JOBS, QUEUES = "qlorajobs", "qloraqueues"
-FINALIZER = "qlora.dev/release"
 RELEASE_TRIES = 3
 """Attempts to take it off a finished job while others write to the job."""
 
@@ -68,7 +67,7 @@ class KubernetesStore:
         self._queues.refresh()
         self._jobs.refresh()
         for job in self.list_jobs():
-            if job.status.finish_time is not None and not _holds(job.status) and FINALIZER in job.metadata.finalizers:
+            if len(finalizers_with(job, job.status)) < len(job.metadata.finalizers):
                 self._release_finished(job)
 
     def close(self) -> None:
@@ -136,27 +135,32 @@ class KubernetesStore:
 
     def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
         """Replace the status alone."""
-        if _holds(status) and FINALIZER not in job.metadata.finalizers and job.metadata.deletion_timestamp is None:
-            job = self._set_finalizers(job, (*job.metadata.finalizers, FINALIZER))
+        wanted = finalizers_with(job, status)
+        if len(wanted) > len(job.metadata.finalizers) and job.metadata.deletion_timestamp is None:
+            job = self._set_finalizers(job, wanted)
         try:
             written = self._took(self._api.replace(f"{self._path(job)}/status", status_wire(job, status)))
         except (NotFound, Conflict) as error:
             raise self._put_right(job, error) from error
-        if status.finish_time is not None and not _holds(status) and FINALIZER in job.metadata.finalizers:
-            return self._release_finished(written)
-        return written
+        return self._release_finished(written) if len(wanted) < len(job.metadata.finalizers) else written
+
+    def release(self, job: QLoRAJob) -> None:
+        """Take RELEASE_FINALIZER off a job that owes nothing any more."""
+        current = self.get_job(job.metadata.namespace, job.metadata.name)
+        if current.metadata.uid == job.metadata.uid and RELEASE_FINALIZER in current.metadata.finalizers:
+            self._release_finished(current)
 
     def delete_job(self, namespace: str, name: str) -> None:
         """Remove the object; one that is busy is marked, and removed by the call that finds it at rest."""
         job = self.read_job(namespace, name)
         is_marked = job.metadata.deletion_timestamp is not None
-        if _is_busy(job.status):
+        held = RELEASE_FINALIZER in job.metadata.finalizers
+        if not is_at_rest(job):
             if not is_marked:
-                held = FINALIZER in job.metadata.finalizers
-                self._remove(job if held else self._set_finalizers(job, (*job.metadata.finalizers, FINALIZER)))
+                self._remove(job if held else self._set_finalizers(job, (*job.metadata.finalizers, RELEASE_FINALIZER)))
             return
-        if FINALIZER in job.metadata.finalizers:
-            job = self._release(job)
+        if held:
+            job = self._set_finalizers(job, released(job))
         if not is_marked:
             self._remove(job)
 
@@ -228,16 +232,14 @@ class KubernetesStore:
         else:
             self._jobs.drop(job.key)
 
-    def _release(self, job: QLoRAJob) -> QLoRAJob:
-        """Take our finalizer off, with which an object that is marked is gone."""
-        left = tuple(finalizer for finalizer in job.metadata.finalizers if finalizer != FINALIZER)
-        return self._set_finalizers(job, left)
-
     def _release_finished(self, job: QLoRAJob) -> QLoRAJob:
-        """The status is written all the same; where this comes to nothing, the next controller does it."""
+        """Take our finalizer off, with which an object that is marked is gone.
+
+        The status is written all the same; where this comes to nothing, it is tried again later.
+        """
         for _ in range(RELEASE_TRIES):
             try:
-                return self._release(job)
+                return self._set_finalizers(job, released(job))
             except Conflict:
                 job = self.read_job(job.metadata.namespace, job.metadata.name)
             except NotFound:
@@ -271,17 +273,6 @@ def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
                 f"spec.{field} of job {wanted.key} cannot be changed, because the work done so far depends on it; "
                 f"submit a new job instead"
             )
-
-
-def _holds(status: QLoRAJobStatus) -> bool:
-    """Whether a GPU is held, or an MLflow run waits for its last status."""
-    attempt = status.active_attempt
-    return (attempt is not None and attempt.stage in STAGES_ON_GPU) or status.mlflow.run_status == "RUNNING"
-
-
-def _is_busy(status: QLoRAJobStatus) -> bool:
-    """Whether deleting the job has to wait for the controller when we are asked to delete it."""
-    return status.active_attempt is not None or _holds(status)
 
 
 def _place(job: QLoRAJob) -> tuple[str, str]:
