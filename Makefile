@@ -38,8 +38,8 @@ test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, co
 	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/model tests/adapters tests/controller tests/sdk tests/cli tests/e2e \
 	  --ignore=tests/e2e/test_kills.py
 
-test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instants
-	$(BIN)/python -m pytest tests/e2e/test_kills.py
+test-kills: $(VENV)/.synced ## Thirty kills and, beside them, ten preemptions at seeded instants
+	$(PYTEST) --dist=load tests/e2e/test_kills.py
 
 test-chart: $(VENV)/.synced $(VENV)/.go $(CHECKOV)/.synced ## The chart: linters, golden manifests, unit tests; builds their programs once
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest tests/deploy
