@@ -16,6 +16,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
+# Of a thousand nodes and ten thousand jobs; 1 is for the figures.
+export QLORA_SCALE ?= 0.1
 
 .PHONY: help demo demo-preempt test $(TIERS) fmt docs lock manifests targets clean
 help: ## Show this list
