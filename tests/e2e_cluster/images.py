@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from configparser import ConfigParser
@@ -49,6 +50,9 @@ BASE = "localhost/base:lab"
 PAUSE_IMAGE = "lab/pause:1"
 BUILD_SECONDS = 1800.0
 CERTIFICATES = Path("/etc/ssl/certs")
+UV = Path(sys.executable).with_name("uv")
+UV_CACHE = "/var/cache/uv"
+"""Where a build sees the cache of this machine's uv."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +141,7 @@ def _build(cache: Path, image: Image) -> None:
     dockerfile = CHECKOUT / image.dockerfile
     for name in _public_bases(dockerfile.read_text()):
         _buildah(cache, "tag", BASE, name)
-    with _pip_settings() as mounts:
+    with _package_settings() as mounts:
         _buildah(
             cache,
             "build",
@@ -168,8 +172,25 @@ def _public_bases(dockerfile: str) -> list[str]:
 
 
 @contextmanager
-def _pip_settings() -> Iterator[list[str]]:
-    """Mounts with which the build's pip finds packages as this machine's does; nothing of them stays in the image."""
+def _package_settings() -> Iterator[list[str]]:
+    """Mounts with which pip and uv in the build find packages as this machine's do; nothing of them stays in the image.
+
+    uv also takes from this machine's cache what `make` has fetched already for the tests: some gigabytes.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        pip, uv = Path(name) / "pip.conf", Path(name) / "uv.toml"
+        _write_pip_settings(pip)
+        uv.write_text(f'cache-dir = "{UV_CACHE}"\nnative-tls = true\n' + _indexes())
+        read_only = {str(pip): "/etc/pip.conf", str(uv): "/etc/uv/uv.toml"}
+        if CERTIFICATES.exists():
+            read_only[str(CERTIFICATES)] = str(CERTIFICATES)
+        yield [
+            f"--volume={_uv_cache()}:{UV_CACHE}",
+            *(f"--volume={source}:{target}:ro" for source, target in read_only.items()),
+        ]
+
+
+def _write_pip_settings(file: Path) -> None:
     settings = ConfigParser(interpolation=None)
     settings.read("/etc/pip.conf")
     of_environment = {
@@ -177,14 +198,21 @@ def _pip_settings() -> Iterator[list[str]]:
     }
     known = dict(settings["global"]) if settings.has_section("global") else {}
     settings["global"] = {**known, **of_environment}
-    with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-        settings.write(file)
-        file.flush()
-        mounts = {
-            file.name: "/etc/pip.conf",
-            **({str(CERTIFICATES): str(CERTIFICATES)} if CERTIFICATES.exists() else {}),
-        }
-        yield [f"--volume={source}:{target}:ro" for source, target in mounts.items()]
+    with file.open("w") as target:
+        settings.write(target)
+
+
+def _indexes() -> str:
+    """The package index that this machine's uv was told to use, if any."""
+    index = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
+    return f'index-url = "{index}"\n' if index else ""
+
+
+def _uv_cache() -> Path:
+    found = subprocess.run([UV, "cache", "dir"], capture_output=True, text=True, check=True, timeout=60)
+    cache = Path(found.stdout.strip())
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def _buildah(cache: Path, *arguments: str) -> None:
