@@ -16,7 +16,8 @@ import sys
 import warnings
 import weakref
 from dataclasses import dataclass
-from itertools import combinations
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from unittest import mock
 import bitsandbytes as bnb
 import numpy as np
 import torch
+from peft.tuners.lora import dora
 from qlora_trainer import attention as packed
 from qlora_trainer.batches import collate
 from qlora_trainer.model import COMPUTE_DTYPE, _attention_implementation, add_adapter, set_recompute
@@ -45,8 +47,14 @@ FAMILIES = {
     "gemma2": "gemma-2-2b",
     "gemma3_text": "gemma-3-1b",
     "llama": "llama-3.1-8b",
+    "qwen2": "qwen2.5-7b",
+    "qwen3": "qwen3-8b",
 }
 """Model types that are traced, and a model of each."""
+FEW_TARGETS = {"phi3": ("qkv_proj",), "gpt_neox": ("query_key_value",)}
+"""Of `ADAPTERS`' "few", where queries and values have no matrices of their own."""
+ADAPTERS = ("all", "few", "all dora", "few dora")
+"""Adapters on every linear layer, or on those of queries and values alone; without and with DoRA."""
 LAYERS, MIDDLE = 3, 1
 TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "core" / "plain_layers.json"
 DEVICE = "cpu"
@@ -121,14 +129,20 @@ class Recorder(TorchDispatchMode):
         self.events.append(Event(kind="drop", number=self._numbers.pop(key)))
 
 
-def trace(model: str, widths: Widths, *, recomputes: bool, dropout: bool) -> list[Event]:
+def trace(family: str, widths: Widths, *, adapters: str, recomputes: bool, dropout: bool) -> list[Event]:
     """The events of a training step."""
+    model = FAMILIES[family]
     config = _config(model, widths)
     recorder = Recorder()
     AttentionInterface.register(packed.NAME, _Attention(recorder))
     base = _base(config)
-    adapter = AdapterSpec(rank=widths.rank, dropout="0.05" if dropout else "0")
-    with warnings.catch_warnings():
+    adapter = AdapterSpec(
+        rank=widths.rank,
+        dropout="0.05" if dropout else "0",
+        target_modules=FEW_TARGETS.get(family, ("q_proj", "v_proj")) if adapters.startswith("few") else "all-linear",
+        use_dora=adapters.endswith("dora"),
+    )
+    with warnings.catch_warnings(), mock.patch.object(dora.DoraLinearLayer, "update_layer", _add_magnitudes):
         warnings.simplefilter("ignore")
         peft_model = add_adapter(base, adapter, seed=0)
     ids = np.arange(widths.tokens, dtype=np.int32) % 5
@@ -141,7 +155,8 @@ def trace(model: str, widths: Widths, *, recomputes: bool, dropout: bool) -> lis
         _mark_layers(decoder, recorder)
         for tensor in (*peft_model.parameters(), *peft_model.buffers()):
             recorder.ignore(tensor)
-        with recorder, mock.patch("torch.nn.functional.dropout", _Dropout.apply_to):
+        dense = mock.patch.object(dora, "dequantize_module_weight", TracedLinear.dense)
+        with recorder, dense, mock.patch("torch.nn.functional.dropout", _Dropout.apply_to):
             hidden = decoder(
                 input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
             ).last_hidden_state
@@ -225,7 +240,11 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: TracedLinear) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, layer.dense(), bias)
+        scales = layer.scales(), layer.scales()  # as they were kept, and with their mean: `_dequant_linear_fallback`
+        weights = torch.empty(layer.out_features, layer.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
+        answer = torch.nn.functional.linear(x, weights, bias)
+        del scales
+        return answer
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -237,14 +256,22 @@ class TracedLinear(bnb.nn.Linear4bit):
 
     def dense(self) -> Tensor:
         """Scales first, as bitsandbytes' `dequantize_4bit` has it, then the weights."""
-        scales = torch.empty(self.in_features * self.out_features // 64, device=DEVICE)
+        scales = self.scales()
         weights = torch.empty(self.out_features, self.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
         del scales
         return weights
 
+    def scales(self) -> Tensor:
+        """One for each block of 64 weights."""
+        return torch.empty(self.in_features * self.out_features // 64, device=DEVICE)
+
     def forward(self, x: Tensor) -> Tensor:
         """As `Linear4bit.forward`."""
         return _Product.apply(x, self)
+
+
+def _add_magnitudes(layer: Any, *, base_layer: TracedLinear, **_: Any) -> None:
+    layer.weight = torch.nn.Parameter(torch.empty(base_layer.out_features))
 
 
 def _hidden(model: str, widths: Widths) -> int:
@@ -320,7 +347,7 @@ Polynomial = dict[str, float]
 """Bytes for each product of widths: `{"th": 2}` is 2 bytes x tokens x hidden size."""
 PRODUCTS = (
     *("th", "ti", "tq", "tk", "tp", "tr", "ttn", "tt", "tn", "tm", "td", "t"),
-    *("hi", "hh", "hq", "hk", "hp", "rh", "ri", "rq", "rk", "rp", "h", "i", "q", "k", "p", "r", ""),
+    *("ii", "qq", "kk", "hi", "hh", "hq", "hk", "hp", "rh", "ri", "rq", "rk", "rp", "h", "i", "q", "k", "p", "r", ""),
 )
 SMALL_BYTES = 4096
 """What is smaller whatever the widths is left to the margin."""
@@ -331,14 +358,17 @@ SAMPLES = (
 )
 
 
+SHAPES = 20_000
+
+
 def polynomial(sizes: tuple[int, ...], values: list[dict[str, int]]) -> Polynomial:
     """The product of widths that has these sizes on the samples; raises ValueError where there is none."""
     if max(sizes) <= SMALL_BYTES:
         return {}
-    for product in PRODUCTS:
-        factors = {size / value[product] for size, value in zip(sizes, values, strict=True)}
+    for name in PRODUCTS:
+        factors = {size / value[name] for size, value in zip(sizes, values, strict=True)}
         if max(factors) - min(factors) < 1e-9 * max(factors):
-            return {product: min(factors)}
+            return {name: min(factors)}
     for one, other in combinations(PRODUCTS, 2):
         matrix = np.array([[value[one], value[other]] for value in values], dtype=float)
         found, *_ = np.linalg.lstsq(matrix, np.array(sizes, dtype=float), rcond=None)
@@ -349,16 +379,16 @@ def polynomial(sizes: tuple[int, ...], values: list[dict[str, int]]) -> Polynomi
 
 def _values(model: str, widths: Widths) -> dict[str, int]:
     symbols = widths.symbols(_hidden(model, widths))
-    return {product: int(np.prod([symbols[letter] for letter in product], dtype=np.int64)) for product in PRODUCTS}
+    return {name: int(np.prod([symbols[letter] for letter in name], dtype=np.int64)) for name in PRODUCTS}
 
 
-def table(model: str, *, recomputes: bool, dropout: bool) -> dict[str, Any]:
+def table(family: str, *, adapters: str, recomputes: bool, dropout: bool) -> dict[str, Any]:
     """What a layer keeps, the first one too, and the instants of both passes that can be its peak."""
-    traces = [trace(model, widths, recomputes=recomputes, dropout=dropout) for widths in SAMPLES]
+    traces = [trace(family, widths, adapters=adapters, recomputes=recomputes, dropout=dropout) for widths in SAMPLES]
     assert len({len(events) for events in traces}) == 1, "the widths change what is computed"
     takes = [[event for event in events if event.kind == "take"] for events in traces]
     sizes = {events[0].number: tuple(e.size for e in events) for events in zip(*takes, strict=True)}
-    values = [_values(model, widths) for widths in SAMPLES]
+    values = [_values(FAMILIES[family], widths) for widths in SAMPLES]
     polynomials = {number: polynomial(found, values) for number, found in sizes.items()}
     stream = {"th": 2.0}
     forward = _segment(traces[0], polynomials, f"forward {MIDDLE}", f"forward {MIDDLE + 1}", stream)
@@ -413,14 +443,33 @@ def _sum(one: Polynomial, other: Polynomial, sign: int) -> Polynomial:
 
 
 def _largest(moments: list[Moment]) -> list[Moment]:
-    """Those that no other exceeds in every product."""
-    distinct = list({json.dumps(moment): moment for moment in moments}.values())
-    return [one for one in distinct if not any(other is not one and _exceeds(other, one) for other in distinct)]
+    """Those that are the largest on any of many shapes that models and micro-batches have."""
+    kept: list[Moment] = []
+    for flash in (False, True):
+        own = list({json.dumps(m[1], sort_keys=True): m[1] for m in moments if m[0] == flash}.values())
+        if own:
+            matrix = np.array([[one.get(name, 0.0) for name in PRODUCTS] for one in own])
+            first = np.argmax(matrix @ _shapes(), axis=0)
+            kept += [(flash, own[index]) for index in sorted(set(first.tolist()))]
+    return kept
 
 
-def _exceeds(one: Moment, other: Moment) -> bool:
-    products = {*one[1], *other[1]}
-    return one[0] >= other[0] and all(one[1].get(product, 0) >= other[1].get(product, 0) for product in products)
+@cache
+def _shapes() -> np.ndarray:
+    """The value of every product [products, shapes] on shapes drawn at random."""
+    draw = np.random.RandomState(0)
+
+    def spread(low: float, high: float) -> np.ndarray:
+        return np.exp(draw.uniform(np.log(low), np.log(high), SHAPES))
+
+    hidden, head = spread(256, 16384), draw.choice([64, 80, 96, 128, 256], SHAPES)
+    query = hidden * draw.choice([0.5, 0.8, 1.0, 1.0, 1.0, 2.0], SHAPES)
+    key = query / draw.choice([1, 1, 2, 4, 5, 7, 8, 16], SHAPES)
+    letters = {
+        "t": spread(64, 262144), "h": hidden, "i": hidden * spread(1, 8), "q": query, "k": key, "p": query + 2 * key,
+        "n": query / head, "m": key / head, "d": head, "r": spread(4, 256),
+    }  # fmt: skip
+    return np.array([np.prod([letters[x] for x in name], axis=0) * np.ones(SHAPES) for name in PRODUCTS])
 
 
 def main() -> None:
@@ -432,11 +481,10 @@ def main() -> None:
     tables: dict[str, Any] = {}
     for family in arguments.families:
         tables[family] = {
-            f"{'recomputed' if recomputes else 'kept'}, {'dropped' if dropout else 'whole'}": table(
-                FAMILIES[family], recomputes=recomputes, dropout=dropout
+            f"{adapters}, {'recomputed' if recomputes else 'kept'}, {'dropped' if dropout else 'whole'}": table(
+                family, adapters=adapters, recomputes=recomputes, dropout=dropout
             )
-            for recomputes in (False, True)
-            for dropout in (False, True)
+            for adapters, recomputes, dropout in product(ADAPTERS, (False, True), (False, True))
         }
         print(family, {key: len(entry["backward"]) for key, entry in tables[family].items()}, file=sys.stderr)
     lines = (f'"{family}": {json.dumps(entry)}' for family, entry in tables.items())

@@ -27,6 +27,8 @@ from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
 TABLE_NAME = "plain_layers.json"
+FEW_TARGETS = frozenset({"q_proj", "v_proj", "qkv_proj", "query_key_value"})
+"""Adapters on no more than these were traced apart; on more, a layer is sized as if all its matrices had one."""
 UNKNOWN = "llama"
 """The table for an architecture that was not traced."""
 
@@ -72,13 +74,12 @@ def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
     """A layer's bytes; one that recomputes keeps its input."""
     table = _table(layer, recomputes)
     values, workspace = layer.values(), layer.attention.whole_workspace_bytes
-    extra = _dora_bytes(layer)
     return LayerBytes(
-        kept=_bytes(table["kept"], values) + (0 if recomputes else extra),
-        first_kept=_bytes(table["first"], values) + (0 if recomputes else extra),
+        kept=_bytes(table["kept"], values),
+        first_kept=_bytes(table["first"], values),
         released=_bytes(table["released"], values),
-        forward_peak=_largest(table["forward"], values, workspace) + extra,
-        backward_peak=_largest(table["backward"], values, workspace) + extra,
+        forward_peak=_largest(table["forward"], values, workspace),
+        backward_peak=_largest(table["backward"], values, workspace),
         gradients=_gradient_bytes(layer),
     )
 
@@ -95,7 +96,9 @@ def final_norm(layer: PlainLayer, *, recomputes: bool) -> tuple[int, int]:
 def _table(layer: PlainLayer, recomputes: bool) -> dict[str, Any]:
     tables = _tables()
     family = tables.get(layer.facts.model_type) or tables[UNKNOWN]
-    return family[f"{'recomputed' if recomputes else 'kept'}, {'dropped' if layer.drops else 'whole'}"]
+    few = {linear.name for linear in layer.adapted} <= FEW_TARGETS
+    adapters = ("few" if few else "all") + (" dora" if layer.dora else "")
+    return family[f"{adapters}, {'recomputed' if recomputes else 'kept'}, {'dropped' if layer.drops else 'whole'}"]
 
 
 def _largest(moments: list[Moment], values: Mapping[str, int], workspace: int) -> int:
@@ -104,15 +107,6 @@ def _largest(moments: list[Moment], values: Mapping[str, int], workspace: int) -
 
 def _bytes(polynomial: Mapping[str, float], values: Mapping[str, int]) -> int:
     return round(sum(count * prod(values[letter] for letter in product) for product, count in polynomial.items()))
-
-
-def _dora_bytes(layer: PlainLayer) -> int:
-    """DoRA (Liu et al., 2024) keeps the scaled and the unscaled product, and takes the norm of W + B A."""
-    if not layer.dora:
-        return 0
-    largest = max(linear.parameters for linear in layer.adapted)
-    products = 2 * layer.tokens * sum(linear.outputs for linear in layer.adapted) * BF16_BYTES
-    return products + 3 * largest * BF16_BYTES
 
 
 def _gradient_bytes(layer: PlainLayer) -> int:

@@ -50,8 +50,8 @@ NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "starcoder2": 4}
 """Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
 MOST_MULTIPROCESSORS = 148
 """Of the cards in `core/gpus`, where the class is not known."""
-SLACK_SHARE = 0.005
-SLACK_BYTES = 8 << 20
+SLACK_SHARE = 0.0075
+SLACK_BYTES = 2 << 20
 ANSWERS_KEPT = 4096
 
 
