@@ -22,6 +22,16 @@ SHORT_RECORD_TOKENS = 64
 """Packed rows of records shorter than this on average would take more than is counted."""
 
 
+def alike(multiprocessors: int, tokens: int, query_heads: int) -> int:
+    """The most multiprocessors that take the same bytes: cards that differ by less need not be told apart.
+
+    Rounding up to a multiple of the heads changes no number of sums (`_splits`), where all heads are at work at once.
+    """
+    if tokens > QUERY_TILE_TOKENS:
+        return multiprocessors
+    return -(-multiprocessors // query_heads) * query_heads
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """A layer's attention over one packed row."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.results import ModelFacts
@@ -17,6 +18,7 @@ BF16_BYTES = 2
 NF4_BLOCK, SCALE_BLOCK = 64, 256
 """Weights that share an 8-bit scale, and scales that share a 32-bit one (Dettmers et al., 2023, section 3)."""
 CODE_BYTES = 64
+MODELS_KEPT = 256
 OFFSET_BYTES = 4
 
 
@@ -68,6 +70,7 @@ class Group:
         return of_a + sum(allocated(rank * outputs * BF16_BYTES) for outputs in self.adapted_outputs)
 
 
+@lru_cache(maxsize=MODELS_KEPT)
 def linears(facts: ModelFacts) -> tuple[Linear, ...]:
     """The matrices of one decoder layer."""
     h, i = facts.hidden_size, facts.intermediate_size

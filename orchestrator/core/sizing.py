@@ -9,7 +9,7 @@ against measured peaks in tests/core/test_sizing.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from orchestrator.api.base import decimal
@@ -17,7 +17,7 @@ from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.facts import GpuClass
-from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention
+from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
 from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
 from orchestrator.core.linears import group, linears, targeted
 from orchestrator.core.plain import PlainLayer, plain_layer
@@ -68,6 +68,64 @@ class Instant:
         return self.kept_bytes + self.gradient_bytes + self.working_bytes
 
 
+class Footprint:
+    """A job's bytes under all plans that differ only in how many layers they recompute.
+
+    A search over plans asks for many such numbers on many classes, and one walk through a layer answers all of them.
+    """
+
+    def __init__(
+        self,
+        spec: QLoRAJobSpec,
+        facts: ModelFacts,
+        plan: MemoryPlan,
+        *,
+        multiprocessors: int = MOST_MULTIPROCESSORS,
+        records: int | None = None,
+    ) -> None:
+        """`records` is how many a micro-batch packs, where that is known."""
+        self._question = _Question(
+            adapter=spec.adapter,
+            optimizer=spec.training.optimizer,
+            sequence_length=spec.training.sequence_length,
+            packing=spec.training.packing,
+            deterministic=spec.training.deterministic,
+            facts=facts,
+            plan=plan,
+            multiprocessors=multiprocessors,
+            records=records,
+            trainable=adapter_parameters(spec.adapter, facts),
+        )
+        self._lasting = tuple(_lasting(self._question))
+        self._lasting_bytes = sum(count for _, count in self._lasting)
+        self._layers = _Layers.of(self._question)
+
+    def peak_bytes(self, recompute_layers: int) -> int:
+        """The peak where the first so many layers recompute."""
+        found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
+        return found + _slack(found)
+
+    def items(self, recompute_layers: int) -> tuple[ByteItem, ...]:
+        """That peak, by purpose."""
+        peak = self._peak(recompute_layers)
+        found = (
+            *self._lasting,
+            ("adapter gradients, bf16", peak.gradient_bytes),
+            ("activations kept for the backward pass", peak.kept_bytes),
+            (f"working set: {peak.name}", peak.working_bytes),
+        )
+        slack = _slack(sum(count for _, count in found))
+        return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, ("margin", slack)))
+
+    def _peak(self, recompute_layers: int) -> Instant:
+        layers = replace(self._layers, recomputing=min(recompute_layers, self._layers.count))
+        return max(_instants(self._question, layers), key=lambda instant: instant.total_bytes)
+
+
+def _slack(found_bytes: int) -> int:
+    return round(SLACK_BYTES + SLACK_SHARE * found_bytes)
+
+
 def footprint(
     spec: QLoRAJobSpec,
     facts: ModelFacts,
@@ -76,19 +134,9 @@ def footprint(
     multiprocessors: int = MOST_MULTIPROCESSORS,
     records: int | None = None,
 ) -> tuple[ByteItem, ...]:
-    """The plan's peak, by purpose. `records` is how many a micro-batch packs, where that is known."""
-    question = _Question(
-        adapter=spec.adapter,
-        optimizer=spec.training.optimizer,
-        sequence_length=spec.training.sequence_length,
-        packing=spec.training.packing,
-        deterministic=spec.training.deterministic,
-        facts=facts,
-        plan=plan,
-        multiprocessors=multiprocessors,
-        records=records,
-    )
-    return _footprint(question)
+    """The plan's peak, by purpose."""
+    found = Footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records)
+    return found.items(plan.recompute_layers)
 
 
 def peak_bytes(
@@ -100,7 +148,8 @@ def peak_bytes(
     records: int | None = None,
 ) -> int:
     """The plan's peak."""
-    return sum(item.bytes for item in footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records))
+    found = Footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records)
+    return found.peak_bytes(plan.recompute_layers)
 
 
 def estimate(
@@ -118,6 +167,7 @@ def estimate(
     )
 
 
+@lru_cache(maxsize=ANSWERS_KEPT)
 def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     """Trainable parameters: A and B of every targeted matrix, and DoRA's magnitudes."""
     magnitudes = 1 if adapter.use_dora else 0
@@ -138,7 +188,7 @@ def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
-    """All that the answer depends on: a search over plans asks the same again and again."""
+    """All that the bytes depend on, but for how many layers the plan recomputes."""
 
     adapter: AdapterSpec
     optimizer: str
@@ -149,6 +199,8 @@ class _Question:
     plan: MemoryPlan
     multiprocessors: int
     records: int | None
+    trainable: int
+    """Parameters of the adapter."""
 
     @property
     def tokens(self) -> int:
@@ -160,34 +212,20 @@ class _Question:
         """A tensor of [tokens, hidden]."""
         return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
 
-    @property
-    def trainable(self) -> int:
-        """Parameters of the adapter."""
-        return adapter_parameters(self.adapter, self.facts)
+
+def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
+    """What stays for as long as training does."""
+    facts, trainable = question.facts, question.trainable
+    yield "base weights, NF4", _weight_bytes(facts)
+    yield "embeddings, head and norms, bf16", _sixteen_bit_bytes(question)
+    yield "adapter, bf16", trainable * BF16_BYTES
+    yield "optimizer state", round(trainable * _state_bytes(question))
+    yield "cuBLAS workspaces", CUBLAS_BYTES
 
 
 @lru_cache(maxsize=ANSWERS_KEPT)
-def _footprint(question: _Question) -> tuple[ByteItem, ...]:
-    lasting = tuple(_lasting(question))
-    peak = max(_instants(question), key=lambda instant: instant.total_bytes)
-    found = (
-        *lasting,
-        ("adapter gradients, bf16", peak.gradient_bytes),
-        ("activations kept for the backward pass", peak.kept_bytes),
-        (f"working set: {peak.name}", peak.working_bytes),
-    )
-    slack = SLACK_BYTES + SLACK_SHARE * sum(count for _, count in found)
-    return tuple(ByteItem(name=name, bytes=round(count)) for name, count in (*found, ("margin", slack)))
-
-
-def _lasting(question: _Question) -> Iterator[tuple[str, float]]:
-    """What stays for as long as training does."""
-    facts, trainable = question.facts, question.trainable
-    yield "base weights, NF4", facts.num_layers * sum(linear.weight_bytes for linear in linears(facts))
-    yield "embeddings, head and norms, bf16", _sixteen_bit_bytes(question)
-    yield "adapter, bf16", trainable * BF16_BYTES
-    yield "optimizer state", trainable * _state_bytes(question)
-    yield "cuBLAS workspaces", CUBLAS_BYTES
+def _weight_bytes(facts: ModelFacts) -> int:
+    return facts.num_layers * sum(linear.weight_bytes for linear in linears(facts))
 
 
 def _state_bytes(question: _Question) -> float:
@@ -205,9 +243,8 @@ def _sixteen_bit_bytes(question: _Question) -> int:
     return tables * table + norms * allocated(facts.hidden_size * BF16_BYTES)
 
 
-def _instants(question: _Question) -> Iterator[Instant]:
+def _instants(question: _Question, layers: _Layers) -> Iterator[Instant]:
     """Every moment that can be the peak. Within a kind of layers bytes grow or fall evenly, so the ends are enough."""
-    layers = _Layers.of(question)
     facts, plan = question.facts, question.plan
     shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
     batch = shared + TOKEN_BYTES * question.tokens
@@ -264,11 +301,9 @@ class _Layers:
 
     @classmethod
     def of(cls, question: _Question) -> _Layers:
-        """The layers under the question's plan."""
+        """The layers of the question, none of which recomputes."""
         recomputed, whole = _layer_bytes(_shape(question), "activations" in question.plan.offload)
-        count = question.facts.num_layers
-        recomputing = min(question.plan.recompute_layers, count)
-        return cls(count=count, recomputing=recomputing, recomputed=recomputed, whole=whole)
+        return cls(count=question.facts.num_layers, recomputing=0, recomputed=recomputed, whole=whole)
 
     def ends(self) -> tuple[int, ...]:
         """The first and the last layer of each kind."""
@@ -335,5 +370,5 @@ def _attention(question: _Question) -> Attention:
         key_heads=facts.num_key_value_heads,
         head_size=facts.head_dim,
         deterministic=question.deterministic,
-        multiprocessors=question.multiprocessors,
+        multiprocessors=alike(question.multiprocessors, question.tokens, facts.num_attention_heads),
     )
