@@ -47,8 +47,14 @@ class Estimate(Model):
     usable_bytes: int = Field(ge=0)
     """Allocator bytes that the smallest card of the class offers."""
     steps: int = Field(ge=0)
+    card: ShortText | None = None
+    """The slowest card of the class, which the times are for; absent where its speed is not known."""
+    step_seconds: float | None = Field(default=None, ge=0)
+    """Expected seconds of an optimizer step."""
     seconds: float | None = Field(default=None, ge=0)
-    """Expected training seconds; absent where the class has no measured speed."""
+    """Expected seconds of all steps; evaluations, checkpoints and loading come on top."""
+    dollars: float | None = Field(default=None, ge=0)
+    """Expected price of those seconds; absent where the operator has told none for the class."""
 
     @model_validator(mode="after")
     def _items_add_up(self) -> Estimate:

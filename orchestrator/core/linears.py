@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.results import ModelFacts
+from orchestrator.core.remembered import remembered
 from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
@@ -66,11 +67,16 @@ class Group:
 
     def gradient_bytes(self, rank: int) -> int:
         """Of the adapters: A in one piece, each B by itself."""
-        of_a = allocated(self.adapters * rank * self.inputs * BF16_BYTES)
-        return of_a + sum(allocated(rank * outputs * BF16_BYTES) for outputs in self.adapted_outputs)
+        return _gradient_bytes(self, rank)
 
 
 @lru_cache(maxsize=MODELS_KEPT)
+def _gradient_bytes(group: Group, rank: int) -> int:
+    of_a = allocated(group.adapters * rank * group.inputs * BF16_BYTES)
+    return of_a + sum(allocated(rank * outputs * BF16_BYTES) for outputs in group.adapted_outputs)
+
+
+@remembered(MODELS_KEPT)
 def linears(facts: ModelFacts) -> tuple[Linear, ...]:
     """The matrices of one decoder layer."""
     h, i = facts.hidden_size, facts.intermediate_size

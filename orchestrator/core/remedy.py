@@ -17,6 +17,7 @@ from orchestrator.core.conditions import Finding, clip
 from orchestrator.core.draft import Draft
 from orchestrator.core.ending import Ending
 from orchestrator.core.facts import Event, Policy, Refusal, Snapshot
+from orchestrator.core.pace import Work
 from orchestrator.core.plans import step_up
 from orchestrator.core.progress import record_checkpoint
 from orchestrator.core.state import JobEvent
@@ -184,7 +185,7 @@ def _step_up(draft: Draft, attempt: Attempt, ended: Ending, snapshot: Snapshot) 
     draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(ended))
     if _limit_exceeded(draft):
         return _give_up(draft, ended)
-    chosen = step_up(draft.job.spec, prepared.model, failed, snapshot.gpu_classes)
+    chosen = step_up(draft.job.spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared))
     if isinstance(chosen, Refusal):
         return fail(draft, chosen.reason, chosen.message)
     draft = draft.amend(estimate=chosen, step_ups=draft.status.step_ups + 1)

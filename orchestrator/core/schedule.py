@@ -15,6 +15,7 @@ from orchestrator.core.attempts import admit, request_stop, start_cpu_stage
 from orchestrator.core.draft import Draft
 from orchestrator.core.facts import Policy, Refusal, Snapshot
 from orchestrator.core.lifecycle import is_ready, reconcile, wait
+from orchestrator.core.pace import Work
 from orchestrator.core.placement import Ledger, Placement, place, why_blocked
 from orchestrator.core.plans import candidates
 from orchestrator.core.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
@@ -138,7 +139,7 @@ def _estimates(draft: Draft, snapshot: Snapshot) -> tuple[Estimate, ...] | Refus
         here = {c.name for c in snapshot.gpu_classes if c.capacity > 0}
         if status.estimate.gpu_class in here:
             return (status.estimate,)
-    return candidates(spec, prepared.model, snapshot.gpu_classes, steps=prepared.steps)
+    return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared))
 
 
 def _line(

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
-from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan
+from orchestrator.api.plan import ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
-from orchestrator.core.facts import GpuClass
 from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
 from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
-from orchestrator.core.linears import group, linears, targeted
+from orchestrator.core.linears import Group, group, linears, targeted
 from orchestrator.core.plain import PlainLayer, plain_layer
+from orchestrator.core.remembered import remembered
 from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
@@ -52,8 +53,7 @@ SLACK_BYTES = 8 << 20
 ANSWERS_KEPT = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instant:
+class Instant(NamedTuple):
     """A moment that can be the peak: what it takes beside what lasts."""
 
     name: str
@@ -99,11 +99,36 @@ class Footprint:
         self._lasting = tuple(_lasting(self._question))
         self._lasting_bytes = sum(count for _, count in self._lasting)
         self._layers = _Layers.of(self._question)
+        self._peaks: dict[int, int] = {}
 
     def peak_bytes(self, recompute_layers: int) -> int:
         """The peak where the first so many layers recompute."""
-        found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
-        return found + _slack(found)
+        if recompute_layers not in self._peaks:
+            found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
+            self._peaks[recompute_layers] = found + _slack(found)
+        return self._peaks[recompute_layers]
+
+    def least_recompute(self, usable_bytes: int) -> int | None:
+        """How few layers may recompute for the peak to fit; None if it does not even where all do.
+
+        The peak falls with their number, about evenly, so it is soon found by interpolation, and the sooner the more
+        is known from earlier questions.
+        """
+        if self.peak_bytes(0) <= usable_bytes:
+            return 0
+        if self.peak_bytes(self._layers.count) > usable_bytes:
+            return None
+        low = max(layers for layers, peak in self._peaks.items() if peak > usable_bytes)
+        high = min(layers for layers, peak in self._peaks.items() if peak <= usable_bytes)
+        while low + 1 < high:
+            most, least = self.peak_bytes(low), self.peak_bytes(high)
+            middle = low - (usable_bytes - most) * (high - low) // (most - least)
+            middle = min(max(middle, low + 1), high - 1)
+            if self.peak_bytes(middle) <= usable_bytes:
+                high = middle
+            else:
+                low = middle
+        return high
 
     def items(self, recompute_layers: int) -> tuple[ByteItem, ...]:
         """That peak, by purpose."""
@@ -152,22 +177,7 @@ def peak_bytes(
     return found.peak_bytes(plan.recompute_layers)
 
 
-def estimate(
-    spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, gpu_class: GpuClass, *, steps: int = 0
-) -> Estimate:
-    """The plan's peak held against what a class offers."""
-    items = footprint(spec, facts, plan, multiprocessors=gpu_class.multiprocessors)
-    return Estimate(
-        gpu_class=gpu_class.name,
-        plan=plan,
-        items=items,
-        peak_bytes=sum(item.bytes for item in items),
-        usable_bytes=gpu_class.usable_bytes,
-        steps=steps,
-    )
-
-
-@lru_cache(maxsize=ANSWERS_KEPT)
+@remembered(ANSWERS_KEPT)
 def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     """Trainable parameters: A and B of every targeted matrix, and DoRA's magnitudes."""
     magnitudes = 1 if adapter.use_dora else 0
@@ -186,7 +196,7 @@ def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
 # --- the parts -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Question:
     """All that the bytes depend on, but for how many layers the plan recomputes."""
 
@@ -202,15 +212,25 @@ class _Question:
     trainable: int
     """Parameters of the adapter."""
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of a micro-batch."""
         return self.plan.micro_batch_size * self.sequence_length
 
-    @property
+    @cached_property
     def stream(self) -> int:
         """A tensor of [tokens, hidden]."""
         return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
+
+    @cached_property
+    def loss_bytes(self) -> int:
+        """What the loss works with."""
+        return _loss_bytes(self)
+
+    @cached_property
+    def loading_bytes(self) -> int:
+        """What loading takes on top of what lasts."""
+        return _loading_bytes(self)
 
 
 def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
@@ -223,7 +243,7 @@ def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
     yield "cuBLAS workspaces", CUBLAS_BYTES
 
 
-@lru_cache(maxsize=ANSWERS_KEPT)
+@remembered(ANSWERS_KEPT)
 def _weight_bytes(facts: ModelFacts) -> int:
     return facts.num_layers * sum(linear.weight_bytes for linear in linears(facts))
 
@@ -251,23 +271,19 @@ def _instants(question: _Question, layers: _Layers) -> Iterator[Instant]:
     table = layers.recomputed.gradients * facts.num_layers
     before = table if plan.accumulation_steps > 1 else 0
     offloaded = "activations" in plan.offload
-    for index in layers.ends():
+    ends = layers.ends()
+    for index in ends:
         held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
         working = layers.at(index).forward_peak + batch + held
-        yield Instant(
-            name="a layer's forward pass", kept_bytes=layers.kept(index), gradient_bytes=before, working_bytes=working
-        )
+        yield Instant("a layer's forward pass", layers.kept(index), before, working)
     everything = layers.kept(facts.num_layers)
-    working = _loss_bytes(question) + batch
-    yield Instant(name="loss", kept_bytes=everything, gradient_bytes=before, working_bytes=working)
-    for index in layers.ends():
+    yield Instant("loss", everything, before, question.loss_bytes + batch)
+    for index in ends:
         done = before or layers.recomputed.gradients * (facts.num_layers - 1 - index)
         working = layers.at(index).backward_peak + shared
-        yield Instant(
-            name="a layer's backward pass", kept_bytes=layers.kept(index), gradient_bytes=done, working_bytes=working
-        )
-    yield Instant(name="optimizer", kept_bytes=0, gradient_bytes=table, working_bytes=table)
-    yield Instant(name="loading", kept_bytes=0, gradient_bytes=0, working_bytes=_loading_bytes(question))
+        yield Instant("a layer's backward pass", layers.kept(index), done, working)
+    yield Instant("optimizer", 0, table, table)
+    yield Instant("loading", 0, 0, question.loading_bytes)
 
 
 def _loss_bytes(question: _Question) -> int:
@@ -302,7 +318,8 @@ class _Layers:
     @classmethod
     def of(cls, question: _Question) -> _Layers:
         """The layers of the question, none of which recomputes."""
-        recomputed, whole = _layer_bytes(_shape(question), "activations" in question.plan.offload)
+        shape = _shape(question)
+        recomputed, whole = _recomputed_layer(shape, "activations" in question.plan.offload), _kept_layer(shape)
         return cls(count=question.facts.num_layers, recomputing=0, recomputed=recomputed, whole=whole)
 
     def ends(self) -> tuple[int, ...]:
@@ -320,24 +337,26 @@ class _Layers:
 
 
 @lru_cache(maxsize=ANSWERS_KEPT)
-def _layer_bytes(shape: FusedLayer | PlainLayer, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
-    """Of a layer that recomputes, and of one that keeps its activations."""
+def _recomputed_layer(shape: FusedLayer | PlainLayer, offloaded: bool) -> LayerBytes:
     if isinstance(shape, FusedLayer):
-        return recomputed_layer(shape, offloaded=offloaded), kept_layer(shape)
-    return plain_layer(shape, recomputes=True), plain_layer(shape, recomputes=False)
+        return recomputed_layer(shape, offloaded=offloaded)
+    return plain_layer(shape, recomputes=True)
+
+
+@lru_cache(maxsize=ANSWERS_KEPT)
+def _kept_layer(shape: FusedLayer | PlainLayer) -> LayerBytes:
+    return kept_layer(shape) if isinstance(shape, FusedLayer) else plain_layer(shape, recomputes=False)
 
 
 def _shape(question: _Question) -> FusedLayer | PlainLayer:
     facts, adapter, tokens = question.facts, question.adapter, question.tokens
-    every = linears(facts)
-    adapted = targeted(adapter, every)
     attention = _attention(question)
     drops = decimal(adapter.dropout) > 0
     if not is_fused(adapter, facts):
         return PlainLayer(
             tokens=tokens,
             facts=facts,
-            adapted=adapted,
+            adapted=targeted(adapter, linears(facts)),
             rank=adapter.rank,
             drops=drops,
             dora=adapter.use_dora,
@@ -351,11 +370,21 @@ def _shape(question: _Question) -> FusedLayer | PlainLayer:
         drops=drops,
         normalizes_heads=facts.model_type == "qwen3",
         attention=attention,
-        qkv=group(("q_proj", "k_proj", "v_proj"), every, adapted),
-        output=group(("o_proj",), every, adapted),
-        gate_up=group(("gate_proj", "up_proj"), every, adapted),
-        down=group(("down_proj",), every, adapted),
+        **_groups(adapter, facts),
     )
+
+
+@remembered(ANSWERS_KEPT)
+def _groups(adapter: AdapterSpec, facts: ModelFacts) -> dict[str, Group]:
+    """Of a layer that the trainer computes by hand."""
+    every = linears(facts)
+    adapted = targeted(adapter, every)
+    return {
+        "qkv": group(("q_proj", "k_proj", "v_proj"), every, adapted),
+        "output": group(("o_proj",), every, adapted),
+        "gate_up": group(("gate_proj", "up_proj"), every, adapted),
+        "down": group(("down_proj",), every, adapted),
+    }
 
 
 def _attention(question: _Question) -> Attention:

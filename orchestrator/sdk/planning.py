@@ -59,8 +59,7 @@ class JobPlan:
 
 def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass]) -> JobPlan:
     """The choice among the classes that exist, beside what every other class would mean."""
-    steps = job.spec.training.max_steps or 0
-    choice = plans.choose_class(job.spec, facts, classes, steps=steps)
+    choice = plans.choose_class(job.spec, facts, classes)
     chosen = choice if isinstance(choice, Estimate) else None
     present = {gpu_class.name for gpu_class in classes}
     absent = [gpus.gpu_class(name, capacity=0) for name in gpus.CLASS_NAMES if name not in present]
@@ -88,7 +87,7 @@ def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | N
 
 
 def _alternative(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, chosen: Estimate | None) -> Alternative:
-    choice = plans.choose_class(spec, facts, (gpu_class,), steps=spec.training.max_steps or 0)
+    choice = plans.choose_class(spec, facts, (gpu_class,))
     estimate = choice if isinstance(choice, Estimate) else None
     if estimate is not None and chosen is not None and estimate.gpu_class == chosen.gpu_class:
         remark = "chosen"

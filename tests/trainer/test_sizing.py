@@ -181,7 +181,8 @@ def test_every_tensor_of_a_training_step_is_counted(
     monkeypatch.setattr(layer_module, "MLP_TILE_TOKENS", tile_tokens)
     monkeypatch.setattr(fused, "MLP_TILE_TOKENS", tile_tokens)
     monkeypatch.setattr(packed, "QUERY_TILE_TOKENS", 1 << 20)
-    sizing._layer_bytes.cache_clear()
+    sizing._recomputed_layer.cache_clear()
+    sizing._kept_layer.cache_clear()
     names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     config = {**CONFIG, "model_type": model_type, "architectures": [names[model_type]]}
     (tmp_path / "config.json").write_text(json.dumps(config))
