@@ -11,6 +11,7 @@ from datetime import datetime
 
 from orchestrator.controller.ports import StageRuntime, Store
 from orchestrator.core.facts import Policy, Snapshot, StageFact
+from orchestrator.core.gpus import priced
 
 
 def observe(store: Store, runtime: StageRuntime, policy: Policy, now: datetime) -> Snapshot:
@@ -22,7 +23,7 @@ def observe(store: Store, runtime: StageRuntime, policy: Policy, now: datetime) 
         jobs=tuple(jobs),
         queues=tuple(store.list_queues()),
         stages=_without_unreadable(stages, store.list_unreadable()),
-        gpu_classes=tuple(runtime.gpu_classes()),
+        gpu_classes=priced(runtime.gpu_classes(), policy.gpu_prices),
         policy=policy,
     )
 

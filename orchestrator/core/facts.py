@@ -111,6 +111,8 @@ class Policy:
     trainer_threads: int = 1
     progress_interval_seconds: float = 1.0
     """A running stage's progress is written to the status at most this often."""
+    gpu_prices: str = ""
+    """Dollars for an hour of a GPU, by class: `24Gi=0.5,48Gi=0.8`."""
     gpu_classes_are_fixed: bool = False
     """Whether no other GPU can ever appear here: a job that fits none of them then fails instead of waiting."""
 

@@ -12,11 +12,12 @@ heads, d head size, r rank; `th: 2` is 2 bytes x t x h.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from math import prod
+from operator import mul
 from typing import Any
 
 from orchestrator.api.results import ModelFacts
@@ -67,27 +68,63 @@ def _tables() -> dict[str, Any]:
     return json.loads(files("orchestrator.core").joinpath(TABLE_NAME).read_text("utf-8"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    """A traced layer: each polynomial as its coefficients, for the same products in the same order."""
+
+    products: tuple[str, ...]
+    kept: tuple[float, ...]
+    forward: tuple[tuple[bool, tuple[float, ...]], ...]
+    backward: tuple[tuple[bool, tuple[float, ...]], ...]
+
+    @classmethod
+    def read(cls, table: Mapping[str, Any]) -> _Table:
+        """From the file's sparse polynomials."""
+        forward: list[Moment] = table["forward"]
+        backward: list[Moment] = table["backward"]
+        kept: Mapping[str, float] = table["kept"]
+        products = tuple(
+            sorted({p for polynomial in (kept, *(m for _, m in (*forward, *backward))) for p in polynomial})
+        )
+
+        def dense(polynomial: Mapping[str, float]) -> tuple[float, ...]:
+            return tuple(polynomial.get(product, 0) for product in products)
+
+        return cls(
+            products=products,
+            kept=dense(kept),
+            forward=tuple((flash, dense(polynomial)) for flash, polynomial in forward),
+            backward=tuple((flash, dense(polynomial)) for flash, polynomial in backward),
+        )
+
+
+@cache
+def _table(model_type: str, recomputes: bool, drops: bool) -> _Table:
+    tables = _tables()
+    family = tables.get(model_type) or tables[UNKNOWN]
+    return _Table.read(family[f"{'recomputed' if recomputes else 'kept'}, {'dropped' if drops else 'whole'}"])
+
+
 def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
     """A layer's bytes; one that recomputes keeps its input."""
-    tables = _tables()
-    family = tables.get(layer.facts.model_type) or tables[UNKNOWN]
-    table = family[f"{'recomputed' if recomputes else 'kept'}, {'dropped' if layer.drops else 'whole'}"]
+    table = _table(layer.facts.model_type, recomputes, layer.drops)
     values, workspace = layer.values(), layer.attention.whole_workspace_bytes
+    amounts = [prod(values[letter] for letter in product) for product in table.products]
     extra = _dora_bytes(layer)
     return LayerBytes(
-        kept=_bytes(table["kept"], values) + (0 if recomputes else extra),
-        forward_peak=_largest(table["forward"], values, workspace) + extra,
-        backward_peak=_largest(table["backward"], values, workspace) + extra,
+        kept=_bytes(table.kept, amounts) + (0 if recomputes else extra),
+        forward_peak=_largest(table.forward, amounts, workspace) + extra,
+        backward_peak=_largest(table.backward, amounts, workspace) + extra,
         gradients=_gradient_bytes(layer),
     )
 
 
-def _largest(moments: list[Moment], values: Mapping[str, int], workspace: int) -> int:
-    return max(_bytes(polynomial, values) + (workspace if flash else 0) for flash, polynomial in moments)
+def _largest(moments: Iterable[tuple[bool, tuple[float, ...]]], amounts: Sequence[int], workspace: int) -> int:
+    return max(_bytes(coefficients, amounts) + (workspace if flash else 0) for flash, coefficients in moments)
 
 
-def _bytes(polynomial: Mapping[str, float], values: Mapping[str, int]) -> int:
-    return round(sum(count * prod(values[letter] for letter in product) for product, count in polynomial.items()))
+def _bytes(coefficients: Sequence[float], amounts: Sequence[int]) -> int:
+    return round(sum(map(mul, coefficients, amounts)))
 
 
 def _dora_bytes(layer: PlainLayer) -> int:

@@ -90,16 +90,21 @@ def _answer(
     fitting = tuple(search.estimate(plan, gpu_class) for gpu_class, plan in chosen if plan is not None)
     if not fitting:
         return _does_not_fit(search, max(allowed, key=_size))
-    if deadline_seconds is None or resources.gpu_classes:
+    if deadline_seconds is None or resources.gpu_classes or all(each.dollars is None for each in fitting):
         return fitting
     return tuple(sorted(fitting, key=lambda estimate: _price_in_time(estimate, deadline_seconds)))
 
 
 def _price_in_time(estimate: Estimate, deadline_seconds: int) -> tuple[bool, float]:
     """What makes the deadline comes first, the cheapest before others; the rest stays in its order."""
-    if estimate.seconds is None or estimate.seconds > deadline_seconds:
+    if not in_time(estimate, deadline_seconds):
         return True, 0.0
     return False, estimate.dollars if estimate.dollars is not None else float("inf")
+
+
+def in_time(estimate: Estimate, deadline_seconds: int) -> bool:
+    """Whether the steps are expected to end before the deadline."""
+    return estimate.seconds is not None and estimate.seconds <= deadline_seconds
 
 
 def allowed_classes(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:

@@ -9,8 +9,9 @@ against measured peaks in tests/core/test_sizing.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 from orchestrator.api.base import decimal
@@ -143,8 +144,7 @@ class Footprint:
         return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, ("margin", slack)))
 
     def _peak(self, recompute_layers: int) -> Instant:
-        layers = replace(self._layers, recomputing=min(recompute_layers, self._layers.count))
-        return max(_instants(self._question, layers), key=lambda instant: instant.total_bytes)
+        return max(_instants(self._question, self._layers.recompute(recompute_layers)), key=attrgetter("total_bytes"))
 
 
 def _slack(found_bytes: int) -> int:
@@ -321,6 +321,11 @@ class _Layers:
         shape = _shape(question)
         recomputed, whole = _recomputed_layer(shape, "activations" in question.plan.offload), _kept_layer(shape)
         return cls(count=question.facts.num_layers, recomputing=0, recomputed=recomputed, whole=whole)
+
+    def recompute(self, layers: int) -> _Layers:
+        """The same, the first so many of which recompute."""
+        recomputing = min(layers, self.count)
+        return _Layers(count=self.count, recomputing=recomputing, recomputed=self.recomputed, whole=self.whole)
 
     def ends(self) -> tuple[int, ...]:
         """The first and the last layer of each kind."""

@@ -66,7 +66,8 @@ class Client:
     def plan(self, job: JobLike) -> JobPlan:
         """What the job would take and where it would run; reads the model's config and changes nothing."""
         checked = self._in_namespace(_one(job, QLoRAJob))
-        return plan_job(checked, model_config.read_facts(checked.spec.model), self.connection.gpu_classes())
+        facts = model_config.read_facts(checked.spec.model)
+        return plan_job(checked, facts, self.connection.gpu_classes(), prices=self.settings.gpu_prices)
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
         """A handle on a job that exists; raises NotFound."""

@@ -57,12 +57,13 @@ class JobPlan:
         return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
 
 
-def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass]) -> JobPlan:
-    """The choice among the classes that exist, beside what every other class would mean."""
+def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], *, prices: str = "") -> JobPlan:
+    """The choice among the classes that exist, beside what every other class would mean; `prices` as the setting."""
+    classes = gpus.priced(classes, prices)
     choice = plans.choose_class(job.spec, facts, classes)
     chosen = choice if isinstance(choice, Estimate) else None
     present = {gpu_class.name for gpu_class in classes}
-    absent = [gpus.gpu_class(name, capacity=0) for name in gpus.CLASS_NAMES if name not in present]
+    absent = gpus.priced((gpus.gpu_class(name, 0) for name in gpus.CLASS_NAMES if name not in present), prices)
     every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
     return JobPlan(
         job=job.key,
@@ -98,5 +99,18 @@ def _alternative(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, cho
     elif gpu_class.capacity == 0:
         remark = "fits; none here"
     else:
-        remark = "fits; not preferred" if spec.resources.gpu_classes else "fits; larger than needed"
+        remark = f"fits; {_why_not(spec, estimate, chosen)}"
     return Alternative(gpu_class=gpu_class.name, capacity=gpu_class.capacity, estimate=estimate, remark=remark)
+
+
+def _why_not(spec: QLoRAJobSpec, estimate: Estimate | None, chosen: Estimate | None) -> str:
+    """Why a class that is here and fits is not the chosen one."""
+    if spec.resources.gpu_classes:
+        return "not preferred"
+    deadline_seconds = spec.active_deadline_seconds
+    if deadline_seconds is not None and estimate is not None and chosen is not None:
+        if not plans.in_time(estimate, deadline_seconds):
+            return "misses activeDeadlineSeconds"
+        if estimate.dollars is not None and chosen.dollars is not None and estimate.dollars > chosen.dollars:
+            return "dearer"
+    return "larger than needed"

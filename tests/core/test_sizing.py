@@ -10,12 +10,12 @@ import re
 import pytest
 
 from orchestrator.api.job import QLoRAJobSpec
-from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ModelFacts
 from orchestrator.core import sizing
 from orchestrator.core.facts import GpuClass, Refusal
-from orchestrator.core.gpus import CARDS, CLASS_NAMES, GIB, MIB, MIG_TOTAL_MIB, classify, cpu_class, gpu_class
+from orchestrator.core.gpus import CARDS, CLASS_NAMES, GIB, MIB, MIG_TOTAL_MIB, classify, cpu_class, gpu_class, priced
 from orchestrator.core.pace import Pace, Work
 from orchestrator.core.plans import (
     AS_FAST,
@@ -269,6 +269,43 @@ def test_a_demand_that_no_class_here_meets_is_refused_with_what_is_here() -> Non
 def test_where_there_is_no_gpu_at_all_a_job_waits_for_one() -> None:
     refused = choose_class(make_spec(), SMOLLM2_135M, ())
     assert refused == Refusal(reason=Reason.WAITING_FOR_GPU, message="there is no GPU here; add one")
+
+
+# --- times and prices ---------------------------------------------------------------------------------------------
+
+PRICES = "24Gi=0.5,48Gi=0.9,80Gi=2.0"
+
+
+def priced_choice(deadline_seconds: int | None, prices: str = PRICES, **spec: object) -> Estimate:
+    made = make_spec(sequence_length=512, active_deadline_seconds=deadline_seconds, **spec)
+    return choose_class(made, LLAMA_3_8B, priced(ALL, prices), work=Work(steps=1000))
+
+
+def test_an_estimate_tells_steps_seconds_and_dollars_for_the_slowest_card_of_its_class() -> None:
+    chosen = priced_choice(None)
+    assert (chosen.gpu_class, chosen.card, chosen.steps) == ("24Gi", "A10G", 1000)
+    assert chosen.seconds == 1000 * chosen.step_seconds
+    assert chosen.dollars == pytest.approx(chosen.seconds / 3600 * 0.5)
+    assert choose_class(make_spec(), LLAMA_3_8B, ALL).dollars is None
+    on_cpu = choose_class(make_spec(), SMOLLM2_135M, (cpu_class(64 * GIB, 1),), work=Work(steps=9))
+    assert (on_cpu.card, on_cpu.step_seconds, on_cpu.seconds) == (None, None, None)
+
+
+def test_with_a_deadline_and_prices_the_cheapest_class_that_makes_it_comes_first() -> None:
+    """An hour of an A100 costs four times as much as one of an A10G and gets more than four times as much done."""
+    seconds = {name: priced_choice(None, gpu_classes=(name,)).seconds for name in ("24Gi", "48Gi", "80Gi")}
+    assert seconds["80Gi"] < seconds["48Gi"] < seconds["24Gi"]
+    cheapest = min(("24Gi", "48Gi", "80Gi"), key=lambda name: priced_choice(None, gpu_classes=(name,)).dollars)
+    assert priced_choice(10_000_000).gpu_class == cheapest
+    assert priced_choice(10_000_000, "24Gi=0.01,48Gi=0.9,80Gi=2.0").gpu_class == "24Gi"
+    assert priced_choice(int(seconds["24Gi"]) - 1, "24Gi=0.01,48Gi=0.9,80Gi=9.0").gpu_class == "48Gi"
+    assert priced_choice(int(seconds["48Gi"]) - 1, "24Gi=0.01,48Gi=0.9,80Gi=9.0").gpu_class == "80Gi"
+
+
+def test_without_prices_or_where_none_makes_the_deadline_the_smallest_class_comes_first() -> None:
+    assert priced_choice(10_000_000, "").gpu_class == "24Gi"
+    assert priced_choice(1).gpu_class == "24Gi"
+    assert priced_choice(10_000_000, gpu_classes=("48Gi", "24Gi")).gpu_class == "48Gi"
 
 
 # --- after an out-of-memory ------------------------------------------------------------------------------------------
