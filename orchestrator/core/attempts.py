@@ -46,6 +46,7 @@ def admit(draft: Draft, estimate: Estimate, policy: Policy) -> Draft:
         number=_next_number(draft),
         gpu_class=estimate.gpu_class,
         plan=estimate.plan,
+        predicted_bytes=estimate.predicted_bytes,
         created_time=draft.now,
     )
     starting = f"train attempt {attempt.number} is being started on {estimate.gpu_class}"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from orchestrator.api.job import ResourcesSpec
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
+from orchestrator.core.calibration import DEFAULT, learned
 from orchestrator.core.draft import Draft
 from orchestrator.core.facts import Refusal, Snapshot
 from orchestrator.core.gpus import CLASS_NAMES, GIB, gpu_class, priced
@@ -91,6 +92,7 @@ def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]
     if preferred not in CLASS_NAMES or prepared is None:
         return
     known = {gpu_class.name: gpu_class for gpu_class in snapshot.gpu_classes}
+    margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
     place = CLASS_NAMES.index(preferred)
     for way, index in (("smaller", place - 1), ("larger", place + 1)):
         if not 0 <= index < len(CLASS_NAMES):
@@ -98,7 +100,7 @@ def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]
         name = CLASS_NAMES[index]
         offered = known.get(name) or priced([gpu_class(name, 0)], snapshot.policy.gpu_prices)[0]
         spec = draft.job.spec.model_copy(update={"resources": ResourcesSpec()})
-        found = choose_class(spec, prepared.model, (offered,), work=Work.of(prepared))
+        found = choose_class(spec, prepared.model, (offered,), work=Work.of(prepared), margins=margins)
         if isinstance(found, Refusal):
             yield f"The next {way} class, {name}, does not do: it {found.message}."
         else:

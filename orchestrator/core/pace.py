@@ -103,8 +103,7 @@ class Pace:
 
     def micro_step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """Forward and backward pass of one micro-batch."""
-        tokens = plan.micro_batch_size * self._sequence_tokens
-        again = min(plan.recompute_layers, self._facts.num_layers)
+        tokens, again = self._tokens(plan), self._again_layers(plan)
         replayed = self._replays and not plan.offload and tokens <= REPLAYED_TOKENS
         launches = 0.0 if replayed or card is CPU else self._launch_seconds(again)
         stream = self._stream_seconds(tokens, card)
@@ -112,19 +111,52 @@ class Pace:
         embeddings = stream if "embeddings" in plan.offload else 0.0  # which the card waits for
         return max(self._card_seconds(tokens, again, card), launches, there_and_back) + embeddings
 
+    def parts(self, plan: MemoryPlan, card: Card) -> dict[str, float]:
+        """Seconds of the card's own work in a micro-step, by what it does."""
+        tokens, again = self._tokens(plan), self._again_layers(plan)
+        return {
+            "products": self._product_seconds(tokens, again, card),
+            "attention": self._attention_seconds(tokens, again, card),
+            "dequantization": self._dequantization_seconds(again, card),
+            "memory traffic": self._memory_seconds(tokens, again, card),
+            "small kernels": self._kernel_seconds(again, card),
+        }
+
+    def _tokens(self, plan: MemoryPlan) -> float:
+        return plan.micro_batch_size * self._sequence_tokens
+
+    def _again_layers(self, plan: MemoryPlan) -> int:
+        return min(plan.recompute_layers, self._facts.num_layers)
+
     def _card_seconds(self, tokens: float, again: int, card: Card) -> float:
-        facts, layers = self._facts, self._facts.num_layers
-        head = facts.vocab_size * facts.hidden_size
-        products = tokens * (4 * self._weights * layers + 2 * self._again * again + 4 * head)
-        matmul = products / (card.matmul_tflops * 1e12 * MATMUL_EFFICIENCY)
-        weights = (2 * layers + AGAIN * again) * self._weights * DEQUANTIZED_BYTES
-        layer_bytes = (
-            INNER_BYTES * facts.intermediate_size + HIDDEN_BYTES * facts.hidden_size + ADAPTER_BYTES * self._adapted
-        ) * (1.0 if self._fused else PLAIN_BYTES)
-        moved = tokens * (layer_bytes * (layers + AGAIN * again) + LOGIT_BYTES * facts.vocab_size)
-        memory = (weights + moved) / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
-        kernels = 0.0 if card is CPU else KERNEL_SECONDS * (layers + AGAIN * again)
-        return matmul + memory + kernels + self._attention_seconds(tokens, again, card)
+        return (
+            self._product_seconds(tokens, again, card)
+            + self._attention_seconds(tokens, again, card)
+            + self._dequantization_seconds(again, card)
+            + self._memory_seconds(tokens, again, card)
+            + self._kernel_seconds(again, card)
+        )
+
+    def _product_seconds(self, tokens: float, again: int, card: Card) -> float:
+        """4 operations a weight and token (2 forward, 2 back; the base is frozen), 2 more where it is recomputed."""
+        head = self._facts.vocab_size * self._facts.hidden_size
+        weights = 4 * self._weights * self._facts.num_layers + 2 * self._again * again + 4 * head
+        return tokens * weights / (card.matmul_tflops * 1e12 * MATMUL_EFFICIENCY)
+
+    def _dequantization_seconds(self, again: int, card: Card) -> float:
+        """Every matrix for each pass of each micro-step."""
+        weights = (2 * self._facts.num_layers + AGAIN * again) * self._weights
+        return weights * DEQUANTIZED_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+
+    def _memory_seconds(self, tokens: float, again: int, card: Card) -> float:
+        facts = self._facts
+        layer = INNER_BYTES * facts.intermediate_size + HIDDEN_BYTES * facts.hidden_size + ADAPTER_BYTES * self._adapted
+        layers = (facts.num_layers + AGAIN * again) * (1.0 if self._fused else PLAIN_BYTES)
+        moved = tokens * (layer * layers + LOGIT_BYTES * facts.vocab_size)
+        return moved / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+
+    def _kernel_seconds(self, again: int, card: Card) -> float:
+        return 0.0 if card is CPU else KERNEL_SECONDS * (self._facts.num_layers + AGAIN * again)
 
     def _attention_seconds(self, tokens: float, again: int, card: Card) -> float:
         """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""

@@ -18,6 +18,7 @@ from orchestrator.api.plan import Estimate, MemoryPlan, OffloadTarget
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ModelFacts
 from orchestrator.core import gpus
+from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.facts import GpuClass, Refusal
 from orchestrator.core.flash import alike
 from orchestrator.core.gpus import GIB
@@ -38,18 +39,28 @@ AS_FAST = 1.02
 
 
 def choose_class(
-    spec: QLoRAJobSpec, facts: ModelFacts, classes: Sequence[GpuClass], *, work: Work | None = None
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass],
+    *,
+    work: Work | None = None,
+    margins: Margins = DEFAULT,
 ) -> Estimate | Refusal:
     """The best class for the job and the fastest plan that fits it."""
-    found = candidates(spec, facts, classes, work=work)
+    found = candidates(spec, facts, classes, work=work, margins=margins)
     return found if isinstance(found, Refusal) else found[0]
 
 
 def candidates(
-    spec: QLoRAJobSpec, facts: ModelFacts, classes: Sequence[GpuClass], *, work: Work | None = None
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass],
+    *,
+    work: Work | None = None,
+    margins: Margins = DEFAULT,
 ) -> tuple[Estimate, ...] | Refusal:
     """Every class that the job may use and fits, the preferred first, each with its fastest plan."""
-    return _answer(_Job.of(spec, facts, work), spec.resources, spec.active_deadline_seconds, tuple(classes))
+    return _answer(_Job.of(spec, facts, work, margins), spec.resources, spec.active_deadline_seconds, tuple(classes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +71,13 @@ class _Job:
     training: TrainingSpec
     facts: ModelFacts
     work: Work
+    margins: Margins = DEFAULT
 
     @classmethod
-    def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None) -> _Job:
+    def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None, margins: Margins = DEFAULT) -> _Job:
         """Sizing looks at neither model source nor data."""
         work = work or Work(steps=spec.training.max_steps or 0)
-        return cls(adapter=spec.adapter, training=spec.training, facts=facts, work=work)
+        return cls(adapter=spec.adapter, training=spec.training, facts=facts, work=work, margins=margins)
 
     def spec(self) -> QLoRAJobSpec:
         """One that is the same to sizing."""
@@ -136,10 +148,16 @@ def plans(
 
 
 def estimate(
-    spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, gpu_class: GpuClass, *, work: Work | None = None
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    plan: MemoryPlan,
+    gpu_class: GpuClass,
+    *,
+    work: Work | None = None,
+    margins: Margins = DEFAULT,
 ) -> Estimate:
     """A plan's peak held against what a class offers, its time, and its price."""
-    return _search(_Job.of(spec, facts, work)).estimate(plan, gpu_class)
+    return _search(_Job.of(spec, facts, work, margins)).estimate(plan, gpu_class)
 
 
 def micro_batch_sizes(global_batch_size: int) -> Iterator[int]:
@@ -154,6 +172,7 @@ class _Search:
     def __init__(self, job: _Job) -> None:
         self.spec = job.spec()
         self.facts = job.facts
+        self.margins = job.margins
         self._steps = job.work.steps
         self._pace = Pace(self.spec, job.facts, job.work)
         self._sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
@@ -260,7 +279,9 @@ class _Search:
         multiprocessors = alike(gpu_class.multiprocessors, tokens, self.facts.num_attention_heads)
         key = plan, multiprocessors
         if key not in self._footprints:
-            self._footprints[key] = Footprint(self.spec, self.facts, plan, multiprocessors=multiprocessors)
+            self._footprints[key] = Footprint(
+                self.spec, self.facts, plan, multiprocessors=multiprocessors, margins=self.margins
+            )
         return self._footprints[key]
 
 
@@ -304,15 +325,16 @@ def step_up(
     classes: Sequence[GpuClass],
     *,
     work: Work | None = None,
+    margins: Margins = DEFAULT,
 ) -> Estimate | Refusal:
     """What to run under after `failed` ran out of memory: a thriftier plan, then a larger class."""
     present = next((c for c in classes if c.name == failed.gpu_class), None)
     if present is not None:
         plan = thriftier(spec, facts, failed.plan, offload=not present.cpu)
         if plan is not None:
-            return estimate(spec, facts, plan, present, work=work)
+            return estimate(spec, facts, plan, present, work=work, margins=margins)
     larger = tuple(c for c in classes if c.usable_bytes > failed.usable_bytes)
-    found = candidates(spec, facts, larger, work=work)
+    found = candidates(spec, facts, larger, work=work, margins=margins)
     if isinstance(found, Refusal):
         return Refusal(
             reason=Reason.DOES_NOT_FIT,
@@ -360,7 +382,9 @@ def _shorter(search: _Search, gpu_class: GpuClass) -> Iterator[str]:
     while fits + 1 < too_long:
         middle = (fits + too_long) // 2
         shorter = training.model_copy(update={"sequence_length": middle * part})
-        job = _Job(adapter=search.spec.adapter, training=shorter, facts=search.facts, work=Work())
+        job = _Job(
+            adapter=search.spec.adapter, training=shorter, facts=search.facts, work=Work(), margins=search.margins
+        )
         if _Search(job).thriftiest_bytes(gpu_class) <= gpu_class.usable_bytes:
             fits = middle
         else:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
-from orchestrator.api.plan import ByteItem, MemoryPlan
+from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
+from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
 from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
 from orchestrator.core.linears import Group, group, linears, targeted
@@ -83,8 +84,10 @@ class Footprint:
         *,
         multiprocessors: int = MOST_MULTIPROCESSORS,
         records: int | None = None,
+        margins: Margins = DEFAULT,
     ) -> None:
         """`records` is how many a micro-batch packs, where that is known."""
+        self._margins = margins
         self._question = _Question(
             adapter=spec.adapter,
             optimizer=spec.training.optimizer,
@@ -106,7 +109,7 @@ class Footprint:
         """The peak where the first so many layers recompute."""
         if recompute_layers not in self._peaks:
             found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
-            self._peaks[recompute_layers] = found + _slack(found)
+            self._peaks[recompute_layers] = found + self._margin(found, recompute_layers)
         return self._peaks[recompute_layers]
 
     def least_recompute(self, usable_bytes: int) -> int | None:
@@ -140,15 +143,15 @@ class Footprint:
             ("activations kept for the backward pass", peak.kept_bytes),
             (f"working set: {peak.name}", peak.working_bytes),
         )
-        slack = _slack(sum(count for _, count in found))
-        return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, ("margin", slack)))
+        margin = self._margin(sum(count for _, count in found), recompute_layers)
+        return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, (MARGIN_ITEM, margin)))
+
+    def _margin(self, found_bytes: int, recompute_layers: int) -> int:
+        share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, SLACK_SHARE)
+        return round(SLACK_BYTES + share * found_bytes)
 
     def _peak(self, recompute_layers: int) -> Instant:
         return max(_instants(self._question, self._layers.recompute(recompute_layers)), key=attrgetter("total_bytes"))
-
-
-def _slack(found_bytes: int) -> int:
-    return round(SLACK_BYTES + SLACK_SHARE * found_bytes)
 
 
 def footprint(

@@ -178,7 +178,14 @@ def test_a_prepared_job_with_a_free_gpu_is_admitted_in_the_same_write() -> None:
             reason=Reason.SUCCEEDED,
             message="prepare attempt 1 succeeded",
         ),
-        Attempt(stage="train", number=2, gpu_class="24Gi", plan=estimate.plan, created_time=NOW),
+        Attempt(
+            stage="train",
+            number=2,
+            gpu_class="24Gi",
+            plan=estimate.plan,
+            predicted_bytes=estimate.predicted_bytes,
+            created_time=NOW,
+        ),
     )
     assert (status.active_seconds, status.gpu_seconds) == (20, 0)
     assert says(status, ConditionType.PREPARED) == ("True", Reason.PREPARED)
