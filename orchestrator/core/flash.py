@@ -7,6 +7,7 @@ tiles as `qlora_trainer/attention.py` does. `core/fused` and `core/plain` are th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from orchestrator.core.timeline import allocated
 
@@ -32,7 +33,7 @@ def alike(multiprocessors: int, tokens: int, query_heads: int) -> int:
     return -(-multiprocessors // query_heads) * query_heads
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """A layer's attention over one packed row."""
 
@@ -52,29 +53,29 @@ class Attention:
         """Whether flash attention takes such heads."""
         return self.head_size <= LARGEST_HEAD and self.head_size % HEAD_MULTIPLE == 0
 
-    @property
+    @cached_property
     def query_width(self) -> int:
         """Elements of all query heads of a token."""
         return self.query_heads * self.head_size
 
-    @property
+    @cached_property
     def key_width(self) -> int:
         """Elements of all key heads of a token, or of all value heads."""
         return self.key_heads * self.head_size
 
-    @property
+    @cached_property
     def logsumexp_bytes(self) -> int:
         """What is kept beside query, key, value and answer."""
         return self.query_heads * self.tokens * FP32_BYTES
 
-    @property
+    @cached_property
     def backward_result_bytes(self) -> int:
         """The gradients, where they do not go straight to where they belong."""
         if self.tokens > QUERY_TILE_TOKENS:
             return 0
         return self.tokens * (self.query_width + 2 * self.key_width) * BF16_BYTES
 
-    @property
+    @cached_property
     def backward_peak_bytes(self) -> int:
         """Gradients and everything that comes and goes while they are computed."""
         if self.tokens <= QUERY_TILE_TOKENS:
@@ -91,7 +92,7 @@ class Attention:
         before = 2 * allocated((self.tokens - tile) * keys * self.head_size * BF16_BYTES)
         return sums + copies + found + before + self._workspace(tile, self.tokens, queries, keys)
 
-    @property
+    @cached_property
     def whole_workspace_bytes(self) -> int:
         """Beside the gradients, where the row is not cut into tiles: transformers' own backward pass."""
         return self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)

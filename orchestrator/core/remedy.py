@@ -14,7 +14,7 @@ from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason, Remedy
 from orchestrator.api.results import PrepareResult, ProgressReport, PublishResult, TrainResult
 from orchestrator.core.calibration import DEFAULT, learned
-from orchestrator.core.conditions import Finding, clip
+from orchestrator.core.conditions import Finding, clip, plan_words
 from orchestrator.core.draft import Draft
 from orchestrator.core.ending import Ending
 from orchestrator.core.facts import Event, Policy, Refusal, Snapshot
@@ -201,11 +201,7 @@ def _stepped_up(failed: Estimate, chosen: Estimate) -> str:
 
 
 def _in_words(chosen: Estimate) -> str:
-    plan = chosen.plan
-    return (
-        f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}, "
-        f"{plan.recompute_layers} layers recomputed, on {chosen.gpu_class}"
-    )
+    return f"{plan_words(chosen.plan)}, on {chosen.gpu_class}"
 
 
 _AGAIN: Mapping[Remedy, Callable[[Draft, Attempt, Ending, Snapshot], Draft]] = {
