@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from math import ceil
 
-from orchestrator.api.job import Attempt, QLoRAJob
+from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import Reason
 from orchestrator.core.gpus import CLASS_NAMES, gpu_class
@@ -141,30 +141,34 @@ def conformal_bound(shares: Sequence[float], coverage: float) -> float | None:
 
 
 def observations(jobs: Iterable[QLoRAJob]) -> Iterator[Observation]:
-    """What the attempts in the jobs' statuses have measured."""
+    """What the attempts in the jobs' statuses have measured. The controller asks in every pass, of every job."""
     for job in jobs:
-        prepared = job.status.prepared
-        if prepared is None or not (job.status.step_ups or job.status.adapter_uri):
+        status = job.status
+        if status.adapter_uri is None and not status.step_ups:
             continue
-        for attempt in job.status.attempts:
-            share = _share(attempt)
-            if share is not None and attempt.plan is not None and attempt.finish_time is not None:
-                yield Observation(
-                    architecture=prepared.model.architecture,
-                    kind=plan_kind(attempt.plan.recompute_layers, prepared.model.num_layers, attempt.plan.offload),
-                    versions=attempt.versions or "",
-                    time=attempt.finish_time,
-                    share=share,
-                )
+        for attempt in status.attempts:
+            if attempt.predicted_bytes and (share := _share(attempt, attempt.predicted_bytes)) is not None:
+                yield _observation(status, attempt, share)
 
 
-def _share(attempt: Attempt) -> float | None:
+def _share(attempt: Attempt, predicted_bytes: int) -> float | None:
     """An attempt that ended early may not have seen its peak, so only whole ones and those without room count."""
-    predicted = attempt.predicted_bytes
-    if not predicted:
-        return None
-    if attempt.reason is Reason.SUCCEEDED and attempt.measured_bytes is not None:
-        return attempt.measured_bytes / predicted - 1
+    if attempt.measured_bytes is not None and attempt.reason is Reason.SUCCEEDED:
+        return attempt.measured_bytes / predicted_bytes - 1
     if attempt.reason is Reason.OUT_OF_MEMORY and attempt.gpu_class in CLASS_NAMES:
-        return gpu_class(attempt.gpu_class, 0).usable_bytes / predicted - 1
+        return gpu_class(attempt.gpu_class, 0).usable_bytes / predicted_bytes - 1
     return None
+
+
+def _observation(status: QLoRAJobStatus, attempt: Attempt, share: float) -> Observation:
+    prepared, plan, time = status.prepared, attempt.plan, attempt.finish_time
+    assert prepared is not None, "training comes after prepare"
+    assert plan is not None, "an estimate has a plan"
+    assert time is not None, "an attempt with a verdict has ended"
+    return Observation(
+        architecture=prepared.model.architecture,
+        kind=plan_kind(plan.recompute_layers, prepared.model.num_layers, plan.offload),
+        versions=attempt.versions or "",
+        time=time,
+        share=share,
+    )
