@@ -323,7 +323,7 @@ class Loop:
             complete=complete,
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
-            versions=memory_versions(),
+            versions=memory_versions() if allocated is not None else None,
             **asdict(losses(self.journal.records(), keep_best=self._spec.evaluation.keep_best)),
         )
 
