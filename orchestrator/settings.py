@@ -23,9 +23,11 @@ from orchestrator.api.base import StoreUri
 from orchestrator.core.facts import Policy
 
 ENVIRONMENT_PREFIX = "QLORA_"
+GPU_PRICES_PATTERN = r"^([1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?(,[1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?)*)?$"
 GPU_CLASSES_PATTERN = r"^((cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4}(,(cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4})*)?$"
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+GpuPricesText = Annotated[str, StringConstraints(pattern=GPU_PRICES_PATTERN)]
 GpuClassesText = Annotated[str, StringConstraints(pattern=GPU_CLASSES_PATTERN)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
@@ -67,6 +69,9 @@ class ServiceSettings(BaseSettings):
     """A job that was just evicted is not chosen again for so long after it restarted."""
     history_limit: int = Field(default=32, ge=1, le=64)
     """Attempts kept in a job's status."""
+    gpu_prices: GpuPricesText = ""
+    """Dollars for an hour of a GPU, by class, such as `24Gi=0.5,48Gi=0.8`: what a job will cost, and which class is the
+    cheapest that makes its deadline."""
     cpu_stages_limit: int = Field(default=4, ge=1, le=1024)
     """Prepare and publish stages that may run at one time."""
     progress_interval_seconds: float = Field(default=1.0, ge=0, le=3600)

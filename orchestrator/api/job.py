@@ -282,6 +282,12 @@ class Attempt(Model):
     exit_code: int | None = None
     reason: Reason | None = None
     message: Sentence = ""
+    predicted_bytes: int | None = Field(default=None, ge=0)
+    """Of train: the allocator's peak that was expected, without the margin."""
+    measured_bytes: int | None = Field(default=None, ge=0)
+    """Of train: the allocator's peak, where the stage could tell it."""
+    versions: ShortText | None = None
+    """Of train: the libraries that the peak depends on."""
 
     @property
     def active(self) -> bool:

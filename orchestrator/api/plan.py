@@ -36,6 +36,10 @@ class ByteItem(Model):
     bytes: int = Field(ge=0)
 
 
+MARGIN_ITEM = "margin"
+"""The line of an estimate that is no tensor: what the prediction may be wrong by."""
+
+
 class Estimate(Model):
     """What a job is expected to take on one GPU class under one memory plan."""
 
@@ -47,8 +51,19 @@ class Estimate(Model):
     usable_bytes: int = Field(ge=0)
     """Allocator bytes that the smallest card of the class offers."""
     steps: int = Field(ge=0)
+    card: ShortText | None = None
+    """The slowest card of the class, which the times are for; absent where its speed is not known."""
+    step_seconds: float | None = Field(default=None, ge=0)
+    """Expected seconds of an optimizer step."""
     seconds: float | None = Field(default=None, ge=0)
-    """Expected training seconds; absent where the class has no measured speed."""
+    """Expected seconds of all steps; evaluations, checkpoints and loading come on top."""
+    dollars: float | None = Field(default=None, ge=0)
+    """Expected price of those seconds; absent where the operator has told none for the class."""
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The peak that is expected, without the margin."""
+        return sum(item.bytes for item in self.items if item.name != MARGIN_ITEM)
 
     @model_validator(mode="after")
     def _items_add_up(self) -> Estimate:

@@ -160,6 +160,8 @@ class TrainResult(Model):
     """Held-out loss of the untouched base model."""
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    versions: ShortText | None = None
+    """The libraries that these peaks depend on."""
 
 
 class PublishResult(Model):

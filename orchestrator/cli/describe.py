@@ -12,7 +12,7 @@ from rich.text import Text
 
 from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.cli.output import Cell, columns
-from orchestrator.cli.plan_view import plan_words
+from orchestrator.cli.plan_view import length_words, plan_words
 from orchestrator.cli.words import NOTHING, duration, figure, gib, progress_word, since, state_style, state_word
 from orchestrator.core.facts import Event
 
@@ -98,6 +98,7 @@ def _estimate_fields(job: QLoRAJob) -> Iterator[Field]:
         return
     yield "GPU class", f"{estimate.gpu_class}: {gib(estimate.peak_bytes)} of {gib(estimate.usable_bytes)} usable"
     yield "plan", plan_words(estimate.plan)
+    yield "length", length_words(estimate)
 
 
 def _progress_fields(job: QLoRAJob) -> Iterator[Field]:

@@ -200,6 +200,22 @@ def plan(
         raise typer.Exit(ExitStatus.INVALID)
 
 
+def calibration(
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
+    output: Output = None,
+) -> None:
+    """Say how predicted peaks compare with measured ones, and which margins follow."""
+    from orchestrator.cli.output import print_columns, print_data
+    from orchestrator.cli.tables import CALIBRATION_HEADER, calibration_row
+
+    found = connect(None).calibration()
+    form = DataFormat.JSON if as_json else output
+    if form is not None:
+        print_data({"bounds": [bound.to_wire() for bound in found]}, form)
+    else:
+        print_columns(CALIBRATION_HEADER, [calibration_row(bound) for bound in found])
+
+
 def explain(name: JobName, namespace: Namespace = None, output: Output = None) -> None:
     """Say why a job is where it is, by the code that decides."""
     from orchestrator.cli.output import print_data, print_text

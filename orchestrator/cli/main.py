@@ -26,6 +26,7 @@ COMMANDS = {
         job_commands.logs,
         job_commands.wait,
         job_commands.explain,
+        job_commands.calibration,
         job_commands.cancel,
         job_commands.suspend,
         job_commands.resume,

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.results import ModelFacts
-from orchestrator.cli.words import NOTHING, duration, gib
+from orchestrator.cli.words import NOTHING, dollars, duration, gib
 from orchestrator.sdk.planning import Alternative, JobPlan
 
 BAR_CELLS = 28
@@ -73,21 +73,31 @@ def _item_lines(estimate: Estimate, console: Console) -> Iterator[Text]:
 
 def _choice_lines(estimate: Estimate) -> Iterator[Text]:
     free = estimate.usable_bytes - estimate.peak_bytes
-    steps = f"{estimate.steps} steps" if estimate.steps else "steps are counted by prepare"
-    took = f", about {duration(estimate.seconds)}" if estimate.seconds is not None else ""
     yield Text()
     for label, value in (
         ("GPU class", f"{estimate.gpu_class}, {gib(free)} to spare"),
         ("plan", plan_words(estimate.plan)),
-        ("length", steps + took),
+        ("length", length_words(estimate)),
     ):
         yield Text.assemble((f"  {label:<10}", "label"), value)
 
 
+def length_words(estimate: Estimate) -> str:
+    """How long the steps take, on which card, and what they cost."""
+    words = [f"{estimate.steps} steps" if estimate.steps else "steps are counted by prepare"]
+    if estimate.step_seconds is not None:
+        words.append(f"{estimate.step_seconds:.3g} s each on {estimate.card}")
+    if estimate.seconds is not None:
+        words.append(f"about {duration(estimate.seconds)} in all")
+    if estimate.dollars is not None:
+        words.append(f"about {dollars(estimate.dollars)}")
+    return ", ".join(words)
+
+
 def _alternatives(alternatives: tuple[Alternative, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="label", collapse_padding=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="label", collapse_padding=True)
     table.add_column("  CLASS")
-    for name in ("HERE", "PEAK", "MICRO-BATCH", "RECOMPUTED"):
+    for name in ("HERE", "PEAK", "BATCH", "RECOMP.", "TIME", "PRICE"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("WHY", overflow="fold")
     for alternative in alternatives:
@@ -100,7 +110,16 @@ def _alternatives(alternatives: tuple[Alternative, ...]) -> Table:
             gib(estimate.peak_bytes) if estimate is not None else NOTHING,
             str(estimate.plan.micro_batch_size) if estimate is not None else NOTHING,
             str(estimate.plan.recompute_layers) if estimate is not None else NOTHING,
+            _time(estimate) if estimate is not None else NOTHING,
+            dollars(estimate.dollars) if estimate is not None else NOTHING,
             alternative.remark,
             style=style,
         )
     return table
+
+
+def _time(estimate: Estimate) -> str:
+    """Of all steps, or of one where nobody has counted them yet."""
+    if estimate.seconds is not None or estimate.step_seconds is None:
+        return duration(estimate.seconds)
+    return f"{estimate.step_seconds:.2g}s/step"

@@ -9,11 +9,13 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.cli.output import Cell
 from orchestrator.cli.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
+from orchestrator.core.calibration import Bound
 from orchestrator.core.state import JobState, state_of
 
 JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE")
 WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")
 QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "HOLD", "RUNNING", "WAITING", "QUOTAS")
+CALIBRATION_HEADER = ("ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
 _SPEAKS_FOR_ITSELF = frozenset({JobState.PREPARING, JobState.TRAINING, JobState.PUBLISHING, JobState.SUCCEEDED})
 _RUNNING = frozenset({JobState.STARTING, JobState.TRAINING, JobState.STOPPING})
 _WAITING = frozenset({JobState.NEW, JobState.PREPARING, JobState.QUEUED})
@@ -82,4 +84,17 @@ def _wide_cells(job: QLoRAJob) -> list[Cell]:
         Cell(text=figure(progress.eval_loss if progress is not None else None)),
         Cell(text=mlflow.run_id or NOTHING),
         Cell(text=model),
+    ]
+
+
+def calibration_row(bound: Bound) -> list[Cell]:
+    """What is known of one kind of plan, under CALIBRATION_HEADER; shares are of the predicted peak."""
+    return [
+        Cell(text=bound.architecture),
+        Cell(text=bound.kind),
+        Cell(text=str(bound.observations)),
+        Cell(text=f"{bound.worst_share:+.2%}", style="bad" if bound.worst_share > 0 else ""),
+        Cell(text=f"{bound.share:.2%}"),
+        Cell(text="yes" if bound.certain else "no"),
+        Cell(text=bound.versions or NOTHING, style="quiet"),
     ]

@@ -36,6 +36,11 @@ def gib(count_bytes: int) -> str:
     return f"{count_bytes / (1 << 30):.2f} GiB"
 
 
+def dollars(value: float | None) -> str:
+    """A price, to the cent."""
+    return f"${value:,.2f}" if value is not None else NOTHING
+
+
 def figure(value: float | None) -> str:
     """A loss."""
     return f"{value:.4f}" if value is not None else NOTHING

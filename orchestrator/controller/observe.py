@@ -11,6 +11,7 @@ from datetime import datetime
 
 from orchestrator.controller.ports import StageRuntime, Store
 from orchestrator.core.facts import Policy, RunFact, Snapshot, StageFact
+from orchestrator.core.gpus import priced
 
 
 def observe(
@@ -24,7 +25,7 @@ def observe(
         jobs=tuple(jobs),
         queues=tuple(store.list_queues()),
         stages=_without_unreadable(stages, unreadable),
-        gpu_classes=tuple(runtime.gpu_classes()),
+        gpu_classes=priced(runtime.gpu_classes(), policy.gpu_prices),
         runs={uid: fact for uid, fact in runs.items() if fact.job.key not in unreadable},
         policy=policy,
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from orchestrator.api.job import Attempt, StageName
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.core.conditions import Finding
+from orchestrator.core.conditions import Finding, plan_words
 from orchestrator.core.draft import Draft
 from orchestrator.core.facts import Event, Policy
 from orchestrator.core.gpus import GIB
@@ -38,14 +38,14 @@ def admit(draft: Draft, estimate: Estimate, policy: Policy) -> Draft:
     """Record an attempt at train on a GPU of the estimate's class, under its plan."""
     message = (
         f"{estimate.gpu_class}: needs {estimate.peak_bytes / GIB:.1f} of {estimate.usable_bytes / GIB:.1f} GiB "
-        f"with micro-batch {estimate.plan.micro_batch_size} x {estimate.plan.accumulation_steps} and "
-        f"{estimate.plan.recompute_layers} layers recomputed"
+        f"with {plan_words(estimate.plan)}"
     )
     attempt = Attempt(
         stage="train",
         number=_next_number(draft),
         gpu_class=estimate.gpu_class,
         plan=estimate.plan,
+        predicted_bytes=estimate.predicted_bytes,
         created_time=draft.now,
     )
     starting = f"train attempt {attempt.number} is being started on {estimate.gpu_class}"

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from orchestrator.api.job import Attempt, Condition, QLoRAJobStatus
+from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.state import JobState, state_of
 
@@ -117,3 +118,10 @@ def _running(attempt: Attempt, status: QLoRAJobStatus) -> str:
     step = f", step {progress.step} of {progress.steps}" if progress.steps else ""
     loss = f", loss {progress.loss:.4f}" if progress.loss is not None else ""
     return f"{verb}{where}{step}{loss}"
+
+
+def plan_words(plan: MemoryPlan) -> str:
+    """A memory plan in a sentence."""
+    offloaded = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
+    split = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}"
+    return f"{split}, {plan.recompute_layers} layers recomputed{offloaded}"

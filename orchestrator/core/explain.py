@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from orchestrator.api.job import ResourcesSpec
+from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
+from orchestrator.core.calibration import DEFAULT, learned
 from orchestrator.core.draft import Draft
 from orchestrator.core.facts import Refusal, Snapshot
-from orchestrator.core.gpus import GIB
+from orchestrator.core.gpus import CLASS_NAMES, GIB, gpu_class, priced
+from orchestrator.core.pace import Work
+from orchestrator.core.plans import choose_class
 from orchestrator.core.queue import Claim
 from orchestrator.core.schedule import Schedule, schedule
 from orchestrator.core.state import GPU_STATES, TERMINAL_STATES
@@ -38,6 +43,7 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
     if place is not None:
         yield from _in_line(outcome.line, place)
         yield from _wanted(outcome.line[place], outcome, snapshot)
+        yield from _neighbours(draft, outcome.line[place], snapshot)
     yield from _next(key, outcome)
     yield from _history(draft)
 
@@ -66,8 +72,40 @@ def _wanted(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str
         yield (
             f"It needs {estimate.peak_bytes / GIB:.1f} of the {estimate.usable_bytes / GIB:.1f} GiB of {name}; "
             f"{len(holders)} of {capacity.get(name, 0)} {name} GPUs are held by others"
-            f"{': ' + _names(holders) if holders else ''}."
+            f"{': ' + _names(holders) if holders else ''}.{_time_and_price(estimate)}"
         )
+
+
+def _time_and_price(estimate: Estimate) -> str:
+    if estimate.seconds is None:
+        return ""
+    price = f" and ${estimate.dollars:.2f}" if estimate.dollars is not None else ""
+    minutes = estimate.seconds / 60
+    took = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} minutes" if minutes >= 2 else "a minute"
+    return f" Its steps take about {took}{price} there."
+
+
+def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]:
+    """What the class below and the class above the preferred one would mean, here or not."""
+    preferred = claim.estimates[0].gpu_class
+    prepared = draft.status.prepared
+    if preferred not in CLASS_NAMES or prepared is None:
+        return
+    known = {gpu_class.name: gpu_class for gpu_class in snapshot.gpu_classes}
+    margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
+    place = CLASS_NAMES.index(preferred)
+    for way, index in (("smaller", place - 1), ("larger", place + 1)):
+        if not 0 <= index < len(CLASS_NAMES):
+            continue
+        name = CLASS_NAMES[index]
+        offered = known.get(name) or priced([gpu_class(name, 0)], snapshot.policy.gpu_prices)[0]
+        spec = draft.job.spec.model_copy(update={"resources": ResourcesSpec()})
+        found = choose_class(spec, prepared.model, (offered,), work=Work.of(prepared), margins=margins)
+        if isinstance(found, Refusal):
+            yield f"The next {way} class, {name}, does not do: it {found.message}."
+        else:
+            here = "fits" if name in known else "would fit, but there is none here"
+            yield f"The next {way} class, {name}, {here}: {found.peak_bytes / GIB:.1f} GiB.{_time_and_price(found)}"
 
 
 def _holds(draft: Draft, gpu_class: str) -> bool:

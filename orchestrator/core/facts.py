@@ -19,6 +19,21 @@ from orchestrator.api.task import StageTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """How fast a GPU is, by its data sheet."""
+
+    name: str
+    matmul_tflops: float
+    """Dense bfloat16 products that are summed in float32."""
+    memory_gbps: float
+    """Gigabytes (10^9) a second of the card's own memory."""
+    host_gbps: float
+    """Gigabytes a second that PCIe carries in one direction in practice."""
+    attention_share: float
+    """What of the products' speed flash attention reaches in its forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuClass:
     """GPUs that are interchangeable for sizing: what the smallest card among them offers."""
 
@@ -31,6 +46,10 @@ class GpuClass:
     """GPUs of this class that exist now."""
     multiprocessors: int = 148
     """The most on a card of the class: deterministic attention keeps a sum for each."""
+    card: Card | None = None
+    """The slowest card of the class, which times are told for; none where it has no bfloat16."""
+    dollars_per_hour: float | None = None
+    """Of one GPU, where the operator has told."""
     cpu: bool = False
     """A stand-in for machines without a GPU: slots of host memory, trained on the CPU."""
 
@@ -104,6 +123,8 @@ class Policy:
     """A running stage's progress is written to the status at most this often."""
     words_limit: int = 100
     """Jobs of which one decision says something new while nothing else about them changes."""
+    gpu_prices: str = ""
+    """Dollars for an hour of a GPU, by class: `24Gi=0.5,48Gi=0.8`."""
     gpu_classes_are_fixed: bool = False
     """Whether no other GPU can ever appear here: a job that fits none of them then fails instead of waiting."""
 

@@ -7,7 +7,7 @@ tiles as `qlora_trainer/attention.py` does. `core/fused` and `core/plain` are th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from orchestrator.core.timeline import allocated
 
@@ -37,7 +37,17 @@ class Tile:
     records: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def alike(multiprocessors: int, tokens: int, query_heads: int) -> int:
+    """The most multiprocessors that take the same bytes: cards that differ by less need not be told apart.
+
+    Rounding up to a multiple of the heads changes no number of sums (`_splits`), where all heads are at work at once.
+    """
+    if tokens > QUERY_TILE_TOKENS:
+        return multiprocessors
+    return -(-multiprocessors // query_heads) * query_heads
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """A layer's attention over one packed row."""
 
@@ -60,29 +70,29 @@ class Attention:
         known = self.head_size == LARGEST_HEAD or self.head_size <= LARGEST_COMMON_HEAD
         return known and self.head_size % HEAD_MULTIPLE == 0
 
-    @property
+    @cached_property
     def query_width(self) -> int:
         """Elements of all query heads of a token."""
         return self.query_heads * self.head_size
 
-    @property
+    @cached_property
     def key_width(self) -> int:
         """Elements of all key heads of a token, or of all value heads."""
         return self.key_heads * self.head_size
 
-    @property
+    @cached_property
     def logsumexp_bytes(self) -> int:
         """What is kept beside query, key, value and answer."""
         return self.query_heads * self.tokens * FP32_BYTES
 
-    @property
+    @cached_property
     def backward_result_bytes(self) -> int:
         """The gradients, where they do not go straight to where they belong."""
         if self.tokens > QUERY_TILE_TOKENS:
             return 0
         return self.tokens * (self.query_width + 2 * self.key_width) * BF16_BYTES
 
-    @property
+    @cached_property
     def backward_peak_bytes(self) -> int:
         """Gradients and everything that comes and goes while they are computed."""
         if self.tokens <= QUERY_TILE_TOKENS:
@@ -107,7 +117,7 @@ class Attention:
             before = found  # the gradients of the tile before, until this one's are there
         return sums + peak
 
-    @property
+    @cached_property
     def whole_workspace_bytes(self) -> int:
         """Beside the gradients, where the row is not cut into tiles: transformers' own backward pass."""
         if self.squashes:

@@ -8,6 +8,7 @@ adapters are part of its backward pass; those of other layers are `core/sizing`'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from orchestrator.core.flash import Attention
 from orchestrator.core.linears import Group
@@ -17,7 +18,7 @@ BF16_BYTES = 2
 MLP_TILE_TOKENS = 8192
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FusedLayer:
     """One layer's shape, and the micro-batch that goes through it."""
 
@@ -38,17 +39,17 @@ class FusedLayer:
         """A bf16 tensor of [tokens, width]."""
         return (self.tokens if tokens is None else tokens) * width * BF16_BYTES
 
-    @property
+    @cached_property
     def stream(self) -> int:
         """The residual stream."""
         return self.of(self.hidden)
 
-    @property
+    @cached_property
     def query(self) -> int:
         """All query heads."""
         return self.of(self.attention.query_width)
 
-    @property
+    @cached_property
     def key(self) -> int:
         """All key heads, or all value heads."""
         return self.of(self.attention.key_width)

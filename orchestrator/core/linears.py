@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.results import ModelFacts
+from orchestrator.core.remembered import remembered
 from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
 NF4_BLOCK, SCALE_BLOCK = 64, 256
 """Weights that share an 8-bit scale, and scales that share a 32-bit one (Dettmers et al., 2023, section 3)."""
 CODE_BYTES = 64
+MODELS_KEPT = 256
 OFFSET_BYTES = 4
 
 
@@ -64,10 +67,16 @@ class Group:
 
     def gradient_bytes(self, rank: int) -> int:
         """Of the adapters: A in one piece, each B by itself."""
-        of_a = allocated(self.adapters * rank * self.inputs * BF16_BYTES)
-        return of_a + sum(allocated(rank * outputs * BF16_BYTES) for outputs in self.adapted_outputs)
+        return _gradient_bytes(self, rank)
 
 
+@lru_cache(maxsize=MODELS_KEPT)
+def _gradient_bytes(group: Group, rank: int) -> int:
+    of_a = allocated(group.adapters * rank * group.inputs * BF16_BYTES)
+    return of_a + sum(allocated(rank * outputs * BF16_BYTES) for outputs in group.adapted_outputs)
+
+
+@remembered(MODELS_KEPT)
 def linears(facts: ModelFacts) -> tuple[Linear, ...]:
     """The matrices of one decoder layer."""
     h, i = facts.hidden_size, facts.intermediate_size

@@ -12,11 +12,12 @@ heads, m key heads, d head size, r rank; `th: 2` is 2 bytes x t x h.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from math import prod
+from operator import mul
 from typing import Any
 
 from orchestrator.api.results import ModelFacts
@@ -70,16 +71,78 @@ def _tables() -> dict[str, Any]:
     return json.loads(files("orchestrator.core").joinpath(TABLE_NAME).read_text("utf-8"))
 
 
+Coefficients = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    """A traced layer: each polynomial as its coefficients, for the same products in the same order."""
+
+    products: tuple[str, ...]
+    kept: Coefficients
+    first: Coefficients
+    released: Coefficients
+    loss: Coefficients
+    forward: tuple[tuple[bool, Coefficients], ...]
+    backward: tuple[tuple[bool, Coefficients], ...]
+    norm: tuple[tuple[bool, Coefficients], ...]
+
+    @classmethod
+    def read(cls, table: Mapping[str, Any]) -> _Table:
+        """From the file's sparse polynomials."""
+        single: dict[str, Mapping[str, float]] = {name: table[name] for name in ("kept", "first", "released", "loss")}
+        several: dict[str, list[Moment]] = {name: table[name] for name in ("forward", "backward", "norm")}
+        polynomials = (*single.values(), *(moment[1] for each in several.values() for moment in each))
+        products = tuple(sorted({product for polynomial in polynomials for product in polynomial}))
+
+        def dense(polynomial: Mapping[str, float]) -> Coefficients:
+            return tuple(polynomial.get(product, 0) for product in products)
+
+        def moments(name: str) -> tuple[tuple[bool, Coefficients], ...]:
+            return tuple((flash, dense(polynomial)) for flash, polynomial in several[name])
+
+        return cls(
+            products=products,
+            kept=dense(single["kept"]),
+            first=dense(single["first"]),
+            released=dense(single["released"]),
+            loss=dense(single["loss"]),
+            forward=moments("forward"),
+            backward=moments("backward"),
+            norm=moments("norm"),
+        )
+
+    def amounts(self, layer: PlainLayer) -> list[int]:
+        """The value of every product."""
+        values = layer.values()
+        return [prod(values[letter] for letter in product) for product in self.products]
+
+
+def _table(layer: PlainLayer, recomputes: bool) -> _Table:
+    few = {linear.name for linear in layer.adapted} <= FEW_TARGETS
+    adapters = ("few" if few else "all") + (" dora" if layer.dora else "")
+    return _read(layer.facts.model_type, adapters, recomputes, layer.drops)
+
+
+@cache
+def _read(model_type: str, adapters: str, recomputes: bool, drops: bool) -> _Table:
+    tables = _tables()
+    family = tables.get(model_type) or tables[UNKNOWN]
+    return _Table.read(
+        family[f"{adapters}, {'recomputed' if recomputes else 'kept'}, {'dropped' if drops else 'whole'}"]
+    )
+
+
 def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
     """A layer's bytes; one that recomputes keeps its input."""
     table = _table(layer, recomputes)
-    values, workspace = layer.values(), layer.attention.whole_workspace_bytes
+    amounts, workspace = table.amounts(layer), layer.attention.whole_workspace_bytes
     return LayerBytes(
-        kept=_bytes(table["kept"], values),
-        first_kept=_bytes(table["first"], values),
-        released=_bytes(table["released"], values),
-        forward_peak=_largest(table["forward"], values, workspace),
-        backward_peak=_largest(table["backward"], values, workspace),
+        kept=_bytes(table.kept, amounts),
+        first_kept=_bytes(table.first, amounts),
+        released=_bytes(table.released, amounts),
+        forward_peak=_largest(table.forward, amounts, workspace),
+        backward_peak=_largest(table.backward, amounts, workspace),
         gradients=_gradient_bytes(layer),
     )
 
@@ -89,24 +152,17 @@ def final_norm(layer: PlainLayer, *, recomputes: bool) -> tuple[int, int]:
 
     The last layer's output, the normalized states and the gradient to them are among them.
     """
-    table, values = _table(layer, recomputes), layer.values()
-    return _bytes(table["loss"], values), _largest(table["norm"], values, 0)
+    table = _table(layer, recomputes)
+    amounts = table.amounts(layer)
+    return _bytes(table.loss, amounts), _largest(table.norm, amounts, 0)
 
 
-def _table(layer: PlainLayer, recomputes: bool) -> dict[str, Any]:
-    tables = _tables()
-    family = tables.get(layer.facts.model_type) or tables[UNKNOWN]
-    few = {linear.name for linear in layer.adapted} <= FEW_TARGETS
-    adapters = ("few" if few else "all") + (" dora" if layer.dora else "")
-    return family[f"{adapters}, {'recomputed' if recomputes else 'kept'}, {'dropped' if layer.drops else 'whole'}"]
+def _largest(moments: Iterable[tuple[bool, tuple[float, ...]]], amounts: Sequence[int], workspace: int) -> int:
+    return max(_bytes(coefficients, amounts) + (workspace if flash else 0) for flash, coefficients in moments)
 
 
-def _largest(moments: list[Moment], values: Mapping[str, int], workspace: int) -> int:
-    return max(_bytes(polynomial, values) + (workspace if flash else 0) for flash, polynomial in moments)
-
-
-def _bytes(polynomial: Mapping[str, float], values: Mapping[str, int]) -> int:
-    return round(sum(count * prod(values[letter] for letter in product) for product, count in polynomial.items()))
+def _bytes(coefficients: Sequence[float], amounts: Sequence[int]) -> int:
+    return round(sum(map(mul, coefficients, amounts)))
 
 
 def _gradient_bytes(layer: PlainLayer) -> int:

@@ -13,10 +13,12 @@ from orchestrator.api.job import Attempt, MlflowStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason, Remedy
 from orchestrator.api.results import PrepareResult, ProgressReport, PublishResult, TrainResult
-from orchestrator.core.conditions import Finding, clip
+from orchestrator.core.calibration import DEFAULT, learned
+from orchestrator.core.conditions import Finding, clip, plan_words
 from orchestrator.core.draft import Draft
 from orchestrator.core.ending import Ending
 from orchestrator.core.facts import Event, Policy, Refusal, Snapshot
+from orchestrator.core.pace import Work
 from orchestrator.core.plans import step_up
 from orchestrator.core.progress import record_checkpoint
 from orchestrator.core.state import JobEvent
@@ -184,7 +186,10 @@ def _step_up(draft: Draft, attempt: Attempt, ended: Ending, snapshot: Snapshot) 
     draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(ended))
     if _limit_exceeded(draft):
         return _give_up(draft, ended)
-    chosen = step_up(draft.job.spec, prepared.model, failed, snapshot.gpu_classes)
+    margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
+    chosen = step_up(
+        draft.job.spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared), margins=margins
+    )
     if isinstance(chosen, Refusal):
         return fail(draft, chosen.reason, chosen.message)
     draft = draft.amend(estimate=chosen, step_ups=draft.status.step_ups + 1)
@@ -196,11 +201,7 @@ def _stepped_up(failed: Estimate, chosen: Estimate) -> str:
 
 
 def _in_words(chosen: Estimate) -> str:
-    plan = chosen.plan
-    return (
-        f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}, "
-        f"{plan.recompute_layers} layers recomputed, on {chosen.gpu_class}"
-    )
+    return f"{plan_words(chosen.plan)}, on {chosen.gpu_class}"
 
 
 _AGAIN: Mapping[Remedy, Callable[[Draft, Attempt, Ending, Snapshot], Draft]] = {
@@ -254,6 +255,7 @@ def _books(draft: Draft, ended: Ending) -> dict[str, object]:
     attempt = draft.attempt
     assert attempt is not None, "only an active attempt can end"
     on_gpu = ended.seconds if attempt.stage == "train" else 0.0
+    train = ended.result.train
     return {
         "attempts": draft.change_attempt(
             start_time=ended.start_time,
@@ -261,6 +263,8 @@ def _books(draft: Draft, ended: Ending) -> dict[str, object]:
             exit_code=ended.exit_code,
             reason=ended.reason,
             message=clip(ended.message),
+            measured_bytes=train.peak_allocated_bytes if train is not None else None,
+            versions=train.versions if train is not None else None,
         ),
         "active_seconds": draft.status.active_seconds + ended.seconds,
         "gpu_seconds": draft.status.gpu_seconds + on_gpu,

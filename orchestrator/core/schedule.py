@@ -12,9 +12,11 @@ from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason
 from orchestrator.core.attempts import admit, request_stop, start_cpu_stage
+from orchestrator.core.calibration import DEFAULT, Margins, learned
 from orchestrator.core.draft import Draft
 from orchestrator.core.facts import Policy, Refusal, Snapshot
 from orchestrator.core.lifecycle import is_ready, reconcile, wait
+from orchestrator.core.pace import Work
 from orchestrator.core.placement import Ledger, Placement, place, why_blocked
 from orchestrator.core.plans import candidates
 from orchestrator.core.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
@@ -105,10 +107,11 @@ def _claims(
     """The claims of all jobs ready to train, and why some of them have none."""
     claims: list[Claim] = []
     refusals: dict[str, Refusal] = {}
+    margins = learned(snapshot.jobs)
     for draft in drafts:
         if draft.state is not JobState.QUEUED or not is_ready(draft):
             continue
-        found = queue_refusal(draft.job.spec.queue, queues) or _estimates(draft, snapshot)
+        found = queue_refusal(draft.job.spec.queue, queues) or _estimates(draft, snapshot, margins)
         if isinstance(found, Refusal):
             refusals[draft.job.key] = found
         else:
@@ -128,7 +131,7 @@ def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
     )
 
 
-def _estimates(draft: Draft, snapshot: Snapshot) -> tuple[Estimate, ...] | Refusal:
+def _estimates(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
     """Where the job may train; one that must go on just as it began keeps its class and plan."""
     status, spec = draft.status, draft.job.spec
     prepared = status.prepared
@@ -138,7 +141,8 @@ def _estimates(draft: Draft, snapshot: Snapshot) -> tuple[Estimate, ...] | Refus
         here = {c.name for c in snapshot.gpu_classes if c.capacity > 0}
         if status.estimate.gpu_class in here:
             return (status.estimate,)
-    return candidates(spec, prepared.model, snapshot.gpu_classes, steps=prepared.steps)
+    of_model = margins.get(prepared.model.architecture, DEFAULT)
+    return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)
 
 
 def _line(

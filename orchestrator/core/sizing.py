@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import attrgetter
+from typing import NamedTuple
 
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
-from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan
+from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
-from orchestrator.core.facts import GpuClass
-from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention
+from orchestrator.core.calibration import DEFAULT, Margins
+from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
 from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
-from orchestrator.core.linears import group, linears, targeted
+from orchestrator.core.linears import Group, group, linears, targeted
 from orchestrator.core.plain import PlainLayer, final_norm, plain_layer
+from orchestrator.core.remembered import remembered
 from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
@@ -55,8 +58,7 @@ SLACK_BYTES = 2 << 20
 ANSWERS_KEPT = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instant:
+class Instant(NamedTuple):
     """A moment that can be the peak: what it takes beside what lasts."""
 
     name: str
@@ -71,6 +73,91 @@ class Instant:
         return self.kept_bytes + self.gradient_bytes + self.working_bytes
 
 
+class Footprint:
+    """A job's bytes under all plans that differ only in how many layers they recompute.
+
+    A search over plans asks for many such numbers on many classes, and one walk through a layer answers all of them.
+    """
+
+    def __init__(
+        self,
+        spec: QLoRAJobSpec,
+        facts: ModelFacts,
+        plan: MemoryPlan,
+        *,
+        multiprocessors: int = MOST_MULTIPROCESSORS,
+        records: int | None = None,
+        margins: Margins = DEFAULT,
+    ) -> None:
+        """`records` is how many a micro-batch packs, where that is known."""
+        self._margins = margins
+        self._question = _Question(
+            adapter=spec.adapter,
+            optimizer=spec.training.optimizer,
+            sequence_length=spec.training.sequence_length,
+            packing=spec.training.packing,
+            deterministic=spec.training.deterministic,
+            noisy=decimal(spec.training.neftune_alpha) > 0,
+            facts=facts,
+            plan=plan,
+            multiprocessors=multiprocessors,
+            records=records,
+            trainable=adapter_parameters(spec.adapter, facts),
+        )
+        self._lasting = tuple(_lasting(self._question))
+        self._lasting_bytes = sum(count for _, count in self._lasting)
+        self._layers = _Layers.of(self._question)
+        self._peaks: dict[int, int] = {}
+
+    def peak_bytes(self, recompute_layers: int) -> int:
+        """The peak where the first so many layers recompute."""
+        if recompute_layers not in self._peaks:
+            found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
+            self._peaks[recompute_layers] = found + self._margin(found, recompute_layers)
+        return self._peaks[recompute_layers]
+
+    def least_recompute(self, usable_bytes: int) -> int | None:
+        """How few layers may recompute for the peak to fit; None if it does not even where all do.
+
+        The peak falls with their number, about evenly, so it is soon found by interpolation, and the sooner the more
+        is known from earlier questions.
+        """
+        if self.peak_bytes(0) <= usable_bytes:
+            return 0
+        if self.peak_bytes(self._layers.count) > usable_bytes:
+            return None
+        low = max(layers for layers, peak in self._peaks.items() if peak > usable_bytes)
+        high = min(layers for layers, peak in self._peaks.items() if peak <= usable_bytes)
+        while low + 1 < high:
+            most, least = self.peak_bytes(low), self.peak_bytes(high)
+            middle = low - (usable_bytes - most) * (high - low) // (most - least)
+            middle = min(max(middle, low + 1), high - 1)
+            if self.peak_bytes(middle) <= usable_bytes:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def items(self, recompute_layers: int) -> tuple[ByteItem, ...]:
+        """That peak, by purpose."""
+        peak = self._peak(recompute_layers)
+        found = (
+            *self._lasting,
+            ("adapter gradients, bf16", peak.gradient_bytes),
+            ("activations kept for the backward pass", peak.kept_bytes),
+            (f"working set: {peak.name}", peak.working_bytes),
+        )
+        margin = self._margin(sum(count for _, count in found), recompute_layers)
+        return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, (MARGIN_ITEM, margin)))
+
+    def _margin(self, found_bytes: int, recompute_layers: int) -> int:
+        share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, SLACK_SHARE)
+        return round(SLACK_BYTES + share * found_bytes)
+
+    def _peak(self, recompute_layers: int) -> Instant:
+        return max(_instants(self._question, self._layers.recompute(recompute_layers)), key=attrgetter("total_bytes"))
+
+
 def footprint(
     spec: QLoRAJobSpec,
     facts: ModelFacts,
@@ -80,19 +167,8 @@ def footprint(
     records: int | None = None,
 ) -> tuple[ByteItem, ...]:
     """The plan's peak, by purpose. `records` is how many a micro-batch packs, where that is known."""
-    question = _Question(
-        adapter=spec.adapter,
-        optimizer=spec.training.optimizer,
-        sequence_length=spec.training.sequence_length,
-        packing=spec.training.packing,
-        deterministic=spec.training.deterministic,
-        noisy=decimal(spec.training.neftune_alpha) > 0,
-        facts=facts,
-        plan=plan,
-        multiprocessors=multiprocessors,
-        records=records,
-    )
-    return _footprint(question)
+    found = Footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records)
+    return found.items(plan.recompute_layers)
 
 
 def peak_bytes(
@@ -104,24 +180,11 @@ def peak_bytes(
     records: int | None = None,
 ) -> int:
     """The plan's peak."""
-    return sum(item.bytes for item in footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records))
+    found = Footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records)
+    return found.peak_bytes(plan.recompute_layers)
 
 
-def estimate(
-    spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, gpu_class: GpuClass, *, steps: int = 0
-) -> Estimate:
-    """The plan's peak held against what a class offers."""
-    items = footprint(spec, facts, plan, multiprocessors=gpu_class.multiprocessors)
-    return Estimate(
-        gpu_class=gpu_class.name,
-        plan=plan,
-        items=items,
-        peak_bytes=sum(item.bytes for item in items),
-        usable_bytes=gpu_class.usable_bytes,
-        steps=steps,
-    )
-
-
+@remembered(ANSWERS_KEPT)
 def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     """Trainable parameters: A and B of every targeted matrix, and DoRA's magnitudes."""
     magnitudes = 1 if adapter.use_dora else 0
@@ -140,9 +203,9 @@ def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
 # --- the parts -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Question:
-    """All that the answer depends on: a search over plans asks the same again and again."""
+    """All that the bytes depend on, but for how many layers the plan recomputes."""
 
     adapter: AdapterSpec
     optimizer: str
@@ -155,52 +218,55 @@ class _Question:
     plan: MemoryPlan
     multiprocessors: int
     records: int | None
+    trainable: int
+    """Parameters of the adapter."""
 
-    @property
+    @cached_property
     def replayed(self) -> bool:
         """Whether micro-batches run as CUDA graphs."""
         graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and not self.noisy
         return graphs and self.plan.micro_batch_size * self.sequence_length <= REPLAY_TOKENS
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of a micro-batch, padding counted."""
         tokens = self.plan.micro_batch_size * self.sequence_length
         return -(-tokens // REPLAY_TOKENS_STEP) * REPLAY_TOKENS_STEP if self.replayed else tokens
 
-    @property
+    @cached_property
     def stream(self) -> int:
         """A tensor of [tokens, hidden]."""
         return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
 
-    @property
-    def trainable(self) -> int:
-        """Parameters of the adapter."""
-        return adapter_parameters(self.adapter, self.facts)
+    @cached_property
+    def logits_bytes(self) -> int:
+        """What the loss works with."""
+        return _logits_bytes(self)
+
+    @cached_property
+    def final_norms(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Around the loss, and back from it: where the last layer keeps its activations, and where it recomputes."""
+        return _final_norm(self, recomputes=False), _final_norm(self, recomputes=True)
+
+    @cached_property
+    def loading_bytes(self) -> int:
+        """What loading takes on top of what lasts."""
+        return _loading_bytes(self)
 
 
-@lru_cache(maxsize=ANSWERS_KEPT)
-def _footprint(question: _Question) -> tuple[ByteItem, ...]:
-    lasting = tuple(_lasting(question))
-    peak = max(_instants(question), key=lambda instant: instant.total_bytes)
-    found = (
-        *lasting,
-        ("adapter gradients, bf16", peak.gradient_bytes),
-        ("activations kept for the backward pass", peak.kept_bytes),
-        (f"working set: {peak.name}", peak.working_bytes),
-    )
-    slack = SLACK_BYTES + SLACK_SHARE * sum(count for _, count in found)
-    return tuple(ByteItem(name=name, bytes=round(count)) for name, count in (*found, ("margin", slack)))
-
-
-def _lasting(question: _Question) -> Iterator[tuple[str, float]]:
+def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
     """What stays for as long as training does."""
     facts, trainable = question.facts, question.trainable
-    yield "base weights, NF4", facts.num_layers * sum(linear.weight_bytes for linear in linears(facts))
+    yield "base weights, NF4", _weight_bytes(facts)
     yield "embeddings, head and norms, bf16", _sixteen_bit_bytes(question)
     yield "adapter, bf16", trainable * BF16_BYTES
-    yield "optimizer state", trainable * _state_bytes(question)
+    yield "optimizer state", round(trainable * _state_bytes(question))
     yield "cuBLAS workspaces", 2 * CUBLAS_BYTES  # of the main thread, and of autograd's
+
+
+@remembered(ANSWERS_KEPT)
+def _weight_bytes(facts: ModelFacts) -> int:
+    return facts.num_layers * sum(linear.weight_bytes for linear in linears(facts))
 
 
 def _state_bytes(question: _Question) -> float:
@@ -218,9 +284,8 @@ def _sixteen_bit_bytes(question: _Question) -> int:
     return tables * table + norms * allocated(facts.hidden_size * BF16_BYTES)
 
 
-def _instants(question: _Question) -> Iterator[Instant]:
+def _instants(question: _Question, layers: _Layers) -> Iterator[Instant]:
     """Every moment that can be the peak. Within a kind of layers bytes grow or fall evenly, so the ends are enough."""
-    layers = _Layers.of(question)
     facts, plan = question.facts, question.plan
     shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
     batch = shared + TOKEN_BYTES * question.tokens
@@ -228,41 +293,32 @@ def _instants(question: _Question) -> Iterator[Instant]:
     table = layers.recomputed.gradients * facts.num_layers
     before = table if plan.accumulation_steps > 1 or question.replayed else 0
     offloaded = "activations" in plan.offload
-    for index in layers.ends():
+    ends = layers.ends()
+    for index in ends:
         held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
         working = layers.at(index).forward_peak + batch + held + capturing
-        yield Instant(
-            name="a layer's forward pass", kept_bytes=layers.kept(index), gradient_bytes=before, working_bytes=working
-        )
+        yield Instant("a layer's forward pass", layers.kept(index), before, working)
     everything = layers.kept(facts.num_layers) - layers.at(0).released
-    at_loss, in_norm = _final_norm(question)
-    working = at_loss + _logits_bytes(question) + batch + capturing
-    yield Instant(name="loss", kept_bytes=everything, gradient_bytes=before, working_bytes=working)
-    yield Instant(
-        name="the last norm's backward pass",
-        kept_bytes=everything,
-        gradient_bytes=before,
-        working_bytes=in_norm + shared + 2 * capturing,
-    )
-    for index in layers.ends():
+    at_loss, in_norm = question.final_norms[layers.recomputing == layers.count]
+    yield Instant("loss", everything, before, at_loss + question.logits_bytes + batch + capturing)
+    yield Instant("the last norm's backward pass", everything, before, in_norm + shared + 2 * capturing)
+    for index in ends:
         done = layers.recomputed.gradients * (facts.num_layers - 1 - index)
         if question.replayed:  # all layers' gradients are added to the sums at once
             done += before
         elif before:
             done = before
         working = layers.at(index).backward_peak + shared + 2 * capturing
-        yield Instant(
-            name="a layer's backward pass", kept_bytes=layers.kept(index), gradient_bytes=done, working_bytes=working
-        )
-    yield Instant(name="optimizer", kept_bytes=0, gradient_bytes=table, working_bytes=table)
-    yield Instant(name="loading", kept_bytes=0, gradient_bytes=0, working_bytes=_loading_bytes(question))
+        yield Instant("a layer's backward pass", layers.kept(index), done, working)
+    yield Instant("optimizer", 0, table, table)
+    yield Instant("loading", 0, 0, question.loading_bytes)
 
 
-def _final_norm(question: _Question) -> tuple[int, int]:
+def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
     """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
     shape = _shape(question)
     if isinstance(shape, PlainLayer):
-        return final_norm(shape, recomputes=question.plan.recompute_layers >= question.facts.num_layers)
+        return final_norm(shape, recomputes=recomputes)
     return 3 * question.stream, 3 * question.stream
 
 
@@ -293,11 +349,15 @@ class _Layers:
 
     @classmethod
     def of(cls, question: _Question) -> _Layers:
-        """The layers under the question's plan."""
-        recomputed, whole = _layer_bytes(_shape(question), "activations" in question.plan.offload)
-        count = question.facts.num_layers
-        recomputing = min(question.plan.recompute_layers, count)
-        return cls(count=count, recomputing=recomputing, recomputed=recomputed, whole=whole)
+        """The layers of the question, none of which recomputes."""
+        shape = _shape(question)
+        recomputed, whole = _recomputed_layer(shape, "activations" in question.plan.offload), _kept_layer(shape)
+        return cls(count=question.facts.num_layers, recomputing=0, recomputed=recomputed, whole=whole)
+
+    def recompute(self, layers: int) -> _Layers:
+        """The same, the first so many of which recompute."""
+        recomputing = min(layers, self.count)
+        return _Layers(count=self.count, recomputing=recomputing, recomputed=self.recomputed, whole=self.whole)
 
     def ends(self) -> tuple[int, ...]:
         """The first and the last layer of each kind."""
@@ -316,24 +376,26 @@ class _Layers:
 
 
 @lru_cache(maxsize=ANSWERS_KEPT)
-def _layer_bytes(shape: FusedLayer | PlainLayer, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
-    """Of a layer that recomputes, and of one that keeps its activations."""
+def _recomputed_layer(shape: FusedLayer | PlainLayer, offloaded: bool) -> LayerBytes:
     if isinstance(shape, FusedLayer):
-        return recomputed_layer(shape, offloaded=offloaded), kept_layer(shape)
-    return plain_layer(shape, recomputes=True), plain_layer(shape, recomputes=False)
+        return recomputed_layer(shape, offloaded=offloaded)
+    return plain_layer(shape, recomputes=True)
+
+
+@lru_cache(maxsize=ANSWERS_KEPT)
+def _kept_layer(shape: FusedLayer | PlainLayer) -> LayerBytes:
+    return kept_layer(shape) if isinstance(shape, FusedLayer) else plain_layer(shape, recomputes=False)
 
 
 def _shape(question: _Question) -> FusedLayer | PlainLayer:
     facts, adapter, tokens = question.facts, question.adapter, question.tokens
-    every = linears(facts)
-    adapted = targeted(adapter, every)
     attention = _attention(question)
     drops = decimal(adapter.dropout) > 0
     if not is_fused(adapter, facts):
         return PlainLayer(
             tokens=tokens,
             facts=facts,
-            adapted=adapted,
+            adapted=targeted(adapter, linears(facts)),
             rank=adapter.rank,
             drops=drops,
             dora=adapter.use_dora,
@@ -347,11 +409,21 @@ def _shape(question: _Question) -> FusedLayer | PlainLayer:
         drops=drops,
         normalizes_heads=facts.model_type == "qwen3",
         attention=attention,
-        qkv=group(("q_proj", "k_proj", "v_proj"), every, adapted),
-        output=group(("o_proj",), every, adapted),
-        gate_up=group(("gate_proj", "up_proj"), every, adapted),
-        down=group(("down_proj",), every, adapted),
+        **_groups(adapter, facts),
     )
+
+
+@remembered(ANSWERS_KEPT)
+def _groups(adapter: AdapterSpec, facts: ModelFacts) -> dict[str, Group]:
+    """Of a layer that the trainer computes by hand."""
+    every = linears(facts)
+    adapted = targeted(adapter, every)
+    return {
+        "qkv": group(("q_proj", "k_proj", "v_proj"), every, adapted),
+        "output": group(("o_proj",), every, adapted),
+        "gate_up": group(("gate_proj", "up_proj"), every, adapted),
+        "down": group(("down_proj",), every, adapted),
+    }
 
 
 def _attention(question: _Question) -> Attention:
@@ -369,7 +441,7 @@ def _attention(question: _Question) -> Attention:
         key_heads=facts.num_key_value_heads,
         head_size=facts.head_dim,
         deterministic=question.deterministic,
-        multiprocessors=question.multiprocessors,
+        multiprocessors=alike(question.multiprocessors, question.tokens, facts.num_attention_heads),
         squashes=facts.model_type in SQUASHING_TYPES,
     )
 

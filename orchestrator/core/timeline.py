@@ -27,11 +27,14 @@ class Timeline:
 
     def take(self, **sizes: float) -> None:
         """Tensors of so many bytes come to be."""
+        held, live = self._held, self.live_bytes
         for name, size in sizes.items():
-            assert name not in self._held, f"{name} is alive already"
-            self._held[name] = allocated(size)
-            self.live_bytes += self._held[name]
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            assert name not in held, f"{name} is alive already"
+            held[name] = taken = allocated(size)
+            live += taken
+        self.live_bytes = live
+        if live > self.peak_bytes:
+            self.peak_bytes = live
 
     def drop(self, *names: str) -> None:
         """Tensors are freed."""
@@ -40,5 +43,6 @@ class Timeline:
 
     def passing(self, **sizes: float) -> None:
         """Tensors come to be and are freed at once."""
-        self.take(**sizes)
-        self.drop(*sizes)
+        live = self.live_bytes + sum(map(allocated, sizes.values()))
+        if live > self.peak_bytes:
+            self.peak_bytes = live

@@ -19,11 +19,12 @@ from typing import TypeVar, cast
 from orchestrator.adapters import model_config
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.core import calibration
 from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, ServiceNotRunning
 from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.handle import JobHandle
 from orchestrator.sdk.manifest import load_manifest, parse_object
-from orchestrator.sdk.planning import JobPlan, plan_job, refuse_resources
+from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, local_path
 from orchestrator.settings import Settings
 
@@ -66,7 +67,13 @@ class Client:
     def plan(self, job: JobLike) -> JobPlan:
         """What the job would take and where it would run; reads the model's config and changes nothing."""
         checked = self._in_namespace(_one(job, QLoRAJob))
-        return plan_job(checked, model_config.read_facts(checked.spec.model), self.connection.gpu_classes())
+        facts = model_config.read_facts(checked.spec.model)
+        known = Known(prices=self.settings.gpu_prices, margins=calibration.learned(self.connection.store.list_jobs()))
+        return plan_job(checked, facts, self.connection.gpu_classes(), known)
+
+    def calibration(self) -> Sequence[calibration.Bound]:
+        """What finished jobs of all namespaces have taught about the memory model."""
+        return calibration.bounds(self.connection.store.list_jobs())
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
         """A handle on a job that exists; raises NotFound."""

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from orchestrator.api.job import QLoRAJob
 from orchestrator.core.explain import explain
 from orchestrator.core.facts import Policy, Snapshot, StageFact, StagePhase
+from orchestrator.core.gpus import priced
 from orchestrator.core.state import TERMINAL_STATES, JobState, state_of
 from orchestrator.sdk.connection import Connection
 
@@ -47,7 +48,7 @@ def _snapshot(connection: Connection, policy: Policy) -> Snapshot:
         jobs=jobs,
         queues=tuple(connection.store.list_queues()),
         stages=_stages(jobs),
-        gpu_classes=tuple(connection.gpu_classes()),
+        gpu_classes=priced(connection.gpu_classes(), policy.gpu_prices),
         policy=policy,
     )
 

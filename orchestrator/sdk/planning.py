@@ -6,13 +6,14 @@ come from `core/plans`, the very code that decides; here they are only put side 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
 from orchestrator.api.plan import Estimate
 from orchestrator.api.results import ModelFacts
 from orchestrator.core import gpus, plans
+from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.facts import GpuClass, Refusal
 
 
@@ -57,20 +58,32 @@ class JobPlan:
         return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
 
 
-def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass]) -> JobPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the service has been told and has learned, beside what its GPUs are."""
+
+    prices: str = ""
+    """As the setting."""
+    margins: Mapping[str, Margins] = field(default_factory=dict[str, Margins])
+    """By architecture."""
+
+
+def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], known: Known | None = None) -> JobPlan:
     """The choice among the classes that exist, beside what every other class would mean."""
-    steps = job.spec.training.max_steps or 0
-    choice = plans.choose_class(job.spec, facts, classes, steps=steps)
+    known = known or Known()
+    prices, margins = known.prices, known.margins.get(facts.architecture, DEFAULT)
+    classes = gpus.priced(classes, prices)
+    choice = plans.choose_class(job.spec, facts, classes, margins=margins)
     chosen = choice if isinstance(choice, Estimate) else None
     present = {gpu_class.name for gpu_class in classes}
-    absent = [gpus.gpu_class(name, capacity=0) for name in gpus.CLASS_NAMES if name not in present]
+    absent = gpus.priced((gpus.gpu_class(name, 0) for name in gpus.CLASS_NAMES if name not in present), prices)
     every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
     return JobPlan(
         job=job.key,
         facts=facts,
         chosen=chosen,
         refusal=choice if isinstance(choice, Refusal) else None,
-        alternatives=tuple(_alternative(job.spec, facts, gpu_class, chosen) for gpu_class in every),
+        alternatives=tuple(_alternative(job.spec, facts, gpu_class, chosen, margins) for gpu_class in every),
     )
 
 
@@ -87,8 +100,10 @@ def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | N
     )
 
 
-def _alternative(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, chosen: Estimate | None) -> Alternative:
-    choice = plans.choose_class(spec, facts, (gpu_class,), steps=spec.training.max_steps or 0)
+def _alternative(
+    spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, chosen: Estimate | None, margins: Margins
+) -> Alternative:
+    choice = plans.choose_class(spec, facts, (gpu_class,), margins=margins)
     estimate = choice if isinstance(choice, Estimate) else None
     if estimate is not None and chosen is not None and estimate.gpu_class == chosen.gpu_class:
         remark = "chosen"
@@ -99,5 +114,18 @@ def _alternative(spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, cho
     elif gpu_class.capacity == 0:
         remark = "fits; none here"
     else:
-        remark = "fits; not preferred" if spec.resources.gpu_classes else "fits; larger than needed"
+        remark = f"fits; {_why_not(spec, estimate, chosen)}"
     return Alternative(gpu_class=gpu_class.name, capacity=gpu_class.capacity, estimate=estimate, remark=remark)
+
+
+def _why_not(spec: QLoRAJobSpec, estimate: Estimate | None, chosen: Estimate | None) -> str:
+    """Why a class that is here and fits is not the chosen one."""
+    if spec.resources.gpu_classes:
+        return "not preferred"
+    deadline_seconds = spec.active_deadline_seconds
+    if deadline_seconds is not None and estimate is not None and chosen is not None:
+        if not plans.in_time(estimate, deadline_seconds):
+            return "misses activeDeadlineSeconds"
+        if estimate.dollars is not None and chosen.dollars is not None and estimate.dollars > chosen.dollars:
+            return "dearer"
+    return "larger than needed"

@@ -72,5 +72,8 @@ def test_only_visible_cards_count(monkeypatch: pytest.MonkeyPatch, visible: str 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    cards = [Card(uuid="GPU-a", total_mib=23_034), Card(uuid="GPU-b", total_mib=23_034)]
+    cards = [
+        Card(uuid="GPU-a", total_mib=23_034, name="NVIDIA A10G"),
+        Card(uuid="GPU-b", total_mib=23_034, name="NVIDIA A10G"),
+    ]
     assert [card.uuid for card in slots.visible(cards)] == left

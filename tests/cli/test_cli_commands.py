@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from orchestrator.adapters.local.processes import Process, write_durably
+from orchestrator.api.reasons import Reason
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import COMMANDS, app
 from orchestrator.controller.supervisor import RECORD_NAME
@@ -318,6 +320,27 @@ def test_plan_shows_bytes_choice_and_alternatives(service: PaperService) -> None
     assert re.search(r"24Gi +1 .* chosen", text)
     data = json.loads(qlora("plan", path, "--json").stdout)
     assert sum(item["bytes"] for item in data["chosen"]["items"]) == data["chosen"]["peakBytes"]
+
+
+def test_calibration_shows_what_finished_jobs_measured(service: PaperService) -> None:
+    assert json.loads(qlora("calibration", "--json").stdout) == {"bounds": []}
+    service.client.submit(job_document())
+    service.prepare()
+    status = service.train().status
+    measured = status.attempts[-1].model_copy(
+        update={
+            "plan": status.estimate.plan,
+            "finish_time": datetime.now(UTC),
+            "reason": Reason.SUCCEEDED,
+            "predicted_bytes": 1000,
+            "measured_bytes": 1100,
+            "versions": "torch 2.11.0",
+        }
+    )
+    service.write(service.job(), attempts=(*status.attempts[:-1], measured), adapter_uri="file:///adapter")
+    [bound] = json.loads(qlora("calibration", "--json").stdout)["bounds"]
+    assert (bound["architecture"], bound["observations"], bound["marginShare"]) == ("LlamaForCausalLM", 1, 0.1)
+    assert re.search(r"LlamaForCausalLM +kept\S* +1 +\+10.00% +10.00% +no +torch 2.11.0", qlora("calibration").stdout)
 
 
 def test_a_plan_that_is_impossible_here_is_status_2(service: PaperService) -> None:

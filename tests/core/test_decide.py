@@ -31,6 +31,7 @@ from orchestrator.core.facts import (
     StopStage,
     WriteStatus,
 )
+from orchestrator.core.pace import Work
 from orchestrator.core.plans import choose_class
 from orchestrator.core.release import finalizers_with
 from orchestrator.core.state import JobState, state_of
@@ -59,6 +60,7 @@ from tests.core.builders import (
 )
 
 GPUS = gpus(_24Gi=1, _48Gi=1)
+WORK = Work.of(prepare_result())
 DONE = {"finish_time": NOW, "summary": "done"}
 
 
@@ -99,7 +101,7 @@ def publishing(**fields: object) -> QLoRAJob:
 
 
 def with_estimate(status: QLoRAJobStatus, spec_job: QLoRAJob) -> QLoRAJobStatus:
-    chosen = choose_class(spec_job.spec, status.prepared.model, GPUS, steps=120)
+    chosen = choose_class(spec_job.spec, status.prepared.model, GPUS, work=WORK)
     plan_of = status.attempts[-1].model_copy(update={"plan": chosen.plan, "gpu_class": chosen.gpu_class})
     return status.model_copy(update={"estimate": chosen, "attempts": (*status.attempts[:-1], plan_of)})
 
@@ -183,7 +185,7 @@ def test_a_stage_of_an_older_job_of_the_same_name_is_put_away_and_not_taken_for_
 def test_a_prepared_job_with_a_free_gpu_is_admitted_in_the_same_write() -> None:
     job = preparing(start_time=after(-20))
     status = decide_one(job, exited(job, 0, StageResult(prepare=prepare_result())))
-    estimate = choose_class(job.spec, SMOLLM2_135M, GPUS, steps=120)
+    estimate = choose_class(job.spec, SMOLLM2_135M, GPUS, work=WORK)
     assert status.prepared == prepare_result()
     assert status.estimate == estimate
     assert status.attempts == (
@@ -196,7 +198,14 @@ def test_a_prepared_job_with_a_free_gpu_is_admitted_in_the_same_write() -> None:
             reason=Reason.SUCCEEDED,
             message="prepare attempt 1 succeeded",
         ),
-        Attempt(stage="train", number=2, gpu_class="24Gi", plan=estimate.plan, created_time=NOW),
+        Attempt(
+            stage="train",
+            number=2,
+            gpu_class="24Gi",
+            plan=estimate.plan,
+            predicted_bytes=estimate.predicted_bytes,
+            created_time=NOW,
+        ),
     )
     assert (status.active_seconds, status.gpu_seconds) == (20, 0)
     assert says(status, ConditionType.PREPARED) == ("True", Reason.PREPARED)
@@ -433,7 +442,10 @@ def test_out_of_memory_resumes_at_once_on_a_thriftier_plan_and_says_so() -> None
 def test_out_of_memory_with_nothing_left_does_not_fit() -> None:
     job = make_job(status=running_status(model=LLAMA_3_70B, gpu_class="48Gi"), vram="48Gi")
     status = with_estimate(job.status, job)
-    last = status.estimate.plan.model_copy(update={"recompute_layers": 80, "micro_batch_size": 1})
+    everything_out = ("activations", "embeddings")
+    last = status.estimate.plan.model_copy(
+        update={"recompute_layers": 80, "micro_batch_size": 1, "offload": everything_out}
+    )
     status = status.model_copy(update={"estimate": status.estimate.model_copy(update={"plan": last})})
     job = make_job(status=status, vram="48Gi")
     failed = decide_one(job, exited(job, 82))
@@ -568,7 +580,7 @@ def test_a_job_that_fits_no_class_waits_where_gpus_may_come_and_fails_where_they
 
 def test_a_job_with_a_checkpoint_resumes_on_the_class_and_plan_it_began_with() -> None:
     job = make_job(status=running_status(gpu_class="48Gi", stop_reason=Reason.PREEMPTED, checkpoint_age_seconds=5))
-    chosen = choose_class(job.spec, SMOLLM2_135M, gpus(_48Gi=1), steps=120)
+    chosen = choose_class(job.spec, SMOLLM2_135M, gpus(_48Gi=1), work=WORK)
     job = make_job(status=job.status.model_copy(update={"estimate": chosen}))
     resumed = decide_one(job, exited(job, 85))
     assert (resumed.attempts[-1].gpu_class, resumed.attempts[-1].plan) == ("48Gi", chosen.plan)

@@ -12,7 +12,7 @@ from orchestrator.api.job import DatasetSource, ModelSource, ResourcesSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.api.task import StageTask
-from orchestrator.core.gpus import CARDS_TOTAL_MIB, CLASS_NAMES, GIB, MIB, classify
+from orchestrator.core.gpus import CARDS, CLASS_NAMES, GIB, MIB, classify
 from orchestrator.core.pod import (
     CARD_LABELS,
     KARPENTER_CARD,
@@ -270,7 +270,7 @@ def admits(manifest: Manifest, labels: dict[str, str]) -> bool:
     return any(all(matches(e, labels) for e in term["matchExpressions"]) for term in required["nodeSelectorTerms"])
 
 
-MEASURED = {name: {"nvidia.com/gpu.memory": str(mib)} for name, mib in CARDS_TOTAL_MIB.items()}
+MEASURED = {name: {"nvidia.com/gpu.memory": str(card.total_mib)} for name, card in CARDS.items()}
 UNMEASURED = {
     f"{label}={card}": {label: card}
     for label, cards in CARD_LABELS.items()
@@ -333,7 +333,7 @@ def test_dynamic_allocation_claims_a_device_instead() -> None:
     [request] = template["spec"]["spec"]["devices"]["requests"]
     [selector] = request["exactly"]["selectors"]
     assert 'quantity("22938Mi")' in selector["cel"]["expression"]  # 22,016 MiB of class 24Gi and the context's 922
-    assert 'quantity("40346Mi")' in selector["cel"]["expression"]  # class 40Gi begins there
+    assert 'quantity("40090Mi")' in selector["cel"]["expression"]  # class 40Gi begins there
 
 
 # --- spot --------------------

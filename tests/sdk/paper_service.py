@@ -21,6 +21,7 @@ from orchestrator.api.results import ModelFacts, PrepareResult, ProgressReport
 from orchestrator.core.conditions import summarize
 from orchestrator.core.facts import Event, GpuClass
 from orchestrator.core.gpus import gpu_class
+from orchestrator.core.pace import Work
 from orchestrator.core.plans import choose_class
 from orchestrator.sdk.client import Client
 from orchestrator.sdk.connection import Connection
@@ -88,7 +89,7 @@ class PaperService:
         """Prepared, and waiting for a GPU."""
         job = self.job(name)
         facts = ModelFacts.from_config(LLAMA_8B, "main")
-        estimate = choose_class(job.spec, facts, (gpu_class("24Gi", 1),), steps=STEPS)
+        estimate = choose_class(job.spec, facts, (gpu_class("24Gi", 1),), work=Work(steps=STEPS))
         assert isinstance(estimate, Estimate)
         prepared = PrepareResult(
             digest="sha256:" + "1" * 64,

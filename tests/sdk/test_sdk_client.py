@@ -201,7 +201,7 @@ def test_a_plan_adds_up_and_holds_every_class_against_it(service: PaperService) 
     remarks = {alternative.gpu_class: alternative.remark for alternative in plan.alternatives}
     assert remarks["24Gi"] == "chosen"
     assert remarks["80Gi"] == "fits; none here"
-    assert list(remarks) == ["16Gi", "24Gi", "40Gi", "48Gi", "80Gi", "141Gi", "180Gi"]
+    assert list(remarks) == ["10Gi", "16Gi", "20Gi", "24Gi", "40Gi", "48Gi", "80Gi", "141Gi", "180Gi"]
     assert service.store.list_jobs() == []
 
 

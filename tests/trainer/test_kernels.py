@@ -23,7 +23,6 @@ from qlora_trainer.kernels import decoder, layer, torch_ops
 from qlora_trainer.kernels.decoder import draw_seed
 from qlora_trainer.model import TrainingModel
 from qlora_trainer.optimizer import AdapterOptimizer
-from qlora_trainer.outcome import UserError
 from safetensors.torch import load_file, save_file
 from test_model import equal, gradients, make_model, make_records, wake_adapter
 from tiny_model import build_tiny_model, tiny_model
@@ -257,10 +256,12 @@ def test_offloading_changes_no_bit() -> None:
     assert equal(gradients(offloaded, batches), gradients(plain, batches))
 
 
-def test_what_cannot_be_offloaded_is_refused_or_said(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UserError, match="activations of LlamaForCausalLM cannot be offloaded"):
-        make_model(use_dora=True, offload=("activations",))
+def test_what_cannot_be_offloaded_stays_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A plan changes bytes and seconds alone: whoever chose it may find the memory full, but the job was no mistake."""
     caplog.set_level(logging.INFO, logger="qlora_trainer.model")
+    model = make_model(use_dora=True, offload=("activations",))
+    assert "the activations stay on the card" in caplog.text
+    assert gradients(model, [collate(make_records())])
     model = make_model(tiny_model(tied=True), offload=("embeddings",))
     assert "the head shares them" in caplog.text
     assert gradients(model, [collate(make_records())])

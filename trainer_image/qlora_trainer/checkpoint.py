@@ -50,6 +50,7 @@ STATE_NAME = "state.json"
 BEST_ADAPTER_NAME = "best_adapter.safetensors"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "mlflow")
+MEMORY_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 Tensors = Mapping[str, "Tensor"]
 Json = dict[str, Any]
@@ -307,6 +308,12 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def memory_versions() -> str:
+    """The libraries that a step's peak memory depends on, as one line."""
+    found = library_versions()
+    return ", ".join(f"{name} {found[name]}" for name in MEMORY_LIBRARIES if name in found)
 
 
 def _on_host(tensors: Tensors) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ProgressReport, TrainResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.batches import PreparedRows, Schedule, micro_batches, supervised_tokens
-from qlora_trainer.checkpoint import BestEvaluation, Checkpointer, Snapshot, TrainingState
+from qlora_trainer.checkpoint import BestEvaluation, Checkpointer, Snapshot, TrainingState, memory_versions
 from qlora_trainer.evaluation import evaluate, is_due
 from qlora_trainer.journal import Journal
 from qlora_trainer.model import TrainingModel
@@ -323,6 +323,7 @@ class Loop:
             complete=complete,
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
+            versions=memory_versions() if allocated is not None else None,
             **asdict(losses(self.journal.records(), keep_best=self._spec.evaluation.keep_best)),
         )
 

@@ -420,7 +420,7 @@ class TrainingModel:
     def _go_without_fused_layers(self) -> None:
         self._fused = self._replay = None
         if "activations" in self._plan.offload:
-            raise UserError(f"activations of {type(self.base).__name__} cannot be offloaded; choose another plan")
+            log.warning("the activations stay on the card: only layers that are computed by hand can do without them")
         set_recompute(self._decoder, self._plan.recompute_layers)
 
     def _make_replay(self) -> Replay | None:
@@ -435,7 +435,8 @@ class TrainingModel:
             log.info("the embeddings stay on the card: the head shares them")
             return None
         if type(table) is not torch.nn.Embedding:  # some architectures scale what they look up
-            raise UserError(f"embeddings of {type(self.base).__name__} cannot be offloaded; choose another plan")
+            log.warning("the embeddings stay on the card: %s may do more than look up", type(table).__name__)
+            return None
         return HostEmbedding(table, self.device)
 
     # --- does the architecture work the way that this module assumes?

@@ -100,6 +100,13 @@ def tags(task: StageTask) -> dict[str, str]:
     return {key: value[:MAX_VALUE_CHARACTERS] for key, value in found.items()}
 
 
+def plan_tags(task: StageTask) -> dict[str, str]:
+    """The memory plan of this attempt, under a name of its own: a run shows every plan that its job went through."""
+    if task.plan is None:
+        return {}
+    return {f"qlora.dev/plan/{task.attempt}": task.plan.model_dump_json(by_alias=True)}
+
+
 def find_run(client: MlflowClient, task: StageTask) -> str | None:
     """The id of the job's run: as the task says, or found by the job's uid."""
     if task.run_id is not None:
@@ -215,7 +222,9 @@ class RunLogger:
             return None
         mirror = RunMirror(client, run_id)
         versions = {f"qlora.dev/version/{name}": version for name, version in library_versions().items()}
-        mirror.describe(parameters(self._task), {**tags(self._task), **versions, "qlora.dev/card": _card()})
+        mirror.describe(
+            parameters(self._task), {**tags(self._task), **versions, **plan_tags(self._task), "qlora.dev/card": _card()}
+        )
         return mirror
 
     def _note_absence(self, error: Exception) -> None:

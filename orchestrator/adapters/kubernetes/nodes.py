@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +50,8 @@ class Node:
     name: str
     gpu_class: str | None
     gpus: int
+    product: str
+    """What GPU Feature Discovery calls the card; empty where nobody says."""
     usable: bool
     """Whether a train pod could be put there."""
     leaving: str = ""
@@ -76,6 +78,7 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
         name=meta["name"],
         gpu_class=node_class(labels, policy.gpu_resource),
         gpus=_gpus(status, labels, policy),
+        product=labels.get(f"{policy.gpu_resource}.product", ""),
         usable=usable,
         leaving=leaving,
         out_of_service=any(taint["key"] == OUT_OF_SERVICE for taint in taints),
@@ -85,11 +88,16 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
 def count_gpus(nodes: Iterable[Node], held: Mapping[str, int], reachable: Mapping[str, int]) -> tuple[GpuClass, ...]:
     """The classes that there are, small ones first. `held`: GPUs of ours by node; `reachable`: what may come up."""
     counts: Counter[str] = Counter()
+    products: defaultdict[str, set[str]] = defaultdict(set)
     for node in nodes:
         if node.gpu_class is not None:
             counts[node.gpu_class] += node.gpus if node.usable else min(node.gpus, held.get(node.name, 0))
-    totals = {name: max(counts[name], reachable.get(name, 0)) for name in CLASS_NAMES}
-    return tuple(gpu_class(name, total) for name, total in totals.items() if total > 0)
+            products[node.gpu_class].add(node.product)
+    for name, count in reachable.items():
+        if count > counts[name]:
+            counts[name] = count
+            products[name].add("")  # which card an autoscaler will bring is not known
+    return tuple(gpu_class(name, counts[name], products[name]) for name in CLASS_NAMES if counts[name] > 0)
 
 
 def parse_gpu_classes(text: str) -> Mapping[str, int]:

@@ -45,19 +45,24 @@ class Card:
 
     uuid: str
     total_mib: int
+    name: str
 
 
 def find_slots(wanted: str) -> Slots:
     """The slots that a `gpu_classes` setting asks for, or those of the cards that are here."""
     cards = _find_cards()
     devices: dict[str, list[str]] = defaultdict(list)
+    products: dict[str, set[str]] = defaultdict(set)
     for card in cards:
         name = classify(card.total_mib)
         if name is not None:
             devices[name].append(card.uuid)
+            products[name].add(card.name)
     counts = _parse(wanted) or {name: len(found) for name, found in devices.items()} or {CPU_CLASS: 1}
     by_class = {name: _slots(name, count, devices[name], simulated=not cards) for name, count in counts.items()}
-    return Slots(classes=tuple(_describe(name, count) for name, count in counts.items()), by_class=by_class)
+    return Slots(
+        classes=tuple(_describe(name, count, products[name]) for name, count in counts.items()), by_class=by_class
+    )
 
 
 def _parse(wanted: str) -> dict[str, int]:
@@ -80,10 +85,10 @@ def _slots(name: str, count: int, devices: list[str], *, simulated: bool) -> tup
     return tuple(Slot(name=device, device=device) for device in devices[:count])
 
 
-def _describe(name: str, count: int) -> GpuClass:
+def _describe(name: str, count: int, products: set[str]) -> GpuClass:
     if name == CPU_CLASS:
         return cpu_class(int(_memory_bytes() * CPU_MEMORY_SHARE) // max(1, count), count)
-    return gpu_class(name, count)
+    return gpu_class(name, count, products)
 
 
 def _memory_bytes() -> int:
@@ -107,6 +112,7 @@ def _find_cards() -> list[Card]:
             Card(
                 uuid=pynvml.nvmlDeviceGetUUID(handle),
                 total_mib=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // MIB,
+                name=str(pynvml.nvmlDeviceGetName(handle)),
             )
             for handle in handles
         ]

@@ -1,0 +1,181 @@
+"""How long a step takes under a memory plan: what a card has to compute and to move, and how fast it does that.
+
+`core/plans` chooses among plans with it. Each term is counted from the model's shape; how fast a card gets it done
+comes from its data sheet, times efficiencies that were fitted to the committed measurements on H100 and H200
+(benchmarks/results; tests/core/test_pace.py holds the model against them). On other cards it is an extrapolation.
+
+A micro-step takes as long as the slowest of three that go on at one time: the card's own work, the host's launches,
+and the traffic over PCIe. The time for evaluations, checkpoints and loading is not part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.api.job import QLoRAJobSpec
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.results import ModelFacts, PrepareResult
+from orchestrator.core.facts import Card, GpuClass
+from orchestrator.core.flash import QUERY_TILE_TOKENS
+from orchestrator.core.linears import linears, targeted
+from orchestrator.core.sizing import OPTIMIZER_BYTES, adapter_parameters, is_fused
+
+BF16_BYTES = 2
+DEQUANTIZED_BYTES = 0.5 + 1 / 64 + BF16_BYTES
+"""For each weight: NF4 and its scale are read, bfloat16 is written."""
+
+MATMUL_EFFICIENCY = 0.84
+"""Of a card's `matmul_tflops`, over all products of a step: fitted."""
+MEMORY_EFFICIENCY = 0.8
+"""Of a card's `memory_gbps`: NVIDIA's kernels and ours reach 75 to 85 % (a profile at 8B on an H100)."""
+BACKWARD_ATTENTION = 0.87
+"""Flash attention's backward pass, deterministic, against its forward pass: 205 and 240 TFLOP/s in the same profile."""
+TILED_ATTENTION = 0.62
+"""The same where rows are cut into tiles of 16,384 queries: fitted to 32,768 to 131,072 tokens."""
+INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
+"""What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
+activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
+AGAIN = 1 / 3
+"""Of a layer's bytes, kernels and launches, what recomputing it repeats."""
+PLAIN_BYTES = 2.0
+"""Times as much where transformers computes the layer, one operation after the other."""
+KERNEL_SECONDS = 0.0002
+"""The many small kernels of a layer, whatever their size: fitted."""
+FUSED_LAUNCH_SECONDS, PLAIN_LAUNCH_SECONDS = 0.0054, 0.011
+"""The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, and 0.36 s where
+transformers computes them."""
+STEP_SECONDS = 0.004
+"""Around a step's micro-steps: norms, clipping, waiting for the loss."""
+REPLAYED_TOKENS = 6144
+"""Micro-batches up to this are launched as one CUDA graph (`qlora_trainer/replay.py`)."""
+TRAFFIC_BYTES = 6.0
+"""An optimizer step reads parameter and gradient and writes the parameter, for each; its state goes both ways."""
+
+CPU = Card(name="cpu", matmul_tflops=0.1, memory_gbps=20.0, host_gbps=1000.0, attention_share=0.5)
+UNKNOWN = Card(name="unknown", matmul_tflops=60.0, memory_gbps=300.0, host_gbps=12.0, attention_share=0.5)
+"""Good enough to put plans in order where no speed is known; no times are told from them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """How much there is to train on."""
+
+    steps: int = 0
+    """Optimizer steps of the job; 0 where prepare has not counted them."""
+    sequence_tokens: float | None = None
+    """Tokens of a sequence, on average; a full one where that is not known."""
+    record_tokens: float | None = None
+    """Tokens of a record, within which attention stays; a whole sequence where that is not known."""
+
+    @classmethod
+    def of(cls, prepared: PrepareResult) -> Work:
+        """As prepare has counted it."""
+        return cls(
+            steps=prepared.steps,
+            sequence_tokens=prepared.train_tokens / prepared.train_sequences,
+            record_tokens=prepared.train_tokens / prepared.train_records,
+        )
+
+
+class Pace:
+    """The seconds of one job's steps, under any plan on any card."""
+
+    def __init__(self, spec: QLoRAJobSpec, facts: ModelFacts, work: Work) -> None:
+        every = linears(facts)
+        self._facts = facts
+        self._fused = is_fused(spec.adapter, facts)
+        self._weights = sum(linear.parameters for linear in every)
+        last = every[-1].parameters  # the last product of a layer is not needed again to go back through it
+        self._again = self._weights - last if self._fused else self._weights
+        self._adapted = sum(linear.inputs + linear.outputs for linear in targeted(spec.adapter, every))
+        self._trainable = adapter_parameters(spec.adapter, facts)
+        self._state_bytes = OPTIMIZER_BYTES[spec.training.optimizer]
+        self._deterministic = spec.training.deterministic
+        self._replays = self._fused and float(spec.training.neftune_alpha) == 0
+        self._sequence_tokens = work.sequence_tokens or spec.training.sequence_length
+        self._record_tokens = min(work.record_tokens or self._sequence_tokens, self._sequence_tokens)
+
+    def step_seconds(self, plan: MemoryPlan, card: Card) -> float:
+        """One optimizer step: all its micro-steps and the update."""
+        traffic = self._trainable * (TRAFFIC_BYTES + 2 * self._state_bytes)
+        update = STEP_SECONDS + traffic / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+        return plan.accumulation_steps * self.micro_step_seconds(plan, card) + update
+
+    def micro_step_seconds(self, plan: MemoryPlan, card: Card) -> float:
+        """Forward and backward pass of one micro-batch."""
+        tokens, again = self._tokens(plan), self._again_layers(plan)
+        replayed = self._replays and not plan.offload and tokens <= REPLAYED_TOKENS
+        launches = 0.0 if replayed or card is CPU else self._launch_seconds(again)
+        stream = self._stream_seconds(tokens, card)
+        there_and_back = 2 * again * stream if "activations" in plan.offload else 0.0
+        embeddings = stream if "embeddings" in plan.offload else 0.0  # which the card waits for
+        return max(self._card_seconds(tokens, again, card), launches, there_and_back) + embeddings
+
+    def parts(self, plan: MemoryPlan, card: Card) -> dict[str, float]:
+        """Seconds of the card's own work in a micro-step, by what it does."""
+        tokens, again = self._tokens(plan), self._again_layers(plan)
+        return {
+            "products": self._product_seconds(tokens, again, card),
+            "attention": self._attention_seconds(tokens, again, card),
+            "dequantization": self._dequantization_seconds(again, card),
+            "memory traffic": self._memory_seconds(tokens, again, card),
+            "small kernels": self._kernel_seconds(again, card),
+        }
+
+    def _tokens(self, plan: MemoryPlan) -> float:
+        return plan.micro_batch_size * self._sequence_tokens
+
+    def _again_layers(self, plan: MemoryPlan) -> int:
+        return min(plan.recompute_layers, self._facts.num_layers)
+
+    def _card_seconds(self, tokens: float, again: int, card: Card) -> float:
+        return (
+            self._product_seconds(tokens, again, card)
+            + self._attention_seconds(tokens, again, card)
+            + self._dequantization_seconds(again, card)
+            + self._memory_seconds(tokens, again, card)
+            + self._kernel_seconds(again, card)
+        )
+
+    def _product_seconds(self, tokens: float, again: int, card: Card) -> float:
+        """4 operations a weight and token (2 forward, 2 back; the base is frozen), 2 more where it is recomputed."""
+        head = self._facts.vocab_size * self._facts.hidden_size
+        weights = 4 * self._weights * self._facts.num_layers + 2 * self._again * again + 4 * head
+        return tokens * weights / (card.matmul_tflops * 1e12 * MATMUL_EFFICIENCY)
+
+    def _dequantization_seconds(self, again: int, card: Card) -> float:
+        """Every matrix for each pass of each micro-step."""
+        weights = (2 * self._facts.num_layers + AGAIN * again) * self._weights
+        return weights * DEQUANTIZED_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+
+    def _memory_seconds(self, tokens: float, again: int, card: Card) -> float:
+        facts = self._facts
+        layer = INNER_BYTES * facts.intermediate_size + HIDDEN_BYTES * facts.hidden_size + ADAPTER_BYTES * self._adapted
+        layers = (facts.num_layers + AGAIN * again) * (1.0 if self._fused else PLAIN_BYTES)
+        moved = tokens * (layer * layers + LOGIT_BYTES * facts.vocab_size)
+        return moved / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+
+    def _kernel_seconds(self, again: int, card: Card) -> float:
+        return 0.0 if card is CPU else KERNEL_SECONDS * (self._facts.num_layers + AGAIN * again)
+
+    def _attention_seconds(self, tokens: float, again: int, card: Card) -> float:
+        """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""
+        width = self._facts.num_attention_heads * self._facts.head_dim
+        forward = 2 * width * tokens * self._record_tokens
+        tiled = self._deterministic and self._fused and tokens > QUERY_TILE_TOKENS
+        backward = 2.5 * forward / (TILED_ATTENTION if tiled else BACKWARD_ATTENTION)
+        layers = self._facts.num_layers
+        return (forward * (layers + again) + backward * layers) / (card.matmul_tflops * 1e12 * card.attention_share)
+
+    def _launch_seconds(self, again: int) -> float:
+        each = FUSED_LAUNCH_SECONDS if self._fused else PLAIN_LAUNCH_SECONDS
+        return each * (self._facts.num_layers + AGAIN * again)
+
+    def _stream_seconds(self, tokens: float, card: Card) -> float:
+        """One residual stream over PCIe."""
+        return tokens * self._facts.hidden_size * BF16_BYTES / (card.host_gbps * 1e9)
+
+
+def ordering_card(gpu_class: GpuClass) -> Card:
+    """What a class's plans are put in order by."""
+    return CPU if gpu_class.cpu else gpu_class.card or UNKNOWN

@@ -1,0 +1,136 @@
+"""Predicted step times, held against the committed measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.shapes import LLAMA_SHAPES
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.results import ModelFacts
+from orchestrator.core import pace
+from orchestrator.core.facts import Card
+from orchestrator.core.gpus import find_card, gpu_class
+from orchestrator.core.pace import Pace, Work
+from tests.core.builders import LLAMA_3_8B, SMOLLM2_135M, make_spec, prepare_result
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+STATED_ERROR = 0.10
+"""Of a predicted step time, on the cards that the model was fitted to."""
+WITHOUT_GRAPHS = "speed_8b_h100_without_graphs.json"
+"""Measured before short micro-batches were replayed."""
+
+
+def measured() -> Iterator[object]:
+    """Every committed step time: file, case, card, plan, seconds."""
+    for path in sorted([*RESULTS.glob("speed_*.json"), *RESULTS.glob("long_*.json")]):
+        document = json.loads(path.read_text())
+        for name, case in document["results"]["cases"].items():
+            if "step_seconds" in case:
+                yield pytest.param(path.name, document, name, case, id=f"{path.stem} {name}")
+
+
+@pytest.mark.parametrize(("file", "document", "name", "case"), list(measured()))
+def test_predicted_step_times_are_within_the_stated_error_of_the_measured_ones(
+    file: str, document: dict, name: str, case: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if file == WITHOUT_GRAPHS:
+        monkeypatch.setattr(pace, "REPLAYED_TOKENS", 0)
+    results = document["results"]
+    card = find_card(document["card"].split(" (")[0])
+    spec = make_spec(
+        rank=results["rank"],
+        dropout=results["dropout"],
+        sequence_length=int(name.split("x")[0]),
+        deterministic=results["deterministic"],
+    )
+    predicted = Pace(spec, llama(results["shape"]), Work()).step_seconds(MemoryPlan.model_validate(case["plan"]), card)
+    assert predicted == pytest.approx(case["step_seconds"], rel=STATED_ERROR)
+
+
+def llama(shape: str) -> ModelFacts:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    return ModelFacts.from_config({**config, **LLAMA_SHAPES[shape]}, "main")
+
+
+def plan(micro_batch_size: int = 1, recompute_layers: int = 0, **fields: object) -> MemoryPlan:
+    fields.setdefault("accumulation_steps", 16 // micro_batch_size)
+    return MemoryPlan(micro_batch_size=micro_batch_size, recompute_layers=recompute_layers, **fields)
+
+
+def seconds(under: MemoryPlan, card: str | Card = "A40", work: Work | None = None, **spec: object) -> float:
+    found = find_card(card) if isinstance(card, str) else card
+    return Pace(make_spec(**spec), LLAMA_3_8B, work or Work()).step_seconds(under, found)
+
+
+def test_recomputing_takes_time_and_so_does_a_slower_card() -> None:
+    assert seconds(plan(4, 0)) < seconds(plan(4, 16)) < seconds(plan(4, 32))
+    assert seconds(plan(4), "H200") < seconds(plan(4), "A100 80GB") < seconds(plan(4), "A40") < seconds(plan(4), "A10G")
+
+
+def test_dequantization_is_spread_over_a_larger_micro_batch() -> None:
+    assert seconds(plan(1)) > seconds(plan(2)) > seconds(plan(8))
+
+
+def test_short_micro_batches_wait_for_the_host_where_they_cannot_be_replayed() -> None:
+    replayed, launched = plan(1), plan(1, offload=("embeddings",))
+    assert seconds(launched, "H200", sequence_length=256) > 3 * seconds(replayed, "H200", sequence_length=256)
+
+
+def test_offloaded_activations_cost_nothing_but_where_the_host_is_too_slow_for_them() -> None:
+    """On a slow enough link the traffic both ways is the whole step."""
+    inside, outside = plan(4, 32), plan(4, 32, offload=("activations",))
+    assert seconds(outside) == seconds(inside)
+    slow = Card(name="slow link", matmul_tflops=150, memory_gbps=700, host_gbps=0.1, attention_share=0.6)
+    stream = 4 * 2048 * 4096 * 2 / 0.1e9
+    assert seconds(outside, slow) == pytest.approx(4 * 2 * 32 * stream, rel=0.001)
+
+
+def test_attention_stays_within_records() -> None:
+    packed = Work(sequence_tokens=16_384, record_tokens=512)
+    assert seconds(plan(1), sequence_length=16_384, work=packed) < 0.7 * seconds(plan(1), sequence_length=16_384)
+
+
+def test_prepare_tells_how_much_work_there_is() -> None:
+    result = prepare_result(SMOLLM2_135M)
+    assert Work.of(result) == Work(steps=120, sequence_tokens=100_000 / 57, record_tokens=100_000 / 412)
+
+
+@pytest.mark.parametrize(
+    ("product", "card"),
+    [
+        ("NVIDIA-A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA-A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA-RTX-6000-Ada-Generation", "RTX 6000 Ada"),
+        ("NVIDIA-RTX-A6000", "A6000"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA-L40S", "L40S"),
+        ("a10g", "A10G"),
+    ],
+)
+def test_cards_are_known_by_what_drivers_and_node_labels_call_them(product: str, card: str) -> None:
+    found = find_card(product)
+    assert found is not None
+    assert found.name == card
+
+
+@pytest.mark.parametrize("product", ["Tesla-T4", "NVIDIA-L40", "NVIDIA-H100-NVL", ""])
+def test_a_card_without_bfloat16_or_without_an_entry_has_no_speed(product: str) -> None:
+    assert find_card(product) is None
+
+
+def test_a_slice_has_its_part_of_the_card() -> None:
+    whole, half = find_card("NVIDIA-A100-SXM4-80GB"), find_card("NVIDIA-A100-SXM4-80GB-MIG-3g.40gb")
+    assert half.matmul_tflops == pytest.approx(whole.matmul_tflops * 3 / 7)
+    assert half.memory_gbps == whole.memory_gbps / 2
+
+
+def test_a_class_is_as_fast_as_its_slowest_card() -> None:
+    assert gpu_class("48Gi", 1).card == find_card("A40")
+    assert gpu_class("48Gi", 2, ["NVIDIA-L40S", "NVIDIA-RTX-A6000"]).card == find_card("A6000")
+    assert gpu_class("48Gi", 2, ["NVIDIA-L40S", "something new"]).card == find_card("A40")
+    assert gpu_class("16Gi", 1).card is None
