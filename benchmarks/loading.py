@@ -102,6 +102,7 @@ def load(folder: Path, sequence: int) -> dict[str, float]:
         "gigabytes_per_second": round(gigabytes / (loaded - imported), 2),
         "adapter_seconds": round(built - loaded, 2),
         "first_step_seconds": round(done - built, 2),
+        "seconds_after_imports": round(done - imported, 2),
         "seconds_to_first_step": round(done - started, 2),
     }
 

@@ -1,0 +1,136 @@
+"""How right the memory model is on the rows that `benchmarks.sizing` measured on a GPU.
+
+    python -m benchmarks.sizing_report [--rows benchmarks/results/sizing_rows.jsonl] [--save sizing]
+
+For each architecture: predicted peak over measured peak of PyTorch's allocator, less one, in per cent. The model's
+constants were read off the trainer's and the libraries' code; two things were set with rows in sight, the margin and
+corrections of the walk where rows showed a tensor that it had missed. `fitted` are the architectures on which that was
+done, `held_out` the others. Then what is reserved, and what whole models take under the cap of a GPU class, against
+LoRA on a 16-bit base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.estimators import QLORA_PARTS, ROWS, Row, ours
+from benchmarks.report import argument_parser, emit
+
+FITTED = frozenset(
+    {
+        *("smollm2-135m", "qwen3-0.6b", "pythia-6.9b", "gemma-2-2b", "gemma-3-1b"),
+        *("olmo-2-7b", "granite-3.1-8b", "phi-3-mini-3.8b", "starcoder2-7b"),
+    }
+)
+GIB = 1 << 30
+
+
+def main() -> None:
+    """Judge the rows and print."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    arguments = parser.parse_args()
+    emit(report([json.loads(line) for line in arguments.rows.read_text().splitlines()]), save=arguments.save)
+
+
+def report(raw: list[dict[str, Any]]) -> dict[str, object]:
+    """All of it."""
+    rows = [(each, row) for each in raw if (row := Row.read(each)) is not None]
+    by_model: dict[str, list[float]] = defaultdict(list)
+    for _, row in rows:
+        by_model[row.model].append(error(row))
+    return {
+        "card": sorted({each["card"] for each in raw}),
+        "commit": sorted({each["commit"] for each in raw}),
+        "rows": len(rows),
+        "architectures": len(by_model),
+        "all": summary(error for errors in by_model.values() for error in errors),
+        "fitted": summary(error for model, errors in by_model.items() if model in FITTED for error in errors),
+        "held_out": summary(error for model, errors in by_model.items() if model not in FITTED for error in errors),
+        "by_model": {model: summary(errors) for model, errors in sorted(by_model.items())},
+        "too_small": [described(each, row) for each, row in rows if error(row) < 0],
+        "reserved_over_predicted_percent": summary(
+            100 * (each["peak_reserved_bytes"] / ours(row, margin=True) - 1) for each, row in rows
+        ),
+        "refused": sorted({f"{each['model']}: {each.get('refused') or each['error']}" for each in raw if failed(each)}),
+        "whole": {name: whole(each, row) for each, row in rows if (name := named(each)) and row.part == "whole"},
+        "against_16_bit_lora": against_16_bits(raw),
+    }
+
+
+def error(row: Row) -> float:
+    """In per cent; below zero a job would have asked for too small a card."""
+    return 100 * (ours(row, margin=True) / row.measured_bytes - 1)
+
+
+def summary(errors: Iterable[float]) -> dict[str, float]:
+    """Of errors in per cent."""
+    found = list(errors)
+    return {
+        "rows": len(found),
+        "mean": round(mean(abs(each) for each in found), 3),
+        "least": round(min(found), 3),
+        "most": round(max(found), 3),
+    }
+
+
+def failed(raw: dict[str, Any]) -> bool:
+    """Whether the trainer refused the job, or it broke."""
+    return raw["part"] in QLORA_PARTS and ("refused" in raw or "error" in raw)
+
+
+def named(raw: dict[str, Any]) -> str:
+    """A model and its case, in words and without dots, which separate keys in targets.toml."""
+    adapter, training, plan = raw["adapter"], raw["training"], raw["plan"]
+    layers = min(plan["recomputeLayers"], raw["config"]["num_hidden_layers"])
+    model = raw["model"].replace(".", "_")
+    return f"{model} r={adapter['rank']} {training['sequenceLength']} tokens, {layers} layers recomputed"
+
+
+def described(raw: dict[str, Any], row: Row) -> str:
+    """A row that was predicted too small, for whoever looks for the cause."""
+    plan = raw["plan"]
+    return (
+        f"{named(raw)}, {plan['microBatchSize']} x {plan['accumulationSteps']}, offload {plan['offload']}, "
+        f"targets {raw['adapter']['targetModules']}: {error(row):+.2f} %"
+    )
+
+
+def whole(raw: dict[str, Any], row: Row) -> dict[str, float]:
+    """GiB of a model with all its layers."""
+    return {
+        "cap_gib": raw["cap_gib"],
+        "predicted_gib": round(ours(row, margin=True) / GIB, 3),
+        "measured_gib": round(row.measured_bytes / GIB, 3),
+        "reserved_gib": round(raw["peak_reserved_bytes"] / GIB, 3),
+        "step_seconds": raw["step_seconds"],
+    }
+
+
+def against_16_bits(raw: list[dict[str, Any]]) -> dict[str, object]:
+    """The share of memory saved against PEFT's LoRA on a bfloat16 base, with and without its gradient checkpointing."""
+    found: dict[str, object] = {}
+    peaks = {
+        (each["part"], each["model"], each["adapter"]["rank"], each["plan"]["recomputeLayers"]): each
+        for each in raw
+        if "peak_allocated_bytes" in each and each["part"] in ("whole", "lora16")
+    }
+    for (part, model, rank, recompute), theirs in peaks.items():
+        own = peaks.get(("whole", model, rank, 1024))
+        if part == "lora16" and own is not None:
+            which = "with" if recompute else "without"
+            found[f"{model.replace('.', '_')} r={rank}, 16-bit {which} checkpointing"] = {
+                "lora_16_bit_gib": round(theirs["peak_allocated_bytes"] / GIB, 3),
+                "qlora_gib": round(own["peak_allocated_bytes"] / GIB, 3),
+                "saved": round(1 - own["peak_allocated_bytes"] / theirs["peak_allocated_bytes"], 4),
+            }
+    return found
+
+
+if __name__ == "__main__":
+    main()
