@@ -10,7 +10,8 @@ CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 # What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
 TIERS := check test-core test-trainer test-api test-service test-chart test-kills test-scale test-e2e
-# Tests of a file share what it has started, a service or a control plane; two files run at a time.
+# Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
+# the longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -37,8 +38,8 @@ test-trainer: $(VENV)/.synced $(MODEL)/model.safetensors ## The trainer: data, m
 	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/model tests/adapters tests/controller tests/sdk tests/cli tests/e2e \
-	  --ignore=tests/e2e/test_kills.py
+	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/adapters tests/controller \
+	  tests/sdk tests/cli tests/model
 
 test-kills: $(VENV)/.synced ## Thirty kills and, beside them, ten preemptions at seeded instants
 	$(PYTEST) --dist=load tests/e2e/test_kills.py
