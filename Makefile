@@ -38,8 +38,8 @@ test-trainer: $(VENV)/.synced $(MODEL)/model.safetensors ## The trainer: data, m
 	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/adapters tests/controller \
-	  tests/sdk tests/cli tests/model
+	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_out_of_memory.py \
+	  tests/adapters tests/controller tests/sdk tests/cli tests/model
 
 test-kills: $(VENV)/.synced ## Thirty kills and, beside them, ten preemptions at seeded instants
 	$(PYTEST) --dist=load tests/e2e/test_kills.py
