@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from qlora_trainer.attention import PackedAttention
 from qlora_trainer.model import load_base
-from qlora_trainer.quantized import tensors_of
+from qlora_trainer.quantized import MANIFEST_NAME, QuantizedCache, tensors_of
 from tiny_model import build_tiny_model
 from torch import Tensor
 
@@ -54,3 +55,54 @@ def test_a_damaged_entry_is_made_again(
     again = load(folder)
     assert "are damaged and are made again" in caplog.text
     assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+
+
+def weights(value: int) -> list[tuple[str, Tensor]]:
+    """An entry of 1,000 bytes."""
+    return [("layer", torch.full((1000,), value, dtype=torch.uint8))]
+
+
+def cache_of(folder: Path, entries: float) -> QuantizedCache:
+    """Room for so many entries."""
+    return QuantizedCache(folder, int(1200 * entries))
+
+
+def used(cache: QuantizedCache, key: str, second: int) -> None:
+    os.utime(cache.folder / key / MANIFEST_NAME, (second, second))
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, 2.5)
+    for number, key in enumerate(("first", "second")):
+        cache.write(key, weights(number))
+        used(cache, key, 1000 + number)
+    used(cache, "first", 2000)
+    cache.write("third", weights(2))
+    assert {key for key in ("first", "second", "third") if cache.read(key, CPU)} == {"first", "third"}
+
+
+def test_what_does_not_fit_is_not_kept_and_drives_nothing_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = cache_of(tmp_path, 1.5)
+    cache.write("small", weights(1))
+    cache.write("large", [*weights(1), ("other", torch.zeros(2000, dtype=torch.uint8))])
+    assert "do not fit" in caplog.text
+    assert cache.read("large", CPU) is None
+    assert cache.read("small", CPU) is not None
+
+
+def test_an_entry_that_cannot_be_read_now_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = cache_of(tmp_path, 2)
+    cache.write("entry", weights(7))
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", broken)
+        assert cache.read("entry", CPU) is None
+    assert "cannot be read" in caplog.text
+    found = cache.read("entry", CPU)
+    assert found is not None
+    assert torch.equal(found["layer"], weights(7)[0][1])

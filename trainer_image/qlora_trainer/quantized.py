@@ -185,7 +185,10 @@ class QuantizedCache:
                 shards = list(pool.map(partial(_read_shard, entry, device), manifest.files))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:  # the storage may answer the next trainer
+            log.warning("the quantized weights %s cannot be read, and are not used: %s", entry, error)
+            return None
+        except (ValueError, KeyError) as error:
             log.warning("the quantized weights %s are damaged and are made again: %s", entry, error)
             self._remove(entry)
             return None
