@@ -183,9 +183,11 @@ class Trial:
         gpus = min(self.size.nodes, self.size.jobs)
         before = len(self.observer.of("train"))
         self._signal(signal.SIGSTOP, "kube-scheduler", "kwok")
-        began = time.monotonic()
+        self.program.process.send_signal(signal.SIGSTOP)  # or the queue that opens first would borrow from the others
         for name, spec in queue_specs(self.size.nodes, hold=False).items():
             self.api.patch(path_of(API_VERSION, "qloraqueues", name=name), {"spec": spec})
+        began = time.monotonic()
+        self.program.process.send_signal(signal.SIGCONT)
         self.observer.wait(
             lambda: len(self.observer.of("train")) - before >= gpus, WAVE_SECONDS, f"{gpus} train pods at once"
         )
