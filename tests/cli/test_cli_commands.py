@@ -26,6 +26,7 @@ from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.api.reasons import Reason
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import COMMANDS, app
+from orchestrator.cli.words import gib
 from orchestrator.controller.supervisor import RECORD_NAME
 from tests.sdk.paper_service import STEPS, PaperService, job_document, write_inputs
 
@@ -278,10 +279,12 @@ def test_describe_tells_the_whole_story(service: PaperService) -> None:
     service.train()
     service.succeed()
     page = qlora("describe", "medical").stdout
+    estimate = service.client.get("medical").status.estimate
+    assert estimate is not None
     for told in (
         "default/medical  Succeeded",
         "600 records in 64 sequences",
-        "24Gi: 18.32 GiB of 21.50 GiB usable",
+        f"24Gi: {gib(estimate.peak_bytes)} of 21.50 GiB usable",
         "MLflow run    run-1 (FINISHED)",
         "models:/medical/3",
         "Finished   True",
