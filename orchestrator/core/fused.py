@@ -185,16 +185,17 @@ def _mlp(t: Timeline, layer: FusedLayer) -> None:
 
 
 def _mlp_in_tiles(t: Timeline, layer: FusedLayer) -> None:
-    """`FusedLayer._mlp_in_tiles`; every tile is like the first."""
+    """`FusedLayer._mlp_in_tiles`; every tile is like the second."""
     if layer.tokens <= MLP_TILE_TOKENS:
         return _mlp(t, layer)
     t.take(out=layer.stream, gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes)
     tile = MLP_TILE_TOKENS
+    t.take(product_before=layer.of(layer.inner, tile))  # of the first, until there is another
     t.take(normalized=layer.of(layer.hidden, tile))
     _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tile, weight_is_there=True)
     t.drop("gate_up_low")
     t.take(product=layer.of(layer.inner, tile))
-    t.drop("normalized", "gate_up")
+    t.drop("normalized", "gate_up", "product_before")
     _group_forward(t, layer, layer.down, "down", "down_low", tile, weight_is_there=True)
     return None
 
