@@ -40,7 +40,7 @@ class Tile:
 def alike(multiprocessors: int, tokens: int, query_heads: int) -> int:
     """The most multiprocessors that take the same bytes: cards that differ by less need not be told apart.
 
-    Rounding up to a multiple of the heads changes no number of sums (`_splits`), where all heads are at work at once.
+    Rounding up to a multiple of the heads changes no number of sums (`_tile_workspace`), where all heads are at work.
     """
     if tokens > QUERY_TILE_TOKENS:
         return multiprocessors

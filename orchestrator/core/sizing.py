@@ -239,6 +239,11 @@ class _Question:
         return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
 
     @cached_property
+    def shape(self) -> FusedLayer | PlainLayer:
+        """A layer, and the micro-batch that goes through it."""
+        return _shape(self)
+
+    @cached_property
     def logits_bytes(self) -> int:
         """What the loss works with."""
         return _logits_bytes(self)
@@ -316,9 +321,8 @@ def _instants(question: _Question, layers: _Layers) -> Iterator[Instant]:
 
 def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
     """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
-    shape = _shape(question)
-    if isinstance(shape, PlainLayer):
-        return final_norm(shape, recomputes=recomputes)
+    if isinstance(question.shape, PlainLayer):
+        return final_norm(question.shape, recomputes=recomputes)
     return 3 * question.stream, 3 * question.stream
 
 
@@ -350,7 +354,7 @@ class _Layers:
     @classmethod
     def of(cls, question: _Question) -> _Layers:
         """The layers of the question, none of which recomputes."""
-        shape = _shape(question)
+        shape = question.shape
         recomputed, whole = _recomputed_layer(shape, "activations" in question.plan.offload), _kept_layer(shape)
         return cls(count=question.facts.num_layers, recomputing=0, recomputed=recomputed, whole=whole)
 

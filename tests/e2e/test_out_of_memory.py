@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from mlflow import MlflowClient
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.controller import supervisor
 from orchestrator.sdk import Client, JobHandle
 from orchestrator.settings import Settings
 from tests.e2e.jobs import Document, tiny_job
@@ -53,15 +51,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         trainer_threads=1,
         trainer_command=short,
     )
-
-
-@pytest.fixture(scope="module")
-def client(settings: Settings) -> Iterator[Client]:
-    supervisor.start(settings)
-    try:
-        yield Client(settings)
-    finally:
-        supervisor.stop(settings)
 
 
 def job_document(name: str, **spec: object) -> Document:
