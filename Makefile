@@ -9,8 +9,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 # What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
-# test-e2e builds a whole cluster and two images, and is run by itself.
-TIERS := check test-core test-trainer test-api test-service test-chart test-kills test-scale
+TIERS := check test-core test-trainer test-api test-service test-chart test-kills test-scale test-e2e
 # Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
 # the longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile

@@ -169,6 +169,7 @@ class Loop:
     def _refuse_to_diverge(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
+        self._checkpointer.finish()  # the one that is being written is kept too, and the message is to name it
         last = self._checkpointer.last
         kept = f"the checkpoint of step {last.step} is kept at {last.uri}" if last else "there is no checkpoint yet"
         raise DivergedError(
