@@ -88,8 +88,8 @@ class ServiceSettings(BaseSettings):
     """A round begins nothing more after so long, or four times its look at things; the rest is decided anew."""
     words_limit: int = Field(default=100, ge=1, le=100_000)
     """Jobs of which one round says something new while nothing else about them changes, such as why they wait."""
-    words_per_second: float = Field(default=5.0, gt=0, le=10_000)
-    """Such words are written about so many jobs a second, and ten times as many after a pause."""
+    words_per_second: float = Field(default=2.0, gt=0, le=10_000)
+    """Such words are written about so many jobs a second, and a minute's worth of them at once after a pause."""
     tracking_lanes: int = Field(default=1, ge=1, le=64)
     """Calls that MLflow is asked to answer at one time."""
     tracking_timeout_seconds: Seconds = 30.0

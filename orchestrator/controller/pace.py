@@ -51,7 +51,7 @@ class Backoff:
 class Allowance:
     """So many a second; what was not used is saved up for `saved_seconds`."""
 
-    def __init__(self, per_second: float, saved_seconds: float = 10.0, clock: Clock = time.monotonic) -> None:
+    def __init__(self, per_second: float, saved_seconds: float = 60.0, clock: Clock = time.monotonic) -> None:
         self._per_second = per_second
         self._most = max(1.0, per_second * saved_seconds)
         self._clock = clock

@@ -280,7 +280,7 @@ def test_of_several_jobs_at_one_time_the_one_whose_runtime_is_lost_ends_the_roun
 
 
 def test_words_about_jobs_that_wait_come_no_faster_than_allowed_and_hold_no_deed_up(tmp_path: Path) -> None:
-    world = World(tmp_path, Bounds(words_per_second=0.2))  # ten seconds' worth of which are two
+    world = World(tmp_path, Bounds(words_per_second=2 / 60))  # a minute's worth of which are two
     jobs = [world.job(f"job-{number}") for number in range(5)]
     world.actor.act([replace(write(job, "waits"), words_only=True) for job in jobs[:4]])
     world.actor.act([write(jobs[4], "starts")])

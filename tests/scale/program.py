@@ -108,6 +108,7 @@ def controller(plane: ControlPlane) -> Generator[Program]:
         "QLORA_HEALTH_PORT": str(health_port),
         "QLORA_METRICS_PORT": str(metrics_port),
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MALLOC_ARENA_MAX": "2",  # as in the image
     }
     log = plane.folder / "controller.log"
     with (
