@@ -30,7 +30,7 @@ SETTINGS = {
     "QLORA_POD_NAME": "controller-0",
     "QLORA_STORE_URI": "s3://adapters/jobs",
     "QLORA_TRAINER_IMAGE": "trainer:1",
-    "QLORA_CPU_STAGES_LIMIT": "400",
+    "QLORA_CPU_STAGES_LIMIT": "1000",  # a publish stage for every GPU: training takes seconds here
 }
 """All others are the defaults."""
 AUDIT_POLICY = {

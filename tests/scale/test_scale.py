@@ -19,7 +19,7 @@ from tests.scale.trial import Outcome, Size, kind_of, run
 
 FRACTION = float(os.environ.get("QLORA_SCALE", "0.1"))
 full_size = pytest.mark.skipif(FRACTION < 1, reason="figures are promised for the full size alone")
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 
 EXPECTED_RUN = {"ok": "FINISHED", "oom": "FINISHED", "bad": "FAILED"}
 

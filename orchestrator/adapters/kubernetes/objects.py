@@ -43,6 +43,7 @@ class Parser:
     def __init__(self) -> None:
         self._parts: dict[BaseModel, BaseModel] = {}
         self._specs: dict[str, QLoRAJobSpec] = {}
+        self._names: dict[frozenset[str], set[str]] = {}
 
     def job(self, item: Json) -> QLoRAJob:
         """The job in the contract's terms; raises InvalidObject for one that this version cannot read."""
@@ -61,7 +62,9 @@ class Parser:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise InvalidObject(f"job {key_of(item)}: {where}: {first['msg']}") from error
-        return job.model_copy(update={"status": self._compact(job.status)})
+        compact = job.model_copy(update={"status": self._compact(job.status)})
+        self._share_names(compact.metadata, compact)
+        return compact
 
     def job_or_unreadable(self, item: Json) -> QLoRAJob | Unreadable:
         """The same for a cache; what cannot be read is logged, once a version."""
@@ -95,18 +98,28 @@ class Parser:
         return known
 
     def _compact(self, status: QLoRAJobStatus) -> QLoRAJobStatus:
-        changes: dict[str, object] = {
-            "attempts": tuple(self._compact_attempt(attempt) for attempt in status.attempts),
-            "mlflow": self._shared(status.mlflow),
-        }
+        attempts = tuple(self._compact_attempt(attempt) for attempt in status.attempts)
+        changes: dict[str, object] = {"attempts": attempts, "mlflow": self._shared(status.mlflow)}
         if status.prepared is not None:
             changes["prepared"] = status.prepared.model_copy(update={"model": self._shared(status.prepared.model)})
         if status.estimate is not None:
             changes["estimate"] = self._shared(status.estimate)
-        return status.model_copy(update=changes)
+        compact = status.model_copy(update=changes)
+        parts = (compact.prepared, compact.progress, compact.checkpoint)
+        self._share_names(*compact.conditions, *attempts, *filter(None, parts), compact)
+        return compact
 
     def _compact_attempt(self, attempt: Attempt) -> Attempt:
         return attempt.model_copy(update={"plan": self._shared(attempt.plan)}) if attempt.plan else attempt
+
+    def _share_names(self, *models: BaseModel) -> None:
+        """Let models with the same fields set have one set of their names: half of what a job takes are such sets.
+
+        Frozen models do not change theirs, and copies get their own.
+        """
+        for model in models:
+            names = model.model_fields_set
+            object.__setattr__(model, "__pydantic_fields_set__", self._names.setdefault(frozenset(names), names))
 
     def _shared(self, part: Part) -> Part:
         if len(self._parts) >= SHARED_LIMIT:

@@ -29,7 +29,8 @@ from orchestrator.errors import OrchestratorError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-PAGE_OBJECTS = 500
+PAGE_OBJECTS = 200
+"""A page is parsed as a whole, and takes four times its size meanwhile."""
 WATCH_SECONDS = (240, 480)
 """The server ends a watch after a random time in this range, so that not all start again at once."""
 SILENCE_SECONDS = 130.0
