@@ -418,7 +418,7 @@ def test_an_agent_that_nobody_hears_of_is_not_waited_for(api: KubeApi, runtimes:
     assert "deletionTimestamp" not in api.get(PATH)["metadata"]
     time.sleep(0.6)
     pods.stop(NAMESPACE, NAME, 45, Reason.PREEMPTED)
-    assert api.get(PATH)["metadata"]["deletionGracePeriodSeconds"] == 44
+    assert 35 < api.get(PATH)["metadata"]["deletionGracePeriodSeconds"] < 45, "what was waited for is taken off"
 
 
 def test_a_pod_that_waits_for_a_node_is_stopped_at_once(api: KubeApi, runtimes: Runtimes) -> None:
