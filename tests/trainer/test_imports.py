@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from toy_job import make_task
 
 from orchestrator.api.reasons import ExitCode
@@ -57,8 +58,9 @@ def run(program: str, *arguments: str, **variables: str) -> list[object]:
     return answer
 
 
-def test_a_job_is_trained_without_what_it_has_no_use_for(tmp_path: Path) -> None:
-    task = make_task(tmp_path, steps=2, recompute_layers=1)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # layers by hand; layers and checkpoints of torch's
+def test_a_job_is_trained_without_what_it_has_no_use_for(tmp_path: Path, family: str) -> None:
+    task = make_task(tmp_path, steps=2, family=family)
     environment = {
         "QLORA_TASK": task.model_dump_json(by_alias=True),
         "QLORA_TERMINATION_LOG": str(tmp_path / "termination"),

@@ -25,9 +25,9 @@ from typing import Any
 
 COMPILER = "torch._dynamo"
 PARTS = (f"{COMPILER}.", "torch._inductor")
-LIGHT_PART = f"{COMPILER}._trace_wrapped_higher_order_op"
-"""transformers' masks take a class from it; it needs nothing of the compiler."""
-MARKS = ("allow_in_graph", "assume_constant_result", "disable")
+LIGHT_PARTS = ("_trace_wrapped_higher_order_op", "config")
+"""These need nothing of the compiler. transformers' masks take a class from the first, checkpoints ask the second."""
+MARKS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph")
 
 
 def load_torch() -> None:
@@ -51,8 +51,9 @@ def _defer_compiler() -> None:
     if spec is None or COMPILER in sys.modules:
         return
     sys.modules[COMPILER] = _Marks(spec)
-    import_module(LIGHT_PART)
     sys.meta_path.insert(0, _PartFinder())
+    for name in LIGHT_PARTS:
+        import_module(f"{COMPILER}.{name}")
 
 
 class _Marks(ModuleType):
@@ -83,7 +84,7 @@ class _PartFinder(MetaPathFinder):
     """Loads the whole compiler when a part of it is imported, before that part could meet the stand-in."""
 
     def find_spec(self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
-        if not name.startswith(PARTS):
+        if not name.startswith(PARTS) or name.removeprefix(PARTS[0]) in LIGHT_PARTS:
             return None
         _load_compiler()
         return spec_from_loader(name, _Loaded(sys.modules[name])) if name in sys.modules else None
@@ -108,7 +109,8 @@ def _load_compiler() -> ModuleType:
         sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _PartFinder)]
         del sys.modules[COMPILER]
         compiler = import_module(COMPILER)
-        setattr(compiler, LIGHT_PART.rpartition(".")[2], sys.modules[LIGHT_PART])
+        for name in LIGHT_PARTS:  # loaded before, so not bound to it
+            setattr(compiler, name, sys.modules[f"{COMPILER}.{name}"])
     return sys.modules[COMPILER]
 
 
