@@ -1,10 +1,10 @@
-"""Seconds from the start of a train process to its first step on a small model, and where its imports spend them.
+"""Seconds from the start of a train process to its first step on a tiny model, and where its imports spend them.
 
-    python -m benchmarks.startup [--shape tiny] [--repeat 5] [--save startup]
+    python -m benchmarks.startup [--repeat 5] [--save startup]
 
-Runs the real train stage so often, the files in the page cache, and tells the medians; between two of its runs a
-process imports the same libraries in the plain way. One run more under `-X importtime`, which itself takes time, shares
-the imports among top-level packages.
+Runs the real train stage so often, quantized weights cached and all files in the page cache, and tells the medians;
+between two of its runs a process imports the same libraries in the plain way. One run more under `-X importtime`, which
+itself takes time, shares the imports among top-level packages.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from statistics import median
 
 from benchmarks.report import argument_parser, emit
-from benchmarks.shapes import write_model, write_texts
+from benchmarks.shapes import write_texts
 from benchmarks.stages import Bench, environment, log_path, prepare
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
+from tests.trainer.tiny_model import build_tiny_model
 
 PLAIN = """
 import json, sys, time
@@ -41,16 +41,15 @@ PACKAGES_TOLD = 12
 def main() -> None:
     """Measure and tell."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--shape", default="tiny")
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        emit(measure(bench(Path(name), arguments.shape), arguments), save=arguments.save)
+        emit(measure(bench(Path(name)), arguments.repeat), save=arguments.save)
 
 
-def bench(folder: Path, shape: str) -> Bench:
+def bench(folder: Path) -> Bench:
     """A job of one step."""
-    write_model(folder / "model", shape)
+    build_tiny_model(folder / "model")
     write_texts(folder / "train.jsonl", records=16, words=32)
     spec = QLoRAJobSpec.model_validate(
         {
@@ -62,18 +61,16 @@ def bench(folder: Path, shape: str) -> Bench:
     return Bench(folder=folder, spec=spec, plan=MemoryPlan(micro_batch_size=1, accumulation_steps=1))
 
 
-def measure(bench: Bench, arguments: Namespace) -> dict[str, object]:
-    """The medians, after one run that is not counted."""
-    first = prepare(bench, "warm")
-    train(bench, first)
+def measure(bench: Bench, repeat: int) -> dict[str, object]:
+    """The medians, after one run that fills the caches."""
+    train(bench, prepare(bench, "first"))
     plain, runs = [], []
-    for number in range(arguments.repeat):
+    for number in range(repeat):
         plain.append(import_plainly())
         runs.append(train(bench, prepare(bench, f"run-{number}")))
     train(bench, timed := prepare(bench, "timed"), "-X", "importtime")
     return {
-        "shape": arguments.shape,
-        "repeat": arguments.repeat,
+        "repeat": repeat,
         "plain_imports": medians(plain),
         "train_stage": medians(runs),
         "import_seconds_by_package": by_package(log_path(bench, timed).read_text()),
@@ -93,7 +90,8 @@ def train(bench: Bench, task: StageTask, *options: str) -> dict[str, float]:
     began = time.time()
     with log_path(bench, task).open("wb") as log:
         command = [sys.executable, *options, "-m", "qlora_trainer", "train"]
-        subprocess.run(command, env=environment(bench, task), stderr=log, check=True)
+        variables = {**environment(bench, task), "QLORA_MODEL_CACHE": str(bench.folder / "cache")}
+        subprocess.run(command, env=variables, stderr=log, check=True)
     seconds, modules = {}, 0
     for line in log_path(bench, task).read_text().splitlines():
         if not line.startswith("{"):

@@ -29,6 +29,7 @@ from typing import Any
 import bitsandbytes as bnb
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from torch.nn import Parameter
@@ -41,6 +42,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -135,7 +137,9 @@ def _cached_base(
         fill(base, tensors)
         if any(parameter.is_meta for parameter in base.parameters()):
             base.tie_weights()  # an entry holds tied weights once
-        if unfilled := [name for name, tensor in (*base.named_parameters(), *base.named_buffers()) if tensor.is_meta]:
+        unfilled = [name for name, parameter in base.named_parameters() if parameter.is_meta]
+        unfilled += [name for name, _ in base.named_buffers() if name not in tensors]
+        if unfilled:
             raise UnfitEntry(f"it lacks {unfilled[0]}")
     except UnfitEntry as error:
         log.warning("the cached quantized weights do not fit, and are not used: %s", error)
@@ -148,10 +152,11 @@ def _weightless_base(
     folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
 ) -> tuple[PreTrainedModel, HfQuantizer]:
     """What `from_pretrained` builds before it reads weights, and the rest of what it leaves on a model."""
-    with torch.device("meta"):
+    # Not `torch.device("meta")`: to compute on tensors without memory, as for buffers and first weights, imports sympy.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
-    quantizer = AutoHfQuantizer.from_config(_quantization())
-    quantizer.preprocess_model(base, device_map={"": str(device)})
+        quantizer = AutoHfQuantizer.from_config(_quantization())
+        quantizer.preprocess_model(base, device_map={"": str(device)})
     base.config.quantization_config = quantizer.quantization_config
     base.config.name_or_path = str(folder)
     base.hf_quantizer = quantizer
