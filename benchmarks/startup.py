@@ -58,7 +58,9 @@ def bench(folder: Path) -> Bench:
             "training": {"maxSteps": 1, "sequenceLength": 128, "globalBatchSize": 1},
         }
     )
-    return Bench(folder=folder, spec=spec, plan=MemoryPlan(micro_batch_size=1, accumulation_steps=1))
+    return Bench(
+        folder=folder, spec=spec, plan=MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=0)
+    )
 
 
 def measure(bench: Bench, repeat: int) -> dict[str, object]:
