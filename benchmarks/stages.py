@@ -105,17 +105,23 @@ def train(bench: Bench, task: StageTask, stop: Stop | None = None) -> Ended:
 
 def start(bench: Bench, task: StageTask) -> subprocess.Popen[bytes]:
     """Start a stage as the container would."""
-    environment = {
+    cap = str(bench.cap_gib if task.stage == "train" else 0)
+    with log_path(bench, task).open("wb") as log:
+        command = [sys.executable, "-c", CAPPED, cap, task.stage]
+        return subprocess.Popen(command, env=environment(bench, task), stderr=log)
+
+
+def environment(bench: Bench, task: StageTask) -> dict[str, str]:
+    """What a stage's process finds."""
+    variables = {
         **os.environ,
         "QLORA_TASK": task.model_dump_json(by_alias=True),
         "QLORA_TERMINATION_LOG": str(termination_log(bench, task)),
         "QLORA_ALLOW_RANDOM_WEIGHTS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    cap = str(bench.cap_gib if task.stage == "train" else 0)
-    with log_path(bench, task).open("wb") as log:
-        return subprocess.Popen([sys.executable, "-c", CAPPED, cap, task.stage], env=environment, stderr=log)
+    variables.pop("MLFLOW_TRACKING_URI", None)
+    return variables
 
 
 def finish(bench: Bench, task: StageTask, process: subprocess.Popen[bytes]) -> Ended:

@@ -31,9 +31,10 @@ class PreparedRows:
     """The training or evaluation sequences that prepare wrote, in memory: 12 bytes a token."""
 
     def __init__(self, path: Path) -> None:
-        table = parquet.read_table(path, columns=["input_ids", "labels", "position_ids"])
+        with parquet.ParquetFile(path) as file:  # `read_table` and `to_numpy` import pandas
+            table = file.read(columns=["input_ids", "labels", "position_ids"])
         self._columns = [_flat(table.column(name)) for name in ("input_ids", "labels", "position_ids")]
-        lengths = table.column("input_ids").combine_chunks().value_lengths().to_numpy()
+        lengths = np.from_dlpack(table.column("input_ids").combine_chunks().value_lengths())
         self._borders = np.concatenate([[0], np.cumsum(lengths)])
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class PreparedRows:
 
 def _flat(column: object) -> Numbers:
     values = column.combine_chunks().flatten()  # type: ignore[attr-defined] - pyarrow has no types
-    return values.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+    return np.from_dlpack(values).astype(np.int32, copy=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from typing import Any
 import bitsandbytes as bnb
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from torch.nn import Parameter
@@ -41,6 +42,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -57,7 +59,7 @@ from qlora_trainer.kernels.hostmemory import HostEmbedding, InputStore
 from qlora_trainer.loss import Head, cross_entropy
 from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
 from qlora_trainer.outcome import UserError
-from qlora_trainer.quantized import QuantizedCache, UnfitEntry, entry_key, fill, tensors_of
+from qlora_trainer.quantized import QUANTIZATION, QuantizedCache, ReadAhead, UnfitEntry, entry_key, fill, tensors_of
 from qlora_trainer.replay import Replay
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -69,7 +71,12 @@ LOGITS_TOLERANCE = 0.05
 log = logging.getLogger(__name__)
 
 
-def load_base(folder: Path, device: torch.device, packed_attention: attention.PackedAttention) -> PreTrainedModel:
+def load_base(
+    folder: Path,
+    device: torch.device,
+    packed_attention: attention.PackedAttention,
+    cached: ReadAhead | None = None,
+) -> PreTrainedModel:
     """The base of a Hugging Face model folder, frozen and quantized on the device."""
     began = time.perf_counter()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -78,7 +85,7 @@ def load_base(folder: Path, device: torch.device, packed_attention: attention.Pa
     if (folder / RANDOM_WEIGHTS_NAME).is_file():
         base, origin = _random_base(config, implementation, device, seed=_random_seed(folder)), "drawn at random"
     else:
-        base, origin = _checkpoint_base(folder, config, implementation, device)
+        base, origin = _checkpoint_base(folder, config, implementation, device, cached or ReadAhead(folder, device))
     base.requires_grad_(False)
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
@@ -89,19 +96,16 @@ def load_base(folder: Path, device: torch.device, packed_attention: attention.Pa
 
 
 def _checkpoint_base(
-    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device, cached: ReadAhead
 ) -> tuple[PreTrainedModel, str]:
     """The base and how it was had. What had to be quantized is kept at once, while nothing else needs card or disk."""
-    cache = QuantizedCache.from_environment()
-    if cache is None:
-        return _quantized_base(folder, config, implementation, device), "quantized"
-    key = entry_key(folder, device, _quantization().to_dict())
-    base = _cached_base(cache, key, folder, config, implementation, device)
+    base = _cached_base(cached, folder, config, implementation, device)
     if base is not None:
         return base, "from the cache of quantized weights"
     base = _quantized_base(folder, config, implementation, device)
-    _keep_cpu_weights_unpacked(base)
-    cache.write(key, tensors_of(base))
+    if (cache := QuantizedCache.from_environment()) is not None:
+        _keep_cpu_weights_unpacked(base)
+        cache.write(entry_key(folder, device), tensors_of(base))
     return base, "quantized"
 
 
@@ -123,9 +127,9 @@ def _quantized_base(
 
 
 def _cached_base(
-    cache: QuantizedCache, key: str, folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+    cached: ReadAhead, folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
 ) -> PreTrainedModel | None:
-    tensors = cache.read(key, device)
+    tensors = cached.take()
     if tensors is None:
         return None
     base, quantizer = _weightless_base(folder, config, implementation, device)
@@ -133,7 +137,9 @@ def _cached_base(
         fill(base, tensors)
         if any(parameter.is_meta for parameter in base.parameters()):
             base.tie_weights()  # an entry holds tied weights once
-        if unfilled := [name for name, tensor in (*base.named_parameters(), *base.named_buffers()) if tensor.is_meta]:
+        unfilled = [name for name, parameter in base.named_parameters() if parameter.is_meta]
+        unfilled += [name for name, _ in base.named_buffers() if name not in tensors]
+        if unfilled:
             raise UnfitEntry(f"it lacks {unfilled[0]}")
     except UnfitEntry as error:
         log.warning("the cached quantized weights do not fit, and are not used: %s", error)
@@ -146,10 +152,11 @@ def _weightless_base(
     folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
 ) -> tuple[PreTrainedModel, HfQuantizer]:
     """What `from_pretrained` builds before it reads weights, and the rest of what it leaves on a model."""
-    with torch.device("meta"):
+    # Not `torch.device("meta")`: to compute on tensors without memory, as for buffers and first weights, imports sympy.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
-    quantizer = AutoHfQuantizer.from_config(_quantization())
-    quantizer.preprocess_model(base, device_map={"": str(device)})
+        quantizer = AutoHfQuantizer.from_config(_quantization())
+        quantizer.preprocess_model(base, device_map={"": str(device)})
     base.config.quantization_config = quantizer.quantization_config
     base.config.name_or_path = str(folder)
     base.hf_quantizer = quantizer
@@ -159,12 +166,7 @@ def _weightless_base(
 
 
 def _quantization() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
-    )
+    return BitsAndBytesConfig(**QUANTIZATION)
 
 
 def _attention_implementation(config: PreTrainedConfig) -> str:

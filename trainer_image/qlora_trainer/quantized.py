@@ -1,6 +1,7 @@
 """The cache of quantized weights: what a model's weights became on the card, to be read back instead of made again.
 
-`model.load_base` asks it first and fills it after a load that had to quantize. Rules:
+`train` begins to read an entry before most of its libraries are imported (`ReadAhead`); `model.load_base` takes it, and
+fills the cache after a load that had to quantize. Rules:
 
 - It exists only where `$QLORA_MODEL_CACHE` names a folder. Elsewhere the pod's scratch space would have to hold it.
 - It never fails a job: what cannot be read is made again, what cannot be written is not kept, each with a log line.
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,13 @@ from orchestrator.api.formats import MANIFEST_NAME, FileEntry
 from qlora_trainer.jobstore import describe_durably, sync_folder
 from qlora_trainer.model_source import CONFIG_NAME, MODEL_CACHE_VARIABLE
 
+QUANTIZATION = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+"""As transformers' `BitsAndBytesConfig` takes it."""
 LIMIT_VARIABLE = "QLORA_QUANTIZED_CACHE_GIB"
 DEFAULT_LIMIT_GIB = 400.0
 CACHE_NAME = "quantized"
@@ -89,13 +97,13 @@ class _Manifest(Model):
 # --- keys
 
 
-def entry_key(folder: Path, device: torch.device, quantization: Mapping[str, object]) -> str:
+def entry_key(folder: Path, device: torch.device) -> str:
     """The digest that names the quantized weights of a model folder on a kind of device."""
     identity = {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("bitsandbytes", "transformers")},
         "device": device.type,  # the card's kernels and the processor's differ in the last bit
-        "quantization": quantization,
+        "quantization": QUANTIZATION,
         "config": hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest(),
         "weights": [_identity(path) for path in sorted(folder.glob("*.safetensors*"))],
     }
@@ -158,6 +166,27 @@ def _grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 # --- the cache
+
+
+class ReadAhead:
+    """A model folder's entry on its way to the device, read by threads that leave the interpreter to others."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder = folder
+        self._device = device
+        pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._found: Future[dict[str, Tensor] | None] | None = pool.submit(self._read)
+        pool.shutdown(wait=False)
+
+    def take(self) -> dict[str, Tensor] | None:
+        """The entry's tensors, once; None as `QuantizedCache.read` says it. Nothing here holds them any longer."""
+        found, self._found = self._found, None
+        assert found is not None, "the entry has been taken"
+        return found.result()
+
+    def _read(self) -> dict[str, Tensor] | None:
+        cache = QuantizedCache.from_environment()
+        return None if cache is None else cache.read(entry_key(self._folder, self._device), self._device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ def set_up(*, threads: int, deterministic: bool) -> torch.device:
     torch.set_num_threads(threads)  # the order of sums on the CPU depends on it
     if torch.get_num_interop_threads() != 1:
         torch.set_num_interop_threads(1)
-    torch.use_deterministic_algorithms(deterministic)
+    # What `use_deterministic_algorithms` does, without its import of torch's compiler.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.benchmark = False
     # Deterministic mode fills fresh memory to expose reads of it. Nothing here reads any, and it costs bandwidth.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -185,6 +185,8 @@ class RunLogger:
         return left
 
     def _run(self) -> None:
+        while not len(self._journal) and not self._closing.wait(MIRROR_INTERVAL_SECONDS):
+            pass  # importing mlflow takes seconds of the interpreter, which the first step needs
         pause_seconds = FIRST_PAUSE_SECONDS
         while not self._is_done():
             if self._catch_up():

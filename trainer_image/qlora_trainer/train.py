@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -73,27 +74,37 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         agent = _agent(stop, resources)
 
         # 2. Prepared data and base model, on this machine.
-        _prepare_process(task)
         from qlora_trainer.model_source import resolve_model
 
         scratch = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="qlora-")))
         data = _fetch_prepared(store, prepared, scratch)
         folder = resolve_model(task.spec.model.source, prepared.model.revision)
 
-        # 3. Base in NF4 with double quantization, adapter in bfloat16.
-        from qlora_trainer import checkpoint, loop, runtime, tracking
+        # 3. The libraries; quantized weights that are cached go to the card meanwhile.
+        _prepare_process(task)
+        from qlora_trainer import imports
+
+        imports.load_torch()
+        from qlora_trainer import quantized, runtime
+
+        device = runtime.set_up(threads=task.threads, deterministic=task.spec.training.deterministic)
+        cached = quantized.ReadAhead(folder, device)
+        imports.load_peft()
+        from qlora_trainer import checkpoint, loop, tracking
         from qlora_trainer.attention import PackedAttention
         from qlora_trainer.batches import PreparedRows
         from qlora_trainer.model import TrainingModel, add_adapter, load_base
 
-        device = runtime.set_up(threads=task.threads, deterministic=task.spec.training.deterministic)
+        log.info("the libraries are imported: %d modules", len(sys.modules))
+
+        # 4. Base in NF4 with double quantization, adapter in bfloat16.
         packed_attention = PackedAttention()
-        base = load_base(folder, device, packed_attention)
+        base = load_base(folder, device, packed_attention, cached)
         peft_model = add_adapter(base, task.spec.adapter, seed=task.spec.training.seed)
         model = TrainingModel(peft_model, plan, packed_attention, float(task.spec.training.neftune_alpha))
         model.check()
 
-        # 4. Optimizer, and the state of the last checkpoint if there is one.
+        # 5. Optimizer, and the state of the last checkpoint if there is one.
         provenance = checkpoint.Provenance(
             attempt=task.attempt,
             prepared=prepared.digest,
@@ -116,11 +127,11 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         resources.callback(lambda: run_logger.close(HURRIED_CLOSE_SECONDS if stop.asked.is_set() else CLOSE_SECONDS))
         stop.end_start_up()
 
-        # 5. The steps.
+        # 6. The steps.
         training.run()
         log.info("seconds by phase: %s", {name: round(spent, 1) for name, spent in training.clock.seconds.items()})
 
-        # 6. The last state is made durable before the adapter, so that a kill in between costs no step.
+        # 7. The last state is made durable before the adapter, so that a kill in between costs no step.
         training.report("storing the adapter")
         training.save_durably()
         adapter = checkpointer.publish_adapter(
