@@ -22,8 +22,10 @@ from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
 from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
 from orchestrator.core.linears import Group, group, linears, targeted
+from orchestrator.core.pages import LARGE_PAGE, SMALL_PAGE
 from orchestrator.core.plain import PlainLayer, final_norm, plain_layer
 from orchestrator.core.remembered import remembered
+from orchestrator.core.reserved import Rehearsed, reserved_bytes
 from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
@@ -55,6 +57,9 @@ MOST_MULTIPROCESSORS = 148
 """Of the cards in `core/gpus`, where the class is not known."""
 SLACK_SHARE = 0.0075
 SLACK_BYTES = 2 << 20
+HOLES_SHARE = 0.113
+"""Of a layer's backward pass that transformers computes: what is reserved and cannot be used. Fitted, the median over
+the architectures that `benchmarks.sizing_report` calls fitted."""
 ANSWERS_KEPT = 4096
 
 
@@ -149,6 +154,18 @@ class Footprint:
         )
         margin = self._margin(sum(count for _, count in found), recompute_layers)
         return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, (MARGIN_ITEM, margin)))
+
+    def reserved_bytes(self, recompute_layers: int, *, evaluates: bool = False) -> int:
+        """What the allocator reserves for that peak where there is room, without a margin.
+
+        `evaluates`: before the first step. Takes as long as choosing a plan does.
+        """
+        if isinstance(self._question.shape, FusedLayer):
+            return reserved_bytes(_rehearsed(self._question, self._question.shape, recompute_layers, evaluates))
+        layers = self._layers.recompute(recompute_layers)
+        largest = max(layers.at(index).backward_peak for index in layers.ends())
+        found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
+        return round(found + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
 
     def _margin(self, found_bytes: int, recompute_layers: int) -> int:
         share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, SLACK_SHARE)
@@ -285,8 +302,15 @@ def _sixteen_bit_bytes(question: _Question) -> int:
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES)
     tables = 1 if facts.tied_embeddings or "embeddings" in question.plan.offload else 2
-    norms = NORMS.get(facts.model_type, 2) * facts.num_layers + 1
-    return tables * table + norms * allocated(facts.hidden_size * BF16_BYTES)
+    return tables * table + _norms(facts) * allocated(facts.hidden_size * BF16_BYTES)
+
+
+def _norms(facts: ModelFacts) -> int:
+    return NORMS.get(facts.model_type, 2) * facts.num_layers + 1
+
+
+def _embeddings_leave(question: _Question) -> bool:
+    return "embeddings" in question.plan.offload and not question.facts.tied_embeddings
 
 
 def _instants(question: _Question, layers: _Layers) -> Iterator[Instant]:
@@ -336,10 +360,29 @@ def _logits_bytes(question: _Question) -> int:
 def _loading_bytes(question: _Question) -> int:
     """PEFT makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later."""
     facts = question.facts
-    offloaded = "embeddings" in question.plan.offload and not facts.tied_embeddings
-    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if offloaded else 0
+    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
     later = question.trainable * _state_bytes(question) + 2 * CUBLAS_BYTES
     return max(0, round(question.trainable * (FP32_BYTES - BF16_BYTES) + table - later))
+
+
+def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, evaluates: bool) -> Rehearsed:
+    facts, plan = question.facts, question.plan
+    return Rehearsed(
+        layer=layer,
+        facts=facts,
+        norms=_norms(facts),
+        recompute_layers=recompute_layers,
+        accumulates=plan.accumulation_steps > 1,
+        replayed=question.replayed,
+        offloads_activations="activations" in plan.offload,
+        offloads_embeddings=_embeddings_leave(question),
+        chunk_tokens=plan.loss_chunk_tokens,
+        batch_bytes=TOKEN_BYTES * question.tokens,
+        adapter_bytes=question.trainable * BF16_BYTES,
+        state_bytes=round(question.trainable * _state_bytes(question)),
+        workspace_bytes=CUBLAS_BYTES,
+        evaluates=evaluates,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

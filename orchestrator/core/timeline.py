@@ -6,6 +6,9 @@ up. Bytes are counted as PyTorch's allocator hands them out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 ALLOCATION_BYTES = 512
 """The allocator's smallest unit; with expandable segments larger blocks are split to it (c10/cuda, `should_split`)."""
 
@@ -13,6 +16,26 @@ ALLOCATION_BYTES = 512
 def allocated(size_bytes: float) -> int:
     """What the allocator hands out for a tensor of so many bytes."""
     return -int(-size_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+class Walk(Protocol):
+    """What a computation is walked on: a `Timeline` adds up, `core/reserved` gives each tensor its place."""
+
+    def take(self, **sizes: float) -> None:
+        """Tensors of so many bytes come to be."""
+        ...
+
+    def drop(self, *names: str) -> None:
+        """Tensors are freed."""
+        ...
+
+    def passing(self, **sizes: float) -> None:
+        """Tensors come to be and are freed at once."""
+        ...
+
+    def apart(self, part: Callable[[Walk], None]) -> None:
+        """A part with names of its own, nothing of which is left."""
+        ...
 
 
 class Timeline:
@@ -46,3 +69,9 @@ class Timeline:
         live = self.live_bytes + sum(map(allocated, sizes.values()))
         if live > self.peak_bytes:
             self.peak_bytes = live
+
+    def apart(self, part: Callable[[Walk], None]) -> None:
+        """A part with names of its own, nothing of which is left."""
+        inner = Timeline()
+        part(inner)
+        self.passing(part=inner.peak_bytes)
