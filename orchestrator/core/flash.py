@@ -6,7 +6,7 @@ tiles as `qlora_trainer/attention.py` does. `core/fused` and `core/plain` are th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from orchestrator.core.timeline import allocated
@@ -65,6 +65,11 @@ class Attention:
     """Whether scores are squashed, which flash attention cannot (Gemma 2)."""
 
     @property
+    def alike(self) -> Attention:
+        """One for all that differ only in their backward pass's workspace."""
+        return replace(self, records=1, most_records=1, deterministic=False, multiprocessors=1)
+
+    @property
     def fits(self) -> bool:
         """Whether flash attention takes such heads."""
         known = self.head_size == LARGEST_HEAD or self.head_size <= LARGEST_COMMON_HEAD
@@ -93,7 +98,7 @@ class Attention:
         return tuple(self.tokens * width * BF16_BYTES for width in (self.query_width, self.key_width, self.key_width))
 
     @cached_property
-    def backward_tensors(self) -> tuple[int, ...]:
+    def workspace(self) -> tuple[int, ...]:
         """Everything else that comes and goes while they are computed, where that is most."""
         if self.tokens <= QUERY_TILE_TOKENS:
             return self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)

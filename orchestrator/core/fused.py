@@ -7,8 +7,8 @@ adapters are part of its backward pass; those of other layers are `core/sizing`'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 
 from orchestrator.core.flash import Attention
 from orchestrator.core.linears import Group
@@ -16,6 +16,7 @@ from orchestrator.core.timeline import Timeline, Walk
 
 BF16_BYTES = 2
 MLP_TILE_TOKENS = 8192
+WALKS_KEPT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class FusedLayer:
         """All key heads, or all value heads."""
         return self.of(self.attention.key_width)
 
+    @cached_property
+    def alike(self) -> FusedLayer:
+        """The same for all layers that differ only in the workspace of attention's backward pass."""
+        return replace(self, attention=self.attention.alike)
+
     def low(self, group: Group, tokens: int | None = None) -> int:
         """The rank-r product of a group's adapters."""
         return self.of(group.adapters * self.rank, tokens)
@@ -77,8 +83,32 @@ class LayerBytes:
     """Of its adapters, once it is done."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Walked:
+    """A layer's bytes but for the workspace of attention's backward pass."""
+
+    found: LayerBytes
+    at_attention: int
+    """What is alive beside that workspace."""
+
+    def whole(self, attention: Attention) -> LayerBytes:
+        """With it."""
+        peak = self.at_attention + sum(attention.workspace)
+        return self.found if peak <= self.found.backward_peak else replace(self.found, backward_peak=peak)
+
+
 def kept_layer(layer: FusedLayer) -> LayerBytes:
     """A layer that keeps its activations."""
+    return _kept_layer(layer.alike).whole(layer.attention)
+
+
+def recomputed_layer(layer: FusedLayer, *, offloaded: bool) -> LayerBytes:
+    """A layer that keeps its input alone, on the card or in host memory."""
+    return _recomputed_layer(layer.alike, offloaded).whole(layer.attention)
+
+
+@lru_cache(maxsize=WALKS_KEPT)
+def _kept_layer(layer: FusedLayer) -> _Walked:
     forward = Timeline()
     forward.take(x=layer.stream)
     kept_forward(forward, layer)
@@ -91,8 +121,8 @@ def kept_layer(layer: FusedLayer) -> LayerBytes:
     return _result(layer, kept, forward, backward)
 
 
-def recomputed_layer(layer: FusedLayer, *, offloaded: bool) -> LayerBytes:
-    """A layer that keeps its input alone, on the card or in host memory."""
+@lru_cache(maxsize=WALKS_KEPT)
+def _recomputed_layer(layer: FusedLayer, offloaded: bool) -> _Walked:
     forward = Timeline()
     forward.take(x=layer.stream)
     recomputed_forward(forward, layer)
@@ -103,7 +133,7 @@ def recomputed_layer(layer: FusedLayer, *, offloaded: bool) -> LayerBytes:
 
 
 def kept_forward(t: Walk, layer: FusedLayer) -> None:
-    """From `x` to `out`, beside which `KEPT` is left."""
+    """From `x` to `out`, beside which stays what the way back needs."""
     _attend(t, layer)
     _mlp(t, layer)
 
@@ -138,9 +168,9 @@ def recomputed_backward(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
     _qkv_backward(t, layer)
 
 
-def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> LayerBytes:
+def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> _Walked:
     groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    return LayerBytes(
+    found = LayerBytes(
         kept=kept,
         first_kept=kept,
         released=0,
@@ -148,6 +178,7 @@ def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline)
         backward_peak=backward.peak_bytes,
         gradients=sum(group.gradient_bytes(layer.rank) for group in groups),
     )
+    return _Walked(found=found, at_attention=backward.deferred_at_bytes)
 
 
 # --- forward
@@ -239,10 +270,12 @@ def _group_forward(
 
 def _low(t: Walk, layer: FusedLayer, group: Group, name: str, tokens: int | None = None) -> None:
     """`LinearGroup.low`: the dropped input is made for the product alone."""
-    dropped = layer.of(group.inputs, tokens) if layer.drops and group.adapters else 0
-    t.take(dropped=dropped)
+    drops = layer.drops and group.adapters > 0
+    if drops:
+        t.take(dropped=layer.of(group.inputs, tokens))
     t.take(**{name: layer.low(group, tokens)})
-    t.drop("dropped")
+    if drops:
+        t.drop("dropped")
 
 
 # --- backward
@@ -318,7 +351,7 @@ def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None
     _turn_heads(t, layer)
     results = {f"result {number}": size for number, size in enumerate(layer.attention.results)}
     t.take(**results)
-    t.passing(**{f"tensor {number}": size for number, size in enumerate(layer.attention.backward_tensors)})
+    t.passing_later(lambda: layer.attention.workspace)
     if layer.normalizes_heads:
         t.drop("turned_query", "turned_key")
         t.passing(gradient_copy=layer.query, part_copy=layer.query, rows=layer.query)

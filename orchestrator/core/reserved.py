@@ -11,7 +11,7 @@ Only layers that the trainer computes by hand can be rehearsed; of the others th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -87,6 +87,10 @@ class _Tensors:
         self.take(**sizes)
         self.drop(*sizes)
 
+    def passing_later(self, sizes: Callable[[], Sequence[int]]) -> None:
+        """The same, of sizes that are worked out now."""
+        self.passing(**{f"passing {number}": size for number, size in enumerate(sizes())})
+
     def apart(self, part: Callable[[Walk], None]) -> None:
         """A part with names of its own, nothing of which is left."""
         inner = _Tensors(self._pool)
@@ -112,29 +116,25 @@ class _Stage:
         self._pool = Pool()
         self._lasting = _Tensors(self._pool)
         self._graphs: Pool | None = None
+        self._most_before_graphs = 0
 
     def most_reserved(self) -> int:
-        """Walk through; the pages of a pool are given back at one place alone, before graphs are captured."""
+        """Walk through. Pages are given back in one place alone, before graphs are captured."""
         self._load()
         self._make_adapter()
         self._check()
         self._make_optimizer()
         if self._job.evaluates:
             self._micro_batch(self._lasting, self._pool, trains=False, accumulated=False)
-        before_graphs = 0
         for _ in range(STEPS):
             for number in range(MICRO_BATCHES if self._job.accumulates else 1):
-                if not self._job.replayed:
+                if self._job.replayed:
+                    self._replay()
+                else:
                     self._micro_batch(self._lasting, self._pool, trains=True, accumulated=number > 0)
-                elif before_graphs == 0:
-                    self._lasting.take(sums=self._job.adapter_bytes)
-                    self._micro_batch(self._lasting, self._pool, trains=True, accumulated=False)
-                    before_graphs = self._pool.reserved_bytes
-                elif self._graphs is None:
-                    self._capture()
             self._update()
         graphs_bytes = self._graphs.reserved_bytes if self._graphs is not None else 0
-        return max(before_graphs, self._pool.reserved_bytes + graphs_bytes)
+        return max(self._most_before_graphs, self._pool.reserved_bytes + graphs_bytes)
 
     # --- what lasts
 
@@ -203,9 +203,18 @@ class _Stage:
 
     # --- steps
 
+    def _replay(self) -> None:
+        """`Replay.run`: the first micro-batch runs as it is, the second is captured, later ones take nothing."""
+        if "sums" not in self._lasting:
+            self._lasting.take(sums=self._job.adapter_bytes)
+            self._micro_batch(self._lasting, self._pool, trains=True, accumulated=False)
+        elif self._graphs is None:
+            self._capture()
+
     def _capture(self) -> None:
         """`Replay._capture`: torch empties the allocator's cache first, and a graph has its own pool and workspaces."""
         self._lasting.take(graph_inputs=self._job.batch_bytes)
+        self._most_before_graphs = self._pool.reserved_bytes
         self._pool.give_back_pages()
         self._graphs = Pool()
         lasting = _Tensors(self._graphs)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from operator import attrgetter
 from typing import NamedTuple
 
 from orchestrator.api.base import decimal
@@ -72,10 +71,9 @@ class Instant(NamedTuple):
     gradient_bytes: int
     working_bytes: int
 
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        return self.kept_bytes + self.gradient_bytes + self.working_bytes
+
+def _total_bytes(instant: tuple[str, int, int, int]) -> int:
+    return instant[1] + instant[2] + instant[3]
 
 
 class Footprint:
@@ -117,7 +115,7 @@ class Footprint:
     def peak_bytes(self, recompute_layers: int) -> int:
         """The peak where the first so many layers recompute."""
         if recompute_layers not in self._peaks:
-            found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
+            found = self._lasting_bytes + _total_bytes(self._peak(recompute_layers))
             self._peaks[recompute_layers] = found + self._margin(found, recompute_layers)
         return self._peaks[recompute_layers]
 
@@ -162,9 +160,9 @@ class Footprint:
         """
         if isinstance(self._question.shape, FusedLayer):
             return reserved_bytes(_rehearsed(self._question, self._question.shape, recompute_layers, evaluates))
-        layers = self._layers.recompute(recompute_layers)
-        largest = max(layers.at(index).backward_peak for index in layers.ends())
-        found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
+        ends = self._layers.ends(recompute_layers)
+        largest = max(self._layers.at(index, recompute_layers).backward_peak for index in ends)
+        found = self._lasting_bytes + _total_bytes(self._peak(recompute_layers))
         return round(found + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
 
     def _margin(self, found_bytes: int, recompute_layers: int) -> int:
@@ -172,7 +170,8 @@ class Footprint:
         return round(SLACK_BYTES + share * found_bytes)
 
     def _peak(self, recompute_layers: int) -> Instant:
-        return max(_instants(self._question, self._layers.recompute(recompute_layers)), key=attrgetter("total_bytes"))
+        recomputing = min(recompute_layers, self._layers.count)
+        return Instant(*max(_instants(self._question, self._layers, recomputing), key=_total_bytes))
 
 
 def footprint(
@@ -313,34 +312,38 @@ def _embeddings_leave(question: _Question) -> bool:
     return "embeddings" in question.plan.offload and not question.facts.tied_embeddings
 
 
-def _instants(question: _Question, layers: _Layers) -> Iterator[Instant]:
-    """Every moment that can be the peak. Within a kind of layers bytes grow or fall evenly, so the ends are enough."""
-    facts, plan = question.facts, question.plan
+def _instants(question: _Question, layers: _Layers, recomputing: int) -> Iterator[tuple[str, int, int, int]]:
+    """The fields of every moment that can be the peak, where the first so many layers recompute.
+
+    Within a kind of layers bytes grow or fall evenly, so the ends are enough. Plain tuples: a search asks for many.
+    """
+    facts, plan, replayed = question.facts, question.plan, question.replayed
     shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
     batch = shared + TOKEN_BYTES * question.tokens
-    capturing = CUBLAS_BYTES if question.replayed else 0  # graphs are captured on a stream of their own, in each pass
-    table = layers.recomputed.gradients * facts.num_layers
-    before = table if plan.accumulation_steps > 1 or question.replayed else 0
+    capturing = CUBLAS_BYTES if replayed else 0  # graphs are captured on a stream of their own, in each pass
+    gradients = layers.recomputed.gradients
+    table = gradients * facts.num_layers
+    before = table if plan.accumulation_steps > 1 or replayed else 0
     offloaded = "activations" in plan.offload
-    ends = layers.ends()
-    for index in ends:
+    ends = [
+        (index, layers.at(index, recomputing), layers.kept(index, recomputing)) for index in layers.ends(recomputing)
+    ]
+    for index, layer, kept in ends:
         held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
-        working = layers.at(index).forward_peak + batch + held + capturing
-        yield Instant("a layer's forward pass", layers.kept(index), before, working)
-    everything = layers.kept(facts.num_layers) - layers.at(0).released
-    at_loss, in_norm = question.final_norms[layers.recomputing == layers.count]
-    yield Instant("loss", everything, before, at_loss + question.logits_bytes + batch + capturing)
-    yield Instant("the last norm's backward pass", everything, before, in_norm + shared + 2 * capturing)
-    for index in ends:
-        done = layers.recomputed.gradients * (facts.num_layers - 1 - index)
-        if question.replayed:  # all layers' gradients are added to the sums at once
+        yield "a layer's forward pass", kept, before, layer.forward_peak + batch + held + capturing
+    everything = layers.kept(facts.num_layers, recomputing) - layers.at(0, recomputing).released
+    at_loss, in_norm = question.final_norms[recomputing == layers.count]
+    yield "loss", everything, before, at_loss + question.logits_bytes + batch + capturing
+    yield "the last norm's backward pass", everything, before, in_norm + shared + 2 * capturing
+    for index, layer, kept in ends:
+        done = gradients * (facts.num_layers - 1 - index)
+        if replayed:  # all layers' gradients are added to the sums at once
             done += before
         elif before:
             done = before
-        working = layers.at(index).backward_peak + shared + 2 * capturing
-        yield Instant("a layer's backward pass", layers.kept(index), done, working)
-    yield Instant("optimizer", 0, table, table)
-    yield Instant("loading", 0, 0, question.loading_bytes)
+        yield "a layer's backward pass", kept, done, layer.backward_peak + shared + 2 * capturing
+    yield "optimizer", 0, table, table
+    yield "loading", 0, 0, question.loading_bytes
 
 
 def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
@@ -387,51 +390,51 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layers:
-    """The decoder's layers, of which the first so many recompute."""
+    """The decoder's layers, the first so many of which recompute."""
 
     count: int
-    recomputing: int
     recomputed: LayerBytes
     whole: LayerBytes
 
     @classmethod
     def of(cls, question: _Question) -> _Layers:
-        """The layers of the question, none of which recomputes."""
+        """The layers of the question."""
         shape = question.shape
         recomputed, whole = _recomputed_layer(shape, "activations" in question.plan.offload), _kept_layer(shape)
-        return cls(count=question.facts.num_layers, recomputing=0, recomputed=recomputed, whole=whole)
+        return cls(count=question.facts.num_layers, recomputed=recomputed, whole=whole)
 
-    def recompute(self, layers: int) -> _Layers:
-        """The same, the first so many of which recompute."""
-        recomputing = min(layers, self.count)
-        return _Layers(count=self.count, recomputing=recomputing, recomputed=self.recomputed, whole=self.whole)
-
-    def ends(self) -> tuple[int, ...]:
+    def ends(self, recomputing: int) -> tuple[int, ...]:
         """The first and the last layer of each kind."""
-        return tuple(sorted({0, max(0, self.recomputing - 1), min(self.recomputing, self.count - 1), self.count - 1}))
+        last = self.count - 1
+        if recomputing in (0, self.count):
+            return (0, last) if last else (0,)
+        return tuple(dict.fromkeys((0, recomputing - 1, recomputing, last)))
 
-    def at(self, index: int) -> LayerBytes:
+    def at(self, index: int, recomputing: int) -> LayerBytes:
         """One layer's bytes."""
-        return self.recomputed if index < self.recomputing else self.whole
+        return self.recomputed if index < recomputing else self.whole
 
-    def kept(self, below: int) -> int:
+    def kept(self, below: int, recomputing: int) -> int:
         """What the layers below one keep."""
-        recomputed = min(below, self.recomputing)
-        first = self.at(0)
+        if not below:
+            return 0
+        first = self.recomputed if recomputing else self.whole
+        recomputed = min(below, recomputing)
         others = recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
-        return others - (first.kept - first.first_kept if below else 0)
+        return others - (first.kept - first.first_kept)
 
 
-@lru_cache(maxsize=ANSWERS_KEPT)
 def _recomputed_layer(shape: FusedLayer | PlainLayer, offloaded: bool) -> LayerBytes:
     if isinstance(shape, FusedLayer):
         return recomputed_layer(shape, offloaded=offloaded)
-    return plain_layer(shape, recomputes=True)
+    return _plain_layer(shape, recomputes=True)
 
 
-@lru_cache(maxsize=ANSWERS_KEPT)
 def _kept_layer(shape: FusedLayer | PlainLayer) -> LayerBytes:
-    return kept_layer(shape) if isinstance(shape, FusedLayer) else plain_layer(shape, recomputes=False)
+    return kept_layer(shape) if isinstance(shape, FusedLayer) else _plain_layer(shape, recomputes=False)
+
+
+_plain_layer = lru_cache(maxsize=ANSWERS_KEPT)(plain_layer)
 
 
 def _shape(question: _Question) -> FusedLayer | PlainLayer:
