@@ -55,11 +55,6 @@ class FusedLayer:
         """All key heads, or all value heads."""
         return self.of(self.attention.key_width)
 
-    @cached_property
-    def alike(self) -> FusedLayer:
-        """The same for all layers that differ only in the workspace of attention's backward pass."""
-        return replace(self, attention=self.attention.alike)
-
     def low(self, group: Group, tokens: int | None = None) -> int:
         """The rank-r product of a group's adapters."""
         return self.of(group.adapters * self.rank, tokens)
@@ -97,14 +92,10 @@ class _Walked:
         return self.found if peak <= self.found.backward_peak else replace(self.found, backward_peak=peak)
 
 
-def kept_layer(layer: FusedLayer) -> LayerBytes:
-    """A layer that keeps its activations."""
-    return _kept_layer(layer.alike).whole(layer.attention)
-
-
-def recomputed_layer(layer: FusedLayer, *, offloaded: bool) -> LayerBytes:
-    """A layer that keeps its input alone, on the card or in host memory."""
-    return _recomputed_layer(layer.alike, offloaded).whole(layer.attention)
+def layer_bytes(layer: FusedLayer, *, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
+    """A layer that keeps its input alone, on the card or in host memory, and one that keeps its activations."""
+    alike = replace(layer, attention=layer.attention.alike)  # but for the workspace of attention's backward pass
+    return _recomputed_layer(alike, offloaded).whole(layer.attention), _kept_layer(alike).whole(layer.attention)
 
 
 @lru_cache(maxsize=WALKS_KEPT)

@@ -19,7 +19,7 @@ from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
-from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
+from orchestrator.core.fused import FusedLayer, LayerBytes, layer_bytes
 from orchestrator.core.linears import Group, group, linears, targeted
 from orchestrator.core.pages import LARGE_PAGE, SMALL_PAGE
 from orchestrator.core.plain import PlainLayer, final_norm, plain_layer
@@ -107,8 +107,7 @@ class Footprint:
             records=records,
             trainable=adapter_parameters(spec.adapter, facts),
         )
-        self._lasting = tuple(_lasting(self._question))
-        self._lasting_bytes = sum(count for _, count in self._lasting)
+        self._lasting_bytes = sum(count for _, count in _lasting(self._question))
         self._layers = _Layers.of(self._question)
         self._peaks: dict[int, int] = {}
 
@@ -145,7 +144,7 @@ class Footprint:
         """That peak, by purpose."""
         peak = self._peak(recompute_layers)
         found = (
-            *self._lasting,
+            *_lasting(self._question),
             ("adapter gradients, bf16", peak.gradient_bytes),
             ("activations kept for the backward pass", peak.kept_bytes),
             (f"working set: {peak.name}", peak.working_bytes),
@@ -400,7 +399,10 @@ class _Layers:
     def of(cls, question: _Question) -> _Layers:
         """The layers of the question."""
         shape = question.shape
-        recomputed, whole = _recomputed_layer(shape, "activations" in question.plan.offload), _kept_layer(shape)
+        if isinstance(shape, FusedLayer):
+            recomputed, whole = layer_bytes(shape, offloaded="activations" in question.plan.offload)
+        else:
+            recomputed, whole = _plain_layer(shape, recomputes=True), _plain_layer(shape, recomputes=False)
         return cls(count=question.facts.num_layers, recomputed=recomputed, whole=whole)
 
     def ends(self, recomputing: int) -> tuple[int, ...]:
@@ -422,16 +424,6 @@ class _Layers:
         recomputed = min(below, recomputing)
         others = recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
         return others - (first.kept - first.first_kept)
-
-
-def _recomputed_layer(shape: FusedLayer | PlainLayer, offloaded: bool) -> LayerBytes:
-    if isinstance(shape, FusedLayer):
-        return recomputed_layer(shape, offloaded=offloaded)
-    return _plain_layer(shape, recomputes=True)
-
-
-def _kept_layer(shape: FusedLayer | PlainLayer) -> LayerBytes:
-    return kept_layer(shape) if isinstance(shape, FusedLayer) else _plain_layer(shape, recomputes=False)
 
 
 _plain_layer = lru_cache(maxsize=ANSWERS_KEPT)(plain_layer)
