@@ -36,7 +36,7 @@ from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJ
 from orchestrator.api.plan import MARGIN_ITEM, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.linears import linears
-from orchestrator.core.sizing import adapter_parameters, footprint
+from orchestrator.core.sizing import Footprint, adapter_parameters
 
 ROWS = RESULTS / "sizing_rows.jsonl"
 QLORA_PARTS = ("cut", "whole")
@@ -56,8 +56,10 @@ class Row:
     spec: QLoRAJobSpec
     plan: MemoryPlan
     records: int
+    evaluates: bool
     multiprocessors: int
     measured_bytes: int
+    reserved_bytes: int
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> Row | None:
@@ -76,9 +78,16 @@ class Row:
             ),
             plan=MemoryPlan.model_validate(raw["plan"]),
             records=raw["records"],
+            evaluates=raw["evaluation"],
             multiprocessors=raw["multiprocessors"],
             measured_bytes=raw["peak_allocated_bytes"],
+            reserved_bytes=raw["peak_reserved_bytes"],
         )
+
+    def footprint(self) -> Footprint:
+        """What the job takes, by our model."""
+        records = self.records * self.plan.micro_batch_size
+        return Footprint(self.spec, self.facts, self.plan, multiprocessors=self.multiprocessors, records=records)
 
     @property
     def parameters(self) -> int:
@@ -155,8 +164,7 @@ def estimators() -> dict[str, Estimator]:
 
 def ours(row: Row, *, margin: bool) -> float:
     """What the controller would size the job with."""
-    records = row.records * row.plan.micro_batch_size
-    items = footprint(row.spec, row.facts, row.plan, multiprocessors=row.multiprocessors, records=records)
+    items = row.footprint().items(row.plan.recompute_layers)
     return float(sum(item.bytes for item in items if margin or item.name != MARGIN_ITEM))
 
 

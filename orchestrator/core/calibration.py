@@ -16,7 +16,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from math import ceil
+from operator import is_
 
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.plan import MemoryPlan
@@ -102,17 +104,51 @@ DEFAULT = Margins()
 
 
 def learned(jobs: Iterable[QLoRAJob]) -> Mapping[str, Margins]:
-    """The margins by architecture."""
-    found: defaultdict[str, list[tuple[Kind, float, bool]]] = defaultdict(list)
-    for bound in bounds(jobs):
-        found[bound.architecture].append((bound.kind, bound.share, bound.certain))
-    return {architecture: Margins(shares=tuple(shares)) for architecture, shares in found.items()}
+    """The margins by architecture. The controller asks in every pass, and jobs that teach seldom change in between."""
+    return _learned(_Statuses(tuple(job.status for job in jobs if _teaches(job.status))))
 
 
 def bounds(jobs: Iterable[QLoRAJob]) -> tuple[Bound, ...]:
     """Everything that is known, by architecture and kind."""
+    return _bounds(job.status for job in jobs if _teaches(job.status))
+
+
+def _teaches(status: QLoRAJobStatus) -> bool:
+    """Whether an attempt came to its end, or ran out of memory."""
+    return status.adapter_uri is not None or bool(status.step_ups)
+
+
+class _Statuses:
+    """Statuses as one key, by identity: to compare ten thousand of them by value takes longer than to ask them again.
+
+    A store that watches gives the same object as long as a job is unchanged.
+    """
+
+    __slots__ = ("statuses",)
+
+    def __init__(self, statuses: tuple[QLoRAJobStatus, ...]) -> None:
+        self.statuses = statuses
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Statuses) or len(self.statuses) != len(other.statuses):
+            return False
+        return all(map(is_, self.statuses, other.statuses))
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.statuses)))
+
+
+@lru_cache(maxsize=1)
+def _learned(known: _Statuses) -> Mapping[str, Margins]:
+    found: defaultdict[str, list[tuple[Kind, float, bool]]] = defaultdict(list)
+    for bound in _bounds(known.statuses):
+        found[bound.architecture].append((bound.kind, bound.share, bound.certain))
+    return {architecture: Margins(shares=tuple(shares)) for architecture, shares in found.items()}
+
+
+def _bounds(statuses: Iterable[QLoRAJobStatus]) -> tuple[Bound, ...]:
     observed: defaultdict[tuple[str, Kind], list[Observation]] = defaultdict(list)
-    for observation in observations(jobs):
+    for observation in _observations(statuses):
         observed[observation.architecture, observation.kind].append(observation)
     return tuple(_bound(observed[key]) for key in sorted(observed))
 
@@ -140,12 +176,9 @@ def conformal_bound(shares: Sequence[float], coverage: float) -> float | None:
     return sorted(shares)[place - 1] if place <= len(shares) else None
 
 
-def observations(jobs: Iterable[QLoRAJob]) -> Iterator[Observation]:
-    """What the attempts in the jobs' statuses have measured. The controller asks in every pass, of every job."""
-    for job in jobs:
-        status = job.status
-        if status.adapter_uri is None and not status.step_ups:
-            continue
+def _observations(statuses: Iterable[QLoRAJobStatus]) -> Iterator[Observation]:
+    """What the attempts have measured."""
+    for status in statuses:
         for attempt in status.attempts:
             if attempt.predicted_bytes and (share := _share(attempt, attempt.predicted_bytes)) is not None:
                 yield _observation(status, attempt, share)

@@ -6,7 +6,7 @@ tiles as `qlora_trainer/attention.py` does. `core/fused` and `core/plain` are th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from orchestrator.core.timeline import allocated
@@ -65,6 +65,11 @@ class Attention:
     """Whether scores are squashed, which flash attention cannot (Gemma 2)."""
 
     @property
+    def alike(self) -> Attention:
+        """One for all that differ only in their backward pass's workspace."""
+        return replace(self, records=1, most_records=1, deterministic=False, multiprocessors=1)
+
+    @property
     def fits(self) -> bool:
         """Whether flash attention takes such heads."""
         known = self.head_size == LARGEST_HEAD or self.head_size <= LARGEST_COMMON_HEAD
@@ -86,36 +91,36 @@ class Attention:
         return self.query_heads * self.tokens * FP32_BYTES
 
     @cached_property
-    def backward_result_bytes(self) -> int:
-        """The gradients, where they do not go straight to where they belong."""
+    def results(self) -> tuple[int, ...]:
+        """The gradients to query, key and value, where they do not go straight to where they belong."""
         if self.tokens > QUERY_TILE_TOKENS:
-            return 0
-        return self.tokens * (self.query_width + 2 * self.key_width) * BF16_BYTES
+            return ()
+        return tuple(self.tokens * width * BF16_BYTES for width in (self.query_width, self.key_width, self.key_width))
 
     @cached_property
-    def backward_peak_bytes(self) -> int:
-        """Gradients and everything that comes and goes while they are computed."""
+    def workspace(self) -> tuple[int, ...]:
+        """Everything else that comes and goes while they are computed, where that is most."""
         if self.tokens <= QUERY_TILE_TOKENS:
-            workspace = self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)
-            return self.backward_result_bytes + workspace
-        return max(self._tiled_backward(records) for records in {self.records, self.most_records})
+            return self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)
+        return max((self._tiled_backward(records) for records in {self.records, self.most_records}), key=sum)
 
-    def _tiled_backward(self, records: int) -> int:
+    def _tiled_backward(self, records: int) -> tuple[int, ...]:
         """A few heads, and the tile of queries that takes most, where so many equal records are in the row."""
         share = self.query_heads // self.key_heads
         keys = max(1, HEADS_AT_ONCE // share)
         queries = keys * share
         row = keys * self.head_size
-        sums = 2 * allocated(self.tokens * row * FP32_BYTES)
-        peak, before = 0, 0
+        sums = (allocated(self.tokens * row * FP32_BYTES),) * 2
+        most: tuple[int, ...] = ()
+        before: tuple[int, ...] = ()
         for tile in _tiles(self.tokens, records):
-            copies = allocated(tile.rows * queries * self.head_size * BF16_BYTES) * 3  # gradient, answer, and of query
-            copies += allocated(tile.rows * queries * FP32_BYTES)
-            found = 2 * allocated(tile.seen * row * BF16_BYTES)
+            copies = (allocated(tile.rows * queries * self.head_size * BF16_BYTES),) * 3  # gradient, answer, of query
+            logsumexp = allocated(tile.rows * queries * FP32_BYTES)
+            found = (allocated(tile.seen * row * BF16_BYTES),) * 2
             workspace = self._tile_workspace(tile, queries, keys)
-            peak = max(peak, copies + found + before + workspace)
+            most = max(most, (*before, *copies, logsumexp, *found, *workspace), key=sum)
             before = found  # the gradients of the tile before, until this one's are there
-        return sums + peak
+        return *sums, *most
 
     @cached_property
     def whole_workspace_bytes(self) -> int:
@@ -123,24 +128,23 @@ class Attention:
         if self.squashes:
             tile = min(SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
             return SCORES_ALIVE * tile + 2 * allocated(self.tokens * self.key_width * FP32_BYTES)
-        return self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads)
+        return sum(self._workspace(self.tokens, self.tokens, self.query_heads, self.key_heads))
 
-    def _workspace(self, rows: int, seen: int, query_heads: int, key_heads: int) -> int:
+    def _workspace(self, rows: int, seen: int, query_heads: int, key_heads: int) -> tuple[int, ...]:
         """Of a whole row, whose records are more or fewer."""
-        return max(
-            self._tile_workspace(Tile(rows=rows, seen=seen, records=records), query_heads, key_heads)
-            for records in {self.records, self.most_records}
-        )
+        tiles = (Tile(rows=rows, seen=seen, records=records) for records in {self.records, self.most_records})
+        return max((self._tile_workspace(tile, query_heads, key_heads) for tile in tiles), key=sum)
 
-    def _tile_workspace(self, tile: Tile, query_heads: int, key_heads: int) -> int:
+    def _tile_workspace(self, tile: Tile, query_heads: int, key_heads: int) -> tuple[int, ...]:
         """The sums of query gradients, the rows' products, and a copy of keys and values for heads that share them."""
         rows = tile.rows + ROWS_OF_A_RECORD * tile.records
         splits = -(-self.multiprocessors // (tile.records * query_heads)) if self.deterministic else 1
-        found = allocated(splits * rows * query_heads * self._rounded_head * FP32_BYTES)
-        found += allocated(query_heads * rows * FP32_BYTES)
-        if query_heads != key_heads:
-            found += 2 * allocated(tile.seen * query_heads * self.head_size * BF16_BYTES)
-        return found
+        sums = allocated(splits * rows * query_heads * self._rounded_head * FP32_BYTES)
+        products = allocated(query_heads * rows * FP32_BYTES)
+        copies = (
+            () if query_heads == key_heads else (allocated(tile.seen * query_heads * self.head_size * BF16_BYTES),) * 2
+        )
+        return sums, products, *copies
 
     @property
     def _rounded_head(self) -> int:

@@ -7,15 +7,16 @@ adapters are part of its backward pass; those of other layers are `core/sizing`'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 
 from orchestrator.core.flash import Attention
 from orchestrator.core.linears import Group
-from orchestrator.core.timeline import Timeline
+from orchestrator.core.timeline import Timeline, Walk
 
 BF16_BYTES = 2
 MLP_TILE_TOKENS = 8192
+WALKS_KEPT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,56 +78,90 @@ class LayerBytes:
     """Of its adapters, once it is done."""
 
 
-def kept_layer(layer: FusedLayer) -> LayerBytes:
-    """A layer that keeps its activations."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Walked:
+    """A layer's bytes but for the workspace of attention's backward pass."""
+
+    found: LayerBytes
+    at_attention: int
+    """What is alive beside that workspace."""
+
+    def whole(self, attention: Attention) -> LayerBytes:
+        """With it."""
+        peak = self.at_attention + sum(attention.workspace)
+        return self.found if peak <= self.found.backward_peak else replace(self.found, backward_peak=peak)
+
+
+def layer_bytes(layer: FusedLayer, *, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
+    """A layer that keeps its input alone, on the card or in host memory, and one that keeps its activations."""
+    alike = replace(layer, attention=layer.attention.alike)  # but for the workspace of attention's backward pass
+    return _recomputed_layer(alike, offloaded).whole(layer.attention), _kept_layer(alike).whole(layer.attention)
+
+
+@lru_cache(maxsize=WALKS_KEPT)
+def _kept_layer(layer: FusedLayer) -> _Walked:
     forward = Timeline()
     forward.take(x=layer.stream)
-    _attend(forward, layer)
-    _mlp(forward, layer)
+    kept_forward(forward, layer)
     backward = Timeline()
-    _take_attended(backward, layer)
-    backward.take(
-        x=layer.stream,
-        middle=layer.stream,
-        gate_up=layer.of(layer.gate_up.outputs),
-        gate_up_low=layer.low(layer.gate_up),
-        down_low=layer.low(layer.down),
-    )
+    backward.take(x=layer.stream)
+    _take_kept(backward, layer)
     kept = backward.live_bytes
     backward.take(grad=layer.stream)
-    _mlp_tile_backward(backward, layer, layer.tokens, recomputes=False)
-    _attention_backward(backward, layer, recomputes=False)
-    _qkv_backward(backward, layer)
+    kept_backward(backward, layer)
     return _result(layer, kept, forward, backward)
 
 
-def recomputed_layer(layer: FusedLayer, *, offloaded: bool) -> LayerBytes:
-    """A layer that keeps its input alone, on the card or in host memory."""
+@lru_cache(maxsize=WALKS_KEPT)
+def _recomputed_layer(layer: FusedLayer, offloaded: bool) -> _Walked:
     forward = Timeline()
     forward.take(x=layer.stream)
-    _attend(forward, layer)
-    _drop_attended(forward)
-    _mlp_in_tiles(forward, layer)
+    recomputed_forward(forward, layer)
     backward = Timeline()
     backward.take(x=layer.stream, grad=layer.stream)
-    _attend(backward, layer)
-    if layer.tokens <= MLP_TILE_TOKENS:
-        backward.take(gate_up_weight=layer.gate_up.dense_bytes)
-        _mlp_tile_backward(backward, layer, layer.tokens, recomputes=True)
-        backward.drop("gate_up_weight")
-    else:
-        _mlp_tiles_backward(backward, layer)
-    backward.drop("middle")
-    _attention_backward(backward, layer, recomputes=True)
-    if offloaded:  # the input of the layer below is on its way
-        backward.take(fetched=layer.stream)
-    _qkv_backward(backward, layer)
+    recomputed_backward(backward, layer, offloaded=offloaded)
     return _result(layer, 0 if offloaded else layer.stream, forward, backward)
 
 
-def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> LayerBytes:
+def kept_forward(t: Walk, layer: FusedLayer) -> None:
+    """From `x` to `out`, beside which stays what the way back needs."""
+    _attend(t, layer)
+    _mlp(t, layer)
+
+
+def kept_backward(t: Walk, layer: FusedLayer) -> None:
+    """From `grad`, `x` and what was kept to `x_grad` and the adapters' gradients."""
+    _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
+    _attention_backward(t, layer, recomputes=False)
+    _qkv_backward(t, layer)
+
+
+def recomputed_forward(t: Walk, layer: FusedLayer) -> None:
+    """From `x` to `out`."""
+    _attend(t, layer)
+    _drop_attended(t)
+    _mlp_in_tiles(t, layer)
+
+
+def recomputed_backward(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
+    """From `grad` and `x` to `x_grad` and the adapters' gradients."""
+    _attend(t, layer)
+    if layer.tokens <= MLP_TILE_TOKENS:
+        t.take(gate_up_weight=layer.gate_up.dense_bytes)
+        _mlp_tile_backward(t, layer, layer.tokens, recomputes=True)
+        t.drop("gate_up_weight")
+    else:
+        _mlp_tiles_backward(t, layer)
+    t.drop("middle")
+    _attention_backward(t, layer, recomputes=True)
+    if offloaded:  # the input of the layer below is on its way
+        t.take(fetched=layer.stream)
+    _qkv_backward(t, layer)
+
+
+def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> _Walked:
     groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    return LayerBytes(
+    found = LayerBytes(
         kept=kept,
         first_kept=kept,
         released=0,
@@ -134,12 +169,13 @@ def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline)
         backward_peak=backward.peak_bytes,
         gradients=sum(group.gradient_bytes(layer.rank) for group in groups),
     )
+    return _Walked(found=found, at_attention=backward.deferred_at_bytes)
 
 
 # --- forward
 
 
-def _attend(t: Timeline, layer: FusedLayer) -> None:
+def _attend(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._attend`; leaves `middle` and what `Attended` holds."""
     t.take(normalized=layer.stream)
     _group_forward(t, layer, layer.qkv, "qkv", "qkv_low")
@@ -151,7 +187,7 @@ def _attend(t: Timeline, layer: FusedLayer) -> None:
         t.drop("turned_query", "turned_key")
 
 
-def _turn_heads(t: Timeline, layer: FusedLayer) -> None:
+def _turn_heads(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._turned`: normalized heads are copies, made from copies without gaps."""
     if layer.normalizes_heads:
         t.take(copy=layer.query, turned_query=layer.query)
@@ -160,21 +196,25 @@ def _turn_heads(t: Timeline, layer: FusedLayer) -> None:
         t.drop("copy")
 
 
-def _take_attended(t: Timeline, layer: FusedLayer) -> None:
+def _take_kept(t: Walk, layer: FusedLayer) -> None:
     t.take(
         qkv=layer.of(layer.qkv.outputs),
         answer=layer.query,
         logsumexp=layer.attention.logsumexp_bytes,
         qkv_low=layer.low(layer.qkv),
         output_low=layer.low(layer.output),
+        middle=layer.stream,
+        gate_up=layer.of(layer.gate_up.outputs),
+        gate_up_low=layer.low(layer.gate_up),
+        down_low=layer.low(layer.down),
     )
 
 
-def _drop_attended(t: Timeline) -> None:
+def _drop_attended(t: Walk) -> None:
     t.drop("qkv", "answer", "logsumexp", "qkv_low", "output_low")
 
 
-def _mlp(t: Timeline, layer: FusedLayer) -> None:
+def _mlp(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp`; leaves `out`, `gate_up` and the low products."""
     t.take(normalized=layer.stream)
     _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low")
@@ -184,7 +224,7 @@ def _mlp(t: Timeline, layer: FusedLayer) -> None:
     t.drop("product")
 
 
-def _mlp_in_tiles(t: Timeline, layer: FusedLayer) -> None:
+def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp_in_tiles`; every tile is like the second."""
     if layer.tokens <= MLP_TILE_TOKENS:
         return _mlp(t, layer)
@@ -201,7 +241,7 @@ def _mlp_in_tiles(t: Timeline, layer: FusedLayer) -> None:
 
 
 def _group_forward(
-    t: Timeline,
+    t: Walk,
     layer: FusedLayer,
     group: Group,
     output: str,
@@ -219,18 +259,20 @@ def _group_forward(
     _low(t, layer, group, low, tokens)
 
 
-def _low(t: Timeline, layer: FusedLayer, group: Group, name: str, tokens: int | None = None) -> None:
+def _low(t: Walk, layer: FusedLayer, group: Group, name: str, tokens: int | None = None) -> None:
     """`LinearGroup.low`: the dropped input is made for the product alone."""
-    dropped = layer.of(group.inputs, tokens) if layer.drops and group.adapters else 0
-    t.take(dropped=dropped)
+    drops = layer.drops and group.adapters > 0
+    if drops:
+        t.take(dropped=layer.of(group.inputs, tokens))
     t.take(**{name: layer.low(group, tokens)})
-    t.drop("dropped")
+    if drops:
+        t.drop("dropped")
 
 
 # --- backward
 
 
-def _mlp_tiles_backward(t: Timeline, layer: FusedLayer) -> None:
+def _mlp_tiles_backward(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp_backward` over more than one tile; the adapters' gradients are summed in float32."""
     t.take(
         gate_up_weight=layer.gate_up.dense_bytes,
@@ -239,16 +281,16 @@ def _mlp_tiles_backward(t: Timeline, layer: FusedLayer) -> None:
         gradient_sums=2 * (layer.gate_up.gradient_bytes(layer.rank) + layer.down.gradient_bytes(layer.rank)),
         found=layer.gate_up.gradient_bytes(layer.rank) + layer.down.gradient_bytes(layer.rank),  # of the tile before
     )
-    tile = Timeline()
-    _mlp_tile_backward(tile, layer, MLP_TILE_TOKENS, recomputes=True, down_weight_is_there=True)
-    t.passing(tile=tile.peak_bytes)
+    t.apart(
+        partial(_mlp_tile_backward, layer=layer, tokens=MLP_TILE_TOKENS, recomputes=True, down_weight_is_there=True)
+    )
     t.drop("gate_up_weight", "down_weight")
     _take_mlp_gradients(t, layer)
     t.drop("gradient_sums", "found")
 
 
 def _mlp_tile_backward(
-    t: Timeline, layer: FusedLayer, tokens: int, *, recomputes: bool, down_weight_is_there: bool = False
+    t: Walk, layer: FusedLayer, tokens: int, *, recomputes: bool, down_weight_is_there: bool = False
 ) -> None:
     """`FusedLayer._mlp_tile_backward`; leaves `middle_grad` and the gradients of the MLP's adapters."""
     inner, stream = layer.of(layer.inner, tokens), layer.of(layer.hidden, tokens)
@@ -273,14 +315,14 @@ def _mlp_tile_backward(
         t.drop("gate_up", "gate_up_low", "down_low")
 
 
-def _take_mlp_gradients(t: Timeline, layer: FusedLayer) -> None:
+def _take_mlp_gradients(t: Walk, layer: FusedLayer) -> None:
     t.take(
         down_gradients=layer.down.gradient_bytes(layer.rank), gate_up_gradients=layer.gate_up.gradient_bytes(layer.rank)
     )
 
 
 def _input_gradient(
-    t: Timeline, layer: FusedLayer, group: Group, name: str, tokens: int | None = None, *, weight_is_there: bool = False
+    t: Walk, layer: FusedLayer, group: Group, name: str, tokens: int | None = None, *, weight_is_there: bool = False
 ) -> None:
     """`LinearGroup.input_gradient`; with dropout the adapters' part is made apart."""
     if not weight_is_there:
@@ -291,25 +333,25 @@ def _input_gradient(
     t.passing(apart=layer.of(group.inputs, tokens) if layer.drops and group.adapters else 0)
 
 
-def _attention_backward(t: Timeline, layer: FusedLayer, *, recomputes: bool) -> None:
+def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None:
     """`FusedLayer._attention_backward`, and the end of `Attended` where the layer had made it anew."""
     t.take(low_grad=layer.low(layer.output), output_gradients=layer.output.gradient_bytes(layer.rank))
     t.passing(dropped=layer.query if layer.drops and layer.output.adapters else 0)
     _input_gradient(t, layer, layer.output, "answer_grad")
     t.take(qkv_grad=layer.of(layer.qkv.outputs))
     _turn_heads(t, layer)
-    found = layer.attention.backward_result_bytes
-    t.take(found=found)
-    t.passing(attention=layer.attention.backward_peak_bytes - found)
+    results = {f"result {number}": size for number, size in enumerate(layer.attention.results)}
+    t.take(**results)
+    t.passing_later(lambda: layer.attention.workspace)
     if layer.normalizes_heads:
         t.drop("turned_query", "turned_key")
         t.passing(gradient_copy=layer.query, part_copy=layer.query, rows=layer.query)
-    t.drop("found", "answer_grad", "low_grad")
+    t.drop(*results, "answer_grad", "low_grad")
     if recomputes:
         t.drop("answer", "logsumexp", "output_low", "qkv")
 
 
-def _qkv_backward(t: Timeline, layer: FusedLayer) -> None:
+def _qkv_backward(t: Walk, layer: FusedLayer) -> None:
     """The rest of `FusedLayer.backward`."""
     t.take(low_grad=layer.low(layer.qkv), qkv_gradients=layer.qkv.gradient_bytes(layer.rank))
     t.passing(normalized=layer.stream, dropped=layer.stream if layer.drops and layer.qkv.adapters else 0)

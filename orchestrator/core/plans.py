@@ -19,7 +19,7 @@ from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ModelFacts
 from orchestrator.core import gpus
 from orchestrator.core.calibration import DEFAULT, Margins
-from orchestrator.core.facts import GpuClass, Refusal
+from orchestrator.core.facts import Card, GpuClass, Refusal
 from orchestrator.core.flash import alike
 from orchestrator.core.gpus import GIB
 from orchestrator.core.pace import Pace, Work, ordering_card
@@ -178,6 +178,8 @@ class _Search:
         self._sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
         self._offloads = offloads(self.spec, job.facts)
         self._footprints: dict[tuple[MemoryPlan, int], Footprint] = {}
+        self._plans: dict[tuple[int, int, int], MemoryPlan] = {}
+        self._seconds: dict[tuple[MemoryPlan, Card], float] = {}
 
     def choose(self, gpu_class: GpuClass) -> MemoryPlan | None:
         """The fastest plan that fits."""
@@ -190,12 +192,12 @@ class _Search:
         is offloaded where all of it fits as it is.
         """
         card = ordering_card(gpu_class)
-        fastest = min(self._pace.step_seconds(self._plan(size, 0), card) for size in self._sizes)
+        fastest = min(self._step_seconds(self._plan(size, 0), card) for size in self._sizes)
         waiting: list[tuple[float, int, int, bool, MemoryPlan]] = []
         known: dict[int, tuple[int, int]] = {}  # by way to offload: a size, and layers that need not recompute there
 
         def wait(plan: MemoryPlan, offload: int, *, fitted: bool) -> None:
-            seconds = max(self._pace.step_seconds(plan, card), fastest * AS_FAST)
+            seconds = max(self._step_seconds(plan, card), fastest * AS_FAST)
             heappush(waiting, (seconds, plan.micro_batch_size, offload, fitted, plan))
 
         for size in self._sizes:
@@ -233,13 +235,22 @@ class _Search:
         return 1 if gpu_class.cpu else len(self._offloads)
 
     def _plan(self, micro_batch_size: int, offload: int, recompute_layers: int = 0) -> MemoryPlan:
-        return MemoryPlan(
-            micro_batch_size=micro_batch_size,
-            accumulation_steps=self.spec.training.global_batch_size // micro_batch_size,
-            recompute_layers=recompute_layers,
-            offload=self._offloads[offload],
-            loss_chunk_tokens=LOSS_CHUNK_TOKENS,
-        )
+        key = micro_batch_size, offload, recompute_layers
+        if key not in self._plans:
+            self._plans[key] = MemoryPlan(
+                micro_batch_size=micro_batch_size,
+                accumulation_steps=self.spec.training.global_batch_size // micro_batch_size,
+                recompute_layers=recompute_layers,
+                offload=self._offloads[offload],
+                loss_chunk_tokens=LOSS_CHUNK_TOKENS,
+            )
+        return self._plans[key]
+
+    def _step_seconds(self, plan: MemoryPlan, card: Card) -> float:
+        key = plan, card
+        if key not in self._seconds:
+            self._seconds[key] = self._pace.step_seconds(plan, card)
+        return self._seconds[key]
 
     def _least_recompute(self, size: int, offload: int, gpu_class: GpuClass) -> MemoryPlan | None:
         """The plan with the fewest recomputed layers that fits."""

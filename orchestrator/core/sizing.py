@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from operator import attrgetter
 from typing import NamedTuple
 
 from orchestrator.api.base import decimal
@@ -20,10 +19,12 @@ from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
-from orchestrator.core.fused import FusedLayer, LayerBytes, kept_layer, recomputed_layer
+from orchestrator.core.fused import FusedLayer, LayerBytes, layer_bytes
 from orchestrator.core.linears import Group, group, linears, targeted
+from orchestrator.core.pages import LARGE_PAGE, SMALL_PAGE
 from orchestrator.core.plain import PlainLayer, final_norm, plain_layer
 from orchestrator.core.remembered import remembered
+from orchestrator.core.reserved import Rehearsed, reserved_bytes
 from orchestrator.core.timeline import allocated
 
 BF16_BYTES = 2
@@ -55,6 +56,9 @@ MOST_MULTIPROCESSORS = 148
 """Of the cards in `core/gpus`, where the class is not known."""
 SLACK_SHARE = 0.0075
 SLACK_BYTES = 2 << 20
+HOLES_SHARE = 0.113
+"""Of a layer's backward pass that transformers computes: what is reserved and cannot be used. Fitted, the median over
+the architectures that `benchmarks.sizing_report` calls fitted."""
 ANSWERS_KEPT = 4096
 
 
@@ -67,10 +71,9 @@ class Instant(NamedTuple):
     gradient_bytes: int
     working_bytes: int
 
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        return self.kept_bytes + self.gradient_bytes + self.working_bytes
+
+def _total_bytes(instant: tuple[str, int, int, int]) -> int:
+    return instant[1] + instant[2] + instant[3]
 
 
 class Footprint:
@@ -104,15 +107,14 @@ class Footprint:
             records=records,
             trainable=adapter_parameters(spec.adapter, facts),
         )
-        self._lasting = tuple(_lasting(self._question))
-        self._lasting_bytes = sum(count for _, count in self._lasting)
+        self._lasting_bytes = sum(count for _, count in _lasting(self._question))
         self._layers = _Layers.of(self._question)
         self._peaks: dict[int, int] = {}
 
     def peak_bytes(self, recompute_layers: int) -> int:
         """The peak where the first so many layers recompute."""
         if recompute_layers not in self._peaks:
-            found = self._lasting_bytes + self._peak(recompute_layers).total_bytes
+            found = self._lasting_bytes + _total_bytes(self._peak(recompute_layers))
             self._peaks[recompute_layers] = found + self._margin(found, recompute_layers)
         return self._peaks[recompute_layers]
 
@@ -142,7 +144,7 @@ class Footprint:
         """That peak, by purpose."""
         peak = self._peak(recompute_layers)
         found = (
-            *self._lasting,
+            *_lasting(self._question),
             ("adapter gradients, bf16", peak.gradient_bytes),
             ("activations kept for the backward pass", peak.kept_bytes),
             (f"working set: {peak.name}", peak.working_bytes),
@@ -150,12 +152,25 @@ class Footprint:
         margin = self._margin(sum(count for _, count in found), recompute_layers)
         return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, (MARGIN_ITEM, margin)))
 
+    def reserved_bytes(self, recompute_layers: int, *, evaluates: bool = False) -> int:
+        """What the allocator reserves for that peak where there is room, without a margin.
+
+        `evaluates`: before the first step. Takes as long as choosing a plan does.
+        """
+        if isinstance(self._question.shape, FusedLayer):
+            return reserved_bytes(_rehearsed(self._question, self._question.shape, recompute_layers, evaluates))
+        ends = self._layers.ends(recompute_layers)
+        largest = max(self._layers.at(index, recompute_layers).backward_peak for index in ends)
+        found = self._lasting_bytes + _total_bytes(self._peak(recompute_layers))
+        return round(found + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
+
     def _margin(self, found_bytes: int, recompute_layers: int) -> int:
         share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, SLACK_SHARE)
         return round(SLACK_BYTES + share * found_bytes)
 
     def _peak(self, recompute_layers: int) -> Instant:
-        return max(_instants(self._question, self._layers.recompute(recompute_layers)), key=attrgetter("total_bytes"))
+        recomputing = min(recompute_layers, self._layers.count)
+        return Instant(*max(_instants(self._question, self._layers, recomputing), key=_total_bytes))
 
 
 def footprint(
@@ -285,38 +300,49 @@ def _sixteen_bit_bytes(question: _Question) -> int:
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES)
     tables = 1 if facts.tied_embeddings or "embeddings" in question.plan.offload else 2
-    norms = NORMS.get(facts.model_type, 2) * facts.num_layers + 1
-    return tables * table + norms * allocated(facts.hidden_size * BF16_BYTES)
+    return tables * table + _norms(facts) * allocated(facts.hidden_size * BF16_BYTES)
 
 
-def _instants(question: _Question, layers: _Layers) -> Iterator[Instant]:
-    """Every moment that can be the peak. Within a kind of layers bytes grow or fall evenly, so the ends are enough."""
-    facts, plan = question.facts, question.plan
+def _norms(facts: ModelFacts) -> int:
+    return NORMS.get(facts.model_type, 2) * facts.num_layers + 1
+
+
+def _embeddings_leave(question: _Question) -> bool:
+    return "embeddings" in question.plan.offload and not question.facts.tied_embeddings
+
+
+def _instants(question: _Question, layers: _Layers, recomputing: int) -> Iterator[tuple[str, int, int, int]]:
+    """The fields of every moment that can be the peak, where the first so many layers recompute.
+
+    Within a kind of layers bytes grow or fall evenly, so the ends are enough. Plain tuples: a search asks for many.
+    """
+    facts, plan, replayed = question.facts, question.plan, question.replayed
     shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
     batch = shared + TOKEN_BYTES * question.tokens
-    capturing = CUBLAS_BYTES if question.replayed else 0  # graphs are captured on a stream of their own, in each pass
-    table = layers.recomputed.gradients * facts.num_layers
-    before = table if plan.accumulation_steps > 1 or question.replayed else 0
+    capturing = CUBLAS_BYTES if replayed else 0  # graphs are captured on a stream of their own, in each pass
+    gradients = layers.recomputed.gradients
+    table = gradients * facts.num_layers
+    before = table if plan.accumulation_steps > 1 or replayed else 0
     offloaded = "activations" in plan.offload
-    ends = layers.ends()
-    for index in ends:
+    ends = [
+        (index, layers.at(index, recomputing), layers.kept(index, recomputing)) for index in layers.ends(recomputing)
+    ]
+    for index, layer, kept in ends:
         held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
-        working = layers.at(index).forward_peak + batch + held + capturing
-        yield Instant("a layer's forward pass", layers.kept(index), before, working)
-    everything = layers.kept(facts.num_layers) - layers.at(0).released
-    at_loss, in_norm = question.final_norms[layers.recomputing == layers.count]
-    yield Instant("loss", everything, before, at_loss + question.logits_bytes + batch + capturing)
-    yield Instant("the last norm's backward pass", everything, before, in_norm + shared + 2 * capturing)
-    for index in ends:
-        done = layers.recomputed.gradients * (facts.num_layers - 1 - index)
-        if question.replayed:  # all layers' gradients are added to the sums at once
+        yield "a layer's forward pass", kept, before, layer.forward_peak + batch + held + capturing
+    everything = layers.kept(facts.num_layers, recomputing) - layers.at(0, recomputing).released
+    at_loss, in_norm = question.final_norms[recomputing == layers.count]
+    yield "loss", everything, before, at_loss + question.logits_bytes + batch + capturing
+    yield "the last norm's backward pass", everything, before, in_norm + shared + 2 * capturing
+    for index, layer, kept in ends:
+        done = gradients * (facts.num_layers - 1 - index)
+        if replayed:  # all layers' gradients are added to the sums at once
             done += before
         elif before:
             done = before
-        working = layers.at(index).backward_peak + shared + 2 * capturing
-        yield Instant("a layer's backward pass", layers.kept(index), done, working)
-    yield Instant("optimizer", 0, table, table)
-    yield Instant("loading", 0, 0, question.loading_bytes)
+        yield "a layer's backward pass", kept, done, layer.backward_peak + shared + 2 * capturing
+    yield "optimizer", 0, table, table
+    yield "loading", 0, 0, question.loading_bytes
 
 
 def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
@@ -336,59 +362,71 @@ def _logits_bytes(question: _Question) -> int:
 def _loading_bytes(question: _Question) -> int:
     """PEFT makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later."""
     facts = question.facts
-    offloaded = "embeddings" in question.plan.offload and not facts.tied_embeddings
-    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if offloaded else 0
+    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
     later = question.trainable * _state_bytes(question) + 2 * CUBLAS_BYTES
     return max(0, round(question.trainable * (FP32_BYTES - BF16_BYTES) + table - later))
 
 
+def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, evaluates: bool) -> Rehearsed:
+    facts, plan = question.facts, question.plan
+    return Rehearsed(
+        layer=layer,
+        facts=facts,
+        norms=_norms(facts),
+        recompute_layers=recompute_layers,
+        accumulates=plan.accumulation_steps > 1,
+        replayed=question.replayed,
+        offloads_activations="activations" in plan.offload,
+        offloads_embeddings=_embeddings_leave(question),
+        chunk_tokens=plan.loss_chunk_tokens,
+        batch_bytes=TOKEN_BYTES * question.tokens,
+        adapter_bytes=question.trainable * BF16_BYTES,
+        state_bytes=round(question.trainable * _state_bytes(question)),
+        workspace_bytes=CUBLAS_BYTES,
+        evaluates=evaluates,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layers:
-    """The decoder's layers, of which the first so many recompute."""
+    """The decoder's layers, the first so many of which recompute."""
 
     count: int
-    recomputing: int
     recomputed: LayerBytes
     whole: LayerBytes
 
     @classmethod
     def of(cls, question: _Question) -> _Layers:
-        """The layers of the question, none of which recomputes."""
+        """The layers of the question."""
         shape = question.shape
-        recomputed, whole = _recomputed_layer(shape, "activations" in question.plan.offload), _kept_layer(shape)
-        return cls(count=question.facts.num_layers, recomputing=0, recomputed=recomputed, whole=whole)
+        if isinstance(shape, FusedLayer):
+            recomputed, whole = layer_bytes(shape, offloaded="activations" in question.plan.offload)
+        else:
+            recomputed, whole = _plain_layer(shape, recomputes=True), _plain_layer(shape, recomputes=False)
+        return cls(count=question.facts.num_layers, recomputed=recomputed, whole=whole)
 
-    def recompute(self, layers: int) -> _Layers:
-        """The same, the first so many of which recompute."""
-        recomputing = min(layers, self.count)
-        return _Layers(count=self.count, recomputing=recomputing, recomputed=self.recomputed, whole=self.whole)
-
-    def ends(self) -> tuple[int, ...]:
+    def ends(self, recomputing: int) -> tuple[int, ...]:
         """The first and the last layer of each kind."""
-        return tuple(sorted({0, max(0, self.recomputing - 1), min(self.recomputing, self.count - 1), self.count - 1}))
+        last = self.count - 1
+        if recomputing in (0, self.count):
+            return (0, last) if last else (0,)
+        return tuple(dict.fromkeys((0, recomputing - 1, recomputing, last)))
 
-    def at(self, index: int) -> LayerBytes:
+    def at(self, index: int, recomputing: int) -> LayerBytes:
         """One layer's bytes."""
-        return self.recomputed if index < self.recomputing else self.whole
+        return self.recomputed if index < recomputing else self.whole
 
-    def kept(self, below: int) -> int:
+    def kept(self, below: int, recomputing: int) -> int:
         """What the layers below one keep."""
-        recomputed = min(below, self.recomputing)
-        first = self.at(0)
+        if not below:
+            return 0
+        first = self.recomputed if recomputing else self.whole
+        recomputed = min(below, recomputing)
         others = recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
-        return others - (first.kept - first.first_kept if below else 0)
+        return others - (first.kept - first.first_kept)
 
 
-@lru_cache(maxsize=ANSWERS_KEPT)
-def _recomputed_layer(shape: FusedLayer | PlainLayer, offloaded: bool) -> LayerBytes:
-    if isinstance(shape, FusedLayer):
-        return recomputed_layer(shape, offloaded=offloaded)
-    return plain_layer(shape, recomputes=True)
-
-
-@lru_cache(maxsize=ANSWERS_KEPT)
-def _kept_layer(shape: FusedLayer | PlainLayer) -> LayerBytes:
-    return kept_layer(shape) if isinstance(shape, FusedLayer) else plain_layer(shape, recomputes=False)
+_plain_layer = lru_cache(maxsize=ANSWERS_KEPT)(plain_layer)
 
 
 def _shape(question: _Question) -> FusedLayer | PlainLayer:

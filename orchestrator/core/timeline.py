@@ -6,6 +6,9 @@ up. Bytes are counted as PyTorch's allocator hands them out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 ALLOCATION_BYTES = 512
 """The allocator's smallest unit; with expandable segments larger blocks are split to it (c10/cuda, `should_split`)."""
 
@@ -15,15 +18,40 @@ def allocated(size_bytes: float) -> int:
     return -int(-size_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
 
 
+class Walk(Protocol):
+    """What a computation is walked on: a `Timeline` adds up, `core/reserved` gives each tensor its place."""
+
+    def take(self, **sizes: float) -> None:
+        """Tensors of so many bytes come to be."""
+        ...
+
+    def drop(self, *names: str) -> None:
+        """Tensors are freed."""
+        ...
+
+    def passing(self, **sizes: float) -> None:
+        """Tensors come to be and are freed at once."""
+        ...
+
+    def passing_later(self, sizes: Callable[[], Sequence[int]], /) -> None:
+        """Tensors come to be and are freed at once; how large they are is only asked where it matters by itself."""
+        ...
+
+    def apart(self, part: Callable[[Walk], None]) -> None:
+        """A part with names of its own, nothing of which is left."""
+        ...
+
+
 class Timeline:
     """Tensors by name, their sum now, and its peak so far."""
 
-    __slots__ = ("_held", "live_bytes", "peak_bytes")
+    __slots__ = ("_held", "deferred_at_bytes", "live_bytes", "peak_bytes")
 
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.deferred_at_bytes = 0
 
     def take(self, **sizes: float) -> None:
         """Tensors of so many bytes come to be."""
@@ -46,3 +74,14 @@ class Timeline:
         live = self.live_bytes + sum(map(allocated, sizes.values()))
         if live > self.peak_bytes:
             self.peak_bytes = live
+
+    def passing_later(self, _sizes: Callable[[], Sequence[int]], /) -> None:
+        """Tensors come to be and are freed at once: noted is what is alive beside them, and they are for the caller."""
+        assert not self.deferred_at_bytes, "a timeline notes one such moment"
+        self.deferred_at_bytes = self.live_bytes
+
+    def apart(self, part: Callable[[Walk], None]) -> None:
+        """A part with names of its own, nothing of which is left."""
+        inner = Timeline()
+        part(inner)
+        self.passing(part=inner.peak_bytes)

@@ -178,3 +178,13 @@ def test_waiting_jobs_of_the_same_architecture_are_sized_with_what_was_learned()
     after_all = schedule(snapshot(waiting, taught, gpu_classes=here)).placements[0].estimate
     assert after_all.gpu_class == before.gpu_class
     assert after_all.predicted_bytes * 1.2 <= after_all.usable_bytes
+
+
+def test_the_same_jobs_are_not_worked_out_again_and_a_changed_one_counts_at_once() -> None:
+    jobs = [finished(f"job-{number}", 0.01) for number in range(3)]
+    before = learned(jobs)
+    assert learned([*jobs, make_job("waiting")]) is before
+    worse = [*jobs[:2], finished("job-2", 0.03)]
+    assert worse[2].metadata == jobs[2].metadata
+    assert learned(worse)[LLAMA].shares[0][1] == pytest.approx(0.03)
+    assert learned(jobs) == before

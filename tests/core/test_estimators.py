@@ -26,7 +26,9 @@ def row(model: str = "llama-3.1-8b", part: str = "whole", layers: int | None = N
         "records": 4,
         "multiprocessors": 132,
         "step_seconds": 0.5,
+        "evaluation": False,
         "peak_allocated_bytes": 8 * GIB,
+        "peak_reserved_bytes": 9 * GIB,
         **fields,
     }
 

@@ -16,3 +16,11 @@ def test_predicted_peaks_are_never_below_the_measured_ones_and_at_most_three_per
     for part in ("fitted", "held_out"):
         assert found[part]["mean"] <= 1.5
         assert found[part]["most"] <= 3
+
+
+def test_what_the_allocator_reserves_is_predicted_within_two_per_cent_on_average() -> None:
+    found = report([json.loads(line) for line in ROWS.read_text().splitlines()])["reserved_over_predicted_percent"]
+    for part in ("fitted", "held_out", "layers_by_hand", "layers_of_transformers"):
+        assert found[part]["mean"] <= 2
+    assert found["all"]["most"] <= 14
+    assert found["share_within_4_percent"] >= 0.9

@@ -189,8 +189,8 @@ def test_every_tensor_of_a_training_step_is_counted(
     monkeypatch.setattr(Replay, "_graph", lambda *_: None)  # what runs before a graph is made
     monkeypatch.setattr(sizing, "REPLAY_TOKENS", LARGEST_TOKENS if replayed else 0)
     monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
-    sizing._recomputed_layer.cache_clear()
-    sizing._kept_layer.cache_clear()
+    fused._recomputed_layer.cache_clear()
+    fused._kept_layer.cache_clear()
     names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     config = {**CONFIG, "model_type": model_type, "architectures": [names[model_type]]}
     (tmp_path / "config.json").write_text(json.dumps(config))
