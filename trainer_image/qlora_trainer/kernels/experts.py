@@ -83,6 +83,8 @@ class NF4Experts(Module):
         self.experts, self.hidden, self.inner = experts, hidden, inner
         self.gate_up_proj, self.down_proj = nf4(gate_up), nf4(down)
         self._parts: dict[str, list[_Expert]] = {}
+        self.silent = False
+        """Add nothing to any token."""
 
     @property
     def expert_weights(self) -> int:
@@ -91,6 +93,8 @@ class NF4Experts(Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' modules of experts have it."""
+        if self.silent:
+            return torch.zeros_like(hidden_states)
         return _Mixture.apply(hidden_states, top_k_index, top_k_weights, self)
 
     def mix(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
