@@ -91,11 +91,16 @@ MIXTURES: Mapping[str, _MixtureFields] = {
     "qwen3_moe": _MixtureFields(),
 }
 """Model types whose experts' memory is known."""
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _mixture(text: Mapping[str, object]) -> Mixture | None:
     fields = MIXTURES.get(str(text.get("model_type")))
     if fields is None:
+        counts = (name for name in _EXPERT_COUNTS if isinstance(count := text.get(name), int) and count > 1)
+        if name := next(counts, None):
+            known = ", ".join(MIXTURES)
+            raise ValueError(f"{name}: how much memory such a mixture of experts takes is not known; known are {known}")
         return None
     if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
         raise ValueError("some layers have experts and others none (mlp_only_layers, decoder_sparse_step)")

@@ -326,6 +326,13 @@ def test_a_mixture_that_cannot_be_quantized_is_refused_with_the_reason(tmp_path:
         check(folder)
 
 
+def test_a_mixture_whose_memory_is_not_known_is_refused_by_its_config() -> None:
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 256}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match=r"n_routed_experts: how much memory such a mixture .* known are mixtral"):
+        ModelFacts.from_config({**config, **shape, "vocab_size": 512}, "main")
+
+
 def test_a_mixture_some_of_whose_layers_have_no_experts_is_refused(tmp_path: Path) -> None:
     folder = build_tiny_model(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0])
     with pytest.raises(UserError, match=r"some layers have experts and others none \(mlp_only_layers"):

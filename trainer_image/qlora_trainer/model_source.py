@@ -131,7 +131,7 @@ def read_facts(description: ModelDescription, source: str) -> ModelFacts:
         return ModelFacts.from_config(resolved.to_dict(), description.revision)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: {CONFIG_NAME} does not describe a causal language model: {reason}") from error
+        raise UserError(f"{source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}") from error
 
 
 def context_length(description: ModelDescription, source: str) -> int | None:
