@@ -86,9 +86,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_bias": True, "sliding_window": 4096, "attention_dropout": 0.0, "residual_dropout": 0.0,
         "embedding_dropout": 0.0, **_shape(4608, 18432, 32, 36, 4, 49152, tied=True),
     },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **_GATED, "sliding_window": None,
+        "num_local_experts": 8, "num_experts_per_tok": 2, **_shape(4096, 14336, 32, 32, 8, 32000),
+    },
+    "olmoe-7b-a1b": {
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", **_GATED, "num_experts": 64,
+        "num_experts_per_tok": 8, "norm_topk_prob": False, **_shape(2048, 1024, 16, 16, 16, 50304),
+    },
+    "qwen1.5-moe-14b-a2.7b": {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", **_GATED, "num_experts": 60,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        "decoder_sparse_step": 1, "norm_topk_prob": False, **_shape(2048, 5632, 24, 16, 16, 151936),
+    },
     "qwen3-30b-a3b": {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_GATED, "head_dim": 128,
         "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
         **_shape(2048, 6144, 48, 32, 4, 151936),
     },
 }  # fmt: skip

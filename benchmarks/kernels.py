@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ os.environ["QLORA_ALLOW_RANDOM_WEIGHTS"] = "1"
 
 import numpy as np
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from qlora_trainer import runtime
 from qlora_trainer.attention import QUERY_TILE_TOKENS, PackedAttention
 from qlora_trainer.batches import MicroBatch, collate
 from qlora_trainer.kernels import torch_ops
+from qlora_trainer.kernels.experts import NF4Experts
 from qlora_trainer.loss import IGNORED
 from qlora_trainer.model import TrainingModel, add_adapter, load_base
 from qlora_trainer.replay import Replay
@@ -47,6 +49,8 @@ LAYER_TOLERANCE = 0.03
 PACKED = (700, 300, 24, 1024)
 LONG = (QUERY_TILE_TOKENS + 3000, 500)
 ALL_LAYERS = 1024
+EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, EXPERT_TOKENS = 16, 2048, 768, 5000
+"""More tokens than a tile has."""
 
 
 def main() -> None:
@@ -57,12 +61,15 @@ def main() -> None:
     device = runtime.set_up(threads=os.cpu_count() or 1, deterministic=True)
     kernels = compare_kernels(device)
     layers = compare_layers(device)
+    experts = compare_experts(device)
     agree = (
         all(difference <= KERNEL_TOLERANCE for difference in kernels.values())
+        and max(experts["differences"].values()) <= LAYER_TOLERANCE
+        and experts["same_bits"]
         and all(found["largest_gradient_difference"] <= LAYER_TOLERANCE for found in layers["against_the_untouched"])
         and all(layers["same_bits"].values())
     )
-    emit({"agree": agree, "kernel_differences": kernels, **layers}, save=arguments.save)
+    emit({"agree": agree, "kernel_differences": kernels, "experts": experts, **layers}, save=arguments.save)
     sys.exit(0 if agree else 1)
 
 
@@ -114,6 +121,50 @@ def compare_kernels(device: torch.device) -> dict[str, float]:
     torch_ops.dequantize(packed, state, theirs)
     found["dequantize"] = float(not torch.equal(ours, theirs))
     return found
+
+
+# --- experts
+
+
+def compare_experts(device: torch.device) -> dict[str, Any]:
+    """Both passes of experts as wide as Qwen3-30B-A3B's against autograd's, and against themselves."""
+    torch.manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(torch.bfloat16)
+
+    gate_up, down = (
+        0.02 * draw(EXPERTS, 2 * EXPERT_SIZE, EXPERT_HIDDEN),
+        0.02 * draw(EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE),
+    )
+    experts = NF4Experts(EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, gate_up=gate_up, down=down).to(device)
+    x, grad = draw(EXPERT_TOKENS, EXPERT_HIDDEN), draw(EXPERT_TOKENS, EXPERT_HIDDEN)
+    weights, index = torch.rand(EXPERT_TOKENS, EXPERTS - 1, device=device).topk(4)  # the last is never chosen
+
+    def both_passes(forward: Any) -> tuple[Tensor, ...]:
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        answer = forward(leaves[0], index, leaves[1])
+        answer.backward(grad)
+        return answer.detach(), *(leaf.grad for leaf in leaves)
+
+    ours, again = both_passes(experts), both_passes(experts)
+    theirs = both_passes(partial(_experts_in_plain_sight, experts))
+    names = ("answer", "gradient to x", "gradient to weights")
+    return {
+        "differences": {name: round(difference(*pair), 6) for name, *pair in zip(names, ours, theirs, strict=True)},
+        "same_bits": all(torch.equal(*pair) for pair in zip(ours, again, strict=True)),
+    }
+
+
+def _experts_in_plain_sight(experts: NF4Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Every expert on every token, in float32."""
+    gate_up, down = (dequantize_4bit(p.data, p.quant_state).float() for p in (experts.gate_up_proj, experts.down_proj))
+    answer = torch.zeros(x.shape, device=x.device)
+    for number in range(experts.experts):
+        gate, up = (x.float() @ gate_up[number].t()).chunk(2, dim=1)
+        chosen = (weights * (index == number)).sum(1, keepdim=True)
+        answer = answer + chosen * ((torch.nn.functional.silu(gate) * up) @ down[number].t())
+    return answer.to(x.dtype)
 
 
 # --- layers

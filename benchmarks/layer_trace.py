@@ -15,6 +15,8 @@ import json
 import sys
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
@@ -28,6 +30,8 @@ import torch
 from peft.tuners.lora import dora
 from qlora_trainer import attention as packed
 from qlora_trainer.batches import collate
+from qlora_trainer.experts import replace_experts
+from qlora_trainer.kernels.experts import NF4Experts
 from qlora_trainer.model import COMPUTE_DTYPE, _attention_implementation, add_adapter, set_recompute
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,6 +41,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from benchmarks.architectures import CONFIGS
 from benchmarks.report import argument_parser
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.results import MIXTURES
+from orchestrator.core.plain import EXPERTS_BACKWARD, EXPERTS_FORWARD, FLASH
 
 FAMILIES = {
     "phi3": "phi-3-mini-3.8b",
@@ -49,12 +55,17 @@ FAMILIES = {
     "llama": "llama-3.1-8b",
     "qwen2": "qwen2.5-7b",
     "qwen3": "qwen3-8b",
+    "mixtral": "mixtral-8x7b",
+    "olmoe": "olmoe-7b-a1b",
+    "qwen2_moe": "qwen1.5-moe-14b-a2.7b",
+    "qwen3_moe": "qwen3-30b-a3b",
 }
 """Model types that are traced, and a model of each."""
 FEW_TARGETS = {"phi3": ("qkv_proj",), "gpt_neox": ("query_key_value",)}
 """Of `ADAPTERS`' "few", where queries and values have no matrices of their own."""
 ADAPTERS = ("all", "few", "all dora", "few dora")
 """Adapters on every linear layer, or on those of queries and values alone; without and with DoRA."""
+AT_WORK = (FLASH, EXPERTS_FORWARD, EXPERTS_BACKWARD)
 LAYERS, MIDDLE = 3, 1
 TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "core" / "plain_layers.json"
 DEVICE = "cpu"
@@ -72,13 +83,15 @@ class Widths:
     key_heads: int
     head: int
     rank: int
+    experts: int
+    experts_per_token: int
 
     def symbols(self, hidden: int) -> dict[str, int]:
         """By the letter that the table uses."""
         query, key = self.heads * self.head, self.key_heads * self.head
         return {
             "t": self.tokens, "h": hidden, "i": self.inner, "q": query, "k": key, "r": self.rank, "n": self.heads,
-            "m": self.key_heads, "d": self.head, "p": query + 2 * key,
+            "m": self.key_heads, "d": self.head, "p": query + 2 * key, "e": self.experts, "s": self.experts_per_token,
         }  # fmt: skip
 
 
@@ -156,7 +169,8 @@ def trace(family: str, widths: Widths, *, adapters: str, recomputes: bool, dropo
         for tensor in (*peft_model.parameters(), *peft_model.buffers()):
             recorder.ignore(tensor)
         dense = mock.patch.object(dora, "dequantize_module_weight", TracedLinear.dense)
-        with recorder, dense, mock.patch("torch.nn.functional.dropout", _Dropout.apply_to):
+        dropout_patch = mock.patch("torch.nn.functional.dropout", _Dropout.apply_to)
+        with _traced_experts(recorder), recorder, dense, dropout_patch:
             hidden = decoder(
                 input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
             ).last_hidden_state
@@ -196,9 +210,25 @@ class _AttentionFunction(torch.autograd.Function):
         query, key, value, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
         found = tuple(torch.empty_like(part) for part in (query, key, value))
-        ctx.recorder.events.append(Event(kind="flash"))
+        ctx.recorder.events.append(Event(kind=FLASH))
         del grad
         return *found, None, None
+
+
+@contextmanager
+def _traced_experts(recorder: Recorder) -> Iterator[None]:
+    """`NF4Experts`: what they give. What they take by the way is `core/experts`'s."""
+
+    def mix(_: Any, x: Tensor, *__: Tensor) -> Tensor:
+        recorder.events.append(Event(kind=EXPERTS_FORWARD))
+        return torch.empty_like(x)
+
+    def mix_backward(_: Any, __: Tensor, x: Tensor, ___: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        recorder.events.append(Event(kind=EXPERTS_BACKWARD))
+        return torch.empty_like(x), torch.empty_like(weights)
+
+    with mock.patch.multiple(NF4Experts, mix=mix, mix_backward=mix_backward):
+        yield
 
 
 class _Loss(torch.autograd.Function):
@@ -284,6 +314,7 @@ def _base(config: Any) -> Any:
         base = AutoModelForCausalLM.from_config(
             config, dtype=COMPUTE_DTYPE, attn_implementation=_attention_implementation(config)
         )
+    replace_experts(base)
     head = base.get_output_embeddings()
     for name, module in list(base.named_modules()):
         if isinstance(module, torch.nn.Linear) and module is not head:
@@ -322,7 +353,16 @@ def _config(model: str, widths: Widths) -> Any:
         own["head_dim"] = widths.head
     if "query_pre_attn_scalar" in own:
         own["query_pre_attn_scalar"] = widths.head
+    if own["model_type"] in MIXTURES:
+        own |= _expert_sizes(own, widths)
     return AutoConfig.for_model(**own)
+
+
+def _expert_sizes(own: dict[str, Any], widths: Widths) -> dict[str, Any]:
+    fields = MIXTURES[own["model_type"]]
+    sizes: dict[str, Any] = {name: widths.experts for name in fields.experts if name in own}
+    sizes |= {"num_experts_per_tok": widths.experts_per_token, fields.size: EXPERT_SIZE}
+    return sizes | ({fields.shared_size: widths.inner} if fields.shared_size else {})
 
 
 def _mark_layers(decoder: Any, recorder: Recorder) -> None:
@@ -348,16 +388,25 @@ Polynomial = dict[str, float]
 PRODUCTS = (
     *("th", "ti", "tq", "tk", "tp", "tr", "ttn", "tt", "tn", "tm", "td", "t"),
     *("ii", "qq", "kk", "hi", "hh", "hq", "hk", "hp", "rh", "ri", "rq", "rk", "rp", "h", "i", "q", "k", "p", "r", ""),
+    *("te", "ts", "he"),
 )
 SMALL_BYTES = 4096
 """What is smaller whatever the widths is left to the margin."""
 SAMPLES = (
-    Widths(tokens=2018, hidden=576, inner=1376, heads=8, key_heads=2, head=64, rank=11),
-    Widths(tokens=1213, hidden=384, inner=1984, heads=6, key_heads=3, head=80, rank=23),
-    Widths(tokens=3011, hidden=720, inner=1152, heads=10, key_heads=5, head=64, rank=37),
+    Widths(
+        tokens=2018, hidden=576, inner=1376, heads=8, key_heads=2, head=64, rank=11, experts=24, experts_per_token=4
+    ),
+    Widths(
+        tokens=1213, hidden=384, inner=1984, heads=6, key_heads=3, head=80, rank=23, experts=56, experts_per_token=5
+    ),
+    Widths(
+        tokens=3011, hidden=720, inner=1152, heads=10, key_heads=5, head=64, rank=37, experts=40, experts_per_token=3
+    ),
 )
 
 
+EXPERT_SIZE = 1024
+"""The width inside a routed expert, which only `core/experts` asks for."""
 SHAPES = 20_000
 
 
@@ -419,21 +468,21 @@ def _embeddings_drop(events: list[Event], polynomials: dict[int, Polynomial]) ->
     return next((event for event in between if event.kind == "drop" and event.number in made), None)
 
 
-Moment = tuple[bool, Polynomial]
-"""Whether flash attention's backward pass is at work, and what is alive."""
+Moment = tuple[str, Polynomial]
+"""What is at work that takes bytes of its own, if anything is, and what is alive."""
 
 
 def _segment(
     events: list[Event], polynomials: dict[int, Polynomial], first: str, last: str, start: Polynomial
 ) -> list[Moment]:
     names = [event.name for event in events]
-    live, moments = start, [(False, start)]
+    live, moments = start, [("", start)]
     for event in events[names.index(first) : names.index(last) + 1]:
         if event.kind == "take":
             live = _sum(live, polynomials[event.number], 1)
         elif event.kind == "drop":
             live = _sum(live, polynomials[event.number], -1)
-        moments.append((event.kind == "flash", live))
+        moments.append((event.kind if event.kind in AT_WORK else "", live))
     return moments
 
 
@@ -445,12 +494,12 @@ def _sum(one: Polynomial, other: Polynomial, sign: int) -> Polynomial:
 def _largest(moments: list[Moment]) -> list[Moment]:
     """Those that are the largest on any of many shapes that models and micro-batches have."""
     kept: list[Moment] = []
-    for flash in (False, True):
-        own = list({json.dumps(m[1], sort_keys=True): m[1] for m in moments if m[0] == flash}.values())
+    for at_work in ("", *AT_WORK):
+        own = list({json.dumps(m[1], sort_keys=True): m[1] for m in moments if m[0] == at_work}.values())
         if own:
             matrix = np.array([[one.get(name, 0.0) for name in PRODUCTS] for one in own])
             first = np.argmax(matrix @ _shapes(), axis=0)
-            kept += [(flash, own[index]) for index in sorted(set(first.tolist()))]
+            kept += [(at_work, own[index]) for index in sorted(set(first.tolist()))]
     return kept
 
 
@@ -467,7 +516,7 @@ def _shapes() -> np.ndarray:
     key = query / draw.choice([1, 1, 2, 4, 5, 7, 8, 16], SHAPES)
     letters = {
         "t": spread(64, 262144), "h": hidden, "i": hidden * spread(1, 8), "q": query, "k": key, "p": query + 2 * key,
-        "n": query / head, "m": key / head, "d": head, "r": spread(4, 256),
+        "n": query / head, "m": key / head, "d": head, "r": spread(4, 256), "e": spread(4, 512), "s": spread(1, 16),
     }  # fmt: skip
     return np.array([np.prod([letters[x] for x in name], axis=0) * np.ones(SHAPES) for name in PRODUCTS])
 

@@ -29,7 +29,7 @@ def read_facts(model: ModelSource) -> ModelFacts:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InvalidObject(
-            f"{model.source}: {CONFIG_NAME} does not describe a causal language model: {reason}"
+            f"{model.source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}"
         ) from error
 
 

@@ -7,6 +7,7 @@ channel to be right. Progress is for people and may be lost.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Literal, cast
 
@@ -17,6 +18,18 @@ from orchestrator.api.reasons import Reason
 
 MAX_TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' bound on a container's termination message
 Uri = Annotated[str, StringConstraints(max_length=2048)]
+
+
+class Mixture(Model):
+    """The experts of a model, the same in every layer."""
+
+    experts: int = Field(ge=1)
+    """Of which each token chooses some."""
+    experts_per_token: int = Field(ge=1)
+    expert_size: int = Field(ge=1)
+    """The width inside one of them."""
+    shared_size: int = Field(default=0, ge=0)
+    """The width inside what every token goes through beside them; 0 where there is no such thing."""
 
 
 class ModelFacts(Model):
@@ -32,6 +45,8 @@ class ModelFacts(Model):
     head_dim: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     tied_embeddings: bool
+    mixture: Mixture | None = None
+    """Its experts, where it has any."""
     revision: ShortText
     """The commit of a hub model, or the digest of a folder's config and tensor index."""
 
@@ -55,8 +70,46 @@ class ModelFacts(Model):
             head_dim=_count(text, "head_dim", default=hidden_size // num_attention_heads),
             vocab_size=_count({**config, **text}, "vocab_size"),
             tied_embeddings=_tied_embeddings(config, text),
+            mixture=_mixture(text),
             revision=revision,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MixtureFields:
+    """What a family's config calls the sizes of its experts."""
+
+    experts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    size: str = "moe_intermediate_size"
+    shared_size: str | None = None
+
+
+MIXTURES: Mapping[str, _MixtureFields] = {
+    "mixtral": _MixtureFields(size="intermediate_size"),
+    "olmoe": _MixtureFields(size="intermediate_size"),
+    "qwen2_moe": _MixtureFields(shared_size="shared_expert_intermediate_size"),
+    "qwen3_moe": _MixtureFields(),
+}
+"""Model types whose experts' memory is known."""
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _mixture(text: Mapping[str, object]) -> Mixture | None:
+    fields = MIXTURES.get(str(text.get("model_type")))
+    if fields is None:
+        counts = (name for name in _EXPERT_COUNTS if isinstance(count := text.get(name), int) and count > 1)
+        if name := next(counts, None):
+            known = ", ".join(MIXTURES)
+            raise ValueError(f"{name}: how much memory such a mixture of experts takes is not known; known are {known}")
+        return None
+    if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
+        raise ValueError("some layers have experts and others none (mlp_only_layers, decoder_sparse_step)")
+    return Mixture(
+        experts=_count(text, *fields.experts),
+        experts_per_token=_count(text, "num_experts_per_tok"),
+        expert_size=_count(text, fields.size),
+        shared_size=_count(text, fields.shared_size) if fields.shared_size else 0,
+    )
 
 
 _INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")

@@ -52,7 +52,10 @@ def _heading(plan: JobPlan) -> Text:
 
 
 def _model_words(facts: ModelFacts) -> str:
-    return f"{facts.architecture}, {facts.num_layers} layers, hidden {facts.hidden_size}, vocabulary {facts.vocab_size}"
+    mixture = facts.mixture
+    experts = f", {mixture.experts_per_token} of {mixture.experts} experts" if mixture else ""
+    shape = f"{facts.num_layers} layers, hidden {facts.hidden_size}{experts}, vocabulary {facts.vocab_size}"
+    return f"{facts.architecture}, {shape}"
 
 
 def _item_lines(estimate: Estimate, console: Console) -> Iterator[Text]:

@@ -96,7 +96,7 @@ def linears(facts: ModelFacts) -> tuple[Linear, ...]:
             shapes = {**attention, "c_fc": (h, i), "c_proj": (i, h)}
         case _:
             attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
-            shapes = {**attention, "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+            shapes = {**attention, **_mlp(facts)}
     biased = _BIASED.get(facts.model_type, frozenset())
     return tuple(
         Linear(name=name, inputs=inputs, outputs=outputs, bias=biased is None or name in biased)
@@ -104,8 +104,20 @@ def linears(facts: ModelFacts) -> tuple[Linear, ...]:
     )
 
 
+def _mlp(facts: ModelFacts) -> dict[str, tuple[int, int]]:
+    """In a mixture, what every token goes through beside the routed experts (`core/experts`), and its gate."""
+    h, i = facts.hidden_size, facts.intermediate_size
+    gate: dict[str, tuple[int, int]] = {}
+    if facts.mixture is not None:
+        if not facts.mixture.shared_size:
+            return {}
+        i, gate = facts.mixture.shared_size, {"shared_expert_gate": (h, 1)}
+    return {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h), **gate}
+
+
 _BIASED: dict[str, frozenset[str] | None] = {
     "qwen2": frozenset({"q_proj", "k_proj", "v_proj"}),
+    "qwen2_moe": frozenset({"q_proj", "k_proj", "v_proj"}),
     "gpt_neox": None,
     "starcoder2": None,
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ModelFacts, PrepareResult
+from orchestrator.core.experts import TILE_TOKENS
 from orchestrator.core.facts import Card, GpuClass
 from orchestrator.core.flash import QUERY_TILE_TOKENS
 from orchestrator.core.linears import linears, targeted
@@ -35,6 +36,10 @@ TILED_ATTENTION = 0.62
 INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
 """What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
 activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
+ROW_BYTES = 16
+"""The same for each expert of a token: its input, its output and both gradients are gathered."""
+FIRST_MATRICES = 2 / 3
+"""Of an expert's weights: gate and up."""
 AGAIN = 1 / 3
 """Of a layer's bytes, kernels and launches, what recomputing it repeats."""
 PLAIN_BYTES = 2.0
@@ -44,6 +49,9 @@ KERNEL_SECONDS = 0.0002
 FUSED_LAUNCH_SECONDS, PLAIN_LAUNCH_SECONDS = 0.0054, 0.011
 """The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, and 0.36 s where
 transformers computes them."""
+EXPERT_LAUNCH_SECONDS = 0.0001
+"""The host's work for one expert in a layer and micro-step: ten operations over both passes, 10 µs each. An estimate:
+mixtures have not been measured yet."""
 STEP_SECONDS = 0.004
 """Around a step's micro-steps: norms, clipping, waiting for the loss."""
 REPLAYED_TOKENS = 6144
@@ -83,10 +91,12 @@ class Pace:
     def __init__(self, spec: QLoRAJobSpec, facts: ModelFacts, work: Work) -> None:
         every = linears(facts)
         self._facts = facts
+        self._mixture = facts.mixture
         self._fused = is_fused(spec.adapter, facts)
         self._weights = sum(linear.parameters for linear in every)
         last = every[-1].parameters  # the last product of a layer is not needed again to go back through it
         self._again = self._weights - last if self._fused else self._weights
+        self._expert_weights = 3 * facts.hidden_size * facts.mixture.expert_size if facts.mixture else 0
         self._adapted = sum(linear.inputs + linear.outputs for linear in targeted(spec.adapter, every))
         self._trainable = adapter_parameters(spec.adapter, facts)
         self._state_bytes = OPTIMIZER_BYTES[spec.training.optimizer]
@@ -105,7 +115,7 @@ class Pace:
         """Forward and backward pass of one micro-batch."""
         tokens, again = self._tokens(plan), self._again_layers(plan)
         replayed = self._replays and not plan.offload and tokens <= REPLAYED_TOKENS
-        launches = 0.0 if replayed or card is CPU else self._launch_seconds(again)
+        launches = 0.0 if replayed or card is CPU else self._launch_seconds(tokens, again)
         stream = self._stream_seconds(tokens, card)
         there_and_back = 2 * again * stream if "activations" in plan.offload else 0.0
         embeddings = stream if "embeddings" in plan.offload else 0.0  # which the card waits for
@@ -117,7 +127,7 @@ class Pace:
         return {
             "products": self._product_seconds(tokens, again, card),
             "attention": self._attention_seconds(tokens, again, card),
-            "dequantization": self._dequantization_seconds(again, card),
+            "dequantization": self._dequantization_seconds(tokens, again, card),
             "memory traffic": self._memory_seconds(tokens, again, card),
             "small kernels": self._kernel_seconds(again, card),
         }
@@ -132,7 +142,7 @@ class Pace:
         return (
             self._product_seconds(tokens, again, card)
             + self._attention_seconds(tokens, again, card)
-            + self._dequantization_seconds(again, card)
+            + self._dequantization_seconds(tokens, again, card)
             + self._memory_seconds(tokens, again, card)
             + self._kernel_seconds(again, card)
         )
@@ -140,17 +150,28 @@ class Pace:
     def _product_seconds(self, tokens: float, again: int, card: Card) -> float:
         """4 operations a weight and token (2 forward, 2 back; the base is frozen), 2 more where it is recomputed."""
         head = self._facts.vocab_size * self._facts.hidden_size
-        weights = 4 * self._weights * self._facts.num_layers + 2 * self._again * again + 4 * head
+        layers = self._facts.num_layers
+        weights = 4 * self._weights * layers + 2 * self._again * again + 4 * head
+        if self._mixture is not None:  # gate and up are multiplied once more to go back
+            chosen = self._mixture.experts_per_token * self._expert_weights
+            weights += (4 + 2 * FIRST_MATRICES) * chosen * layers + 2 * chosen * again
         return tokens * weights / (card.matmul_tflops * 1e12 * MATMUL_EFFICIENCY)
 
-    def _dequantization_seconds(self, again: int, card: Card) -> float:
-        """Every matrix for each pass of each micro-step."""
-        weights = (2 * self._facts.num_layers + AGAIN * again) * self._weights
+    def _dequantization_seconds(self, tokens: float, again: int, card: Card) -> float:
+        """Every matrix for each pass of each micro-step; of experts those that a token chose, gate and up once more."""
+        layers = self._facts.num_layers
+        weights = (2 * layers + AGAIN * again) * self._weights
+        weights += ((2 + FIRST_MATRICES) * layers + again) * self._chosen_experts(tokens) * self._expert_weights
         return weights * DEQUANTIZED_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
     def _memory_seconds(self, tokens: float, again: int, card: Card) -> float:
         facts = self._facts
-        layer = INNER_BYTES * facts.intermediate_size + HIDDEN_BYTES * facts.hidden_size + ADAPTER_BYTES * self._adapted
+        inner, rows = facts.intermediate_size, 0
+        if self._mixture is not None:
+            rows = self._mixture.experts_per_token
+            inner = self._mixture.shared_size + rows * self._mixture.expert_size
+        layer = INNER_BYTES * inner + (HIDDEN_BYTES + ROW_BYTES * rows) * facts.hidden_size
+        layer += ADAPTER_BYTES * self._adapted
         layers = (facts.num_layers + AGAIN * again) * (1.0 if self._fused else PLAIN_BYTES)
         moved = tokens * (layer * layers + LOGIT_BYTES * facts.vocab_size)
         return moved / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
@@ -167,9 +188,18 @@ class Pace:
         layers = self._facts.num_layers
         return (forward * (layers + again) + backward * layers) / (card.matmul_tflops * 1e12 * card.attention_share)
 
-    def _launch_seconds(self, again: int) -> float:
+    def _launch_seconds(self, tokens: float, again: int) -> float:
         each = FUSED_LAUNCH_SECONDS if self._fused else PLAIN_LAUNCH_SECONDS
+        each += EXPERT_LAUNCH_SECONDS * self._chosen_experts(tokens)
         return each * (self._facts.num_layers + AGAIN * again)
+
+    def _chosen_experts(self, tokens: float) -> float:
+        """How many experts of a layer get a token, over all its tiles, where tokens choose evenly."""
+        if self._mixture is None:
+            return 0.0
+        tile = min(tokens, TILE_TOKENS)
+        share = self._mixture.experts_per_token / self._mixture.experts
+        return tokens / tile * self._mixture.experts * (1 - (1 - share) ** tile)
 
     def _stream_seconds(self, tokens: float, card: Card) -> float:
         """One residual stream over PCIe."""

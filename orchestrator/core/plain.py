@@ -3,10 +3,12 @@
 `core/sizing` is the caller, for architectures that `core/fused` does not know and for adapters with extras (DoRA).
 What such a layer takes is not written down here but traced from transformers' own modules: `benchmarks.layer_trace`
 runs a layer on tensors without memory, and `plain_layers.json` keeps, for each instant that can be the peak, a sum of
-products of widths. An architecture that is not in there is sized like Llama's layer.
+products of widths. What flash attention and routed experts take by the way is `core/flash`'s and `core/experts`'
+business. An architecture that is not in there is sized like Llama's layer.
 
-Letters: t tokens, h hidden size, i inner size, q and k widths of all query and all key heads, p q + 2 k, n query
-heads, m key heads, d head size, r rank; `th: 2` is 2 bytes x t x h.
+Letters: t tokens, h hidden size, i inner size (of a mixture: of what is shared), q and k widths of all query and all
+key heads, p q + 2 k, n query heads, m key heads, d head size, r rank, e experts, s experts of a token; `th: 2` is
+2 bytes x t x h.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from operator import mul
 from typing import Any
 
 from orchestrator.api.results import ModelFacts
+from orchestrator.core.experts import Experts
 from orchestrator.core.flash import Attention
 from orchestrator.core.fused import LayerBytes
 from orchestrator.core.linears import Linear
@@ -33,8 +36,10 @@ FEW_TARGETS = frozenset({"q_proj", "v_proj", "qkv_proj", "query_key_value"})
 UNKNOWN = "llama"
 """The table for an architecture that was not traced."""
 
-Moment = tuple[bool, Mapping[str, float]]
-"""Whether flash attention's backward pass is at work, and bytes for each product of widths."""
+Moment = tuple[str, Mapping[str, float]]
+"""What is at work that takes bytes of its own, if anything is, and bytes for each product of widths."""
+FLASH, EXPERTS_FORWARD, EXPERTS_BACKWARD = "flash", "experts forward", "experts backward"
+"""Of a moment: flash attention's backward pass, and either pass of routed experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +57,11 @@ class PlainLayer:
     def values(self) -> dict[str, int]:
         """The widths by letter."""
         query, key = self.attention.query_width, self.attention.key_width
+        mixture = self.facts.mixture
         return {
             "t": self.tokens,
             "h": self.facts.hidden_size,
-            "i": self.facts.intermediate_size,
+            "i": self.facts.intermediate_size if mixture is None else mixture.shared_size,
             "q": query,
             "k": key,
             "p": query + 2 * key,
@@ -63,7 +69,17 @@ class PlainLayer:
             "m": self.facts.num_key_value_heads,
             "d": self.facts.head_dim,
             "r": self.rank,
+            "e": 0 if mixture is None else mixture.experts,
+            "s": 0 if mixture is None else mixture.experts_per_token,
         }
+
+    def workspaces(self) -> dict[str, int]:
+        """Bytes of whatever is at work at a moment."""
+        found = {"": 0, FLASH: self.attention.whole_workspace_bytes}
+        if self.facts.mixture is not None:
+            experts = Experts(tokens=self.tokens, hidden=self.facts.hidden_size, mixture=self.facts.mixture)
+            found |= {EXPERTS_FORWARD: experts.forward_bytes(), EXPERTS_BACKWARD: experts.backward_bytes()}
+        return found
 
 
 @cache
@@ -83,9 +99,9 @@ class _Table:
     first: Coefficients
     released: Coefficients
     loss: Coefficients
-    forward: tuple[tuple[bool, Coefficients], ...]
-    backward: tuple[tuple[bool, Coefficients], ...]
-    norm: tuple[tuple[bool, Coefficients], ...]
+    forward: tuple[tuple[str, Coefficients], ...]
+    backward: tuple[tuple[str, Coefficients], ...]
+    norm: tuple[tuple[str, Coefficients], ...]
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> _Table:
@@ -98,8 +114,8 @@ class _Table:
         def dense(polynomial: Mapping[str, float]) -> Coefficients:
             return tuple(polynomial.get(product, 0) for product in products)
 
-        def moments(name: str) -> tuple[tuple[bool, Coefficients], ...]:
-            return tuple((flash, dense(polynomial)) for flash, polynomial in several[name])
+        def moments(name: str) -> tuple[tuple[str, Coefficients], ...]:
+            return tuple((at_work, dense(polynomial)) for at_work, polynomial in several[name])
 
         return cls(
             products=products,
@@ -136,13 +152,13 @@ def _read(model_type: str, adapters: str, recomputes: bool, drops: bool) -> _Tab
 def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
     """A layer's bytes; one that recomputes keeps its input."""
     table = _table(layer, recomputes)
-    amounts, workspace = table.amounts(layer), layer.attention.whole_workspace_bytes
+    amounts, workspaces = table.amounts(layer), layer.workspaces()
     return LayerBytes(
         kept=_bytes(table.kept, amounts),
         first_kept=_bytes(table.first, amounts),
         released=_bytes(table.released, amounts),
-        forward_peak=_largest(table.forward, amounts, workspace),
-        backward_peak=_largest(table.backward, amounts, workspace),
+        forward_peak=_largest(table.forward, amounts, workspaces),
+        backward_peak=_largest(table.backward, amounts, workspaces),
         gradients=_gradient_bytes(layer),
     )
 
@@ -154,11 +170,11 @@ def final_norm(layer: PlainLayer, *, recomputes: bool) -> tuple[int, int]:
     """
     table = _table(layer, recomputes)
     amounts = table.amounts(layer)
-    return _bytes(table.loss, amounts), _largest(table.norm, amounts, 0)
+    return _bytes(table.loss, amounts), _largest(table.norm, amounts, {"": 0})
 
 
-def _largest(moments: Iterable[tuple[bool, tuple[float, ...]]], amounts: Sequence[int], workspace: int) -> int:
-    return max(_bytes(coefficients, amounts) + (workspace if flash else 0) for flash, coefficients in moments)
+def _largest(moments: Iterable[tuple[str, Coefficients]], amounts: Sequence[int], workspaces: Mapping[str, int]) -> int:
+    return max(_bytes(coefficients, amounts) + workspaces[at_work] for at_work, coefficients in moments)
 
 
 def _bytes(coefficients: Sequence[float], amounts: Sequence[int]) -> int:

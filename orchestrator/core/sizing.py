@@ -18,6 +18,7 @@ from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.calibration import DEFAULT, Margins
+from orchestrator.core.experts import expert_linears, fusing_bytes
 from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
 from orchestrator.core.fused import FusedLayer, LayerBytes, layer_bytes
 from orchestrator.core.linears import Group, group, linears, targeted
@@ -50,7 +51,7 @@ FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
 SQUASHING_TYPES = frozenset({"gemma2"})
 """Model types whose attention squashes its scores."""
-NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "starcoder2": 4}
+NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "starcoder2": 4}
 """Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
 MOST_MULTIPROCESSORS = 148
 """Of the cards in `core/gpus`, where the class is not known."""
@@ -278,7 +279,10 @@ def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
     """What stays for as long as training does."""
     facts, trainable = question.facts, question.trainable
     yield "base weights, NF4", _weight_bytes(facts)
-    yield "embeddings, head and norms, bf16", _sixteen_bit_bytes(question)
+    yield (
+        "embeddings, head, norms and routers, bf16" if facts.mixture else "embeddings, head and norms, bf16",
+        _sixteen_bit_bytes(question),
+    )
     yield "adapter, bf16", trainable * BF16_BYTES
     yield "optimizer state", round(trainable * _state_bytes(question))
     yield "cuBLAS workspaces", 2 * CUBLAS_BYTES  # of the main thread, and of autograd's
@@ -286,7 +290,8 @@ def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
 
 @remembered(ANSWERS_KEPT)
 def _weight_bytes(facts: ModelFacts) -> int:
-    return facts.num_layers * sum(linear.weight_bytes for linear in linears(facts))
+    experts = () if facts.mixture is None else expert_linears(facts.mixture, facts.hidden_size)
+    return facts.num_layers * sum(linear.weight_bytes for linear in (*linears(facts), *experts))
 
 
 def _state_bytes(question: _Question) -> float:
@@ -300,7 +305,9 @@ def _sixteen_bit_bytes(question: _Question) -> int:
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES)
     tables = 1 if facts.tied_embeddings or "embeddings" in question.plan.offload else 2
-    return tables * table + _norms(facts) * allocated(facts.hidden_size * BF16_BYTES)
+    experts = 0 if facts.mixture is None else facts.mixture.experts
+    routers = facts.num_layers * allocated(experts * facts.hidden_size * BF16_BYTES)
+    return tables * table + _norms(facts) * allocated(facts.hidden_size * BF16_BYTES) + routers
 
 
 def _norms(facts: ModelFacts) -> int:
@@ -360,11 +367,16 @@ def _logits_bytes(question: _Question) -> int:
 
 
 def _loading_bytes(question: _Question) -> int:
-    """PEFT makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later."""
+    """PEFT makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later.
+
+    The experts of the last layer are fused before there is an adapter.
+    """
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
     later = question.trainable * _state_bytes(question) + 2 * CUBLAS_BYTES
-    return max(0, round(question.trainable * (FP32_BYTES - BF16_BYTES) + table - later))
+    adapter = question.trainable * (FP32_BYTES - BF16_BYTES)
+    fusing = 0 if facts.mixture is None else fusing_bytes(facts.mixture, facts.hidden_size)
+    return max(0, round(max(adapter, fusing - question.trainable * BF16_BYTES) + table - later))
 
 
 def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, evaluates: bool) -> Rehearsed:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.architectures import config
 from benchmarks.shapes import LLAMA_SHAPES
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ModelFacts
@@ -134,3 +135,34 @@ def test_a_class_is_as_fast_as_its_slowest_card() -> None:
     assert gpu_class("48Gi", 2, ["NVIDIA-L40S", "NVIDIA-RTX-A6000"]).card == find_card("A6000")
     assert gpu_class("48Gi", 2, ["NVIDIA-L40S", "something new"]).card == find_card("A40")
     assert gpu_class("16Gi", 1).card is None
+
+
+# --- mixtures of experts
+
+
+def mixture(experts: int = 128, experts_per_token: int = 8) -> ModelFacts:
+    """Qwen3-30B-A3B, or like it."""
+    return ModelFacts.from_config(
+        {**config("qwen3-30b-a3b"), "num_experts": experts, "num_experts_per_tok": experts_per_token}, "main"
+    )
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_chose_and_all_that_were_chosen_are_dequantized() -> None:
+    spec, card = make_spec(sequence_length=2048), gpu_class("80Gi", 1).card
+    few, many, more_chosen = (Pace(spec, facts, Work()) for facts in (mixture(64), mixture(128), mixture(64, 16)))
+    assert few.parts(plan(), card)["products"] == many.parts(plan(), card)["products"]
+    assert few.parts(plan(), card)["products"] < more_chosen.parts(plan(), card)["products"]
+    of_few, of_many, of_more = (each.parts(plan(), card)["dequantization"] for each in (few, many, more_chosen))
+    assert of_few < of_many < 2 * of_few
+    assert of_more == pytest.approx(of_few), "2,048 tokens choose every expert"
+
+
+def test_a_model_with_experts_that_few_tokens_see_is_faster_than_one_of_its_size_and_slower_than_one_of_theirs() -> (
+    None
+):
+    spec, card = make_spec(sequence_length=2048, global_batch_size=4), gpu_class("80Gi", 1).card
+    seconds = Pace(spec, mixture(), Work()).step_seconds(plan(4, accumulation_steps=1), card)
+    dense = [
+        Pace(spec, llama(shape), Work()).step_seconds(plan(4, accumulation_steps=1), card) for shape in ("8b", "70b")
+    ]
+    assert dense[0] / 4 < seconds < dense[1]

@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from benchmarks.architectures import config
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import Reason
@@ -50,6 +51,17 @@ def test_nf4_weights_of_8b_take_what_counting_them_by_hand_gives() -> None:
     by_hand = 32 * (layer // 2 + constants + constants // 256 * 4)
     [weights] = [item.bytes for item in footprint(make_spec(), LLAMA_3_8B, plan()) if item.name.startswith("base")]
     assert by_hand <= weights <= by_hand * 1.0001  # each tensor is rounded up to 512 bytes
+
+
+def test_experts_are_counted_in_nf4_and_adapters_are_not_on_them() -> None:
+    facts = ModelFacts.from_config(config("qwen3-30b-a3b"), "main")
+    experts = 48 * 128 * 3 * 2048 * 768
+    attention = 48 * 2048 * (2 * 32 + 2 * 4) * 128
+    [weights] = [item.bytes for item in footprint(make_spec(), facts, plan()) if item.name.startswith("base")]
+    by_hand = (experts + attention) * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    assert by_hand <= weights <= by_hand * 1.0001
+    assert experts / 2**30 * 0.516 == pytest.approx(13.9, abs=0.1)
+    assert adapter_parameters(make_spec(rank=8).adapter, facts) == 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512))
 
 
 def test_adapter_parameters_follow_the_target_modules() -> None:

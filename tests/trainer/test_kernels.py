@@ -310,6 +310,7 @@ INTERPRETED = """
 import torch
 from bitsandbytes.functional import quantize_4bit
 from qlora_trainer.kernels import torch_ops, triton_ops
+from qlora_trainer.kernels.experts import NF4Experts
 
 torch.manual_seed(0)
 
@@ -347,6 +348,9 @@ for scale, softcap in ((1.0, None), (0.5, 3.0), (2.0, None)):
 weight = 0.02 * draw(128, 1024)
 packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4", blocksize=64)
 both("dequantize", packed, state, torch.empty_like(weight), changed=(2,))
+experts = NF4Experts(2, 128, 128, gate_up=0.02 * draw(2, 256, 128), down=0.02 * draw(2, 128, 128)).to("cpu")
+for expert in experts._experts("gate_up_proj"):  # parts of a whole
+    both("dequantize", expert.packed, expert.state, torch.empty(256, 128, dtype=torch.bfloat16), changed=(2,))
 
 ones = torch.ones(100, 333).bfloat16()
 seed = torch.tensor(12345678901234560)

@@ -312,12 +312,31 @@ def test_code_that_a_known_model_type_does_not_need_is_not_run(model: Path) -> N
     check(model)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_experts_in_three_dimensions_are_refused_with_the_architecture_and_the_reason(family: str) -> None:
-    with pytest.raises(UserError, match=r"MoeForCausalLM|MixtralForCausalLM") as caught:
-        check(tiny_model(family))
-    assert "keeps its experts in 3-dimensional parameters" in caught.value.message
-    assert "cannot be quantized to NF4" in caught.value.message
+@pytest.mark.parametrize(("family", "experts", "size"), [("mixtral", 4, 256), ("qwen2_moe", 4, 256)])
+def test_mixtures_are_accepted_with_the_sizes_of_their_experts(family: str, experts: int, size: int) -> None:
+    mixture = check(tiny_model(family)).mixture
+    assert mixture is not None
+    assert (mixture.experts, mixture.experts_per_token, mixture.expert_size) == (experts, 2, size)
+    assert mixture.shared_size == (128 if family == "qwen2_moe" else 0)
+
+
+def test_a_mixture_that_cannot_be_quantized_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", "qwen3_moe", moe_intermediate_size=128)
+    with pytest.raises(UserError, match=r"Qwen3MoeForCausalLM cannot be trained here: its experts .* share a scale"):
+        check(folder)
+
+
+def test_a_mixture_whose_memory_is_not_known_is_refused_by_its_config() -> None:
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 256}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match=r"n_routed_experts: how much memory such a mixture .* known are mixtral"):
+        ModelFacts.from_config({**config, **shape, "vocab_size": 512}, "main")
+
+
+def test_a_mixture_some_of_whose_layers_have_no_experts_is_refused(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0])
+    with pytest.raises(UserError, match=r"some layers have experts and others none \(mlp_only_layers"):
+        check(folder)
 
 
 def test_an_encoder_is_refused() -> None:

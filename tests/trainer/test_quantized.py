@@ -22,7 +22,8 @@ def load(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "fields"), [("llama", {}), ("llama", {"tied": True}), ("qwen2", {}), ("gemma2", {})]
+    ("family", "fields"),
+    [("llama", {}), ("llama", {"tied": True}), ("qwen2", {}), ("gemma2", {}), ("mixtral", {}), ("qwen2_moe", {})],
 )
 def test_cached_weights_are_the_quantized_ones(
     tmp_path: Path,

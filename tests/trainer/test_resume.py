@@ -43,6 +43,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "micro_batch_size": 4,
         "recompute_layers": 0,
     },
+    "a mixture of experts": {"family": "qwen2_moe", "training": {"optimizer": "paged_adamw_8bit"}},
 }
 
 

@@ -24,6 +24,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+_FOUR_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256},
+    "olmoe": {**_FOUR_EXPERTS, "intermediate_size": 256},
+    "qwen2_moe": {**_FOUR_EXPERTS, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 128},
+    "qwen3_moe": {**_FOUR_EXPERTS, "moe_intermediate_size": 256},
+}
+"""What makes a family a mixture of experts, whose matrices are as small as NF4's blocks of scales allow."""
 TokenizerKind = Literal["byte-level", "byte-fallback"]
 
 _sessions: list[tempfile.TemporaryDirectory[str]] = []
@@ -83,7 +91,9 @@ def build_tiny_model(
         "tie_word_embeddings": tied,
         **{f"{name}_token_id": SPECIAL_TOKENS.index(text) for name, text in (("bos", BOS), ("eos", EOS), ("pad", PAD))},
     }
-    save_weights(folder, family, {**shape, **config}, seed=seed, max_shard_size=max_shard_size)
+    save_weights(
+        folder, family, {**shape, **EXPERTS.get(family, {}), **config}, seed=seed, max_shard_size=max_shard_size
+    )
     return folder
 
 

@@ -2,8 +2,9 @@
 
 Built by `train` at the start of an attempt. Rules, each the answer to a trap:
 
-- The base stays as it is loaded: 4-bit linear layers with double quantization (Dettmers et al., 2023), everything else
-  in bfloat16. `prepare_model_for_kbit_training` would make embeddings and head float32 (+3.9 GiB at 70B).
+- The base stays as it is loaded: 4-bit linear layers and experts with double quantization (Dettmers et al., 2023),
+  everything else in bfloat16. `prepare_model_for_kbit_training` would make embeddings and head float32 (+3.9 GiB at
+  70B).
 - The adapter is bfloat16, and stays so on resume: saved tensors are copied into the existing parameters.
 - On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
   bypasses the autograd path in training. It is told not to.
@@ -21,7 +22,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -45,16 +45,16 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
-from qlora_trainer import attention
+from qlora_trainer import attention, experts
 from qlora_trainer.batches import MicroBatch, StepInputs, collate
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.decoder import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
+from qlora_trainer.kernels.experts import NF4Experts, nf4
 from qlora_trainer.kernels.hostmemory import HostEmbedding, InputStore
 from qlora_trainer.loss import Head, cross_entropy
 from qlora_trainer.model_source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
@@ -155,7 +155,7 @@ def _weightless_base(
     # Not `torch.device("meta")`: to compute on tensors without memory, as for buffers and first weights, imports sympy.
     with init_empty_weights(include_buffers=False), no_init_weights():
         base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
-        quantizer = AutoHfQuantizer.from_config(_quantization())
+        quantizer = experts.Quantizer(_quantization())
         quantizer.preprocess_model(base, device_map={"": str(device)})
     base.config.quantization_config = quantizer.quantization_config
     base.config.name_or_path = str(folder)
@@ -165,8 +165,8 @@ def _weightless_base(
     return base.eval(), quantizer
 
 
-def _quantization() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(**QUANTIZATION)
+def _quantization() -> experts.Quantization:
+    return experts.Quantization(**QUANTIZATION)
 
 
 def _attention_implementation(config: PreTrainedConfig) -> str:
@@ -185,13 +185,15 @@ def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:
 
 
 def _refuse_unquantized(base: PreTrainedModel) -> None:
-    """Experts in 3-D parameters are left in 16 bits by bitsandbytes, and the model would not fit where it should."""
+    """What is left in 16 bits is why a model would not fit where it should."""
+    if reason := experts.refusal(base):
+        raise UserError(f"{type(base).__name__} cannot be trained here: {reason}; choose another model")
     matrix = base.config.get_text_config().hidden_size ** 2  # smaller ones, such as convolutions, do not matter
     for name, parameter in base.named_parameters():
         if parameter.dim() >= 3 and parameter.is_floating_point() and parameter.numel() >= matrix:
             raise UserError(
                 f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that cannot "
-                "be quantized to NF4; choose a model without fused experts"
+                "be quantized to NF4; choose a model of linear layers"
             )
     if not _quantized_layers(base):
         raise UserError(f"{type(base).__name__} has no linear layer that can be quantized to NF4; choose another model")
@@ -217,10 +219,13 @@ def _random_base(config: PreTrainedConfig, implementation: str, device: torch.de
     """N(0, 0.02) drawn and quantized layer by layer: the memory layout of a real checkpoint, with no file read."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
+    experts.replace_experts(base)
     generator = torch.Generator(device).manual_seed(seed)
     head = base.get_output_embeddings()
     for name, module in list(base.named_modules()):
-        if isinstance(module, torch.nn.Linear) and module is not head:
+        if isinstance(module, NF4Experts):
+            _draw_experts(module, device, generator)
+        elif isinstance(module, torch.nn.Linear) and module is not head:
             base.set_submodule(name, _random_layer(module, device, generator))
         elif type(module).__name__.endswith("RotaryEmbedding"):
             base.set_submodule(name, type(module)(config).to(device))
@@ -258,6 +263,17 @@ def _random_layer(linear: torch.nn.Linear, device: torch.device, generator: torc
     )
     layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=layer).to(device)
     return layer
+
+
+def _draw_experts(module: NF4Experts, device: torch.device, generator: torch.Generator) -> None:
+    """Put together from parts, as transformers fuses the experts of a checkpoint: that takes memory too."""
+
+    def drawn() -> Tensor:
+        shape = (module.experts, module.inner, module.hidden)
+        return torch.empty(shape, dtype=COMPUTE_DTYPE, device=device).normal_(0, 0.02, generator=generator)
+
+    module.gate_up_proj = nf4(torch.cat([drawn(), drawn()], dim=1)).to(device)
+    module.down_proj = nf4(drawn().view(module.down_proj.shape)).to(device)
 
 
 # --- the adapter
@@ -380,9 +396,25 @@ class TrainingModel:
         return loss.detach()
 
     def linear_weights(self) -> int:
-        """Weights that every token is multiplied with: the quantized layers and the head."""
-        layers = _quantized_layers(self.base).values()
-        return sum(layer.in_features * layer.out_features for layer in layers) + self._head.weight.numel()
+        """Weights that every token is multiplied with: the quantized layers, its experts and the head."""
+        layers = sum(layer.in_features * layer.out_features for layer in _quantized_layers(self.base).values())
+        chosen = getattr(self.base.config.get_text_config(), "num_experts_per_tok", 0)
+        return layers + chosen * sum(each.expert_weights for each in self._experts()) + self._head.weight.numel()
+
+    def _experts(self) -> list[NF4Experts]:
+        return [module for module in self.base.modules() if isinstance(module, NF4Experts)]
+
+    @contextmanager
+    def _silent_experts(self) -> Iterator[None]:
+        """Without routed experts: they look at each token alone, but round by how many have chosen them."""
+        modules = self._experts()
+        for module in modules:
+            module.silent = True
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.silent = False
 
     def _loss(self, inputs: StepInputs) -> Tensor:
         return cross_entropy(
@@ -448,7 +480,8 @@ class TrainingModel:
         """Compare loss path and packing with the model's own logits on a few tokens; raise UserError if they differ."""
         self.eval()
         first, other, second = (_probe(tokens) for tokens in (range(1, 6), range(21, 26), range(6, 13)))
-        after_first, after_other = (self._logits(collate([record, second]))[5:] for record in (first, other))
+        with self._silent_experts():
+            after_first, after_other = (self._logits(collate([record, second]))[5:] for record in (first, other))
         name = type(self.base).__name__
         if not torch.equal(after_first, after_other):  # the same shapes, so the same sums: not a bit may differ
             raise UserError(f"{name} lets records of one packed row see each other, so it cannot be trained here")

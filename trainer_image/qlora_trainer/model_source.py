@@ -131,7 +131,7 @@ def read_facts(description: ModelDescription, source: str) -> ModelFacts:
         return ModelFacts.from_config(resolved.to_dict(), description.revision)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: {CONFIG_NAME} does not describe a causal language model: {reason}") from error
+        raise UserError(f"{source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}") from error
 
 
 def context_length(description: ModelDescription, source: str) -> int | None:
@@ -443,11 +443,14 @@ def _weightless_model(source: str, config: Any) -> Any:
 
 
 def _refuse_unquantizable(source: str, model: Any) -> None:
+    from qlora_trainer import experts
+
+    if reason := experts.refusal(model):
+        raise UserError(f"{source}: {type(model).__name__} cannot be trained here: {reason}; choose another model")
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 3:
-            what = "its experts" if "expert" in name else "weights"
+        if parameter.dim() >= 3 and not experts.holds(model, name):
             raise UserError(
-                f"{source}: {type(model).__name__} keeps {what} in {parameter.dim()}-dimensional parameters ({name}), "
+                f"{source}: {type(model).__name__} keeps weights in {parameter.dim()}-dimensional parameters ({name}), "
                 "which cannot be quantized to NF4 and would stay in 16 bits; choose a model of linear layers"
             )
 

@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -79,6 +80,9 @@ DTYPES = {
 }
 """Types that entries hold, by safetensors' names."""
 
+STATE = re.compile(r"(?P<parameter>.+)\.(?P<part>(nested_)?(absmax|quant_map)|quant_state\.bitsandbytes__nf4)")
+"""The parts of a quantization state, under bitsandbytes' names."""
+
 log = logging.getLogger(__name__)
 
 
@@ -135,7 +139,7 @@ def tensors_of(base: Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fill(base: Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model on the meta device, its linear layers replaced, the tensors of `tensors_of`."""
+    """Give a model on the meta device, its linear layers and experts replaced, the tensors of `tensors_of`."""
     plain, parts = _grouped(tensors)
     for name, tensor in plain.items():
         path, _, leaf = name.rpartition(".")
@@ -144,7 +148,9 @@ def fill(base: Module, tensors: Mapping[str, Tensor]) -> None:
         except AttributeError as error:
             raise UnfitEntry(f"{type(base).__name__} has no {path}") from error
         if name in parts:
-            owner.weight = bnb.nn.Params4bit.from_prequantized(tensor, parts[name], device=tensor.device, module=owner)
+            layer = owner if isinstance(owner, bnb.nn.Linear4bit) else None  # which has a state of its own
+            packed = bnb.nn.Params4bit.from_prequantized(tensor, parts[name], device=tensor.device, module=layer)
+            setattr(owner, leaf, packed)
         elif leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         elif leaf in owner._parameters:
@@ -157,9 +163,8 @@ def _grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     plain: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        layer, found, part = name.partition(".weight.")
-        if found:
-            parts[f"{layer}.weight"][part] = tensor
+        if state := STATE.fullmatch(name):
+            parts[state["parameter"]][state["part"]] = tensor
         else:
             plain[name] = tensor
     return plain, parts
