@@ -195,8 +195,8 @@ class Trial:
         ours = max(pod.created_at for pod in wave) - began
         self._signal(signal.SIGCONT, "kube-scheduler")
         continued = time.monotonic()
-        # The controller may have decided when it had heard of one queue only, which then borrowed: such pods are deleted
-        # again before any node has them, and others come in their place.
+        # The controller may have decided when it had heard of one queue only, which then borrowed: such pods are gone
+        # again before any node takes them, and others come in their place.
         self.observer.wait(lambda: all(pod.bound_at or pod.ended_at for pod in wave), WAVE_SECONDS, "the wave placed")
         placed = [pod.bound_at for pod in wave if pod.bound_at]
         theirs = max(placed) - continued
