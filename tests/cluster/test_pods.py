@@ -15,7 +15,7 @@ from orchestrator.adapters.kubernetes.pods import KubernetesPods, RuntimeBounds
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import Attempt, DatasetSource, QLoRAJobStatus
+from orchestrator.api.job import Attempt, DatasetSource, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport
 from orchestrator.api.task import StageTask
@@ -462,49 +462,47 @@ def test_a_pod_is_forced_out_only_where_nothing_of_it_can_be_running(
     eventually(lambda: KEY not in pods.observe())
 
 
-def test_what_is_seen_to_be_on_record_is_forgotten_without_asking_the_server_once_more(
-    cluster: ControlPlane, api: KubeApi, pods: KubernetesPods
-) -> None:
+@pytest.fixture
+def wanted(cluster: ControlPlane, api: KubeApi) -> Iterator[tuple[KubernetesStore, QLoRAJob]]:
+    """A job on the server whose active attempt wants the stage NAME, and the store that wrote it."""
     store = KubernetesStore(cluster.api())
     job = store.create_job(make_job())
     try:
         active = Attempt(stage="train", number=2, created_time=datetime.now(UTC))
-        job = store.update_status(job, QLoRAJobStatus(attempts=(active,), attempts_total=2))
-        run_on_node(api, pods, make_task(uid=job.metadata.uid))
-        report(api, ended(85, ""), phase="Failed")
-        until(pods, is_ended)
-        with pytest.raises(Conflict, match="active attempt"):
-            pods.delete(NAMESPACE, NAME)
-        assert KEY in pods.observe()
-        pods.delete(NAMESPACE, NAME, recorded=True)
-        assert KEY not in pods.observe()
+        yield store, store.update_status(job, QLoRAJobStatus(attempts=(active,), attempts_total=2))
     finally:
         path = path_of(API_VERSION, "qlorajobs", NAMESPACE, "medical")
         api.patch(path, {"metadata": {"finalizers": None}})
         api.delete(path)
+
+
+def test_what_is_seen_to_be_on_record_is_forgotten_without_asking_the_server_once_more(
+    wanted: tuple[KubernetesStore, QLoRAJob], api: KubeApi, pods: KubernetesPods
+) -> None:
+    _, job = wanted
+    run_on_node(api, pods, make_task(uid=job.metadata.uid))
+    report(api, ended(85, ""), phase="Failed")
+    until(pods, is_ended)
+    with pytest.raises(Conflict, match="active attempt"):
+        pods.delete(NAMESPACE, NAME)
+    assert KEY in pods.observe()
+    pods.delete(NAMESPACE, NAME, recorded=True)
+    assert KEY not in pods.observe()
 
 
 def test_a_leftover_is_ended_only_if_the_job_on_the_server_does_not_want_it(
-    cluster: ControlPlane, api: KubeApi, pods: KubernetesPods
+    wanted: tuple[KubernetesStore, QLoRAJob], api: KubeApi, pods: KubernetesPods
 ) -> None:
-    store = KubernetesStore(cluster.api())
-    job = store.create_job(make_job())
-    try:
-        active = Attempt(stage="train", number=2, created_time=datetime.now(UTC))
-        job = store.update_status(job, QLoRAJobStatus(attempts=(active,), attempts_total=2))
-        pods.ensure(make_task(uid=job.metadata.uid), "24Gi")
-        for call in (lambda: pods.stop(NAMESPACE, NAME, 45, Reason.FENCED), lambda: pods.delete(NAMESPACE, NAME)):
-            with pytest.raises(Conflict, match="active attempt"):
-                call()
-        assert exists(api)
-        over = active.model_copy(update={"finish_time": datetime.now(UTC), "reason": Reason.LOST})
-        store.update_status(job, QLoRAJobStatus(attempts=(over,), attempts_total=2))
-        pods.stop(NAMESPACE, NAME, 45, Reason.FENCED)
-        assert not exists(api)
-    finally:
-        path = path_of(API_VERSION, "qlorajobs", NAMESPACE, "medical")
-        api.patch(path, {"metadata": {"finalizers": None}})
-        api.delete(path)
+    store, job = wanted
+    pods.ensure(make_task(uid=job.metadata.uid), "24Gi")
+    for call in (lambda: pods.stop(NAMESPACE, NAME, 45, Reason.FENCED), lambda: pods.delete(NAMESPACE, NAME)):
+        with pytest.raises(Conflict, match="active attempt"):
+            call()
+    assert exists(api)
+    over = job.status.attempts[0].model_copy(update={"finish_time": datetime.now(UTC), "reason": Reason.LOST})
+    store.update_status(job, QLoRAJobStatus(attempts=(over,), attempts_total=2))
+    pods.stop(NAMESPACE, NAME, 45, Reason.FENCED)
+    assert not exists(api)
 
 
 # --- what does not start --------------------
