@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 from orchestrator.controller.lanes import RunLanes
 from orchestrator.controller.logs import about
-from orchestrator.controller.pace import Allowance, Backoff
 from orchestrator.controller.ports import StageRuntime, Store, Tracking
+from orchestrator.controller.throttle import Allowance, Backoff
 from orchestrator.core.facts import (
     Command,
     DeleteJob,

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Mapping
 
 from orchestrator.controller.logs import about
-from orchestrator.controller.pace import Backoff
 from orchestrator.controller.ports import Store, Tracking
+from orchestrator.controller.throttle import Backoff
 from orchestrator.core.facts import EnsureRun, FinishRun, RunFact
 from orchestrator.errors import NotFound, OrchestratorError
 

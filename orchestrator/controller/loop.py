@@ -17,8 +17,8 @@ from orchestrator.controller.act import Actor, Bounds
 from orchestrator.controller.health import Health
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.observe import observe
-from orchestrator.controller.pace import Backoff
 from orchestrator.controller.ports import StageRuntime, Store, Tracking
+from orchestrator.controller.throttle import Backoff
 from orchestrator.core.facts import Command, Policy, Snapshot
 from orchestrator.errors import RuntimeLost, TransientError
 from orchestrator.settings import ServiceSettings

@@ -15,7 +15,7 @@ from orchestrator.api.base import utc
 from orchestrator.api.job import RELEASE_FINALIZER, MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.act import Actor, Bounds
-from orchestrator.controller.pace import Allowance, Backoff
+from orchestrator.controller.throttle import Allowance, Backoff
 from orchestrator.core.facts import (
     DeleteJob,
     DeleteStage,
