@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 from orchestrator.api.results import Mixture
 from orchestrator.core.linears import Linear
-from orchestrator.core.timeline import Timeline, allocated
+from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES, Timeline, allocated
 
-BF16_BYTES = 2
-FP32_BYTES = 4
 INDEX_BYTES = 8
 TILE_TOKENS = 4096
 

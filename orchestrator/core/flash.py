@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from orchestrator.core.timeline import allocated
+from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES, allocated
 
-BF16_BYTES = 2
-FP32_BYTES = 4
 QUERY_TILE_TOKENS = 16384
 HEADS_AT_ONCE = 8
 ROWS_OF_A_RECORD = 128

@@ -12,9 +12,8 @@ from functools import cached_property, lru_cache, partial
 
 from orchestrator.core.flash import Attention
 from orchestrator.core.linears import Group
-from orchestrator.core.timeline import Timeline, Walk
+from orchestrator.core.timeline import BF16_BYTES, Timeline, Walk
 
-BF16_BYTES = 2
 MLP_TILE_TOKENS = 8192
 WALKS_KEPT = 4096
 

@@ -13,9 +13,8 @@ from functools import lru_cache
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.remembered import remembered
-from orchestrator.core.timeline import allocated
+from orchestrator.core.timeline import BF16_BYTES, allocated
 
-BF16_BYTES = 2
 NF4_BLOCK, SCALE_BLOCK = 64, 256
 """Weights that share an 8-bit scale, and scales that share a 32-bit one (Dettmers et al., 2023, section 3)."""
 CODE_BYTES = 64

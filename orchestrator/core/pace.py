@@ -20,8 +20,8 @@ from orchestrator.core.facts import Card, GpuClass
 from orchestrator.core.flash import QUERY_TILE_TOKENS
 from orchestrator.core.linears import linears, targeted
 from orchestrator.core.sizing import OPTIMIZER_BYTES, adapter_parameters, is_fused
+from orchestrator.core.timeline import BF16_BYTES
 
-BF16_BYTES = 2
 DEQUANTIZED_BYTES = 0.5 + 1 / 64 + BF16_BYTES
 """For each weight: NF4 and its scale are read, bfloat16 is written."""
 

@@ -27,9 +27,8 @@ from orchestrator.core.experts import Experts
 from orchestrator.core.flash import Attention
 from orchestrator.core.fused import LayerBytes
 from orchestrator.core.linears import Linear
-from orchestrator.core.timeline import allocated
+from orchestrator.core.timeline import BF16_BYTES, allocated
 
-BF16_BYTES = 2
 TABLE_NAME = "plain_layers.json"
 FEW_TARGETS = frozenset({"q_proj", "v_proj", "qkv_proj", "query_key_value"})
 """Adapters on no more than these were traced apart; on more, a layer is sized as if all its matrices had one."""

@@ -34,7 +34,8 @@ from orchestrator.api.task import (
 from orchestrator.core.facts import STAGES_ON_GPU
 from orchestrator.core.gpus import GIB, MIB, classify, memory_range_mib
 from orchestrator.core.linears import linears
-from orchestrator.core.sizing import BF16_BYTES, OPTIMIZER_BYTES, adapter_parameters
+from orchestrator.core.sizing import OPTIMIZER_BYTES, adapter_parameters
+from orchestrator.core.timeline import BF16_BYTES
 from orchestrator.errors import InvalidObject
 
 Manifest = dict[str, object]

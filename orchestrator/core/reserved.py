@@ -19,9 +19,8 @@ from orchestrator.api.results import ModelFacts
 from orchestrator.core.fused import FusedLayer, kept_backward, kept_forward, recomputed_backward, recomputed_forward
 from orchestrator.core.linears import NF4_BLOCK, SCALE_BLOCK, Group, Linear, linears
 from orchestrator.core.pages import Block, Pool, drop
-from orchestrator.core.timeline import Walk
+from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES, Walk
 
-BF16_BYTES, FP32_BYTES = 2, 4
 STEPS, MICRO_BATCHES = 2, 2
 """What is rehearsed: steps, and of each so many micro-batches. Later ones find what they need."""
 KEPT = ("x", "qkv", "answer", "logsumexp", "qkv_low", "output_low", "middle", "gate_up", "gate_up_low", "down_low")

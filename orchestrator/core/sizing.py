@@ -26,10 +26,8 @@ from orchestrator.core.pages import LARGE_PAGE, SMALL_PAGE
 from orchestrator.core.plain import PlainLayer, final_norm, plain_layer
 from orchestrator.core.remembered import remembered
 from orchestrator.core.reserved import Rehearsed, reserved_bytes
-from orchestrator.core.timeline import allocated
+from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES, allocated
 
-BF16_BYTES = 2
-FP32_BYTES = 4
 OPTIMIZER_BYTES = {
     "adamw_8bit": 2 + 8 / 256,  # two 8-bit moments, and a 32-bit constant for each block of 256
     "paged_adamw_8bit": 2 + 8 / 256,

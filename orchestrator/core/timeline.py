@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+BF16_BYTES, FP32_BYTES = 2, 4
 ALLOCATION_BYTES = 512
 """The allocator's smallest unit; with expandable segments larger blocks are split to it (c10/cuda, `should_split`)."""
 
