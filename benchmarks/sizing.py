@@ -1,6 +1,7 @@
 """Peak memory and step time of many jobs on one GPU: the rows that `orchestrator/core/sizing` is held against.
 
     python -m benchmarks.sizing --rows FILE [--seconds 540] [--models llama-3.1-8b ...] [--parts cut whole lora16]
+        [--offloading activations]
 
 Every row is a job that the trainer's own code ran with random weights: base in NF4, adapter, check, an evaluation
 where the case has one, two or three optimizer steps. Parts: `cut`, models of published width and two or four layers
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,9 +106,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--models", nargs="*", default=[name for name in CONFIGS if name != "tiny"])
     parser.add_argument("--parts", nargs="*", default=["cut", "whole", "lora16"])
+    parser.add_argument("--offloading", choices=("activations", "embeddings"), help="only plans that offload these")
     arguments = parser.parse_args()
     bench = Bench(arguments.rows, deadline=time.monotonic() + arguments.seconds)
     for group in groups(arguments.models, arguments.parts):
+        if arguments.offloading:
+            chosen = (case for case in group.cases if arguments.offloading in case.plan.offload)
+            group = replace(group, cases=tuple(chosen))
+        if not group.cases:
+            continue
         if bench.out_of_time():
             print("out of time", file=sys.stderr, flush=True)
             break
@@ -219,6 +226,7 @@ WHOLE = (
     _whole("qwen3-8b", _plain_case(rank=16, cap_gib=CAP_24, sequence=4096)),
     _whole("gemma-2-2b", _plain_case(rank=16, cap_gib=CAP_24)),
     _whole("olmo-2-7b", _plain_case(rank=16, cap_gib=CAP_24)),
+    _whole("qwen3-30b-a3b", _plain_case(rank=16, cap_gib=CAP_24)),
 )
 LORA16 = (
     _whole("llama-2-13b", _plain_case(rank=64), _plain_case(rank=64, recompute=0), part="lora16"),

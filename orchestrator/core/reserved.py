@@ -228,7 +228,7 @@ class _Stage:
     def _micro_batch(self, lasting: _Tensors, pool: Pool, *, trains: bool, accumulated: bool) -> None:
         """`TrainingModel.accumulate`; a layer's output is the next one's `x`, and its `x_grad` the `grad` below."""
         job, layer = self._job, self._job.layer
-        shared, waiting = _Tensors(pool), _Tensors(pool)
+        shared = _Tensors(pool)
         layers = [_Tensors(pool) for _ in range(job.facts.num_layers + 1)]
         shared.take(batch=job.batch_bytes)
         layers[0].take(x=layer.stream)
@@ -237,9 +237,7 @@ class _Stage:
         for index, (own, above) in enumerate(pairwise(layers)):
             self._forward(index, own, trains=trains)
             own.hand("out", above, "x")
-            if self._leaves(index):  # the host runs ahead of the card, so copies have not ended yet
-                own.hand("x", waiting, f"x {index}")
-            elif not trains:
+            if self._leaves(index) or not trains:
                 own.keep(())
         self._loss(layers[-1], trains=trains)
         if trains:
@@ -253,7 +251,7 @@ class _Stage:
                     if name.endswith(GRADIENTS) and not accumulated:
                         layers[index].hand(name, shared if job.replayed else lasting, f"{index} {name}")
                 layers[index].keep(("x_grad",))
-        for each in (*layers, shared, waiting):
+        for each in (*layers, shared):
             each.keep(())
 
     def _leaves(self, index: int) -> bool:
@@ -261,12 +259,12 @@ class _Stage:
         return self._job.offloads_activations and index < self._job.recompute_layers
 
     def _forward(self, index: int, own: _Tensors, *, trains: bool) -> None:
-        if index < self._job.recompute_layers:
+        if index < self._job.recompute_layers or not trains:
             recomputed_forward(own, self._job.layer)
             own.keep(("x", "out"))
         else:
             kept_forward(own, self._job.layer)
-            own.keep((*KEPT, "out") if trains else ("x", "out"))
+            own.keep((*KEPT, "out"))
 
     def _backward(self, index: int, layers: list[_Tensors]) -> None:
         own, layer = layers[index], self._job.layer

@@ -84,7 +84,8 @@ def _obstacle(module: Module) -> str | None:
     """What `NF4Experts` would not compute exactly."""
     if any(getattr(module, name) != value for name, value in PLAIN.items()):
         return "have biases, no gates, or weights that are laid out in another way"
-    if {name for name, _ in module.named_parameters()} != PLAIN_NAMES or module.has_post_expert_norm:
+    has_norm = getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has none
+    if {name for name, _ in module.named_parameters()} != PLAIN_NAMES or has_norm:
         return "have more parameters than two matrices"
     if type(module)._apply_gate is not moe._default_apply_gate:
         return "are gated in a way of their own"

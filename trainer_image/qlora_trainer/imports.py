@@ -27,6 +27,8 @@ COMPILER = "torch._dynamo"
 PARTS = (f"{COMPILER}.", "torch._inductor")
 LIGHT_PARTS = ("_trace_wrapped_higher_order_op", "config")
 """These need nothing of the compiler. transformers' masks take a class from the first, checkpoints ask the second."""
+UNUSED = ("scipy", "sklearn")
+"""What transformers takes for the losses of object detection and, up to 5.17 at least, for assisted generation."""
 MARKS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph")
 
 
@@ -40,7 +42,7 @@ def load_torch() -> None:
 
 def load_peft() -> None:
     """Import PEFT, and with it the part of transformers that every model needs."""
-    with _hidden("scipy"), _alone():  # scipy is for the losses of object detection
+    with _hidden(*UNUSED), _alone():
         import_module("peft")
 
 

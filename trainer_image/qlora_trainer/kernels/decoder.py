@@ -109,7 +109,8 @@ class FusedDecoder:
     def _computed(self, module: Module, layer: FusedLayer, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
         if self._run is None:
             cos, sin = inputs["position_embeddings"]
-            self._run = Run(cos=cos[0], sin=sin[0], seed=self._seed if module.training else None)
+            seed = self._seed if module.training else None
+            self._run = Run(cos=cos[0], sin=sin[0], seed=seed, trains=torch.is_grad_enabled())
         return layer(hidden_states, self._run)
 
     def _forward_norm(self, module: Module, norm: Norm, hidden_states: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 `decoder` owns one `InputStore` where the plan offloads activations. A layer's input leaves the card on a stream of its
 own while the layer computes, and comes back while the backward pass is still at the layer above, so the bus is busy
-when the card is and neither waits. Buffers are made once for the longest row and used again.
+when the card is. A layer ends when its input has left: the host runs ahead of the card, and inputs that wait to be
+copied would fill it. Buffers are made once for the longest row and used again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class InputStore:
         self._on_the_way: dict[int, Tensor] = {}
 
     def put(self, layer: int, x: Tensor) -> None:
-        """Copy a layer's input [tokens, width] to the host; `x` is free for reuse as soon as nobody else holds it."""
+        """Start to copy a layer's input [tokens, width] to the host; `x` is to be held until `wait`."""
         host = self._buffer(layer, x)
         self._stored[layer] = host
         if self._stream is None:
@@ -33,7 +34,6 @@ class InputStore:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self._stream)
 
     def fetch(self, layer: int) -> None:
         """Start to bring a layer's input back, if it is stored."""
@@ -53,9 +53,13 @@ class InputStore:
     def take(self, layer: int) -> Tensor:
         """A layer's input, back on the card."""
         self.fetch(layer)
+        self.wait()
+        return self._on_the_way.pop(layer)
+
+    def wait(self) -> None:
+        """What the card computes from here on, it computes after the copies."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return self._on_the_way.pop(layer)
 
     def clear(self) -> None:
         """Forget the inputs of a micro-batch that was given up."""

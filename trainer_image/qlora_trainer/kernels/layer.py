@@ -42,6 +42,8 @@ class Run:
     """[tokens, head size]"""
     seed: Tensor | None
     """int64: of the adapters' dropout; None: nothing is dropped."""
+    trains: bool
+    """Whether a backward pass follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,18 +137,21 @@ class FusedLayer:
 
     def forward(self, ctx: Any, x: Tensor, run: Run) -> Tensor:
         """The layer's output; `ctx` gets what the backward pass needs."""
-        wanted = any(ctx.needs_input_grad)
+        store = self._store if run.trains else None
+        if store is not None:
+            store.put(self._number, x)
         middle, attended = self._attend(x, run)
-        if wanted and not self._recomputes:
+        if run.trains and not self._recomputes:
             out, gated = self._mlp(middle, run)
             ctx.save_for_backward(x, middle, *_tensors(attended), *_tensors(gated))
             return out
-        if wanted and self._store is not None:
-            self._store.put(self._number, x)
-        elif wanted:
-            ctx.save_for_backward(x)
         del attended
-        return self._mlp_in_tiles(middle, run)
+        out = self._mlp_in_tiles(middle, run)
+        if store is not None:
+            store.wait()
+        elif run.trains:
+            ctx.save_for_backward(x)
+        return out
 
     def _attend(self, x: Tensor, run: Run) -> tuple[Tensor, Attended]:
         """The residual stream between attention and MLP, and what leads back from there."""
