@@ -9,8 +9,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.architectures import CONFIGS
 from tests.trainer.tiny_model import save_tokenizer
 
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
 LLAMA_SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64,
@@ -56,22 +69,10 @@ LLAMA_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
-    """A Hugging Face folder of a Llama of this shape, whose weights the trainer draws from the seed."""
+    """A Hugging Face folder of one of the shapes above, or else of `CONFIGS`, whose weights the trainer draws."""
     save_tokenizer(folder)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-        **LLAMA_SHAPES[shape],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    own = {**LLAMA, **LLAMA_SHAPES[shape]} if shape in LLAMA_SHAPES else CONFIGS[shape]
+    (folder / "config.json").write_text(json.dumps(own))
     (folder / "random_weights.json").write_text(json.dumps({"seed": seed}))
     return folder
 

@@ -55,6 +55,10 @@ MOST_MULTIPROCESSORS = 148
 """Of the cards in `core/gpus`, where the class is not known."""
 SLACK_SHARE = 0.0075
 SLACK_BYTES = 2 << 20
+HOLES_AT_MOST = 0.05
+"""Of a peak: what the allocator has reserved beside it and cannot use, free blocks that no tensor fits. `core/reserved`
+tells it exactly, but not in milliseconds; over jobs of all kinds that fill a card it finds 0 to 9 %, and more than this
+in one of twenty, for which the out-of-memory ladder is there."""
 HOLES_SHARE = 0.113
 """Of a layer's backward pass that transformers computes: what is reserved and cannot be used. Fitted, the median over
 the architectures that `benchmarks.sizing_report` calls fitted."""
@@ -118,22 +122,24 @@ class Footprint:
         return self._peaks[recompute_layers]
 
     def least_recompute(self, usable_bytes: int) -> int | None:
-        """How few layers may recompute for the peak to fit; None if it does not even where all do.
+        """How few layers may recompute for the peak to fit, holes and all; None if it does not even where all do.
 
-        The peak falls with their number, about evenly, so it is soon found by interpolation, and the sooner the more
-        is known from earlier questions.
+        A peak that fits with holes that are smaller than usual is only hazarded where all layers recompute: nothing
+        else fits then. The peak falls with their number, about evenly, so it is soon found by interpolation, and the
+        sooner the more is known from earlier questions.
         """
-        if self.peak_bytes(0) <= usable_bytes:
+        room = int(usable_bytes / (1 + HOLES_AT_MOST))
+        if self.peak_bytes(0) <= room:
             return 0
-        if self.peak_bytes(self._layers.count) > usable_bytes:
-            return None
-        low = max(layers for layers, peak in self._peaks.items() if peak > usable_bytes)
-        high = min(layers for layers, peak in self._peaks.items() if peak <= usable_bytes)
+        if self.peak_bytes(self._layers.count) > room:
+            return self._layers.count if self.peak_bytes(self._layers.count) <= usable_bytes else None
+        low = max(layers for layers, peak in self._peaks.items() if peak > room)
+        high = min(layers for layers, peak in self._peaks.items() if peak <= room)
         while low + 1 < high:
             most, least = self.peak_bytes(low), self.peak_bytes(high)
-            middle = low - (usable_bytes - most) * (high - low) // (most - least)
+            middle = low - (room - most) * (high - low) // (most - least)
             middle = min(max(middle, low + 1), high - 1)
-            if self.peak_bytes(middle) <= usable_bytes:
+            if self.peak_bytes(middle) <= room:
                 high = middle
             else:
                 low = middle
