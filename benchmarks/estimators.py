@@ -85,9 +85,15 @@ class Row:
         )
 
     def footprint(self) -> Footprint:
-        """What the job takes, by our model."""
-        records = self.records * self.plan.micro_batch_size
-        return Footprint(self.spec, self.facts, self.plan, multiprocessors=self.multiprocessors, records=records)
+        """What the job takes, by our model, from the adapter on: that is when the row's peak was begun to be taken."""
+        return Footprint(
+            self.spec,
+            self.facts,
+            self.plan,
+            multiprocessors=self.multiprocessors,
+            records=self.records * self.plan.micro_batch_size,
+            loaded=True,
+        )
 
     @property
     def parameters(self) -> int:

@@ -36,19 +36,29 @@ TILED_ATTENTION = 0.62
 INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
 """What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
 activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
+DROPOUT_BYTES = 14
+"""The same for each value that an adapter's dropout falls on: the mask is drawn anew for each of three uses."""
+HEAD_NORM_BYTES = 30
+"""The same for each value of queries and keys that are normalized by head (a profile of Qwen3-0.6B on an H100)."""
 ROW_BYTES = 16
 """The same for each expert of a token: its input, its output and both gradients are gathered."""
 FIRST_MATRICES = 2 / 3
 """Of an expert's weights: gate and up."""
 AGAIN = 1 / 3
 """Of a layer's bytes, kernels and launches, what recomputing it repeats."""
-PLAIN_BYTES = 2.0
+PLAIN_BYTES = 4.0
 """Times as much where transformers computes the layer, one operation after the other."""
 KERNEL_SECONDS = 0.0002
 """The many small kernels of a layer, whatever their size: fitted."""
+DROPOUT_KERNEL_SECONDS = 0.0002
+"""What dropout adds to that: fitted to models of 0.1B and 0.6B."""
 FUSED_LAUNCH_SECONDS, PLAIN_LAUNCH_SECONDS = 0.0054, 0.011
 """The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, and 0.36 s where
 transformers computes them."""
+CAPPED_LAUNCH_SECONDS = 0.0036
+"""What each further record adds to that where its attention caps scores, which no kernel of torch's does."""
+CAPPED_SCORE_BYTES = 160
+"""What is read and written there for each pair of tokens and head: some forty passes over scores in 32 bits."""
 EXPERT_LAUNCH_SECONDS = 0.0001
 """The host's work for one expert in a layer and micro-step: ten operations over both passes, 10 µs each. An estimate:
 mixtures have not been measured yet."""
@@ -58,6 +68,11 @@ REPLAYED_TOKENS = 6144
 """Micro-batches up to this are launched as one CUDA graph (`qlora_trainer/replay.py`)."""
 TRAFFIC_BYTES = 6.0
 """An optimizer step reads parameter and gradient and writes the parameter, for each; its state goes both ways."""
+
+ONE_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Matrices whose input is dropped together with another's where the trainer computes the layer."""
+NORMALIZED_HEADS, CAPPED_SCORES = frozenset({"qwen3"}), frozenset({"gemma2"})
+"""Model types."""
 
 CPU = Card(name="cpu", matmul_tflops=0.1, memory_gbps=20.0, host_gbps=1000.0, attention_share=0.5)
 UNKNOWN = Card(name="unknown", matmul_tflops=60.0, memory_gbps=300.0, host_gbps=12.0, attention_share=0.5)
@@ -97,7 +112,18 @@ class Pace:
         last = every[-1].parameters  # the last product of a layer is not needed again to go back through it
         self._again = self._weights - last if self._fused else self._weights
         self._expert_weights = 3 * facts.hidden_size * facts.mixture.expert_size if facts.mixture else 0
-        self._adapted = sum(linear.inputs + linear.outputs for linear in targeted(spec.adapter, every))
+        adapted = targeted(spec.adapter, every)
+        beside = ADAPTER_BYTES * sum(linear.inputs + linear.outputs for linear in adapted)
+        self._drops = float(spec.adapter.dropout) > 0
+        if self._drops:
+            inputs = {
+                ONE_INPUT.get(each.name, each.name) if self._fused else each.name: each.inputs for each in adapted
+            }
+            beside += DROPOUT_BYTES * sum(inputs.values())
+        if facts.model_type in NORMALIZED_HEADS:
+            beside += HEAD_NORM_BYTES * (facts.num_attention_heads + facts.num_key_value_heads) * facts.head_dim
+        self._beside_bytes = beside
+        self._caps = facts.model_type in CAPPED_SCORES
         self._trainable = adapter_parameters(spec.adapter, facts)
         self._state_bytes = OPTIMIZER_BYTES[spec.training.optimizer]
         self._deterministic = spec.training.deterministic
@@ -171,13 +197,14 @@ class Pace:
             rows = self._mixture.experts_per_token
             inner = self._mixture.shared_size + rows * self._mixture.expert_size
         layer = INNER_BYTES * inner + (HIDDEN_BYTES + ROW_BYTES * rows) * facts.hidden_size
-        layer += ADAPTER_BYTES * self._adapted
+        layer += self._beside_bytes
         layers = (facts.num_layers + AGAIN * again) * (1.0 if self._fused else PLAIN_BYTES)
         moved = tokens * (layer * layers + LOGIT_BYTES * facts.vocab_size)
         return moved / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
     def _kernel_seconds(self, again: int, card: Card) -> float:
-        return 0.0 if card is CPU else KERNEL_SECONDS * (self._facts.num_layers + AGAIN * again)
+        each = KERNEL_SECONDS + (DROPOUT_KERNEL_SECONDS if self._drops else 0.0)
+        return 0.0 if card is CPU else each * (self._facts.num_layers + AGAIN * again)
 
     def _attention_seconds(self, tokens: float, again: int, card: Card) -> float:
         """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""
@@ -186,11 +213,17 @@ class Pace:
         tiled = self._deterministic and self._fused and tokens > QUERY_TILE_TOKENS
         backward = 2.5 * forward / (TILED_ATTENTION if tiled else BACKWARD_ATTENTION)
         layers = self._facts.num_layers
-        return (forward * (layers + again) + backward * layers) / (card.matmul_tflops * 1e12 * card.attention_share)
+        products = (forward * (layers + again) + backward * layers) / (card.matmul_tflops * 1e12 * card.attention_share)
+        if not self._caps:
+            return products
+        scores = self._facts.num_attention_heads * tokens * self._record_tokens * (layers + AGAIN * again)
+        return products + scores * CAPPED_SCORE_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
     def _launch_seconds(self, tokens: float, again: int) -> float:
         each = FUSED_LAUNCH_SECONDS if self._fused else PLAIN_LAUNCH_SECONDS
         each += EXPERT_LAUNCH_SECONDS * self._chosen_experts(tokens)
+        if self._caps:
+            each += CAPPED_LAUNCH_SECONDS * max(0.0, tokens / self._record_tokens - 1)
         return each * (self._facts.num_layers + AGAIN * again)
 
     def _chosen_experts(self, tokens: float) -> float:

@@ -94,8 +94,9 @@ class Footprint:
         multiprocessors: int = MOST_MULTIPROCESSORS,
         records: int | None = None,
         margins: Margins = DEFAULT,
+        loaded: bool = False,
     ) -> None:
-        """`records` is how many a micro-batch packs, where that is known."""
+        """`records` is how many a micro-batch packs, where that is known; `loaded`: the base is there already."""
         self._margins = margins
         self._question = _Question(
             adapter=spec.adapter,
@@ -109,6 +110,7 @@ class Footprint:
             multiprocessors=multiprocessors,
             records=records,
             trainable=adapter_parameters(spec.adapter, facts),
+            loaded=loaded,
         )
         self._lasting_bytes = sum(count for _, count in _lasting(self._question))
         self._layers = _Layers.of(self._question)
@@ -240,6 +242,8 @@ class _Question:
     records: int | None
     trainable: int
     """Parameters of the adapter."""
+    loaded: bool
+    """What loading the base takes by the way is not asked for."""
 
     @cached_property
     def replayed(self) -> bool:
@@ -379,7 +383,8 @@ def _loading_bytes(question: _Question) -> int:
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
     later = question.trainable * _state_bytes(question) + 2 * CUBLAS_BYTES
     adapter = question.trainable * (FP32_BYTES - BF16_BYTES)
-    fusing = 0 if facts.mixture is None else fusing_bytes(facts.mixture, facts.hidden_size)
+    mixture = None if question.loaded else facts.mixture
+    fusing = 0 if mixture is None else fusing_bytes(mixture, facts.hidden_size)
     return max(0, round(max(adapter, fusing - question.trainable * BF16_BYTES) + table - later))
 
 
