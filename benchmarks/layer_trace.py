@@ -322,6 +322,8 @@ def _base(config: Any) -> Any:
                 module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=COMPUTE_DTYPE,
                 quant_type="nf4", device="meta",
             )  # fmt: skip
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.to(COMPUTE_DTYPE)  # as it is read from a checkpoint
             base.set_submodule(name, layer)
     base.requires_grad_(False)
     base.is_loaded_in_4bit = True

@@ -92,8 +92,6 @@ def cause(raw: dict[str, Any], row: Row) -> str:
     """Why a row can be far from what is predicted to be reserved."""
     if not raw["fused"]:
         return "the order of transformers' tensors is not known, and a share stands for its holes"
-    if "activations" in row.plan.offload:
-        return "how many layers' inputs wait for their copy depends on the card's speed"
     if row.reserved_bytes < SMALL_JOB_BYTES:
         return "a page of 20 MiB more or less"
     return "not known"

@@ -55,10 +55,6 @@ MOST_MULTIPROCESSORS = 148
 """Of the cards in `core/gpus`, where the class is not known."""
 SLACK_SHARE = 0.0075
 SLACK_BYTES = 2 << 20
-HOLES_AT_MOST = 0.05
-"""Of a peak: what the allocator has reserved beside it and cannot use, free blocks that no tensor fits. `core/reserved`
-tells it exactly, but not in milliseconds; over jobs of all kinds that fill a card it finds 0 to 9 %, and more than this
-in one of twenty, for which the out-of-memory ladder is there."""
 HOLES_SHARE = 0.113
 """Of a layer's backward pass that transformers computes: what is reserved and cannot be used. Fitted, the median over
 the architectures that `benchmarks.sizing_report` calls fitted."""
@@ -123,25 +119,23 @@ class Footprint:
             self._peaks[recompute_layers] = found + self._margin(found, recompute_layers)
         return self._peaks[recompute_layers]
 
-    def least_recompute(self, usable_bytes: int) -> int | None:
-        """How few layers may recompute for the peak to fit, holes and all; None if it does not even where all do.
+    def least_recompute(self, room_bytes: int) -> int | None:
+        """How few layers may recompute for the peak to fit; None if it does not even where all do.
 
-        A peak that fits with holes that are smaller than usual is only hazarded where all layers recompute: nothing
-        else fits then. The peak falls with their number, about evenly, so it is soon found by interpolation, and the
-        sooner the more is known from earlier questions.
+        The peak falls with their number, about evenly, so it is soon found by interpolation, and the sooner the more
+        is known from earlier questions.
         """
-        room = int(usable_bytes / (1 + HOLES_AT_MOST))
-        if self.peak_bytes(0) <= room:
+        if self.peak_bytes(0) <= room_bytes:
             return 0
-        if self.peak_bytes(self._layers.count) > room:
-            return self._layers.count if self.peak_bytes(self._layers.count) <= usable_bytes else None
-        low = max(layers for layers, peak in self._peaks.items() if peak > room)
-        high = min(layers for layers, peak in self._peaks.items() if peak <= room)
+        if self.peak_bytes(self._layers.count) > room_bytes:
+            return None
+        low = max(layers for layers, peak in self._peaks.items() if peak > room_bytes)
+        high = min(layers for layers, peak in self._peaks.items() if peak <= room_bytes)
         while low + 1 < high:
             most, least = self.peak_bytes(low), self.peak_bytes(high)
-            middle = low - (room - most) * (high - low) // (most - least)
+            middle = low - (room_bytes - most) * (high - low) // (most - least)
             middle = min(max(middle, low + 1), high - 1)
-            if self.peak_bytes(middle) <= room:
+            if self.peak_bytes(middle) <= room_bytes:
                 high = middle
             else:
                 low = middle

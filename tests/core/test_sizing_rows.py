@@ -10,8 +10,8 @@ from benchmarks.sizing_report import report
 
 def test_predicted_peaks_are_never_below_the_measured_ones_and_at_most_three_per_cent_above() -> None:
     found = report([json.loads(line) for line in ROWS.read_text().splitlines()])
-    assert found["rows"] >= 120
-    assert found["architectures"] >= 12
+    assert found["rows"] >= 200
+    assert found["architectures"] >= 20
     assert found["too_small"] == []
     for part in ("fitted", "held_out"):
         assert found[part]["mean"] <= 1.5
@@ -22,5 +22,5 @@ def test_what_the_allocator_reserves_is_predicted_within_two_per_cent_on_average
     found = report([json.loads(line) for line in ROWS.read_text().splitlines()])["reserved_over_predicted_percent"]
     for part in ("fitted", "held_out", "layers_by_hand", "layers_of_transformers"):
         assert found[part]["mean"] <= 2
-    assert found["all"]["most"] <= 14
+    assert found["all"]["most"] <= 17
     assert found["share_within_4_percent"] >= 0.9

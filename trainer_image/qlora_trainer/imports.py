@@ -27,8 +27,9 @@ COMPILER = "torch._dynamo"
 PARTS = (f"{COMPILER}.", "torch._inductor")
 LIGHT_PARTS = ("_trace_wrapped_higher_order_op", "config")
 """These need nothing of the compiler. transformers' masks take a class from the first, checkpoints ask the second."""
-UNUSED = ("scipy", "sklearn")
-"""What transformers takes for the losses of object detection and, up to 5.17 at least, for assisted generation."""
+UNUSED = ("click", "scipy", "sklearn")
+"""What httpx takes for its command line, transformers for the losses of object detection and, up to 5.17 at least, for
+assisted generation."""
 MARKS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph")
 
 
