@@ -102,7 +102,8 @@ def settle(world: World) -> None:
         for key in world.live_stages():
             world.run_stage(key)
         world.pass_time(20)
-        if not unfinished(world) and not world.stages:
+        released = not world.runs and not any(job.metadata.finalizers for job in world.jobs.values())
+        if not unfinished(world) and not world.stages and released:
             break
     world.pass_once()
 
@@ -110,6 +111,8 @@ def settle(world: World) -> None:
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(queues=st.sampled_from(QUEUES), story=st.lists(actions, min_size=5, max_size=60))
 @example(queues=QUEUES[0], story=[("submit", 0, "default", False)])
+@example(queues=QUEUES[0], story=[("cancel", 0), ("pass", None), ("run", 0), ("run", 0), ("cancel", 1), ("pass", 2)])
+@example(queues=QUEUES[3], story=[("pass", None), ("run", 0), ("run", 0), *[("submit", 2, "default", False)] * 2])
 def test_in_any_story_the_invariants_hold_and_every_job_finishes_once_the_world_is_fair(
     queues: tuple[QLoRAQueue, ...], story: list[tuple]
 ) -> None:

@@ -322,6 +322,11 @@ class World:
     def _check_priority(self, commands: tuple[Command, ...]) -> None:
         """Nobody is admitted to a class while somebody of higher priority waits for a GPU that this one would be."""
         writes = {c.job.key: c.status for c in commands if isinstance(c, WriteStatus)}
+        held = Counter(
+            (job.spec.queue, attempt.gpu_class)
+            for key, job in self.jobs.items()
+            if (attempt := writes.get(key, job.status).active_attempt) is not None and attempt.stage == "train"
+        )
         admitted = {
             key: status.active_attempt
             for key, status in writes.items()
@@ -333,9 +338,10 @@ class World:
             for other in self.jobs.values():
                 waits = self._waits_for_gpu(writes.get(other.key, other.status))
                 higher = other.spec.priority > self.jobs[key].spec.priority
-                assert not (waits and higher and self._could_use(other, attempt.gpu_class)), (
-                    f"{key} got {attempt.gpu_class} before {other.key}"
+                could = self._could_use(other, attempt.gpu_class) and self._may_hold_more(
+                    other, attempt.gpu_class, held
                 )
+                assert not (waits and higher and could), f"{key} got {attempt.gpu_class} before {other.key}"
 
     @staticmethod
     def _waits_for_gpu(status: QLoRAJobStatus) -> bool:
@@ -347,6 +353,14 @@ class World:
             and condition is not None
             and condition.reason in reasons
         )
+
+    def _may_hold_more(self, job: QLoRAJob, gpu_class: str | None, held: Counter[tuple[str, str | None]]) -> bool:
+        """Whether its queue has quota left, if it is one that borrows from nobody."""
+        queue = next((queue for queue in self.queues if queue.metadata.name == job.spec.queue), None)
+        if queue is None or queue.spec.cohort is not None or not queue.spec.quotas:
+            return True
+        nominal = {quota.gpu_class: quota.nominal for quota in queue.spec.quotas}
+        return held[job.spec.queue, gpu_class] < nominal.get(gpu_class, 0)
 
     def _could_use(self, job: QLoRAJob, gpu_class: str | None) -> bool:
         """By what the tests know of their models, not by the formula; a job that resumes keeps its class."""
