@@ -71,9 +71,10 @@ fmt: $(VENV)/.synced ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(VENV)/.synced ## Write the generated reference pages and the README's tables anew
+docs: $(VENV)/.synced ## Write the generated reference pages, and the README's table and picture anew
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m benchmarks.targets --write
+	$(BIN)/python -m benchmarks.pictures
 
 manifests: $(VENV)/.synced ## Render the chart anew: manifests/install.yaml and the tests' golden files
 	$(BIN)/python -m tests.deploy.render

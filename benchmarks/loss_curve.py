@@ -6,8 +6,8 @@ Both start from the same NF4 weights and the same adapter and see the same rows 
 order, each row one stretch of text. The trainer runs as it does in a job: layers computed by hand, CUDA graphs, bf16
 adapters, deterministic. A second run of the trainer from another seed of the adapter tells how far apart two good runs
 are. The recipe is `benchmarks.recipe`'s. Its `prepare_model_for_kbit_training` makes norms and tables float32, and with
-them the states that go from layer to layer. `recipe_in_bfloat16` takes that back: the trainer's precision in the code of
-transformers and PEFT.
+them the states that go from layer to layer. `recipe_in_bfloat16` takes that back: the trainer's precision, in the code
+of transformers and PEFT.
 """
 
 from __future__ import annotations

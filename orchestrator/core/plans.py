@@ -36,8 +36,8 @@ SHORTER_SEQUENCES = 16
 NONE = -1
 HOLES_AT_MOST = 0.05
 """Of a peak: what the allocator has reserved beside it and cannot use, free blocks that no tensor fits. `core/reserved`
-tells it exactly, but not in milliseconds; over jobs of all kinds that fill a card it finds 0 to 9 %, and more than this
-in one of twenty, for which the out-of-memory ladder is there."""
+tells it job by job, but not in milliseconds; over jobs of all kinds that fill a card it finds 0 to 9 %, and more than
+this in one of twenty, for which the out-of-memory ladder is there."""
 AS_FAST = 1.02
 """Plans that are within this of the fastest imaginable one are alike: the smaller micro-batch takes less memory."""
 

@@ -118,7 +118,7 @@ class _Stage:
         self._most_before_graphs = 0
 
     def most_reserved(self) -> int:
-        """Walk through. Pages are given back in one place alone, before graphs are captured."""
+        """Walk through. Pages are given back after loading and before graphs are captured."""
         self._load()
         self._make_adapter()
         self._check()
@@ -138,7 +138,7 @@ class _Stage:
     # --- what lasts
 
     def _load(self) -> None:
-        """`load_base`: the layers' matrices one after the other, then tables and norms."""
+        """`load_base`: the layers' matrices one after the other, then tables and norms; what is free goes back."""
         facts = self._job.facts
         for index in range(facts.num_layers):
             for linear in linears(facts):
@@ -149,6 +149,7 @@ class _Stage:
             self._lasting.take(**{f"norm {index}": facts.hidden_size * BF16_BYTES})
         if not facts.tied_embeddings:
             self._lasting.take(head=table)
+        self._pool.give_back_pages()
 
     def _quantize(self, name: str, linear: Linear) -> None:
         """bitsandbytes' `quantize_4bit`: dense weights and their 32-bit scales are there until the 8-bit ones are."""

@@ -90,6 +90,8 @@ def load_base(
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
     _refuse_unquantized(base)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the pages that dense weights have left; see `core/reserved`
     gib = sum(parameter.nbytes for parameter in base.parameters()) / 2**30
     log.info("loaded %.1f GiB in %.1f s, %s", gib, time.perf_counter() - began, origin)
     return base
