@@ -10,6 +10,7 @@ the processor, which does not count what other processes of the machine took in 
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from statistics import median, quantiles
@@ -18,7 +19,6 @@ from benchmarks.architectures import CONFIGS, config
 from benchmarks.report import argument_parser, emit
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.results import ModelFacts
-from orchestrator.controller.garbage import collect_rarely
 from orchestrator.core.gpus import CLASS_NAMES, gpu_class
 from orchestrator.core.plans import candidates
 
@@ -40,7 +40,8 @@ def measure(repetitions: int) -> dict[str, object]:
     facts = {name: ModelFacts.from_config(config(name), "main") for name in CONFIGS}
     for of_model in facts.values():
         candidates(make_spec(rank=1, sequence_length=1024), of_model, CLASSES)
-    collect_rarely()
+    gc.collect()
+    gc.freeze()
     questions = [(name, rank, length) for name in facts for rank in range(2, repetitions + 2) for length in SEQUENCES]
     random.Random(0).shuffle(questions)
     clock: dict[str, list[float]] = {name: [] for name in facts}

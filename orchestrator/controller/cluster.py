@@ -27,7 +27,6 @@ from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.adapters.mlflow_tracking import MlflowTracking
 from orchestrator.adapters.ray_fabric.channel import FabricChannel
 from orchestrator.cluster_settings import ClusterSettings
-from orchestrator.controller.garbage import collect_rarely
 from orchestrator.controller.health import Health, served
 from orchestrator.controller.logs import log_to_stderr
 from orchestrator.controller.loop import Controller, Ports
@@ -61,7 +60,6 @@ def main() -> int:
         log.error("settings: %s", error)
         return SETTINGS_EXIT_CODE
     health, metrics = Health(settings.tick_seconds), Metrics()
-    collect_rarely()
     try:
         with served(health, metrics.registry, settings.health_port, settings.metrics_port):
             return _work(settings, health, metrics, stop)

@@ -20,7 +20,6 @@ from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.local.ray_stages import LOST_EXIT_CODE, RayStages
 from orchestrator.adapters.mlflow_tracking import MlflowTracking
 from orchestrator.adapters.sqlite_store import SqliteStore
-from orchestrator.controller.garbage import collect_rarely
 from orchestrator.controller.logs import log_to_file
 from orchestrator.controller.loop import Controller, Ports
 from orchestrator.core.decide import decide
@@ -72,7 +71,6 @@ def _work(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: _ask_to_stop(stop, number, frame))
     signal.signal(signal.SIGINT, lambda number, frame: _ask_to_stop(stop, number, frame))
     controller = Controller(settings, Ports(store=store, runtime=runtime, tracking=tracking), decide)
-    collect_rarely()
     log.info("the controller of %s works", settings.home)
     controller.run(stop, ready=_Ready(settings))
     log.info("the controller ends, running stages go on: %s", controller.metrics.latencies())
