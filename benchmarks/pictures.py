@@ -1,6 +1,8 @@
 """Draws docs/measured.svg, the README's picture, from the committed results.
 
-python -m benchmarks.pictures
+    python -m benchmarks.pictures
+
+Drawn on the data of `benchmarks.sizing`, `plans`, `recipe` and `loss_curve`.
 """
 
 from __future__ import annotations

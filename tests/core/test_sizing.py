@@ -32,13 +32,7 @@ from orchestrator.core.plans import (
     step_up,
     thriftier,
 )
-from orchestrator.core.sizing import (
-    OPTIMIZER_BYTES,
-    Footprint,
-    adapter_parameters,
-    footprint,
-    peak_bytes,
-)
+from orchestrator.core.sizing import OPTIMIZER_BYTES, Footprint, adapter_parameters, footprint, peak_bytes
 from tests.core.builders import LLAMA_2_13B, LLAMA_3_8B, LLAMA_3_70B, SMOLLM2_135M, gpus, make_spec
 
 ALL = gpus(_24Gi=1, _48Gi=1, _80Gi=1)

@@ -9,6 +9,7 @@ invariants, by the world's own books and not by the core's.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -286,11 +287,7 @@ class World:
         assert all(count == 1 for count in live.values()), f"two live stages of one job: {live}"
 
     def _check_quotas(self) -> None:
-        used = Counter(
-            (job.spec.queue, attempt.gpu_class)
-            for job in self.jobs.values()
-            if (attempt := job.status.active_attempt) is not None and attempt.stage == "train"
-        )
+        used = self._held({})
         cohorts: Counter[tuple[str, str]] = Counter()
         for queue in self.queues:
             for quota in queue.spec.quotas:
@@ -322,11 +319,7 @@ class World:
     def _check_priority(self, commands: tuple[Command, ...]) -> None:
         """Nobody is admitted to a class while somebody of higher priority waits for a GPU that this one would be."""
         writes = {c.job.key: c.status for c in commands if isinstance(c, WriteStatus)}
-        held = Counter(
-            (job.spec.queue, attempt.gpu_class)
-            for key, job in self.jobs.items()
-            if (attempt := writes.get(key, job.status).active_attempt) is not None and attempt.stage == "train"
-        )
+        held = self._held(writes)
         admitted = {
             key: status.active_attempt
             for key, status in writes.items()
@@ -352,6 +345,14 @@ class World:
             and status.active_attempt is None
             and condition is not None
             and condition.reason in reasons
+        )
+
+    def _held(self, writes: Mapping[str, QLoRAJobStatus]) -> Counter[tuple[str, str | None]]:
+        """GPUs by queue and class, once these statuses are written."""
+        return Counter(
+            (job.spec.queue, attempt.gpu_class)
+            for key, job in self.jobs.items()
+            if (attempt := writes.get(key, job.status).active_attempt) is not None and attempt.stage == "train"
         )
 
     def _may_hold_more(self, job: QLoRAJob, gpu_class: str | None, held: Counter[tuple[str, str | None]]) -> bool:
