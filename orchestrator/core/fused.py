@@ -94,10 +94,25 @@ class _Walked:
 def layer_bytes(layer: FusedLayer, *, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
     """A layer that keeps its input alone, on the card or in host memory, and one that keeps its activations."""
     alike = replace(layer, attention=layer.attention.alike)  # but for the workspace of attention's backward pass
-    return _recomputed_layer(alike, offloaded).whole(layer.attention), _kept_layer(alike).whole(layer.attention)
+    on_card, on_host, whole = _walks(alike)
+    return (on_host if offloaded else on_card).whole(layer.attention), whole.whole(layer.attention)
 
 
 @lru_cache(maxsize=WALKS_KEPT)
+def _walks(layer: FusedLayer) -> tuple[_Walked, _Walked, _Walked]:
+    """A layer that keeps its input on the card, one that keeps it in host memory, one that keeps its activations."""
+    forward = Timeline()
+    forward.take(x=layer.stream)
+    recomputed_forward(forward, layer)
+    on_card = Timeline()
+    on_card.take(x=layer.stream, grad=layer.stream)
+    _recomputed_to_queries(on_card, layer)
+    on_host = on_card.copy()
+    _from_queries(on_card, layer, offloaded=False)
+    _from_queries(on_host, layer, offloaded=True)
+    return _result(layer, layer.stream, forward, on_card), _result(layer, 0, forward, on_host), _kept_layer(layer)
+
+
 def _kept_layer(layer: FusedLayer) -> _Walked:
     forward = Timeline()
     forward.take(x=layer.stream)
@@ -109,17 +124,6 @@ def _kept_layer(layer: FusedLayer) -> _Walked:
     backward.take(grad=layer.stream)
     kept_backward(backward, layer)
     return _result(layer, kept, forward, backward)
-
-
-@lru_cache(maxsize=WALKS_KEPT)
-def _recomputed_layer(layer: FusedLayer, offloaded: bool) -> _Walked:
-    forward = Timeline()
-    forward.take(x=layer.stream)
-    recomputed_forward(forward, layer)
-    backward = Timeline()
-    backward.take(x=layer.stream, grad=layer.stream)
-    recomputed_backward(backward, layer, offloaded=offloaded)
-    return _result(layer, 0 if offloaded else layer.stream, forward, backward)
 
 
 def kept_forward(t: Walk, layer: FusedLayer) -> None:
@@ -144,6 +148,11 @@ def recomputed_forward(t: Walk, layer: FusedLayer) -> None:
 
 def recomputed_backward(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
     """From `grad` and `x` to `x_grad` and the adapters' gradients."""
+    _recomputed_to_queries(t, layer)
+    _from_queries(t, layer, offloaded=offloaded)
+
+
+def _recomputed_to_queries(t: Walk, layer: FusedLayer) -> None:
     _attend(t, layer)
     if layer.tokens <= MLP_TILE_TOKENS:
         t.take(gate_up_weight=layer.gate_up.dense_bytes)
@@ -153,6 +162,9 @@ def recomputed_backward(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
         _mlp_tiles_backward(t, layer)
     t.drop("middle")
     _attention_backward(t, layer, recomputes=True)
+
+
+def _from_queries(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
     if offloaded:  # the input of the layer below is on its way
         t.take(fetched=layer.stream)
     _qkv_backward(t, layer)

@@ -110,12 +110,13 @@ class Footprint:
         )
         self._lasting_bytes = sum(count for _, count in _lasting(self._question))
         self._layers = _Layers.of(self._question)
+        self._instants = _Instants(self._question, self._layers)
         self._peaks: dict[int, int] = {}
 
     def peak_bytes(self, recompute_layers: int) -> int:
         """The peak where the first so many layers recompute."""
         if recompute_layers not in self._peaks:
-            found = self._lasting_bytes + _total_bytes(self._peak(recompute_layers))
+            found = self._found_bytes(recompute_layers)
             self._peaks[recompute_layers] = found + self._margin(found, recompute_layers)
         return self._peaks[recompute_layers]
 
@@ -143,7 +144,7 @@ class Footprint:
 
     def items(self, recompute_layers: int) -> tuple[ByteItem, ...]:
         """That peak, by purpose."""
-        peak = self._peak(recompute_layers)
+        peak = self._instants.largest(self._recomputing(recompute_layers))
         found = (
             *_lasting(self._question),
             ("adapter gradients, bf16", peak.gradient_bytes),
@@ -162,16 +163,17 @@ class Footprint:
             return reserved_bytes(_rehearsed(self._question, self._question.shape, recompute_layers, evaluates))
         ends = self._layers.ends(recompute_layers)
         largest = max(self._layers.at(index, recompute_layers).backward_peak for index in ends)
-        found = self._lasting_bytes + _total_bytes(self._peak(recompute_layers))
-        return round(found + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
+        return round(self._found_bytes(recompute_layers) + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
 
     def _margin(self, found_bytes: int, recompute_layers: int) -> int:
         share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, SLACK_SHARE)
         return round(SLACK_BYTES + share * found_bytes)
 
-    def _peak(self, recompute_layers: int) -> Instant:
-        recomputing = min(recompute_layers, self._layers.count)
-        return Instant(*max(_instants(self._question, self._layers, recomputing), key=_total_bytes))
+    def _found_bytes(self, recompute_layers: int) -> int:
+        return self._lasting_bytes + self._instants.largest_bytes(self._recomputing(recompute_layers))
+
+    def _recomputing(self, recompute_layers: int) -> int:
+        return min(recompute_layers, self._layers.count)
 
 
 def footprint(
@@ -320,38 +322,55 @@ def _embeddings_leave(question: _Question) -> bool:
     return "embeddings" in question.plan.offload and not question.facts.tied_embeddings
 
 
-def _instants(question: _Question, layers: _Layers, recomputing: int) -> Iterator[tuple[str, int, int, int]]:
-    """The fields of every moment that can be the peak, where the first so many layers recompute.
+class _Instants:
+    """Every moment that can be the peak of a question.
 
-    Within a kind of layers bytes grow or fall evenly, so the ends are enough. Plain tuples: a search asks for many.
+    Within a kind of layers bytes grow or fall evenly, so the ends are enough.
     """
-    facts, plan, replayed = question.facts, question.plan, question.replayed
-    shared = 2 * allocated(question.tokens * facts.head_dim * BF16_BYTES)  # the rotary tables
-    batch = shared + TOKEN_BYTES * question.tokens
-    capturing = CUBLAS_BYTES if replayed else 0  # graphs are captured on a stream of their own, in each pass
-    gradients = layers.recomputed.gradients
-    table = gradients * facts.num_layers
-    before = table if plan.accumulation_steps > 1 or replayed else 0
-    offloaded = "activations" in plan.offload
-    ends = [
-        (index, layers.at(index, recomputing), layers.kept(index, recomputing)) for index in layers.ends(recomputing)
-    ]
-    for index, layer, kept in ends:
-        held = question.stream if offloaded and index > 0 else 0  # the embeddings, which the decoder holds on to
-        yield "a layer's forward pass", kept, before, layer.forward_peak + batch + held + capturing
-    everything = layers.kept(facts.num_layers, recomputing) - layers.at(0, recomputing).released
-    at_loss, in_norm = question.final_norms[recomputing == layers.count]
-    yield "loss", everything, before, at_loss + question.logits_bytes + batch + capturing
-    yield "the last norm's backward pass", everything, before, in_norm + shared + 2 * capturing
-    for index, layer, kept in ends:
-        done = gradients * (facts.num_layers - 1 - index)
-        if replayed:  # all layers' gradients are added to the sums at once
-            done += before
-        elif before:
-            done = before
-        yield "a layer's backward pass", kept, done, layer.backward_peak + shared + 2 * capturing
-    yield "optimizer", 0, table, table
-    yield "loading", 0, 0, question.loading_bytes
+
+    def __init__(self, question: _Question, layers: _Layers) -> None:
+        self._layers = layers
+        shared = 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)  # the rotary tables
+        batch = shared + TOKEN_BYTES * question.tokens
+        self._replayed = question.replayed
+        capturing = CUBLAS_BYTES if self._replayed else 0  # graphs are captured on a stream of their own, in each pass
+        self._gradients = layers.recomputed.gradients
+        self._table = self._gradients * layers.count
+        self._before = self._table if question.plan.accumulation_steps > 1 or self._replayed else 0
+        # The embeddings, which the decoder holds on to.
+        self._held = question.stream if "activations" in question.plan.offload else 0
+        self._forward, self._backward = batch + capturing, shared + 2 * capturing
+        self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
+        self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
+        self._loading = question.loading_bytes
+
+    def largest(self, recomputing: int) -> Instant:
+        """The peak where the first so many layers recompute."""
+        return Instant(*max(self._at(recomputing), key=_total_bytes))
+
+    def largest_bytes(self, recomputing: int) -> int:
+        """Of that peak, all but what lasts; a search asks for many."""
+        return max(map(_total_bytes, self._at(recomputing)))
+
+    def _at(self, recomputing: int) -> Iterator[tuple[str, int, int, int]]:
+        """The fields of each moment."""
+        layers, before, last = self._layers, self._before, self._layers.count - 1
+        for index in layers.ends(recomputing):
+            layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
+            held = self._held if index else 0
+            yield "a layer's forward pass", kept, before, layer.forward_peak + self._forward + held
+            done = self._gradients * (last - index)
+            if self._replayed:  # all layers' gradients are added to the sums at once
+                done += before
+            elif before:
+                done = before
+            yield "a layer's backward pass", kept, done, layer.backward_peak + self._backward
+        everything = layers.kept(layers.count, recomputing) - layers.at(0, recomputing).released
+        every_layer = recomputing == layers.count
+        yield "loss", everything, before, self._loss[every_layer]
+        yield "the last norm's backward pass", everything, before, self._norm[every_layer]
+        yield "optimizer", 0, self._table, self._table
+        yield "loading", 0, 0, self._loading
 
 
 def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
