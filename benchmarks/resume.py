@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        emit(compare(bench(Path(name), arguments), arguments.steps), save=arguments.save)
+        job = bench(Path(name), arguments, checkpoint_every=max(1, arguments.steps // 3))
+        emit(compare(job, arguments.steps), save=arguments.save)
 
 
-def bench(folder: Path, arguments: Namespace) -> Bench:
+def bench(folder: Path, arguments: Namespace, *, checkpoint_every: int) -> Bench:
     """The model, the data, the job and the plan."""
     write_model(folder / "model", arguments.shape)
     write_texts(folder / "train.jsonl", records=64, words=arguments.sequence_length // 8)
@@ -55,7 +56,7 @@ def bench(folder: Path, arguments: Namespace) -> Bench:
                 "globalBatchSize": arguments.global_batch_size,
                 "optimizer": "paged_adamw_8bit",
             },
-            "checkpoint": {"everySeconds": 3600, "everySteps": max(1, arguments.steps // 3)},
+            "checkpoint": {"everySeconds": 3600, "everySteps": checkpoint_every},
         }
     )
     plan = MemoryPlan(

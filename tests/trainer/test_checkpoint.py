@@ -15,7 +15,15 @@ from threading import Event
 
 import pytest
 import torch
-from qlora_trainer.checkpoint import BestEvaluation, Checkpointer, Provenance, Snapshot, TrainingState, adapter_config
+from qlora_trainer.checkpoint import (
+    BestEvaluation,
+    Checkpointer,
+    Provenance,
+    Snapshot,
+    TrainingState,
+    adapter_config,
+    on_host,
+)
 from qlora_trainer.jobstore import JobStore
 from qlora_trainer.outcome import FencedError, Transient
 from safetensors.torch import load_file
@@ -226,16 +234,29 @@ def test_training_may_change_its_tensors_while_the_checkpoint_is_written(tmp_pat
     store.take_fence(1)
     checkpointer = make_checkpointer(store)
     snapshot = make_snapshot(1)
+    started = time.perf_counter()
     checkpointer.save(snapshot)
+    stalled = time.perf_counter() - started
     for tensor in (*snapshot.adapter.values(), *snapshot.optimizer.values()):
         tensor.zero_()
     assert checkpointer.last is None
-    stalled = checkpointer.stall_seconds
     time.sleep(0.3)
     store.go.set()
     checkpointer.finish()
     assert_same(make_checkpointer(store).latest(), make_snapshot(1))
     assert stalled < 0.3 <= checkpointer.background_seconds
+
+
+def test_tensors_of_one_storage_are_copied_as_they_are() -> None:
+    whole = torch.arange(24, dtype=torch.float32)
+    tensors = {"first": whole[:6].view(2, 3), "turned": whole[6:18].view(3, 4).t(), "other": torch.tensor(7)}
+    copies = on_host(tensors)
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    whole.zero_()
+    assert copies.keys() == expected.keys()
+    for name, copy in copies.items():
+        assert copy.dtype == expected[name].dtype
+        assert torch.equal(copy, expected[name])
 
 
 LOOP = """

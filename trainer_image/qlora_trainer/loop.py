@@ -32,7 +32,7 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ProgressReport, TrainResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.batches import PreparedRows, Schedule, micro_batches, supervised_tokens
-from qlora_trainer.checkpoint import BestEvaluation, Checkpointer, Snapshot, TrainingState, memory_versions
+from qlora_trainer.checkpoint import BestEvaluation, Checkpointer, Snapshot, TrainingState, memory_versions, on_host
 from qlora_trainer.evaluation import evaluate, is_due
 from qlora_trainer.journal import Journal
 from qlora_trainer.model import TrainingModel
@@ -93,7 +93,7 @@ class Loop:
         self._checkpointer = checkpointer
         self._saves = 0
         self._last_save = monotonic()
-        self._stall_seconds_recorded = 0.0
+        self._stall_seconds = 0.0  # for which saving held up training, since a step was recorded
         self._stop = stop
         self._agent = agent
         self._announced_step = 0
@@ -159,9 +159,9 @@ class Loop:
                 Metric.LEARNING_RATE: rate,
                 Metric.GRADIENT_NORM: norm.item(),
                 Metric.TOKENS_PER_SECOND: sum(batch.tokens for batch in batches) / seconds,
-                Metric.CHECKPOINT_STALL_SECONDS: self._checkpointer.stall_seconds - self._stall_seconds_recorded,
+                Metric.CHECKPOINT_STALL_SECONDS: self._stall_seconds,
             }
-            self._stall_seconds_recorded = self._checkpointer.stall_seconds
+            self._stall_seconds = 0.0
             metrics |= self._card.metrics(self._arithmetic.operations(batches), seconds)
             self.journal.record(step + 1, metrics)
         log.info("step %d of %d: loss %.4f, %.2f s", step + 1, self.steps, metrics[Metric.TRAIN_LOSS], seconds)
@@ -197,7 +197,7 @@ class Loop:
             self._position.best = BestEvaluation(step=step, loss=loss)
             self._position.evaluations_without_gain = 0
             if self._spec.evaluation.keep_best:
-                self._position.best_adapter = self._adapter_on_host()
+                self._position.best_adapter = on_host(self._model.adapter())
         else:
             self._position.evaluations_without_gain += 1
 
@@ -260,7 +260,9 @@ class Loop:
             self._checkpointer.finish()
 
     def _save(self, *, wait: bool) -> None:
+        started = perf_counter()
         self._checkpointer.save(self._snapshot(), wait=wait)
+        self._stall_seconds += perf_counter() - started
         self._saves += 1
         self._last_save = monotonic()
 
@@ -312,7 +314,7 @@ class Loop:
 
     def final_adapter(self) -> dict[str, Tensor]:
         """What the job ends with: the last step's adapter, or the best evaluation's where the spec says so."""
-        return self._position.best_adapter or self._adapter_on_host()
+        return self._position.best_adapter or on_host(self._model.adapter())
 
     def result(self, *, complete: bool) -> TrainResult:
         """How far training came."""
@@ -354,9 +356,6 @@ class Loop:
         if self._agent is not None and last is not None and last.step > self._announced_step:
             self._announced_step = last.step
             self._agent.announce_checkpoint(last.step, last.uri)
-
-    def _adapter_on_host(self) -> dict[str, Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._model.adapter().items()}
 
 
 def step_seed(seed: int, step: int) -> int:
