@@ -22,8 +22,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 
+from benchmarks.cases import GIB, Case
 from benchmarks.report import argument_parser, emit
-from benchmarks.speed import GIB, Bench, Case
+from benchmarks.speed import Bench
 
 MAX_GRAD_NORM = 0.3
 
