@@ -127,8 +127,9 @@ class Bench:
         }
 
     def operations(self, case: Case) -> float:
-        """Floating-point operations of one step of a case."""
-        return Steps(self._peft_model, self._attention, case, self._vocabulary).operations()
+        """Floating-point operations of one step of a case, which is not taken."""
+        model = TrainingModel(self._peft_model, case.plan(), self._attention, 0.0)
+        return arithmetic(model).operations([batch_of(next(case.rows(self._vocabulary)))])
 
     def leave(self) -> PreTrainedModel:
         """The base without its adapter, for somebody else."""
@@ -160,7 +161,7 @@ class Steps:
 
     def timed(self) -> float:
         """Take a step; its seconds."""
-        batch = self._batch()
+        batch = batch_of(next(self._rows))
         began = time.perf_counter()
         torch.manual_seed(self._number)
         loss = self._model.accumulate(batch, divisor=float(self._case.tokens - self._case.micro_batch))
@@ -175,7 +176,7 @@ class Steps:
 
     def operations(self) -> float:
         """Floating-point operations of a step."""
-        return arithmetic(self._model).operations([self._batch()])
+        return arithmetic(self._model).operations([batch_of(next(self._rows))])
 
     def profile(self) -> dict[str, object]:
         """Milliseconds on the card in one step, by kernel; and of the step."""
@@ -209,10 +210,11 @@ class Steps:
             for (file, line, name), (_, calls, own, _, _) in slowest
         }
 
-    def _batch(self) -> MicroBatch:
-        """Rows of one record each, every token but the last of which carries loss."""
-        place = np.arange(self._case.sequence, dtype=np.int32)
-        return collate([(ids, ids, place) for ids in next(self._rows)])
+
+def batch_of(rows: np.ndarray) -> MicroBatch:
+    """Rows of one record each, every token but the last of which carries loss."""
+    place = np.arange(rows.shape[1], dtype=np.int32)
+    return collate([(ids, ids, place) for ids in rows])
 
 
 if __name__ == "__main__":
