@@ -1,18 +1,20 @@
-"""This trainer, the Hugging Face recipe and unsloth on one card, one after the other, on the same random weights.
+"""This trainer, the Hugging Face recipe, unsloth and LLaMA-Factory in turn, on one card and the same random weights.
 
     python -m benchmarks.peers --shape 8b --cases 2048x4 512x1 [--recipe-cases 2048x4 512x1]
-        [--unsloth-cases 2048x4 2048x8 2048x4/0] [--unsloth-path FOLDER] [--cap-gib 21.5] [--save peers_8b]
+        [--unsloth-cases 2048x4 2048x8 2048x4/0] [--unsloth-path FOLDER] [--llamafactory-cases 2048x4]
+        [--llamafactory-path FOLDER] [--cap-gib 21.5] [--save peers_8b]
 
 Each has cases of its own (`benchmarks.cases`), since each may have another best plan: the trainer says in a case what
 recomputes and what is offloaded; of the others all layers recompute, as their documentation has it, unless a case ends
 in `/0`. Everybody has rank 16 on all linear layers, no dropout, paged 8-bit AdamW, gradients clipped at 0.3, the same
 rows and the same cap on torch's allocator. Results come with the best figures for each sequence length.
 
-One process measures the trainer, writes its quantized base as a checkpoint if unsloth is asked for, and measures the
-recipe on that base. Another, with the card to itself, measures unsloth on the checkpoint. A case that fails is told and
-the others go on; so do the other processes where one fails. unsloth is not installed here: have `unsloth==2026.10.9`,
-`unsloth_zoo==2026.10.9` and what they need on PYTHONPATH, or in a folder of their own that `--unsloth-path` names.
-`--unsloth-layers N` writes N layers of the checkpoint, copied on the card until there are as many as the shape has.
+One process measures the trainer, writes its quantized base as a checkpoint if others are asked for, and measures the
+recipe on that base. unsloth and LLaMA-Factory have each a process and the card to themselves, and load the checkpoint.
+A case that fails is told and the others go on; so do the other processes where one fails. Neither is installed here:
+have `unsloth==2026.10.9`, `unsloth_zoo==2026.10.9` and what they need, or `llamafactory==0.9.5`, `trl==0.24.0` and what
+they need, on PYTHONPATH or in folders of their own that the options name. `--unsloth-layers N` writes N layers of the
+checkpoint, copied on the card until there are as many as the shape has.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ from benchmarks.shapes import layers_of
 from orchestrator.api.formats import Metric
 
 CHECKPOINT = "checkpoint"
-UNSLOTH_PACKAGES = ("unsloth", "unsloth_zoo", "trl", "triton")
+PACKAGES = {
+    "unsloth": ("unsloth", "unsloth_zoo", "trl", "triton"),
+    "llamafactory": ("llamafactory", "trl", "liger-kernel", "datasets"),
+}
 LAST_LINES = 12
 
 
@@ -48,6 +53,8 @@ def main() -> None:
     parser.add_argument("--unsloth-cases", nargs="*", default=[])
     parser.add_argument("--unsloth-path", metavar="FOLDER", help="of packages for unsloth's process alone")
     parser.add_argument("--unsloth-layers", type=int, metavar="N", help="written and loaded; default: all")
+    parser.add_argument("--llamafactory-cases", nargs="*", default=[])
+    parser.add_argument("--llamafactory-path", metavar="FOLDER", help="of packages for LLaMA-Factory's process alone")
     parser.add_argument("--cap-gib", type=float, default=0.0, help="cap on the allocator; 0 is none")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
@@ -56,6 +63,8 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help="for the benchmark's own processes")
     parser.add_argument("--folder", type=Path, help="for the benchmark's own processes")
     arguments = parser.parse_args()
+    if arguments.unsloth_layers and arguments.llamafactory_cases:
+        parser.error("LLaMA-Factory loads whole checkpoints: leave --unsloth-layers out")
     if arguments.recipe_cases is None:
         arguments.recipe_cases = list(dict.fromkeys(size_of(text) for text in arguments.cases))
     if arguments.part:
@@ -68,8 +77,9 @@ def measure(arguments: Namespace) -> dict[str, object]:
     """Everybody's figures, and who is how fast at which length."""
     with tempfile.TemporaryDirectory() as name:
         found = run("trainer", Path(name), arguments)
-        if arguments.unsloth_cases:
-            found |= run("unsloth", Path(name), arguments)
+        for part in PACKAGES:
+            if cases_of(part, arguments):
+                found |= run(part, Path(name), arguments)
     add_mfu(found, found.pop("operations", {}))
     return {
         "shape": arguments.shape,
@@ -90,10 +100,9 @@ def run(part: str, folder: Path, arguments: Namespace) -> dict[str, Any]:
     """What one of our processes finds, however it ends; what it prints goes to our stderr."""
     command = [sys.executable, "-m", "benchmarks.peers", *sys.argv[1:], "--part", part, "--folder", str(folder)]
     environment = {**os.environ, "BENCHMARK_STARTED": repr(time.time())}
-    if part == "unsloth":
-        paths = [arguments.unsloth_path, os.environ.get("PYTHONPATH")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        environment["UNSLOTH_COMPILE_LOCATION"] = str(folder / "compiled")
+    environment["UNSLOTH_COMPILE_LOCATION"] = str(folder / "compiled")
+    if path := getattr(arguments, f"{part}_path", None):
+        environment["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
             command, env=environment, check=False, stdout=sys.stderr, timeout=arguments.process_seconds
@@ -165,12 +174,13 @@ def measure_trainer_and_recipe(arguments: Namespace, findings: Findings) -> None
 
     settings = Namespace(**vars(arguments), nondeterministic=False, rank=16, dropout="0", profile=False)
     bench = Bench(settings)
-    everybody = {size_of(text) for text in [*arguments.cases, *arguments.recipe_cases, *arguments.unsloth_cases]}
+    others = [text for part in PACKAGES for text in cases_of(part, arguments)]
+    everybody = {size_of(text) for text in [*arguments.cases, *arguments.recipe_cases, *others]}
     findings.note("operations", **{text: bench.operations(Case.parse(text)) for text in sorted(everybody)})
     for text in arguments.cases:
         findings.note_case("trainer", text, attempt(lambda text=text: bench.measure(Case.parse(text), settings)))
     base = bench.leave()
-    if arguments.unsloth_cases:
+    if others:
         began = time.perf_counter()
         layers = arguments.unsloth_layers or layers_of(arguments.shape)
         written = attempt(lambda: {"gib": checkpoint.write(base, arguments.folder / CHECKPOINT, layers=layers)})
@@ -192,16 +202,41 @@ def measure_unsloth(arguments: Namespace, findings: Findings) -> None:
         cap_gib=arguments.cap_gib,
     )
     findings.note(
-        "unsloth",
-        versions={name: installed(name) for name in UNSLOTH_PACKAGES},
-        seconds_to_start=round(time.time() - float(os.environ["BENCHMARK_STARTED"]), 1),
-        layers_loaded=arguments.unsloth_layers or layers_of(arguments.shape),
+        "unsloth", **start_of("unsloth"), layers_loaded=arguments.unsloth_layers or layers_of(arguments.shape)
     )
     for text in arguments.unsloth_cases:
         findings.note_case("unsloth", text, attempt(lambda text=text: peer.measure(text, arguments)))
 
 
-PARTS = {"trainer": measure_trainer_and_recipe, "unsloth": measure_unsloth}
+def measure_llamafactory(arguments: Namespace, findings: Findings) -> None:
+    """On the same checkpoint; it loads it again for each case, so what is told of its start is the imports."""
+    from benchmarks.llamafactory_peer import LlamaFactory  # isort: skip - sets torch up, as for the trainer
+    from benchmarks.cases import attempt
+
+    peer = LlamaFactory(arguments.folder / CHECKPOINT, arguments.folder, cap_gib=arguments.cap_gib)
+    findings.note("llamafactory", **start_of("llamafactory"))
+    for text in arguments.llamafactory_cases:
+        findings.note_case("llamafactory", text, attempt(lambda text=text: peer.measure(text, arguments)))
+
+
+PARTS = {
+    "trainer": measure_trainer_and_recipe,
+    "unsloth": measure_unsloth,
+    "llamafactory": measure_llamafactory,
+}
+
+
+def start_of(part: str) -> dict[str, Any]:
+    """What was started, and how long it took until the first case."""
+    return {
+        "versions": {name: installed(name) for name in PACKAGES[part]},
+        "seconds_to_start": round(time.time() - float(os.environ["BENCHMARK_STARTED"]), 1),
+    }
+
+
+def cases_of(part: str, arguments: Namespace) -> list[str]:
+    """What somebody who is not installed here is to be measured on."""
+    return getattr(arguments, f"{part}_cases")
 
 
 # --- figures
