@@ -13,7 +13,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "mlflow", "ray", "liger-kernel", "unsloth")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "mlflow",
+    "ray",
+    "liger-kernel",
+    "unsloth",
+    "llamafactory",
+)
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:

@@ -71,10 +71,14 @@ LLAMA_SHAPES: dict[str, dict[str, Any]] = {
 def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
     """A Hugging Face folder of one of the shapes above, or else of `CONFIGS`, whose weights the trainer draws."""
     save_tokenizer(folder)
-    own = {**LLAMA, **LLAMA_SHAPES[shape]} if shape in LLAMA_SHAPES else CONFIGS[shape]
-    (folder / "config.json").write_text(json.dumps(own))
+    (folder / "config.json").write_text(json.dumps(_config(shape)))
     (folder / "random_weights.json").write_text(json.dumps({"seed": seed}))
     return folder
+
+
+def layers_of(shape: str) -> int:
+    """Decoder layers of a shape."""
+    return int(_config(shape)["num_hidden_layers"])
 
 
 def write_texts(path: Path, *, records: int, words: int) -> Path:
@@ -84,3 +88,7 @@ def write_texts(path: Path, *, records: int, words: int) -> Path:
     )
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _config(shape: str) -> dict[str, Any]:
+    return {**LLAMA, **LLAMA_SHAPES[shape]} if shape in LLAMA_SHAPES else CONFIGS[shape]

@@ -2,18 +2,15 @@
 
     python -m benchmarks.speed --shape 8b --cases 2048x4 2048x1 512x1 [--cap-gib 21.5] [--save speed_8b]
 
-A case is SEQUENCExMICROBATCH, then `/LAYERS` that recompute (none unless given, `/all` for all) and `+activations` or
-`+embeddings` for what is offloaded. A step is what the loop makes of one micro-batch: collate, forward, backward,
-gradient norm, clipping, optimizer. Each case runs for so many repetitions of so many steps after a warm-up; a
-repetition's figure is the median of its steps. Rank 16 on all linear layers, paged 8-bit AdamW, no dropout. MFU counts
-4 operations a weight and token (`qlora_trainer.telemetry.Arithmetic`). `--profile` adds where another step's time
-went, on the card by kernel and on the host by function. Embeddings that a case offloads stay there for later cases.
+`benchmarks.cases` says how a case is written and measured. A step is what the loop makes of one micro-batch: collate,
+forward, backward, gradient norm, clipping, optimizer. Rank 16 on all linear layers, paged 8-bit AdamW, no dropout. MFU
+counts 4 operations a weight and token (`qlora_trainer.telemetry.Arithmetic`). `--profile` adds where another step's
+time went, on the card by kernel and on the host by function.
 """
 
 from __future__ import annotations
 
 import cProfile
-import gc
 import json
 import os
 import pstats
@@ -21,11 +18,8 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, stdev
-from typing import Any, get_args
+from typing import Any
 
 from benchmarks.report import argument_parser, emit
 from benchmarks.shapes import write_model
@@ -46,53 +40,13 @@ from qlora_trainer.optimizer import AdapterOptimizer
 from qlora_trainer.telemetry import Card
 from transformers import PreTrainedModel
 
+from benchmarks.cases import Case, cap_memory, measured, peaks, start_afresh
 from orchestrator.api.formats import Metric
 from orchestrator.api.job import AdapterSpec, TrainingSpec
-from orchestrator.api.plan import MemoryPlan, OffloadTarget
 
-ALL_LAYERS = 1024
 PROFILED_KERNELS = 24
 PROFILED_NAME = 90
 PROFILED_FUNCTIONS = 40
-GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What one measurement is of."""
-
-    sequence: int
-    micro_batch: int
-    recompute_layers: int = 0
-    offload: tuple[OffloadTarget, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """From `SEQUENCExMICROBATCH[/LAYERS][+offload]...`."""
-        plan, *offload = text.split("+")
-        size, _, layers = plan.partition("/")
-        sequence, _, micro_batch = size.partition("x")
-        known = [name for name in get_args(OffloadTarget) if name in offload]
-        return cls(
-            sequence=int(sequence),
-            micro_batch=int(micro_batch),
-            recompute_layers=ALL_LAYERS if layers == "all" else int(layers or 0),
-            offload=tuple(known),
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Of one micro-batch."""
-        return self.sequence * self.micro_batch
-
-    def plan(self) -> MemoryPlan:
-        """The memory plan of one micro-batch a step."""
-        return MemoryPlan(
-            micro_batch_size=self.micro_batch,
-            accumulation_steps=1,
-            recompute_layers=self.recompute_layers,
-            offload=self.offload,
-        )
 
 
 def main() -> None:
@@ -144,9 +98,7 @@ class Bench:
 
     def __init__(self, arguments: Namespace) -> None:
         self._device = runtime.set_up(threads=os.cpu_count() or 1, deterministic=not arguments.nondeterministic)
-        if arguments.cap_gib and self._device.type == "cuda":
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(arguments.cap_gib * GIB / total)
+        cap_memory(arguments.cap_gib)
         self._attention = PackedAttention()
         with tempfile.TemporaryDirectory() as folder:
             base = load_base(write_model(Path(folder), arguments.shape), self._device, self._attention)
@@ -159,27 +111,29 @@ class Bench:
         self._start_afresh()
         try:
             steps = Steps(self._peft_model, self._attention, case, self._vocabulary)
-            seconds = steps.repeat(arguments.repetitions, arguments.steps, arguments.warm_up)
-            peaks = self._peaks()
+            figures = measured(case, steps.timed, arguments)
+            most = peaks()
             profile = {"profile": steps.profile()} if arguments.profile else {}
         except torch.OutOfMemoryError as error:
-            return {"out_of_memory": str(error).split(". GPU")[0], **self._peaks()}
-        rates = [case.tokens / median(repetition) for repetition in seconds]
-        speed = median(rates)
-        card = Card(self._device, 0.0).metrics(steps.operations(), case.tokens / speed)
+            return {"out_of_memory": str(error).split(". GPU")[0], **peaks()}
+        card = Card(self._device, 0.0).metrics(steps.operations(), case.tokens / figures["tokens_per_second"])
         return {
-            "tokens_per_second": round(speed, 1),
-            "tokens_per_second_spread": round(stdev(rates), 1) if len(rates) > 1 else 0.0,
-            "step_seconds": round(case.tokens / speed, 4),
+            **figures,
             "mfu": round(card.get(Metric.MFU, 0.0), 4),
             "loss": round(steps.loss, 4),
             "plan": case.plan().to_wire(),
-            **peaks,
+            **most,
             **profile,
         }
 
+    def operations(self, case: Case) -> float:
+        """Floating-point operations of one step of a case, which is not taken."""
+        model = TrainingModel(self._peft_model, case.plan(), self._attention, 0.0)
+        return arithmetic(model).operations([batch_of(next(case.rows(self._vocabulary)))])
+
     def leave(self) -> PreTrainedModel:
         """The base without its adapter, for somebody else."""
+        self._start_afresh()
         for module in self._peft_model.modules():
             module.__dict__.pop("forward", None)
         base = self._peft_model.unload()
@@ -187,20 +141,9 @@ class Bench:
         return base
 
     def _start_afresh(self) -> None:
-        for parameter in self._peft_model.parameters():
-            parameter.grad = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def _peaks(self) -> dict[str, float]:
-        if self._device.type != "cuda":
-            return {}
-        return {
-            "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-            "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-        }
+        """The embeddings too are where they were, if a case has offloaded them."""
+        start_afresh(self._peft_model.parameters())
+        self._peft_model.get_base_model().get_input_embeddings().to(self._device)
 
 
 class Steps:
@@ -211,28 +154,36 @@ class Steps:
         self._optimizer = AdapterOptimizer(self._model.trainable(), TrainingSpec(optimizer="paged_adamw_8bit"))
         self._parameters = [parameter for _, parameter in self._model.trainable()]
         self._case = case
-        self._vocabulary = vocabulary
-        self._random = np.random.RandomState(0)
+        self._rows = case.rows(vocabulary)
         self._number = 0
         self.loss = 0.0
-
-    def repeat(self, repetitions: int, steps: int, warm_up: int) -> list[list[float]]:
-        """Seconds of each step, by repetition."""
         self._model.train()
-        for _ in range(warm_up):
-            self._timed()
-        return [[self._timed() for _ in range(steps)] for _ in range(repetitions)]
+
+    def timed(self) -> float:
+        """Take a step; its seconds."""
+        batch = batch_of(next(self._rows))
+        began = time.perf_counter()
+        torch.manual_seed(self._number)
+        loss = self._model.accumulate(batch, divisor=float(self._case.tokens - self._case.micro_batch))
+        norm = gradient_norm(self._parameters)
+        self.loss = loss.item()  # the loop refuses to diverge, so it reads both
+        clip(self._parameters, norm.item(), 0.3)
+        self._optimizer.step(1e-4)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._number += 1
+        return time.perf_counter() - began
 
     def operations(self) -> float:
         """Floating-point operations of a step."""
-        return arithmetic(self._model).operations([self._batch()])
+        return arithmetic(self._model).operations([batch_of(next(self._rows))])
 
     def profile(self) -> dict[str, object]:
         """Milliseconds on the card in one step, by kernel; and of the step."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            seconds = self._timed()
+            seconds = self.timed()
         events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
         return {
             "step_ms": round(1000 * seconds, 1),
@@ -250,7 +201,7 @@ class Steps:
         profiler = cProfile.Profile()
         with torch.autograd.set_multithreading_enabled(False):
             profiler.enable()
-            self._timed()
+            self.timed()
             profiler.disable()
         statistics = pstats.Stats(profiler).stats  # type: ignore[attr-defined] - typeshed lacks it
         slowest = sorted(statistics.items(), key=lambda item: -item[1][2])[:PROFILED_FUNCTIONS]
@@ -259,28 +210,11 @@ class Steps:
             for (file, line, name), (_, calls, own, _, _) in slowest
         }
 
-    def _timed(self) -> float:
-        batch = self._batch()
-        began = time.perf_counter()
-        torch.manual_seed(self._number)
-        loss = self._model.accumulate(batch, divisor=float(self._case.tokens - self._case.micro_batch))
-        norm = gradient_norm(self._parameters)
-        self.loss = loss.item()  # the loop refuses to diverge, so it reads both
-        clip(self._parameters, norm.item(), 0.3)
-        self._optimizer.step(1e-4)
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._number += 1
-        return time.perf_counter() - began
 
-    def _batch(self) -> MicroBatch:
-        """Rows of one record each, every token but the last of which carries loss."""
-        place = np.arange(self._case.sequence, dtype=np.int32)
-        rows: Iterable[Any] = (
-            self._random.randint(5, self._vocabulary, size=self._case.sequence).astype(np.int32)
-            for _ in range(self._case.micro_batch)
-        )
-        return collate([(ids, ids, place) for ids in rows])
+def batch_of(rows: np.ndarray) -> MicroBatch:
+    """Rows of one record each, every token but the last of which carries loss."""
+    place = np.arange(rows.shape[1], dtype=np.int32)
+    return collate([(ids, ids, place) for ids in rows])
 
 
 if __name__ == "__main__":
