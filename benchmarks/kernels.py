@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [--save kernels]
 
-The tests do the same on the CPU, where Triton is interpreted and attention is another; here everything runs as it does
-in training. Differences are relative, |ours - theirs| / |theirs|. Exit 1 if one is larger than rounding allows, or if
-bits differ that must not.
+The tests do the same on the CPU, where Triton is interpreted; here everything runs as it does in training. Differences
+are relative, |ours - theirs| / |theirs|. Exit 1 if one is larger than rounding allows, or if bits differ that must not.
+Attention is timed against torch's flash attention, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from qlora_trainer import runtime
-from qlora_trainer.attention import QUERY_TILE_TOKENS, PackedAttention
+from qlora_trainer.attention import PackedAttention
 from qlora_trainer.batches import MicroBatch, collate
-from qlora_trainer.kernels import torch_ops
+from qlora_trainer.kernels import ops, torch_ops
 from qlora_trainer.kernels.experts import NF4Experts
 from qlora_trainer.loss import IGNORED
 from qlora_trainer.model import TrainingModel, add_adapter, load_base
@@ -47,8 +48,13 @@ KERNEL_TOLERANCE = 0.005
 LAYER_TOLERANCE = 0.03
 """Two ways through four layers in bfloat16; leaving out any part is off by ten times as much."""
 PACKED = (700, 300, 24, 1024)
-LONG = (QUERY_TILE_TOKENS + 3000, 500)
+LONG = (19384, 500)
 ALL_LAYERS = 1024
+ATTENTION = ((32, 8, 128, None), (14, 2, 64, None), (12, 12, 96, None), (32, 8, 128, 500))
+"""Heads, those of keys, their size, and how far a token sees."""
+TIMED_TOKENS = (2048, 8192, 32768)
+TIMED_HEADS, TIMED_KEYS, TIMED_SIZE = 32, 8, 128
+TIMES = 5
 EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, EXPERT_TOKENS = 16, 2048, 768, 5000
 """More tokens than a tile has."""
 
@@ -62,14 +68,24 @@ def main() -> None:
     kernels = compare_kernels(device)
     layers = compare_layers(device)
     experts = compare_experts(device)
+    attention = {
+        f"{heads} heads of {size}, {keys} of keys, window {window}": compare_attention(
+            device, heads, keys, size, window
+        )
+        for heads, keys, size, window in ATTENTION
+    }
     agree = (
         all(difference <= KERNEL_TOLERANCE for difference in kernels.values())
         and max(experts["differences"].values()) <= LAYER_TOLERANCE
         and experts["same_bits"]
+        and all(max(found["differences"].values()) <= KERNEL_TOLERANCE for found in attention.values())
+        and all(found["same_bits"] for found in attention.values())
         and all(found["largest_gradient_difference"] <= LAYER_TOLERANCE for found in layers["against_the_untouched"])
         and all(layers["same_bits"].values())
     )
-    emit({"agree": agree, "kernel_differences": kernels, "experts": experts, **layers}, save=arguments.save)
+    found = {"agree": agree, "kernel_differences": kernels, "attention": attention, "experts": experts, **layers}
+    times = {f"{tokens} tokens": time_attention(device, tokens) for tokens in TIMED_TOKENS}
+    emit({**found, "attention_milliseconds": times}, save=arguments.save)
     sys.exit(0 if agree else 1)
 
 
@@ -168,6 +184,80 @@ def _experts_in_plain_sight(experts: NF4Experts, x: Tensor, index: Tensor, weigh
 
 
 # --- layers
+
+
+def compare_attention(device: torch.device, heads: int, keys: int, size: int, window: int | None) -> dict[str, Any]:
+    """Our attention over packed records against the same in float32, and against itself."""
+    attention = PackedAttention()
+    batch = records(PACKED)
+    attention.expect(batch, batch.record_starts.to(device))
+    inputs, grad = draw_heads(device, batch.tokens, heads, keys, size)
+    scaling, spans = size**-0.5, attention._spans(window)
+
+    def both_passes(way: Any) -> list[Tensor]:
+        answer, logsumexp = way.attention(*inputs, spans, scaling)
+        room = [torch.full_like(part, torch.nan) for part in inputs]
+        way.attention_backward(grad, inputs, answer, logsumexp, spans, scaling, tuple(room))
+        return [answer, logsumexp, *room]
+
+    ours, again, exact = both_passes(ops), both_passes(ops), both_passes(torch_ops)
+    names = ("answer", "logsumexp", "query gradient", "key gradient", "value gradient")
+    return {
+        "differences": {
+            name: round(difference(one, other), 5) for name, one, other in zip(names, ours, exact, strict=True)
+        },
+        "same_bits": all(map(torch.equal, ours, again)),
+    }
+
+
+def draw_heads(
+    device: torch.device, tokens: int, heads: int, keys: int, size: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Query, key and value side by side, as a layer has them, and a gradient."""
+    torch.manual_seed(0)
+    side_by_side = torch.randn(tokens, heads + 2 * keys, size, device=device).to(torch.bfloat16)
+    query, key, value = side_by_side.split((heads, keys, keys), dim=1)
+    return (query, key, value), torch.randn(tokens, heads, size, device=device).to(torch.bfloat16)
+
+
+def time_attention(device: torch.device, tokens: int) -> dict[str, float]:
+    """One record's two passes by our kernels, and by torch's flash attention, deterministic and not."""
+    attention = PackedAttention()
+    batch = records((tokens,))
+    attention.expect(batch, borders := batch.record_starts.to(device))
+    inputs, grad = draw_heads(device, tokens, TIMED_HEADS, TIMED_KEYS, TIMED_SIZE)
+    scaling, spans = TIMED_SIZE**-0.5, attention._spans(None)
+    answer, logsumexp = ops.attention(*inputs, spans, scaling)
+    room = tuple(map(torch.empty_like, inputs))
+    row = (borders, borders, tokens, tokens, 0.0)
+    nothing = torch.empty(2, dtype=torch.uint64, device=device)
+    flash: Any = torch.ops.aten
+    options = {"is_causal": True, "scale": scaling}
+    back = partial(flash._flash_attention_backward, grad, *inputs, answer, logsumexp, *row, **options)
+    flash_backward = partial(back, rng_state=nothing, unused=nothing)
+    forward = partial(flash._flash_attention_forward, *inputs, *row, **options)
+    own_backward = partial(ops.attention_backward, grad, inputs, answer, logsumexp, spans, scaling, room)
+    times = {
+        "own forward": milliseconds(partial(ops.attention, *inputs, spans, scaling)),
+        "flash forward": milliseconds(partial(forward, return_debug_mask=False)),
+        "own backward": milliseconds(own_backward),
+        "flash backward, deterministic": milliseconds(flash_backward),
+    }
+    torch.use_deterministic_algorithms(False)
+    times["flash backward"] = milliseconds(flash_backward)
+    torch.use_deterministic_algorithms(True)
+    return times
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Of one run, once it is warm."""
+    run()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(TIMES):
+        run()
+    torch.cuda.synchronize()
+    return round(1000 * (time.perf_counter() - began) / TIMES, 2)
 
 
 def compare_layers(device: torch.device) -> dict[str, Any]:

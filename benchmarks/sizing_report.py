@@ -21,7 +21,6 @@ from typing import Any
 
 from benchmarks.estimators import QLORA_PARTS, ROWS, Row, ours
 from benchmarks.report import argument_parser, emit
-from orchestrator.core.flash import QUERY_TILE_TOKENS
 
 FITTED = frozenset(
     {
@@ -95,8 +94,6 @@ def cause(raw: dict[str, Any], row: Row) -> str:
         return "the order of transformers' tensors is not known, and a share stands for its holes"
     if row.reserved_bytes < SMALL_JOB_BYTES:
         return "a page of 20 MiB more or less"
-    if row.plan.micro_batch_size * row.spec.training.sequence_length > QUERY_TILE_TOKENS:
-        return "attention goes in tiles, of which the largest alone is rehearsed"
     return "not known"
 
 

@@ -7,12 +7,12 @@ adapters are part of its backward pass; those of other layers are `core/sizing`'
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
 from orchestrator.core.flash import Attention
 from orchestrator.core.linears import Group
-from orchestrator.core.timeline import BF16_BYTES, Timeline, Walk
+from orchestrator.core.timeline import BF16_BYTES, INT32_BYTES, Timeline, Walk
 
 MLP_TILE_TOKENS = 8192
 WALKS_KEPT = 4096
@@ -43,6 +43,11 @@ class FusedLayer:
     def stream(self) -> int:
         """The residual stream."""
         return self.of(self.hidden)
+
+    @property
+    def span(self) -> int:
+        """What attention knows of each token, twice: how far it looks."""
+        return self.tokens * INT32_BYTES
 
     @cached_property
     def query(self) -> int:
@@ -77,29 +82,14 @@ class LayerBytes:
     """Of its adapters, once it is done."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Walked:
-    """A layer's bytes but for the workspace of attention's backward pass."""
-
-    found: LayerBytes
-    at_attention: int
-    """What is alive beside that workspace."""
-
-    def whole(self, attention: Attention) -> LayerBytes:
-        """With it."""
-        peak = self.at_attention + sum(attention.workspace)
-        return self.found if peak <= self.found.backward_peak else replace(self.found, backward_peak=peak)
-
-
 def layer_bytes(layer: FusedLayer, *, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
     """A layer that keeps its input alone, on the card or in host memory, and one that keeps its activations."""
-    alike = replace(layer, attention=layer.attention.alike)  # but for the workspace of attention's backward pass
-    on_card, on_host, whole = _walks(alike)
-    return (on_host if offloaded else on_card).whole(layer.attention), whole.whole(layer.attention)
+    on_card, on_host, whole = _walks(layer)
+    return on_host if offloaded else on_card, whole
 
 
 @lru_cache(maxsize=WALKS_KEPT)
-def _walks(layer: FusedLayer) -> tuple[_Walked, _Walked, _Walked]:
+def _walks(layer: FusedLayer) -> tuple[LayerBytes, LayerBytes, LayerBytes]:
     """A layer that keeps its input on the card, one that keeps it in host memory, one that keeps its activations."""
     forward = Timeline()
     forward.take(x=layer.stream)
@@ -113,7 +103,7 @@ def _walks(layer: FusedLayer) -> tuple[_Walked, _Walked, _Walked]:
     return _result(layer, layer.stream, forward, on_card), _result(layer, 0, forward, on_host), _kept_layer(layer)
 
 
-def _kept_layer(layer: FusedLayer) -> _Walked:
+def _kept_layer(layer: FusedLayer) -> LayerBytes:
     forward = Timeline()
     forward.take(x=layer.stream)
     kept_forward(forward, layer)
@@ -170,9 +160,9 @@ def _from_queries(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
     _qkv_backward(t, layer)
 
 
-def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> _Walked:
+def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> LayerBytes:
     groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    found = LayerBytes(
+    return LayerBytes(
         kept=kept,
         first_kept=kept,
         released=0,
@@ -180,7 +170,6 @@ def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline)
         backward_peak=backward.peak_bytes,
         gradients=sum(group.gradient_bytes(layer.rank) for group in groups),
     )
-    return _Walked(found=found, at_attention=backward.deferred_at_bytes)
 
 
 # --- forward
@@ -351,13 +340,11 @@ def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None
     _input_gradient(t, layer, layer.output, "answer_grad")
     t.take(qkv_grad=layer.of(layer.qkv.outputs))
     _turn_heads(t, layer)
-    results = {f"result {number}": size for number, size in enumerate(layer.attention.results)}
-    t.take(**results)
-    t.passing_later(lambda: layer.attention.workspace)
+    t.passing(**{f"attention {number}": size for number, size in enumerate(layer.attention.workspace)})
     if layer.normalizes_heads:
         t.drop("turned_query", "turned_key")
         t.passing(gradient_copy=layer.query, part_copy=layer.query, rows=layer.query)
-    t.drop(*results, "answer_grad", "low_grad")
+    t.drop("answer_grad", "low_grad")
     if recomputes:
         t.drop("answer", "logsumexp", "output_low", "qkv")
 

@@ -17,7 +17,6 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ModelFacts, PrepareResult
 from orchestrator.core.experts import TILE_TOKENS
 from orchestrator.core.facts import Card, GpuClass
-from orchestrator.core.flash import QUERY_TILE_TOKENS
 from orchestrator.core.linears import linears, targeted
 from orchestrator.core.sizing import OPTIMIZER_BYTES, adapter_parameters, is_fused
 from orchestrator.core.timeline import BF16_BYTES
@@ -29,10 +28,10 @@ MATMUL_EFFICIENCY = 0.84
 """Of a card's `matmul_tflops`, over all products of a step: fitted."""
 MEMORY_EFFICIENCY = 0.8
 """Of a card's `memory_gbps`: NVIDIA's kernels and ours reach 75 to 85 % (a profile at 8B on an H100)."""
+OWN_BACKWARD_ATTENTION = 0.78
+"""Our own kernels' backward pass against their forward pass, which both reach the card's `attention_share`."""
 BACKWARD_ATTENTION = 0.87
-"""Flash attention's backward pass, deterministic, against its forward pass: 205 and 240 TFLOP/s in the same profile."""
-TILED_ATTENTION = 0.62
-"""The same where rows are cut into tiles of 16,384 queries: fitted to 32,768 to 131,072 tokens."""
+"""Flash attention's, deterministic: 205 and 240 TFLOP/s in the same profile."""
 INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
 """What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
 activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
@@ -126,7 +125,6 @@ class Pace:
         self._caps = facts.model_type in CAPPED_SCORES
         self._trainable = adapter_parameters(spec.adapter, facts)
         self._state_bytes = OPTIMIZER_BYTES[spec.training.optimizer]
-        self._deterministic = spec.training.deterministic
         self._replays = self._fused and float(spec.training.neftune_alpha) == 0
         self._sequence_tokens = work.sequence_tokens or spec.training.sequence_length
         self._record_tokens = min(work.record_tokens or self._sequence_tokens, self._sequence_tokens)
@@ -210,8 +208,7 @@ class Pace:
         """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""
         width = self._facts.num_attention_heads * self._facts.head_dim
         forward = 2 * width * tokens * self._record_tokens
-        tiled = self._deterministic and self._fused and tokens > QUERY_TILE_TOKENS
-        backward = 2.5 * forward / (TILED_ATTENTION if tiled else BACKWARD_ATTENTION)
+        backward = 2.5 * forward / (OWN_BACKWARD_ATTENTION if self._fused else BACKWARD_ATTENTION)
         layers = self._facts.num_layers
         products = (forward * (layers + again) + backward * layers) / (card.matmul_tflops * 1e12 * card.attention_share)
         if not self._caps:

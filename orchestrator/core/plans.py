@@ -24,7 +24,7 @@ from orchestrator.core.flash import alike
 from orchestrator.core.gpus import GIB
 from orchestrator.core.pace import Pace, Work, ordering_card
 from orchestrator.core.remembered import remembered
-from orchestrator.core.sizing import FUSED_TYPES, Footprint, is_fused
+from orchestrator.core.sizing import FUSED_TYPES, Footprint, card_matters, is_fused
 
 LOSS_CHUNK_TOKENS = 1024
 MAX_MICRO_BATCH_SIZE = 64
@@ -182,6 +182,7 @@ class _Search:
         self._pace = Pace(self.spec, job.facts, job.work)
         self._sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
         self._offloads = offloads(self.spec, job.facts)
+        self._card_matters = card_matters(job.adapter, job.facts)
         self._footprints: dict[tuple[MemoryPlan, int], Footprint] = {}
         self._plans: dict[tuple[int, int, int], MemoryPlan] = {}
         self._seconds: dict[Card, dict[MemoryPlan, float]] = {}
@@ -304,8 +305,7 @@ class _Search:
 
     def _footprint(self, plan: MemoryPlan, gpu_class: GpuClass) -> Footprint:
         """Of a plan that recomputes nothing, and all that differ from it in that alone."""
-        tokens = plan.micro_batch_size * self.spec.training.sequence_length
-        multiprocessors = alike(gpu_class.multiprocessors, tokens, self.facts.num_attention_heads)
+        multiprocessors = alike(gpu_class.multiprocessors, self.facts.num_attention_heads) if self._card_matters else 1
         key = plan, multiprocessors
         if key not in self._footprints:
             self._footprints[key] = Footprint(

@@ -11,7 +11,7 @@ Only layers that the trainer computes by hand can be rehearsed; of the others th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -85,10 +85,6 @@ class _Tensors:
         """Tensors come to be and are freed at once."""
         self.take(**sizes)
         self.drop(*sizes)
-
-    def passing_later(self, sizes: Callable[[], Sequence[int]]) -> None:
-        """The same, of sizes that are worked out now."""
-        self.passing(**{f"passing {number}": size for number, size in enumerate(sizes())})
 
     def apart(self, part: Callable[[Walk], None]) -> None:
         """A part with names of its own, nothing of which is left."""
@@ -234,7 +230,7 @@ class _Stage:
         shared.take(batch=job.batch_bytes)
         layers[0].take(x=layer.stream)
         turns = layer.of(job.facts.head_dim)
-        shared.take(cos=turns, sin=turns)
+        shared.take(cos=turns, sin=turns, first=layer.span, last=layer.span)
         for index, (own, above) in enumerate(pairwise(layers)):
             self._forward(index, own, trains=trains)
             own.hand("out", above, "x")

@@ -19,7 +19,7 @@ from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.experts import expert_linears, fusing_bytes
-from orchestrator.core.flash import SHORT_RECORD_TOKENS, Attention, alike
+from orchestrator.core.flash import LARGEST_OWN_HEAD, SHORT_RECORD_TOKENS, Attention
 from orchestrator.core.fused import FusedLayer, LayerBytes, layer_bytes
 from orchestrator.core.linears import Group, group, linears, targeted
 from orchestrator.core.pages import LARGE_PAGE, SMALL_PAGE
@@ -43,7 +43,7 @@ CUBLAS_BYTES = 32 << 20
 """The workspace that CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, for each pair of thread and stream that multiplies."""
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
-REPLAY_TOKENS, REPLAY_TOKENS_STEP, REPLAY_RECORDS_FACTOR = 6144, 256, 4
+REPLAY_TOKENS, REPLAY_TOKENS_STEP = 6144, 256
 """Micro-batches of up to so many tokens run as CUDA graphs, padded (`qlora_trainer/replay.py`)."""
 FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
@@ -218,6 +218,11 @@ def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
     return facts.model_type in FUSED_TYPES and not adapter.use_dora
 
 
+def card_matters(adapter: AdapterSpec, facts: ModelFacts) -> bool:
+    """Whether bytes depend on the card: torch's flash attention keeps sums for multiprocessors, our own does not."""
+    return not is_fused(adapter, facts) or facts.head_dim > LARGEST_OWN_HEAD
+
+
 # --- the parts -------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +336,8 @@ class _Instants:
     def __init__(self, question: _Question, layers: _Layers) -> None:
         self._layers = layers
         shared = 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)  # the rotary tables
+        if isinstance(question.shape, FusedLayer):
+            shared += 2 * allocated(question.shape.span)
         batch = shared + TOKEN_BYTES * question.tokens
         self._replayed = question.replayed
         capturing = CUBLAS_BYTES if self._replayed else 0  # graphs are captured on a stream of their own, in each pass
@@ -507,23 +514,15 @@ def _attention(question: _Question) -> Attention:
     least = question.plan.micro_batch_size
     most = max(least, question.tokens // SHORT_RECORD_TOKENS) if question.packing else least
     least, most = question.records or least, question.records or most
-    if question.replayed:
-        least, most = _padded_records(least), _padded_records(most)
+    own = not card_matters(question.adapter, facts)  # and then nothing of the row does either, but for its length
     return Attention(
         tokens=question.tokens,
-        records=least,
-        most_records=most,
+        records=1 if own else least,
+        most_records=1 if own else most,
         query_heads=facts.num_attention_heads,
         key_heads=facts.num_key_value_heads,
         head_size=facts.head_dim,
-        deterministic=question.deterministic,
-        multiprocessors=alike(question.multiprocessors, question.tokens, facts.num_attention_heads),
+        deterministic=question.deterministic and not own,
+        multiprocessors=1 if own else question.multiprocessors,
         squashes=facts.model_type in SQUASHING_TYPES,
     )
-
-
-def _padded_records(records: int) -> int:
-    padded = 1
-    while padded < records:
-        padded *= REPLAY_RECORDS_FACTOR
-    return padded

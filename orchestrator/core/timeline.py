@@ -6,10 +6,10 @@ up. Bytes are counted as PyTorch's allocator hands them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
-BF16_BYTES, FP32_BYTES = 2, 4
+BF16_BYTES, FP32_BYTES, INT32_BYTES = 2, 4, 4
 ALLOCATION_BYTES = 512
 """The allocator's smallest unit; with expandable segments larger blocks are split to it (c10/cuda, `should_split`)."""
 
@@ -34,10 +34,6 @@ class Walk(Protocol):
         """Tensors come to be and are freed at once."""
         ...
 
-    def passing_later(self, sizes: Callable[[], Sequence[int]], /) -> None:
-        """Tensors come to be and are freed at once; how large they are is only asked where it matters by itself."""
-        ...
-
     def apart(self, part: Callable[[Walk], None]) -> None:
         """A part with names of its own, nothing of which is left."""
         ...
@@ -46,20 +42,18 @@ class Walk(Protocol):
 class Timeline:
     """Tensors by name, their sum now, and its peak so far."""
 
-    __slots__ = ("_held", "deferred_at_bytes", "live_bytes", "peak_bytes")
+    __slots__ = ("_held", "live_bytes", "peak_bytes")
 
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
-        self.deferred_at_bytes = 0
 
     def copy(self) -> Timeline:
         """To go on from here in more ways than one."""
         other = Timeline()
         other._held = dict(self._held)
         other.live_bytes, other.peak_bytes = self.live_bytes, self.peak_bytes
-        other.deferred_at_bytes = self.deferred_at_bytes
         return other
 
     def take(self, **sizes: float) -> None:
@@ -83,11 +77,6 @@ class Timeline:
         live = self.live_bytes + sum(map(allocated, sizes.values()))
         if live > self.peak_bytes:
             self.peak_bytes = live
-
-    def passing_later(self, _sizes: Callable[[], Sequence[int]], /) -> None:
-        """Tensors come to be and are freed at once: noted is what is alive beside them, and they are for the caller."""
-        assert not self.deferred_at_bytes, "a timeline notes one such moment"
-        self.deferred_at_bytes = self.live_bytes
 
     def apart(self, part: Callable[[Walk], None]) -> None:
         """A part with names of its own, nothing of which is left."""

@@ -282,7 +282,8 @@ def test_a_layer_that_keeps_its_activations_keeps_no_input_twice() -> None:
         loss = model.loss(batch, divisor=1.0)
     assert loss.requires_grad
     width, heads, inner, rank = 64, 4 + 2 * 2, 128, 4
-    elements_a_layer = 3 * width + heads * 16 + 2 * inner + 7 * rank
+    logsumexp = 4 * 2  # of each query head, in float32
+    elements_a_layer = 3 * width + heads * 16 + logsumexp + 2 * inner + 7 * rank
     last_norm_and_loss = 2 * width
     assert sum(kept.values()) == 2 * batch.tokens * (2 * elements_a_layer + last_norm_and_loss)
 
@@ -309,7 +310,8 @@ def test_the_optimizer_may_move_the_adapter(tmp_path: Path) -> None:
 INTERPRETED = """
 import torch
 from bitsandbytes.functional import quantize_4bit
-from qlora_trainer.kernels import torch_ops, triton_ops
+from qlora_trainer.attention import PackedAttention
+from qlora_trainer.kernels import torch_ops, triton_attention, triton_ops
 from qlora_trainer.kernels.experts import NF4Experts
 
 torch.manual_seed(0)
@@ -361,6 +363,29 @@ assert not torch.equal(dropped, triton_ops.dropout(ones, 0.1, seed, 8))
 target = 2 * ones
 triton_ops.add_dropout_(target, ones, 0.1, seed, 7)
 close("add_dropout_", target, 2 + dropped.float())
+
+# Attention in float32: the interpreter multiplies bfloat16 numbers as if they were integers.
+triton_attention.OTHERS = triton_attention.Launch(*[triton_attention.Tiles(32, 16, 4, 1)] * 3)
+for heads, keys, size, borders, window in (
+    (4, 2, 32, [0, 150], None),
+    (4, 2, 24, [0, 70, 75, 150], None),
+    (2, 2, 16, [0, 40, 131], 20),
+    (4, 1, 64, [0, 129], 33),
+):
+    tokens = borders[-1]
+    query, key, value = torch.randn(tokens, heads + 2 * keys, size).split((heads, keys, keys), dim=1)
+    attention = PackedAttention()
+    attention._starts, attention._borders = torch.tensor(borders, dtype=torch.int32), borders
+    spans = attention._spans(window)
+    grad = torch.randn(tokens, heads, size)
+    found = []
+    for kernels in (triton_ops, torch_ops):
+        answer, logsumexp = kernels.attention(query, key, value, spans, 0.3)
+        room = [torch.full_like(part, torch.nan) for part in (query, key, value)]
+        kernels.attention_backward(grad, (query, key, value), answer, logsumexp, spans, 0.3, tuple(room))
+        found.append([answer, logsumexp, *room])
+    for ours, theirs in zip(*found):
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5, (heads, keys, size, borders, window)
 print("all kernels agree")
 """
 

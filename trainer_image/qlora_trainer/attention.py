@@ -6,8 +6,9 @@ flash kernels. Here the GPU runs flash attention over all records in one launch 
 torch makes deterministic in deterministic mode; elsewhere each record is one causal call, and what neither knows
 (windows, Gemma 2's squashed scores) is computed tile by tile (`tiled_attention`).
 
-transformers calls the object and leaves the backward pass to autograd; `kernels.layer` calls `forward` and `backward`,
-whose tensors are [tokens, heads, size].
+transformers calls the object and leaves the backward pass to autograd. `kernels.layer` calls `forward` and `backward`,
+whose tensors are [tokens, heads, size]: kernels of our own (`kernels.triton_attention`), but for heads that these are
+not made for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from qlora_trainer.batches import MicroBatch
+from qlora_trainer.kernels import ops
 
 NAME = "qlora_packed"
 """The name under which transformers finds it."""
@@ -30,11 +32,6 @@ LARGEST_FLASH_HEAD = 256
 LARGEST_COMMON_HEAD = 192
 """Between these two, flash attention's backward pass takes heads of the largest size alone on most cards."""
 FLASH_HEAD_MULTIPLE = 8
-QUERY_TILE_TOKENS = 16384
-"""Queries in one call of flash attention's backward pass, and with `HEADS_AT_ONCE` the bound on what it needs: in
-deterministic mode a float32 sum for every multiprocessor and query (1.1 GiB on a card with 132), whatever the row's
-length; else a copy of keys and values for every head that shares them."""
-HEADS_AT_ONCE = 8
 SCORES_BYTES = 64 << 20
 """Of a tile of scores where they are computed in plain sight; a few such tensors are alive at once."""
 
@@ -46,6 +43,7 @@ class PackedAttention:
         self._starts = torch.zeros(1, dtype=torch.int32)
         self._borders: list[int] = []
         self._longest_record = 0
+        self._known_spans: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def register(self) -> None:
         """Be what transformers calls under `NAME`: that is one for the whole process."""
@@ -57,6 +55,7 @@ class PackedAttention:
         self._starts = starts_on_device
         self._borders = batch.record_starts.tolist()
         self._longest_record = batch.longest_record
+        self._known_spans = {}
 
     def __call__(
         self,
@@ -105,10 +104,10 @@ class PackedAttention:
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The answer, and for flash attention the log of each query's normalizer [heads, tokens]."""
-        if not _fits_flash(query, value):
-            return self._record_by_record(query, key, value, scaling, window), None
+    ) -> tuple[Tensor, Tensor]:
+        """The answer, and the log of each query's normalizer [heads, tokens]."""
+        if ops.attends(query):
+            return ops.attention(query, key, value, self._spans(window), scaling)
         borders, longest = self._starts, self._longest_record
         found = torch.ops.aten._flash_attention_forward(
             query, key, value, borders, borders, longest, longest, 0.0, **self._options(scaling, window),
@@ -121,110 +120,47 @@ class PackedAttention:
         grad: Tensor,
         inputs: tuple[Tensor, Tensor, Tensor],
         answer: Tensor,
-        logsumexp: Tensor | None,
+        logsumexp: Tensor,
         scaling: float,
         window: int | None,
         *,
         room: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients to query, key and value; a long row's come in `room`, which has their shapes."""
-        if logsumexp is None:
-            with torch.enable_grad():
-                leaves = tuple(part.detach().requires_grad_() for part in inputs)
-                again = self._record_by_record(*leaves, scaling, window)
-            query, key, value = torch.autograd.grad(again, leaves, grad)
-            return query.contiguous(), key.contiguous(), value.contiguous()
-        options = self._options(scaling, window)
-        if len(grad) <= QUERY_TILE_TOKENS:
-            borders, longest = self._starts, self._longest_record
-            return _flash_backward(grad, inputs, answer, logsumexp, (borders, borders), (longest, longest), options)
-        share = inputs[0].shape[1] // inputs[1].shape[1]
-        for first in range(0, inputs[1].shape[1], max(1, HEADS_AT_ONCE // share)):
-            keys = slice(first, first + max(1, HEADS_AT_ONCE // share))
-            queries = slice(keys.start * share, keys.stop * share)
-            heads = (queries, keys, keys)
-            self._tiled_backward(
-                grad[:, queries],
-                tuple(part[:, own] for part, own in zip(inputs, heads, strict=True)),
-                answer[:, queries],
-                logsumexp[queries],
-                options,
-                tuple(part[:, own] for part, own in zip(room, heads, strict=True)),
-            )
-        return room
-
-    def _tiled_backward(
-        self,
-        grad: Tensor,
-        inputs: tuple[Tensor, ...],
-        answer: Tensor,
-        logsumexp: Tensor,
-        options: dict[str, Any],
-        room: tuple[Tensor, ...],
     ) -> None:
-        """A few heads, one tile of queries after the other; a tile sees keys up to its end."""
-        query, key, value = inputs
-        sums = [torch.zeros(part.shape, dtype=torch.float32, device=part.device) for part in (key, value)]
-        for start in range(0, len(grad), QUERY_TILE_TOKENS):
-            rows = slice(start, min(start + QUERY_TILE_TOKENS, len(grad)))
-            first, *borders = self._tile_borders(rows)
-            seen = slice(first, rows.stop)
-            room[0][rows], *found = _flash_backward(
-                grad[rows],
-                (query[rows], key[seen], value[seen]),
-                answer[rows],
-                logsumexp[:, rows].contiguous(),
-                tuple(torch.tensor(border, dtype=torch.int32, device=grad.device) for border in borders),
-                tuple(max(end - begin for begin, end in pairwise(border)) for border in borders),
-                options,
-            )
-            for total, part in zip(sums, found, strict=True):
-                total[seen] += part
-        for view, total in zip(room[1:], sums, strict=True):
-            view.copy_(total)
+        """The gradients to query, key and value, into `room`."""
+        if ops.attends(grad):
+            ops.attention_backward(grad, inputs, answer, logsumexp, self._spans(window), scaling, room)
+            return
+        borders, longest = self._starts, self._longest_record
+        nothing = torch.empty(2, dtype=torch.uint64, device=grad.device)  # the state of a dropout that there is not
+        found = torch.ops.aten._flash_attention_backward(
+            grad, *inputs, answer, logsumexp, borders, borders, longest, longest, 0.0, rng_state=nothing,
+            unused=nothing, **self._options(scaling, window),
+        )  # fmt: skip
+        for part, gradient in zip(room, found, strict=True):
+            part.copy_(gradient)
 
-    def _tile_borders(self, rows: slice) -> tuple[int, list[int], list[int]]:
-        """The first key that the tile's queries see, and the records' borders among its queries and its keys."""
-        inner = [border for border in self._borders if rows.start < border < rows.stop]
-        first = max(border for border in self._borders if border <= rows.start)
-        of_queries = [border - rows.start for border in (rows.start, *inner, rows.stop)]
-        of_keys = [border - first for border in (first, *inner, rows.stop)]
-        return first, of_queries, of_keys
+    def _spans(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """`ops.attention`'s, found once a row: layers with the same window share them."""
+        if window not in self._known_spans:
+            starts, tokens = self._starts, self._borders[-1]
+            place = torch.arange(tokens, dtype=torch.int32, device=starts.device)
+            record = torch.bucketize(place, starts[1:], out_int32=True, right=True)
+            first, last = starts[record], starts[record + 1]
+            if window is not None:
+                first, last = torch.maximum(first, place - (window - 1)), torch.minimum(last, place + window)
+            self._known_spans[window] = first, last
+        return self._known_spans[window]
 
     def _options(self, scaling: float, window: int | None) -> dict[str, Any]:
         own = window if window is not None and window < self._longest_record else None
         left = -1 if own is None else own - 1
         return {"is_causal": own is None, "scale": scaling, "window_size_left": left, "window_size_right": 0}
 
-    def _record_by_record(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        answers = []
-        for start, end in pairwise(self._borders):
-            record = [part[start:end].transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
-            answers.append(_one_record(*record, 0.0, scaling, window)[0].transpose(0, 1))
-        return torch.cat(answers)
-
 
 def _fits_flash(query: Tensor, value: Tensor) -> bool:
     size = query.shape[-1]
     known = size == LARGEST_FLASH_HEAD or size <= LARGEST_COMMON_HEAD
     return query.is_cuda and size == value.shape[-1] and known and size % FLASH_HEAD_MULTIPLE == 0
-
-
-def _flash_backward(
-    grad: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    answer: Tensor,
-    logsumexp: Tensor,
-    borders: tuple[Tensor, ...],
-    longest: tuple[int, ...],
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = torch.empty(2, dtype=torch.uint64, device=grad.device)  # the state of a dropout that there is not
-    return torch.ops.aten._flash_attention_backward(
-        grad, *inputs, answer, logsumexp, *borders, *longest, 0.0, rng_state=nothing, unused=nothing, **options
-    )
 
 
 def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, bool]:

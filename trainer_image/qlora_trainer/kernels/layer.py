@@ -85,7 +85,7 @@ class Attended:
     qkv: Tensor
     """Query, key and value; turned by their positions, unless heads are normalized before that."""
     answer: Tensor
-    logsumexp: Tensor | None
+    logsumexp: Tensor
     qkv_low: Tensor | None
     output_low: Tensor | None
 
@@ -289,20 +289,16 @@ class FusedLayer:
         answer_grad = self._output.input_gradient(grad, low_grad, dropout).view(shape)
         qkv_grad = torch.empty_like(attended.qkv)
         both, value_grad = self._split(qkv_grad)
-        views = (both[:, : self._heads.queries], both[:, self._heads.queries :], value_grad)
-        found = self._attention.backward(
+        self._attention.backward(
             answer_grad,
             self._turned(attended.qkv, run),
             attended.answer.view(shape),
             attended.logsumexp,
             self._heads.scaling,
             self._heads.window,
-            room=views,
+            room=(both[:, : self._heads.queries], both[:, self._heads.queries :], value_grad),
         )
-        for part, view in zip(found[:2], views, strict=False):
-            ops.rotate(part, run.cos, run.sin, out=view, back=True)
-        if found[2] is not value_grad:
-            value_grad.copy_(found[2])
+        ops.rotate(both, run.cos, run.sin, out=both, back=True)
         if self._head_norms is not None:
             self._head_norms_backward(attended.qkv, qkv_grad)
         return qkv_grad, of_output

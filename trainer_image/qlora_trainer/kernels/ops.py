@@ -18,6 +18,8 @@ from torch.nn.functional import linear
 
 from qlora_trainer.kernels import torch_ops
 
+LARGEST_HEAD = 128
+"""Of those that the attention kernels are made for."""
 log = logging.getLogger(__name__)
 
 
@@ -104,10 +106,40 @@ def cross_entropy_(
     return _of(logits).cross_entropy_(logits, targets, scale, softcap, gradient_scale)
 
 
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, spans: tuple[Tensor, Tensor], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention over one packed row of heads [tokens, heads, size], of which keys and values may have fewer.
+
+    `spans` says of each token, in int32, the first key that it sees as a query, and the first query behind it that
+    does not see it any more as a key; neither falls along the row. The answer comes with the log of each query's
+    normalizer [heads, tokens].
+    """
+    return _of(query).attention(query, key, value, spans, scaling)
+
+
+def attention_backward(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    answer: Tensor,
+    logsumexp: Tensor,
+    spans: tuple[Tensor, Tensor],
+    scaling: float,
+    room: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """The gradients to query, key and value of `attention`, into `room`."""
+    _of(grad).attention_backward(grad, inputs, answer, logsumexp, spans, scaling, room)
+
+
 def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
     """NF4 weights (Dettmers et al., 2023) into `out`, bit for bit what bitsandbytes gives."""
     of = _of(packed) if state.nested and state.quant_type == "nf4" else torch_ops
     of.dequantize(packed, state, out)
+
+
+def attends(query: Tensor) -> bool:
+    """Whether `attention` is the way to compute these heads; a card has flash attention for what Triton is not for."""
+    return not query.is_cuda or (query.shape[-1] <= LARGEST_HEAD and _triton() is not None)
 
 
 def can_be_captured(device: torch.device) -> bool:

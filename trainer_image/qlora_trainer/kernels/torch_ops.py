@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor
+
+FLOAT_BYTES = 4
+SCORES_BYTES = 64 << 20
+"""Of a tile of attention's scores; a few such tensors are alive at once."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -87,6 +93,69 @@ def cross_entropy_(
         # Scaled while it is float32: a factor of 1/tokens rounded to bfloat16 would bend every gradient.
         logits.copy_(gradient.mul_(scale * gradient_scale * counts))
     return losses
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, spans: tuple[Tensor, Tensor], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """See `ops.attention`."""
+    answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
+    for rows, seen in _score_tiles(query, spans[0]):
+        scores = _scores(query, key, spans[0], rows, seen, scaling)
+        normalizer = scores.logsumexp(-1, keepdim=True)
+        chances = scores.sub_(normalizer).exp_()
+        found = torch.einsum("qhsk,khd->qhsd", chances, value[seen].float())
+        answer[rows] = found.reshape(-1, *query.shape[1:]).to(query.dtype)
+        logsumexp[:, rows] = normalizer.reshape(-1, query.shape[1]).T
+    return answer, logsumexp
+
+
+def attention_backward(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    answer: Tensor,
+    logsumexp: Tensor,
+    spans: tuple[Tensor, Tensor],
+    scaling: float,
+    room: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """See `ops.attention_backward`."""
+    query, key, value = inputs
+    sums = [torch.zeros(part.shape, dtype=torch.float32, device=part.device) for part in (key, value)]
+    for rows, seen in _score_tiles(query, spans[0]):
+        q, g, a = (_by_key_head(part[rows], key) for part in (query, grad, answer))
+        normalizer = logsumexp[:, rows].T.reshape(*q.shape[:3], 1)
+        chances = _scores(query, key, spans[0], rows, seen, scaling).sub_(normalizer).exp_()
+        slope = torch.einsum("qhsd,khd->qhsk", g, value[seen].float()).sub_((g * a).sum(-1, keepdim=True))
+        slope.mul_(chances).mul_(scaling)
+        room[0][rows] = torch.einsum("qhsk,khd->qhsd", slope, key[seen].float()).reshape(-1, *query.shape[1:])
+        sums[0][seen] += torch.einsum("qhsk,qhsd->khd", slope, q)
+        sums[1][seen] += torch.einsum("qhsk,qhsd->khd", chances, g)
+    for part, total in zip(room[1:], sums, strict=True):
+        part.copy_(total)
+
+
+def _score_tiles(query: Tensor, first: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Queries, and the keys that they see; a tile's scores take at most `SCORES_BYTES` in float32."""
+    tokens, heads, _ = query.shape
+    step = max(1, SCORES_BYTES // (FLOAT_BYTES * heads * tokens))
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        yield slice(start, stop), slice(int(first[start]), stop)
+
+
+def _scores(query: Tensor, key: Tensor, first: Tensor, rows: slice, seen: slice, scaling: float) -> Tensor:
+    """Of a tile [queries, key heads, heads that share one, keys], -inf where a query does not look."""
+    scores = torch.einsum("qhsd,khd->qhsk", _by_key_head(query[rows], key), key[seen].float()).mul_(scaling)
+    at, place = (torch.arange(part.start, part.stop, device=query.device) for part in (rows, seen))
+    hidden = (place > at[:, None]) | (place < first[rows, None])
+    return scores.masked_fill_(hidden[:, None, None], -torch.inf)
+
+
+def _by_key_head(heads: Tensor, key: Tensor) -> Tensor:
+    """[tokens, heads, size] as float32 [tokens, key heads, heads that share one, size]."""
+    return heads.float().view(len(heads), key.shape[1], -1, heads.shape[-1])
 
 
 def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:

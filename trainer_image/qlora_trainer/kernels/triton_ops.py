@@ -14,6 +14,9 @@ import triton.language as tl
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
+from qlora_trainer.kernels.triton_attention import attention as attention
+from qlora_trainer.kernels.triton_attention import attention_backward as attention_backward
+
 MAX_BLOCK = 65536
 """The widest row that a program of the normalization holds."""
 HEADS_BLOCK = 16
