@@ -2,7 +2,7 @@
 
     python -m benchmarks.pictures
 
-Drawn on the data of `benchmarks.sizing`, `plans`, `recipe` and `loss_curve`.
+Drawn on the data of `benchmarks.sizing`, `plans`, `peers` and `loss_curve`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ PICTURE = Path(__file__).parents[1] / "docs" / "measured.svg"
 OURS, OTHERS = "#1f77b4", "#9a9a9a"
 GIB = 1 << 30
 SMOOTHED_STEPS = 5
+CASE = "2048x4"
+STACKS = {
+    "recipe": "transformers, PEFT,\nbitsandbytes",
+    "llamafactory": "LLaMA-Factory",
+    "unsloth": "unsloth",
+    "trainer": "this trainer",
+}
 
 
 def main() -> None:
@@ -32,7 +39,7 @@ def main() -> None:
     figure, ((memory, plans), (speed, loss)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     draw_memory(memory)
     draw_plans(plans, result("plans"))
-    draw_speed(speed, result("recipe_8b"))
+    draw_speed(speed, result("peers_8b"))
     draw_loss(loss, result("loss_curve"))
     for axes in (memory, plans, speed, loss):
         axes.spines[["top", "right"]].set_visible(False)
@@ -68,14 +75,14 @@ def draw_plans(axes: Axes, plans: dict[str, Any]) -> None:
     axes.set_title("The chosen memory plan (blue) and its rivals")
 
 
-def draw_speed(axes: Axes, recipe: dict[str, Any]) -> None:
-    """Tokens a second of one short case, both ways."""
-    case = recipe["cases"]["512x1"]
-    speeds = [case["recipe"]["tokens_per_second"], case["trainer"]["tokens_per_second"]]
-    bars = axes.barh(["transformers, PEFT,\nbitsandbytes", "this trainer"], speeds, color=[OTHERS, OURS], height=0.5)
-    axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=4)
-    axes.set(xlabel="tokens a second", xlim=(0, max(speeds) * 1.15), ylim=(-0.7, 1.7))
-    axes.set_title("Llama 3.1 8B's shape, 512 tokens, one H100")
+def draw_speed(axes: Axes, peers: dict[str, Any]) -> None:
+    """Tokens a second of everybody, as each comes."""
+    stacks = {name: peers["stacks"][name]["cases"][CASE]["tokens_per_second"] for name in STACKS}
+    colors = [OURS if name == "trainer" else OTHERS for name in STACKS]
+    bars = axes.barh(list(STACKS.values()), list(stacks.values()), color=colors, height=0.5)
+    axes.bar_label(bars, [f"{speed:,.0f}" for speed in stacks.values()], padding=4)
+    axes.set(xlabel="tokens a second", xlim=(0, max(stacks.values()) * 1.15))
+    axes.set_title("Llama 3.1 8B's shape, 4 x 2,048 tokens, one H100, one run")
 
 
 def draw_loss(axes: Axes, curve: dict[str, Any]) -> None:

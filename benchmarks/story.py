@@ -28,7 +28,7 @@ STEPS = EXAMPLES * EPOCHS // GLOBAL_BATCH
 HOURS_ASKED = 12.0
 DOLLARS_AN_HOUR = 0.80
 """Assumed for an RTX A6000 by the hour."""
-MEASURED = "speed_70b_48gb.json"
+MEASURED = "peers_70b_48gb.json"
 MEASURED_CASE = "512x4/66+activations+embeddings"
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 def story() -> dict[str, object]:
     """The arithmetic, line by line."""
     measured = json.loads((RESULTS / MEASURED).read_text())
-    case = measured["results"]["cases"][MEASURED_CASE]
+    case = measured["results"]["stacks"]["trainer"]["cases"][MEASURED_CASE]
     tokens = EXAMPLES * TOKENS * EPOCHS
     facts, spec = llama_3_70b(), make_spec()
     on_a6000 = computed(spec, facts, "RTX A6000")

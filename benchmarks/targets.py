@@ -4,7 +4,7 @@
     python -m benchmarks.targets --write    write the table into the README
     python -m benchmarks.targets --check    exit 1 if the README's table is out of date
 
-`targets.toml` names for each promise the result file and the dotted path of the figure in it.
+`targets.toml` names for each promise the result file and the dotted path of the figure in it, or of two to be divided.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def judge(entry: dict[str, object]) -> Verdict:
         bound=str(entry["bound"]),
         target=float(str(entry["target"])),
         unit=str(entry.get("unit", "")),
-        measured=figure(document, entry.get("value")),
+        measured=quotient(figure(document, entry.get("value")), figure(document, entry.get("over"))),
         spread=figure(document, entry.get("spread")),
         card=document["card"] if document else "",
         command=document["command"] if document else f"no result in {path.name}",
@@ -90,6 +90,11 @@ def figure(document: dict[str, object] | None, path: object) -> float | None:
             raise SystemExit(f"targets.toml: no `{path}` in the results of `{document['command']}`")
         found = found[key]
     return float(str(int(found) if isinstance(found, bool) else found))
+
+
+def quotient(value: float | None, over: float | None) -> float | None:
+    """The figure itself where it is not held against another."""
+    return value if value is None or over is None else value / over
 
 
 def render(verdicts: list[Verdict]) -> str:

@@ -29,8 +29,10 @@ class Card:
     """Gigabytes (10^9) a second of the card's own memory."""
     host_gbps: float
     """Gigabytes a second that PCIe carries in one direction in practice."""
+    flash_share: float
+    """What of the products' speed torch's flash attention reaches in its forward pass."""
     attention_share: float
-    """What of the products' speed flash attention reaches in its forward pass."""
+    """The same of our own attention kernels, with records of any length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,10 +22,11 @@ GIGABYTES_OF_PCIE = {3: 12.0, 4: 25.0, 5: 50.0}
 """A second and direction over 16 lanes: about 80 % of 15.8, 31.5 and 63."""
 HOPPER_MATMUL_TFLOPS = 790.0
 """What large products reach on H100 SXM and H200 within their power limit; their data sheets say 989."""
-HOPPER_ATTENTION_SHARE = 0.30
-"""Measured at 8B on an H100: torch's flash kernels are of the generation before."""
+HOPPER_FLASH_SHARE, HOPPER_ATTENTION_SHARE = 0.30, 0.60
+"""Measured on an H100 (at 8B; benchmarks/results/kernels.json): torch's flash kernels are of the generation before."""
 ATTENTION_SHARE = 0.6
-"""Of older cards: FlashAttention-2 reaches 50 to 73 % of an A100 (Dao, 2023, section 4.1)."""
+"""Of older cards: FlashAttention-2 reaches 50 to 73 % of an A100 (Dao, 2023, section 4.1), and that our own kernels do
+as well there is an assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Model:
     """Dense bfloat16 with float32 sums, by NVIDIA's data sheet or architecture paper; Turing has no bfloat16."""
     memory_gbps: float
     pcie: int = 4
+    flash_share: float = ATTENTION_SHARE
     attention_share: float = ATTENTION_SHARE
 
     def card(self, name: str) -> Card | None:
@@ -49,6 +51,7 @@ class Model:
             matmul_tflops=self.tflops,
             memory_gbps=self.memory_gbps,
             host_gbps=GIGABYTES_OF_PCIE[self.pcie],
+            flash_share=self.flash_share,
             attention_share=self.attention_share,
         )
 
@@ -59,6 +62,7 @@ def _hopper(total_mib: int, memory_gbps: float) -> Model:
         tflops=HOPPER_MATMUL_TFLOPS,
         memory_gbps=memory_gbps,
         pcie=5,
+        flash_share=HOPPER_FLASH_SHARE,
         attention_share=HOPPER_ATTENTION_SHARE,
     )
 
@@ -80,7 +84,12 @@ CARDS: Mapping[str, Model] = MappingProxyType(
         "H200": _hopper(143_771, 4800),
         # 2,250 TFLOP/s by the data sheet; that it falls short by as much as Hopper is an assumption.
         "B200": Model(
-            total_mib=183_359, tflops=1800.0, memory_gbps=8000, pcie=5, attention_share=HOPPER_ATTENTION_SHARE / 2
+            total_mib=183_359,
+            tflops=1800.0,
+            memory_gbps=8000,
+            pcie=5,
+            flash_share=HOPPER_FLASH_SHARE / 2,
+            attention_share=HOPPER_ATTENTION_SHARE / 2,
         ),
     }
 )

@@ -28,10 +28,12 @@ MATMUL_EFFICIENCY = 0.84
 """Of a card's `matmul_tflops`, over all products of a step: fitted."""
 MEMORY_EFFICIENCY = 0.8
 """Of a card's `memory_gbps`: NVIDIA's kernels and ours reach 75 to 85 % (a profile at 8B on an H100)."""
-OWN_BACKWARD_ATTENTION = 0.78
-"""Our own kernels' backward pass against their forward pass, which both reach the card's `attention_share`."""
-BACKWARD_ATTENTION = 0.87
-"""Flash attention's, deterministic: 205 and 240 TFLOP/s in the same profile."""
+BACKWARD_FLASH, BACKWARD_ATTENTION = 0.87, 0.735
+"""The backward pass against the forward pass: of torch's flash attention, deterministic, and of our own kernels."""
+RECORD_TOKENS = 1500
+"""How long a record has to be for our own to be half as fast as with endless ones: tiles on the diagonal."""
+SMALL_HEAD, SMALL_HEADS_SPEED = 64, 0.72
+"""Heads up to this size have fewer products for each score; how fast our own kernels are with them, of 128."""
 INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
 """What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
 activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
@@ -73,8 +75,10 @@ ONE_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 NORMALIZED_HEADS, CAPPED_SCORES = frozenset({"qwen3"}), frozenset({"gemma2"})
 """Model types."""
 
-CPU = Card(name="cpu", matmul_tflops=0.1, memory_gbps=20.0, host_gbps=1000.0, attention_share=0.5)
-UNKNOWN = Card(name="unknown", matmul_tflops=60.0, memory_gbps=300.0, host_gbps=12.0, attention_share=0.5)
+CPU = Card(name="cpu", matmul_tflops=0.1, memory_gbps=20.0, host_gbps=1000.0, flash_share=0.5, attention_share=0.5)
+UNKNOWN = Card(
+    name="unknown", matmul_tflops=60.0, memory_gbps=300.0, host_gbps=12.0, flash_share=0.5, attention_share=0.5
+)
 """Good enough to put plans in order where no speed is known; no times are told from them."""
 
 
@@ -207,10 +211,16 @@ class Pace:
     def _attention_seconds(self, tokens: float, again: int, card: Card) -> float:
         """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""
         width = self._facts.num_attention_heads * self._facts.head_dim
-        forward = 2 * width * tokens * self._record_tokens
-        backward = 2.5 * forward / (OWN_BACKWARD_ATTENTION if self._fused else BACKWARD_ATTENTION)
+        forward = 2 * width * tokens * self._record_tokens / (card.matmul_tflops * 1e12)
+        if self._fused:
+            speed = SMALL_HEADS_SPEED if self._facts.head_dim <= SMALL_HEAD else 1.0
+            forward *= (1 + RECORD_TOKENS / self._record_tokens) / (card.attention_share * speed)
+            backward = 2.5 * forward / BACKWARD_ATTENTION
+        else:
+            forward /= card.flash_share
+            backward = 2.5 * forward / BACKWARD_FLASH
         layers = self._facts.num_layers
-        products = (forward * (layers + again) + backward * layers) / (card.matmul_tflops * 1e12 * card.attention_share)
+        products = forward * (layers + again) + backward * layers
         if not self._caps:
             return products
         scores = self._facts.num_attention_heads * tokens * self._record_tokens * (layers + AGAIN * again)

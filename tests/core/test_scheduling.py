@@ -343,7 +343,7 @@ def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help(
         "Its steps take about a minute there.",
         f"The next smaller class, 20Gi, would fit, but there is none here: {needs:.1f} GiB. "
         "Its steps take about a minute there.",
-        "The next larger class, 40Gi, would fit, but there is none here: 11.4 GiB. "
+        f"The next larger class, 40Gi, would fit, but there is none here: {needs:.1f} GiB. "
         "Its steps take about a minute there.",
         "WaitingForGpu: 1 of 1 24Gi GPUs are in use; waits for one to come free, or add one. "
         "Until then only a job of lower priority could make way, and none may.",

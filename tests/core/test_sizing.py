@@ -184,7 +184,9 @@ def test_plans_that_holes_could_break_are_for_jobs_that_fit_nothing_else() -> No
         micro_batch_size=1, accumulation_steps=1, recompute_layers=32, offload=("activations", "embeddings")
     )
     tight = replace(offered, usable_bytes=peak_on(offered, spec, LLAMA_3_8B, thriftiest))
-    assert list(plans(spec, LLAMA_3_8B, tight)) == [thriftiest.model_copy(update={"loss_chunk_tokens": 1024})]
+    (found,) = plans(spec, LLAMA_3_8B, tight)
+    assert found == thriftiest.model_copy(update={"recompute_layers": found.recompute_layers})
+    assert peak_on(offered, spec, LLAMA_3_8B, found) == tight.usable_bytes, "it recomputes no more than helps"
     assert list(plans(spec, LLAMA_3_8B, replace(tight, usable_bytes=tight.usable_bytes - 1))) == []
 
 
@@ -227,8 +229,8 @@ def test_a_choice_among_all_classes_takes_few_walks_and_the_same_question_none(m
     spec = make_spec(rank=17)  # that no other test asks about
     found = candidates(spec, LLAMA_2_13B, every)
     assert len(found) == len(every)
-    assert 0 < len(walks) <= 40, "of 15 plans on 9 classes"
-    assert sum(len(walk._peaks) for walk in walks) <= 6 * len(walks)
+    assert 0 < len(walks) <= 15, "the plans"
+    assert sum(len(walk._peaks) for walk in walks) <= 120, "of 15 plans with up to 40 layers that recompute"
     walks.clear()
     assert candidates(spec, LLAMA_2_13B, every) is found
     choose_class(spec, LLAMA_2_13B, every[:3])
