@@ -75,7 +75,7 @@ def test_predicted_step_times_of_chosen_plans_are_within_the_stated_error_too(na
         model, sequence = question.split()[:2]
         facts, chosen = ModelFacts.from_config(config(model), "main"), answer["plans"][0]
         if is_fused(AdapterSpec(), facts) == (name == "plans"):
-            continue  # one was measured before attention had our own kernels, the other on a host half as fast
+            continue  # one was measured before attention had our own kernels, the other on a slower host
         spec = make_spec(rank=16, dropout="0.05", sequence_length=int(sequence))
         predicted = Pace(spec, facts, Work()).step_seconds(MemoryPlan.model_validate(chosen["plan"]), card)
         error = STATED_ERROR if facts.hidden_size >= 2048 else ERROR_OF_SMALL_MODELS
