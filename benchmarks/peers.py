@@ -168,7 +168,7 @@ def take_part(arguments: Namespace) -> None:
 def measure_trainer_and_recipe(arguments: Namespace, findings: Findings) -> None:
     """Both on the same base; between them it is written for others, because the recipe changes what is in 16 bits."""
     from benchmarks.speed import Bench  # isort: skip - sets torch up, before anything else loads it
-    from benchmarks import checkpoint
+    from benchmarks import nf4_checkpoint
     from benchmarks.cases import Case, attempt
     from benchmarks.recipe import Recipe
 
@@ -183,7 +183,7 @@ def measure_trainer_and_recipe(arguments: Namespace, findings: Findings) -> None
     if others:
         began = time.perf_counter()
         layers = arguments.unsloth_layers or layers_of(arguments.shape)
-        written = attempt(lambda: {"gib": checkpoint.write(base, arguments.folder / CHECKPOINT, layers=layers)})
+        written = attempt(lambda: {"gib": nf4_checkpoint.write(base, arguments.folder / CHECKPOINT, layers=layers)})
         findings.note("checkpoint", **written, seconds_to_write=round(time.perf_counter() - began, 1))
     recipe = cache(lambda: Recipe(base))  # whose preparation may be what fails
     for text in arguments.recipe_cases:

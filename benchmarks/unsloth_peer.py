@@ -18,7 +18,7 @@ import unsloth  # isort: skip
 import torch
 
 from benchmarks.cases import cap_memory
-from benchmarks.checkpoint import graft
+from benchmarks.nf4_checkpoint import graft
 from benchmarks.recipe import Peer
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -274,19 +274,17 @@ def _low(t: Walk, layer: FusedLayer, group: Group, name: str, tokens: int | None
 
 def _mlp_tiles_backward(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp_backward` over more than one tile; the adapters' gradients are summed in float32."""
-    t.take(
-        gate_up_weight=layer.gate_up.dense_bytes,
-        down_weight=layer.down.dense_bytes,
-        middle_grad=layer.stream,
-        gradient_sums=2 * (layer.gate_up.gradient_bytes(layer.rank) + layer.down.gradient_bytes(layer.rank)),
-        found=layer.gate_up.gradient_bytes(layer.rank) + layer.down.gradient_bytes(layer.rank),  # of the tile before
-    )
+    gradients = {**_gradients(layer, layer.gate_up, "gate_up"), **_gradients(layer, layer.down, "down")}
+    sums = {f"{name} summed": 2 * size for name, size in gradients.items()}
+    of_tile_before = {f"{name} before": size for name, size in gradients.items()}
+    t.take(gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes, middle_grad=layer.stream)
+    t.take(**sums, **of_tile_before)
     t.apart(
         partial(_mlp_tile_backward, layer=layer, tokens=MLP_TILE_TOKENS, recomputes=True, down_weight_is_there=True)
     )
     t.drop("gate_up_weight", "down_weight")
-    _take_mlp_gradients(t, layer)
-    t.drop("gradient_sums", "found")
+    t.take(**gradients)
+    t.drop(*sums, *of_tile_before)
 
 
 def _mlp_tile_backward(
@@ -297,16 +295,15 @@ def _mlp_tile_backward(
     t.take(normalized=stream)
     if recomputes:
         _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tokens, weight_is_there=True)
-    t.take(low_grad=layer.low(layer.down, tokens))
+    t.take(down_low_grad=layer.low(layer.down, tokens))
     _input_gradient(t, layer, layer.down, "product", tokens, weight_is_there=down_weight_is_there)
     if recomputes:
         _low(t, layer, layer.down, "down_low", tokens)
-    dropped = inner if layer.drops and layer.down.adapters else 0
-    t.take(down_gradients=layer.down.gradient_bytes(layer.rank))
-    t.passing(dropped=dropped)
-    t.drop("product", "low_grad")
-    t.take(low_grad=layer.low(layer.gate_up, tokens), gate_up_gradients=layer.gate_up.gradient_bytes(layer.rank))
-    t.passing(dropped=stream if layer.drops and layer.gate_up.adapters else 0)
+    _adapter_gradients(t, layer, layer.down, "down", inner)
+    t.drop("product")
+    t.take(low_grad=layer.low(layer.gate_up, tokens))
+    t.drop("down_low_grad")
+    _adapter_gradients(t, layer, layer.gate_up, "gate_up", stream)
     t.drop("normalized")
     _input_gradient(t, layer, layer.gate_up, "normalized_grad", tokens, weight_is_there=recomputes)
     t.take(middle_grad=stream)
@@ -315,10 +312,24 @@ def _mlp_tile_backward(
         t.drop("gate_up", "gate_up_low", "down_low")
 
 
-def _take_mlp_gradients(t: Walk, layer: FusedLayer) -> None:
-    t.take(
-        down_gradients=layer.down.gradient_bytes(layer.rank), gate_up_gradients=layer.gate_up.gradient_bytes(layer.rank)
-    )
+def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, input_bytes: int) -> None:
+    """`LinearGroup.adapter_gradients`: of each B, and then of A, for which the input is dropped out anew."""
+    if not group.adapters:
+        return
+    *of_b, of_a = _gradients(layer, group, name).items()
+    t.take(**dict(of_b))
+    if layer.drops:
+        t.take(dropped=input_bytes)
+    t.take(**dict([of_a]))
+    if layer.drops:
+        t.drop("dropped")
+
+
+def _gradients(layer: FusedLayer, group: Group, name: str) -> dict[str, int]:
+    """Those of a group's adapters by name: of each B, and of A in one piece."""
+    of_b = {f"{name}_b{number}_gradients": layer.rank * n for number, n in enumerate(group.adapted_outputs)}
+    of_all = {**of_b, f"{name}_a_gradients": layer.rank * group.inputs * group.adapters}
+    return {each: count * BF16_BYTES for each, count in of_all.items()}
 
 
 def _input_gradient(
@@ -335,8 +346,8 @@ def _input_gradient(
 
 def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None:
     """`FusedLayer._attention_backward`, and the end of `Attended` where the layer had made it anew."""
-    t.take(low_grad=layer.low(layer.output), output_gradients=layer.output.gradient_bytes(layer.rank))
-    t.passing(dropped=layer.query if layer.drops and layer.output.adapters else 0)
+    t.take(low_grad=layer.low(layer.output))
+    _adapter_gradients(t, layer, layer.output, "output", layer.query)
     _input_gradient(t, layer, layer.output, "answer_grad")
     t.take(qkv_grad=layer.of(layer.qkv.outputs))
     _turn_heads(t, layer)
@@ -351,8 +362,9 @@ def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None
 
 def _qkv_backward(t: Walk, layer: FusedLayer) -> None:
     """The rest of `FusedLayer.backward`."""
-    t.take(low_grad=layer.low(layer.qkv), qkv_gradients=layer.qkv.gradient_bytes(layer.rank))
-    t.passing(normalized=layer.stream, dropped=layer.stream if layer.drops and layer.qkv.adapters else 0)
+    t.take(low_grad=layer.low(layer.qkv), normalized=layer.stream)
+    _adapter_gradients(t, layer, layer.qkv, "qkv", layer.stream)
+    t.drop("normalized")
     _input_gradient(t, layer, layer.qkv, "normalized_grad")
     t.drop("qkv_grad")
     t.take(x_grad=layer.stream)

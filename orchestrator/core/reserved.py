@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from orchestrator.api.results import ModelFacts
@@ -26,6 +27,8 @@ STEPS, MICRO_BATCHES = 2, 2
 KEPT = ("x", "qkv", "answer", "logsumexp", "qkv_low", "output_low", "middle", "gate_up", "gate_up_low", "down_low")
 """By a layer that keeps its activations, until it goes back."""
 GRADIENTS = "_gradients"
+FIRST_PRODUCTS = ("qkv", "down_low_grad")
+"""What a layer's backward pass multiplies first: where it recomputes, and where it does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,8 @@ class _Tensors:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._blocks: dict[str, Block] = {}
+        self.afterwards: dict[str, Callable[[], object]] = {}
+        """What happens once a tensor of that name has come to be."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._blocks))
@@ -74,6 +79,8 @@ class _Tensors:
         for name, size in sizes.items():
             if size and name not in self._blocks:
                 self._blocks[name] = self._pool.take(size)
+            if name in self.afterwards:
+                self.afterwards.pop(name)()
 
     def drop(self, *names: str) -> None:
         """Tensors are freed, where they are there."""
@@ -223,7 +230,7 @@ class _Stage:
         self._lasting.drop("gathered", *(name for name in self._lasting if name.endswith(GRADIENTS)))
 
     def _micro_batch(self, lasting: _Tensors, pool: Pool, *, trains: bool, accumulated: bool) -> None:
-        """`TrainingModel.accumulate`; a layer's output is the next one's `x`, and its `x_grad` the `grad` below."""
+        """`TrainingModel.accumulate`; a layer's output is the next one's `x`, a copy of `x_grad` the `grad` below."""
         job, layer = self._job, self._job.layer
         shared = _Tensors(pool)
         layers = [_Tensors(pool) for _ in range(job.facts.num_layers + 1)]
@@ -238,11 +245,14 @@ class _Stage:
                 own.keep(())
         self._loss(layers[-1], trains=trains)
         if trains:
-            lasting.take(backward_workspace=job.workspace_bytes)
             layers[-1].take(x_grad=layer.stream)  # of the last norm
+            # The backward pass has a thread of its own, for which cuBLAS takes a workspace beside its first product.
+            workspace = partial(lasting.take, backward_workspace=job.workspace_bytes)
+            layers[-2].afterwards = dict.fromkeys(FIRST_PRODUCTS, workspace)
             layers[-1].keep(("x_grad",))
             for index in reversed(range(job.facts.num_layers)):
-                layers[index + 1].hand("x_grad", layers[index], "grad")
+                layers[index].take(grad=layer.stream)  # autograd's own, of the batch's one row
+                layers[index + 1].drop("x_grad")
                 self._backward(index, layers)
                 for name in layers[index]:
                     if name.endswith(GRADIENTS) and not accumulated:

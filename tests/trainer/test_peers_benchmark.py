@@ -11,7 +11,7 @@ from qlora_trainer.model import load_base
 from qlora_trainer.model_source import RANDOM_WEIGHTS_VARIABLE
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks import checkpoint
+from benchmarks import nf4_checkpoint
 from benchmarks.peers import best_by_length
 from benchmarks.shapes import layers_of, write_model
 
@@ -41,16 +41,16 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def test_a_written_base_gives_the_same_logits_when_transformers_has_loaded_it(base: PreTrainedModel, tmp_path: Path):
-    checkpoint.write(base, tmp_path / "whole", layers=layers_of(SHAPE))
+    nf4_checkpoint.write(base, tmp_path / "whole", layers=layers_of(SHAPE))
     assert torch.equal(logits(loaded(tmp_path / "whole")), logits(base))
 
 
 def test_a_grown_model_is_one_whose_first_layers_come_again_in_memory_of_their_own(
     base: PreTrainedModel, tmp_path: Path
 ):
-    checkpoint.write(base, tmp_path / "first", layers=1)
+    nf4_checkpoint.write(base, tmp_path / "first", layers=1)
     grown = loaded(tmp_path / "first")
-    checkpoint.graft(grown, layers_of(SHAPE))
+    nf4_checkpoint.graft(grown, layers_of(SHAPE))
     layers = base.get_decoder().layers
     layers[1] = layers[0]
     assert torch.equal(logits(grown), logits(base))

@@ -38,8 +38,10 @@ from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import Mixture, ModelFacts
 from orchestrator.core import experts as core_experts
-from orchestrator.core import fused, sizing
+from orchestrator.core import fused, reserved, sizing
 from orchestrator.core.flash import Attention
+from orchestrator.core.pages import LARGE_PAGE, drop
+from orchestrator.core.sizing import Footprint
 from orchestrator.core.timeline import allocated
 from tests.core.builders import make_spec
 
@@ -225,6 +227,92 @@ def test_every_tensor_of_a_training_step_is_counted(
     # Seed, losses and borders of records; on a card they hide in the allocator's rounding.
     scalars = 28 if replayed else 16
     assert measured == expected + batch_bytes + scalars
+
+
+# --- what the allocator reserves
+
+WIDE = {**CONFIG, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+LONG_ROW = 8192
+
+
+class Events(TorchDispatchMode):
+    """Storages as they come to be (their bytes) and go (None), each by its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int | None]] = []
+        self.alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = number = len(self.seen)
+                self.seen.append((number, storage.nbytes()))
+                weakref.finalize(storage, self._drop, storage._cdata, number)
+        return found
+
+    def _drop(self, key: int, number: int) -> None:
+        del self.alive[key]
+        self.seen.append((number, None))
+
+
+def reserved_for(rehearsed: reserved.Rehearsed, events: Events) -> int:
+    """By the allocator's rules, for tensors that come and go as they did, after everything that lasts."""
+    stage = reserved._Stage(rehearsed)
+    for part in (stage._load, stage._make_adapter, stage._check, stage._make_optimizer):
+        part()
+    blocks = {}
+    for number, size in events.seen:
+        if size:
+            blocks[number] = stage._pool.take(size)
+        elif number in blocks:
+            drop(blocks.pop(number))
+    return stage._pool.reserved_bytes
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize("dropout", ["0", "0.05"])
+@pytest.mark.parametrize("recompute", [0, 1, 3])
+def test_tensors_come_and_go_in_the_order_that_is_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: str, recompute: int
+) -> None:
+    monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
+    workspaces: list[Tensor] = []
+
+    def product(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
+        """Without arithmetic; the first one on the way back makes cuBLAS take a workspace."""
+        found = one.new_empty(len(one), other.shape[1]) if out is None else out
+        if torch._C._current_graph_task_id() >= 0 and not workspaces:
+            workspaces.append(torch.empty(sizing.CUBLAS_BYTES, dtype=torch.uint8))
+        return found
+
+    monkeypatch.setattr(ops, "product", product)
+    monkeypatch.setattr(ops, "affine", lambda x, weight, *_, **__: x.new_empty(len(x), len(weight)))
+    monkeypatch.setattr(ops, "add_product_", lambda *_, **__: None)
+    config = {**WIDE, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "random_weights.json").write_text('{"seed": 0}')
+    adapter, facts = AdapterSpec(rank=64, dropout=dropout), ModelFacts.from_config(config, "main")
+    plan = MemoryPlan(micro_batch_size=1, accumulation_steps=2, recompute_layers=recompute, loss_chunk_tokens=1024)
+    attention = PackedAttention()
+    base = load_base(tmp_path, torch.device("cpu"), attention)
+    model = TrainingModel(add_adapter(base, adapter, seed=0), plan, attention, 0.0)
+    AdapterOptimizer(model.trainable(), make_spec().training)
+    model.train()
+    places = np.arange(LONG_ROW, dtype=np.int32)
+    batch = collate([(places % 700, places % 700, places)])
+    model.loss(batch, divisor=1.0).detach()  # the adapters' stacked matrices are found once
+    events = Events()
+    with events:
+        for _ in range(plan.accumulation_steps):
+            model.accumulate(batch, divisor=1.0)
+    spec = make_spec(sequence_length=LONG_ROW, packing=False).model_copy(update={"adapter": adapter})
+    question = Footprint(spec, facts, plan, records=1)._question
+    rehearsed = sizing._rehearsed(question, question.shape, recompute, evaluates=False)
+    found, expected = reserved_for(rehearsed, events), reserved.reserved_bytes(rehearsed)
+    assert abs(found - expected) <= LARGE_PAGE
 
 
 # --- mixtures of experts
