@@ -7,5 +7,5 @@ cross-entropy the loss uses. From top to bottom:
     layer.py       one decoder layer: forward, backward, what is kept in between
     linears.py     linear layers with one input: NF4 weights, LoRA adapters, both passes
     hostmemory.py  layer inputs that wait in pinned host memory, the embedding table there
-    ops.py         the operations between matrix products: Triton on a GPU, torch elsewhere
+    ops.py         attention and the operations between matrix products: Triton on a GPU (`triton_*`), torch elsewhere
 """

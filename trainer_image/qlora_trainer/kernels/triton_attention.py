@@ -4,7 +4,8 @@
 The usual backward pass lets programs add to the queries' gradients as they come, and to be deterministic keeps a sum
 for each multiprocessor. Here one kernel goes through the keys and one through the queries, and each writes what nobody
 else does: the scores are computed twice, 7 products instead of 5, and nothing is summed across programs. On an H100
-that is faster than either (`benchmarks/results/kernels.json`). The rules of `triton_ops` hold.
+that takes half the time of the sums, and none of their memory (`benchmarks/results/kernels.json`, ADR 9). The rules of
+`triton_ops` hold.
 
 A query `q` sees the keys from `first[q]` to itself, and a key `k` is seen by the queries from itself to before
 `last[k]`: that is all that is known of records and windows, and neither number falls along the row. Between the tiles
