@@ -46,9 +46,16 @@ def ran(outcome: Outcome) -> list[QLoRAJob]:
 def test_every_job_ended_as_it_had_to(outcome: Outcome, ran: list[QLoRAJob]) -> None:
     size = outcome.size
     assert len(ran) == size.singles + size.jobs + size.urgent
-    wrong = [(job.key, job.status.summary) for job in ran if ended_as(job) != kind_of(job)]
+    wrong = [(job.key, job.status.summary) for job in ran if ended_as(job) != had_to_end_as(job)]
     assert wrong == []
     assert Counter(map(kind_of, ran)).keys() == EXPECTED_RUN.keys()
+
+
+def had_to_end_as(job: QLoRAJob) -> str:
+    """Its kind; but `oom` jobs run out of memory in their first train attempt alone, so not where that was stopped."""
+    first = next((attempt for attempt in job.status.attempts if attempt.stage == "train"), None)
+    stopped = first is not None and first.reason is Reason.PREEMPTED
+    return "ok" if stopped and kind_of(job) == "oom" else kind_of(job)
 
 
 def ended_as(job: QLoRAJob) -> str:
