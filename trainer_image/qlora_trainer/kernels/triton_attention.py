@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+WHOLE = tl.constexpr(1)
+"""Of the three parts that a program steps through: between the record's border and the diagonal nothing is masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,16 @@ def _store_rows(pointer, start, stride, place, size, tokens, value, SIZE: tl.con
     tl.store(tile, value.to(pointer.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _bounds(first, earliest, start, tokens, OWN: tl.constexpr, STEP: tl.constexpr):
+    """Of the keys that a tile's queries see: `WHOLE` is what all see, from the last one's first to the first one."""
+    begin = tl.load(first + start) // STEP * STEP
+    end = tl.minimum(start + OWN, tokens)
+    whole = tl.minimum(tl.cdiv(tl.max(earliest, 0), STEP) * STEP, end)
+    whole_end = tl.maximum(whole, start // STEP * STEP)
+    return begin, whole, whole_end, end
+
+
 # --- forward
 
 
@@ -108,28 +120,16 @@ def _forward(
     q = _rows(query + head * query_head, start, query_token, place, size, tokens, SIZE, True)
     earliest = tl.load(first + query_place, mask=there, other=0)
     keys, values = key + head // SHARE * key_head, value + head // SHARE * value_head
-    begin = tl.load(first + start) // STEP * STEP
-    end = tl.minimum(start + OWN, tokens)
-    whole = tl.minimum(tl.cdiv(tl.max(earliest, 0), STEP) * STEP, end)
-    whole_end = tl.maximum(whole, start // STEP * STEP)
+    bounds = _bounds(first, earliest, start, tokens, OWN, STEP)
     total = tl.zeros([OWN, SIZE_BLOCK], dtype=tl.float32)
     largest = tl.full([OWN], -float("inf"), dtype=tl.float32)
     weight = tl.zeros([OWN], dtype=tl.float32)
-    for at in range(begin, whole, STEP):
-        total, largest, weight = _step_forward(
-            total, largest, weight, q, query_place, earliest, keys, key_token, values, value_token, at, tokens, scale,
-            SIZE, SIZE_BLOCK, STEP, True,
-        )  # fmt: skip
-    for at in range(whole, whole_end, STEP):
-        total, largest, weight = _step_forward(
-            total, largest, weight, q, query_place, earliest, keys, key_token, values, value_token, at, tokens, scale,
-            SIZE, SIZE_BLOCK, STEP, False,
-        )  # fmt: skip
-    for at in range(whole_end, end, STEP):
-        total, largest, weight = _step_forward(
-            total, largest, weight, q, query_place, earliest, keys, key_token, values, value_token, at, tokens, scale,
-            SIZE, SIZE_BLOCK, STEP, True,
-        )  # fmt: skip
+    for part in tl.static_range(3):
+        for at in range(bounds[part], bounds[part + 1], STEP):
+            total, largest, weight = _step_forward(
+                total, largest, weight, q, query_place, earliest, keys, key_token, values, value_token, at, tokens,
+                scale, SIZE, SIZE_BLOCK, STEP, part != WHOLE,
+            )  # fmt: skip
     weight = tl.where(there, weight, 1.0)
     _store_rows(answer + head * answer_head, start, answer_token, place, size, tokens, total / weight[:, None], SIZE)
     natural = (largest + tl.math.log2(weight)) / LOG2_E
@@ -195,21 +195,13 @@ def _to_keys(
         of = head * SHARE + number
         queries, grads = query + of * query_head, grad + of * grad_head
         normalizers, besides = logsumexp + of.to(tl.int64) * tokens, delta + of.to(tl.int64) * tokens
-        for at in range(start, tl.minimum(whole, end), STEP):
-            key_sum, value_sum = _step_to_keys(
-                key_sum, value_sum, k, v, key_place, limit, queries, query_token, grads, grad_token, normalizers,
-                besides, at, tokens, scale, SIZE, SIZE_BLOCK, STEP, True,
-            )  # fmt: skip
-        for at in range(whole, whole_end, STEP):
-            key_sum, value_sum = _step_to_keys(
-                key_sum, value_sum, k, v, key_place, limit, queries, query_token, grads, grad_token, normalizers,
-                besides, at, tokens, scale, SIZE, SIZE_BLOCK, STEP, False,
-            )  # fmt: skip
-        for at in range(whole_end, end, STEP):
-            key_sum, value_sum = _step_to_keys(
-                key_sum, value_sum, k, v, key_place, limit, queries, query_token, grads, grad_token, normalizers,
-                besides, at, tokens, scale, SIZE, SIZE_BLOCK, STEP, True,
-            )  # fmt: skip
+        lows, highs = (start, whole, whole_end), (tl.minimum(whole, end), whole_end, end)
+        for part in tl.static_range(3):
+            for at in range(lows[part], highs[part], STEP):
+                key_sum, value_sum = _step_to_keys(
+                    key_sum, value_sum, k, v, key_place, limit, queries, query_token, grads, grad_token, normalizers,
+                    besides, at, tokens, scale, SIZE, SIZE_BLOCK, STEP, part != WHOLE,
+                )  # fmt: skip
     _store_rows(key_grad + head * key_grad_head, start, key_grad_token, place, size, tokens, key_sum * scale, SIZE)
     _store_rows(value_grad + head * value_grad_head, start, value_grad_token, place, size, tokens, value_sum, SIZE)
 
@@ -247,27 +239,14 @@ def _to_queries(
     beside = tl.load(delta + head.to(tl.int64) * tokens + query_place, mask=there, other=0.0)
     earliest = tl.load(first + query_place, mask=there, other=0)
     keys, values = key + head // SHARE * key_head, value + head // SHARE * value_head
-    begin = tl.load(first + start) // STEP * STEP
-    end = tl.minimum(start + OWN, tokens)
-    # Every query of the tile sees the keys from where the last one begins to where the first one is.
-    whole = tl.minimum(tl.cdiv(tl.max(earliest, 0), STEP) * STEP, end)
-    whole_end = tl.maximum(whole, start // STEP * STEP)
+    bounds = _bounds(first, earliest, start, tokens, OWN, STEP)
     query_sum = tl.zeros([OWN, SIZE_BLOCK], dtype=tl.float32)
-    for at in range(begin, whole, STEP):
-        query_sum = _step_to_queries(
-            query_sum, q, g, normalizer, beside, query_place, earliest, keys, key_token, values, value_token, at,
-            tokens, scale, SIZE, SIZE_BLOCK, STEP, True,
-        )  # fmt: skip
-    for at in range(whole, whole_end, STEP):
-        query_sum = _step_to_queries(
-            query_sum, q, g, normalizer, beside, query_place, earliest, keys, key_token, values, value_token, at,
-            tokens, scale, SIZE, SIZE_BLOCK, STEP, False,
-        )  # fmt: skip
-    for at in range(whole_end, end, STEP):
-        query_sum = _step_to_queries(
-            query_sum, q, g, normalizer, beside, query_place, earliest, keys, key_token, values, value_token, at,
-            tokens, scale, SIZE, SIZE_BLOCK, STEP, True,
-        )  # fmt: skip
+    for part in tl.static_range(3):
+        for at in range(bounds[part], bounds[part + 1], STEP):
+            query_sum = _step_to_queries(
+                query_sum, q, g, normalizer, beside, query_place, earliest, keys, key_token, values, value_token, at,
+                tokens, scale, SIZE, SIZE_BLOCK, STEP, part != WHOLE,
+            )  # fmt: skip
     _store_rows(
         query_grad + head * query_grad_head, start, query_grad_token, place, size, tokens, query_sum * scale, SIZE
     )
