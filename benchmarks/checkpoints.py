@@ -9,7 +9,6 @@ steps beside it. The share is that of one checkpoint in ten minutes.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from argparse import Namespace
 from itertools import pairwise
@@ -65,10 +64,7 @@ def measure(folder: Path, arguments: Namespace) -> dict[str, object]:
 
 def steps_of(ended: Ended) -> tuple[list[float], list[float]]:
     """Seconds from one step's end to the next one's, and for how long each waited for a checkpoint, once it is warm."""
-    assert ended.trained.adapter_uri is not None, "the run is complete"
-    journal = Path(ended.trained.adapter_uri.removeprefix("file://")) / "journal.jsonl"
-    records = [json.loads(line) for line in journal.read_text().splitlines()]
-    steps = [each for each in records if Metric.CHECKPOINT_STALL_SECONDS in each["metrics"]][WARM_UP:]
+    steps = [each for each in ended.journal() if Metric.CHECKPOINT_STALL_SECONDS in each["metrics"]][WARM_UP:]
     seconds = [(after["timeMs"] - before["timeMs"]) / 1000 for before, after in pairwise(steps)]
     return seconds, [each["metrics"][Metric.CHECKPOINT_STALL_SECONDS] for each in steps[1:]]
 

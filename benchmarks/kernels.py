@@ -183,7 +183,7 @@ def _experts_in_plain_sight(experts: NF4Experts, x: Tensor, index: Tensor, weigh
     return answer.to(x.dtype)
 
 
-# --- layers
+# --- attention
 
 
 def compare_attention(device: torch.device, heads: int, keys: int, size: int, window: int | None) -> dict[str, Any]:
@@ -258,6 +258,9 @@ def milliseconds(run: Callable[[], object]) -> float:
         run()
     torch.cuda.synchronize()
     return round(1000 * (time.perf_counter() - began) / TIMES, 2)
+
+
+# --- layers
 
 
 def compare_layers(device: torch.device) -> dict[str, Any]:

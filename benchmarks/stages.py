@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from orchestrator.api.formats import JOURNAL_NAME
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ExitCode
@@ -64,6 +67,12 @@ class Ended:
     def trained(self) -> TrainResult:
         """The train result, empty where the process was killed before it could write one."""
         return self.result.train or TrainResult(step=0, complete=False)
+
+    def journal(self) -> list[dict[str, Any]]:
+        """The records of a run that is complete."""
+        assert self.trained.adapter_uri is not None, "the run is complete"
+        path = Path(self.trained.adapter_uri.removeprefix("file://")) / JOURNAL_NAME
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def prepare(bench: Bench, name: str) -> StageTask:

@@ -11,7 +11,6 @@ undisturbed run's.
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import statistics
@@ -94,9 +93,7 @@ def results(calm: Ended, stops: list[Ended], last: Ended) -> dict[str, object]:
 
 def checkpoint_cost_fraction(ended: Ended) -> float:
     """Share of a run's time, first step to last, in which the training thread waited for checkpoints."""
-    assert ended.trained.adapter_uri is not None, "the run is complete"
-    journal = Path(ended.trained.adapter_uri.removeprefix("file://")) / "journal.jsonl"
-    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    records = ended.journal()
     stalled_seconds = sum(record["metrics"].get(Metric.CHECKPOINT_STALL_SECONDS, 0.0) for record in records)
     return stalled_seconds / ((records[-1]["timeMs"] - records[0]["timeMs"]) / 1000)
 

@@ -326,10 +326,9 @@ def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, inpu
 
 
 def _gradients(layer: FusedLayer, group: Group, name: str) -> dict[str, int]:
-    """Those of a group's adapters by name: of each B, and of A in one piece."""
-    of_b = {f"{name}_b{number}_gradients": layer.rank * n for number, n in enumerate(group.adapted_outputs)}
-    of_all = {**of_b, f"{name}_a_gradients": layer.rank * group.inputs * group.adapters}
-    return {each: count * BF16_BYTES for each, count in of_all.items()}
+    """Those of a group's adapters by name."""
+    *of_b, of_a = group.gradients(layer.rank)
+    return {**{f"{name}_b{n}_gradients": size for n, size in enumerate(of_b)}, f"{name}_a_gradients": of_a}
 
 
 def _input_gradient(

@@ -64,15 +64,19 @@ class Group:
         """The weights, dequantized."""
         return self.inputs * self.outputs * BF16_BYTES
 
+    def gradients(self, rank: int) -> tuple[int, ...]:
+        """Bytes of the adapters' gradients as they come to be: of each B by itself, then of A in one piece."""
+        elements = (*(rank * outputs for outputs in self.adapted_outputs), rank * self.inputs * self.adapters)
+        return tuple(count * BF16_BYTES for count in elements)
+
     def gradient_bytes(self, rank: int) -> int:
-        """Of the adapters: A in one piece, each B by itself."""
+        """Of them all."""
         return _gradient_bytes(self, rank)
 
 
 @lru_cache(maxsize=MODELS_KEPT)
 def _gradient_bytes(group: Group, rank: int) -> int:
-    of_a = allocated(group.adapters * rank * group.inputs * BF16_BYTES)
-    return of_a + sum(allocated(rank * outputs * BF16_BYTES) for outputs in group.adapted_outputs)
+    return sum(map(allocated, group.gradients(rank)))
 
 
 @remembered(MODELS_KEPT)

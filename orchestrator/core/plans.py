@@ -8,7 +8,7 @@ classes the smallest that fits and that spec.resources allows, or the cheapest t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -185,7 +185,7 @@ class _Search:
         self._card_matters = card_matters(job.adapter, job.facts)
         self._footprints: dict[tuple[MemoryPlan, int], Footprint] = {}
         self._plans: dict[tuple[int, int, int], MemoryPlan] = {}
-        self._seconds: dict[Card, dict[MemoryPlan, float]] = {}
+        self._seconds: dict[tuple[MemoryPlan, Card], float] = {}
 
     def choose(self, gpu_class: GpuClass) -> MemoryPlan | None:
         """The fastest plan that fits."""
@@ -206,13 +206,13 @@ class _Search:
         Until then it counts as if it recomputed as little as what is known of smaller micro-batches allows. Nothing
         is offloaded where all of it fits as it is.
         """
-        step_seconds = self._step_seconds(ordering_card(gpu_class))
-        fastest = min(step_seconds(self._plan(size, 0)) for size in self._sizes)
+        card = ordering_card(gpu_class)
+        fastest = min(self._step_seconds(self._plan(size, 0), card) for size in self._sizes)
         waiting: list[tuple[float, int, int, bool, MemoryPlan]] = []
         known: dict[int, tuple[int, int]] = {}  # by way to offload: a size, and layers that need not recompute there
 
         def wait(plan: MemoryPlan, offload: int, *, fitted: bool) -> None:
-            seconds = max(step_seconds(plan), fastest * AS_FAST)
+            seconds = max(self._step_seconds(plan, card), fastest * AS_FAST)
             heappush(waiting, (seconds, plan.micro_batch_size, offload, fitted, plan))
 
         for size in self._sizes:
@@ -261,15 +261,11 @@ class _Search:
             )
         return self._plans[key]
 
-    def _step_seconds(self, card: Card) -> Callable[[MemoryPlan], float]:
-        known = self._seconds.setdefault(card, {})
-
-        def step_seconds(plan: MemoryPlan) -> float:
-            if plan not in known:
-                known[plan] = self._pace.step_seconds(plan, card)
-            return known[plan]
-
-        return step_seconds
+    def _step_seconds(self, plan: MemoryPlan, card: Card) -> float:
+        key = plan, card
+        if key not in self._seconds:
+            self._seconds[key] = self._pace.step_seconds(plan, card)
+        return self._seconds[key]
 
     def _least_recompute(self, size: int, offload: int, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan | None:
         """The plan with the fewest recomputed layers that fits."""
