@@ -30,7 +30,6 @@ FITTED = frozenset(
 )
 GIB = 1 << 30
 RESERVED_WITHIN = 4.0
-SMALL_JOB_BYTES = GIB
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def report(raw: list[dict[str, Any]]) -> dict[str, object]:
 def reserved(rows: list[tuple[dict[str, Any], Row]]) -> dict[str, object]:
     """What the allocator reserved over what is predicted for it."""
     errors = [(each, row, reserved_error(row)) for each, row in rows]
-    outside = sorted((found, described(each, found), cause(each, row)) for each, row, found in errors)
+    outside = sorted((found, described(each, found), cause(each)) for each, _, found in errors)
     return {
         "all": summary(found for *_, found in errors),
         "fitted": summary(found for _, row, found in errors if row.model in FITTED),
@@ -88,13 +87,11 @@ def reserved_error(row: Row) -> float:
     return 100 * (row.reserved_bytes / predicted - 1)
 
 
-def cause(raw: dict[str, Any], row: Row) -> str:
+def cause(raw: dict[str, Any]) -> str:
     """Why a row can be far from what is predicted to be reserved."""
-    if not raw["fused"]:
-        return "the order of transformers' tensors is not known, and a share stands for its holes"
-    if row.reserved_bytes < SMALL_JOB_BYTES:
-        return "a page of 20 MiB more or less"
-    return "not known"
+    if raw["fused"]:
+        return "not known"
+    return "the order of transformers' tensors is not known, and a share stands for its holes"
 
 
 def error(row: Row) -> float:

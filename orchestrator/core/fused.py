@@ -7,14 +7,17 @@ adapters are part of its backward pass; those of other layers are `core/sizing`'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 
 from orchestrator.core.flash import Attention
 from orchestrator.core.linears import Group
 from orchestrator.core.timeline import BF16_BYTES, INT32_BYTES, Timeline, Walk
 
 MLP_TILE_TOKENS = 8192
+TILES_WALKED = 3
+"""Whole ones; what comes after them finds the places that they left."""
 WALKS_KEPT = 4096
 
 
@@ -98,8 +101,8 @@ def _walks(layer: FusedLayer) -> tuple[LayerBytes, LayerBytes, LayerBytes]:
     on_card.take(x=layer.stream, grad=layer.stream)
     _recomputed_to_queries(on_card, layer)
     on_host = on_card.copy()
-    _from_queries(on_card, layer, offloaded=False)
-    _from_queries(on_host, layer, offloaded=True)
+    _from_queries(on_card, layer, fetches=False, first=False)
+    _from_queries(on_host, layer, fetches=True, first=False)
     return _result(layer, layer.stream, forward, on_card), _result(layer, 0, forward, on_host), _kept_layer(layer)
 
 
@@ -112,7 +115,7 @@ def _kept_layer(layer: FusedLayer) -> LayerBytes:
     _take_kept(backward, layer)
     kept = backward.live_bytes
     backward.take(grad=layer.stream)
-    kept_backward(backward, layer)
+    kept_backward(backward, layer, first=False)
     return _result(layer, kept, forward, backward)
 
 
@@ -122,11 +125,11 @@ def kept_forward(t: Walk, layer: FusedLayer) -> None:
     _mlp(t, layer)
 
 
-def kept_backward(t: Walk, layer: FusedLayer) -> None:
-    """From `grad`, `x` and what was kept to `x_grad` and the adapters' gradients."""
+def kept_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
+    """From `grad`, `x` and what was kept to the adapters' gradients and, but for the first layer, `x_grad`."""
     _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
     _attention_backward(t, layer, recomputes=False)
-    _qkv_backward(t, layer)
+    _qkv_backward(t, layer, first=first)
 
 
 def recomputed_forward(t: Walk, layer: FusedLayer) -> None:
@@ -136,10 +139,10 @@ def recomputed_forward(t: Walk, layer: FusedLayer) -> None:
     _mlp_in_tiles(t, layer)
 
 
-def recomputed_backward(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
-    """From `grad` and `x` to `x_grad` and the adapters' gradients."""
+def recomputed_backward(t: Walk, layer: FusedLayer, *, fetches: bool, first: bool) -> None:
+    """The same from `grad` and `x`; where the input of the layer below is in host memory, it is fetched."""
     _recomputed_to_queries(t, layer)
-    _from_queries(t, layer, offloaded=offloaded)
+    _from_queries(t, layer, fetches=fetches, first=first)
 
 
 def _recomputed_to_queries(t: Walk, layer: FusedLayer) -> None:
@@ -154,10 +157,10 @@ def _recomputed_to_queries(t: Walk, layer: FusedLayer) -> None:
     _attention_backward(t, layer, recomputes=True)
 
 
-def _from_queries(t: Walk, layer: FusedLayer, *, offloaded: bool) -> None:
-    if offloaded:  # the input of the layer below is on its way
+def _from_queries(t: Walk, layer: FusedLayer, *, fetches: bool, first: bool) -> None:
+    if fetches:  # the input of the layer below is on its way
         t.take(fetched=layer.stream)
-    _qkv_backward(t, layer)
+    _qkv_backward(t, layer, first=first)
 
 
 def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline) -> LayerBytes:
@@ -225,19 +228,31 @@ def _mlp(t: Walk, layer: FusedLayer) -> None:
 
 
 def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
-    """`FusedLayer._mlp_in_tiles`; every tile is like the second."""
+    """`FusedLayer._mlp_in_tiles`."""
     if layer.tokens <= MLP_TILE_TOKENS:
         return _mlp(t, layer)
     t.take(out=layer.stream, gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes)
-    tile = MLP_TILE_TOKENS
-    t.take(product_before=layer.of(layer.inner, tile))  # of the first, until there is another
-    t.take(normalized=layer.of(layer.hidden, tile))
-    _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tile, weight_is_there=True)
-    t.drop("gate_up_low")
-    t.take(product=layer.of(layer.inner, tile))
-    t.drop("normalized", "gate_up", "product_before")
-    _group_forward(t, layer, layer.down, "down", "down_low", tile, weight_is_there=True)
+    before: tuple[str, ...] = ()
+    for number, tokens in enumerate(_tiles(layer)):
+        t.take(normalized=layer.of(layer.hidden, tokens))
+        _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tokens, weight_is_there=True)
+        t.drop("gate_up_low")
+        product = f"product {number}"
+        t.take(**{product: layer.of(layer.inner, tokens)})
+        t.drop("normalized", "gate_up", *before)  # the one before is there until there is another
+        _group_forward(t, layer, layer.down, "down", "down_low", tokens, weight_is_there=True)
+        t.drop("down", "down_low")
+        before = (product,)
+    t.drop("gate_up_weight", "down_weight", *before)
     return None
+
+
+def _tiles(layer: FusedLayer) -> Iterator[int]:
+    """Their tokens."""
+    whole, rest = divmod(layer.tokens, MLP_TILE_TOKENS)
+    yield from (MLP_TILE_TOKENS for _ in range(min(whole, TILES_WALKED)))
+    if rest:
+        yield rest
 
 
 def _group_forward(
@@ -274,23 +289,36 @@ def _low(t: Walk, layer: FusedLayer, group: Group, name: str, tokens: int | None
 
 def _mlp_tiles_backward(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp_backward` over more than one tile; the adapters' gradients are summed in float32."""
-    gradients = {**_gradients(layer, layer.gate_up, "gate_up"), **_gradients(layer, layer.down, "down")}
+    gradients: dict[str, int] = {}
+    for group, name in ((layer.gate_up, "gate_up"), (layer.down, "down")):
+        if group.adapters:
+            *of_b, of_a = _gradients(layer, group, name).items()
+            gradients |= dict([of_a, *of_b])
     sums = {f"{name} summed": 2 * size for name, size in gradients.items()}
-    of_tile_before = {f"{name} before": size for name, size in gradients.items()}
     t.take(gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes, middle_grad=layer.stream)
-    t.take(**sums, **of_tile_before)
-    t.apart(
-        partial(_mlp_tile_backward, layer=layer, tokens=MLP_TILE_TOKENS, recomputes=True, down_weight_is_there=True)
-    )
-    t.drop("gate_up_weight", "down_weight")
+    before: list[str] = []
+    for number, tokens in enumerate(_tiles(layer)):
+        of = f" of tile {number}"
+        _mlp_tile_backward(t, layer, tokens, recomputes=True, down_weight_is_there=True, of=of)
+        t.drop(f"middle_grad{of}")
+        if number == 0:
+            t.take(**sums)
+        t.drop(*before)
+        before = [f"{name}{of}" for name in gradients]
     t.take(**gradients)
-    t.drop(*sums, *of_tile_before)
+    t.drop("gate_up_weight", "down_weight", *sums, *before)
 
 
 def _mlp_tile_backward(
-    t: Walk, layer: FusedLayer, tokens: int, *, recomputes: bool, down_weight_is_there: bool = False
+    t: Walk,
+    layer: FusedLayer,
+    tokens: int,
+    *,
+    recomputes: bool,
+    down_weight_is_there: bool = False,
+    of: str = "",
 ) -> None:
-    """`FusedLayer._mlp_tile_backward`; leaves `middle_grad` and the gradients of the MLP's adapters."""
+    """`FusedLayer._mlp_tile_backward`; leaves `middle_grad` and gradients, with `of` at the end of their names."""
     inner, stream = layer.of(layer.inner, tokens), layer.of(layer.hidden, tokens)
     t.take(normalized=stream)
     if recomputes:
@@ -299,24 +327,24 @@ def _mlp_tile_backward(
     _input_gradient(t, layer, layer.down, "product", tokens, weight_is_there=down_weight_is_there)
     if recomputes:
         _low(t, layer, layer.down, "down_low", tokens)
-    _adapter_gradients(t, layer, layer.down, "down", inner)
+    _adapter_gradients(t, layer, layer.down, "down", inner, of)
     t.drop("product")
     t.take(low_grad=layer.low(layer.gate_up, tokens))
     t.drop("down_low_grad")
-    _adapter_gradients(t, layer, layer.gate_up, "gate_up", stream)
+    _adapter_gradients(t, layer, layer.gate_up, "gate_up", stream, of)
     t.drop("normalized")
     _input_gradient(t, layer, layer.gate_up, "normalized_grad", tokens, weight_is_there=recomputes)
-    t.take(middle_grad=stream)
+    t.take(**{f"middle_grad{of}": stream})
     t.drop("normalized_grad", "low_grad")
     if recomputes:
         t.drop("gate_up", "gate_up_low", "down_low")
 
 
-def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, input_bytes: int) -> None:
+def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, input_bytes: int, of: str = "") -> None:
     """`LinearGroup.adapter_gradients`: of each B, and then of A, for which the input is dropped out anew."""
     if not group.adapters:
         return
-    *of_b, of_a = _gradients(layer, group, name).items()
+    *of_b, of_a = _gradients(layer, group, name, of).items()
     t.take(**dict(of_b))
     if layer.drops:
         t.take(dropped=input_bytes)
@@ -325,10 +353,10 @@ def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, inpu
         t.drop("dropped")
 
 
-def _gradients(layer: FusedLayer, group: Group, name: str) -> dict[str, int]:
+def _gradients(layer: FusedLayer, group: Group, name: str, of: str = "") -> dict[str, int]:
     """Those of a group's adapters by name."""
     *of_b, of_a = group.gradients(layer.rank)
-    return {**{f"{name}_b{n}_gradients": size for n, size in enumerate(of_b)}, f"{name}_a_gradients": of_a}
+    return {**{f"{name}_b{n}_gradients{of}": size for n, size in enumerate(of_b)}, f"{name}_a_gradients{of}": of_a}
 
 
 def _input_gradient(
@@ -353,17 +381,27 @@ def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None
     t.passing(**{f"attention {number}": size for number, size in enumerate(layer.attention.workspace)})
     if layer.normalizes_heads:
         t.drop("turned_query", "turned_key")
-        t.passing(gradient_copy=layer.query, part_copy=layer.query, rows=layer.query)
+        _head_norms_backward(t, layer)
     t.drop("answer_grad", "low_grad")
     if recomputes:
         t.drop("answer", "logsumexp", "output_low", "qkv")
 
 
-def _qkv_backward(t: Walk, layer: FusedLayer) -> None:
-    """The rest of `FusedLayer.backward`."""
+def _head_norms_backward(t: Walk, layer: FusedLayer) -> None:
+    """`FusedLayer._head_norms_backward`: of the queries, whose rows are there until the keys' are, and of the keys."""
+    t.take(gradient_copy=layer.query, part_copy=layer.query, rows=layer.query)
+    t.drop("gradient_copy", "part_copy")
+    t.take(gradient_copy=layer.key, part_copy=layer.key, key_rows=layer.key)
+    t.drop("gradient_copy", "part_copy", "rows", "key_rows")
+
+
+def _qkv_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
+    """The rest of `FusedLayer.backward`; nobody asks for the gradient to the first layer's input."""
     t.take(low_grad=layer.low(layer.qkv), normalized=layer.stream)
     _adapter_gradients(t, layer, layer.qkv, "qkv", layer.stream)
     t.drop("normalized")
+    if first:
+        return
     _input_gradient(t, layer, layer.qkv, "normalized_grad")
     t.drop("qkv_grad")
     t.take(x_grad=layer.stream)

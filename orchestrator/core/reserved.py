@@ -12,7 +12,7 @@ Only layers that the trainer computes by hand can be rehearsed; of the others th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -20,15 +20,20 @@ from orchestrator.api.results import ModelFacts
 from orchestrator.core.fused import FusedLayer, kept_backward, kept_forward, recomputed_backward, recomputed_forward
 from orchestrator.core.linears import NF4_BLOCK, SCALE_BLOCK, Group, Linear, linears
 from orchestrator.core.pages import Block, Pool, drop
-from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES, Walk
+from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES
 
 STEPS, MICRO_BATCHES = 2, 2
 """What is rehearsed: steps, and of each so many micro-batches. Later ones find what they need."""
 KEPT = ("x", "qkv", "answer", "logsumexp", "qkv_low", "output_low", "middle", "gate_up", "gate_up_low", "down_low")
 """By a layer that keeps its activations, until it goes back."""
 GRADIENTS = "_gradients"
-FIRST_PRODUCTS = ("qkv", "down_low_grad")
-"""What a layer's backward pass multiplies first: where it recomputes, and where it does not."""
+FIRST_PRODUCTS = ("qkv", "down_low_grad", "product")
+"""What a layer's backward pass multiplies first: where it recomputes, where not, and without adapters in the MLP."""
+LOW = ("qkv_low", "output_low", "gate_up_low", "down_low")
+"""What a layer's groups make with their A, in their order."""
+INT64_BYTES = 8
+PROBED_TOKENS, FEWER_PROBED_TOKENS = 12, 5
+"""Of the rows that `TrainingModel.check` computes, and of the record that it computes alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +52,9 @@ class Rehearsed:
     offloads_embeddings: bool
     chunk_tokens: int
     """Of the loss."""
-    batch_bytes: int
     adapter_bytes: int
-    state_bytes: int
-    """Of the optimizer, in the allocator."""
+    state: tuple[float, ...]
+    """Of the optimizer, what is in the allocator."""
     workspace_bytes: int
     """Of cuBLAS, for each thread and stream."""
     evaluates: bool
@@ -68,8 +72,9 @@ class _Tensors:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._blocks: dict[str, Block] = {}
+        self.before: dict[str, Callable[[], object]] = {}
         self.afterwards: dict[str, Callable[[], object]] = {}
-        """What happens once a tensor of that name has come to be."""
+        """What happens, once, when a tensor of that name comes to be."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._blocks))
@@ -77,8 +82,11 @@ class _Tensors:
     def take(self, **sizes: float) -> None:
         """Tensors come to be, but for those that are there already: what a forward pass has left for the way back."""
         for name, size in sizes.items():
-            if size and name not in self._blocks:
-                self._blocks[name] = self._pool.take(size)
+            if not size or name in self._blocks:
+                continue
+            if name in self.before:
+                self.before.pop(name)()
+            self._blocks[name] = self._pool.take(size)
             if name in self.afterwards:
                 self.afterwards.pop(name)()
 
@@ -92,12 +100,6 @@ class _Tensors:
         """Tensors come to be and are freed at once."""
         self.take(**sizes)
         self.drop(*sizes)
-
-    def apart(self, part: Callable[[Walk], None]) -> None:
-        """A part with names of its own, nothing of which is left."""
-        inner = _Tensors(self._pool)
-        part(inner)
-        inner.keep(())
 
     def keep(self, names: Iterable[str]) -> None:
         """Free all others."""
@@ -117,6 +119,7 @@ class _Stage:
         self._job = job
         self._pool = Pool()
         self._lasting = _Tensors(self._pool)
+        self._run = _Tensors(self._pool)
         self._graphs: Pool | None = None
         self._most_before_graphs = 0
 
@@ -167,22 +170,14 @@ class _Stage:
             base.take(**{f"bias {name}": linear.outputs * BF16_BYTES})
 
     def _make_adapter(self) -> None:
-        """`add_adapter` in float32 and then bfloat16, `LinearGroup` with its A in one piece, `HostEmbedding`."""
+        """`add_adapter` as PEFT 0.21 has it, in bfloat16 at once; A in one piece in `LinearGroup`; `HostEmbedding`."""
         adapter, rank = self._lasting, self._job.layer.rank
-        pairs = {
-            f"{index} {place} {member}": (rank * group.inputs, rank * outputs)
-            for index, place, group in self._groups()
-            for member, outputs in enumerate(group.adapted_outputs)
-        }
-        for name, (a, b) in pairs.items():
-            adapter.take(**{f"float A {name}": a * FP32_BYTES, f"float B {name}": b * FP32_BYTES})
-        for name, (a, b) in pairs.items():
-            adapter.take(**{f"A {name}": a * BF16_BYTES})
-            adapter.drop(f"float A {name}")
-            adapter.take(**{f"B {name}": b * BF16_BYTES})
-            adapter.drop(f"float B {name}")
         for index, place, group in self._groups():
-            adapter.take(**{f"A {index} {place}": rank * group.inputs * group.adapters * BF16_BYTES})
+            for member, outputs in enumerate(group.adapted_outputs):
+                adapter.take(**{f"A {index} {place} {member}": rank * group.inputs * BF16_BYTES})
+                adapter.take(**{f"B {index} {place} {member}": rank * outputs * BF16_BYTES})
+        for index, place, group in self._groups():
+            adapter.take(**{f"stack {index} {place}": rank * group.inputs * group.adapters * BF16_BYTES})
             adapter.drop(*(f"A {index} {place} {member}" for member in range(group.adapters)))
         if self._job.offloads_embeddings:
             adapter.drop("embeddings")
@@ -193,16 +188,40 @@ class _Stage:
         return ((i, place, group) for i in range(self._job.facts.num_layers) for place, group in enumerate(groups))
 
     def _check(self) -> None:
-        """`TrainingModel.check`: a few tokens, for which dense weights are made."""
-        self._lasting.take(workspace=self._job.workspace_bytes)
-        for group in (self._job.layer.qkv, self._job.layer.output, self._job.layer.gate_up, self._job.layer.down):
-            self._lasting.passing(weight=group.dense_bytes)
+        """`TrainingModel.check`: all layers are alike, and what is no wider than the hidden size hardly counts."""
+        probe = self._lasting
+        probe.take(workspace=self._job.workspace_bytes)
+        for name in ("after_first", "after_other"):
+            self._probe_layer()
+            self._probe_logits(name, PROBED_TOKENS)
+        for linear in linears(self._job.facts):  # as bitsandbytes has it
+            scales = -(-linear.parameters // NF4_BLOCK) * FP32_BYTES
+            probe.passing(unscaled=scales, scales=scales, dense=linear.parameters * BF16_BYTES)
+        self._probe_layer()
+        for name in ("ours", "theirs"):
+            self._probe_logits(name, FEWER_PROBED_TOKENS)
+        probe.passing(difference=self._job.facts.vocab_size * FEWER_PROBED_TOKENS * FP32_BYTES)
+        probe.drop("after_first", "after_other", "ours", "theirs")
+
+    def _probe_layer(self) -> None:
+        layer, probe = self._job.layer, self._lasting
+        for group in (layer.qkv, layer.output):
+            probe.passing(weight=group.dense_bytes)
+        probe.take(weight=layer.gate_up.dense_bytes, gate_up=layer.of(layer.gate_up.outputs, PROBED_TOKENS))
+        probe.drop("weight")
+        probe.passing(weight=layer.down.dense_bytes)
+        probe.drop("gate_up")
+
+    def _probe_logits(self, name: str, tokens: int) -> None:
+        numbers = tokens * self._job.facts.vocab_size
+        self._lasting.take(raw=numbers * BF16_BYTES, **{name: numbers * FP32_BYTES})
+        self._lasting.drop("raw")
 
     def _make_optimizer(self) -> None:
-        """`AdapterOptimizer`: the adapter moves into one piece, then both moments are made."""
+        """`AdapterOptimizer`: the adapter moves into one piece, but a group holds the old A until it needs the new."""
         self._lasting.take(adapter=self._job.adapter_bytes)
-        self._lasting.drop(*(name for name in self._lasting if name.startswith(("A ", "B "))))
-        self._lasting.take(moment=self._job.state_bytes / 2, second_moment=self._job.state_bytes / 2)
+        self._lasting.drop(*(name for name in self._lasting if name.startswith("B ")))
+        self._lasting.take(**{f"state {number}": size for number, size in enumerate(self._job.state)})
 
     # --- steps
 
@@ -216,40 +235,48 @@ class _Stage:
 
     def _capture(self) -> None:
         """`Replay._capture`: torch empties the allocator's cache first, and a graph has its own pool and workspaces."""
-        self._lasting.take(graph_inputs=self._job.batch_bytes)
+        self._lasting.take(**{f"graph's {name}": size for name, size in self._inputs().items()})
         self._most_before_graphs = self._pool.reserved_bytes
         self._pool.give_back_pages()
         self._graphs = Pool()
-        lasting = _Tensors(self._graphs)
-        lasting.take(workspace=self._job.workspace_bytes)
-        self._micro_batch(lasting, self._graphs, trains=True, accumulated=False)
+        self._micro_batch(_Tensors(self._graphs), self._graphs, trains=True, accumulated=False)
 
     def _update(self) -> None:
         """`AdapterOptimizer.step`: the gradients side by side."""
         self._lasting.take(gathered=self._job.adapter_bytes)
         self._lasting.drop("gathered", *(name for name in self._lasting if name.endswith(GRADIENTS)))
 
+    def _inputs(self) -> dict[str, int]:
+        """`MicroBatch.to`."""
+        return dict.fromkeys(("ids", "targets", "positions", "supervised"), self._job.layer.tokens * INT64_BYTES)
+
     def _micro_batch(self, lasting: _Tensors, pool: Pool, *, trains: bool, accumulated: bool) -> None:
         """`TrainingModel.accumulate`; a layer's output is the next one's `x`, a copy of `x_grad` the `grad` below."""
-        job, layer = self._job, self._job.layer
+        job = self._job
+        layer = job.layer if trains else replace(job.layer, drops=False)
         shared = _Tensors(pool)
         layers = [_Tensors(pool) for _ in range(job.facts.num_layers + 1)]
-        shared.take(batch=job.batch_bytes)
-        layers[0].take(x=layer.stream)
-        turns = layer.of(job.facts.head_dim)
-        shared.take(cos=turns, sin=turns, first=layer.span, last=layer.span)
+        shared.take(**self._inputs())
+        self._begin(lasting, pool, layers[0])
         for index, (own, above) in enumerate(pairwise(layers)):
-            self._forward(index, own, trains=trains)
+            own.before = {low: partial(self._lasting.drop, f"stack {index} {place}") for place, low in enumerate(LOW)}
+            self._forward(index, own, layer, trains=trains)
             own.hand("out", above, "x")
             if self._leaves(index) or not trains:
+                if index == 0:
+                    own.hand("x", shared, "embedded")  # the decoder holds it to its end
                 own.keep(())
-        self._loss(layers[-1], trains=trains)
+        last = layers[-1]
+        last.take(normalized=layer.stream)
+        last.drop(*(() if trains else ("x",)))
+        shared.drop("embedded")
+        self._loss(last, trains=trains)
         if trains:
-            layers[-1].take(x_grad=layer.stream)  # of the last norm
+            last.take(x_grad=layer.stream)  # of the last norm
             # The backward pass has a thread of its own, for which cuBLAS takes a workspace beside its first product.
             workspace = partial(lasting.take, backward_workspace=job.workspace_bytes)
             layers[-2].afterwards = dict.fromkeys(FIRST_PRODUCTS, workspace)
-            layers[-1].keep(("x_grad",))
+            last.keep(("x_grad",))
             for index in reversed(range(job.facts.num_layers)):
                 layers[index].take(grad=layer.stream)  # autograd's own, of the batch's one row
                 layers[index + 1].drop("x_grad")
@@ -261,36 +288,53 @@ class _Stage:
         for each in (*layers, shared):
             each.keep(())
 
+    def _begin(self, lasting: _Tensors, pool: Pool, first: _Tensors) -> None:
+        """`FusedDecoder.begin` forgets the `Run` before; embeddings, and transformers' rotary tables in float32."""
+        layer = self._job.layer
+        self._run.keep(())
+        self._run = run = _Tensors(pool)
+        first.take(x=layer.stream)
+        lasting.take(workspace=self._job.workspace_bytes)  # angles are a product
+        turns = layer.tokens * self._job.facts.head_dim * FP32_BYTES
+        run.take(half=turns / 2, angles=turns)
+        for name in ("cos", "sin"):
+            run.take(unscaled=turns, **{f"exact {name}": turns})
+            run.drop("unscaled")
+        run.take(cos=turns / 2, sin=turns / 2)
+        run.drop("half", "angles", "exact cos", "exact sin")
+        run.take(first=layer.span, last=layer.span)
+
     def _leaves(self, index: int) -> bool:
         """Whether a layer's input goes to host memory."""
         return self._job.offloads_activations and index < self._job.recompute_layers
 
-    def _forward(self, index: int, own: _Tensors, *, trains: bool) -> None:
+    def _forward(self, index: int, own: _Tensors, layer: FusedLayer, *, trains: bool) -> None:
         if index < self._job.recompute_layers or not trains:
-            recomputed_forward(own, self._job.layer)
+            recomputed_forward(own, layer)
             own.keep(("x", "out"))
         else:
-            kept_forward(own, self._job.layer)
+            kept_forward(own, layer)
             own.keep((*KEPT, "out"))
 
     def _backward(self, index: int, layers: list[_Tensors]) -> None:
         own, layer = layers[index], self._job.layer
         if index >= self._job.recompute_layers:
-            kept_backward(own, layer)
+            kept_backward(own, layer, first=index == 0)
             return
         own.take(x=layer.stream)  # back from the host, if it is not there
-        recomputed_backward(own, layer, offloaded=self._job.offloads_activations and index > 0)
+        recomputed_backward(own, layer, fetches=self._job.offloads_activations and index > 0, first=index == 0)
         if index > 0:
             own.hand("fetched", layers[index - 1], "x")
 
     def _loss(self, last: _Tensors, *, trains: bool) -> None:
         """`cross_entropy` over the normalized states; leaves the gradient to them."""
         layer, facts = self._job.layer, self._job.facts
-        chunk = min(self._job.chunk_tokens or layer.tokens, layer.tokens)
-        chosen = layer.of(facts.hidden_size, chunk)
-        last.take(normalized=layer.stream, grad=layer.stream if trains else 0)
-        for _ in range(-(-layer.tokens // chunk)):
-            last.take(chosen=chosen, logits=layer.of(facts.vocab_size, chunk))
+        last.take(grad=layer.stream if trains else 0)
+        supervised = layer.tokens - 1  # a row's last token predicts nothing
+        for start in range(0, supervised, self._job.chunk_tokens or layer.tokens):
+            tokens = min(self._job.chunk_tokens or layer.tokens, supervised - start)
+            chosen = layer.of(facts.hidden_size, tokens)
+            last.take(chosen=chosen, logits=layer.of(facts.vocab_size, tokens))
             last.drop("chosen")
             last.passing(chosen_grad=chosen if trains else 0)
             last.drop("logits")

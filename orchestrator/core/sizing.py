@@ -35,8 +35,8 @@ OPTIMIZER_BYTES = {
     "paged_adamw_32bit": 8.0,
 }
 """For each trainable parameter, in the allocator or in paged memory."""
-SCALE_BYTES = 8 / 256
-"""Of an 8-bit optimizer: what of a paged state is in the allocator."""
+SCALE_BYTES = FP32_BYTES / 256
+"""For each 8-bit moment; scales are not paged."""
 LEAST_PAGED = 100_000
 """bitsandbytes pages the state of larger parameters alone (`get_state_buffer`); the trainer updates all as one."""
 CUBLAS_BYTES = 32 << 20
@@ -293,7 +293,7 @@ def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
         _sixteen_bit_bytes(question),
     )
     yield "adapter, bf16", trainable * BF16_BYTES
-    yield "optimizer state", round(trainable * _state_bytes(question))
+    yield "optimizer state", round(sum(_state(question)))
     yield "cuBLAS workspaces", 2 * CUBLAS_BYTES  # of the main thread, and of autograd's
 
 
@@ -303,11 +303,12 @@ def _weight_bytes(facts: ModelFacts) -> int:
     return facts.num_layers * sum(linear.weight_bytes for linear in (*linears(facts), *experts))
 
 
-def _state_bytes(question: _Question) -> float:
-    """For each trainable parameter, in the allocator: what is paged moves out where the allocator wants the room."""
-    if not question.optimizer.startswith("paged") or question.trainable < LEAST_PAGED:
-        return OPTIMIZER_BYTES[question.optimizer]
-    return SCALE_BYTES if question.optimizer.endswith("8bit") else 0.0
+def _state(question: _Question) -> tuple[float, ...]:
+    """Tensors of the optimizer in the allocator: what is paged moves out where the allocator wants the room."""
+    count, in_8_bit = question.trainable, question.optimizer.endswith("8bit")
+    paged = question.optimizer.startswith("paged") and count >= LEAST_PAGED
+    moments = () if paged else (count * (1 if in_8_bit else FP32_BYTES),) * 2
+    return (*moments, *((count * SCALE_BYTES,) * 2 if in_8_bit else ()))
 
 
 def _sixteen_bit_bytes(question: _Question) -> int:
@@ -395,13 +396,13 @@ def _logits_bytes(question: _Question) -> int:
 
 
 def _loading_bytes(question: _Question) -> int:
-    """PEFT makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later.
+    """PEFT 0.18 makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later.
 
     The experts of the last layer are fused before there is an adapter.
     """
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
-    later = question.trainable * _state_bytes(question) + 2 * CUBLAS_BYTES
+    later = sum(_state(question)) + 2 * CUBLAS_BYTES
     adapter = question.trainable * (FP32_BYTES - BF16_BYTES)
     mixture = None if question.loaded else facts.mixture
     fusing = 0 if mixture is None else fusing_bytes(mixture, facts.hidden_size)
@@ -420,9 +421,8 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         offloads_activations="activations" in plan.offload,
         offloads_embeddings=_embeddings_leave(question),
         chunk_tokens=plan.loss_chunk_tokens,
-        batch_bytes=TOKEN_BYTES * question.tokens,
         adapter_bytes=question.trainable * BF16_BYTES,
-        state_bytes=round(question.trainable * _state_bytes(question)),
+        state=_state(question),
         workspace_bytes=CUBLAS_BYTES,
         evaluates=evaluates,
     )

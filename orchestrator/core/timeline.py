@@ -6,7 +6,6 @@ up. Bytes are counted as PyTorch's allocator hands them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 BF16_BYTES, FP32_BYTES, INT32_BYTES = 2, 4, 4
@@ -32,10 +31,6 @@ class Walk(Protocol):
 
     def passing(self, **sizes: float) -> None:
         """Tensors come to be and are freed at once."""
-        ...
-
-    def apart(self, part: Callable[[Walk], None]) -> None:
-        """A part with names of its own, nothing of which is left."""
         ...
 
 
@@ -77,9 +72,3 @@ class Timeline:
         live = self.live_bytes + sum(map(allocated, sizes.values()))
         if live > self.peak_bytes:
             self.peak_bytes = live
-
-    def apart(self, part: Callable[[Walk], None]) -> None:
-        """A part with names of its own, nothing of which is left."""
-        inner = Timeline()
-        part(inner)
-        self.passing(part=inner.peak_bytes)
