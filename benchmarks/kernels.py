@@ -34,7 +34,7 @@ from qlora_trainer import runtime
 from qlora_trainer.attention import PackedAttention
 from qlora_trainer.batches import MicroBatch, collate
 from qlora_trainer.kernels import ops, torch_ops
-from qlora_trainer.kernels.experts import NF4Experts
+from qlora_trainer.kernels.experts import TILE_TOKENS, NF4Experts
 from qlora_trainer.loss import IGNORED
 from qlora_trainer.model import TrainingModel, add_adapter, load_base
 from qlora_trainer.replay import Replay
@@ -57,6 +57,8 @@ TIMED_HEADS, TIMED_KEYS, TIMED_SIZE = 32, 8, 128
 TIMES = 5
 EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, EXPERT_TOKENS = 16, 2048, 768, 5000
 """More tokens than a tile has."""
+TIMED_EXPERTS = {"Qwen3-30B-A3B": (128, 2048, 768, 8), "Mixtral 8x7B": (8, 4096, 14336, 2)}
+"""A layer's experts, the hidden size, theirs, and how many a token has."""
 
 
 def main() -> None:
@@ -85,7 +87,8 @@ def main() -> None:
     )
     found = {"agree": agree, "kernel_differences": kernels, "attention": attention, "experts": experts, **layers}
     times = {f"{tokens} tokens": time_attention(device, tokens) for tokens in TIMED_TOKENS}
-    emit({**found, "attention_milliseconds": times}, save=arguments.save)
+    of_experts = {name: time_experts(device, *shape) for name, shape in TIMED_EXPERTS.items()}
+    emit({**found, "attention_milliseconds": times, "experts_milliseconds": of_experts}, save=arguments.save)
     sys.exit(0 if agree else 1)
 
 
@@ -136,6 +139,15 @@ def compare_kernels(device: torch.device) -> dict[str, float]:
     triton_ops.dequantize(packed, state, ours)
     torch_ops.dequantize(packed, state, theirs)
     found["dequantize"] = float(not torch.equal(ours, theirs))
+    dense, borders = 0.02 * draw(3, 1536, 2048), torch.tensor([0, 300, 300, 515], dtype=torch.int32, device=device)
+    for back, width in ((False, 2048), (True, 1536)):
+        room = draw(515, 3584 - width)
+        both("expert_products", draw(515, width), None, dense, borders, room, back, changed=(4,))
+        source = torch.randint(0, 64, (515,), device=device)
+        both("expert_products", draw(64, width), source, dense, borders, room, back, changed=(4,))
+    places = torch.randperm(515, device=device).view(103, 5)
+    for weights in (None, torch.rand(103, 5, device=device)):
+        both("sum_rows", draw(515, 2048), places, weights, draw(103, 2048), changed=(3,))
     return found
 
 
@@ -169,6 +181,19 @@ def compare_experts(device: torch.device) -> dict[str, Any]:
     return {
         "differences": {name: round(difference(*pair), 6) for name, *pair in zip(names, ours, theirs, strict=True)},
         "same_bits": all(torch.equal(*pair) for pair in zip(ours, again, strict=True)),
+    }
+
+
+def time_experts(device: torch.device, experts: int, hidden: int, inner: int, each: int) -> dict[str, float]:
+    """Both passes of a layer's experts over a tile of tokens."""
+    shape = {"dtype": torch.bfloat16, "device": device}
+    gate_up, down = torch.randn(experts, 2 * inner, hidden, **shape), torch.randn(experts, hidden, inner, **shape)
+    layer = NF4Experts(experts, hidden, inner, gate_up=0.02 * gate_up, down=0.02 * down).to(device)
+    x, grad = torch.randn(TILE_TOKENS, hidden, **shape), torch.randn(TILE_TOKENS, hidden, **shape)
+    weights, index = torch.rand(TILE_TOKENS, experts, device=device).topk(each)
+    return {
+        "forward": milliseconds(partial(layer.mix, x, index, weights)),
+        "backward": milliseconds(partial(layer.mix_backward, grad, x, index, weights)),
     }
 
 

@@ -15,6 +15,7 @@ from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES, Timeline, allocat
 
 INDEX_BYTES = 8
 TILE_TOKENS = 4096
+DENSE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +48,13 @@ class Experts:
             scalars=rows * FP32_BYTES,
             hidden=rows * self.hidden * BF16_BYTES,
             inner=rows * inner * BF16_BYTES,
-            down=inner * self.hidden * BF16_BYTES,
-            stream=tokens * self.hidden * BF16_BYTES,
+            dense_gate_up=self._dense(2 * inner * self.hidden * BF16_BYTES),
+            dense_down=self._dense(inner * self.hidden * BF16_BYTES),
         )
+
+    def _dense(self, size: int) -> int:
+        """The experts' matrices of so many bytes that are dequantized at a time."""
+        return min(self.mixture.experts, max(1, DENSE_BYTES // size)) * size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +68,9 @@ class _Tile:
     """The rows, as wide as the model."""
     inner: int
     """The rows, as wide as an expert."""
-    down: int
-    """One expert's second matrix, dequantized; the first one has twice the size."""
-    stream: int
-    """The tile's tokens, as wide as the model."""
+    dense_gate_up: int
+    dense_down: int
+    """As many of the experts' matrices as are dequantized at a time."""
 
     def forward_bytes(self) -> int:
         """`_mix_tile`."""
@@ -75,43 +79,31 @@ class _Tile:
         t.take(inner=self.inner)
         t.drop("gate_up")
         t.take(found=self.hidden)
-        t.passing(weight=self.down)
-        t.drop("inner")
-        t.passing(weights=self.scalars)
-        self._gather(t)
+        t.passing(dense=self.dense_down)
         return t.peak_bytes
 
     def backward_bytes(self) -> int:
         """`_mix_tile_backward`."""
         t = Timeline()
         self._gate_up(t)
-        t.take(grad=self.hidden)
-        t.passing(tokens=self.order)
         t.take(to_inner=self.inner)
-        t.passing(weight=self.down)
-        t.drop("grad")
+        t.passing(dense=self.dense_down)
         t.passing(inner=self.inner, product=self.inner)
         t.take(to_weights=self.scalars)
         t.passing(weights=self.scalars)
         t.drop("to_inner")
         t.take(found=self.hidden)
-        t.passing(weight=2 * self.down)
-        t.drop("gate_up")
-        self._gather(t)
-        t.passing(to_weights_in_order=self.scalars)
+        t.passing(dense=self.dense_gate_up)
         return t.peak_bytes
 
     def _gate_up(self, t: Timeline) -> None:
-        t.take(slots=self.order, rows=self.order, x=self.hidden)
-        t.passing(tokens=self.order)
+        t.take(slots=self.order, chosen=self.order)
+        t.take(places=self.order)
+        t.passing(sorted=self.order)
+        t.take(tokens=self.order)
+        t.drop("chosen")
         t.take(gate_up=2 * self.inner)
-        t.passing(weight=2 * self.down)
-        t.drop("x")
-
-    def _gather(self, t: Timeline) -> None:
-        """`_Routing.gathered`; leaves the sum."""
-        t.take(total=2 * self.stream)
-        t.passing(part=self.stream)
+        t.passing(dense=self.dense_gate_up)
 
 
 def expert_linears(mixture: Mixture, hidden: int) -> tuple[Linear, Linear]:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from orchestrator.core.experts import INDEX_BYTES, Experts
 from orchestrator.core.flash import Attention
 from orchestrator.core.linears import Group
-from orchestrator.core.timeline import BF16_BYTES, INT32_BYTES, Timeline, Walk
+from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES, INT32_BYTES, Timeline, Walk
 
 MLP_TILE_TOKENS = 8192
 TILES_WALKED = 3
@@ -37,6 +38,8 @@ class FusedLayer:
     output: Group
     gate_up: Group
     down: Group
+    experts: Experts | None
+    """In the place of the MLP: then `gate_up` and `down` are empty."""
 
     def of(self, width: int, tokens: int | None = None) -> int:
         """A bf16 tensor of [tokens, width]."""
@@ -65,6 +68,10 @@ class FusedLayer:
     def low(self, group: Group, tokens: int | None = None) -> int:
         """The rank-r product of a group's adapters."""
         return self.of(group.adapters * self.rank, tokens)
+
+    def per_expert(self, count: int, size: int) -> int:
+        """A tensor of [tokens, count] with numbers of so many bytes."""
+        return self.tokens * count * size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +134,10 @@ def kept_forward(t: Walk, layer: FusedLayer) -> None:
 
 def kept_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
     """From `grad`, `x` and what was kept to the adapters' gradients and, but for the first layer, `x_grad`."""
-    _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
+    if layer.experts is not None:
+        _mixture_backward(t, layer, layer.experts)
+    else:
+        _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
     _attention_backward(t, layer, recomputes=False)
     _qkv_backward(t, layer, first=first)
 
@@ -147,7 +157,9 @@ def recomputed_backward(t: Walk, layer: FusedLayer, *, fetches: bool, first: boo
 
 def _recomputed_to_queries(t: Walk, layer: FusedLayer) -> None:
     _attend(t, layer)
-    if layer.tokens <= MLP_TILE_TOKENS:
+    if layer.experts is not None:
+        _mixture_backward(t, layer, layer.experts)
+    elif layer.tokens <= MLP_TILE_TOKENS:
         t.take(gate_up_weight=layer.gate_up.dense_bytes)
         _mlp_tile_backward(t, layer, layer.tokens, recomputes=True)
         t.drop("gate_up_weight")
@@ -219,17 +231,20 @@ def _drop_attended(t: Walk) -> None:
 
 def _mlp(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp`; leaves `out`, `gate_up` and the low products."""
+    if layer.experts is not None:
+        return _mixture(t, layer, layer.experts)
     t.take(normalized=layer.stream)
     _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low")
     t.drop("normalized")
     t.take(product=layer.of(layer.inner))
     _group_forward(t, layer, layer.down, "out", "down_low")
     t.drop("product")
+    return None
 
 
 def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp_in_tiles`."""
-    if layer.tokens <= MLP_TILE_TOKENS:
+    if layer.tokens <= MLP_TILE_TOKENS or layer.experts is not None:
         return _mlp(t, layer)
     t.take(out=layer.stream, gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes)
     before: tuple[str, ...] = ()
@@ -385,6 +400,43 @@ def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None
     t.drop("answer_grad", "low_grad")
     if recomputes:
         t.drop("answer", "logsumexp", "output_low", "qkv")
+
+
+# --- mixtures of experts
+
+
+def _mixture(t: Walk, layer: FusedLayer, experts: Experts) -> None:
+    """`MixtureLayer._mlp`; leaves `out`."""
+    t.take(normalized=layer.stream)
+    _route(t, layer, experts)
+    t.passing(experts=experts.forward_bytes())
+    t.take(out=layer.stream)
+    t.drop("normalized", "chosen", "chances")
+
+
+def _route(t: Walk, layer: FusedLayer, experts: Experts) -> None:
+    """`Router.__call__`; leaves the `chosen` experts, and their `chances` in the router's type."""
+    count, each = experts.mixture.experts, experts.mixture.experts_per_token
+    t.take(logits=layer.of(count), softmax=layer.per_expert(count, FP32_BYTES))
+    t.take(chosen=layer.per_expert(each, INDEX_BYTES), chances=layer.per_expert(each, FP32_BYTES))
+    t.drop("logits", "softmax")
+
+
+def _mixture_backward(t: Walk, layer: FusedLayer, experts: Experts) -> None:
+    """`MixtureLayer._mlp_backward`; leaves `middle_grad`."""
+    count, each = experts.mixture.experts, experts.mixture.experts_per_token
+    t.take(normalized=layer.stream)
+    _route(t, layer, experts)
+    t.passing(experts=experts.backward_bytes())
+    t.take(normalized_grad=layer.stream, chance_grad=layer.per_expert(each, FP32_BYTES))
+    t.passing(
+        softmax=layer.per_expert(count, FP32_BYTES),
+        slope=layer.per_expert(count, FP32_BYTES),
+        logits_grad=layer.of(count),
+        router_grad=layer.stream,
+    )
+    t.take(middle_grad=layer.stream)
+    t.drop("normalized", "normalized_grad", "chosen", "chances", "chance_grad")
 
 
 def _head_norms_backward(t: Walk, layer: FusedLayer) -> None:

@@ -137,10 +137,10 @@ def targeted(adapter: AdapterSpec, every: Sequence[Linear]) -> tuple[Linear, ...
 
 
 def group(names: Sequence[str], every: Sequence[Linear], adapted: Sequence[Linear]) -> Group:
-    """The group of the named matrices."""
+    """The group of the named matrices, empty where there are none."""
     members = [linear for linear in every if linear.name in names]
     return Group(
-        inputs=members[0].inputs,
+        inputs=members[0].inputs if members else 0,
         outputs=sum(member.outputs for member in members),
         adapted_outputs=tuple(member.outputs for member in members if member in adapted),
     )

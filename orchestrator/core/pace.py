@@ -10,6 +10,7 @@ and the traffic over PCIe. The time for evaluations, checkpoints and loading is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from orchestrator.api.job import QLoRAJobSpec
@@ -60,9 +61,10 @@ CAPPED_LAUNCH_SECONDS = 0.0036
 """What each further record adds to that where its attention caps scores, which no kernel of torch's does."""
 CAPPED_SCORE_BYTES = 160
 """What is read and written there for each pair of tokens and head: some forty passes over scores in 32 bits."""
-EXPERT_LAUNCH_SECONDS = 0.00015
-"""The host's work for one expert in a layer and micro-step: fitted to Qwen3-30B-A3B, which an H100 takes through 4,096
-tokens in 3.9 s."""
+EXPERT_LAUNCH_SECONDS = 0.003
+"""The host's work for a tile of tokens of a layer of experts and micro-step."""
+EXPERT_SPEED = 0.7
+"""Of experts' products, against others."""
 STEP_SECONDS = 0.004
 """Around a step's micro-steps: norms, clipping, waiting for the loss."""
 REPLAYED_TOKENS = 6144
@@ -113,7 +115,7 @@ class Pace:
         self._fused = is_fused(spec.adapter, facts)
         self._weights = sum(linear.parameters for linear in every)
         last = every[-1].parameters  # the last product of a layer is not needed again to go back through it
-        self._again = self._weights - last if self._fused else self._weights
+        self._again = self._weights - last if self._fused and self._mixture is None else self._weights
         self._expert_weights = 3 * facts.hidden_size * facts.mixture.expert_size if facts.mixture else 0
         adapted = targeted(spec.adapter, every)
         beside = ADAPTER_BYTES * sum(linear.inputs + linear.outputs for linear in adapted)
@@ -182,14 +184,14 @@ class Pace:
         weights = 4 * self._weights * layers + 2 * self._again * again + 4 * head
         if self._mixture is not None:  # gate and up are multiplied once more to go back
             chosen = self._mixture.experts_per_token * self._expert_weights
-            weights += (4 + 2 * FIRST_MATRICES) * chosen * layers + 2 * chosen * again
+            weights += 2 * self._expert_passes(again) * chosen / EXPERT_SPEED
         return tokens * weights / (card.matmul_tflops * 1e12 * MATMUL_EFFICIENCY)
 
     def _dequantization_seconds(self, tokens: float, again: int, card: Card) -> float:
-        """Every matrix for each pass of each micro-step; of experts those that a token chose, gate and up once more."""
+        """Every matrix for each pass of each micro-step; of experts for each tile of its tokens."""
         layers = self._facts.num_layers
         weights = (2 * layers + AGAIN * again) * self._weights
-        weights += ((2 + FIRST_MATRICES) * layers + again) * self._chosen_experts(tokens) * self._expert_weights
+        weights += self._expert_passes(again) * self._dense_experts(tokens) * self._expert_weights
         return weights * DEQUANTIZED_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
     def _memory_seconds(self, tokens: float, again: int, card: Card) -> float:
@@ -228,18 +230,22 @@ class Pace:
 
     def _launch_seconds(self, tokens: float, again: int) -> float:
         each = FUSED_LAUNCH_SECONDS if self._fused else PLAIN_LAUNCH_SECONDS
-        each += EXPERT_LAUNCH_SECONDS * self._chosen_experts(tokens)
+        each += EXPERT_LAUNCH_SECONDS * self._tiles(tokens)
         if self._caps:
             each += CAPPED_LAUNCH_SECONDS * max(0.0, tokens / self._record_tokens - 1)
         return each * (self._facts.num_layers + AGAIN * again)
 
-    def _chosen_experts(self, tokens: float) -> float:
-        """How many experts of a layer get a token, over all its tiles, where tokens choose evenly."""
-        if self._mixture is None:
-            return 0.0
-        tile = min(tokens, TILE_TOKENS)
-        share = self._mixture.experts_per_token / self._mixture.experts
-        return tokens / tile * self._mixture.experts * (1 - (1 - share) ** tile)
+    def _expert_passes(self, again: int) -> float:
+        """How often experts are multiplied: gate and up once more to go back, all where transformers recomputes."""
+        return (2 + FIRST_MATRICES) * self._facts.num_layers + (0 if self._fused else again)
+
+    def _dense_experts(self, tokens: float) -> float:
+        """How many experts of a layer are dequantized in a pass."""
+        return 0.0 if self._mixture is None else self._mixture.experts * self._tiles(tokens)
+
+    def _tiles(self, tokens: float) -> float:
+        """Into which the tokens of a mixture are cut."""
+        return 0.0 if self._mixture is None else math.ceil(tokens / TILE_TOKENS)
 
     def _stream_seconds(self, tokens: float, card: Card) -> float:
         """One residual stream over PCIe."""

@@ -18,7 +18,7 @@ from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.calibration import DEFAULT, Margins
-from orchestrator.core.experts import expert_linears, fusing_bytes
+from orchestrator.core.experts import Experts, expert_linears, fusing_bytes
 from orchestrator.core.flash import LARGEST_OWN_HEAD, SHORT_RECORD_TOKENS, Attention
 from orchestrator.core.fused import FusedLayer, LayerBytes, layer_bytes
 from orchestrator.core.linears import Group, group, linears, targeted
@@ -45,8 +45,10 @@ TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
 REPLAY_TOKENS, REPLAY_TOKENS_STEP = 6144, 256
 """Micro-batches of up to so many tokens run as CUDA graphs, padded (`qlora_trainer/replay.py`)."""
-FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"})
 """Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
+NORMALIZED_HEADS = frozenset({"qwen3", "qwen3_moe"})
+"""Of these, the ones that normalize queries and keys by head."""
 SQUASHING_TYPES = frozenset({"gemma2"})
 """Model types whose attention squashes its scores."""
 NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "starcoder2": 4}
@@ -159,7 +161,7 @@ class Footprint:
 
         `evaluates`: before the first step. Takes as long as choosing a plan does.
         """
-        if isinstance(self._question.shape, FusedLayer):
+        if isinstance(self._question.shape, FusedLayer) and self._question.facts.mixture is None:
             return reserved_bytes(_rehearsed(self._question, self._question.shape, recompute_layers, evaluates))
         ends = self._layers.ends(recompute_layers)
         largest = max(self._layers.at(index, recompute_layers).backward_peak for index in ends)
@@ -471,7 +473,7 @@ _plain_layer = lru_cache(maxsize=ANSWERS_KEPT)(plain_layer)
 
 
 def _shape(question: _Question) -> FusedLayer | PlainLayer:
-    facts, adapter, tokens = question.facts, question.adapter, question.tokens
+    facts, adapter, tokens, mixture = question.facts, question.adapter, question.tokens, question.facts.mixture
     attention = _attention(question)
     drops = decimal(adapter.dropout) > 0
     if not is_fused(adapter, facts):
@@ -490,8 +492,9 @@ def _shape(question: _Question) -> FusedLayer | PlainLayer:
         inner=facts.intermediate_size,
         rank=adapter.rank,
         drops=drops,
-        normalizes_heads=facts.model_type == "qwen3",
+        normalizes_heads=facts.model_type in NORMALIZED_HEADS,
         attention=attention,
+        experts=None if mixture is None else Experts(tokens=tokens, hidden=facts.hidden_size, mixture=mixture),
         **_groups(adapter, facts),
     )
 

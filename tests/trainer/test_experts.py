@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
+from qlora_trainer import model as model_module
 from qlora_trainer.attention import PackedAttention
 from qlora_trainer.batches import collate
 from qlora_trainer.experts import refusal, replace_experts
@@ -27,6 +28,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 CPU = torch.device("cpu")
 FAMILIES = tuple(EXPERTS)
+TAKEN_OVER = {"mixtral", "qwen3_moe"}
+"""Whose layers the trainer computes by hand."""
 
 
 def make_experts(seed: int = 0) -> tuple[NF4Experts, MixtralExperts]:
@@ -70,23 +73,30 @@ def test_both_passes_are_those_of_transformers_in_one_tile_or_several(
         torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
 
 
-def test_only_experts_that_were_chosen_are_dequantized_and_no_dense_weight_is_kept(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("dense_bytes", "at_a_time"), [(1 << 30, 4), (1, 1)])
+def test_a_few_experts_are_dense_at_a_time_and_no_dense_weight_is_kept(
+    monkeypatch: pytest.MonkeyPatch, dense_bytes: int, at_a_time: int
 ) -> None:
+    monkeypatch.setattr(kernels, "DENSE_BYTES", dense_bytes)
     ours, _ = make_experts()
-    dequantized: list[Tensor] = []
+    dequantized: list[torch.Size] = []
     original = kernels.ops.dequantize
     monkeypatch.setattr(
-        kernels.ops, "dequantize", lambda packed, state, out: (dequantized.append(packed), original(packed, state, out))
+        kernels.ops,
+        "dequantize",
+        lambda packed, state, out: (dequantized.append(out.shape), original(packed, state, out)),
     )
     x, index, weights = make_tokens(9, experts=2)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         answer = ours(x, index, weights)
-    assert len(dequantized) == 2 * 2
+    both = {(at_a_time, 512, 64), (at_a_time, 64, 256)}
+    assert set(dequantized) == both
+    assert len(dequantized) == 2 * 4 / at_a_time
     assert sum(t.numel() for t in kept) == x.numel() + index.numel() + weights.numel()
     answer.sum().backward()
-    assert len(dequantized) == 2 * 2 + 2 * 3
+    assert set(dequantized) == both
+    assert len(dequantized) == (2 + 3) * 4 / at_a_time
 
 
 # --- in a model
@@ -149,8 +159,9 @@ def dequantized_reference(model: Any, folder: Path) -> Any:
     return theirs
 
 
-def in_float32(model: TrainingModel) -> None:
-    """So that no token goes to another expert for a rounding."""
+def in_float32(monkeypatch: pytest.MonkeyPatch, model: TrainingModel) -> TrainingModel:
+    """So that no token goes to another expert for a rounding; layers are taken over anew."""
+    monkeypatch.setattr(model_module, "COMPUTE_DTYPE", torch.float32)
     for parameter in model.peft_model.parameters():
         if isinstance(parameter, Params4bit):
             parameter.quant_state.dtype = torch.float32
@@ -159,15 +170,20 @@ def in_float32(model: TrainingModel) -> None:
     for module in model.base.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
+    return TrainingModel(model.peft_model, model._plan, model._attention, 0.0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_every_gradient_are_those_of_plain_peft_on_plain_transformers(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_loss_and_every_gradient_are_those_of_plain_peft_on_plain_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recompute: int
+) -> None:
     folder = build_tiny_model(tmp_path / family, family, initializer_range=0.1)
-    model = make_model(folder)
-    in_float32(model)
+    model = in_float32(monkeypatch, make_model(folder, recompute_layers=recompute))
+    assert (model._fused is not None) == (family in TAKEN_OVER)
     model.check()
+    assert (model._fused is not None) == (family in TAKEN_OVER)
     wake_adapter(model)
     model.peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     theirs = PeftModel.from_pretrained(

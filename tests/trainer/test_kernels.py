@@ -311,8 +311,7 @@ INTERPRETED = """
 import torch
 from bitsandbytes.functional import quantize_4bit
 from qlora_trainer.attention import PackedAttention
-from qlora_trainer.kernels import torch_ops, triton_attention, triton_ops
-from qlora_trainer.kernels.experts import NF4Experts
+from qlora_trainer.kernels import torch_ops, triton_attention, triton_experts, triton_ops
 
 torch.manual_seed(0)
 
@@ -350,9 +349,19 @@ for scale, softcap in ((1.0, None), (0.5, 3.0), (2.0, None)):
 weight = 0.02 * draw(128, 1024)
 packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4", blocksize=64)
 both("dequantize", packed, state, torch.empty_like(weight), changed=(2,))
-experts = NF4Experts(2, 128, 128, gate_up=0.02 * draw(2, 256, 128), down=0.02 * draw(2, 128, 128)).to("cpu")
-for expert in experts._experts("gate_up_proj"):  # parts of a whole
-    both("dequantize", expert.packed, expert.state, torch.empty(256, 128, dtype=torch.bfloat16), changed=(2,))
+
+# Experts in float32, for the reason that attention is below: one has no rows, and no tile is full.
+triton_experts.OTHERS = triton_experts.Tiles(16, 64, 32, 4, 1)
+weights = 0.02 * torch.randn(4, 72, 96)
+borders = torch.tensor([0, 20, 20, 21, 61, 70], dtype=torch.int32)
+for back, width in ((False, 96), (True, 72)):
+    room = torch.zeros(70, 168 - width)
+    for parts, of in ((weights, borders), (weights[:2], borders[2:])):  # the last rows are another part's
+        both("expert_products", torch.randn(70, width), None, parts, of, room, back, changed=(4,))
+        both("expert_products", torch.randn(9, width), torch.randint(0, 9, (70,)), parts, of, room, back, changed=(4,))
+for weights in (None, torch.rand(6, 3)):
+    places, room = torch.randperm(18).view(6, 3), torch.zeros(6, 100)
+    both("sum_rows", torch.randn(18, 100), places, weights, room, changed=(3,))
 
 ones = torch.ones(100, 333).bfloat16()
 seed = torch.tensor(12345678901234560)

@@ -19,21 +19,29 @@ from torch.nn import Module
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from qlora_trainer.attention import NAME, PackedAttention
+from qlora_trainer.kernels.experts import NF4Experts
 from qlora_trainer.kernels.hostmemory import InputStore
 from qlora_trainer.kernels.layer import FusedLayer, HeadShape, Norm, NormFunction, Run
 from qlora_trainer.kernels.linears import LinearGroup
+from qlora_trainer.kernels.mixture import MixtureLayer
 
 WINDOWS: dict[type[Module], Callable[[Module], int | None]] = {
     LlamaDecoderLayer: lambda _: None,
     MistralDecoderLayer: lambda attention: attention.config.sliding_window,
     Qwen2DecoderLayer: lambda attention: attention.sliding_window,
     Qwen3DecoderLayer: lambda attention: attention.sliding_window,
+    MixtralDecoderLayer: lambda attention: getattr(attention.config, "sliding_window", None),
+    Qwen3MoeDecoderLayer: lambda attention: attention.sliding_window,
 }
 """The registry: layer classes that `FusedLayer` computes, and where each keeps its sliding window."""
+MIXTURES = MixtralDecoderLayer, Qwen3MoeDecoderLayer
+"""Those that `MixtureLayer` does."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 LARGEST_DIFFERENCE = 0.05
@@ -136,7 +144,8 @@ def fuse(
         return None
     fused = FusedDecoder(store)
     for number, module in enumerate(layers):
-        layer = FusedLayer(
+        kind = MixtureLayer if isinstance(module, MIXTURES) else FusedLayer
+        layer = kind(
             module,
             number=number,
             adapter_name=adapter_name,
@@ -172,9 +181,16 @@ def _obstacles(layers: list[Module], config: PreTrainedConfig, adapter_name: str
         yield f"its MLP is gated with {config.hidden_act}"
     if getattr(config, "attention_dropout", 0.0):
         yield "it drops attention weights"
+    if getattr(config, "router_jitter_noise", 0.0):
+        yield "its router is shaken"
     for layer in layers:
         modules = [getattr(layer.self_attn, name) for name in LINEARS[0]]
-        modules += [getattr(layer.mlp, name) for name in LINEARS[1]]
+        if isinstance(layer, MIXTURES):
+            if not isinstance(getattr(layer.mlp, "experts", None), NF4Experts):
+                yield "not every layer has experts in NF4"
+                return
+        else:
+            modules += [getattr(layer.mlp, name) for name in LINEARS[1]]
         odd = next((module for module in modules if not LinearGroup.is_known(module, adapter_name)), None)
         if odd is not None:
             yield f"{type(odd).__name__} has extras, such as DoRA's"

@@ -4,11 +4,12 @@
 each token and their weights in, the weighted sum of what those experts make of the token out. Rules:
 
 - All experts of a layer share a parameter for gate and up and one for down, each quantized as a whole. An expert's
-  blocks of weights and of scales begin where its weights do, so it is dequantized alone, and only if a token chose it.
+  blocks of weights and of scales begin where its weights do, so a few can be dequantized at a time.
 - No dense weight and nothing of an expert's insides outlives a pass: the backward pass makes them again.
-- Tokens are sorted by expert, multiplied expert by expert, and gathered back. Nothing is added to a place by two
-  threads, so the same tokens give the same bits, and what is allocated does not depend on the routing.
-- Tokens come in tiles, which bounds the sorted copies: there are as many rows as a token has experts.
+- Tokens are sorted by expert, multiplied by their experts' weights in one operation, and gathered back. Nothing is
+  added to a place by two threads, so the same tokens give the same bits. The host never asks where tokens went, so it
+  does not wait for the card, and what is allocated does not depend on the routing.
+- Tokens come in tiles, which bounds what is sorted: there are as many rows as a token has experts.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from qlora_trainer.kernels import ops
 
 TILE_TOKENS = 4096
 """Tokens that are sorted at once: with 8 of 128 experts each, 256 rows an expert."""
+DENSE_BYTES = 256 << 20
+"""Of dense weights at a time, but for one expert: more are hardly faster."""
 SCALED_TOGETHER = 64 * 256
 """Weights that share a 32-bit scale: blocks of 64, whose scales come in blocks of 256 (Dettmers et al., 2023)."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Expert:
-    """One expert's part of a parameter: packed weights, and the state that bitsandbytes dequantizes them by."""
+class _Part:
+    """Some experts' share of a parameter: packed weights, and the state that bitsandbytes dequantizes them by."""
 
+    first: int
     packed: Tensor
     state: QuantState
 
@@ -47,28 +51,18 @@ class _Routing:
     """[rows] The place of a row in [tokens, experts of a token]."""
     rows: Tensor
     """[tokens, experts of a token] The other way."""
-    counts: list[int]
-    """Rows of each expert."""
+    tokens: Tensor
+    """[rows] The token of each row."""
+    borders: Tensor
+    """[experts + 1] Where each expert's rows begin, and the last one's end; int32."""
 
     @classmethod
     def of(cls, index: Tensor, experts: int) -> _Routing:
         """By the experts of each token [tokens, experts of a token]."""
-        chosen = index.flatten()
-        slots = torch.argsort(chosen, stable=True)
-        counts = torch.bincount(chosen, minlength=experts)
-        return cls(slots, torch.argsort(slots).view(index.shape), counts.tolist())
-
-    @property
-    def tokens(self) -> Tensor:
-        """[rows] The token of each row."""
-        return self.slots // self.rows.shape[1]
-
-    def gathered(self, rows: Tensor) -> Tensor:
-        """The sum of each token's rows [tokens, width], in float32."""
-        total = rows[self.rows[:, 0]].float()
-        for column in range(1, self.rows.shape[1]):
-            total += rows[self.rows[:, column]]
-        return total
+        chosen, slots = torch.sort(index.flatten(), stable=True)
+        every = torch.arange(experts + 1, device=index.device)
+        borders = torch.searchsorted(chosen, every, out_int32=True)
+        return cls(slots, torch.argsort(slots).view(index.shape), slots // index.shape[1], borders)
 
 
 class NF4Experts(Module):
@@ -82,7 +76,7 @@ class NF4Experts(Module):
         super().__init__()
         self.experts, self.hidden, self.inner = experts, hidden, inner
         self.gate_up_proj, self.down_proj = nf4(gate_up), nf4(down)
-        self._parts: dict[str, list[_Expert]] = {}
+        self._parts: dict[str, list[_Part]] = {}
         self.silent = False
         """Add nothing to any token."""
 
@@ -101,53 +95,54 @@ class NF4Experts(Module):
         """The forward pass, without autograd."""
         answer = torch.empty_like(x)
         for tile in _tiles(len(x)):
-            answer[tile] = self._mix_tile(x[tile], index[tile], weights[tile])
+            self._mix_tile(x[tile], index[tile], weights[tile], out=answer[tile])
         return answer
 
     def mix_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients to `x` and to `weights`."""
         to_x, to_weights = torch.empty_like(x), torch.empty_like(weights)
         for tile in _tiles(len(x)):
-            to_x[tile], to_weights[tile] = self._mix_tile_backward(grad[tile], x[tile], index[tile], weights[tile])
+            to_weights[tile] = self._mix_tile_backward(grad[tile], x[tile], index[tile], weights[tile], out=to_x[tile])
         return to_x, to_weights
 
-    def _mix_tile(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def _mix_tile(self, x: Tensor, index: Tensor, weights: Tensor, *, out: Tensor) -> None:
         routing = _Routing.of(index, self.experts)
-        inner = ops.swiglu(self._products(x[routing.tokens], "gate_up_proj", routing, back=False))
-        rows = self._products(inner, "down_proj", routing, back=False)
+        inner = ops.swiglu(self._products(x, "gate_up_proj", routing, of_tokens=True))
+        rows = self._products(inner, "down_proj", routing)
         del inner
-        return routing.gathered(rows.mul_(weights.flatten()[routing.slots].unsqueeze(1)))
+        ops.sum_rows(rows, routing.rows, weights, out)
 
-    def _mix_tile_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix_tile_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, *, out: Tensor) -> Tensor:
         routing = _Routing.of(index, self.experts)
-        gate_up = self._products(x[routing.tokens], "gate_up_proj", routing, back=False)
-        to_inner = self._products(grad[routing.tokens], "down_proj", routing, back=True)
+        gate_up = self._products(x, "gate_up_proj", routing, of_tokens=True)
+        to_inner = self._products(grad, "down_proj", routing, of_tokens=True, back=True)
         # A row's product with its gradient is that of both one matrix earlier, where they are narrower.
         to_weights = (ops.swiglu(gate_up) * to_inner).sum(1, dtype=torch.float32)
         ops.swiglu_backward_(to_inner.mul_(weights.flatten()[routing.slots].unsqueeze(1)), gate_up)
         del to_inner
         rows = self._products(gate_up, "gate_up_proj", routing, back=True)
         del gate_up
-        return routing.gathered(rows), to_weights[routing.rows]
+        ops.sum_rows(rows, routing.rows, None, out)
+        return to_weights[routing.rows]
 
-    def _products(self, rows: Tensor, name: str, routing: _Routing, *, back: bool) -> Tensor:
-        """Each row times its expert's weights: transposed on the way forward, as they are on the way back."""
-        experts = self._experts(name)
-        outputs, inputs = experts[0].state.shape
-        answer = rows.new_empty(len(rows), inputs if back else outputs)
-        start = 0
-        for expert, count in zip(experts, routing.counts, strict=True):
-            part = slice(start, start := start + count)
-            if count:
-                weight = rows.new_empty(outputs, inputs)
-                ops.dequantize(expert.packed, expert.state, weight)
-                ops.product(rows[part], weight if back else weight.t(), out=answer[part])
-                del weight  # before the next one is there
+    def _products(
+        self, x: Tensor, name: str, routing: _Routing, *, of_tokens: bool = False, back: bool = False
+    ) -> Tensor:
+        """Each row times its expert's weights; `x` has the rows, or the tokens that they are of."""
+        parts = self._dense_parts(name)
+        outputs, inputs = parts[0].state.shape[1:]
+        answer = x.new_empty(len(routing.slots), inputs if back else outputs)
+        for part in parts:
+            weights = x.new_empty(part.state.shape)
+            ops.dequantize(part.packed, part.state, weights)
+            borders = routing.borders[part.first :]
+            ops.expert_products(x, routing.tokens if of_tokens else None, weights, borders, answer, back)
+            del weights  # before the next ones are there
         return answer
 
-    def _experts(self, name: str) -> list[_Expert]:
+    def _dense_parts(self, name: str) -> list[_Part]:
         if name not in self._parts:
-            self._parts[name] = list(_split(getattr(self, name), self.experts))
+            self._parts[name] = list(_split(getattr(self, name)))
         return self._parts[name]
 
 
@@ -173,17 +168,22 @@ def _tiles(tokens: int) -> Iterator[slice]:
     return (slice(start, start + TILE_TOKENS) for start in range(0, tokens, TILE_TOKENS))
 
 
-def _split(parameter: Params4bit, experts: int) -> Iterator[_Expert]:
-    """The experts' parts of a parameter [experts, outputs, inputs], as views."""
+def _split(parameter: Params4bit) -> Iterator[_Part]:
+    """The parts of a parameter [experts, outputs, inputs] that are dense at a time, as views."""
     whole, packed = parameter.quant_state, parameter.data.as_subclass(Tensor).flatten()
     assert whole.blocksize * whole.state2.blocksize == SCALED_TOGETHER, "bitsandbytes' defaults"
-    shares = (part.chunk(experts) for part in (packed, whole.absmax, whole.state2.absmax))
-    for own, scales, outer_scales in zip(*shares, strict=True):
+    experts, outputs, inputs = whole.shape
+    each = max(1, DENSE_BYTES // (outputs * inputs * whole.dtype.itemsize))
+    shares = [part.view(experts, -1) for part in (packed, whole.absmax, whole.state2.absmax)]
+    for first in range(0, experts, each):
+        own, scales, outer_scales = (share[first : first + each] for share in shares)
         outer = QuantState(
-            absmax=outer_scales, blocksize=whole.state2.blocksize, code=whole.state2.code, dtype=whole.state2.dtype
-        )
-        state = QuantState(
-            absmax=scales, shape=whole.shape[1:], code=whole.code, blocksize=whole.blocksize,
-            quant_type=whole.quant_type, dtype=whole.dtype, offset=whole.offset, state2=outer,
+            absmax=outer_scales.flatten(), blocksize=whole.state2.blocksize, code=whole.state2.code,
+            dtype=whole.state2.dtype,
         )  # fmt: skip
-        yield _Expert(own, state)
+        state = QuantState(
+            absmax=scales.flatten(), shape=torch.Size((len(own), outputs, inputs)), code=whole.code,
+            blocksize=whole.blocksize, quant_type=whole.quant_type, dtype=whole.dtype, offset=whole.offset,
+            state2=outer,
+        )  # fmt: skip
+        yield _Part(first, own.flatten(), state)

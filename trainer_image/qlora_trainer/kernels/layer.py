@@ -94,7 +94,7 @@ class Attended:
 class Gated:
     """The second half of a layer: what its backward pass needs beside its input."""
 
-    gate_up: Tensor
+    gate_up: Tensor | None
     gate_up_low: Tensor | None
     down_low: Tensor | None
 
@@ -118,16 +118,20 @@ class FusedLayer:
         self._attention = attention
         self._recomputes = recomputes
         self._store = store if recomputes else None
-        own, mlp = module.self_attn, module.mlp
+        own = module.self_attn
         self._input_norm, self._middle_norm = Norm.of(module.input_layernorm), Norm.of(module.post_attention_layernorm)
         norms = [getattr(own, name, None) for name in ("q_norm", "k_norm")]
         self._head_norms = None if None in norms else (Norm.of(norms[0]), Norm.of(norms[1]))
         self._qkv = LinearGroup([own.q_proj, own.k_proj, own.v_proj], adapter_name)
         self._output = LinearGroup([own.o_proj], adapter_name)
+        self._groups = (self._qkv, self._output, *self._take_mlp(module.mlp, adapter_name))
+        self._parameters: list[Parameter] = [parameter for group in self._groups for parameter in group.parameters]
+
+    def _take_mlp(self, mlp: Module, adapter_name: str) -> tuple[LinearGroup, ...]:
+        """The second half's linear layers."""
         self._gate_up = LinearGroup([mlp.gate_proj, mlp.up_proj], adapter_name)
         self._down = LinearGroup([mlp.down_proj], adapter_name)
-        self._groups = (self._qkv, self._output, self._gate_up, self._down)
-        self._parameters: list[Parameter] = [parameter for group in self._groups for parameter in group.parameters]
+        return self._gate_up, self._down
 
     def __call__(self, hidden: Tensor, run: Run) -> Tensor:
         """[1, tokens, hidden] to the same."""
@@ -212,7 +216,7 @@ class FusedLayer:
             middle, attended, gated = kept[1], Attended(**_named(Attended, kept[2:])), Gated(**_named(Gated, kept[7:]))
         else:
             (middle, attended), gated = self._attend(x, run), None
-        middle_grad, *of_mlp = self._mlp_backward(grad, middle, gated, run)
+        middle_grad, of_mlp = self._mlp_backward(grad, middle, gated, run)
         del middle, gated
         qkv_grad, of_output = self._attention_backward(middle_grad, attended, run)
         qkv_low = attended.qkv_low
@@ -239,12 +243,13 @@ class FusedLayer:
 
     def _mlp_backward(
         self, grad: Tensor, middle: Tensor, gated: Gated | None, run: Run
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The gradient to `middle`, and those of the adapters of gate and up, and of down."""
+    ) -> tuple[Tensor, tuple[list[Tensor], ...]]:
+        """The gradient to `middle`, and those of the adapters of each of the MLP's groups."""
         tiles = list(_tiles(len(grad))) if gated is None else [slice(0, len(grad))]
         if len(tiles) == 1:
             twice_used = self._gate_up.weight() if gated is None else None
-            return self._mlp_tile_backward(grad, middle, gated, run, tiles[0], (twice_used, None))
+            middle_grad, *of_mlp = self._mlp_tile_backward(grad, middle, gated, run, tiles[0], (twice_used, None))
+            return middle_grad, tuple(of_mlp)
         weights = (self._gate_up.weight(), self._down.weight())
         middle_grad = torch.empty_like(grad)
         sums: list[list[Tensor]] = [[], []]
@@ -252,7 +257,7 @@ class FusedLayer:
             middle_grad[tile], *found = self._mlp_tile_backward(grad[tile], middle[tile], None, run, tile, weights)
             sums = [_summed(total, part) for total, part in zip(sums, found, strict=True)]
         of_gate_up, of_down = ([total.to(grad.dtype) for total in totals] for totals in sums)
-        return middle_grad, of_gate_up, of_down
+        return middle_grad, (of_gate_up, of_down)
 
     def _mlp_tile_backward(
         self,

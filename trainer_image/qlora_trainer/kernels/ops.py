@@ -137,6 +137,22 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
     of.dequantize(packed, state, out)
 
 
+def expert_products(
+    x: Tensor, source: Tensor | None, weights: Tensor, borders: Tensor, out: Tensor, back: bool
+) -> None:
+    """Into `out` rows times the weights of their experts: the transpose, or on the way `back` themselves.
+
+    Rows are sorted by expert: those of number e of `weights` [experts, outputs, inputs] are from `borders[e]`, int32,
+    to before `borders[e + 1]`. All others stay as they are. Row i is `x[source[i]]`, or `x[i]` without a source.
+    """
+    _of(x).expert_products(x, source, weights, borders, out, back)
+
+
+def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """Into row i of `out` the sum of `rows[places[i]]`, each times its weight if there are any; in float32."""
+    _of(rows).sum_rows(rows, places, weights, out)
+
+
 def attends(query: Tensor) -> bool:
     """Whether `attention` is the way to compute these heads; a card has flash attention for what Triton is not for."""
     return not query.is_cuda or (query.shape[-1] <= LARGEST_HEAD and _triton() is not None)

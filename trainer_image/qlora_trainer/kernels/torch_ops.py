@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -171,3 +172,19 @@ def _by_token(parts: Tensor, heads: int) -> Tensor:
 def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
     """See `ops.dequantize`."""
     out.copy_(dequantize_4bit(packed, state))
+
+
+def expert_products(
+    x: Tensor, source: Tensor | None, weights: Tensor, borders: Tensor, out: Tensor, back: bool
+) -> None:
+    """See `ops.expert_products`."""
+    for dense, (begin, end) in zip(weights, pairwise(borders.tolist()), strict=False):
+        rows = x[begin:end] if source is None else x[source[begin:end]]
+        if len(rows):
+            out[begin:end] = rows.float() @ (dense if back else dense.t()).float()
+
+
+def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """See `ops.sum_rows`."""
+    chosen = rows[places].float()
+    out.copy_((chosen if weights is None else chosen * weights.unsqueeze(-1)).sum(1))

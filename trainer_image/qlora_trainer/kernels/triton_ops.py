@@ -16,6 +16,8 @@ from torch import Tensor
 
 from qlora_trainer.kernels.triton_attention import attention as attention
 from qlora_trainer.kernels.triton_attention import attention_backward as attention_backward
+from qlora_trainer.kernels.triton_experts import expert_products as expert_products
+from qlora_trainer.kernels.triton_experts import sum_rows as sum_rows
 
 MAX_BLOCK = 65536
 """The widest row that a program of the normalization holds."""
