@@ -69,13 +69,13 @@ def report(raw: list[dict[str, Any]]) -> dict[str, object]:
 def reserved(rows: list[tuple[dict[str, Any], Row]]) -> dict[str, object]:
     """What the allocator reserved over what is predicted for it."""
     errors = [(each, row, reserved_error(row)) for each, row in rows]
-    outside = sorted((found, described(each, found), cause(each)) for each, _, found in errors)
+    outside = sorted((found, described(each, found), cause(each, row)) for each, row, found in errors)
     return {
         "all": summary(found for *_, found in errors),
         "fitted": summary(found for _, row, found in errors if row.model in FITTED),
         "held_out": summary(found for _, row, found in errors if row.model not in FITTED),
-        "layers_by_hand": summary(found for each, _, found in errors if each["fused"]),
-        "layers_of_transformers": summary(found for each, _, found in errors if not each["fused"]),
+        "rehearsed": summary(found for each, row, found in errors if rehearsed(each, row)),
+        "not_rehearsed": summary(found for each, row, found in errors if not rehearsed(each, row)),
         "share_within_4_percent": round(sum(abs(found) <= RESERVED_WITHIN for *_, found in errors) / len(errors), 3),
         "outside": [f"{words} ({why})" for found, words, why in outside if abs(found) > RESERVED_WITHIN],
     }
@@ -87,11 +87,16 @@ def reserved_error(row: Row) -> float:
     return 100 * (row.reserved_bytes / predicted - 1)
 
 
-def cause(raw: dict[str, Any]) -> str:
+def rehearsed(raw: dict[str, Any], row: Row) -> bool:
+    """Whether each tensor was given its place: where layers are computed by hand, and have no experts."""
+    return bool(raw["fused"]) and row.facts.mixture is None
+
+
+def cause(raw: dict[str, Any], row: Row) -> str:
     """Why a row can be far from what is predicted to be reserved."""
-    if raw["fused"]:
+    if rehearsed(raw, row):
         return "not known"
-    return "the order of transformers' tensors is not known, and a share stands for its holes"
+    return "a share stands for its holes, as the order of transformers' tensors, or of experts' own, is not rehearsed"
 
 
 def error(row: Row) -> float:
