@@ -89,6 +89,7 @@ QUESTIONS = (
     Question(model="phi-4-14b", sequence_length=2048, global_batch_size=4),
     Question(model="qwen2.5-32b", sequence_length=1024, global_batch_size=4, class_name="48Gi"),
     Question(model="smollm2-135m", sequence_length=2048, global_batch_size=16, class_name="16Gi"),
+    Question(model="qwen3-30b-a3b", sequence_length=2048, global_batch_size=8),
     Question(model="mistral-7b", sequence_length=16384, global_batch_size=2),
 )
 

@@ -45,7 +45,7 @@ TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
 REPLAY_TOKENS, REPLAY_TOKENS_STEP = 6144, 256
 """Micro-batches of up to so many tokens run as CUDA graphs, padded (`qlora_trainer/replay.py`)."""
-FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"})
+FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"})
 """Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
 NORMALIZED_HEADS = frozenset({"qwen3", "qwen3_moe"})
 """Of these, the ones that normalize queries and keys by head."""
@@ -505,9 +505,9 @@ def _groups(adapter: AdapterSpec, facts: ModelFacts) -> dict[str, Group]:
     every = linears(facts)
     adapted = targeted(adapter, every)
     return {
-        "qkv": group(("q_proj", "k_proj", "v_proj"), every, adapted),
+        "qkv": group(("q_proj", "k_proj", "v_proj", "qkv_proj"), every, adapted),
         "output": group(("o_proj",), every, adapted),
-        "gate_up": group(("gate_proj", "up_proj"), every, adapted),
+        "gate_up": group(("gate_proj", "up_proj", "gate_up_proj"), every, adapted),
         "down": group(("down_proj",), every, adapted),
     }
 

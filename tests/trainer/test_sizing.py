@@ -59,9 +59,10 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 4096,
     "bos_token_id": 0,
+    "pad_token_id": 0,
     "eos_token_id": 1,
 }
-CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM"}
 TOKENS, TILE_TOKENS = 512, 128
 SCALARS_BYTES = 16
 """Seed, losses and borders of records; on a card they hide in the allocator's rounding."""
@@ -196,6 +197,7 @@ def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
         pytest.param("llama", "0", 3, 1, TILE_TOKENS, False, id="MLP in tiles"),
         pytest.param("qwen3", "0.05", 2, 1, 8192, False, id="normalized heads, dropout"),
         pytest.param("qwen3", "0", 3, 2, TILE_TOKENS, False, id="normalized heads, MLP in tiles, accumulated"),
+        pytest.param("phi3", "0.05", 1, 1, 8192, False, id="fewer and larger matrices, dropout"),
         pytest.param("llama", "0", 0, 1, 8192, True, id="nothing recomputed, as with CUDA graphs"),
         pytest.param("qwen3", "0.05", 3, 2, 8192, True, id="normalized heads, accumulated, as with CUDA graphs"),
     ],

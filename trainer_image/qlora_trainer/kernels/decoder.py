@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
@@ -27,7 +28,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from qlora_trainer.attention import NAME, PackedAttention
 from qlora_trainer.kernels.experts import NF4Experts
 from qlora_trainer.kernels.hostmemory import InputStore
-from qlora_trainer.kernels.layer import FusedLayer, HeadShape, Norm, NormFunction, Run
+from qlora_trainer.kernels.layer import (
+    FusedLayer,
+    HeadShape,
+    Norm,
+    NormFunction,
+    Run,
+    gate_and_up,
+    query_key_value,
+)
 from qlora_trainer.kernels.linears import LinearGroup
 from qlora_trainer.kernels.mixture import MixtureLayer
 
@@ -36,13 +45,13 @@ WINDOWS: dict[type[Module], Callable[[Module], int | None]] = {
     MistralDecoderLayer: lambda attention: attention.config.sliding_window,
     Qwen2DecoderLayer: lambda attention: attention.sliding_window,
     Qwen3DecoderLayer: lambda attention: attention.sliding_window,
+    Phi3DecoderLayer: lambda attention: getattr(attention.config, "sliding_window", None),
     MixtralDecoderLayer: lambda attention: getattr(attention.config, "sliding_window", None),
     Qwen3MoeDecoderLayer: lambda attention: attention.sliding_window,
 }
 """The registry: layer classes that `FusedLayer` computes, and where each keeps its sliding window."""
 MIXTURES = MixtralDecoderLayer, Qwen3MoeDecoderLayer
 """Those that `MixtureLayer` does."""
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 LARGEST_DIFFERENCE = 0.05
 """Of a layer of ours from the untouched one, relative to what the layer adds to its input. Rounding makes up to 0.02
@@ -181,16 +190,18 @@ def _obstacles(layers: list[Module], config: PreTrainedConfig, adapter_name: str
         yield f"its MLP is gated with {config.hidden_act}"
     if getattr(config, "attention_dropout", 0.0):
         yield "it drops attention weights"
+    if getattr(config, "resid_pdrop", 0.0):
+        yield "it drops what a layer adds"
     if getattr(config, "router_jitter_noise", 0.0):
         yield "its router is shaken"
     for layer in layers:
-        modules = [getattr(layer.self_attn, name) for name in LINEARS[0]]
+        modules = [*query_key_value(layer.self_attn), layer.self_attn.o_proj]
         if isinstance(layer, MIXTURES):
             if not isinstance(getattr(layer.mlp, "experts", None), NF4Experts):
                 yield "not every layer has experts in NF4"
                 return
         else:
-            modules += [getattr(layer.mlp, name) for name in LINEARS[1]]
+            modules += [*gate_and_up(layer.mlp), layer.mlp.down_proj]
         odd = next((module for module in modules if not LinearGroup.is_known(module, adapter_name)), None)
         if odd is not None:
             yield f"{type(odd).__name__} has extras, such as DoRA's"

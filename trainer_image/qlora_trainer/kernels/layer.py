@@ -27,6 +27,7 @@ from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.hostmemory import InputStore
 from qlora_trainer.kernels.linears import Dropout, LinearGroup
 
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 MLP_TILE_TOKENS = 8192
 """Enough for matrix products at full speed."""
 TILE_SEED = 0x9E3779B1
@@ -122,14 +123,14 @@ class FusedLayer:
         self._input_norm, self._middle_norm = Norm.of(module.input_layernorm), Norm.of(module.post_attention_layernorm)
         norms = [getattr(own, name, None) for name in ("q_norm", "k_norm")]
         self._head_norms = None if None in norms else (Norm.of(norms[0]), Norm.of(norms[1]))
-        self._qkv = LinearGroup([own.q_proj, own.k_proj, own.v_proj], adapter_name)
+        self._qkv = LinearGroup(query_key_value(own), adapter_name)
         self._output = LinearGroup([own.o_proj], adapter_name)
         self._groups = (self._qkv, self._output, *self._take_mlp(module.mlp, adapter_name))
         self._parameters: list[Parameter] = [parameter for group in self._groups for parameter in group.parameters]
 
     def _take_mlp(self, mlp: Module, adapter_name: str) -> tuple[LinearGroup, ...]:
         """The second half's linear layers."""
-        self._gate_up = LinearGroup([mlp.gate_proj, mlp.up_proj], adapter_name)
+        self._gate_up = LinearGroup(gate_and_up(mlp), adapter_name)
         self._down = LinearGroup([mlp.down_proj], adapter_name)
         return self._gate_up, self._down
 
@@ -161,8 +162,7 @@ class FusedLayer:
         """The residual stream between attention and MLP, and what leads back from there."""
         qkv, qkv_low = self._qkv.forward(self._input_norm(x), self._dropout(run, 0))
         if self._head_norms is None:
-            turned = self._split(qkv)[0]
-            ops.rotate(turned, run.cos, run.sin, out=turned)
+            _turn(self._split(qkv)[0], run)
         query, key, value = self._turned(qkv, run)
         answer, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
         answer = answer.reshape(len(x), -1)
@@ -184,7 +184,7 @@ class FusedLayer:
             return query, key, value
         normalized = [_by_head(norm, part) for norm, part in zip(self._head_norms, (query, key), strict=True)]
         for part in normalized:
-            ops.rotate(part, run.cos, run.sin, out=part)
+            _turn(part, run)
         return normalized[0], normalized[1], value
 
     def _mlp(self, middle: Tensor, run: Run) -> tuple[Tensor, Gated]:
@@ -303,7 +303,7 @@ class FusedLayer:
             self._heads.window,
             room=(both[:, : self._heads.queries], both[:, self._heads.queries :], value_grad),
         )
-        ops.rotate(both, run.cos, run.sin, out=both, back=True)
+        _turn(both, run, back=True)
         if self._head_norms is not None:
             self._head_norms_backward(attended.qkv, qkv_grad)
         return qkv_grad, of_output
@@ -357,6 +357,22 @@ class NormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return ctx.norm.backward(grad_outputs[0].contiguous(), x), None
+
+
+def query_key_value(attention: Module) -> list[Module]:
+    """The projections of attention's input: some families have them in one matrix."""
+    return [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [getattr(attention, name) for name in QKV]
+
+
+def gate_and_up(mlp: Module) -> list[Module]:
+    """The same of the MLP's."""
+    return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [getattr(mlp, name) for name in GATE_UP]
+
+
+def _turn(heads: Tensor, run: Run, *, back: bool = False) -> None:
+    """By their positions, in place; some families turn the first part of each head only."""
+    turned = heads[..., : run.cos.shape[-1]]
+    ops.rotate(turned, run.cos, run.sin, out=turned, back=back)
 
 
 def _by_head(norm: Norm, part: Tensor) -> Tensor:
