@@ -81,12 +81,12 @@ def _gradient_bytes(group: Group, rank: int) -> int:
 
 @remembered(MODELS_KEPT)
 def linears(facts: ModelFacts) -> tuple[Linear, ...]:
-    """The matrices of one decoder layer."""
+    """The matrices of one decoder layer, in the order of its modules."""
     h, i = facts.hidden_size, facts.intermediate_size
     q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
     match facts.model_type:
         case "phi3":
-            shapes = {"qkv_proj": (h, q + 2 * kv), "o_proj": (q, h), "gate_up_proj": (h, 2 * i), "down_proj": (i, h)}
+            shapes = {"o_proj": (q, h), "qkv_proj": (h, q + 2 * kv), "gate_up_proj": (h, 2 * i), "down_proj": (i, h)}
         case "gpt_neox":
             shapes = {
                 "query_key_value": (h, q + 2 * kv),
@@ -134,6 +134,15 @@ def targeted(adapter: AdapterSpec, every: Sequence[Linear]) -> tuple[Linear, ...
     wanted = {name.rsplit(".", 1)[-1] for name in adapter.target_modules}
     unknown = wanted - {linear.name for linear in every}
     return tuple(every) if unknown else tuple(linear for linear in every if linear.name in wanted)
+
+
+GROUPS = {
+    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "output": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
+    "down": ("down_proj",),
+}
+"""What the trainer multiplies in one product where it computes the layer."""
 
 
 def group(names: Sequence[str], every: Sequence[Linear], adapted: Sequence[Linear]) -> Group:

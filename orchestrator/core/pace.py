@@ -54,9 +54,9 @@ KERNEL_SECONDS = 0.0002
 """The many small kernels of a layer, whatever their size: fitted."""
 DROPOUT_KERNEL_SECONDS = 0.0002
 """What dropout adds to that: fitted to models of 0.1B and 0.6B."""
-FUSED_LAUNCH_SECONDS, PLAIN_LAUNCH_SECONDS = 0.0054, 0.011
-"""The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, and 0.36 s where
-transformers computes them."""
+FUSED_LAUNCH_SECONDS, PLAIN_LAUNCH_SECONDS = 0.0058, 0.011
+"""The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, 0.35 s for 60 and,
+on another's host, 0.23 s for 30; and 0.36 s for 32 where transformers computes them."""
 CAPPED_LAUNCH_SECONDS = 0.0036
 """What each further record adds to that where its attention caps scores, which no kernel of torch's does."""
 CAPPED_SCORE_BYTES = 160

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from orchestrator.api.results import ModelFacts
 from orchestrator.core.fused import FusedLayer, kept_backward, kept_forward, recomputed_backward, recomputed_forward
-from orchestrator.core.linears import NF4_BLOCK, SCALE_BLOCK, Group, Linear, linears
+from orchestrator.core.linears import GROUPS, NF4_BLOCK, SCALE_BLOCK, Linear, linears
 from orchestrator.core.pages import Block, Pool, drop
 from orchestrator.core.timeline import BF16_BYTES, FP32_BYTES
 
@@ -52,6 +52,7 @@ class Rehearsed:
     offloads_embeddings: bool
     chunk_tokens: int
     """Of the loss."""
+    adapted: tuple[Linear, ...]
     adapter_bytes: int
     state: tuple[float, ...]
     """Of the optimizer, what is in the allocator."""
@@ -172,20 +173,17 @@ class _Stage:
     def _make_adapter(self) -> None:
         """`add_adapter` as PEFT 0.21 has it, in bfloat16 at once; A in one piece in `LinearGroup`; `HostEmbedding`."""
         adapter, rank = self._lasting, self._job.layer.rank
-        for index, place, group in self._groups():
-            for member, outputs in enumerate(group.adapted_outputs):
-                adapter.take(**{f"A {index} {place} {member}": rank * group.inputs * BF16_BYTES})
-                adapter.take(**{f"B {index} {place} {member}": rank * outputs * BF16_BYTES})
-        for index, place, group in self._groups():
-            adapter.take(**{f"stack {index} {place}": rank * group.inputs * group.adapters * BF16_BYTES})
-            adapter.drop(*(f"A {index} {place} {member}" for member in range(group.adapters)))
+        for index in range(self._job.facts.num_layers):
+            for linear in self._job.adapted:
+                adapter.take(**{f"A {index} {linear.name}": rank * linear.inputs * BF16_BYTES})
+                adapter.take(**{f"B {index} {linear.name}": rank * linear.outputs * BF16_BYTES})
+        for index in range(self._job.facts.num_layers):
+            for place, members in enumerate(GROUPS.values()):
+                of_a = [rank * linear.inputs * BF16_BYTES for linear in self._job.adapted if linear.name in members]
+                adapter.take(**{f"stack {index} {place}": sum(of_a)})
+                adapter.drop(*(f"A {index} {member}" for member in members))
         if self._job.offloads_embeddings:
             adapter.drop("embeddings")
-
-    def _groups(self) -> Iterator[tuple[int, int, Group]]:
-        layer = self._job.layer
-        groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
-        return ((i, place, group) for i in range(self._job.facts.num_layers) for place, group in enumerate(groups))
 
     def _check(self) -> None:
         """`TrainingModel.check`: all layers are alike, and what is no wider than the hidden size hardly counts."""

@@ -21,7 +21,7 @@ from orchestrator.core.calibration import DEFAULT, Margins
 from orchestrator.core.experts import Experts, expert_linears, fusing_bytes
 from orchestrator.core.flash import LARGEST_OWN_HEAD, SHORT_RECORD_TOKENS, Attention
 from orchestrator.core.fused import FusedLayer, LayerBytes, layer_bytes
-from orchestrator.core.linears import Group, group, linears, targeted
+from orchestrator.core.linears import GROUPS, Group, group, linears, targeted
 from orchestrator.core.pages import LARGE_PAGE, SMALL_PAGE
 from orchestrator.core.plain import PlainLayer, final_norm, plain_layer
 from orchestrator.core.remembered import remembered
@@ -423,6 +423,7 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         offloads_activations="activations" in plan.offload,
         offloads_embeddings=_embeddings_leave(question),
         chunk_tokens=plan.loss_chunk_tokens,
+        adapted=targeted(question.adapter, linears(facts)),
         adapter_bytes=question.trainable * BF16_BYTES,
         state=_state(question),
         workspace_bytes=CUBLAS_BYTES,
@@ -504,12 +505,7 @@ def _groups(adapter: AdapterSpec, facts: ModelFacts) -> dict[str, Group]:
     """Of a layer that the trainer computes by hand."""
     every = linears(facts)
     adapted = targeted(adapter, every)
-    return {
-        "qkv": group(("q_proj", "k_proj", "v_proj", "qkv_proj"), every, adapted),
-        "output": group(("o_proj",), every, adapted),
-        "gate_up": group(("gate_proj", "up_proj", "gate_up_proj"), every, adapted),
-        "down": group(("down_proj",), every, adapted),
-    }
+    return {name: group(members, every, adapted) for name, members in GROUPS.items()}
 
 
 def _attention(question: _Question) -> Attention:
