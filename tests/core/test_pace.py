@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.architectures import CONFIGS, config
 from benchmarks.shapes import LLAMA_SHAPES
-from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core import pace
