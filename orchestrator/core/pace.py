@@ -65,7 +65,7 @@ EXPERT_LAUNCH_SECONDS, EXPERT_KERNEL_SECONDS = 0.007, 0.00085
 """For a tile of tokens of a layer of experts and micro-step: the host's work, and the small kernels that sort tokens by
 expert and back; fitted to 57 jobs of mixtures on an H200 whose host is slow."""
 EXPERT_SPEED = 0.7
-"""Of experts' products, against others: 430 and 630 Tflop/s on that card."""
+"""Of experts' products, against others."""
 STEP_SECONDS = 0.004
 """Around a step's micro-steps: norms, clipping, waiting for the loss."""
 REPLAYED_TOKENS = 6144

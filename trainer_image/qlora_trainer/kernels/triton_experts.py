@@ -4,8 +4,8 @@
 A program makes one tile of the products of one expert's rows. Which expert that is, it finds out itself: the host does
 not know how many rows each has, and starts as many programs as there can be tiles. The rules of `triton_ops` hold.
 
-Weights come dense. Dequantized where they are multiplied, once for each tile of rows, they took seven times as long on
-an H200: the table of 16 values is read too often.
+Weights come dense: dequantized where they are multiplied, once for each tile of rows, they take several times as long,
+since the table of 16 values is read too often (ADR 10).
 """
 
 from __future__ import annotations
