@@ -160,7 +160,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        to_x, to_weights = ctx.experts.mix_backward(grads[0], *ctx.saved_tensors)
+        to_x, to_weights = ctx.experts.mix_backward(grads[0].contiguous(), *ctx.saved_tensors)
         return to_x, None, to_weights, None
 
 

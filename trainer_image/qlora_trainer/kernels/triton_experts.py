@@ -44,14 +44,14 @@ def _tiles(device: torch.device) -> Tiles:
 
 @triton.jit
 def _expert_products(
-    x, source, weights, ends, out, experts, outputs, inputs, HAS_SOURCE: tl.constexpr, BACK: tl.constexpr,
+    x, source, weights, borders, out, experts, outputs, inputs, HAS_SOURCE: tl.constexpr, BACK: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     number = tl.arange(0, EXPERTS)
     known = number < experts
-    begin = tl.load(ends + number, mask=known, other=0)
-    end = tl.load(ends + number + 1, mask=known, other=0)
+    begin = tl.load(borders + number, mask=known, other=0)
+    end = tl.load(borders + number + 1, mask=known, other=0)
     tiles = tl.where(known, (end - begin + ROWS - 1) // ROWS, 0)
     last = tl.cumsum(tiles, 0)
     expert = tl.sum((last <= tile).to(tl.int32), 0)
