@@ -62,7 +62,7 @@ OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bi
 MOST_TOKENS = 32768
 LONG_TOKENS = 16384
 """From here on a step is timed once."""
-FUSED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

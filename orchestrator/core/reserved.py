@@ -50,6 +50,8 @@ class Rehearsed:
     """As CUDA graphs."""
     offloads_activations: bool
     offloads_embeddings: bool
+    scales_embeddings: bool
+    """Once they are looked up."""
     chunk_tokens: int
     """Of the loss."""
     adapted: tuple[Linear, ...]
@@ -255,7 +257,7 @@ class _Stage:
         shared = _Tensors(pool)
         layers = [_Tensors(pool) for _ in range(job.facts.num_layers + 1)]
         shared.take(**self._inputs())
-        self._begin(lasting, pool, layers[0])
+        self._begin(lasting, shared, pool, layers[0])
         for index, (own, above) in enumerate(pairwise(layers)):
             own.before = {low: partial(self._lasting.drop, f"stack {index} {place}") for place, low in enumerate(LOW)}
             self._forward(index, own, layer, trains=trains)
@@ -267,7 +269,7 @@ class _Stage:
         last = layers[-1]
         last.take(normalized=layer.stream)
         last.drop(*(() if trains else ("x",)))
-        shared.drop("embedded")
+        shared.drop("embedded", "looked_up")
         self._loss(last, trains=trains)
         if trains:
             last.take(x_grad=layer.stream)  # of the last norm
@@ -286,12 +288,15 @@ class _Stage:
         for each in (*layers, shared):
             each.keep(())
 
-    def _begin(self, lasting: _Tensors, pool: Pool, first: _Tensors) -> None:
+    def _begin(self, lasting: _Tensors, shared: _Tensors, pool: Pool, first: _Tensors) -> None:
         """`FusedDecoder.begin` forgets the `Run` before; embeddings, and transformers' rotary tables in float32."""
         layer = self._job.layer
         self._run.keep(())
         self._run = run = _Tensors(pool)
+        shared.take(looked_up=layer.stream if self._job.scales_embeddings else 0)
         first.take(x=layer.stream)
+        if not self._job.offloads_embeddings:  # or else the decoder was called with them
+            shared.drop("looked_up")
         lasting.take(workspace=self._job.workspace_bytes)  # angles are a product
         turns = layer.tokens * self._job.facts.head_dim * FP32_BYTES
         run.take(half=turns / 2, angles=turns)

@@ -45,10 +45,10 @@ TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
 REPLAY_TOKENS, REPLAY_TOKENS_STEP = 6144, 256
 """Micro-batches of up to so many tokens run as CUDA graphs, padded (`qlora_trainer/replay.py`)."""
-FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"})
+FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe"})
 """Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/decoder.py`, the registry)."""
-NORMALIZED_HEADS = frozenset({"qwen3", "qwen3_moe"})
-"""Of these, the ones that normalize queries and keys by head."""
+NORMALIZED_HEADS, SCALED_EMBEDDINGS = frozenset({"qwen3", "qwen3_moe"}), frozenset({"granite"})
+"""Of these, the ones that normalize queries and keys by head, and that multiply what they have looked up."""
 SQUASHING_TYPES = frozenset({"gemma2"})
 """Model types whose attention squashes its scores."""
 NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "starcoder2": 4}
@@ -349,6 +349,9 @@ class _Instants:
         self._before = self._table if question.plan.accumulation_steps > 1 or self._replayed else 0
         # The embeddings, which the decoder holds on to.
         self._held = question.stream if "activations" in question.plan.offload else 0
+        # What came from the host, where the decoder works with a multiple of it.
+        scaled = question.facts.model_type in SCALED_EMBEDDINGS and _embeddings_leave(question)
+        self._from_host = question.stream if scaled else 0
         self._forward, self._backward = batch + capturing, shared + 2 * capturing
         self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
         self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
@@ -367,7 +370,7 @@ class _Instants:
         layers, before, last = self._layers, self._before, self._layers.count - 1
         for index in layers.ends(recomputing):
             layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
-            held = self._held if index else 0
+            held = (self._held if index else 0) + self._from_host
             yield "a layer's forward pass", kept, before, layer.forward_peak + self._forward + held
             done = self._gradients * (last - index)
             if self._replayed:  # all layers' gradients are added to the sums at once
@@ -422,6 +425,7 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         replayed=question.replayed,
         offloads_activations="activations" in plan.offload,
         offloads_embeddings=_embeddings_leave(question),
+        scales_embeddings=facts.model_type in SCALED_EMBEDDINGS,
         chunk_tokens=plan.loss_chunk_tokens,
         adapted=targeted(question.adapter, linears(facts)),
         adapter_bytes=question.trainable * BF16_BYTES,

@@ -40,6 +40,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     "qwen2": {},
     "qwen3": {},
+    "granite": {
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 4.0,
+        "attention_dropout": 0.0,
+    },
     "phi3": {"sliding_window": 6},
     "phi3 that turns a part of each head": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -135,7 +142,7 @@ def test_an_adapter_that_is_switched_off_is_left_out(tmp_path: Path) -> None:
     ("family", "fields", "reason"),
     [
         ("llama", {"use_dora": True}, "has extras, such as DoRA's"),
-        ("granite", {}, "GraniteDecoderLayer is not one of the known layers"),
+        ("olmo2", {}, "Olmo2DecoderLayer is not one of the known layers"),
     ],
 )
 def test_what_is_not_exact_is_left_alone_and_said(

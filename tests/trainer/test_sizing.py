@@ -62,7 +62,12 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
-CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
 TOKENS, TILE_TOKENS = 512, 128
 SCALARS_BYTES = 16
 """Seed, losses and borders of records; on a card they hide in the allocator's rounding."""
@@ -141,7 +146,9 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "add_product_", lambda y, one, other, factor=1.0: y.addmm_(one, other, alpha=factor))
 
 
-def affine_on_a_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def affine_on_a_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, _factor: float = 1.0
+) -> Tensor:
     """As `ops.affine` has it on a card: in one product."""
     return functional.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.t())
 
@@ -198,6 +205,7 @@ def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
         pytest.param("qwen3", "0.05", 2, 1, 8192, False, id="normalized heads, dropout"),
         pytest.param("qwen3", "0", 3, 2, TILE_TOKENS, False, id="normalized heads, MLP in tiles, accumulated"),
         pytest.param("phi3", "0.05", 1, 1, 8192, False, id="fewer and larger matrices, dropout"),
+        pytest.param("granite", "0", 2, 1, TILE_TOKENS, False, id="multiplied residuals, MLP in tiles"),
         pytest.param("llama", "0", 0, 1, 8192, True, id="nothing recomputed, as with CUDA graphs"),
         pytest.param("qwen3", "0.05", 3, 2, 8192, True, id="normalized heads, accumulated, as with CUDA graphs"),
     ],
@@ -301,7 +309,7 @@ def rehearsed_step(monkeypatch: pytest.MonkeyPatch, job: reserved.Rehearsed) -> 
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite"])
 @pytest.mark.parametrize(
     ("fields", "recompute", "offload"),
     [

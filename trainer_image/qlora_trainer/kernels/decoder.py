@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedConfig
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
@@ -42,6 +43,7 @@ from qlora_trainer.kernels.mixture import MixtureLayer
 
 WINDOWS: dict[type[Module], Callable[[Module], int | None]] = {
     LlamaDecoderLayer: lambda _: None,
+    GraniteDecoderLayer: lambda _: None,
     MistralDecoderLayer: lambda attention: attention.config.sliding_window,
     Qwen2DecoderLayer: lambda attention: attention.sliding_window,
     Qwen3DecoderLayer: lambda attention: attention.sliding_window,

@@ -124,14 +124,16 @@ class FusedLayer:
         norms = [getattr(own, name, None) for name in ("q_norm", "k_norm")]
         self._head_norms = None if None in norms else (Norm.of(norms[0]), Norm.of(norms[1]))
         self._qkv = LinearGroup(query_key_value(own), adapter_name)
-        self._output = LinearGroup([own.o_proj], adapter_name)
+        self._factor = getattr(module, "residual_multiplier", 1.0)
+        """Of what is added to the residual stream."""
+        self._output = LinearGroup([own.o_proj], adapter_name, self._factor)
         self._groups = (self._qkv, self._output, *self._take_mlp(module.mlp, adapter_name))
         self._parameters: list[Parameter] = [parameter for group in self._groups for parameter in group.parameters]
 
     def _take_mlp(self, mlp: Module, adapter_name: str) -> tuple[LinearGroup, ...]:
         """The second half's linear layers."""
         self._gate_up = LinearGroup(gate_and_up(mlp), adapter_name)
-        self._down = LinearGroup([mlp.down_proj], adapter_name)
+        self._down = LinearGroup([mlp.down_proj], adapter_name, self._factor)
         return self._gate_up, self._down
 
     def __call__(self, hidden: Tensor, run: Run) -> Tensor:

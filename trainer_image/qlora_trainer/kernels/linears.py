@@ -48,8 +48,11 @@ class _Adapter:
 class LinearGroup:
     """One or more linear layers with a common input."""
 
-    def __init__(self, modules: Sequence[Module], adapter_name: str) -> None:
-        """`modules` are bitsandbytes' 4-bit layers or PEFT's LoRA layers around them; see `is_known`."""
+    def __init__(self, modules: Sequence[Module], adapter_name: str, factor: float = 1.0) -> None:
+        """`modules` are bitsandbytes' 4-bit layers or PEFT's LoRA layers around them; see `is_known`.
+
+        All outputs are multiplied with `factor` before they are added to a residual stream.
+        """
         self._bases = [_base(module) for module in modules]
         # As plain tensors: asking bitsandbytes' class of parameters for anything takes as long as a kernel's launch.
         self._packed = [base.weight.data.as_subclass(Tensor) for base in self._bases]
@@ -63,7 +66,7 @@ class LinearGroup:
         self.parameters: list[Parameter] = []
         """A of every adapted member, then B of every one: the order of the gradients."""
         self.dropout_probability = 0.0
-        self._scaling = 1.0
+        self._factor = self._scaling = factor
         if self._wrapped:
             self._take_adapters(modules, adapter_name)
 
@@ -93,7 +96,8 @@ class LinearGroup:
         for a, adapter in zip(every_a, self._adapters, strict=True):
             a.data = self._a[adapter.ranks]
         self.parameters = [*every_a, *(adapter.b for adapter in self._adapters)]
-        (self._scaling,) = {module.scaling[name] for module in self._wrapped}
+        (scaling,) = {module.scaling[name] for module in self._wrapped}
+        self._scaling = scaling * self._factor
         (self.dropout_probability,) = {getattr(module.lora_dropout[name], "p", 0.0) for module in self._wrapped}
 
     def weight(self) -> Tensor:
@@ -112,7 +116,7 @@ class LinearGroup:
 
         `residual` is added to the outputs inside the matrix product, which spares a pass over both.
         """
-        y = ops.affine(x, self.weight() if weight is None else weight, self._biases, residual)
+        y = ops.affine(x, self.weight() if weight is None else weight, self._biases, residual, self._factor)
         low = self.low(x, dropout)
         if low is not None:
             for adapter in self._adapters:
@@ -137,6 +141,8 @@ class LinearGroup:
     ) -> Tensor:
         """The gradient to `x`."""
         answer = ops.product(grad, self.weight() if weight is None else weight)
+        if self._factor != 1.0:
+            answer.mul_(self._factor)
         if low_grad is not None and dropout is None:
             ops.add_product_(answer, low_grad, self._stacked_a())
         elif low_grad is not None and dropout is not None:

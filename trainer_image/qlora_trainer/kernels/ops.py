@@ -34,15 +34,17 @@ def product(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
     return exact.to(one.dtype) if out is None else out.copy_(exact)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias + residual`; see `product`."""
+def affine(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, factor: float = 1.0
+) -> Tensor:
+    """`x @ weight.T + bias`, or `residual + factor * (x @ weight.T + bias)`; see `product`."""
     if not x.is_cuda:
         exact = linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return (exact if residual is None else exact.add_(residual)).to(x.dtype)
+        return (exact if residual is None else exact.mul_(factor).add_(residual)).to(x.dtype)
     if residual is None:
         return linear(x, weight, bias)
-    y = torch.addmm(residual, x, weight.t())
-    return y if bias is None else y.add_(bias)
+    y = torch.addmm(residual, x, weight.t(), alpha=factor)
+    return y if bias is None else y.add_(bias, alpha=factor)
 
 
 def add_product_(target: Tensor, one: Tensor, other: Tensor, factor: float = 1.0) -> None:
