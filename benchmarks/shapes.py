@@ -71,14 +71,14 @@ LLAMA_SHAPES: dict[str, dict[str, Any]] = {
 def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
     """A Hugging Face folder of one of the shapes above, or else of `CONFIGS`, whose weights the trainer draws."""
     save_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(_config(shape)))
+    (folder / "config.json").write_text(json.dumps(config_of(shape)))
     (folder / "random_weights.json").write_text(json.dumps({"seed": seed}))
     return folder
 
 
 def layers_of(shape: str) -> int:
     """Decoder layers of a shape."""
-    return int(_config(shape)["num_hidden_layers"])
+    return int(config_of(shape)["num_hidden_layers"])
 
 
 def write_texts(path: Path, *, records: int, words: int) -> Path:
@@ -90,5 +90,6 @@ def write_texts(path: Path, *, records: int, words: int) -> Path:
     return path
 
 
-def _config(shape: str) -> dict[str, Any]:
+def config_of(shape: str) -> dict[str, Any]:
+    """The config.json of one of the shapes above, or else of `CONFIGS`."""
     return {**LLAMA, **LLAMA_SHAPES[shape]} if shape in LLAMA_SHAPES else CONFIGS[shape]

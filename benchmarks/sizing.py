@@ -50,6 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.api.job import AdapterSpec, TrainingSpec
 from orchestrator.api.plan import MemoryPlan
+from orchestrator.core.sizing import FUSED_TYPES
 
 GIB = 1 << 30
 CUT_LAYERS = (4, 2)
@@ -62,7 +63,6 @@ OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bi
 MOST_TOKENS = 32768
 LONG_TOKENS = 16384
 """From here on a step is timed once."""
-FUSED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +191,7 @@ def _dealt(draw: random.Random, values: tuple[Any, ...]) -> Iterator[Any]:
 
 def _offload(draw: random.Random, model: str, recompute: int) -> tuple[Any, ...]:
     of = CONFIGS[model]
-    fused, tied = of["model_type"] in FUSED, of["tie_word_embeddings"]
+    fused, tied = of["model_type"] in FUSED_TYPES, of["tie_word_embeddings"]
     activations = ("activations",) if fused and recompute and draw.random() < 0.3 else ()
     return (*activations, *(("embeddings",) if not tied and draw.random() < 0.3 else ()))
 

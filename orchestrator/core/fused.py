@@ -134,10 +134,7 @@ def kept_forward(t: Walk, layer: FusedLayer) -> None:
 
 def kept_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
     """From `grad`, `x` and what was kept to the adapters' gradients and, but for the first layer, `x_grad`."""
-    if layer.experts is not None:
-        _mixture_backward(t, layer, layer.experts)
-    else:
-        _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
+    _mlp_backward(t, layer, recomputes=False)
     _attention_backward(t, layer, recomputes=False)
     _qkv_backward(t, layer, first=first)
 
@@ -157,14 +154,7 @@ def recomputed_backward(t: Walk, layer: FusedLayer, *, fetches: bool, first: boo
 
 def _recomputed_to_queries(t: Walk, layer: FusedLayer) -> None:
     _attend(t, layer)
-    if layer.experts is not None:
-        _mixture_backward(t, layer, layer.experts)
-    elif layer.tokens <= MLP_TILE_TOKENS:
-        t.take(gate_up_weight=layer.gate_up.dense_bytes)
-        _mlp_tile_backward(t, layer, layer.tokens, recomputes=True)
-        t.drop("gate_up_weight")
-    else:
-        _mlp_tiles_backward(t, layer)
+    _mlp_backward(t, layer, recomputes=True)
     t.drop("middle")
     _attention_backward(t, layer, recomputes=True)
 
@@ -302,8 +292,22 @@ def _low(t: Walk, layer: FusedLayer, group: Group, name: str, tokens: int | None
 # --- backward
 
 
+def _mlp_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None:
+    """`FusedLayer._mlp_backward`, or `MixtureLayer`'s; leaves `middle_grad` and the gradients of the MLP's adapters."""
+    if layer.experts is not None:
+        _mixture_backward(t, layer, layer.experts)
+    elif not recomputes:
+        _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
+    elif layer.tokens <= MLP_TILE_TOKENS:
+        t.take(gate_up_weight=layer.gate_up.dense_bytes)
+        _mlp_tile_backward(t, layer, layer.tokens, recomputes=True)
+        t.drop("gate_up_weight")
+    else:
+        _mlp_tiles_backward(t, layer)
+
+
 def _mlp_tiles_backward(t: Walk, layer: FusedLayer) -> None:
-    """`FusedLayer._mlp_backward` over more than one tile; the adapters' gradients are summed in float32."""
+    """The same over more than one tile; the adapters' gradients are summed in float32."""
     gradients: dict[str, int] = {}
     for group, name in ((layer.gate_up, "gate_up"), (layer.down, "down")):
         if group.adapters:

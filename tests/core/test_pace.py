@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.architectures import CONFIGS, config
-from benchmarks.shapes import LLAMA_SHAPES
+from benchmarks.architectures import config
+from benchmarks.shapes import config_of
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import ModelFacts
 from orchestrator.core import pace
@@ -91,12 +91,7 @@ def test_what_was_measured_to_be_the_fastest_plan_or_close_to_it_is_still_chosen
 
 
 def facts_of(shape: str) -> ModelFacts:
-    return ModelFacts.from_config(config(shape), "main") if shape in CONFIGS else llama(shape)
-
-
-def llama(shape: str) -> ModelFacts:
-    own = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
-    return ModelFacts.from_config({**own, **LLAMA_SHAPES[shape]}, "main")
+    return ModelFacts.from_config(config_of(shape), "main")
 
 
 def plan(micro_batch_size: int = 1, recompute_layers: int = 0, **fields: object) -> MemoryPlan:
@@ -211,6 +206,6 @@ def test_a_model_with_experts_that_few_tokens_see_is_faster_than_one_of_its_size
     spec, card = make_spec(sequence_length=2048, global_batch_size=4), gpu_class("80Gi", 1).card
     seconds = Pace(spec, mixture(), Work()).step_seconds(plan(4, accumulation_steps=1), card)
     dense = [
-        Pace(spec, llama(shape), Work()).step_seconds(plan(4, accumulation_steps=1), card) for shape in ("8b", "70b")
+        Pace(spec, facts_of(shape), Work()).step_seconds(plan(4, accumulation_steps=1), card) for shape in ("8b", "70b")
     ]
     assert dense[0] / 4 < seconds < dense[1]

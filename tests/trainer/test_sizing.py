@@ -153,6 +153,15 @@ def affine_on_a_gpu(
     return functional.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.t())
 
 
+def write_random_model(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "random_weights.json").write_text('{"seed": 0}')
+
+
+def step_plan(accumulation: int, recompute: int, **fields: Any) -> MemoryPlan:
+    return MemoryPlan(micro_batch_size=1, accumulation_steps=accumulation, recompute_layers=recompute, **fields)
+
+
 def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPlan) -> int:
     """Bytes at the highest point of a step with the trainer's own code, weights and adapter not counted."""
     attention = PackedAttention()
@@ -229,12 +238,9 @@ def test_every_tensor_of_a_training_step_is_counted(
     monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
     fused._walks.cache_clear()
     config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "random_weights.json").write_text('{"seed": 0}')
+    write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
-    plan = MemoryPlan(
-        micro_batch_size=1, accumulation_steps=accumulation, recompute_layers=recompute, loss_chunk_tokens=128
-    )
+    plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
     facts = ModelFacts.from_config(config, "main")
     measured = peak_of_two_micro_batches(tmp_path, adapter, plan)
     expected = predicted(facts, adapter, plan)
@@ -333,16 +339,9 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
     monkeypatch.setattr(fused, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
     without_arithmetic(monkeypatch)
     config = {**WIDE, "model_type": model_type, "architectures": [CLASSES[model_type]]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "random_weights.json").write_text('{"seed": 0}')
+    write_random_model(tmp_path, config)
     adapter, facts = AdapterSpec(rank=64, **fields), ModelFacts.from_config(config, "main")
-    plan = MemoryPlan(
-        micro_batch_size=1,
-        accumulation_steps=MICRO_BATCHES,
-        recompute_layers=recompute,
-        loss_chunk_tokens=1024,
-        offload=offload,
-    )
+    plan = step_plan(MICRO_BATCHES, recompute, loss_chunk_tokens=1024, offload=offload)
     attention = PackedAttention()
     base = load_base(tmp_path, torch.device("cpu"), attention)
     model = TrainingModel(add_adapter(base, adapter, seed=0), plan, attention, 0.0)
@@ -461,12 +460,9 @@ def test_every_tensor_of_a_training_step_of_a_mixture_is_counted(
     monkeypatch.setattr(sizing, "REPLAY_TOKENS", 0)
     monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
     config = {**CONFIG, **EXPERTS[family], "model_type": family, "architectures": ["ForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "random_weights.json").write_text('{"seed": 0}')
+    write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
-    plan = MemoryPlan(
-        micro_batch_size=1, accumulation_steps=accumulation, recompute_layers=recompute, loss_chunk_tokens=128
-    )
+    plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
     facts = ModelFacts.from_config(config, "main")
     assert facts.mixture is not None
     measured = peak_of_two_micro_batches(tmp_path, adapter, plan)
@@ -497,12 +493,9 @@ def test_a_training_step_of_a_mixture_takes_what_its_layer_table_says(
     monkeypatch.setattr(functional, "dropout", layer_trace._Dropout.apply_to)
     monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
     config = {**CONFIG, **EXPERTS[family], "model_type": family, "architectures": ["ForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "random_weights.json").write_text('{"seed": 0}')
+    write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, **fields)
-    plan = MemoryPlan(
-        micro_batch_size=1, accumulation_steps=accumulation, recompute_layers=recompute, loss_chunk_tokens=128
-    )
+    plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
     facts = ModelFacts.from_config(config, "main")
     assert facts.mixture is not None
     measured = peak_of_plain_layers(tmp_path, adapter, plan, flash_workspace_bytes(facts))

@@ -15,12 +15,13 @@ on the diagonal and those at a record's border nothing is masked.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from qlora_trainer.kernels.cards import is_hopper
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WHOLE = tl.constexpr(1)
@@ -302,9 +303,8 @@ def _by_head(part: Tensor) -> tuple[Tensor, int, int]:
     return part, part.stride(0), part.stride(1)
 
 
-@cache
 def _launch(device: torch.device) -> Launch:
-    return HOPPER if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else OTHERS
+    return HOPPER if is_hopper(device) else OTHERS
 
 
 def _options(tiles: Tiles) -> dict[str, int]:

@@ -11,12 +11,12 @@ since the table of 16 values is read too often (ADR 10).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from qlora_trainer.kernels.cards import is_hopper
 
 SUM_BLOCK = 1024
 
@@ -34,12 +34,6 @@ class Tiles:
 
 HOPPER, OTHERS = Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 32, 8, 3)
 """The fastest of twelve tried on an H200, and what fits the shared memory of the smallest cards."""
-
-
-@cache
-def _tiles(device: torch.device) -> Tiles:
-    """For a card."""
-    return HOPPER if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else OTHERS
 
 
 @triton.jit
@@ -88,7 +82,7 @@ def expert_products(
     """See `ops.expert_products`."""
     assert x.is_contiguous(), "rows are one after the other"
     experts, outputs, inputs = weights.shape
-    tiles = _tiles(x.device)
+    tiles = HOPPER if is_hopper(x.device) else OTHERS
     grid = (len(out) // tiles.rows + min(len(out), experts), triton.cdiv(out.shape[1], tiles.columns))
     _expert_products[grid](
         x, borders if source is None else source, weights, borders, out, experts, outputs, inputs,
