@@ -56,8 +56,8 @@ test-scale: $(VENV)/.synced $(VENV)/.go ## A hundred GPUs on paper and 1,000 job
 test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m tests.e2e_cluster
 
-test-core: $(VENV)/.synced ## The pure core's tests: seconds
-	$(BIN)/python -m pytest -q tests/core
+test-core: $(VENV)/.synced ## The pure packages' tests, contract, sizing and core: seconds
+	$(BIN)/python -m pytest -q tests/core tests/sizing
 
 check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
 	$(BIN)/ruff format --check .

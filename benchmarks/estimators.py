@@ -5,7 +5,7 @@
 The rows are those of `benchmarks.sizing`: QLoRA jobs of this trainer with the peak of PyTorch's allocator. An error is
 predicted over measured, less one; below zero a job would have run out of memory on a card of the predicted size.
 
-- ours: `orchestrator.core.sizing`, with and without its margin.
+- ours: `orchestrator.sizing.footprint`, with and without its margin.
 - fitcheck-llm (`pip install fitcheck-llm`, else left out): its own `estimate`, without the item for the CUDA context,
   which is not in the allocator. It knows of gradient checkpointing on or off, so only rows that recompute all layers
   or none, offload nothing, and target what it can name are given to it.
@@ -33,10 +33,10 @@ from typing import Any
 
 from benchmarks.report import RESULTS, argument_parser, emit
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEM, MemoryPlan
-from orchestrator.api.results import ModelFacts
-from orchestrator.core.linears import linears
-from orchestrator.core.sizing import Footprint, adapter_parameters
+from orchestrator.sizing.footprint import Footprint, adapter_parameters
+from orchestrator.sizing.memory.linear_layers import linears
 
 ROWS = RESULTS / "sizing_rows.jsonl"
 QLORA_PARTS = ("cut", "whole")

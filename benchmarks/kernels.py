@@ -30,14 +30,16 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from qlora_trainer import runtime
-from qlora_trainer.attention import PackedAttention
-from qlora_trainer.batches import MicroBatch, collate
+from qlora_trainer.data.encoding import IGNORED_LABEL
+from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels import ops, torch_ops
-from qlora_trainer.kernels.experts import TILE_TOKENS, NF4Experts
-from qlora_trainer.loss import IGNORED
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
-from qlora_trainer.replay import Replay
+from qlora_trainer.kernels.moe_experts import TILE_TOKENS, NF4Experts
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.cuda_graphs import Replay
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training import runtime
 from torch import Tensor
 
 from orchestrator.api.job import AdapterSpec
@@ -128,7 +130,7 @@ def compare_kernels(device: torch.device) -> dict[str, float]:
     both("swiglu", draw(515, 28672))
     both("swiglu_backward_", draw(515, 14336), draw(515, 28672), changed=(0, 1))
     targets = torch.randint(0, 128256, (515,), device=device)
-    targets[100] = IGNORED
+    targets[100] = IGNORED_LABEL
     for softcap in (None, 30.0):
         for gradient_scale in (None, torch.tensor(0.37, device=device)):
             changed = () if gradient_scale is None else (0,)

@@ -1,4 +1,5 @@
-"""Traces what a decoder layer of transformers takes, and writes it as the table that `orchestrator/core/plain` reads.
+"""Traces what a decoder layer of transformers takes, and writes it as the table that
+`orchestrator/sizing/memory/traced_layer` reads.
 
     python -m benchmarks.layer_trace [--write] [--families granite ...]
 
@@ -28,11 +29,13 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 from peft.tuners.lora import dora
-from qlora_trainer import attention as packed
-from qlora_trainer.batches import collate
-from qlora_trainer.experts import replace_experts
-from qlora_trainer.kernels.experts import NF4Experts
-from qlora_trainer.model import COMPUTE_DTYPE, _attention_implementation, add_adapter, set_recompute
+from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.kernels import packed_attention as packed
+from qlora_trainer.kernels.moe_experts import NF4Experts
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.loading import _attention_implementation
+from qlora_trainer.model.quantization import COMPUTE_DTYPE, replace_experts
+from qlora_trainer.model.training_model import set_recompute
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,8 +44,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from benchmarks.architectures import CONFIGS
 from benchmarks.report import argument_parser
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.results import MIXTURES
-from orchestrator.core.plain import EXPERTS_BACKWARD, EXPERTS_FORWARD, FLASH
+from orchestrator.api.model_facts import MIXTURES
+from orchestrator.api.package_data import TRACED_LAYERS_NAME
+from orchestrator.sizing.memory.traced_layer import EXPERTS_BACKWARD, EXPERTS_FORWARD, FLASH
 
 FAMILIES = {
     "phi3": "phi-3-mini-3.8b",
@@ -67,7 +71,7 @@ ADAPTERS = ("all", "few", "all dora", "few dora")
 """Adapters on every linear layer, or on those of queries and values alone; without and with DoRA."""
 AT_WORK = (FLASH, EXPERTS_FORWARD, EXPERTS_BACKWARD)
 LAYERS, MIDDLE = 3, 1
-TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "core" / "plain_layers.json"
+TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "api" / TRACED_LAYERS_NAME
 DEVICE = "cpu"
 """Of the fake tensors: autograd refuses a GPU that is not there. What a GPU does otherwise is done by hand below."""
 
@@ -181,7 +185,7 @@ def trace(family: str, widths: Widths, *, adapters: str, recomputes: bool, dropo
 
 
 class _Attention:
-    """`PackedAttention`: what it keeps and gives. The workspace of its backward pass is `core/flash`'s."""
+    """`PackedAttention`: what it keeps and gives. The workspace of its backward pass is `sizing/memory/attention`'s."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -217,7 +221,7 @@ class _AttentionFunction(torch.autograd.Function):
 
 @contextmanager
 def _traced_experts(recorder: Recorder) -> Iterator[None]:
-    """`NF4Experts`: what they give. What they take by the way is `core/experts`'s."""
+    """`NF4Experts`: what they give. What they take by the way is `sizing/memory/experts`'s."""
 
     def mix(_: Any, x: Tensor, *__: Tensor) -> Tensor:
         recorder.events.append(Event(kind=EXPERTS_FORWARD))
@@ -232,7 +236,7 @@ def _traced_experts(recorder: Recorder) -> Iterator[None]:
 
 
 class _Loss(torch.autograd.Function):
-    """As `qlora_trainer.loss` has it: the gradient is there from the forward pass on."""
+    """As `qlora_trainer.model.loss` has it: the gradient is there from the forward pass on."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, recorder: Recorder) -> Tensor:
@@ -408,7 +412,7 @@ SAMPLES = (
 
 
 EXPERT_SIZE = 1024
-"""The width inside a routed expert, which only `core/experts` asks for."""
+"""The width inside a routed expert, which only `sizing/memory/experts` asks for."""
 SHAPES = 20_000
 
 
@@ -527,7 +531,7 @@ def main() -> None:
     """Print or write the tables."""
     parser = argument_parser(__doc__)
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
-    parser.add_argument("--write", action="store_true", help="write orchestrator/core/plain_layers.json")
+    parser.add_argument("--write", action="store_true", help="write orchestrator/api/traced_layers.json")
     arguments = parser.parse_args()
     tables: dict[str, Any] = {}
     for family in arguments.families:

@@ -67,7 +67,7 @@ def run(words: list[str], environment: dict[str, str]) -> str:
 
 def store(folder: Path, shape: str) -> None:
     """The cache's entry for a model of the shape, whose folder keeps no weights."""
-    from qlora_trainer.quantized import QuantizedCache, entry_key, tensors_of
+    from qlora_trainer.model.quantized_cache import QuantizedCache, entry_key, tensors_of
 
     from benchmarks.shapes import write_model
     from benchmarks.speed import PackedAttention, load_base, runtime
@@ -87,8 +87,8 @@ def load(folder: Path, sequence: int) -> dict[str, float]:
     from qlora_trainer import imports  # as `train` does it
 
     imports.load_torch()
-    from qlora_trainer import runtime
-    from qlora_trainer.quantized import ReadAhead, tensors_of
+    from qlora_trainer.model.quantized_cache import ReadAhead, tensors_of
+    from qlora_trainer.training import runtime
 
     device = runtime.set_up(threads=os.cpu_count() or 1, deterministic=True)
     cached = ReadAhead(folder, device)

@@ -21,10 +21,11 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from qlora_trainer.batches import collate
-from qlora_trainer.loop import clip, gradient_norm
-from qlora_trainer.model import TrainingModel, add_adapter
-from qlora_trainer.optimizer import AdapterOptimizer
+from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training.loop import clip, gradient_norm
+from qlora_trainer.training.optimizer import AdapterOptimizer
 from transformers import AutoTokenizer
 
 from benchmarks.recipe import MAX_GRAD_NORM, Recipe

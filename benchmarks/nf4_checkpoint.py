@@ -14,7 +14,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 from huggingface_hub import split_torch_state_dict_into_shards
-from qlora_trainer.quantized import QUANTIZATION
+from qlora_trainer.model.quantized_cache import QUANTIZATION
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 

@@ -244,7 +244,7 @@ def cases_of(part: str, arguments: Namespace) -> list[str]:
 
 def add_mfu(stacks: dict[str, Any], operations: dict[str, float]) -> None:
     """As the trainer counts it: what a step must compute depends on shape and case alone."""
-    from qlora_trainer.telemetry import Card
+    from qlora_trainer.training.telemetry import Card
     from torch import cuda, device
 
     if not cuda.is_available():

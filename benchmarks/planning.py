@@ -4,8 +4,8 @@
 
 Every architecture of `benchmarks.architectures` asks with a fresh spec (another rank) each time, against the seven GPU
 classes of whole cards: nothing of an earlier answer can be used but what depends on the model alone. A spec's time is
-that of `orchestrator.core.plans.candidates`, after one question that loads tables and modules: on the clock, and of
-the processor, which does not count what other processes of the machine took in between.
+that of `orchestrator.sizing.plan_search.candidates`, after one question that loads tables and modules: on the clock,
+and of the processor, which does not count what other processes of the machine took in between.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from statistics import median, quantiles
 from benchmarks.architectures import CONFIGS, config
 from benchmarks.report import argument_parser, emit
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
-from orchestrator.api.results import ModelFacts
-from orchestrator.core.gpus import CLASS_NAMES, gpu_class
-from orchestrator.core.plans import candidates
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.sizing.hardware import CLASS_NAMES, gpu_class
+from orchestrator.sizing.plan_search import candidates
 
 SEQUENCES = (512, 2048, 8192)
 SLICES = ("10Gi", "20Gi")

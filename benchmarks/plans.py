@@ -1,12 +1,12 @@
 """Whether the plan that is chosen for a job is as fast as any other: it and its rivals, timed on one GPU.
 
-    python -m benchmarks.plans [--seconds 540] [--questions 3] [--save plans]
+    python -m benchmarks.plans [--seconds 540] [--questions 3] [--save plan_search]
 
 A question is a model with all its layers and random weights, a sequence length, a global batch and a GPU class, whose
-bytes the allocator is capped to. Rivals are the next plans in the order of `core/plans`, which has the best one of
-every micro-batch and way to offload; the chosen plan with fewer recomputed layers, which by the estimate does not fit;
-and with all of them recomputed. A rival that runs out of memory is out. Times are of whole optimizer steps, the first
-of which does not count.
+bytes the allocator is capped to. Rivals are the next plans in the order of `sizing/plan_search`, which has the
+best one of every micro-batch and way to offload; the chosen plan with fewer recomputed layers, which by the estimate
+does not fit; and with all of them recomputed. A rival that runs out of memory is out. Times are of whole optimizer
+steps, the first of which does not count.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from benchmarks.architectures import CONFIGS, config
 from benchmarks.report import argument_parser, card, emit
 from benchmarks.sizing import GIB, Bench, Case, Group
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.api.results import ModelFacts
-from orchestrator.core import plans
-from orchestrator.core.gpus import gpu_class
+from orchestrator.sizing import plan_search
+from orchestrator.sizing.hardware import gpu_class
 
 IN_ORDER = 5
 """Plans that are taken from the order, the chosen one first."""
@@ -63,7 +63,7 @@ class Question:
             training=TrainingSpec(sequence_length=self.sequence_length, global_batch_size=self.global_batch_size),
         )
         facts = ModelFacts.from_config(config(self.model), "main")
-        in_order = list(islice(plans.plans(spec, facts, on), IN_ORDER))
+        in_order = list(islice(plan_search.plans(spec, facts, on), IN_ORDER))
         assert in_order, f"{self.name} does not fit"
         cases = tuple(
             Case(adapter=spec.adapter, training=spec.training, plan=plan, cap_gib=on.usable_bytes / GIB)

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from qlora_trainer.attention import NAME, PackedAttention
-from qlora_trainer.batches import PreparedRows, Schedule, micro_batches, supervised_tokens
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
-from qlora_trainer.optimizer import AdapterOptimizer, learning_rate
+from qlora_trainer.data.micro_batch import PreparedRows, Schedule, micro_batches, supervised_tokens
+from qlora_trainer.kernels.packed_attention import NAME, PackedAttention
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
 from torch.nn.utils import clip_grad_norm_
 from transformers import AttentionInterface, AutoModelForCausalLM
 

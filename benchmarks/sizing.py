@@ -1,4 +1,4 @@
-"""Peak memory and step time of many jobs on one GPU: the rows that `orchestrator/core/sizing` is held against.
+"""Peak memory and step time of many jobs on one GPU: the rows that `orchestrator/sizing/footprint` is held against.
 
     python -m benchmarks.sizing --rows FILE [--seconds 540] [--models llama-3.1-8b ...] [--parts cut whole lora16]
         [--offloading activations]
@@ -39,18 +39,20 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from qlora_trainer import runtime
-from qlora_trainer.attention import PackedAttention
-from qlora_trainer.batches import MicroBatch, collate
-from qlora_trainer.loop import clip, gradient_norm
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
-from qlora_trainer.optimizer import AdapterOptimizer
+from qlora_trainer.data.micro_batch import MicroBatch, collate
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
+from qlora_trainer.training import runtime
+from qlora_trainer.training.loop import clip, gradient_norm
+from qlora_trainer.training.optimizer import AdapterOptimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.api.job import AdapterSpec, TrainingSpec
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.core.sizing import FUSED_TYPES
+from orchestrator.sizing.footprint import FUSED_TYPES
 
 GIB = 1 << 30
 CUT_LAYERS = (4, 2)

@@ -4,8 +4,8 @@
 
 `benchmarks.cases` says how a case is written and measured. A step is what the loop makes of one micro-batch: collate,
 forward, backward, gradient norm, clipping, optimizer. Rank 16 on all linear layers, paged 8-bit AdamW, no dropout. MFU
-counts 4 operations a weight and token (`qlora_trainer.telemetry.Arithmetic`). `--profile` adds where another step's
-time went, on the card by kernel and on the host by function.
+counts 4 operations a weight and token (`qlora_trainer.training.telemetry.Arithmetic`). `--profile` adds where another
+step's time went, on the card by kernel and on the host by function.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ os.environ["QLORA_ALLOW_RANDOM_WEIGHTS"] = "1"
 import numpy as np
 import torch
 from peft import PeftModel
-from qlora_trainer import runtime
-from qlora_trainer.attention import PackedAttention
-from qlora_trainer.batches import MicroBatch, collate
-from qlora_trainer.loop import arithmetic, clip, gradient_norm
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
-from qlora_trainer.optimizer import AdapterOptimizer
-from qlora_trainer.telemetry import Card
+from qlora_trainer.data.micro_batch import MicroBatch, collate
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training import runtime
+from qlora_trainer.training.loop import arithmetic, clip, gradient_norm
+from qlora_trainer.training.optimizer import AdapterOptimizer
+from qlora_trainer.training.telemetry import Card
 from transformers import PreTrainedModel
 
 from benchmarks.cases import Case, cap_memory, measured, peaks, start_afresh

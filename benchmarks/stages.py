@@ -161,9 +161,9 @@ def has_logged_step(log: Path, step: int) -> bool:
 
 def termination_log(bench: Bench, task: StageTask) -> Path:
     """Where the stage leaves its result."""
-    return bench.folder / f"{task.job}-{task.stage}-{task.attempt}.json"
+    return bench.folder / f"{task.stage_name}.json"
 
 
 def log_path(bench: Bench, task: StageTask) -> Path:
     """Where the stage's log goes."""
-    return bench.folder / f"{task.job}-{task.stage}-{task.attempt}.log"
+    return bench.folder / f"{task.stage_name}.log"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.story [--save story]
 
-Hours and dollars on an RTX A6000 come from the cost model (`orchestrator.core.pace`) and NVIDIA's figures for the
-card, so they are computed and not measured; the price of its hour is an assumption. The hours on the measured card
+Hours and dollars on an RTX A6000 come from the cost model (`orchestrator.sizing.step_time`) and NVIDIA's figures for
+the card, so they are computed and not measured; the price of its hour is an assumption. The hours on the measured card
 are those of `results/speed_70b_48gb.json`: tokens over tokens a second, under the allocator cap of the class. The same
 model's prediction for that measurement stands beside it, so that its error is seen.
 """
@@ -16,12 +16,11 @@ from dataclasses import asdict
 from benchmarks.report import RESULTS, argument_parser, emit
 from benchmarks.shapes import LLAMA_SHAPES
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.api.results import ModelFacts
-from orchestrator.core.facts import Card
-from orchestrator.core.gpus import find_card, gpu_class
-from orchestrator.core.pace import Pace, Work
-from orchestrator.core.plans import choose_plan, estimate
+from orchestrator.sizing.hardware import Card, find_card, gpu_class
+from orchestrator.sizing.plan_search import choose_plan, estimate
+from orchestrator.sizing.step_time import Pace, Work
 
 EXAMPLES, TOKENS, EPOCHS, GLOBAL_BATCH, RANK = 10_000, 512, 3, 16, 16
 STEPS = EXAMPLES * EPOCHS // GLOBAL_BATCH

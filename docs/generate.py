@@ -18,7 +18,7 @@ from orchestrator.api.crd import custom_resource_definitions
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
 from orchestrator.api.reasons import ExitCode, Reason
-from orchestrator.core.state import mermaid
+from orchestrator.core.job.state_machine import mermaid
 from orchestrator.settings import Settings
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -173,7 +173,8 @@ def reasons() -> str:
 def states() -> str:
     """The state machine's diagram."""
     return (
-        f"# States of a job\n\nDrawn from the table in `orchestrator/core/state.py`.\n\n```mermaid\n{mermaid()}\n```\n"
+        "# States of a job\n\nDrawn from the table in `orchestrator/core/job/state_machine.py`.\n\n"
+        f"```mermaid\n{mermaid()}\n```\n"
     )
 
 

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orchestrator.api.base import StoreUri
-from orchestrator.core.facts import Policy
+from orchestrator.core.snapshot import Policy
 
 ENVIRONMENT_PREFIX = "QLORA_"
 GPU_PRICES_PATTERN = r"^([1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?(,[1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?)*)?$"

@@ -37,10 +37,11 @@ from orchestrator.api.base import (
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport
+from orchestrator.api.stage_name import StageKind, StageName
 
 CANCEL_ANNOTATION = "qlora.dev/cancel"
 RELEASE_FINALIZER = "qlora.dev/release"
-"""On a job while something outside has to be settled before its object may go: see `core/release`."""
+"""On a job while something outside has to be settled before its object may go: see `core/job/finalizer`."""
 # What the results depend on; a job that should compute something else is another job.
 IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
@@ -261,13 +262,10 @@ class Condition(Model):
     observed_generation: int = Field(default=0, ge=0)
 
 
-StageName = Literal["prepare", "train", "publish"]
-
-
 class Attempt(Model):
     """One run of one stage. Recorded before anything is created, so that nothing created is ever forgotten."""
 
-    stage: StageName
+    stage: StageKind
     number: int = Field(ge=1)
     """Counts over all stages of the job, from 1: the fencing token."""
     gpu_class: ShortText | None = None
@@ -382,7 +380,7 @@ class QLoRAJob(Model):
 
     def stage_name(self, attempt: Attempt) -> str:
         """The deterministic name of an attempt's stage: `<job>-<stage>-<attempt>`."""
-        return f"{self.metadata.name}-{attempt.stage}-{attempt.number}"
+        return str(StageName(job=self.metadata.name, stage=attempt.stage, attempt=attempt.number))
 
 
 def new_uid() -> str:

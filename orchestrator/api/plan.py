@@ -1,6 +1,6 @@
 """The memory plan that a train stage follows, and the estimate behind it.
 
-`core/sizing` produces both, the controller records them in the job's status, the trainer obeys the plan.
+`sizing/footprint` produces both, the controller records them in the job's status, the trainer obeys the plan.
 """
 
 from __future__ import annotations

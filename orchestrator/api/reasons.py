@@ -5,6 +5,7 @@ Enums own their meaning: whoever holds a reason asks it whether a retry helps, i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
 
@@ -154,3 +155,11 @@ def exit_reason(exit_code: int) -> Reason:
 
 
 _KNOWN_EXIT_CODES = frozenset(int(code) for code in ExitCode)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why something was not done, in a sentence that says what would change it."""
+
+    reason: Reason
+    message: str

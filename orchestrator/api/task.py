@@ -11,9 +11,10 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from orchestrator.api.base import DnsLabel, JobName, Model, ShortText
-from orchestrator.api.job import QLoRAJobSpec, StageName
+from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
+from orchestrator.api.stage_name import StageKind, StageName
 
 TASK_VARIABLE = "QLORA_TASK"
 TERMINATION_LOG_VARIABLE = "QLORA_TERMINATION_LOG"
@@ -26,7 +27,7 @@ TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 class StageTask(Model):
     """One attempt at one stage of one job."""
 
-    stage: StageName
+    stage: StageKind
     namespace: DnsLabel
     job: JobName
     uid: ShortText
@@ -46,3 +47,8 @@ class StageTask(Model):
     """Between being asked to stop and being killed."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the trainer; fixed, because the order of CPU sums depends on it."""
+
+    @property
+    def stage_name(self) -> str:
+        """`<job>-<stage>-<attempt>`."""
+        return str(StageName(job=self.job, stage=self.stage, attempt=self.attempt))

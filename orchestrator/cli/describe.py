@@ -14,7 +14,7 @@ from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.cli.output import Cell, columns
 from orchestrator.cli.plan_view import length_words, plan_words
 from orchestrator.cli.words import NOTHING, duration, figure, gib, progress_word, since, state_style, state_word
-from orchestrator.core.facts import Event
+from orchestrator.core.commands import Event
 
 ATTEMPT_HEADER = ("#", "STAGE", "GPU", "STARTED", "TOOK", "EXIT", "REASON", "MESSAGE")
 EVENT_HEADER = ("AGE", "REASON", "MESSAGE")

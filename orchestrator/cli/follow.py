@@ -21,7 +21,7 @@ from rich.text import Text
 from orchestrator.api.job import QLoRAJob
 from orchestrator.cli.console import messages
 from orchestrator.cli.words import duration, figure, state_style, state_word
-from orchestrator.core.state import JobState, state_of
+from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.sdk.handle import JobHandle, JobResult, is_finished
 
 BAR_WIDTH = 36

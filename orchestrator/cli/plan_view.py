@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan
-from orchestrator.api.results import ModelFacts
 from orchestrator.cli.words import NOTHING, dollars, duration, gib
 from orchestrator.sdk.planning import Alternative, JobPlan
 

@@ -9,8 +9,8 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.cli.output import Cell
 from orchestrator.cli.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
-from orchestrator.core.calibration import Bound
-from orchestrator.core.state import JobState, state_of
+from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.sizing.margins import Bound
 
 JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE")
 WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from orchestrator.api.job import QLoRAJob
-from orchestrator.core.state import TERMINAL_STATES, JobState, state_of
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 
 NOTHING = "-"
 

@@ -21,22 +21,22 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from orchestrator.controller.lanes import RunLanes
 from orchestrator.controller.logs import about
-from orchestrator.controller.ports import StageRuntime, Store, Tracking
+from orchestrator.controller.mlflow_workers import RunLanes
 from orchestrator.controller.throttle import Allowance, Backoff
-from orchestrator.core.facts import (
+from orchestrator.core.commands import (
     Command,
     DeleteJob,
     DeleteStage,
     EnsureRun,
     EnsureStage,
     FinishRun,
-    RunFact,
     StopStage,
     WriteStatus,
 )
+from orchestrator.core.snapshot import RunFact
 from orchestrator.errors import Conflict, NotFound, RuntimeLost, TransientError
+from orchestrator.ports import StageRuntime, Store, Tracking
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _key(command: Command) -> str:
         case StopStage(namespace=namespace, name=name) | DeleteStage(namespace=namespace, name=name):
             return f"{kind} {namespace}/{name}"
         case EnsureStage(task=task):
-            return f"{kind} {task.namespace}/{task.job}-{task.stage}-{task.attempt}"
+            return f"{kind} {task.namespace}/{task.stage_name}"
         case WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job):
             return f"{kind} {job.key} {job.metadata.uid}"
 

@@ -22,11 +22,11 @@ from pydantic import ValidationError
 from orchestrator.adapters.kubernetes.api import KubeApi, Timeouts
 from orchestrator.adapters.kubernetes.lease import Lease, LeaseTimes
 from orchestrator.adapters.kubernetes.pods import KubernetesPods, RuntimeBounds
+from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
-from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.adapters.ray_fabric.channel import FabricChannel
-from orchestrator.cluster_settings import ClusterSettings
 from orchestrator.controller.health import Health, served
 from orchestrator.controller.logs import log_to_stderr
 from orchestrator.controller.loop import Controller, Ports

@@ -17,10 +17,11 @@ from orchestrator.controller.act import Actor, Bounds
 from orchestrator.controller.health import Health
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.observe import observe
-from orchestrator.controller.ports import StageRuntime, Store, Tracking
 from orchestrator.controller.throttle import Backoff
-from orchestrator.core.facts import Command, Policy, Snapshot
+from orchestrator.core.commands import Command
+from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.errors import RuntimeLost, TransientError
+from orchestrator.ports import StageRuntime, Store, Tracking
 from orchestrator.settings import ServiceSettings
 
 log = logging.getLogger(__name__)

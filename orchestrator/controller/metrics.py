@@ -36,9 +36,10 @@ from prometheus_client.registry import Collector
 
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.core.facts import Command, Snapshot
-from orchestrator.core.queue import DEFAULT_QUEUE
-from orchestrator.core.state import GPU_STATES, JobState, state_of
+from orchestrator.core.commands import Command
+from orchestrator.core.job.state_machine import GPU_STATES, JobState, state_of
+from orchestrator.core.scheduling.ordering import DEFAULT_QUEUE
+from orchestrator.core.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Observe: read the present, all of it, into one snapshot. Nothing is remembered between two calls.
 
-The loop calls it. Stages are read before jobs: an attempt is on record before its stage exists, so a stage that the
-jobs of a snapshot do not explain is really unwanted.
+Stages are read before jobs: an attempt is on record before its stage exists, so a stage that the jobs of a snapshot do
+not explain is really unwanted.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from orchestrator.controller.ports import StageRuntime, Store
-from orchestrator.core.facts import Policy, RunFact, Snapshot, StageFact
-from orchestrator.core.gpus import priced
+from orchestrator.core.snapshot import Policy, RunFact, Snapshot, StageFact
+from orchestrator.ports import StageRuntime, Store
+from orchestrator.sizing.hardware import priced
 
 
 def observe(

@@ -18,8 +18,8 @@ from types import FrameType
 
 from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.local.ray_stages import LOST_EXIT_CODE, RayStages
-from orchestrator.adapters.mlflow_tracking import MlflowTracking
-from orchestrator.adapters.sqlite_store import SqliteStore
+from orchestrator.adapters.mlflow.tracking import MlflowTracking
+from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.controller.logs import log_to_file
 from orchestrator.controller.loop import Controller, Ports
 from orchestrator.core.decide import decide

@@ -27,7 +27,7 @@ from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.local.stages import LocalStages
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.logs import log_to_file
-from orchestrator.core.facts import StagePhase
+from orchestrator.core.snapshot import StagePhase
 from orchestrator.errors import ServiceNotRunning
 from orchestrator.settings import Settings
 

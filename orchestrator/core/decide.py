@@ -3,7 +3,7 @@
 The controller calls `decide` with a snapshot and carries out what it returns. Level-triggered and pure: the same
 snapshot gives the same commands, and each of them may be repeated or lost.
 
-1. What a job's status should be is decided for each job, then for all of them together (`core/schedule`).
+1. What a job's status should be is decided for each job, then for all of them together (`core/scheduling/cycle`).
 2. Where that differs from what is stored, it is written: at most one `WriteStatus` a job.
 3. Stages and runs follow the *stored* status, so an intent is always on record before anything comes of it. The stage
    of an attempt that is decided now comes right after the write that records it: whoever carries commands out goes on
@@ -15,21 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.api.job import QLoRAJob
-from orchestrator.core.draft import Draft
-from orchestrator.core.facts import (
-    Command,
-    DeleteJob,
-    EnsureRun,
-    EnsureStage,
-    FinishRun,
-    Policy,
-    Snapshot,
-    WriteStatus,
-)
-from orchestrator.core.release import owes_run_its_end
-from orchestrator.core.schedule import schedule
-from orchestrator.core.stages import ensure_stage, leftover_commands, stage_commands
-from orchestrator.core.state import LAST_RUN_STATUS, TERMINAL_STATES, JobState, state_of
+from orchestrator.api.stage_name import StageName
+from orchestrator.core.commands import Command, DeleteJob, EnsureRun, EnsureStage, FinishRun, WriteStatus
+from orchestrator.core.job.finalizer import owes_run_its_end
+from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, stage_commands
+from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobState, state_of
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.cycle import schedule
+from orchestrator.core.snapshot import Policy, Snapshot
 
 
 def decide(snapshot: Snapshot) -> tuple[Command, ...]:
@@ -103,17 +96,15 @@ def _runs_of_gone_jobs(snapshot: Snapshot) -> Iterator[FinishRun]:
 
 def _expired(drafts: list[Draft], snapshot: Snapshot) -> Iterator[DeleteJob]:
     """Finished jobs that are to go, once nothing outside is left to settle."""
-    with_stages = {(fact.namespace, _job_name(fact.name)) for fact in snapshot.stages.values()}
+    with_stages = {
+        (fact.namespace, name.job) for fact in snapshot.stages.values() if (name := StageName.parse(fact.name))
+    }
     for draft in drafts:
         job = draft.job
         settled = state_of(job.status) in TERMINAL_STATES and not owes_run_its_end(job)
         has_stages = (job.metadata.namespace, job.metadata.name) in with_stages
         if settled and not has_stages and _is_expired(job, snapshot):
             yield DeleteJob(job=job)
-
-
-def _job_name(stage_name: str) -> str:
-    return stage_name.rsplit("-", 2)[0]
 
 
 def _is_expired(job: QLoRAJob, snapshot: Snapshot) -> bool:

@@ -2,7 +2,7 @@
 
 Nothing is worked out anew: `schedule` decides over the snapshot just as the controller does, and this puts the outcome
 into words, the plainest first: where the job is, its place in line, what it fits, who has that, what would have to
-happen. The `explain` command is the caller.
+happen.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.api.job import ResourcesSpec
 from orchestrator.api.plan import Estimate
-from orchestrator.api.reasons import Reason
-from orchestrator.core.calibration import DEFAULT, learned
-from orchestrator.core.draft import Draft
-from orchestrator.core.facts import Refusal, Snapshot
-from orchestrator.core.gpus import CLASS_NAMES, GIB, gpu_class, priced
-from orchestrator.core.pace import Work
-from orchestrator.core.plans import choose_class
-from orchestrator.core.queue import Claim
-from orchestrator.core.schedule import Schedule, schedule
-from orchestrator.core.state import GPU_STATES, TERMINAL_STATES
+from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.cycle import Schedule, schedule
+from orchestrator.core.scheduling.ordering import Claim
+from orchestrator.core.snapshot import Snapshot
+from orchestrator.sizing.hardware import CLASS_NAMES, GIB, gpu_class, priced
+from orchestrator.sizing.margins import DEFAULT, learned
+from orchestrator.sizing.plan_search import choose_class
+from orchestrator.sizing.step_time import Work
 
 NAMES_TOLD = 3  # of those ahead or in possession; the rest is a number
 

@@ -14,9 +14,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from orchestrator.api.job import QLoRAJob, QLoRAJobStatus, StageName
+from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.core.facts import Event
+from orchestrator.api.stage_name import StageKind
+from orchestrator.core.commands import Event
 from orchestrator.sdk.client import Client, JobLike, QueueLike
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation
@@ -104,7 +105,7 @@ class AsyncJobHandle:
                 yield job
 
     async def logs(
-        self, follow: bool = False, stage: StageName | None = None, attempt: int | None = None
+        self, follow: bool = False, stage: StageKind | None = None, attempt: int | None = None
     ) -> AsyncIterator[LogLine]:
         """Lines of the stages' logs in order; with `follow`, until the job has finished."""
         lines = await asyncio.to_thread(self.sync.log_steps, follow, stage, attempt)

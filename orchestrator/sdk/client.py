@@ -16,10 +16,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
-from orchestrator.adapters import model_config
+from orchestrator.adapters.job_store import model_config
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.core import calibration
 from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, ServiceNotRunning
 from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.handle import JobHandle
@@ -27,6 +26,7 @@ from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, local_path
 from orchestrator.settings import Settings
+from orchestrator.sizing import margins
 
 JobLike = QLoRAJob | Mapping[str, object] | str | os.PathLike[str]
 """A job built in Python, its wire form, or the path of a manifest that holds exactly one."""
@@ -68,12 +68,12 @@ class Client:
         """What the job would take and where it would run; reads the model's config and changes nothing."""
         checked = self._in_namespace(_one(job, QLoRAJob))
         facts = model_config.read_facts(checked.spec.model)
-        known = Known(prices=self.settings.gpu_prices, margins=calibration.learned(self.connection.store.list_jobs()))
+        known = Known(prices=self.settings.gpu_prices, margins=margins.learned(self.connection.store.list_jobs()))
         return plan_job(checked, facts, self.connection.gpu_classes(), known)
 
-    def calibration(self) -> Sequence[calibration.Bound]:
+    def calibration(self) -> Sequence[margins.Bound]:
         """What finished jobs of all namespaces have taught about the memory model."""
-        return calibration.bounds(self.connection.store.list_jobs())
+        return margins.bounds(self.connection.store.list_jobs())
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
         """A handle on a job that exists; raises NotFound."""

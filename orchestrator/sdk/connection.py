@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from orchestrator.controller.ports import Store
-from orchestrator.core.facts import GpuClass
 from orchestrator.errors import InvalidObject
+from orchestrator.ports import Store
 from orchestrator.sdk.logs import LogFolder, StageLogs
 from orchestrator.settings import ENVIRONMENT_PREFIX, Settings
+from orchestrator.sizing.hardware import GpuClass
 
 CURRENT_CONTEXT = "current"
 
@@ -74,7 +74,7 @@ def on_cluster(context: str) -> Connection:
 def embedded(settings: Settings) -> Connection:
     """The service of this machine."""
     from orchestrator.adapters.local.slots import find_slots
-    from orchestrator.adapters.sqlite_store import SqliteStore
+    from orchestrator.adapters.sqlite.store import SqliteStore
     from orchestrator.controller import supervisor
 
     return Connection(

@@ -1,7 +1,7 @@
 """Why a job is where it is, by the very code that decides.
 
-`JobHandle.explain` calls it. The world is put together from what the store holds: a stage counts as running when its
-job's status says so. `core/explain` then decides as the controller would, and nothing is carried out.
+The world is put together from what the store holds: a stage counts as running when its job's status says so.
+`core/explain` then decides as the controller would, and nothing is carried out.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.core.explain import explain
-from orchestrator.core.facts import Policy, Snapshot, StageFact, StagePhase
-from orchestrator.core.gpus import priced
-from orchestrator.core.state import TERMINAL_STATES, JobState, state_of
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
+from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
 from orchestrator.sdk.connection import Connection
+from orchestrator.sizing.hardware import priced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.adapters import stored_adapter
+from orchestrator.adapters.job_store import stored_adapter
 from orchestrator.api.formats import JournalRecord, Metric
-from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus, StageName
-from orchestrator.core.facts import Event
-from orchestrator.core.state import TERMINAL_STATES, JobState, state_of
+from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.stage_name import StageKind
+from orchestrator.core.commands import Event
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation, explain_job
@@ -110,7 +111,7 @@ class JobHandle:
         return Watch(handle=self, connection=self._connection, timeout_seconds=timeout_seconds)
 
     def logs(
-        self, follow: bool = False, stage: StageName | None = None, attempt: int | None = None
+        self, follow: bool = False, stage: StageKind | None = None, attempt: int | None = None
     ) -> Iterator[LogLine]:
         """Lines of the stages' logs in order; with `follow`, until the job has finished."""
         for line in self.log_steps(follow, stage, attempt):
@@ -119,7 +120,7 @@ class JobHandle:
             else:
                 yield line
 
-    def log_steps(self, follow: bool, stage: StageName | None, attempt: int | None) -> Iterator[LogLine | None]:
+    def log_steps(self, follow: bool, stage: StageKind | None, attempt: int | None) -> Iterator[LogLine | None]:
         """`logs` for callers that do the pausing themselves: None where nothing is new."""
         self.object()
         logs = self._connection.logs

@@ -1,18 +1,17 @@
 """What a job's stages wrote: attempts in order, line by line, from wherever the service keeps it.
 
-`JobHandle.logs` and the CLI call it. `StageLogs` is the place: a folder of the embedded service, or the pods of a
-cluster. Following goes on to the next attempt by itself.
+`StageLogs` is the place: a folder of the embedded service, or the pods of a cluster. Following goes on to the next
+attempt by itself.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
 
-from orchestrator.api.job import StageName
+from orchestrator.api.stage_name import StageKind
+from orchestrator.ports import StageLog, StageLogs, Tail
 
 LOG_SUFFIX = ".log"
 FOLLOW_POLL_SECONDS = 0.2
@@ -24,7 +23,7 @@ MAX_LINE_BYTES = 1 << 20
 class LogLine:
     """One line of one attempt's log, without its line feed."""
 
-    stage: StageName
+    stage: StageKind
     attempt: int
     text: str
 
@@ -33,52 +32,17 @@ class LogLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageLog:
-    """One attempt that has a log."""
-
-    namespace: str
-    job: str
-    stage: StageName
-    attempt: int
-
-    @property
-    def name(self) -> str:
-        """The stage's name."""
-        return f"{self.job}-{self.stage}-{self.attempt}"
-
-
-class Tail(Protocol):
-    """One log, read from its beginning, piece by piece."""
-
-    def new_lines(self, closed: bool) -> Iterator[str]:
-        """What was written since the last call; an unfinished last line only where the log is `closed`."""
-        ...
-
-
-class StageLogs(Protocol):
-    """Where logs are kept."""
-
-    def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
-        """The job's logs that exist, in any order."""
-        ...
-
-    def tail(self, log: StageLog) -> Tail:
-        """One of them, from its beginning."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LogQuery:
     """Whose log is read."""
 
     namespace: str
     job: str
-    stage: StageName | None = None
+    stage: StageKind | None = None
     attempt: int | None = None
 
     def wants(self, log: StageLog) -> bool:
         """Whether the log is asked for."""
-        return self.stage in (None, log.stage) and self.attempt in (None, log.attempt)
+        return self.stage in (None, log.name.stage) and self.attempt in (None, log.name.attempt)
 
 
 def read_lines(logs: StageLogs, query: LogQuery) -> Iterator[LogLine]:
@@ -97,11 +61,11 @@ def follow_lines(logs: StageLogs, query: LogQuery, finished: Callable[[], bool])
     while True:
         at_end = finished()  # asked before reading, so that the last lines are not missed
         found = [log for log in logs.attempts(query.namespace, query.job) if query.wants(log)]
-        attempts = sorted(found, key=lambda log: log.attempt)
+        attempts = sorted(found, key=lambda log: log.name.attempt)
         for log in attempts:
             tail = tails.setdefault(log, logs.tail(log))
             for text in tail.new_lines(closed=at_end or log is not attempts[-1]):
-                yield LogLine(stage=log.stage, attempt=log.attempt, text=text)
+                yield LogLine(stage=log.name.stage, attempt=log.name.attempt, text=text)
         if at_end:
             return
         yield None
@@ -116,21 +80,13 @@ class LogFolder:
     def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
         """The job's logs that exist."""
         found = (
-            stage_log(namespace, job, path.stem) for path in (self._folder / namespace).glob(f"{job}-*{LOG_SUFFIX}")
+            StageLog.of(namespace, job, path.stem) for path in (self._folder / namespace).glob(f"{job}-*{LOG_SUFFIX}")
         )
         return [log for log in found if log is not None]
 
     def tail(self, log: StageLog) -> Tail:
         """One of them, from its beginning."""
         return FileTail(self._folder / log.namespace / f"{log.name}{LOG_SUFFIX}")
-
-
-def stage_log(namespace: str, job: str, name: str) -> StageLog | None:
-    """The attempt of this job that a stage's name stands for; None for a stage of another job."""
-    match = re.fullmatch(rf"{re.escape(job)}-(prepare|train|publish)-([1-9][0-9]*)", name)
-    if match is None:
-        return None  # of another job, whose name starts with this one's
-    return StageLog(namespace=namespace, job=job, stage=cast(StageName, match[1]), attempt=int(match[2]))
 
 
 class FileTail:

@@ -1,6 +1,6 @@
 """Reads manifests: YAML files of one or more objects into validated jobs and queues.
 
-The client and the CLI call it. Rules:
+Rules:
 - only the safe YAML types are read, a key may stand once, and a file has a bounded size;
 - an object is judged as the Kubernetes API server would judge it: strict types, wire names, nothing unknown;
 - every error names the file, the document, the line and the field, and says what is right;

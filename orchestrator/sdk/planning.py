@@ -1,7 +1,7 @@
 """What a job would take, and where: the core's own choice, asked before anything runs.
 
 `Client.plan` and `qlora plan` show it, `Client.submit` refuses what it says can never run. The bytes and the choice
-come from `core/plans`, the very code that decides; here they are only put side by side.
+come from `sizing/plan_search`, the very code that decides; here they are only put side by side.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate
-from orchestrator.api.results import ModelFacts
-from orchestrator.core import gpus, plans
-from orchestrator.core.calibration import DEFAULT, Margins
-from orchestrator.core.facts import GpuClass, Refusal
+from orchestrator.api.reasons import Refusal
+from orchestrator.sizing import hardware, plan_search
+from orchestrator.sizing.hardware import GpuClass
+from orchestrator.sizing.margins import DEFAULT, Margins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +73,13 @@ def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], know
     """The choice among the classes that exist, beside what every other class would mean."""
     known = known or Known()
     prices, margins = known.prices, known.margins.get(facts.architecture, DEFAULT)
-    classes = gpus.priced(classes, prices)
-    choice = plans.choose_class(job.spec, facts, classes, margins=margins)
+    classes = hardware.priced(classes, prices)
+    choice = plan_search.choose_class(job.spec, facts, classes, margins=margins)
     chosen = choice if isinstance(choice, Estimate) else None
     present = {gpu_class.name for gpu_class in classes}
-    absent = gpus.priced((gpus.gpu_class(name, 0) for name in gpus.CLASS_NAMES if name not in present), prices)
+    absent = hardware.priced(
+        (hardware.gpu_class(name, 0) for name in hardware.CLASS_NAMES if name not in present), prices
+    )
     every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
     return JobPlan(
         job=job.key,
@@ -89,7 +92,7 @@ def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], know
 
 def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | None:
     """Why spec.resources can never be met here, whatever the model; nothing where it can."""
-    if not classes or plans.allowed_classes(spec, classes):
+    if not classes or plan_search.allowed_classes(spec, classes):
         return None
     present = ", ".join(f"{c.name} ({c.marketed_gib} GiB)" for c in classes)
     asked = [f"vram {spec.resources.vram}"] if spec.resources.vram != "auto" else []
@@ -103,11 +106,11 @@ def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | N
 def _alternative(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, chosen: Estimate | None, margins: Margins
 ) -> Alternative:
-    choice = plans.choose_class(spec, facts, (gpu_class,), margins=margins)
+    choice = plan_search.choose_class(spec, facts, (gpu_class,), margins=margins)
     estimate = choice if isinstance(choice, Estimate) else None
     if estimate is not None and chosen is not None and estimate.gpu_class == chosen.gpu_class:
         remark = "chosen"
-    elif not plans.allowed_classes(spec, (gpu_class,)):
+    elif not plan_search.allowed_classes(spec, (gpu_class,)):
         remark = "ruled out by spec.resources"
     elif isinstance(choice, Refusal):
         remark = choice.message
@@ -124,7 +127,7 @@ def _why_not(spec: QLoRAJobSpec, estimate: Estimate | None, chosen: Estimate | N
         return "not preferred"
     deadline_seconds = spec.active_deadline_seconds
     if deadline_seconds is not None and estimate is not None and chosen is not None:
-        if not plans.in_time(estimate, deadline_seconds):
+        if not plan_search.in_time(estimate, deadline_seconds):
             return "misses activeDeadlineSeconds"
         if estimate.dollars is not None and chosen.dollars is not None and estimate.dollars > chosen.dollars:
             return "dearer"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from orchestrator.adapters import model_config
+from orchestrator.adapters.job_store import model_config
 from orchestrator.api.job import ModelSource, QLoRAJob
 from orchestrator.errors import InvalidObject, NotFound, PermanentError
 

@@ -12,7 +12,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qlora_trainer.stop import AgentClient, Stop
+from qlora_trainer.training.stop import AgentClient, Stop
 
 from orchestrator.api.results import ProgressReport
 

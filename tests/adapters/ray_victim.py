@@ -11,10 +11,10 @@ from pathlib import Path
 from orchestrator.adapters.local.processes import child_processes
 from orchestrator.adapters.local.ray_stages import RayStages
 from orchestrator.api.job import DatasetSource
-from orchestrator.core.facts import StagePhase
+from orchestrator.core.snapshot import StagePhase
 from orchestrator.errors import RuntimeLost
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job, make_task
+from tests.builders import make_task, submitted_job
 
 KEY = "team-a/medical-train-1"
 TIMEOUT_SECONDS = 60.0
@@ -24,7 +24,7 @@ LOST = 70
 def main(victim: str) -> None:
     runtime = RayStages(Settings())
     store = Path(os.environ["STORE"])
-    job = make_job(meta={"uid": "uid-1"}, dataset=DatasetSource(source="file:///endless"))
+    job = submitted_job(meta={"uid": "uid-1"}, dataset=DatasetSource(source="file:///endless"))
     runtime.ensure(make_task(job, store=store), "24Gi")
     while runtime.observe()[KEY].phase is StagePhase.PENDING:
         time.sleep(0.1)

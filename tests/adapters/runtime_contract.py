@@ -16,9 +16,9 @@ from uuid import uuid4
 from orchestrator.api.job import DatasetSource
 from orchestrator.api.reasons import Reason
 from orchestrator.api.task import StageTask
-from orchestrator.controller.ports import StageRuntime
-from orchestrator.core.facts import StageFact, StagePhase
-from tests.adapters.builders import make_job, make_task
+from orchestrator.core.snapshot import StageFact, StagePhase
+from orchestrator.ports import StageRuntime
+from tests.builders import make_task, submitted_job
 
 TIMEOUT_SECONDS = 90.0
 STEPS = 50  # of 20 ms
@@ -38,7 +38,7 @@ class RuntimeContract(ABC):
 
     def task(self, script: str = "ok", *, stage: str = "train", attempt: int = 1, name: str | None = None) -> StageTask:
         name = name or f"job-{uuid4().hex[:8]}"
-        job = make_job(
+        job = submitted_job(
             name,
             meta={"uid": f"uid-of-{name}"},
             dataset=DatasetSource(source=f"file:///{script}"),
@@ -47,7 +47,7 @@ class RuntimeContract(ABC):
         return make_task(job, stage, attempt, store=self.stores / name, grace_seconds=5)
 
     def key(self, task: StageTask) -> str:
-        return f"{task.namespace}/{task.job}-{task.stage}-{task.attempt}"
+        return f"{task.namespace}/{task.stage_name}"
 
     def until(self, task: StageTask, condition: Callable[[StageFact], object]) -> StageFact:
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -66,10 +66,10 @@ class RuntimeContract(ABC):
         return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
 
     def forget(self, task: StageTask) -> None:
-        self.runtime.delete(task.namespace, f"{task.job}-{task.stage}-{task.attempt}")
+        self.runtime.delete(task.namespace, task.stage_name)
 
     def stop(self, task: StageTask, reason: Reason = Reason.PREEMPTED, grace_seconds: int = 5) -> None:
-        self.runtime.stop(task.namespace, f"{task.job}-{task.stage}-{task.attempt}", grace_seconds, reason)
+        self.runtime.stop(task.namespace, task.stage_name, grace_seconds, reason)
 
     # contract
 

@@ -13,10 +13,10 @@ from orchestrator.api.base import utc
 from orchestrator.api.job import RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus, TrackingSpec, TrainingSpec
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, Quota
 from orchestrator.api.reasons import Reason
-from orchestrator.controller.ports import Store
-from orchestrator.core.facts import Event
+from orchestrator.core.commands import Event
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
-from tests.adapters.builders import make_job
+from orchestrator.ports import Store
+from tests.builders import submitted_job
 
 
 def with_attempt() -> QLoRAJobStatus:
@@ -33,7 +33,7 @@ class StoreContract(ABC):
 
     def test_a_new_job_gets_uid_version_time_and_an_empty_status(self) -> None:
         store = self.open()
-        job = make_job()
+        job = submitted_job()
         forged = job.model_copy(update={"status": QLoRAJobStatus(summary="done, honest")})
         created = store.create_job(forged)
         meta = created.metadata
@@ -48,27 +48,27 @@ class StoreContract(ABC):
 
     def test_a_duplicate_name_is_refused_and_the_first_job_stays(self) -> None:
         store = self.open()
-        first = store.create_job(make_job(priority=1))
+        first = store.create_job(submitted_job(priority=1))
         with pytest.raises(AlreadyExists, match="team-a/medical"):
-            store.create_job(make_job(priority=2))
+            store.create_job(submitted_job(priority=2))
         assert store.get_job("team-a", "medical") == first
 
     def test_one_name_in_two_namespaces_is_two_jobs(self) -> None:
         store = self.open()
-        store.create_job(make_job(namespace="team-b"))
-        store.create_job(make_job(namespace="team-a"))
+        store.create_job(submitted_job(namespace="team-b"))
+        store.create_job(submitted_job(namespace="team-a"))
         assert [job.key for job in store.list_jobs()] == ["team-a/medical", "team-b/medical"]
         assert [job.key for job in store.list_jobs("team-b")] == ["team-b/medical"]
 
     def test_jobs_are_listed_by_namespace_and_name(self) -> None:
         store = self.open()
         for name in ("c", "a", "b"):
-            store.create_job(make_job(name))
+            store.create_job(submitted_job(name))
         assert [job.metadata.name for job in store.list_jobs()] == ["a", "b", "c"]
 
     def test_a_job_that_does_not_exist_is_not_found(self) -> None:
         store = self.open()
-        ghost = make_job(meta={"resource_version": "1"})
+        ghost = submitted_job(meta={"resource_version": "1"})
         for call in (
             lambda: store.get_job("team-a", "medical"),
             lambda: store.update_job(ghost),
@@ -80,8 +80,8 @@ class StoreContract(ABC):
 
     def test_a_status_write_changes_the_status_alone(self) -> None:
         store = self.open()
-        created = store.create_job(make_job(priority=3))
-        forged = created.model_copy(update={"spec": make_job(priority=9).spec})
+        created = store.create_job(submitted_job(priority=3))
+        forged = created.model_copy(update={"spec": submitted_job(priority=9).spec})
         written = store.update_status(forged, QLoRAJobStatus(summary="waiting"))
         assert written.status.summary == "waiting"
         assert written.spec.priority == 3
@@ -90,7 +90,7 @@ class StoreContract(ABC):
 
     def test_a_spec_write_changes_the_spec_and_generation_but_never_the_status(self) -> None:
         store = self.open()
-        created = store.create_job(make_job())
+        created = store.create_job(submitted_job())
         running = store.update_status(created, QLoRAJobStatus(summary="running"))
         wanted = running.model_copy(
             update={"spec": running.spec.model_copy(update={"suspend": True}), "status": QLoRAJobStatus()}
@@ -102,7 +102,7 @@ class StoreContract(ABC):
 
     def test_an_annotation_does_not_bump_the_generation(self) -> None:
         store = self.open()
-        created = store.create_job(make_job())
+        created = store.create_job(submitted_job())
         meta = created.metadata.model_copy(update={"annotations": {"qlora.dev/cancel": "true"}})
         updated = store.update_job(created.model_copy(update={"metadata": meta}))
         assert updated.cancelled
@@ -110,7 +110,7 @@ class StoreContract(ABC):
 
     def test_identity_cannot_be_rewritten(self) -> None:
         store = self.open()
-        created = store.create_job(make_job())
+        created = store.create_job(submitted_job())
         meta = created.metadata.model_copy(update={"uid": "forged", "creation_timestamp": None, "generation": 7})
         updated = store.update_job(created.model_copy(update={"metadata": meta}))
         assert updated.metadata.uid == created.metadata.uid
@@ -119,7 +119,7 @@ class StoreContract(ABC):
 
     def test_a_stale_write_is_refused_and_changes_nothing(self) -> None:
         store = self.open()
-        stale = store.create_job(make_job())
+        stale = store.create_job(submitted_job())
         fresh = store.update_status(stale, QLoRAJobStatus(summary="first"))
         with pytest.raises(Conflict, match="team-a/medical"):
             store.update_status(stale, QLoRAJobStatus(summary="second"))
@@ -130,16 +130,16 @@ class StoreContract(ABC):
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            ("model", make_job().spec.model.model_copy(update={"revision": "other"})),
-            ("dataset", make_job().spec.dataset.model_copy(update={"too_long": "drop"})),
-            ("adapter", make_job().spec.adapter.model_copy(update={"rank": 8})),
+            ("model", submitted_job().spec.model.model_copy(update={"revision": "other"})),
+            ("dataset", submitted_job().spec.dataset.model_copy(update={"too_long": "drop"})),
+            ("adapter", submitted_job().spec.adapter.model_copy(update={"rank": 8})),
             ("training", TrainingSpec(seed=1)),
             ("tracking", TrackingSpec(alias=None)),
         ],
     )
     def test_what_the_results_depend_on_is_immutable(self, field: str, value: object) -> None:
         store = self.open()
-        created = store.create_job(make_job())
+        created = store.create_job(submitted_job())
         changed = created.model_copy(update={"spec": created.spec.model_copy(update={field: value})})
         with pytest.raises(InvalidObject, match=rf"spec\.{field}\b"):
             store.update_job(changed)
@@ -147,12 +147,12 @@ class StoreContract(ABC):
 
     def test_a_null_that_overrides_a_default_survives(self) -> None:
         store = self.open()
-        store.create_job(make_job(tracking=TrackingSpec(alias=None)))
+        store.create_job(submitted_job(tracking=TrackingSpec(alias=None)))
         assert self.open().get_job("team-a", "medical").spec.tracking.alias is None
 
     def test_an_object_that_breaks_a_rule_is_not_stored(self) -> None:
         store = self.open()
-        bad = make_job()
+        bad = submitted_job()
         bad = bad.model_copy(update={"spec": bad.spec.model_copy(update={"backoff_limit": -1})})
         with pytest.raises(InvalidObject, match="backoffLimit"):
             store.create_job(bad)
@@ -160,11 +160,11 @@ class StoreContract(ABC):
 
     def test_deleting_a_job_at_rest_removes_it(self) -> None:
         store = self.open()
-        created = store.create_job(make_job())
+        created = store.create_job(submitted_job())
         store.record_event(created, Event(reason=Reason.PREPARING, message="old"))
         store.delete_job("team-a", "medical")
         assert store.list_jobs() == []
-        again = store.create_job(make_job())
+        again = store.create_job(submitted_job())
         assert again.metadata.uid != created.metadata.uid
         assert store.list_events("team-a", "medical") == []
 
@@ -173,7 +173,7 @@ class StoreContract(ABC):
     )
     def test_deleting_a_busy_job_marks_it_until_it_is_at_rest(self, busy: QLoRAJobStatus) -> None:
         store = self.open()
-        running = store.update_status(store.create_job(make_job()), busy)
+        running = store.update_status(store.create_job(submitted_job()), busy)
         store.delete_job("team-a", "medical")
         marked = store.get_job("team-a", "medical")
         assert marked.cancelled
@@ -188,7 +188,7 @@ class StoreContract(ABC):
     def test_a_job_is_held_from_its_run_on_record_until_it_is_released(self) -> None:
         store = self.open()
         open_run = MlflowStatus(run_id="r", run_status="RUNNING")
-        job = store.update_status(store.create_job(make_job()), QLoRAJobStatus(mlflow=open_run))
+        job = store.update_status(store.create_job(submitted_job()), QLoRAJobStatus(mlflow=open_run))
         ended = open_run.model_copy(update={"run_status": "FINISHED"})
         job = store.update_status(job, QLoRAJobStatus(mlflow=ended, finish_time=utc(0)))
         assert job.metadata.finalizers == (RELEASE_FINALIZER,)
@@ -200,7 +200,7 @@ class StoreContract(ABC):
     def test_to_release_a_job_twice_changes_nothing(self) -> None:
         store = self.open()
         ended = MlflowStatus(run_id="r", run_status="FAILED")
-        job = store.update_status(store.create_job(make_job()), QLoRAJobStatus(mlflow=ended, finish_time=utc(0)))
+        job = store.update_status(store.create_job(submitted_job()), QLoRAJobStatus(mlflow=ended, finish_time=utc(0)))
         assert job.metadata.finalizers == (RELEASE_FINALIZER,), "a run that is new on record may still be open"
         store.release(job)
         released = store.get_job("team-a", "medical")
@@ -211,7 +211,7 @@ class StoreContract(ABC):
 
     def test_a_job_that_finishes_without_a_run_owes_nothing(self) -> None:
         store = self.open()
-        created = store.create_job(make_job(meta={"finalizers": (RELEASE_FINALIZER,)}))
+        created = store.create_job(submitted_job(meta={"finalizers": (RELEASE_FINALIZER,)}))
         job = store.update_status(created, QLoRAJobStatus(finish_time=utc(0)))
         assert job.metadata.finalizers == ()
         store.delete_job("team-a", "medical")
@@ -219,7 +219,7 @@ class StoreContract(ABC):
 
     def test_a_finalizer_keeps_a_deleted_job_until_it_is_taken_off(self) -> None:
         store = self.open()
-        store.create_job(make_job(meta={"finalizers": ("example.com/backup",)}))
+        store.create_job(submitted_job(meta={"finalizers": ("example.com/backup",)}))
         store.delete_job("team-a", "medical")
         marked = store.get_job("team-a", "medical")
         store.update_job(marked.model_copy(update={"metadata": marked.metadata.model_copy(update={"finalizers": ()})}))
@@ -228,10 +228,10 @@ class StoreContract(ABC):
     def test_queues_are_created_replaced_and_listed_by_name(self) -> None:
         store = self.open()
         for name in ("research", "default"):
-            store.apply_queue(QLoRAQueue(metadata=make_job(name).metadata))
+            store.apply_queue(QLoRAQueue(metadata=submitted_job(name).metadata))
         quota = QLoRAQueueSpec(quotas=(Quota(gpu_class="24Gi", nominal=2),))
         before = store.list_queues()
-        applied = store.apply_queue(QLoRAQueue(metadata=make_job("default").metadata, spec=quota))
+        applied = store.apply_queue(QLoRAQueue(metadata=submitted_job("default").metadata, spec=quota))
         after = store.list_queues()
         assert [queue.metadata.name for queue in after] == ["default", "research"]
         assert after[0] == applied
@@ -241,7 +241,7 @@ class StoreContract(ABC):
 
     def test_events_are_kept_in_order(self) -> None:
         store = self.open()
-        job = store.create_job(make_job())
+        job = store.create_job(submitted_job())
         told = [Event(reason=Reason.TRAINING, message=f"step {n}", warning=n == 1) for n in range(3)]
         for event in told:
             store.record_event(job, event)
@@ -253,7 +253,7 @@ class StoreContract(ABC):
     def test_waiting_returns_at_once_when_something_changed_before(self) -> None:
         store = self.open()
         cursor = store.wait_for_change("", 0)
-        store.create_job(make_job())
+        store.create_job(submitted_job())
         start = time.monotonic()
         assert store.wait_for_change(cursor, 30) != cursor
         assert time.monotonic() - start < 10
@@ -261,7 +261,7 @@ class StoreContract(ABC):
     def test_waiting_is_ended_by_another_clients_write(self) -> None:
         store = self.open()
         cursor = store.wait_for_change("", 0)
-        writer = threading.Timer(0.2, lambda: self.open().create_job(make_job()))
+        writer = threading.Timer(0.2, lambda: self.open().create_job(submitted_job()))
         writer.start()
         start = time.monotonic()
         changed = store.wait_for_change(cursor, 30)
@@ -278,7 +278,7 @@ class StoreContract(ABC):
         assert 0.25 < time.monotonic() - start < 10
 
     def test_of_many_writers_of_one_version_one_wins(self) -> None:
-        created = self.open().create_job(make_job())
+        created = self.open().create_job(submitted_job())
         outcomes: list[str] = []
 
         def write(number: int) -> None:

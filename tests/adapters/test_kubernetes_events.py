@@ -10,9 +10,9 @@ from orchestrator.adapters.kubernetes.api import Json
 from orchestrator.adapters.kubernetes.events import Recorder
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.reasons import Reason
-from orchestrator.core.facts import Event
+from orchestrator.core.commands import Event
 from orchestrator.errors import StoreUnavailable
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 
 ADMITTED = Event(reason=Reason.ADMITTED, message="on 24Gi")
 TRAINING = Event(reason=Reason.TRAINING, message="train attempt 2")
@@ -36,7 +36,7 @@ class PaperApi:
 
 
 def job(name: str) -> QLoRAJob:
-    return make_job(name, meta={"uid": f"uid-{name}"})
+    return submitted_job(name, meta={"uid": f"uid-{name}"})
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 from orchestrator.adapters.kubernetes.api import Json
 from orchestrator.adapters.kubernetes.objects import Parser, job_wire
 from orchestrator.api.job import QLoRAJob
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 
 CONDITION = {"type": "Prepared", "status": "True", "reason": "Prepared", "lastTransitionTime": "2026-01-02T03:04:05Z"}
 
 
 def told(name: str) -> Json:
-    wire = job_wire(make_job(name, meta={"uid": f"uid-{name}"}))
+    wire = job_wire(submitted_job(name, meta={"uid": f"uid-{name}"}))
     return {**wire, "status": {"observedGeneration": 1, "conditions": [{**CONDITION, "message": f"of {name}"}]}}
 
 

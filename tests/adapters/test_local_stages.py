@@ -21,10 +21,10 @@ from orchestrator.adapters.local.slots import Slot
 from orchestrator.adapters.local.stages import LocalStages, Stage, stage_log
 from orchestrator.api.job import DatasetSource
 from orchestrator.api.reasons import Reason
-from orchestrator.core.facts import StageFact, StagePhase
+from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import TransientError
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job, make_task
+from tests.builders import make_task, submitted_job
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 SLOT = (Slot(name="24Gi-0"),)
@@ -44,7 +44,7 @@ class World:
 
     def make(self, script: str = "ok", *, name: str = "medical", uid: str = "uid-1", attempt: int = 1) -> Stage:
         dataset = DatasetSource(source=f"file:///{script}")
-        job = make_job(name, meta={"uid": uid}, dataset=dataset, training={"max_steps": STEPS})
+        job = submitted_job(name, meta={"uid": uid}, dataset=dataset, training={"max_steps": STEPS})
         task = make_task(job, attempt=attempt, store=self.store, grace_seconds=5)
         self.stages.ensure(task, "24Gi")
         return self.stages.get("team-a", f"{name}-train-{attempt}")

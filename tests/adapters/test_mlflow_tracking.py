@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus, TrackingSpec
 from orchestrator.errors import TrackingUnavailable
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 
 # MLflow's imports and its database layer warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -31,7 +31,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 def job(uid: str, **spec: Any) -> QLoRAJob:
-    return make_job("medical", meta={"uid": uid}, **spec)
+    return submitted_job("medical", meta={"uid": uid}, **spec)
 
 
 def recorded(wanted: QLoRAJob, run: MlflowStatus) -> QLoRAJob:
@@ -69,15 +69,15 @@ FIRST_CALLS = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.api.job import MlflowStatus, QLoRAJobStatus
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 
 home = Path(sys.argv[1])
 uri = f"sqlite:///{home}/mlflow.db"
 tracking = MlflowTracking(Settings(home=home, tracking_uri=uri, tracking_lanes=4, tracking_timeout_seconds=120))
-gone = make_job("gone").model_copy(update={"status": QLoRAJobStatus(mlflow=MlflowStatus(run_id="gone"))})
+gone = submitted_job("gone").model_copy(update={"status": QLoRAJobStatus(mlflow=MlflowStatus(run_id="gone"))})
 with ThreadPoolExecutor(4) as pool:
     calls = [pool.submit(tracking.connect), *(pool.submit(tracking.finish_run, gone, "KILLED") for _ in range(3))]
     for call in calls:

@@ -6,9 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.adapters.kubernetes.nodes import Node, count_gpus
-from orchestrator.core.facts import GpuClass
-from orchestrator.core.gpus import find_card, gpu_class, priced
 from orchestrator.settings import Settings
+from orchestrator.sizing.hardware import GpuClass, find_card, gpu_class, priced
 
 
 def node(name: str, product: str, *, gpus: int = 1, usable: bool = True) -> Node:

@@ -23,7 +23,7 @@ import pytest
 
 from orchestrator.adapters.ray_fabric.channel import FabricChannel
 from orchestrator.adapters.ray_fabric.settings import PORTS_PER_NODE
-from orchestrator.controller.ports import AgentChannel
+from orchestrator.ports import AgentChannel
 
 SOCKET_STAGE = "team-a/socket-train-1"
 CLIENT_STAGE = "team-a/client-train-1"

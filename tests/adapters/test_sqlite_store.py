@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.sqlite_store import SqliteStore
+from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.job import QLoRAJobStatus
 from orchestrator.api.reasons import Reason
-from orchestrator.core.facts import Event
+from orchestrator.core.commands import Event
 from orchestrator.errors import InvalidObject, StoreUnavailable
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job
 from tests.adapters.store_contract import StoreContract
+from tests.builders import submitted_job
 
 
 class TestSqliteStore(StoreContract):
@@ -33,7 +33,7 @@ class TestSqliteStore(StoreContract):
 
     def test_events_are_bounded_and_the_newest_stay(self) -> None:
         store = self.open()
-        job, other = store.create_job(make_job("a")), store.create_job(make_job("b"))
+        job, other = store.create_job(submitted_job("a")), store.create_job(submitted_job("b"))
         store.record_event(other, Event(reason=Reason.TRAINING, message="other"))
         for number in range(12):
             store.record_event(job, Event(reason=Reason.TRAINING, message=str(number)))
@@ -43,7 +43,7 @@ class TestSqliteStore(StoreContract):
     def test_a_row_that_no_longer_parses_is_reported_and_kept(self, caplog: pytest.LogCaptureFixture) -> None:
         store = self.open()
         for name in ("broken", "sound"):
-            store.create_job(make_job(name))
+            store.create_job(submitted_job(name))
         with sqlite3.connect(self.settings.database) as database:
             database.execute("UPDATE objects SET body = '{\"kind\": \"QLoRAJob\"}' WHERE name = 'broken'")
         database.close()
@@ -70,16 +70,16 @@ class TestSqliteStore(StoreContract):
         holder = sqlite3.connect(settings.database, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreUnavailable, match="locked"):
-            store.create_job(make_job())
+            store.create_job(submitted_job())
         holder.execute("ROLLBACK")
         holder.close()
-        store.create_job(make_job())
+        store.create_job(submitted_job())
 
     def test_a_writer_killed_at_any_time_leaves_whole_objects(self) -> None:
         store = self.open()
-        store.create_job(make_job())
+        store.create_job(submitted_job())
         program = (
-            "from orchestrator.adapters.sqlite_store import SqliteStore\n"
+            "from orchestrator.adapters.sqlite.store import SqliteStore\n"
             "from orchestrator.api.job import QLoRAJobStatus\n"
             "from orchestrator.settings import Settings\n"
             "store = SqliteStore(Settings())\n"

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.pod_manifest import JOB_UID_LABEL, MANAGED_BY_LABEL, MANAGER, STAGE_LABEL
 from orchestrator.adapters.kubernetes.watch import Cache, Changes
 from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import PublishResult, StageResult
-from orchestrator.core.pod import JOB_UID_LABEL, MANAGED_BY_LABEL, MANAGER, STAGE_LABEL
 from orchestrator.errors import OrchestratorError
-from tests.core.builders import prepare_result, train_result
+from tests.builders import prepare_result, train_result
 
 STEPS = 120
 POLL_SECONDS = 0.02

@@ -21,12 +21,12 @@ import pytest
 
 from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
-from orchestrator.adapters.mlflow_tracking import MlflowTracking
+from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.api.job import RELEASE_FINALIZER, QLoRAJob
 from orchestrator.api.reasons import ConditionType
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 from tests.cluster.control_plane import ControlPlane, free_ports
 from tests.cluster.fault_proxy import Faults, Proxy, fault_proxy
 from tests.cluster.kubelet import PaperKubelet
@@ -186,7 +186,7 @@ def check(api: KubeApi, kubelet: PaperKubelet, jobs: dict[str, QLoRAJob], folder
 
 def submit_two(store: KubernetesStore) -> list[str]:
     for name in ("first", "second"):
-        store.create_job(make_job(name))
+        store.create_job(submitted_job(name))
     return ["first", "second"]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.nodes import list_gpu_classes
+from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.adapters.kubernetes.pods import KubernetesPods, RuntimeBounds
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
@@ -19,13 +20,11 @@ from orchestrator.api.job import Attempt, DatasetSource, QLoRAJob, QLoRAJobStatu
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport
 from orchestrator.api.task import StageTask
-from orchestrator.core.facts import StageFact, StagePhase
-from orchestrator.core.pod import PodPolicy, PodTemplate
+from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, OrchestratorError, TransientError
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job, train_result
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.resources import clear
-from tests.core.builders import train_result
 
 NAMESPACE, RESTRICTED, NARROW = "team-a", "restricted", "narrow"
 POLICY = PodPolicy(trainer_image="trainer:1", controller_image="controller:1", tracking_uri="http://mlflow:5000")
@@ -113,7 +112,7 @@ def make_task(
         job="medical",
         uid=uid,
         attempt=attempt,
-        spec=make_job(**spec).spec,
+        spec=submitted_job(**spec).spec,
         store_uri="pvc://store/medical",
     )
 
@@ -466,7 +465,7 @@ def test_a_pod_is_forced_out_only_where_nothing_of_it_can_be_running(
 def wanted(cluster: ControlPlane, api: KubeApi) -> Iterator[tuple[KubernetesStore, QLoRAJob]]:
     """A job on the server whose active attempt wants the stage NAME, and the store that wrote it."""
     store = KubernetesStore(cluster.api())
-    job = store.create_job(make_job())
+    job = store.create_job(submitted_job())
     try:
         active = Attempt(stage="train", number=2, created_time=datetime.now(UTC))
         yield store, store.update_status(job, QLoRAJobStatus(attempts=(active,), attempts_total=2))

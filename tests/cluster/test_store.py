@@ -14,10 +14,10 @@ from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
-from orchestrator.core.facts import Event
+from orchestrator.core.commands import Event
 from orchestrator.errors import Conflict, OrchestratorError
-from tests.adapters.builders import make_job
 from tests.adapters.store_contract import StoreContract, with_attempt
+from tests.builders import submitted_job
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.resources import clear
 
@@ -72,7 +72,7 @@ class TestWatchingKubernetesStore(TestKubernetesStore):
 
     def test_events_are_kept_in_order(self) -> None:
         store = self.open()
-        job = store.create_job(make_job())
+        job = store.create_job(submitted_job())
         told = [Event(reason=Reason.TRAINING, message=f"step {n}", warning=n == 1) for n in range(3)]
         for event in told:
             store.record_event(job, event)
@@ -100,7 +100,7 @@ def now() -> datetime:
 def test_what_was_written_is_read_at_once(api: KubeApi, stores: Callable[..., KubernetesStore]) -> None:
     store = stores(started=True)
     for number in range(20):
-        job = store.create_job(make_job(f"job-{number}"))
+        job = store.create_job(submitted_job(f"job-{number}"))
         written = store.update_status(job, QLoRAJobStatus(summary=f"summary {number}"))
         assert store.get_job("team-a", f"job-{number}") == written
         assert written in store.list_jobs("team-a")
@@ -110,7 +110,7 @@ def test_the_finalizer_is_there_while_a_gpu_is_held_and_gone_with_the_end(
     api: KubeApi, stores: Callable[..., KubernetesStore]
 ) -> None:
     store = stores(started=True)
-    job = store.create_job(make_job())
+    job = store.create_job(submitted_job())
     preparing = store.update_status(job, with_attempt())
     assert RELEASE_FINALIZER not in preparing.metadata.finalizers
     training = store.update_status(preparing, train_attempt())
@@ -135,7 +135,7 @@ def test_the_finalizer_is_there_while_a_gpu_is_held_and_gone_with_the_end(
 
 def test_another_clients_job_is_seen_without_asking(api: KubeApi, stores: Callable[..., KubernetesStore]) -> None:
     watcher, writer = stores(started=True), stores()
-    job = writer.create_job(make_job())
+    job = writer.create_job(submitted_job())
     until(lambda: [seen.key for seen in watcher.list_jobs()] == ["team-a/medical"])
     writer.update_status(job, QLoRAJobStatus(summary="elsewhere"))
     until(lambda: watcher.list_jobs()[0].status.summary == "elsewhere")
@@ -147,7 +147,7 @@ def test_a_write_on_an_old_view_is_refused_and_puts_the_view_right(
     api: KubeApi, stores: Callable[..., KubernetesStore]
 ) -> None:
     store, other = stores(started=True), stores()
-    old = store.create_job(make_job())
+    old = store.create_job(submitted_job())
     fresh = other.update_status(old, QLoRAJobStatus(summary="other"))
     with pytest.raises(Conflict):
         store.update_status(old, QLoRAJobStatus(summary="mine"))
@@ -159,8 +159,8 @@ def test_a_job_that_does_not_parse_is_reported_and_left_alone(
 ) -> None:
     """Annotations of ours are bounded in the contract and not in the CRD: what the server takes we may refuse."""
     store = stores(started=True)
-    store.create_job(make_job("sound"))
-    store.create_job(make_job("broken"))
+    store.create_job(submitted_job("sound"))
+    store.create_job(submitted_job("broken"))
     path = path_of(API_VERSION, "qlorajobs", "team-a", "broken")
     api.patch(path, {"metadata": {"annotations": {"qlora.dev/note": "x" * 5000}}}, MERGE_PATCH)
     until(lambda: store.list_unreadable() == ["team-a/broken"])
@@ -182,7 +182,7 @@ def test_watchers_keep_up_with_many_writers(api: KubeApi, stores: Callable[..., 
     writers = [stores() for _ in range(10)]
 
     def write(number: int) -> None:
-        job = writers[number].create_job(make_job(f"job-{number}"))
+        job = writers[number].create_job(submitted_job(f"job-{number}"))
         for version in range(50):
             job = writers[number].update_status(job, QLoRAJobStatus(attempts_total=version))
 
@@ -199,7 +199,7 @@ def test_a_finalizer_that_a_killed_controller_left_is_taken_off_by_the_next(
     api: KubeApi, stores: Callable[..., KubernetesStore]
 ) -> None:
     store = stores()
-    job = store.create_job(make_job(meta={"finalizers": (RELEASE_FINALIZER,)}))
+    job = store.create_job(submitted_job(meta={"finalizers": (RELEASE_FINALIZER,)}))
     over = QLoRAJobStatus(finish_time=now())
     path = path_of(API_VERSION, "qlorajobs", "team-a", "medical")
     api.patch(f"{path}/status", {"status": over.to_wire()}, MERGE_PATCH)

@@ -13,7 +13,7 @@ from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.errors import Conflict, NotFound, OrchestratorError, TransientError
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.fault_proxy import Faults, Proxy, fault_proxy
 from tests.cluster.resources import clear
@@ -87,7 +87,7 @@ def create(store: KubernetesStore, name: str) -> None:
     """Like a user who tries again until the job is there."""
     for _ in range(TRIES):
         try:
-            store.create_job(make_job(name))
+            store.create_job(submitted_job(name))
         except TransientError:
             continue
         except OrchestratorError:  # AlreadyExists: only the answer was lost; a conflict was made up

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import Reason
-from orchestrator.api.results import ModelFacts, PrepareResult, PublishResult, StageResult, TrainResult
+from orchestrator.api.results import PrepareResult, PublishResult, StageResult, TrainResult
 from orchestrator.api.task import StageTask
-from orchestrator.core.facts import GpuClass, StageFact, StagePhase
-from orchestrator.core.gpus import gpu_class
+from orchestrator.core.snapshot import StageFact, StagePhase
+from orchestrator.sizing.hardware import GpuClass, gpu_class
 
 DIGEST = "sha256:" + "0" * 64
 MODEL = ModelFacts(
@@ -68,7 +69,7 @@ class FakeRuntime:
             raise error
 
     def ensure(self, task: StageTask, gpu_class: str | None) -> None:
-        name = f"{task.job}-{task.stage}-{task.attempt}"
+        name = task.stage_name
         self._note(f"ensure {name}")
         fact = StageFact(
             namespace=task.namespace, name=name, uid=task.uid, phase=StagePhase.RUNNING, start_time=datetime.now(UTC)

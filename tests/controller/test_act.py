@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.sqlite_store import SqliteStore
+from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.base import utc
 from orchestrator.api.job import RELEASE_FINALIZER, MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.act import Actor, Bounds
 from orchestrator.controller.throttle import Allowance, Backoff
-from orchestrator.core.facts import (
+from orchestrator.core.commands import (
     DeleteJob,
     DeleteStage,
     EnsureRun,
@@ -28,7 +28,7 @@ from orchestrator.core.facts import (
 )
 from orchestrator.errors import RuntimeLost, StoreUnavailable, TrackingUnavailable
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job, make_task
+from tests.builders import make_task, submitted_job
 from tests.controller.fakes import FakeRuntime, FakeTracking
 
 
@@ -41,7 +41,7 @@ class World:
         self.actor = Actor(self.store, self.runtime, self.tracking, Backoff(1, 8, clock=lambda: self.now), bounds)
 
     def job(self, name: str = "medical") -> QLoRAJob:
-        return self.store.create_job(make_job(name))
+        return self.store.create_job(submitted_job(name))
 
     def stored(self, name: str = "medical") -> QLoRAJob:
         return self.store.get_job("team-a", name)

@@ -12,12 +12,12 @@ import sys, warnings
 from pathlib import Path
 from orchestrator.controller.logs import log_to_stderr
 from orchestrator.errors import StoreUnavailable
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 from tests.controller.test_loop import World
 
 log_to_stderr()
 world = World(Path(sys.argv[1]))
-world.store.create_job(make_job())
+world.store.create_job(submitted_job())
 world.runtime.error = lambda call: StoreUnavailable("away") if "ensure" in call and "publish" in call else None
 world.rounds(lambda: world.job().status.attempts_total == 3)
 for _ in range(5):

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.sqlite_store import SqliteStore
+from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.job import QLoRAJob
 from orchestrator.controller.loop import Controller, Ports
+from orchestrator.core.commands import Command
 from orchestrator.core.decide import decide
-from orchestrator.core.facts import Command, Policy, Snapshot, StagePhase
+from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
 from orchestrator.errors import RuntimeLost, StoreUnavailable
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 from tests.controller.fakes import FakeRuntime, FakeTracking
 
 
@@ -53,7 +54,7 @@ class World:
 
 def test_a_job_goes_all_the_way(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.store.create_job(make_job())
+    world.store.create_job(submitted_job())
     world.rounds(lambda: world.is_settled() and not world.runtime.stages)
     status = world.job().status
     assert [(attempt.stage, attempt.exit_code) for attempt in status.attempts] == [
@@ -73,7 +74,7 @@ def test_a_job_goes_all_the_way(tmp_path: Path) -> None:
 
 def test_a_settled_world_is_left_alone(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.store.create_job(make_job())
+    world.store.create_job(submitted_job())
     world.rounds(lambda: world.is_settled() and not world.runtime.stages)
     version = world.job().metadata.resource_version
     calls = len(world.runtime.calls)
@@ -86,7 +87,7 @@ def test_a_settled_world_is_left_alone(tmp_path: Path) -> None:
 def test_any_controller_carries_on_where_another_was_killed(tmp_path: Path) -> None:
     """A new controller for every two rounds: what the first of them asks of MLflow, the second one may know."""
     world = World(tmp_path)
-    world.store.create_job(make_job())
+    world.store.create_job(submitted_job())
     deadline = time.monotonic() + 20
     while not world.is_settled():
         assert time.monotonic() < deadline, world.job().status.summary
@@ -103,7 +104,7 @@ def test_any_controller_carries_on_where_another_was_killed(tmp_path: Path) -> N
 def test_the_stages_of_a_job_that_does_not_parse_are_left_alone(tmp_path: Path) -> None:
     world = World(tmp_path)
     for name in ("future", "medical"):
-        world.store.create_job(make_job(name))
+        world.store.create_job(submitted_job(name))
     world.rounds(lambda: len(world.runtime.stages) == 2, finish_stages=False)
     with sqlite3.connect(world.settings.database) as database:
         database.execute("UPDATE objects SET body = '{}' WHERE name = 'future'")
@@ -116,7 +117,7 @@ def test_the_stages_of_a_job_that_does_not_parse_are_left_alone(tmp_path: Path) 
 
 def test_a_deleted_job_is_stopped_settled_and_removed(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.store.create_job(make_job())
+    world.store.create_job(submitted_job())
     world.rounds(lambda: world.runtime.stages, finish_stages=False)
     world.store.delete_job("team-a", "medical")
     world.rounds(lambda: "stop medical-prepare-1" in world.runtime.calls, finish_stages=False)
@@ -165,12 +166,12 @@ def test_a_change_wakes_the_loop_before_its_tick(tmp_path: Path) -> None:
     thread, stop, ready, _ = run_in_background(world)
     assert ready.wait(10)
     start = time.monotonic()
-    world.store.create_job(make_job())
+    world.store.create_job(submitted_job())
     while "ensure medical-prepare-1" not in world.runtime.calls:
         assert time.monotonic() - start < 20
         time.sleep(0.01)
     stop.set()
-    world.store.create_job(make_job("wake-it-up"))
+    world.store.create_job(submitted_job("wake-it-up"))
     thread.join(10)
     assert not thread.is_alive()
 
@@ -207,7 +208,7 @@ def test_every_part_of_the_policy_is_a_setting(tmp_path: Path) -> None:
 
 def test_a_finished_stage_is_forgotten_only_after_its_end_is_recorded(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.store.create_job(make_job())
+    world.store.create_job(submitted_job())
     world.rounds(lambda: world.runtime.stages, finish_stages=False)
     world.runtime.finish()
     while "delete medical-prepare-1 recorded" not in world.runtime.calls:

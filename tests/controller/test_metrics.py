@@ -16,10 +16,10 @@ from orchestrator.api.job import Attempt, CheckpointStatus, ObjectMeta, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.metrics import OTHER, QUEUES_LIMIT, Metrics
-from orchestrator.core.facts import Policy, Snapshot
-from orchestrator.core.gpus import gpu_class
+from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.errors import StoreUnavailable
-from tests.adapters.builders import make_job
+from orchestrator.sizing.hardware import gpu_class
+from tests.builders import submitted_job
 from tests.controller.test_loop import World
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -45,7 +45,7 @@ def take(metrics: Metrics, snapshot: Snapshot) -> None:
 
 
 def job_at(version: int, status: QLoRAJobStatus, queue: str = "default") -> QLoRAJob:
-    job = make_job()
+    job = submitted_job()
     metadata = job.metadata.model_copy(
         update={"uid": "u", "resource_version": str(version), "creation_timestamp": NOW - timedelta(hours=2)}
     )
@@ -82,7 +82,7 @@ def test_a_job_is_counted_as_its_status_tells_it(tmp_path: Path) -> None:
     world = World(tmp_path)
     metrics = world.controller.metrics
     world.controller.round()
-    world.store.create_job(make_job())
+    world.store.create_job(submitted_job())
     world.rounds(lambda: world.is_settled() and not world.runtime.stages)
     world.controller.round()
     status = world.job().status

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.adapters.local.processes import Process
-from orchestrator.adapters.sqlite_store import SqliteStore
+from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.job import DatasetSource, QLoRAJob
 from orchestrator.api.reasons import ConditionType
 from orchestrator.controller import supervisor
 from orchestrator.errors import ServiceNotRunning
 from orchestrator.settings import Settings
-from tests.adapters.builders import make_job
+from tests.builders import submitted_job
 
 FAKE_TRAINER = Path(__file__).parents[1] / "adapters" / "fake_trainer.py"
 TIMEOUT_SECONDS = 480.0
@@ -49,7 +49,7 @@ class Service:
         self.store = SqliteStore(self.settings)
 
     def submit(self, name: str, script: str = "endless") -> QLoRAJob:
-        return self.store.create_job(make_job(name, dataset=DatasetSource(source=f"file:///{script}")))
+        return self.store.create_job(submitted_job(name, dataset=DatasetSource(source=f"file:///{script}")))
 
     def job(self, name: str) -> QLoRAJob:
         return self.store.get_job("team-a", name)

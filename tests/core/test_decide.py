@@ -17,25 +17,23 @@ from orchestrator.api.job import (
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import StageResult
 from orchestrator.api.task import StageTask
-from orchestrator.core.decide import decide
-from orchestrator.core.facts import (
+from orchestrator.core.commands import (
     Command,
     DeleteJob,
     DeleteStage,
     EnsureRun,
     EnsureStage,
     FinishRun,
-    RunFact,
-    StageFact,
-    StagePhase,
     StopStage,
     WriteStatus,
 )
-from orchestrator.core.pace import Work
-from orchestrator.core.plans import choose_class
-from orchestrator.core.release import finalizers_with
-from orchestrator.core.state import JobState, state_of
-from tests.core.builders import (
+from orchestrator.core.decide import decide
+from orchestrator.core.job.finalizer import finalizers_with
+from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.core.snapshot import RunFact, StageFact, StagePhase
+from orchestrator.sizing.plan_search import choose_class
+from orchestrator.sizing.step_time import Work
+from tests.builders import (
     DIGEST,
     LLAMA_3_8B,
     LLAMA_3_70B,

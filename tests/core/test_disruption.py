@@ -9,11 +9,12 @@ import pytest
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import StageResult
-from orchestrator.core.conditions import Finding, says_the_same, set_condition
+from orchestrator.core.commands import StopStage
 from orchestrator.core.decide import decide
-from orchestrator.core.facts import StagePhase, StopStage
-from orchestrator.core.gpus import classify, memory_range_mib
-from tests.core.builders import (
+from orchestrator.core.job.conditions import Finding, says_the_same, set_condition
+from orchestrator.core.snapshot import StagePhase
+from orchestrator.sizing.hardware import classify, memory_range_mib
+from tests.builders import (
     NOW,
     POLICY,
     after,

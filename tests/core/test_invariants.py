@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
+from orchestrator.core.commands import WriteStatus
 from orchestrator.core.decide import decide
 from orchestrator.core.explain import explain
-from orchestrator.core.facts import Policy, WriteStatus
-from tests.core.builders import LLAMA_3_70B, gpus, make_job, make_queue
+from orchestrator.core.snapshot import Policy
+from tests.builders import LLAMA_3_70B, gpus, make_job, make_queue
 from tests.core.world import World
 
 POLICY = Policy(store_uri="file:///store", minimum_run_seconds=30, preemption_cooldown_seconds=10, cpu_stages_limit=3)

@@ -9,11 +9,13 @@ import pytest
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.core.commands import StopStage, WriteStatus
 from orchestrator.core.decide import decide
 from orchestrator.core.explain import explain
-from orchestrator.core.facts import GpuClass, Snapshot, StopStage, WriteStatus
-from orchestrator.core.schedule import schedule
-from tests.core.builders import (
+from orchestrator.core.scheduling.cycle import schedule
+from orchestrator.core.snapshot import Snapshot
+from orchestrator.sizing.hardware import GpuClass
+from tests.builders import (
     LLAMA_3_70B,
     POLICY,
     gpus,

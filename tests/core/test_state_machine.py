@@ -8,9 +8,8 @@ import pytest
 
 from orchestrator.api.job import QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.core.conditions import Finding
-from orchestrator.core.draft import Draft
-from orchestrator.core.state import (
+from orchestrator.core.job.conditions import Finding
+from orchestrator.core.job.state_machine import (
     TABLE,
     TERMINAL_STATES,
     IllegalTransitionError,
@@ -19,7 +18,8 @@ from orchestrator.core.state import (
     mermaid,
     state_of,
 )
-from tests.core.builders import NOW, after, make_attempt, make_job, prepared_status, running_status
+from orchestrator.core.job.status_draft import Draft
+from tests.builders import NOW, after, make_attempt, make_job, prepared_status, running_status
 
 STATUSES = {
     "an empty status is New": (QLoRAJobStatus(), JobState.NEW),

@@ -19,29 +19,26 @@ from orchestrator.api.job import (
     QLoRAJob,
     QLoRAJobStatus,
 )
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
-from orchestrator.api.results import ModelFacts, StageResult
+from orchestrator.api.results import StageResult
 from orchestrator.api.task import StageTask
-from orchestrator.core.decide import decide
-from orchestrator.core.facts import (
+from orchestrator.core.commands import (
     Command,
     DeleteJob,
     DeleteStage,
     EnsureRun,
     EnsureStage,
     FinishRun,
-    GpuClass,
-    Policy,
-    RunFact,
-    Snapshot,
-    StageFact,
-    StagePhase,
     StopStage,
     WriteStatus,
 )
-from orchestrator.core.release import finalizers_with, is_at_rest, released
-from tests.core.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
+from orchestrator.core.decide import decide
+from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
+from orchestrator.core.snapshot import Policy, RunFact, Snapshot, StageFact, StagePhase
+from orchestrator.sizing.hardware import GpuClass
+from tests.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
 
 TRAIN_STEPS = 6
 
@@ -153,7 +150,7 @@ class World:
 
     def _ensure(self, command: EnsureStage) -> None:
         task = command.task
-        key = f"{task.namespace}/{task.job}-{task.stage}-{task.attempt}"
+        key = f"{task.namespace}/{task.stage_name}"
         stored = self.jobs[f"{task.namespace}/{task.job}"].status.active_attempt
         assert stored is not None, "the intent must be stored before the stage is created"
         assert (stored.stage, stored.number) == (task.stage, task.attempt), "the intent must be this attempt"

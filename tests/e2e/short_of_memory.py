@@ -12,7 +12,7 @@ import os
 import sys
 
 from qlora_trainer.__main__ import main
-from qlora_trainer.model import TrainingModel
+from qlora_trainer.model.training_model import TrainingModel
 from torch import OutOfMemoryError
 
 from orchestrator.api.task import TASK_VARIABLE, StageTask

@@ -1,8 +1,8 @@
 """The service on the lab's cluster: how the chart gets there, and what its users and MLflow's see of it.
 
-`test_jobs.py` is the caller. Everything is real but the cards: nodes say that they have a GPU of 24 GB, and the trainer
-trains on their CPUs. Jobs that name no store of their own keep their things on the lab's S3 server, as the chart's
-`store.type: s3` says; others name a claim.
+Everything is real but the cards: nodes say that they have a GPU of 24 GB, and the trainer trains on their CPUs. Jobs
+that name no store of their own keep their things on the lab's S3 server, as the chart's `store.type: s3` says; others
+name a claim.
 """
 
 from __future__ import annotations

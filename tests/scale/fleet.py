@@ -1,9 +1,9 @@
 """A thousand nodes on paper: four GPU classes, one GPU each, and what KWOK plays on them.
 
-`trial` is the caller. The stages that KWOK is told stand for kubelet and trainer: a bound pod runs after a moment and
-ends after its time, with the exit code and the termination message that the trainer would write. Which end it is hangs
-on the job's name: `ok-...` come through, `bad-...` have data that no trainer can use, `oom-...` run out of memory in
-their first attempt at training.
+The stages that KWOK is told stand for kubelet and trainer: a bound pod runs after a moment and ends after its time,
+with the exit code and the termination message that the trainer would write. Which end it is hangs on the job's name:
+`ok-...` come through, `bad-...` have data that no trainer can use, `oom-...` run out of memory in their first attempt
+at training.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.pod_manifest import ATTEMPT_LABEL, JOB_LABEL, STAGE_LABEL, TRAINER
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import PublishResult, StageResult
-from orchestrator.core.pod import ATTEMPT_LABEL, JOB_LABEL, STAGE_LABEL, TRAINER
+from tests.builders import failure, prepare_result, train_result
 from tests.cluster.control_plane import KWOK_LABEL
-from tests.core.builders import failure, prepare_result, train_result
 
 CARDS_MIB = {"24Gi": 23_034, "48Gi": 46_068, "80Gi": 81_559, "141Gi": 143_771}
 """Total memory of an L4, an L40S, an H100 and an H200."""

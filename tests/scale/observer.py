@@ -1,7 +1,7 @@
 """What happens to the pods, seen from outside: one watch, in the order in which the API server tells.
 
-`trial` is the caller. It trusts nothing that the controller says: who holds a GPU is worked out from the pods' own
-bindings and ends, and the clock is this process's, at the arrival of each event.
+It trusts nothing that the controller says: who holds a GPU is worked out from the pods' own bindings and ends, and the
+clock is this process's, at the arrival of each event.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, Stream, path_of
-from orchestrator.core.pod import JOB_LABEL, MANAGED_BY_LABEL, MANAGER, QUEUE_LABEL, STAGE_LABEL
+from orchestrator.adapters.kubernetes.pod_manifest import JOB_LABEL, MANAGED_BY_LABEL, MANAGER, QUEUE_LABEL, STAGE_LABEL
 from orchestrator.errors import StoreUnavailable
 from tests.cluster.resources import NAMESPACES
 

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from orchestrator.adapters.mlflow_tracking import UID_TAG
+from orchestrator.adapters.mlflow.tracking import UID_TAG
 
 API = "/api/2.0/mlflow/"
 Json = dict[str, Any]

@@ -1,7 +1,4 @@
-"""The controller's process and the registry on paper, and what can be read of them from outside.
-
-`trial` is the caller.
-"""
+"""The controller's process and the registry on paper, and what can be read of them from outside."""
 
 from __future__ import annotations
 

@@ -12,21 +12,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from orchestrator.adapters.sqlite_store import SqliteStore
+from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.formats import CheckpointManifest, FileEntry, JournalRecord, Metric
 from orchestrator.api.job import Attempt, Condition, MlflowStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.api.results import ModelFacts, PrepareResult, ProgressReport
-from orchestrator.core.conditions import summarize
-from orchestrator.core.facts import Event, GpuClass
-from orchestrator.core.gpus import gpu_class
-from orchestrator.core.pace import Work
-from orchestrator.core.plans import choose_class
+from orchestrator.api.results import PrepareResult, ProgressReport
+from orchestrator.core.commands import Event
+from orchestrator.core.job.conditions import summarize
 from orchestrator.sdk.client import Client
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.logs import LogFolder
 from orchestrator.settings import Settings
+from orchestrator.sizing.hardware import GpuClass, gpu_class
+from orchestrator.sizing.plan_search import choose_class
+from orchestrator.sizing.step_time import Work
 
 STEPS = 40
 LLAMA_8B = {

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.sqlite_store import SqliteStore
+from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
 from orchestrator.api.reasons import Reason
-from orchestrator.core.facts import Event
-from orchestrator.core.gpus import gpu_class
+from orchestrator.core.commands import Event
 from orchestrator.errors import (
     AlreadyExists,
     Conflict,
@@ -33,6 +32,7 @@ from orchestrator.errors import (
 )
 from orchestrator.sdk import AsyncClient, Client, JobHandle
 from orchestrator.sdk.handle import SERVICE_ABSENCE_SECONDS
+from orchestrator.sizing.hardware import gpu_class
 from tests.sdk.paper_service import STEPS, PaperService, job_document, write_inputs
 
 

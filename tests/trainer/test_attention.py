@@ -7,9 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from qlora_trainer import attention
-from qlora_trainer.batches import collate
-from qlora_trainer.kernels import torch_ops
+from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.kernels import packed_attention, tiled_attention, torch_ops
 from torch import Tensor
 
 
@@ -46,12 +45,12 @@ def test_tiles_give_the_answer_and_the_gradients_of_all_scores_at_once(
     softcap: float | None,
     rows_at_once: int,
 ) -> None:
-    monkeypatch.setattr(attention, "SCORES_BYTES", 4 * 4 * tokens * rows_at_once)
+    monkeypatch.setattr(tiled_attention, "SCORES_BYTES", 4 * 4 * tokens * rows_at_once)
     torch.manual_seed(0)
     query = torch.randn(4, tokens, 8, requires_grad=True)
     key, value = (torch.randn(key_heads, tokens, 8, requires_grad=True) for _ in range(2))
     weights = torch.randn(4, tokens, 8)
-    found = attention.tiled_attention(query, key, value, 0.6, window, softcap)
+    found = tiled_attention.tiled_attention(query, key, value, 0.6, window, softcap)
     expected = dense(query, key, value, 0.6, window, softcap)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     gradients = torch.autograd.grad((found * weights).sum(), (query, key, value))
@@ -69,7 +68,7 @@ def test_a_packed_row_by_hand_gives_what_its_records_give_alone(
     torch.manual_seed(0)
     query, key, value = torch.randn(40, 8, 16).split((4, 2, 2), dim=1)
     grad = torch.randn(40, 4, 16)
-    packed = attention.PackedAttention()
+    packed = packed_attention.PackedAttention()
     ids = [np.arange(end - start, dtype=np.int32) for start, end in pairwise(borders)]
     batch = collate([(each, each, each) for each in ids])
     packed.expect(batch, batch.record_starts)

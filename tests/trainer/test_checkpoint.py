@@ -15,7 +15,8 @@ from threading import Event
 
 import pytest
 import torch
-from qlora_trainer.checkpoint import (
+from qlora_trainer.outcome import FencedError, Transient
+from qlora_trainer.storage.checkpoint import (
     BestEvaluation,
     Checkpointer,
     Provenance,
@@ -24,8 +25,7 @@ from qlora_trainer.checkpoint import (
     adapter_config,
     on_host,
 )
-from qlora_trainer.jobstore import JobStore
-from qlora_trainer.outcome import FencedError, Transient
+from qlora_trainer.storage.job_store import JobStore
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 
@@ -263,7 +263,7 @@ LOOP = """
 import sys
 sys.path[:0] = sys.argv[2:]
 from test_checkpoint import make_checkpointer, make_snapshot
-from qlora_trainer.jobstore import JobStore
+from qlora_trainer.storage.job_store import JobStore
 store = JobStore(sys.argv[1])
 store.take_fence(1)
 store.sweep()
@@ -348,7 +348,7 @@ def test_the_final_adapter_loads_with_peft_alone(store: JobStore) -> None:
 HASHES = """
 import json, sys
 from types import SimpleNamespace
-from qlora_trainer.checkpoint import adapter_config
+from qlora_trainer.storage.checkpoint import adapter_config
 from orchestrator.api.task import StageTask
 names = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
 print(list(names), file=sys.stderr)

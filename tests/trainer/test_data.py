@@ -21,12 +21,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
-from qlora_trainer.data import Split, arrange, read_splits, write_rows
-from qlora_trainer.encoding import EncodedRecord, Encoder
+from qlora_trainer.data.dataset import Split, arrange, read_splits, write_rows
+from qlora_trainer.data.encoding import EncodedRecord, Encoder
+from qlora_trainer.data.formats import read_sample
+from qlora_trainer.data.packing import pack
+from qlora_trainer.data.reader import Records
 from qlora_trainer.outcome import UserError
-from qlora_trainer.packing import pack
-from qlora_trainer.records import Records
-from qlora_trainer.samples import read_sample
 from tiny_model import BOS, EOS, TURN_START, TokenizerKind, save_tokenizer
 
 from orchestrator.api.job import DatasetSource, TrainingSpec

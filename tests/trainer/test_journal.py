@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qlora_trainer.journal import Journal
+from qlora_trainer.storage.journal import Journal
 
 from orchestrator.api.formats import JournalRecord
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qlora_trainer.batches import collate
-from qlora_trainer.kernels import decoder, layer, torch_ops
-from qlora_trainer.kernels.decoder import draw_seed
-from qlora_trainer.model import TrainingModel
-from qlora_trainer.optimizer import AdapterOptimizer
+from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.kernels import layer, takeover, torch_ops
+from qlora_trainer.kernels.takeover import draw_seed
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training.optimizer import AdapterOptimizer
 from safetensors.torch import load_file, save_file
 from test_model import equal, gradients, make_model, make_records, wake_adapter
 from tiny_model import build_tiny_model, tiny_model
@@ -148,7 +148,7 @@ def test_an_adapter_that_is_switched_off_is_left_out(tmp_path: Path) -> None:
 def test_what_is_not_exact_is_left_alone_and_said(
     tmp_path: Path, family: str, fields: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="qlora_trainer.kernels.decoder")
+    caplog.set_level(logging.INFO, logger="qlora_trainer.kernels.takeover")
     model = make_model(build_tiny_model(tmp_path / "model", family, attention_dropout=0.0), **fields)
     assert model._fused is None
     assert reason in caplog.text
@@ -161,7 +161,7 @@ def test_layers_that_turn_out_to_be_off_are_given_back_and_said(
     untouched = make_model(folder, recompute_layers=1)
     wake_adapter(untouched)
     _, expected = loss_and_gradients(untouched, taken_over=False)
-    monkeypatch.setitem(decoder.WINDOWS, LlamaDecoderLayer, lambda _: 2)  # a registry that is wrong
+    monkeypatch.setitem(takeover.WINDOWS, LlamaDecoderLayer, lambda _: 2)  # a registry that is wrong
     model = make_model(folder, recompute_layers=1)
     wake_adapter(model)
     assert model._fused is not None
@@ -324,7 +324,7 @@ def test_the_optimizer_may_move_the_adapter(tmp_path: Path) -> None:
 INTERPRETED = """
 import torch
 from bitsandbytes.functional import quantize_4bit
-from qlora_trainer.attention import PackedAttention
+from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.kernels import torch_ops, triton_attention, triton_experts, triton_ops
 
 torch.manual_seed(0)

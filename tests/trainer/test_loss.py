@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from qlora_trainer.loss import IGNORED, Head, cross_entropy
+from qlora_trainer.data.encoding import IGNORED_LABEL
+from qlora_trainer.model.loss import Head, cross_entropy
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,7 +20,7 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
     bias = torch.randn(VOCABULARY, generator=generator).to(dtype)
     targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    targets[torch.rand(TOKENS, generator=generator) < 0.4] = IGNORED
+    targets[torch.rand(TOKENS, generator=generator) < 0.4] = IGNORED_LABEL
     return hidden, weight, bias, targets
 
 
@@ -28,7 +29,7 @@ def reference(hidden: Tensor, targets: Tensor, head: Head, divisor: float) -> tu
     logits = functional.linear(hidden, head.weight, head.bias).float() * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    loss = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / divisor
+    loss = functional.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum") / divisor
     loss.backward()
     assert hidden.grad is not None
     return loss.detach(), hidden.grad
@@ -88,14 +89,14 @@ def test_logits_exist_for_one_chunk_of_supervised_tokens_at_a_time() -> None:
     head = WatchedHead(weight=weight)
     cross_entropy(hidden, targets, head, chunk_tokens=8, scale=torch.tensor(1.0))
     assert max(head.asked) == 8
-    assert sum(head.asked) == int((targets != IGNORED).sum()) < TOKENS
+    assert sum(head.asked) == int((targets != IGNORED_LABEL).sum()) < TOKENS
 
 
 def test_a_micro_batch_without_targets_costs_nothing_and_moves_nothing() -> None:
     hidden, weight, _, targets = make_inputs()
     hidden.requires_grad_()
     loss = cross_entropy(
-        hidden, torch.full_like(targets, IGNORED), Head(weight=weight), chunk_tokens=8, scale=torch.tensor(1 / 5)
+        hidden, torch.full_like(targets, IGNORED_LABEL), Head(weight=weight), chunk_tokens=8, scale=torch.tensor(1 / 5)
     )
     loss.backward()
     assert loss.item() == 0

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from qlora_trainer.attention import PackedAttention
-from qlora_trainer.batches import MicroBatch, StepInputs, collate
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
+from qlora_trainer.data.micro_batch import MicroBatch, StepInputs, collate
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 from safetensors.torch import load_file
 from tiny_model import build_tiny_model, save_tokenizer, tiny_model

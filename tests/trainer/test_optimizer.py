@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_trainer import optimizer
-from qlora_trainer.optimizer import AdapterOptimizer, learning_rate
+from qlora_trainer.training import optimizer
+from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
 from torch import Tensor
 from torch.nn import Parameter
 

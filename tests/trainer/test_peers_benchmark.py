@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from qlora_trainer.attention import PackedAttention
-from qlora_trainer.model import load_base
-from qlora_trainer.model_source import RANDOM_WEIGHTS_VARIABLE
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.source import RANDOM_WEIGHTS_VARIABLE
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import nf4_checkpoint

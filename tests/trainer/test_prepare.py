@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 from qlora_trainer import prepare
-from qlora_trainer.jobstore import JobStore
 from qlora_trainer.outcome import FencedError, UserError
+from qlora_trainer.storage.job_store import JobStore
 from tiny_model import EOS, build_tiny_model, tiny_model
 from transformers import AutoTokenizer
 

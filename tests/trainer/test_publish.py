@@ -15,14 +15,15 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
 from qlora_trainer import publish
-from qlora_trainer.checkpoint import Checkpointer, Provenance
-from qlora_trainer.jobstore import JobStore
 from qlora_trainer.outcome import FencedError, UserError
+from qlora_trainer.storage.checkpoint import Checkpointer, Provenance
+from qlora_trainer.storage.job_store import JobStore
 from tiny_model import tiny_model
 
 from orchestrator.api.formats import JournalRecord
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrackingSpec, TrainingSpec
-from orchestrator.api.results import ModelFacts, PrepareResult
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
 
 # MLflow and SQLAlchemy speak of their own deprecations; they are not ours to mend.

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from qlora_trainer import train
-from qlora_trainer.journal import Journal
 from qlora_trainer.outcome import Preempted
+from qlora_trainer.storage.journal import Journal
 from toy_job import digest_of_adapter, make_task
 
 from orchestrator.api.results import TrainResult
@@ -61,7 +61,7 @@ class StopAtStep(logging.Handler):
 
 @contextmanager
 def stopping_at(step: int) -> Iterator[None]:
-    loop = logging.getLogger("qlora_trainer.loop")
+    loop = logging.getLogger("qlora_trainer.training.loop")
     handler, level = StopAtStep(step), loop.level
     loop.addHandler(handler)
     loop.setLevel(logging.INFO)

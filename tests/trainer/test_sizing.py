@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from qlora_trainer import attention as packed
-from qlora_trainer import kernels
-from qlora_trainer.attention import PackedAttention
-from qlora_trainer.batches import collate
+from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels import layer as layer_module
-from qlora_trainer.kernels import ops
-from qlora_trainer.kernels.experts import NF4Experts
-from qlora_trainer.model import TrainingModel, add_adapter, load_base
-from qlora_trainer.optimizer import AdapterOptimizer
-from qlora_trainer.replay import LARGEST_TOKENS, Replay
+from qlora_trainer.kernels import moe_experts, ops
+from qlora_trainer.kernels import packed_attention as packed
+from qlora_trainer.kernels.moe_experts import NF4Experts
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.cuda_graphs import LARGEST_TOKENS, Replay
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training.optimizer import AdapterOptimizer
 from tiny_model import EXPERTS, tiny_model
 from torch import Tensor
 from torch.nn import functional
@@ -36,16 +37,17 @@ from transformers import AttentionInterface
 
 from benchmarks import layer_trace
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.model_facts import Mixture, ModelFacts
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.api.results import Mixture, ModelFacts
-from orchestrator.core import experts as core_experts
-from orchestrator.core import fused, reserved, sizing
-from orchestrator.core.flash import Attention
-from orchestrator.core.pages import LARGEST_SMALL, Block, Pool
-from orchestrator.core.reserved import MICRO_BATCHES
-from orchestrator.core.sizing import FUSED_TYPES, Footprint
-from orchestrator.core.timeline import allocated
-from tests.core.builders import make_spec
+from orchestrator.sizing import footprint
+from orchestrator.sizing.footprint import FUSED_TYPES, Footprint
+from orchestrator.sizing.memory import experts as core_experts
+from orchestrator.sizing.memory import fragmentation, handwritten_layer
+from orchestrator.sizing.memory.attention import Attention
+from orchestrator.sizing.memory.cuda_allocator import LARGEST_SMALL, Block, Pool
+from orchestrator.sizing.memory.fragmentation import MICRO_BATCHES
+from orchestrator.sizing.memory.timeline import allocated
+from tests.builders import make_spec
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 256,
@@ -198,7 +200,7 @@ def flash_workspace_bytes(facts: ModelFacts) -> int:
 
 def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
     spec = make_spec(sequence_length=TOKENS, packing=False).model_copy(update={"adapter": adapter})
-    items = sizing.footprint(spec, facts, plan, multiprocessors=1, records=1)
+    items = footprint.footprint(spec, facts, plan, multiprocessors=1, records=1)
     passing = ("adapter gradients", "activations", "working set")
     return sum(item.bytes for item in items if item.name.startswith(passing))
 
@@ -231,12 +233,12 @@ def test_every_tensor_of_a_training_step_is_counted(
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(layer_module, "MLP_TILE_TOKENS", tile_tokens)
-    monkeypatch.setattr(fused, "MLP_TILE_TOKENS", tile_tokens)
+    monkeypatch.setattr(handwritten_layer, "MLP_TILE_TOKENS", tile_tokens)
     monkeypatch.setattr(ops, "can_be_captured", lambda _: replayed)
     monkeypatch.setattr(Replay, "_graph", lambda *_: None)  # what runs before a graph is made
-    monkeypatch.setattr(sizing, "REPLAY_TOKENS", LARGEST_TOKENS if replayed else 0)
-    monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
-    fused._walks.cache_clear()
+    monkeypatch.setattr(footprint, "REPLAY_TOKENS", LARGEST_TOKENS if replayed else 0)
+    monkeypatch.setattr(footprint, "CUBLAS_BYTES", 0)
+    handwritten_layer._walks.cache_clear()
     config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]]}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
@@ -264,7 +266,7 @@ def without_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
         found = one.new_empty(len(one), other.shape[1]) if out is None else out
         if torch._C._current_graph_task_id() >= 0 and not workspaces:
-            workspaces.append(torch.empty(sizing.CUBLAS_BYTES, dtype=torch.uint8))
+            workspaces.append(torch.empty(footprint.CUBLAS_BYTES, dtype=torch.uint8))
         return found
 
     def affine(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -287,10 +289,10 @@ def large(events: Iterable[int]) -> list[tuple[list[int], int]]:
     return found
 
 
-def rehearsed_step(monkeypatch: pytest.MonkeyPatch, job: reserved.Rehearsed) -> list[int]:
+def rehearsed_step(monkeypatch: pytest.MonkeyPatch, job: fragmentation.Rehearsed) -> list[int]:
     """What comes and goes in the micro-batches of the second step."""
     events: list[int] = []
-    take, drop = Pool.take, reserved.drop
+    take, drop = Pool.take, fragmentation.drop
 
     def taken(pool: Pool, size: float) -> Block:
         events.append(allocated(size))
@@ -301,8 +303,8 @@ def rehearsed_step(monkeypatch: pytest.MonkeyPatch, job: reserved.Rehearsed) -> 
         drop(block)
 
     monkeypatch.setattr(Pool, "take", taken)
-    monkeypatch.setattr(reserved, "drop", dropped)
-    stage = reserved._Stage(job)
+    monkeypatch.setattr(fragmentation, "drop", dropped)
+    stage = fragmentation._Stage(job)
     for part in (stage._load, stage._make_adapter, stage._check, stage._make_optimizer):
         part()
     for _ in range(2):
@@ -336,7 +338,7 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(layer_module, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
-    monkeypatch.setattr(fused, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
+    monkeypatch.setattr(handwritten_layer, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
     without_arithmetic(monkeypatch)
     config = {**WIDE, "model_type": model_type, "architectures": [CLASSES[model_type]]}
     write_random_model(tmp_path, config)
@@ -357,7 +359,7 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
                 model.accumulate(batch, divisor=1.0)
     spec = make_spec(sequence_length=LONG_ROW, packing=False).model_copy(update={"adapter": adapter})
     question = Footprint(spec, facts, plan, records=1)._question
-    job = sizing._rehearsed(question, question.shape, recompute, evaluates=False)
+    job = footprint._rehearsed(question, question.shape, recompute, evaluates=False)
     assert large(traced.events) == large(rehearsed_step(monkeypatch, job))
 
 
@@ -372,7 +374,7 @@ EXPERTS_TILE_TOKENS = 96
 def test_every_tensor_of_routed_experts_is_counted_whatever_the_routing(
     monkeypatch: pytest.MonkeyPatch, routing: str, tile_tokens: int, dense_bytes: int
 ) -> None:
-    for module in (kernels.experts, core_experts):
+    for module in (moe_experts, core_experts):
         monkeypatch.setattr(module, "TILE_TOKENS", tile_tokens)
         monkeypatch.setattr(module, "DENSE_BYTES", dense_bytes)
     mixture = Mixture(experts=8, experts_per_token=2, expert_size=256)
@@ -409,11 +411,11 @@ def test_the_weights_of_a_mixture_are_counted_to_the_byte(family: str) -> None:
             tensors = (parameter, state.absmax, state.state2.absmax, state.code, state.offset)
             packed += sum(allocated(tensor.nbytes) for tensor in tensors)
     biases = sum(allocated(p.nbytes) for name, p in base.named_parameters() if name.endswith(".bias"))
-    assert sizing._weight_bytes(facts) == packed + biases
+    assert footprint._weight_bytes(facts) == packed + biases
 
 
 class TracedFlash(packed.PackedAttention):
-    """Attention as the layer tables' trace has it, and a workspace of the size that `core/flash` gives."""
+    """Attention as the layer tables' trace has it, and a workspace of the size that `sizing/memory/attention` gives."""
 
     def __init__(self, workspace_bytes: int) -> None:
         super().__init__()
@@ -457,8 +459,8 @@ def test_every_tensor_of_a_training_step_of_a_mixture_is_counted(
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(ops, "can_be_captured", lambda _: False)
-    monkeypatch.setattr(sizing, "REPLAY_TOKENS", 0)
-    monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
+    monkeypatch.setattr(footprint, "REPLAY_TOKENS", 0)
+    monkeypatch.setattr(footprint, "CUBLAS_BYTES", 0)
     config = {**CONFIG, **EXPERTS[family], "model_type": family, "architectures": ["ForCausalLM"]}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
@@ -491,7 +493,7 @@ def test_a_training_step_of_a_mixture_takes_what_its_layer_table_says(
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(functional, "dropout", layer_trace._Dropout.apply_to)
-    monkeypatch.setattr(sizing, "CUBLAS_BYTES", 0)
+    monkeypatch.setattr(footprint, "CUBLAS_BYTES", 0)
     config = {**CONFIG, **EXPERTS[family], "model_type": family, "architectures": ["ForCausalLM"]}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, **fields)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from qlora_trainer import train
 from qlora_trainer.outcome import Preempted
-from qlora_trainer.stop import REPORT_EVERY_SECONDS, AgentClient, Stop, StopNow, Watchdog
+from qlora_trainer.training.stop import REPORT_EVERY_SECONDS, AgentClient, Stop, StopNow, Watchdog
 from test_resume import digest_of_adapter, losses, start, termination, wait_for_line
 from toy_job import make_task
 

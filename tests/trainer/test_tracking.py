@@ -18,10 +18,10 @@ from urllib.request import urlopen
 
 import pytest
 from mlflow import MlflowClient
-from qlora_trainer import tracking
-from qlora_trainer.journal import Journal
 from qlora_trainer.outcome import Transient, UserError
-from qlora_trainer.tracking import RunLogger
+from qlora_trainer.storage.journal import Journal
+from qlora_trainer.tracking import mlflow_run
+from qlora_trainer.tracking.mlflow_run import RunLogger
 
 from orchestrator.api.formats import JournalRecord
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
@@ -37,9 +37,9 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "MIRROR_INTERVAL_SECONDS", 0.05)
-    monkeypatch.setattr(tracking, "FIRST_PAUSE_SECONDS", 0.1)
-    monkeypatch.setattr(tracking, "MAX_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(mlflow_run, "MIRROR_INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr(mlflow_run, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(mlflow_run, "MAX_PAUSE_SECONDS", 0.2)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -144,7 +144,7 @@ def test_the_runs_status_is_left_to_the_controller(client: MlflowClient, tmp_pat
     RunLogger(make_task(run_id), make_journal(1)).close(30)
     assert client.get_run(run_id).info.status == "RUNNING"
     client.set_terminated(run_id, "KILLED")
-    tracking.reconcile(run_id, make_journal(2).records())
+    mlflow_run.reconcile(run_id, make_journal(2).records())
     assert client.get_run(run_id).info.status == "KILLED"
 
 
@@ -152,7 +152,7 @@ def test_long_values_are_cut(client: MlflowClient) -> None:
     task = make_task()
     model = task.spec.model.model_copy(update={"chat_template": "x" * 9000})
     task = task.model_copy(update={"spec": task.spec.model_copy(update={"model": model})})
-    assert max(len(value) for value in tracking.parameters(task).values()) == 500
+    assert max(len(value) for value in mlflow_run.parameters(task).values()) == 500
 
 
 def test_reconcile_fills_every_gap_and_repeats_nothing(client: MlflowClient, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_reconcile_fills_every_gap_and_repeats_nothing(client: MlflowClient, tmp
     for step in (2, 3, 7):
         client.log_metric(run_id, "train/loss", 1 / step, timestamp=5, step=step)
     for _ in range(2):
-        tracking.reconcile(run_id, make_journal(2500).records())
+        mlflow_run.reconcile(run_id, make_journal(2500).records())
     assert sorted(history(client, run_id)) == expected(2500)
     assert len(history(client, run_id, "train/mfu")) == 2500
 
@@ -168,7 +168,7 @@ def test_reconcile_fills_every_gap_and_repeats_nothing(client: MlflowClient, tmp
 def test_a_metric_that_is_not_a_number_does_not_stop_the_rest(client: MlflowClient, tmp_path: Path) -> None:
     run_id = make_run(client, tmp_path)
     records = [JournalRecord(step=1, time_ms=1, metrics={"train/grad_norm": float("nan"), "train/loss": 1.0})]
-    tracking.reconcile(run_id, [*records, make_record(2)])
+    mlflow_run.reconcile(run_id, [*records, make_record(2)])
     assert history(client, run_id) == expected(2)
 
 
@@ -178,16 +178,16 @@ def test_without_a_tracking_uri_metrics_stay_in_the_journal(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert RunLogger(make_task(), make_journal(3)).close(1) == 3
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
-        tracking.reconcile("0" * 32, make_journal(1).records())
+        mlflow_run.reconcile("0" * 32, make_journal(1).records())
 
 
 def test_publish_gives_up_as_transient_when_mlflow_stays_away(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(tracking, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(mlflow_run, "FIRST_PAUSE_SECONDS", 0.01)
     with pytest.raises(Transient, match="MLflow is away, cannot bring the metrics up to date"):
-        tracking.reconcile("0" * 32, make_journal(1).records())
+        mlflow_run.reconcile("0" * 32, make_journal(1).records())
 
 
 def free_port() -> int:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 from qlora_trainer import train
-from qlora_trainer.jobstore import JobStore
-from qlora_trainer.journal import Journal
 from qlora_trainer.outcome import DivergedError, FencedError, UserError
+from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.journal import Journal
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 from toy_job import digest_of_adapter, make_rows, make_task

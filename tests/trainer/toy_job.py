@@ -26,8 +26,9 @@ from orchestrator.api.job import (
     QLoRAJobSpec,
     TrainingSpec,
 )
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.api.results import ModelFacts, PrepareResult
+from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
 
 DIGEST = "sha256:" + "a1" * 32

@@ -22,11 +22,13 @@ from typing import Any
 from orchestrator.api.base import decimal
 from orchestrator.api.formats import PREPARED_FOLDER, FileEntry, PreparedManifest
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
-from orchestrator.api.results import ModelFacts, PrepareResult
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
-from qlora_trainer.data import Split, arrange, check_chat_template, read_splits, write_rows
-from qlora_trainer.jobstore import DamagedFolder, JobStore
-from qlora_trainer.model_source import (
+from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read_splits, write_rows
+from qlora_trainer.data.packing import Row
+from qlora_trainer.data.reader import Records
+from qlora_trainer.model.source import (
     check_architecture,
     context_length,
     describe_model,
@@ -35,8 +37,8 @@ from qlora_trainer.model_source import (
     tokenizer_digest,
 )
 from qlora_trainer.outcome import UserError
-from qlora_trainer.packing import Row
-from qlora_trainer.records import Records
+from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.job_store import JobStore
 
 FORMAT_VERSION = 1
 """Raise it when the same inputs would give other data than before."""

@@ -32,11 +32,12 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import Failure, PrepareResult, StageResult, TrainResult
 from orchestrator.api.task import AGENT_SOCKET_VARIABLE, StageTask
-from qlora_trainer.jobstore import DamagedFolder, JobStore
-from qlora_trainer.journal import Journal
 from qlora_trainer.outcome import Preempted, Transient, UserError, write_result
-from qlora_trainer.stop import AgentClient, Stop, StopNow
-from qlora_trainer.summary import losses
+from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.journal import Journal
+from qlora_trainer.storage.journal_summary import losses
+from qlora_trainer.training.stop import AgentClient, Stop, StopNow
 
 TRAIN_FILE, EVAL_FILE = "train.parquet", "eval.parquet"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -74,7 +75,7 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         agent = _agent(stop, resources)
 
         # 2. Prepared data and base model, on this machine.
-        from qlora_trainer.model_source import resolve_model
+        from qlora_trainer.model.source import resolve_model
 
         scratch = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="qlora-")))
         data = _fetch_prepared(store, prepared, scratch)
@@ -85,15 +86,20 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         from qlora_trainer import imports
 
         imports.load_torch()
-        from qlora_trainer import quantized, runtime
+        from qlora_trainer.model import quantized_cache
+        from qlora_trainer.training import runtime
 
         device = runtime.set_up(threads=task.threads, deterministic=task.spec.training.deterministic)
-        cached = quantized.ReadAhead(folder, device)
+        cached = quantized_cache.ReadAhead(folder, device)
         imports.load_peft()
-        from qlora_trainer import checkpoint, loop, tracking
-        from qlora_trainer.attention import PackedAttention
-        from qlora_trainer.batches import PreparedRows
-        from qlora_trainer.model import TrainingModel, add_adapter, load_base
+        from qlora_trainer.data.micro_batch import PreparedRows
+        from qlora_trainer.kernels.packed_attention import PackedAttention
+        from qlora_trainer.model.adapter import add_adapter
+        from qlora_trainer.model.loading import load_base
+        from qlora_trainer.model.training_model import TrainingModel
+        from qlora_trainer.storage import checkpoint
+        from qlora_trainer.tracking import mlflow_run
+        from qlora_trainer.training import loop
 
         log.info("the libraries are imported: %d modules", len(sys.modules))
 
@@ -123,7 +129,7 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
             agent=agent,
             leave=_leave,
         )
-        run_logger = tracking.RunLogger(task, training.journal)
+        run_logger = mlflow_run.RunLogger(task, training.journal)
         resources.callback(lambda: run_logger.close(HURRIED_CLOSE_SECONDS if stop.asked.is_set() else CLOSE_SECONDS))
         stop.end_start_up()
 

@@ -1,10 +1,10 @@
 """Kubernetes events about jobs: what `kubectl describe` shows of the decisions.
 
-`store` is the caller. Events are for people: they may be late, and one that cannot be sent is logged and lost. So a
-controller hands them to a lane of their own, which waits DELAY_SECONDS and tells what came together about one job,
-such as "prepared" and "admitted", in one object: its reason is the last one's, its note has all the sentences.
-Warnings are told one by one. The lane tells of JOBS_PER_SECOND jobs at the most: when there is more to tell it comes
-later and more of it comes together, so that words never crowd out deeds. The server keeps events for about an hour.
+Events are for people: they may be late, and one that cannot be sent is logged and lost. So a controller hands them to a
+lane of their own, which waits DELAY_SECONDS and tells what came together about one job, such as "prepared" and
+"admitted", in one object: its reason is the last one's, its note has all the sentences. Warnings are told one by one.
+The lane tells of JOBS_PER_SECOND jobs at the most: when there is more to tell it comes later and more of it comes
+together, so that words never crowd out deeds. The server keeps events for about an hour.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import ObjectMeta, QLoRAJob
 from orchestrator.api.reasons import Reason
-from orchestrator.core.facts import Event
+from orchestrator.core.commands import Event
 from orchestrator.errors import AlreadyExists, OrchestratorError
 
 log = logging.getLogger(__name__)

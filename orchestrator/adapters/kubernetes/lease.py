@@ -1,6 +1,6 @@
 """Who acts: leader election over a coordination.k8s.io Lease.
 
-The program on Kubernetes is the caller. Rules, which are client-go's:
+Rules, which are client-go's:
 
 - Whoever writes its name into the lease leads, and renews it every `retry_seconds`.
 - Nobody takes over before the record has stood still for the lease's duration, by the own clock; clocks are never

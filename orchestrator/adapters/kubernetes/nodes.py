@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
-from orchestrator.core.facts import GpuClass
-from orchestrator.core.gpus import CLASS_NAMES, gpu_class
-from orchestrator.core.pod import PodPolicy, node_class, takes_pods
+from orchestrator.adapters.kubernetes.node_placement import node_class, takes_pods
+from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.errors import InvalidObject
+from orchestrator.sizing.hardware import CLASS_NAMES, GpuClass, gpu_class
 
 NODES = "nodes"
 PAGE_NODES = 500

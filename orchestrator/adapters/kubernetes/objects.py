@@ -1,7 +1,7 @@
 """QLoRAJobs and QLoRAQueues between the API server's JSON and the contract's types.
 
-`store` is the caller. Objects are projected: what the contract does not know (managed fields, annotations of others)
-is left out. Ten thousand jobs are kept in memory, and most of what they say is the same, so equal parts are shared.
+Objects are projected: what the contract does not know (managed fields, annotations of others) is left out. Ten thousand
+jobs are kept in memory, and most of what they say is the same, so equal parts are shared.
 """
 
 from __future__ import annotations

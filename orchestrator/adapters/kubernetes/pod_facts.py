@@ -1,6 +1,6 @@
 """What a pod says about its stage. Pure: JSON in, a `StagePod` out; that and the present in, a `StageFact` out.
 
-`pods` is the caller. Rules:
+Rules:
 
 - The end is the trainer's: its container terminated, with an exit code and a termination message. Whatever else is
   still running in the pod does not matter.
@@ -21,12 +21,20 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from orchestrator.adapters.kubernetes.api import Json
+from orchestrator.adapters.kubernetes.pod_manifest import (
+    AGENT,
+    ATTEMPT_LABEL,
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    STAGE_LABEL,
+    TRAINER,
+)
 from orchestrator.api.reasons import Reason, exit_reason
 from orchestrator.api.results import Failure, ProgressReport, StageResult
-from orchestrator.core.conditions import clip
-from orchestrator.core.ending import STOPPED
-from orchestrator.core.facts import STAGES_ON_GPU, StageFact, StagePhase
-from orchestrator.core.pod import AGENT, ATTEMPT_LABEL, JOB_LABEL, JOB_UID_LABEL, STAGE_LABEL, TRAINER
+from orchestrator.api.stage_name import STAGES_ON_GPU
+from orchestrator.core.job.conditions import clip
+from orchestrator.core.job.verdict import STOPPED
+from orchestrator.core.snapshot import StageFact, StagePhase
 
 log = logging.getLogger(__name__)
 

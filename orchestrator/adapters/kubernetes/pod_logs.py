@@ -1,4 +1,4 @@
-"""Logs of stages, from their pods: `sdk.logs.StageLogs` on a cluster.
+"""Logs of stages, from their pods: `ports.StageLogs` on a cluster.
 
 The kubelet keeps them for as long as the pod exists. A log is read piece by piece, by the times that the kubelet puts
 before each line, at most once in POLL_SECONDS.
@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
-from orchestrator.core.pod import JOB_LABEL, TRAINER
+from orchestrator.adapters.kubernetes.pod_manifest import JOB_LABEL, TRAINER
 from orchestrator.errors import InvalidObject, NotFound
-from orchestrator.sdk.logs import StageLog, stage_log
+from orchestrator.ports import StageLog
 
 POLL_SECONDS = 1.0
 FIRST_TIME = ""
@@ -27,12 +27,12 @@ class PodLogs:
     def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
         """The job's pods that exist and have started."""
         items: list[Json] = self._api.get(path_of("v1", "pods", namespace), labelSelector=f"{JOB_LABEL}={job}")["items"]
-        found = (stage_log(namespace, job, item["metadata"]["name"]) for item in items if _has_started(item))
+        found = (StageLog.of(namespace, job, item["metadata"]["name"]) for item in items if _has_started(item))
         return [log for log in found if log is not None]
 
     def tail(self, log: StageLog) -> PodTail:
         """One of them, from its beginning."""
-        return PodTail(self._api, f"{path_of('v1', 'pods', log.namespace, log.name)}/log")
+        return PodTail(self._api, f"{path_of('v1', 'pods', log.namespace, str(log.name))}/log")
 
 
 class PodTail:

@@ -1,6 +1,7 @@
 """Stages as pods: `ports.StageRuntime` on an API server.
 
-The controller uses it; `core/pod` says what a pod looks like, `pod_facts` what one says about its stage. Rules:
+The controller uses it; `adapters/kubernetes/pod_manifest` says what a pod looks like, `pod_facts` what one says about
+its stage. Rules:
 
 - A name is an attempt: creating a pod that exists is done. A pod is only touched if it has the uid that was looked at.
 - No finalizers. The end of a pod is kept in memory from the moment it is seen until `delete`, so that one that is
@@ -31,18 +32,20 @@ from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_
 from orchestrator.adapters.kubernetes.nodes import NODES, Node, count_gpus, parse_gpu_classes, read_node
 from orchestrator.adapters.kubernetes.objects import Parser
 from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, StagePod, given_up, read_pod, stage_fact
+from orchestrator.adapters.kubernetes.pod_manifest import MANAGED_BY_LABEL, MANAGER, claim_template, pod
+from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.adapters.kubernetes.store import JOBS
 from orchestrator.adapters.kubernetes.watch import EVERYWHERE, STALE_SECONDS, Cache, Changes
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import StageName
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import Failure, ProgressReport, StageResult
+from orchestrator.api.stage_name import StageKind, StageName
 from orchestrator.api.task import StageTask
-from orchestrator.controller.ports import AgentChannel
-from orchestrator.core.conditions import clip
-from orchestrator.core.facts import GpuClass, StageFact, StagePhase
-from orchestrator.core.pod import MANAGED_BY_LABEL, MANAGER, PodPolicy, claim_template, pod, pod_name
+from orchestrator.core.job.conditions import clip
+from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, TransientError
+from orchestrator.ports import AgentChannel
+from orchestrator.sizing.hardware import GpuClass
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ LAST_GRACE_SECONDS = 1
 ENDS_LIMIT = 10_000
 """Ends that are remembered; a replica that stands by forgets none of them by itself."""
 QUOTA_EXCEEDED = "exceeded quota"
-STAGES: tuple[StageName, ...] = get_args(StageName)
+STAGES: tuple[StageKind, ...] = get_args(StageKind)
 
 __all__ = ["KubernetesPods", "RuntimeBounds"]
 
@@ -168,7 +171,7 @@ class KubernetesPods:
 
     def ensure(self, task: StageTask, gpu_class: str | None) -> None:
         """Create the attempt's pod. What the server refuses for good becomes a fact: the stage could not start."""
-        name = pod_name(task.job, task.stage, task.attempt)
+        name = task.stage_name
         try:
             if gpu_class is not None and self._policy.gpu_mode == "dra":
                 self._ensure_claim_template(task.namespace, gpu_class)
@@ -308,7 +311,7 @@ class KubernetesPods:
         """With every attempt that ends, the one that has become too old goes."""
         number = ended.attempt - self._bounds.ended_pods_limit
         for stage in STAGES:
-            older = self._pods.find(f"{ended.namespace}/{pod_name(ended.job, stage, number)}")
+            older = self._pods.find(f"{ended.namespace}/{StageName(job=ended.job, stage=stage, attempt=number)}")
             if older is not None and older.end is not None and older.job_uid == ended.job_uid:
                 self._forget(older)
                 self._delete(older, 0)

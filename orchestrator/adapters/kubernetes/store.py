@@ -5,8 +5,8 @@ The controller, and clients with a kubeconfig, use it. Rules:
 - Status is written by PUT to its own subresource, spec and metadata by merge patch, both with the resource version that
   was read: neither touches the other, and a stale write is refused. After a refusal the object is read anew, so that a
   view that missed something is put right by the write that it misled.
-- RELEASE_FINALIZER keeps a job that holds a GPU, or whose MLflow run waits for its last status (`core/release`), so
-  deleting it waits for the controller. It is on before the status says so. Prepare and publish stages need no such
+- RELEASE_FINALIZER keeps a job that holds a GPU, or whose MLflow run waits for its last status (`core/job/finalizer`),
+  so deleting it waits for the controller. It is on before the status says so. Prepare and publish stages need no such
   care, because the garbage collector ends their pods with the job.
 - `start` turns on caches; before it every read asks the server, which is what a short-lived client wants.
 - An object that does not parse (a newer version wrote it) is left alone, reported, and fails nobody else.
@@ -24,8 +24,8 @@ from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.core.facts import Event
-from orchestrator.core.release import finalizers_with, is_at_rest, released
+from orchestrator.core.commands import Event
+from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@
 - Events only update the cache and wake the loop; no decision hangs on one event, and what a faulty connection
   swallowed is found by the list that is made every `relist_seconds`, or by the conflict that it leads to (`correct`).
 
-Two caches are not one snapshot, and the core relies on one thing across them (`core/stages.leftover_commands`): that a
-stage in the view of pods has its attempt in the view of jobs. `pods` says how that is kept.
+Two caches are not one snapshot, and the core relies on one thing across them
+(`core/job/stage_commands.leftover_commands`): that a stage in the view of pods has its attempt in the view of jobs.
+`pods` says how that is kept.
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ from orchestrator.adapters.local.stages import PROGRESS_NAME, LocalStages, Stage
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport
 from orchestrator.api.task import StageTask
-from orchestrator.core.facts import GpuClass, StageFact, StagePhase
+from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import RuntimeLost
 from orchestrator.settings import Settings
+from orchestrator.sizing.hardware import GpuClass
 from orchestrator.stage_agent import StageAgent
 
 log = logging.getLogger(__name__)

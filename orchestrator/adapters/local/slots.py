@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.facts import GpuClass
-from orchestrator.core.gpus import CLASS_NAMES, CPU_CLASS, MIB, classify, cpu_class, gpu_class
 from orchestrator.errors import InvalidObject
+from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS, MIB, GpuClass, classify, cpu_class, gpu_class
 
 CPU_MEMORY_SHARE = 0.8
 """Of the machine's memory, what CPU slots may use together."""

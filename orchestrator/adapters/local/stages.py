@@ -51,7 +51,7 @@ from orchestrator.api.task import (
     TRACKING_URI_VARIABLE,
     StageTask,
 )
-from orchestrator.core.facts import StageFact, StagePhase
+from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import TransientError
 from orchestrator.settings import Settings
 
@@ -219,7 +219,7 @@ class LocalStages:
 
     def ensure(self, task: StageTask, gpu_class: str | None) -> None:
         """Make the stage's folder unless there is one; it starts nothing."""
-        stage = self.get(task.namespace, f"{task.job}-{task.stage}-{task.attempt}")
+        stage = self.get(task.namespace, task.stage_name)
         existing = stage.record
         if existing is not None and existing.task.uid != task.uid:
             self._make_way(stage)

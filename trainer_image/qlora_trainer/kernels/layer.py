@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Module, Parameter
 
-from qlora_trainer.attention import PackedAttention
 from qlora_trainer.kernels import ops
-from qlora_trainer.kernels.hostmemory import InputStore
-from qlora_trainer.kernels.linears import Dropout, LinearGroup
+from qlora_trainer.kernels.host_offload import InputStore
+from qlora_trainer.kernels.lora_linears import Dropout, LinearGroup
+from qlora_trainer.kernels.packed_attention import PackedAttention
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 MLP_TILE_TOKENS = 8192

@@ -1,8 +1,8 @@
 """The operations between matrix products, by name: Triton kernels on a GPU, plain torch elsewhere.
 
-Called by `layer`, `linears` and `loss`. Both implementations have the same signatures and are held against each other
-on the GPU by `benchmarks/kernels.py`, and on the CPU, through Triton's interpreter, by tests. Tensors are 2-D
-[tokens, width] in the model's type with rows that may be further apart than they are wide; sums are taken in float32.
+Both implementations have the same signatures and are held against each other on the GPU by `benchmarks/kernels.py`, and
+on the CPU, through Triton's interpreter, by tests. Tensors are 2-D [tokens, width] in the model's type with rows that
+may be further apart than they are wide; sums are taken in float32.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_trainer.kernels.cards import is_hopper
+from qlora_trainer.kernels.device_generation import is_hopper
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WHOLE = tl.constexpr(1)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_trainer.kernels.cards import is_hopper
+from qlora_trainer.kernels.device_generation import is_hopper
 
 SUM_BLOCK = 1024
 

@@ -1,0 +1,224 @@
+"""The controller's side of MLflow: a job's one run, found by its tag or created, and the run's last status.
+
+The controller's lanes (`controller/mlflow_workers`) call it, never the loop itself. Only this file of `orchestrator`
+imports mlflow, which takes seconds, so it does that with the first call. Trainers add metrics to the run; they never
+open or end it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.errors import TrackingUnavailable
+
+log = logging.getLogger(__name__)
+
+JOB_TAG, NAMESPACE_TAG, UID_TAG, QUEUE_TAG = (
+    "qlora.dev/job",
+    "qlora.dev/namespace",
+    "qlora.dev/job-uid",
+    "qlora.dev/queue",
+)
+HTTP_RETRIES = 1  # the caller tries again, with a backoff
+EXPERIMENTS_KNOWN = 1000
+RUNNING = "RUNNING"
+Answer = TypeVar("Answer")
+
+
+class TrackingSettings(Protocol):
+    """What it needs to know."""
+
+    @property
+    def tracking_uri(self) -> str:
+        """The tracking and registry URI."""
+        ...
+
+    @property
+    def artifact_root(self) -> Path | None:
+        """Artifacts of experiments that are created here; MLflow's own choice by default."""
+        ...
+
+    @property
+    def tracking_timeout_seconds(self) -> float:
+        """How long MLflow may take to answer."""
+        ...
+
+    @property
+    def tracking_start_seconds(self) -> float:
+        """How long it may take to load, and to make the tables of a new database."""
+        ...
+
+    @property
+    def tracking_lanes(self) -> int:
+        """Calls that it may have to answer at one time."""
+        ...
+
+
+class MlflowTracking:
+    """`ports.Tracking` on an MLflow server or database."""
+
+    def __init__(self, settings: TrackingSettings) -> None:
+        self._settings = settings
+        self._client: Any = None  # Any: mlflow is imported late
+        self._connecting = threading.Lock()
+        self._free = threading.BoundedSemaphore(settings.tracking_lanes)
+        self._experiments: dict[str, str] = {}
+        """Ids by name, of experiments that were there when they were last used."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the store is a database that nobody has made yet."""
+        scheme, _, path = self._settings.tracking_uri.partition(":///")
+        return scheme == "sqlite" and not Path(path).exists()
+
+    def connect(self) -> None:
+        """Import mlflow and touch the store, which makes the tables of a new database."""
+        self._answered(
+            lambda: self._connected().get_experiment_by_name("Default"), self._settings.tracking_start_seconds
+        )
+
+    def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        """The job's one run, set RUNNING."""
+        return self._answered(lambda: self._ensure_run(job))
+
+    def finish_run(self, job: QLoRAJob, run_status: str) -> None:
+        """Give the job's run its last status."""
+        self._answered(lambda: self._finish_run(job, run_status))
+
+    def _ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        experiment_id = self._ensure_experiment(job)
+        run = self._find_run(job, experiment_id)
+        if run is None:
+            try:
+                run = self._connected().create_run(experiment_id, run_name=job.metadata.name, tags=_tags(job))
+            except Exception:
+                self._experiments.pop(_experiment_name(job), None)  # somebody may have deleted it
+                raise
+            log.info("created MLflow run %s for job %s", run.info.run_id, job.key)
+        elif run.info.status != RUNNING:
+            self._connected().update_run(run.info.run_id, status=RUNNING)
+        return _status(job, run, RUNNING)
+
+    def _finish_run(self, job: QLoRAJob, run_status: str) -> None:
+        run = self._known_run(job)
+        if run is None:
+            log.warning("the MLflow run of job %s is gone; it cannot be set to %s", job.key, run_status)
+        elif run.info.status != run_status:
+            self._connected().set_terminated(run.info.run_id, status=run_status)
+
+    def _known_run(self, job: QLoRAJob) -> Any:
+        """The run that the job's status names or else the one with its tag; None where it is gone."""
+        if job.status.mlflow.run_id is None:
+            experiment = self._connected().get_experiment_by_name(_experiment_name(job))
+            return None if experiment is None else self._find_run(job, experiment.experiment_id)
+        client = self._connected()  # first, because no two threads may import parts of mlflow at one time
+        exceptions: Any = importlib.import_module("mlflow.exceptions")
+        try:
+            run = client.get_run(job.status.mlflow.run_id)
+        except exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _find_run(self, job: QLoRAJob, experiment_id: str) -> Any:
+        query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
+        # The oldest, should there ever be two: every caller finds the same one.
+        found = self._connected().search_runs(
+            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
+        )
+        return found[0] if found else None
+
+    def _ensure_experiment(self, job: QLoRAJob) -> str:
+        name = _experiment_name(job)
+        if name not in self._experiments:
+            self._experiments[name] = self._find_or_create_experiment(name, job)
+            while len(self._experiments) > EXPERIMENTS_KNOWN:
+                self._experiments.pop(next(iter(self._experiments)), None)
+        return self._experiments[name]
+
+    def _find_or_create_experiment(self, name: str, job: QLoRAJob) -> str:
+        found = self._connected().get_experiment_by_name(name)
+        if found is None:
+            return self._create_experiment(name)
+        if found.lifecycle_stage == "deleted":
+            log.warning("MLflow experiment %s was deleted; job %s needs it and restores it", name, job.key)
+            self._connected().restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _create_experiment(self, name: str) -> str:
+        client = self._connected()
+        exceptions: Any = importlib.import_module("mlflow.exceptions")
+        try:
+            return client.create_experiment(name, artifact_location=self._artifact_location(name))
+        except exceptions.MlflowException:
+            found = self._connected().get_experiment_by_name(name)  # somebody else was faster
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def _artifact_location(self, name: str) -> str | None:
+        """Where an experiment's artifacts go; a server knows that itself."""
+        root = self._settings.artifact_root
+        if root is None or self._settings.tracking_uri.startswith(("http://", "https://", "databricks")):
+            return None
+        return (root / name.replace("/", "_")).as_uri()
+
+    def _connected(self) -> Any:
+        with self._connecting:
+            return self._connect()
+
+    def _connect(self) -> Any:
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(self._settings.tracking_timeout_seconds)))
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(HTTP_RETRIES))
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            mlflow: Any = importlib.import_module("mlflow")
+            self._client = mlflow.MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
+        return self._client
+
+    def _answered(self, call: Callable[[], Answer], timeout_seconds: float | None = None) -> Answer:
+        """The answer of one of the calls at a time, or TrackingUnavailable once its time is over."""
+        seconds = timeout_seconds or self._settings.tracking_timeout_seconds
+        where = self._settings.tracking_uri
+        if not self._free.acquire(blocking=False):
+            raise TrackingUnavailable(f"MLflow at {where} still owes an answer to earlier calls")
+        answer: Future[Answer] = Future()
+
+        def carry_out() -> None:
+            try:
+                answer.set_result(call())
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it can be handled
+                answer.set_exception(error)
+            finally:
+                self._free.release()
+
+        threading.Thread(target=carry_out, name="mlflow call", daemon=True).start()
+        try:
+            return answer.result(seconds)
+        except TimeoutError as error:
+            raise TrackingUnavailable(f"MLflow at {where} did not answer within {seconds:g} s") from error
+        except Exception as error:
+            raise TrackingUnavailable(f"MLflow at {where} failed: {error}; check MLFLOW_TRACKING_URI") from error
+
+
+def _experiment_name(job: QLoRAJob) -> str:
+    return job.spec.tracking.experiment or job.metadata.namespace
+
+
+def _tags(job: QLoRAJob) -> dict[str, str]:
+    meta = job.metadata
+    return {JOB_TAG: meta.name, NAMESPACE_TAG: meta.namespace, UID_TAG: meta.uid, QUEUE_TAG: job.spec.queue}
+
+
+def _status(job: QLoRAJob, run: Any, run_status: str) -> MlflowStatus:
+    found = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "run_status": run_status}
+    return job.status.mlflow.model_copy(update=found)

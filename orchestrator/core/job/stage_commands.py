@@ -1,0 +1,123 @@
+"""The stages outside: which commands make them what the stored status says.
+
+Commands come from the *stored* status only, never from a draft, so whatever is created, stopped or deleted was written
+down first. Repeating any of these commands changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.api.job import Attempt, QLoRAJob
+from orchestrator.api.reasons import Reason
+from orchestrator.api.stage_name import STAGES_ON_GPU
+from orchestrator.api.task import StageTask
+from orchestrator.core.commands import DeleteStage, EnsureStage, StopStage
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
+
+
+def stage_of(job: QLoRAJob, attempt: Attempt, snapshot: Snapshot) -> StageFact | None:
+    """What the runtime knows of an attempt's stage; None where it does not exist."""
+    fact = snapshot.stages.get(f"{job.metadata.namespace}/{job.stage_name(attempt)}")
+    return fact if fact is not None and _belongs(fact, job) else None
+
+
+def _belongs(fact: StageFact, job: QLoRAJob) -> bool:
+    """Whether the stage is of this job, and not of a deleted one of the same name."""
+    return not fact.uid or fact.uid == job.metadata.uid
+
+
+def stage_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureStage | StopStage]:
+    """What the job's stored active attempt asks of the runtime now."""
+    attempt = draft.job.status.active_attempt
+    if attempt is None:
+        return
+    fact = stage_of(draft.job, attempt, snapshot)
+    if fact is None:
+        if _still_wanted(draft, attempt):
+            yield ensure_stage(draft.job, attempt, snapshot.policy)
+    elif fact.phase is not StagePhase.EXITED and attempt.stop_time is not None:
+        yield StopStage(
+            namespace=fact.namespace,
+            name=fact.name,
+            grace_seconds=snapshot.policy.grace_seconds,
+            reason=attempt.stop_reason or Reason.CANCELLED,
+        )
+
+
+def _still_wanted(draft: Draft, stored: Attempt) -> bool:
+    """Whether this pass neither ended the attempt, as it does where a stage that ran is gone, nor asked it to stop."""
+    current = draft.attempt
+    return current is not None and current.number == stored.number and current.stop_time is None
+
+
+def ensure_stage(job: QLoRAJob, attempt: Attempt, policy: Policy) -> EnsureStage:
+    """The command that starts an attempt's stage."""
+    return EnsureStage(task=stage_task(job, attempt, policy), gpu_class=attempt.gpu_class)
+
+
+def stage_task(job: QLoRAJob, attempt: Attempt, policy: Policy) -> StageTask:
+    """All that the stage is told."""
+    status, stage = job.status, attempt.stage
+    return StageTask(
+        stage=stage,
+        namespace=job.metadata.namespace,
+        job=job.metadata.name,
+        uid=job.metadata.uid,
+        attempt=attempt.number,
+        spec=job.spec,
+        store_uri=job_store_uri(job, policy),
+        plan=attempt.plan if stage in STAGES_ON_GPU else None,
+        prepared=None if stage == "prepare" else status.prepared,
+        adapter_uri=status.adapter_uri if stage == "publish" else None,
+        run_id=None if stage == "prepare" else status.mlflow.run_id,
+        grace_seconds=policy.grace_seconds,
+        threads=policy.trainer_threads,
+    )
+
+
+def job_store_uri(job: QLoRAJob, policy: Policy) -> str:
+    """The job's own folder: `<store>/<namespace>/<job>-<uid>`."""
+    store = job.spec.store.uri if job.spec.store else policy.store_uri
+    return f"{store.rstrip('/')}/{job.metadata.namespace}/{job.metadata.name}-{job.metadata.uid}"
+
+
+def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
+    """Ends and forgets stages that no stored active attempt stands for.
+
+    Those are ended attempts, whose end the status records, and stages of jobs that are gone. A stage is created only
+    after its attempt was stored, so an observer that lists stages before jobs never shows a wanted one here.
+    """
+    wanted, recorded = _wanted_stages(snapshot), _recorded_stages(snapshot)
+    for key in sorted(snapshot.stages):
+        fact = snapshot.stages[key]
+        if key in wanted:
+            continue
+        if fact.phase is StagePhase.EXITED:
+            yield DeleteStage(namespace=fact.namespace, name=fact.name, recorded=key in recorded)
+        else:
+            yield StopStage(
+                namespace=fact.namespace,
+                name=fact.name,
+                grace_seconds=snapshot.policy.grace_seconds,
+                reason=Reason.FENCED,
+            )
+
+
+def _recorded_stages(snapshot: Snapshot) -> frozenset[str]:
+    """Stages of attempts that a stored status says have ended."""
+    found = (
+        stage_of(job, attempt, snapshot)
+        for job in snapshot.jobs
+        for attempt in job.status.attempts
+        if not attempt.active
+    )
+    return frozenset(fact.key for fact in found if fact is not None)
+
+
+def _wanted_stages(snapshot: Snapshot) -> frozenset[str]:
+    found = (
+        stage_of(job, attempt, snapshot) for job in snapshot.jobs if (attempt := job.status.active_attempt) is not None
+    )
+    return frozenset(fact.key for fact in found if fact is not None)

@@ -1,0 +1,237 @@
+"""All jobs together: which stages start now, who makes way, and why everybody else waits.
+
+`core/decide` turns the outcome into commands, `core/explain` into sentences; both see the very same decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.api.plan import Estimate
+from orchestrator.api.queue import QLoRAQueueSpec
+from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
+from orchestrator.core.job.lifecycle import is_ready, reconcile, wait
+from orchestrator.core.job.recovery import fail
+from orchestrator.core.job.state_machine import GPU_STATES, JobState
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
+from orchestrator.core.scheduling.ordering import (
+    Claim,
+    created,
+    in_order,
+    next_shares,
+    queue_refusal,
+    queue_shares,
+    queue_specs,
+)
+from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
+from orchestrator.core.snapshot import Policy, Snapshot
+from orchestrator.sizing.margins import DEFAULT, Margins, learned
+from orchestrator.sizing.plan_search import candidates
+from orchestrator.sizing.step_time import Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What one look at the world leads to."""
+
+    drafts: Mapping[str, Draft]
+    """Every job, by its key, in the order of the keys."""
+    line: tuple[Claim, ...]
+    """Who waits for a GPU, in order, those that got one now included."""
+    placements: tuple[Placement, ...]
+    preemptions: tuple[Preemption, ...]
+    refusals: Mapping[str, Refusal]
+    """Why a waiting job got no GPU now, by its key."""
+
+
+def schedule(snapshot: Snapshot) -> Schedule:
+    """Reconcile each job, then start, evict and refuse."""
+    jobs = sorted(snapshot.jobs, key=lambda job: job.key)
+    drafts = {job.key: reconcile(job, snapshot) for job in jobs}  # 1. each job by itself
+    drafts |= _start_cpu_stages(drafts.values(), snapshot.policy)  # 2. prepare and publish
+
+    queues = queue_specs(snapshot.queues)
+    claims, refusals = _claims(drafts.values(), queues, snapshot)  # 3. who wants a GPU
+    line = _line(claims, drafts.values(), queues, snapshot)  # 4. in which order
+    holdings = _holdings(drafts.values(), snapshot)
+    ledger = _ledger(holdings, queues, snapshot)
+    placements = place(line, ledger)  # 5. who gets one now
+    placed = {placement.claim.key for placement in placements}
+    blocked = [claim for claim in line if claim.key not in placed]
+    preemptions = choose_victims(blocked, holdings, ledger, snapshot.policy)  # 6. who makes way
+    refusals |= _blocked_refusals(blocked, preemptions, ledger)
+
+    drafts |= _admitted(drafts, placements, snapshot.policy)
+    drafts |= _evicted(drafts, preemptions)
+    drafts |= _refused(drafts, refusals, snapshot)
+    return Schedule(drafts=drafts, line=tuple(line), placements=placements, preemptions=preemptions, refusals=refusals)
+
+
+# --- prepare and publish ----------------------------------------------------------------------------------------
+
+
+def _start_cpu_stages(drafts: Iterable[Draft], policy: Policy) -> dict[str, Draft]:
+    """Start prepare and publish stages within their bound: by priority, then age, then uid."""
+    everyone = list(drafts)
+    running = sum(1 for d in everyone if d.state in (JobState.PREPARING, JobState.PUBLISHING))
+    ready = [d for d in everyone if is_ready(d) and d.state in (JobState.NEW, JobState.TRAINED)]
+    changed: dict[str, Draft] = {}
+    for draft in sorted(ready, key=_cpu_turn):
+        stage = "prepare" if draft.state is JobState.NEW else "publish"
+        if stage == "publish" and draft.status.mlflow.run_id is None:
+            message = "the adapter is safe in the store; waits for MLflow to give the job a run"
+            changed[draft.job.key] = wait(draft, Reason.TRACKING_UNAVAILABLE, message)
+        elif running < policy.cpu_stages_limit:
+            running += 1
+            changed[draft.job.key] = start_cpu_stage(draft, stage, policy)
+        else:
+            reason = Reason.PREPARING if stage == "prepare" else Reason.PUBLISHING
+            message = f"all {policy.cpu_stages_limit} slots for prepare and publish stages are in use; waits for one"
+            changed[draft.job.key] = wait(draft, reason, message)
+    return changed
+
+
+def _cpu_turn(draft: Draft) -> tuple[int, object, str]:
+    return -draft.job.spec.priority, created(draft.job, draft.now), draft.job.metadata.uid
+
+
+# --- train: who wants a GPU, who has one ------------------------------------------------------------------------
+
+
+def _claims(
+    drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot
+) -> tuple[list[Claim], dict[str, Refusal]]:
+    """The claims of all jobs ready to train, and why some of them have none."""
+    claims: list[Claim] = []
+    refusals: dict[str, Refusal] = {}
+    margins = learned(snapshot.jobs)
+    for draft in drafts:
+        if draft.state is not JobState.QUEUED or not is_ready(draft):
+            continue
+        found = queue_refusal(draft.job.spec.queue, queues) or _estimates(draft, snapshot, margins)
+        if isinstance(found, Refusal):
+            refusals[draft.job.key] = found
+        else:
+            claims.append(_claim(draft, found))
+    return claims, refusals
+
+
+def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
+    job = draft.job
+    return Claim(
+        key=job.key,
+        uid=job.metadata.uid,
+        queue=job.spec.queue,
+        priority=job.spec.priority,
+        created=created(job, draft.now),
+        estimates=estimates,
+    )
+
+
+def _estimates(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
+    """Where the job may train; one that must go on just as it began keeps its class and plan."""
+    status, spec = draft.status, draft.job.spec
+    prepared = status.prepared
+    assert prepared is not None, "a queued job is prepared"
+    exact_resume = spec.training.deterministic and status.checkpoint is not None
+    if status.estimate is not None and (exact_resume or status.step_ups > 0):
+        here = {c.name for c in snapshot.gpu_classes if c.capacity > 0}
+        if status.estimate.gpu_class in here:
+            return (status.estimate,)
+    of_model = margins.get(prepared.model.architecture, DEFAULT)
+    return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)
+
+
+def _line(
+    claims: Sequence[Claim], drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot
+) -> list[Claim]:
+    shares = queue_shares(drafts, queues, snapshot.gpu_classes, snapshot.policy)
+    return in_order(claims, shares, next_shares(claims, queues, snapshot.gpu_classes, snapshot.policy))
+
+
+def _holdings(drafts: Iterable[Draft], snapshot: Snapshot) -> tuple[Holding, ...]:
+    """The GPUs that train stages have: admitted, running, or stopping."""
+    return tuple(_holding(draft, snapshot) for draft in drafts if draft.state in GPU_STATES)
+
+
+def _holding(draft: Draft, snapshot: Snapshot) -> Holding:
+    attempt, job = draft.attempt, draft.job
+    assert attempt is not None, "a GPU is held by an attempt"
+    since = attempt.start_time or attempt.created_time
+    return Holding(
+        key=job.key,
+        uid=job.metadata.uid,
+        queue=job.spec.queue,
+        priority=job.spec.priority,
+        gpu_class=attempt.gpu_class or "",
+        stopping=attempt.stop_time is not None,
+        run_seconds=max(0.0, (snapshot.now - since).total_seconds()),
+        lost_seconds=lost_seconds(draft.status, snapshot.now, snapshot.policy),
+        was_evicted=any(reason.value in draft.status.evictions for reason in EVICTIONS_BY_US),
+    )
+
+
+def _ledger(holdings: Iterable[Holding], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Ledger:
+    ledger = Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, queues=queues)
+    for holding in holdings:
+        ledger.take(holding.queue, holding.gpu_class)
+    return ledger
+
+
+# --- what comes of it -------------------------------------------------------------------------------------------
+
+
+def _blocked_refusals(
+    blocked: Iterable[Claim], preemptions: Iterable[Preemption], ledger: Ledger
+) -> dict[str, Refusal]:
+    coming = {preemption.claim.key: preemption.estimate.gpu_class for preemption in preemptions}
+    refusals: dict[str, Refusal] = {}
+    for claim in blocked:
+        gpu_class = coming.get(claim.key)
+        refusals[claim.key] = (
+            why_blocked(claim, ledger)
+            if gpu_class is None
+            else Refusal(
+                reason=Reason.WAITING_FOR_PREEMPTION,
+                message=f"waits for a job on {gpu_class} to checkpoint, stop and free its GPU",
+            )
+        )
+    return refusals
+
+
+def _admitted(drafts: Mapping[str, Draft], placements: Iterable[Placement], policy: Policy) -> dict[str, Draft]:
+    return {p.claim.key: admit(drafts[p.claim.key], p.estimate, policy) for p in placements}
+
+
+def _evicted(drafts: Mapping[str, Draft], preemptions: Iterable[Preemption]) -> dict[str, Draft]:
+    changed: dict[str, Draft] = {}
+    for preemption in preemptions:
+        victim = preemption.victim
+        if victim is not None:
+            message = _eviction_sentence(preemption, victim)
+            changed[victim.key] = request_stop(drafts[victim.key], preemption.reason, message)
+    return changed
+
+
+def _eviction_sentence(preemption: Preemption, victim: Holding) -> str:
+    claim = preemption.claim
+    if preemption.reason is Reason.QUOTA_RECLAIMED:
+        return (
+            f"queue {claim.queue} needs the {victim.gpu_class} GPU that queue {victim.queue} borrows, for {claim.key}"
+        )
+    return f"makes way on {victim.gpu_class} for {claim.key}: priority {claim.priority} over {victim.priority}"
+
+
+def _refused(drafts: Mapping[str, Draft], refusals: Mapping[str, Refusal], snapshot: Snapshot) -> dict[str, Draft]:
+    """Say why; where no other GPU can ever appear, a job that fits none is told so for good."""
+    for_good = snapshot.policy.gpu_classes_are_fixed
+    changed: dict[str, Draft] = {}
+    for key, refusal in refusals.items():
+        if refusal.reason is Reason.DOES_NOT_FIT and for_good:
+            changed[key] = fail(drafts[key], refusal.reason, refusal.message)
+        else:
+            changed[key] = wait(drafts[key], refusal.reason, refusal.message)
+    return changed

@@ -1,0 +1,108 @@
+"""The facts that go into a decision.
+
+`controller/observe` builds a `Snapshot`, `core/decide` turns it into commands, `controller/act` carries them out.
+Everything is frozen, so a decision can be replayed, explained and simulated with the very same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.reasons import Reason
+from orchestrator.api.results import ProgressReport, StageResult
+from orchestrator.sizing.hardware import GpuClass
+
+
+class StagePhase(StrEnum):
+    """Where a stage is, as the runtime sees it."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    EXITED = "Exited"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFact:
+    """What the runtime knows of one stage."""
+
+    namespace: str
+    name: str
+    phase: StagePhase
+    start_time: datetime | None = None
+    finish_time: datetime | None = None
+    exit_code: int | None = None
+    """Set when EXITED; absent there if nobody saw the end (the stage was lost)."""
+    result: StageResult | None = None
+    """The termination message, if the stage wrote one that parses."""
+    disruption: Reason | None = None
+    """Set where the platform, not the stage, brought about the end or, before the end, is about to."""
+    progress: ProgressReport | None = None
+    uid: str = ""
+    """The uid of the job that the stage was made for; empty where the runtime does not keep it."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFact:
+    """A job's MLflow run that is there, and that no status has on record yet."""
+
+    job: QLoRAJob
+    """As it was when the run was asked for."""
+    mlflow: MlflowStatus
+    """What MLflow answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The settings that decisions depend on; every bound has its name here."""
+
+    store_uri: str
+    """Where jobs that name no store keep their data."""
+    grace_seconds: int = 120
+    """Between asking a train stage to stop and killing it."""
+    backoff_base_seconds: float = 10.0
+    """Wait before the first retry; doubles with every failure."""
+    backoff_max_seconds: float = 600.0
+    minimum_run_seconds: float = 300.0
+    """A stage that has run for less is not preempted, unless nothing else would do."""
+    restart_cost_seconds: float = 60.0
+    """GPU seconds that a move costs on top of the work since the last checkpoint."""
+    preemption_cooldown_seconds: float = 60.0
+    """A job that was just evicted is not chosen as a victim again for so long after it restarted."""
+    history_limit: int = 32
+    """Attempts kept in a job's status."""
+    cpu_stages_limit: int = 4
+    """Prepare and publish stages that may run at one time."""
+    trainer_threads: int = 1
+    progress_interval_seconds: float = 1.0
+    """A running stage's progress is written to the status at most this often."""
+    words_limit: int = 100
+    """Jobs of which one decision says something new while nothing else about them changes."""
+    gpu_prices: str = ""
+    """Dollars for an hour of a GPU, by class: `24Gi=0.5,48Gi=0.8`."""
+    gpu_classes_are_fixed: bool = False
+    """Whether no other GPU can ever appear here: a job that fits none of them then fails instead of waiting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything that a decision may depend on."""
+
+    now: datetime
+    jobs: tuple[QLoRAJob, ...]
+    queues: tuple[QLoRAQueue, ...] = ()
+    stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])
+    """By `namespace/name`; complete: a stage that is not here does not exist."""
+    gpu_classes: tuple[GpuClass, ...] = ()
+    runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
+    """By the job's uid; may be lost at any time, since asking for a run again finds the same one."""
+    policy: Policy

@@ -1,0 +1,210 @@
+"""Predicted step times, held against the committed measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.architectures import config
+from benchmarks.shapes import config_of
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.sizing import step_time
+from orchestrator.sizing.hardware import Card, find_card, gpu_class
+from orchestrator.sizing.plan_search import choose_plan
+from orchestrator.sizing.step_time import Pace, Work
+from tests.builders import LLAMA_3_8B, SMOLLM2_135M, make_spec, prepare_result
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+STATED_ERROR = 0.10
+"""Of a predicted step time, on the cards that the model was fitted to."""
+ERROR_OF_SMALL_MODELS = 0.25
+"""Products of matrices that are less than 2,048 wide do not fill these cards."""
+FIRST_STEP_SECONDS = 15
+"""What a process' first step has to do besides: kernels are compiled, host memory is pinned. Where a step takes a
+minute, that one alone was timed."""
+WITHOUT_GRAPHS = "speed_8b_h100_without_graphs.json"
+"""Measured before short micro-batches were replayed."""
+
+
+def measured() -> Iterator[object]:
+    """Every committed step time: file, case, card, plan, seconds."""
+    for path in sorted(path for kind in ("speed", "long", "peers") for path in RESULTS.glob(f"{kind}_*.json")):
+        document = json.loads(path.read_text())
+        results = document["results"]
+        for name, case in results.get("cases", results.get("stacks", {}).get("trainer", {}).get("cases", {})).items():
+            if "step_seconds" in case:
+                yield pytest.param(path.name, document, name, case, id=f"{path.stem} {name}")
+
+
+@pytest.mark.parametrize(("file", "document", "name", "case"), list(measured()))
+def test_predicted_step_times_are_within_the_stated_error_of_the_measured_ones(
+    file: str, document: dict, name: str, case: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if file == WITHOUT_GRAPHS:
+        monkeypatch.setattr(step_time, "REPLAYED_TOKENS", 0)
+    results = document["results"]
+    card = find_card(document["card"].split(" (")[0])
+    spec = make_spec(
+        rank=results["rank"],
+        dropout=results.get("dropout", "0"),
+        sequence_length=int(name.split("x")[0]),
+        deterministic=results.get("deterministic", True),
+    )
+    predicted = Pace(spec, facts_of(results["shape"]), Work()).step_seconds(
+        MemoryPlan.model_validate(case["plan"]), card
+    )
+    if case.get("warm_up_seconds") == []:
+        assert (
+            -STATED_ERROR * predicted < case["step_seconds"] - predicted < STATED_ERROR * predicted + FIRST_STEP_SECONDS
+        )
+    else:
+        assert predicted == pytest.approx(case["step_seconds"], rel=STATED_ERROR)
+
+
+def test_predicted_step_times_of_chosen_plans_are_within_the_stated_error_too() -> None:
+    document = json.loads((RESULTS / "plans.json").read_text())
+    card = find_card(document["card"].split(" (")[0])
+    for question, answer in document["results"]["answers"].items():
+        model, sequence = question.split()[:2]
+        facts, chosen = ModelFacts.from_config(config(model), "main"), answer["plans"][0]
+        spec = make_spec(rank=16, dropout="0.05", sequence_length=int(sequence))
+        predicted = Pace(spec, facts, Work()).step_seconds(MemoryPlan.model_validate(chosen["plan"]), card)
+        error = STATED_ERROR if facts.hidden_size >= 2048 else ERROR_OF_SMALL_MODELS
+        assert predicted == pytest.approx(chosen["step_seconds"], rel=error), question
+
+
+def test_what_was_measured_to_be_the_fastest_plan_or_close_to_it_is_still_chosen() -> None:
+    document = json.loads((RESULTS / "plans.json").read_text())
+    answers = document["results"]["answers"]
+    assert len(answers) >= 10
+    for question, answer in answers.items():
+        model, sequence, _, batch, _, class_name = question.split()
+        on = gpu_class(class_name, 1, products=[document["card"]])
+        spec = make_spec(rank=16, dropout="0.05", sequence_length=int(sequence), global_batch_size=int(batch))
+        chosen = choose_plan(spec, ModelFacts.from_config(config(model), "main"), on)
+        assert chosen == MemoryPlan.model_validate(answer["plans"][0]["plan"]), question
+
+
+def facts_of(shape: str) -> ModelFacts:
+    return ModelFacts.from_config(config_of(shape), "main")
+
+
+def plan(micro_batch_size: int = 1, recompute_layers: int = 0, **fields: object) -> MemoryPlan:
+    fields.setdefault("accumulation_steps", 16 // micro_batch_size)
+    return MemoryPlan(micro_batch_size=micro_batch_size, recompute_layers=recompute_layers, **fields)
+
+
+def seconds(under: MemoryPlan, card: str | Card = "A40", work: Work | None = None, **spec: object) -> float:
+    found = find_card(card) if isinstance(card, str) else card
+    return Pace(make_spec(**spec), LLAMA_3_8B, work or Work()).step_seconds(under, found)
+
+
+def test_recomputing_takes_time_and_so_does_a_slower_card() -> None:
+    assert seconds(plan(4, 0)) < seconds(plan(4, 16)) < seconds(plan(4, 32))
+    assert seconds(plan(4), "H200") < seconds(plan(4), "A100 80GB") < seconds(plan(4), "A40") < seconds(plan(4), "A10G")
+
+
+def test_dequantization_is_spread_over_a_larger_micro_batch() -> None:
+    assert seconds(plan(1)) > seconds(plan(2)) > seconds(plan(8))
+
+
+def test_short_micro_batches_wait_for_the_host_where_they_cannot_be_replayed() -> None:
+    replayed, launched = plan(1), plan(1, offload=("embeddings",))
+    assert seconds(launched, "H200", sequence_length=256) > 3 * seconds(replayed, "H200", sequence_length=256)
+
+
+def test_offloaded_activations_cost_nothing_but_where_the_host_is_too_slow_for_them() -> None:
+    """On a slow enough link the traffic both ways is the whole step."""
+    inside, outside = plan(4, 32), plan(4, 32, offload=("activations",))
+    assert seconds(outside) == seconds(inside)
+    slow = Card(
+        name="slow link", matmul_tflops=150, memory_gbps=700, host_gbps=0.1, flash_share=0.6, attention_share=0.6
+    )
+    stream = 4 * 2048 * 4096 * 2 / 0.1e9
+    assert seconds(outside, slow) == pytest.approx(4 * 2 * 32 * stream, rel=0.001)
+
+
+def test_attention_stays_within_records() -> None:
+    packed = Work(sequence_tokens=16_384, record_tokens=512)
+    whole = Pace(make_spec(sequence_length=16_384), LLAMA_3_8B, Work())
+    packed = Pace(make_spec(sequence_length=16_384), LLAMA_3_8B, packed)
+    ours, others = (each.parts(plan(1), find_card("A40")) for each in (packed, whole))
+    assert ours.pop("attention") < others.pop("attention") / 8
+    assert ours == others
+
+
+def test_prepare_tells_how_much_work_there_is() -> None:
+    result = prepare_result(SMOLLM2_135M)
+    assert Work.of(result) == Work(steps=120, sequence_tokens=100_000 / 57, record_tokens=100_000 / 412)
+
+
+@pytest.mark.parametrize(
+    ("product", "card"),
+    [
+        ("NVIDIA-A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA-A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA-RTX-6000-Ada-Generation", "RTX 6000 Ada"),
+        ("NVIDIA-RTX-A6000", "A6000"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA-L40S", "L40S"),
+        ("a10g", "A10G"),
+    ],
+)
+def test_cards_are_known_by_what_drivers_and_node_labels_call_them(product: str, card: str) -> None:
+    found = find_card(product)
+    assert found is not None
+    assert found.name == card
+
+
+@pytest.mark.parametrize("product", ["Tesla-T4", "NVIDIA-L40", "NVIDIA-H100-NVL", ""])
+def test_a_card_without_bfloat16_or_without_an_entry_has_no_speed(product: str) -> None:
+    assert find_card(product) is None
+
+
+def test_a_slice_has_its_part_of_the_card() -> None:
+    whole, half = find_card("NVIDIA-A100-SXM4-80GB"), find_card("NVIDIA-A100-SXM4-80GB-MIG-3g.40gb")
+    assert half.matmul_tflops == pytest.approx(whole.matmul_tflops * 3 / 7)
+    assert half.memory_gbps == whole.memory_gbps / 2
+
+
+def test_a_class_is_as_fast_as_its_slowest_card() -> None:
+    assert gpu_class("48Gi", 1).card == find_card("A40")
+    assert gpu_class("48Gi", 2, ["NVIDIA-L40S", "NVIDIA-RTX-A6000"]).card == find_card("A6000")
+    assert gpu_class("48Gi", 2, ["NVIDIA-L40S", "something new"]).card == find_card("A40")
+    assert gpu_class("16Gi", 1).card is None
+
+
+# --- mixtures of experts
+
+
+def mixture(experts: int = 128, experts_per_token: int = 8) -> ModelFacts:
+    """Qwen3-30B-A3B, or like it."""
+    return ModelFacts.from_config(
+        {**config("qwen3-30b-a3b"), "num_experts": experts, "num_experts_per_tok": experts_per_token}, "main"
+    )
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_chose_and_all_that_were_chosen_are_dequantized() -> None:
+    spec, card = make_spec(sequence_length=2048), gpu_class("80Gi", 1).card
+    few, many, more_chosen = (Pace(spec, facts, Work()) for facts in (mixture(64), mixture(128), mixture(64, 16)))
+    assert few.parts(plan(), card)["products"] == many.parts(plan(), card)["products"]
+    assert few.parts(plan(), card)["products"] < more_chosen.parts(plan(), card)["products"]
+    of_few, of_many, of_more = (each.parts(plan(), card)["dequantization"] for each in (few, many, more_chosen))
+    assert of_few < of_many < 2 * of_few
+    assert of_more == pytest.approx(of_few), "2,048 tokens choose every expert"
+
+
+def test_a_model_with_experts_that_few_tokens_see_is_faster_than_one_of_its_size_and_slower_than_one_of_theirs() -> (
+    None
+):
+    spec, card = make_spec(sequence_length=2048, global_batch_size=4), gpu_class("80Gi", 1).card
+    seconds = Pace(spec, mixture(), Work()).step_seconds(plan(4, accumulation_steps=1), card)
+    dense = [
+        Pace(spec, facts_of(shape), Work()).step_seconds(plan(4, accumulation_steps=1), card) for shape in ("8b", "70b")
+    ]
+    assert dense[0] / 4 < seconds < dense[1]

@@ -1,0 +1,278 @@
+"""Mixtures of experts: NF4 weights, both passes against transformers' own modules, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import PeftModel
+from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.kernels import moe_experts as kernels
+from qlora_trainer.kernels.moe_experts import NF4Experts
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model import adapter as model_module
+from qlora_trainer.model.loading import load_base
+from qlora_trainer.model.quantization import refusal, replace_experts
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.outcome import UserError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_model import gradients, make_model, make_records, wake_adapter
+from tiny_model import EXPERTS, build_tiny_model, tiny_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+CPU = torch.device("cpu")
+FAMILIES = tuple(EXPERTS)
+TAKEN_OVER = {"mixtral", "qwen3_moe"}
+"""Whose layers the trainer computes by hand."""
+
+
+def make_experts(seed: int = 0) -> tuple[NF4Experts, MixtralExperts]:
+    """Ours, and transformers' with the same weights, both in float32."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model("mixtral", hidden_size=64, **EXPERTS["mixtral"])
+    theirs = MixtralExperts(config)
+    theirs.config._experts_implementation = "eager"
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ours = NF4Experts(4, 64, 256, gate_up=theirs.gate_up_proj.data.clone(), down=theirs.down_proj.data.clone()).to(CPU)
+    for name, parameter in theirs.named_parameters():
+        parameter.data = dense(getattr(ours, name)).requires_grad_(False)
+    return ours, theirs
+
+
+def dense(parameter: Params4bit) -> Tensor:
+    return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def make_tokens(tokens: int, experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, 64, generator=generator).requires_grad_()
+    weights, index = torch.rand(tokens, experts, generator=generator).topk(2)
+    return x, index, weights.requires_grad_()
+
+
+@pytest.mark.parametrize("tile_tokens", [4096, 8])
+def test_both_passes_are_those_of_transformers_in_one_tile_or_several(
+    monkeypatch: pytest.MonkeyPatch, tile_tokens: int
+) -> None:
+    monkeypatch.setattr(kernels, "TILE_TOKENS", tile_tokens)
+    ours, theirs = make_experts()
+    found = []
+    for module in (ours, theirs):
+        x, index, weights = make_tokens(21, experts=3)  # nobody chooses the fourth
+        answer = module(x, index, weights)
+        answer.square().sum().backward()
+        found.append((answer, x.grad, weights.grad))
+    for our, their in zip(*found, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dense_bytes", "at_a_time"), [(1 << 30, 4), (1, 1)])
+def test_a_few_experts_are_dense_at_a_time_and_no_dense_weight_is_kept(
+    monkeypatch: pytest.MonkeyPatch, dense_bytes: int, at_a_time: int
+) -> None:
+    monkeypatch.setattr(kernels, "DENSE_BYTES", dense_bytes)
+    ours, _ = make_experts()
+    dequantized: list[torch.Size] = []
+    original = kernels.ops.dequantize
+    monkeypatch.setattr(
+        kernels.ops,
+        "dequantize",
+        lambda packed, state, out: (dequantized.append(out.shape), original(packed, state, out)),
+    )
+    x, index, weights = make_tokens(9, experts=2)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        answer = ours(x, index, weights)
+    both = {(at_a_time, 512, 64), (at_a_time, 64, 256)}
+    assert set(dequantized) == both
+    assert len(dequantized) == 2 * 4 / at_a_time
+    assert sum(t.numel() for t in kept) == x.numel() + index.numel() + weights.numel()
+    answer.sum().backward()
+    assert set(dequantized) == both
+    assert len(dequantized) == (2 + 3) * 4 / at_a_time
+
+
+# --- in a model
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in load_base(folder, CPU, PackedAttention()).named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_nf4_with_double_quantization_routers_are_not_and_adapters_are_on_linear_layers(
+    family: str,
+) -> None:
+    model = make_model(tiny_model(family))
+    experts = [module for module in model.base.modules() if isinstance(module, NF4Experts)]
+    assert len(experts) == 2
+    for parameter in (parameter for module in experts for parameter in module.parameters()):
+        state = parameter.quant_state
+        assert (parameter.dtype, state.quant_type, state.nested) == (torch.uint8, "nf4", True)
+    assert {p.dtype for name, p in model.base.named_parameters() if name.endswith("mlp.gate.weight")} == {
+        torch.bfloat16
+    }
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.trainable()}
+    shared = {"gate_proj", "up_proj", "down_proj", "shared_expert_gate"} if family == "qwen2_moe" else set()
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj"} | shared
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_fused_experts_gives_the_same_bits_as_one_of_single_experts(
+    tmp_path: Path, family: str
+) -> None:
+    single = tiny_model(family)
+    with safe_open(single / "model.safetensors", "pt") as file:
+        assert any(".experts.0." in name for name in file.keys())  # noqa: SIM118 - not a mapping
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    plain = AutoModelForCausalLM.from_pretrained(single, dtype=torch.bfloat16)
+    save_file({k: v.contiguous() for k, v in plain.state_dict().items()}, fused / "model.safetensors", {"format": "pt"})
+    (fused / "config.json").write_text((single / "config.json").read_text())
+    one, other = load(single), load(fused)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def dequantized_reference(model: Any, folder: Path) -> Any:
+    """transformers' own model in float32 with the weights that ours has."""
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    quantized = {
+        f"{name.replace('.base_layer', '')}.{leaf}": dense(parameter)
+        for name, module in model.base.named_modules()
+        if isinstance(module, Linear4bit | NF4Experts)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, Params4bit)
+    }
+    for name, parameter in theirs.named_parameters():
+        if name in quantized:
+            parameter.data = quantized[name].float()
+    return theirs
+
+
+def in_float32(monkeypatch: pytest.MonkeyPatch, model: TrainingModel) -> TrainingModel:
+    """So that no token goes to another expert for a rounding; layers are taken over anew."""
+    monkeypatch.setattr(model_module, "COMPUTE_DTYPE", torch.float32)
+    for parameter in model.peft_model.parameters():
+        if isinstance(parameter, Params4bit):
+            parameter.quant_state.dtype = torch.float32
+        else:
+            parameter.data = parameter.data.float()
+    for module in model.base.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+    return TrainingModel(model.peft_model, model._plan, model._attention, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_loss_and_every_gradient_are_those_of_plain_peft_on_plain_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recompute: int
+) -> None:
+    folder = build_tiny_model(tmp_path / family, family, initializer_range=0.1)
+    model = in_float32(monkeypatch, make_model(folder, recompute_layers=recompute))
+    assert (model._fused is not None) == (family in TAKEN_OVER)
+    model.check()
+    assert (model._fused is not None) == (family in TAKEN_OVER)
+    wake_adapter(model)
+    model.peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    theirs = PeftModel.from_pretrained(
+        dequantized_reference(model, folder), tmp_path / "adapter", is_trainable=True
+    ).train()
+    records = make_records()
+    divisor = float(sum(len(ids) - 1 for ids, _, _ in records))
+    expected = torch.zeros(())
+    for ids, _, _ in records:
+        row = torch.from_numpy(ids).long().unsqueeze(0)
+        expected = expected + theirs(input_ids=row, labels=row).loss * (len(ids) - 1) / divisor
+    expected.backward()
+    model.train()
+    loss = model.loss(collate(records), divisor=divisor)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    reference = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in model.trainable():
+        distance = (parameter.grad.float() - reference[name]).norm() / reference[name].norm()
+        assert distance < 1e-4, name
+
+
+def test_recomputing_layers_of_experts_changes_no_bit() -> None:
+    batch = collate(make_records())
+    kept, again, recomputed = (
+        make_model(tiny_model("qwen3_moe"), dropout="0.2", recompute_layers=layers) for layers in (0, 0, 2)
+    )
+    for model in (kept, again, recomputed):
+        wake_adapter(model)
+    first = gradients(kept, [batch])
+    for model in (again, recomputed):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(model, [batch]), first, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_experts_take_the_memory_of_real_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
+    (tmp_path / "config.json").write_text((tiny_model(family) / "config.json").read_text())
+    (tmp_path / "random_weights.json").write_text('{"seed": 3}')
+    random, real = load(tmp_path), load(tiny_model(family))
+    assert {n: (t.shape, t.dtype) for n, t in random.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
+    assert not torch.equal(random["model.embed_tokens.weight"], real["model.embed_tokens.weight"])
+
+
+# --- what is refused
+
+
+def weightless(family: str, **fields: Any) -> Any:
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shape, "head_dim": 16, **fields}))
+
+
+REFUSED = {
+    "biases and another layout": ("gpt_oss", {}, "have biases, no gates, or weights that are laid out in another way"),
+    "a size that scales do not divide": (
+        "qwen3_moe",
+        {**EXPERTS["qwen3_moe"], "moe_intermediate_size": 128},
+        "have matrices of 8192 weights, which is no multiple of the 16384 that share a scale",
+    ),
+    "another activation": (
+        "qwen3_moe",
+        {**EXPERTS["qwen3_moe"], "hidden_act": "gelu"},
+        "are gated with GELUActivation",
+    ),
+    "a type whose memory is not known": (
+        "dots1",
+        {"n_routed_experts": 4, "moe_intermediate_size": 256, "n_shared_experts": 1, "first_k_dense_replace": 0},
+        "how much memory a mixture of type dots1 takes is not known; known are mixtral, olmoe, qwen2_moe, qwen3_moe",
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "fields", "reason"), REFUSED.values(), ids=REFUSED)
+def test_experts_that_cannot_be_handled_are_refused_with_the_reason(
+    family: str, fields: dict[str, Any], reason: str
+) -> None:
+    model = weightless(family, **fields)
+    found = refusal(model)
+    assert found is not None
+    assert reason in found
+    replace_experts(model)
+    assert refusal(model) == found
+
+
+def test_a_base_with_such_experts_is_not_loaded(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", "mixtral", **{**EXPERTS["mixtral"], "intermediate_size": 128})
+    with pytest.raises(UserError, match=r"its experts .* would stay in 16 bits"):
+        load_base(folder, CPU, PackedAttention())

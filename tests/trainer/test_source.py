@@ -1,0 +1,522 @@
+"""What is said of a base model before a GPU is taken: its shape, its files, and every reason to refuse it.
+
+Shapes are compared with transformers' own config classes, headers with safetensors' own reader, downloads with the
+files that were served.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fake_hub import COMMIT, Repository, serve
+from qlora_trainer.model.source import (
+    check_architecture,
+    describe_model,
+    load_tokenizer,
+    read_facts,
+    resolve_model,
+    tokenizer_digest,
+)
+from qlora_trainer.outcome import Transient, UserError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_model import build_tiny_model, tiny_model
+from transformers import CONFIG_MAPPING
+
+from orchestrator.api.job import AdapterSpec
+from orchestrator.api.model_facts import ModelFacts
+
+FAMILIES = (
+    *("bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gptj"),
+    *("granite", "llama", "ministral", "mistral", "mpt", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    *("stablelm", "starcoder2"),
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of one's own, to be damaged."""
+    return Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+
+
+def source_of(folder: Path) -> str:
+    return f"file://{folder}"
+
+
+def check(folder: Path, *, adapter: AdapterSpec | None = None) -> ModelFacts:
+    """All that prepare asks of a model."""
+    source = source_of(folder)
+    description = describe_model(source, "main")
+    facts = read_facts(description, source)
+    check_architecture(description, source, adapter or AdapterSpec())
+    load_tokenizer(description.folder, source, None)
+    return facts
+
+
+def check_architecture_alone(folder: Path) -> None:
+    check_architecture(describe_model(source_of(folder), "main"), source_of(folder), AdapterSpec())
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    """Set fields of config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+# --- its shape
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_facts_agree_with_transformers_about_every_family(family: str, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[family]()
+    config.architectures = ["AnyForCausalLM"]
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    facts = ModelFacts.from_config(saved, "abc")
+    assert (facts.hidden_size, facts.num_layers) == (config.hidden_size, config.num_hidden_layers)
+    assert (facts.num_attention_heads, facts.vocab_size) == (config.num_attention_heads, config.vocab_size)
+    assert facts.tied_embeddings == config.tie_word_embeddings
+    assert facts.intermediate_size == (getattr(config, "intermediate_size", None) or feed_forward_size(config))
+    assert facts.model_type == family
+    assert facts.revision == "abc"
+
+
+def feed_forward_size(config: Any) -> int:
+    """The width of the MLP, measured on the weights of the smallest model of its kind."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = ("dense_h_to_4h", "fc1", "fc_in", "c_fc", "up_proj")
+    layer = next(module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in names)
+    return layer.nf if hasattr(layer, "nf") else layer.out_features
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_does_not_say_whether_embeddings_are_tied_means_its_familys_default(family: str) -> None:
+    config = CONFIG_MAPPING[family]()
+    silent = {key: value for key, value in config.to_dict().items() if key != "tie_word_embeddings"}
+    assert (
+        ModelFacts.from_config({**silent, "architectures": ["A"]}, "abc").tied_embeddings == config.tie_word_embeddings
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "heads"),
+    [
+        ({"multi_query": True}, 1),
+        ({"multi_query": False}, 8),
+        ({"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 2}, 2),
+    ],
+)
+def test_falcon_keeps_one_some_or_all_key_value_heads(fields: Mapping[str, Any], heads: int) -> None:
+    config = CONFIG_MAPPING["falcon"](num_attention_heads=8, hidden_size=64, **fields)
+    facts = ModelFacts.from_config({**config.to_dict(), "architectures": ["FalconForCausalLM"]}, "abc")
+    assert facts.num_key_value_heads == heads
+
+
+def test_the_text_model_of_a_nested_config_is_described() -> None:
+    config = CONFIG_MAPPING["gemma3"]()
+    facts = ModelFacts.from_config({**config.to_dict(), "architectures": ["Gemma3ForConditionalGeneration"]}, "abc")
+    assert facts.model_type == "gemma3"
+    assert facts.hidden_size == config.text_config.hidden_size
+    assert facts.head_dim == config.text_config.head_dim
+    assert facts.num_layers == config.text_config.num_hidden_layers
+    assert facts.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", None, "hidden_size is missing"),
+        ("intermediate_size", None, "intermediate_size is missing"),
+        ("num_hidden_layers", None, "num_hidden_layers is missing"),
+        ("num_attention_heads", None, "num_attention_heads is missing"),
+        ("vocab_size", None, "vocab_size is missing"),
+        ("model_type", None, "model_type is missing"),
+        ("architectures", None, "architectures is missing"),
+        ("architectures", [], "architectures must be a list of class names"),
+        ("hidden_size", "64", "hidden_size must be a positive integer, not '64'"),
+        ("num_hidden_layers", 0, "num_hidden_layers must be a positive integer, not 0"),
+        ("vocab_size", True, "vocab_size must be a positive integer, not True"),
+    ],
+)
+def test_a_field_that_is_missing_or_wrong_is_named(field: str, value: Any, message: str) -> None:
+    config = {**json.loads((tiny_model() / "config.json").read_text()), field: value}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ModelFacts.from_config(config, "abc")
+
+
+# --- its files
+
+
+@pytest.mark.parametrize("shards", ["1GB", "60KB"])
+def test_a_description_counts_the_parameters_of_all_files(tmp_path: Path, shards: str) -> None:
+    folder = build_tiny_model(tmp_path / "model", max_shard_size=shards)
+    files = sorted(folder.glob("*.safetensors"))
+    assert (len(files) > 1) == (shards == "60KB")
+    parameters = sum(tensor.numel() for file in files for tensor in load_file(file).values())
+    description = describe_model(source_of(folder), "main")
+    assert description.parameters == parameters
+    assert description.folder == folder
+    assert resolve_model(source_of(folder), "main") == folder
+
+
+def test_revisions_of_folders_tell_content_not_place(model: Path, tmp_path: Path) -> None:
+    def revision(folder: Path) -> str:
+        return describe_model(source_of(folder), "main").revision
+
+    before = revision(model)
+    assert before == revision(tiny_model())
+    edit_config(model, rms_norm_eps=1e-3)
+    assert revision(model) != before
+    other = build_tiny_model(tmp_path / "other", layers=3)
+    shutil.copy(tiny_model() / "config.json", other)
+    assert revision(other) != before
+
+
+def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    remove_weights(folder)
+
+
+def leave_gguf(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+
+
+def drop_layer(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, folder / "model.safetensors"
+    )
+
+
+def store_as_float8(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    float8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(float8, folder / "model.safetensors")
+
+
+def remove_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def configure(**fields: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder, **fields)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damage("model.safetensors", lambda data: data[:-1]), r"model.safetensors is damaged.*bytes long instead of"),
+        (damage("model.safetensors", lambda data: data[:100]), "model.safetensors is damaged"),
+        (damage("model.safetensors", lambda data: b""), "model.safetensors is damaged"),
+        (damage("model.safetensors", lambda data: data[:8] + b"x" + data[9:]), "model.safetensors is damaged"),
+        (damage("config.json", lambda data: data[:-5]), "config.json is not valid JSON"),
+        (damage("tokenizer.json", lambda data: data[:-5]), "the tokenizer of .* cannot be loaded"),
+        (remove_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
+        (pickle_weights, r"holds its weights pickled \(pytorch_model.bin\).*convert the model to safetensors"),
+        (leave_gguf, "holds a GGUF file"),
+        (drop_layer, "some of its weights are missing"),
+        (store_as_float8, "holds weights in F8_E4M3"),
+        (remove_tokenizer, "has no tokenizer"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (shutil.rmtree, "there is no model folder at"),
+        (configure(model_type=None), "config.json names no model_type"),
+        (configure(model_type="llama99"), "transformers .* does not know the model type 'llama99'"),
+        (
+            configure(model_type="own", auto_map={"AutoConfig": "a.B"}),
+            r"needs the code in its own .* \(auto_map\)",
+        ),
+        (configure(quantization_config={"quant_method": "gptq", "bits": 4}), r"is already quantized \(gptq\)"),
+        (configure(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification, not a causal"),
+        (configure(architectures=None), "architectures is missing"),
+        (configure(num_attention_heads=7), "config"),
+        (configure(hidden_size=128), "some of its weights are missing"),
+    ],
+)
+def test_a_model_that_cannot_be_tuned_is_refused(model: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(model)
+    with pytest.raises(UserError, match=message) as caught:
+        check(model)
+    assert source_of(model) in caught.value.message
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", max_shard_size="60KB")
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(UserError, match=f"lists 1 files that are not there, the first is {last.name}"):
+        describe_model(source_of(folder), "main")
+
+
+def test_a_tensor_that_the_index_promises_and_no_file_holds_is_named(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", max_shard_size="60KB")
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    with safe_open(last, "pt") as file:
+        names = sorted(file.keys())
+        save_file({name: file.get_tensor(name).clone() for name in names[1:]}, last)
+    with pytest.raises(UserError, match=f"lists 1 tensors that its files do not hold, the first is {names[0]}"):
+        describe_model(source_of(folder), "main")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
+    folder = build_tiny_model(tmp_path / "model", max_shard_size="60KB")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"model.safetensors.index.json is damaged"):
+        describe_model(source_of(folder), "main")
+
+
+def test_random_weights_stand_in_only_where_they_are_allowed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove_weights(model)
+    (model / "random_weights.json").write_text('{"seed": 0}')
+    with pytest.raises(UserError, match="holds neither"):
+        check(model)
+    monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
+    assert check(model).architecture == "LlamaForCausalLM"
+
+
+# --- its architecture
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2"])
+def test_dense_families_are_accepted(family: str) -> None:
+    check(tiny_model(family))
+
+
+def test_code_that_a_known_model_type_does_not_need_is_not_run(model: Path) -> None:
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    (model / "modeling_own.py").write_text("raise SystemExit('was run')")
+    check(model)
+
+
+@pytest.mark.parametrize(("family", "experts", "size"), [("mixtral", 4, 256), ("qwen2_moe", 4, 256)])
+def test_mixtures_are_accepted_with_the_sizes_of_their_experts(family: str, experts: int, size: int) -> None:
+    mixture = check(tiny_model(family)).mixture
+    assert mixture is not None
+    assert (mixture.experts, mixture.experts_per_token, mixture.expert_size) == (experts, 2, size)
+    assert mixture.shared_size == (128 if family == "qwen2_moe" else 0)
+
+
+def test_a_mixture_that_cannot_be_quantized_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", "qwen3_moe", moe_intermediate_size=128)
+    with pytest.raises(UserError, match=r"Qwen3MoeForCausalLM cannot be trained here: its experts .* share a scale"):
+        check(folder)
+
+
+def test_a_mixture_whose_memory_is_not_known_is_refused_by_its_config() -> None:
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 256}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match=r"n_routed_experts: how much memory such a mixture .* known are mixtral"):
+        ModelFacts.from_config({**config, **shape, "vocab_size": 512}, "main")
+
+
+def test_a_mixture_some_of_whose_layers_have_no_experts_is_refused(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0])
+    with pytest.raises(UserError, match=r"some layers have experts and others none \(mlp_only_layers"):
+        check(folder)
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(UserError, match="BertLMHeadModel, not a causal language model"):
+        check(tiny_model("bert"))
+
+
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_layers_that_carry_a_state_from_record_to_record_are_refused_for_their_weights(family: str) -> None:
+    with pytest.raises(UserError, match="ambaForCausalLM keeps weights in 3-dimensional parameters"):
+        check_architecture_alone(tiny_model(family))
+
+
+def test_a_target_module_that_the_model_lacks_is_named_with_those_that_it_has() -> None:
+    check(tiny_model(), adapter=AdapterSpec(target_modules=("q_proj", "self_attn.v_proj")))
+    with pytest.raises(UserError, match=r"no linear layer 'query'; choose of .*gate_proj, .*q_proj.*or all-linear"):
+        check(tiny_model(), adapter=AdapterSpec(target_modules=("q_proj", "query")))
+
+
+# --- its tokenizer
+
+
+def test_a_jobs_chat_template_replaces_the_models() -> None:
+    source = source_of(tiny_model())
+    own = (tiny_model() / "chat_template.jinja").read_text()
+    assert load_tokenizer(tiny_model(), source, None).chat_template == own
+    assert load_tokenizer(tiny_model(), source, "{{ messages }}").chat_template == "{{ messages }}"
+
+
+def test_the_tokenizers_digest_tells_tokenizers_apart_and_ignores_weights_and_templates(tmp_path: Path) -> None:
+    plain = tokenizer_digest(tiny_model())
+    assert plain == tokenizer_digest(build_tiny_model(tmp_path / "seed", seed=5))
+    assert plain == tokenizer_digest(build_tiny_model(tmp_path / "template", chat_template=None))
+    assert plain != tokenizer_digest(tiny_model(tokenizer_kind="byte-fallback"))
+    assert plain != tokenizer_digest(tiny_model("qwen2")), "the model type decides the class of some tokenizers"
+
+
+# --- buckets
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A model in fsspec's object store in memory."""
+    monkeypatch.setenv("QLORA_MODEL_CACHE", str(tmp_path / "cache"))
+    root = f"memory://{uuid.uuid4().hex}/model"
+    file_system, path = fsspec.core.url_to_fs(root)
+    for file in tiny_model().iterdir():
+        file_system.pipe_file(f"{path}/{file.name}", file.read_bytes())
+    file_system.pipe_file(f"{path}/model.gguf", b"not needed")
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_model_in_a_bucket_is_copied_whole(bucket: str) -> None:
+    assert contents(resolve_model(bucket, "main")) == contents(tiny_model())
+
+
+def test_describing_a_model_in_a_bucket_copies_no_weights(bucket: str) -> None:
+    description = describe_model(bucket, "main")
+    expected = contents(tiny_model())
+    del expected["model.safetensors"]
+    assert contents(description.folder) == expected
+    assert description.revision == describe_model(source_of(tiny_model()), "main").revision
+
+
+def test_another_version_in_the_bucket_is_another_folder(bucket: str) -> None:
+    before = resolve_model(bucket, "main")
+    assert resolve_model(bucket, "main") == before
+    file_system, path = fsspec.core.url_to_fs(bucket)
+    file_system.pipe_file(f"{path}/config.json", file_system.cat_file(f"{path}/config.json") + b"\n")
+    after = resolve_model(bucket, "main")
+    assert after != before
+    assert (after / "config.json").read_bytes() == (before / "config.json").read_bytes() + b"\n"
+    assert sorted(path.name for path in before.parent.iterdir()) == sorted({before.name, after.name})
+
+
+def test_a_bucket_that_does_not_answer_is_transient(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(Transient, match=r"s3://bucket/model does not answer"):
+        describe_model("s3://bucket/model", "main")
+
+
+# --- the hub
+
+HUB_QUESTIONS = """
+import json, sys
+from pathlib import Path
+from qlora_trainer.model.source import describe_model, resolve_model
+from qlora_trainer.outcome import StageError
+from qlora_trainer.data.reader import Records
+
+def model(source, revision):
+    description = describe_model(source, revision)
+    described = sorted(path.name for path in description.folder.iterdir())
+    folder = resolve_model(source, revision)
+    return [description.revision, described, str(folder)]
+
+def dataset(source, split):
+    records = Records(source, split=split, scratch=Path("."), field="spec.dataset.source")
+    return [records.digest(), [record.value for record in records.read()]]
+
+def answer(question, *arguments):
+    try:
+        return {"model": model, "dataset": dataset}[question](*arguments)
+    except StageError as error:
+        return f"{type(error).__name__}: {error.message}"
+
+print(json.dumps([answer(*question) for question in json.loads(sys.argv[1])]))
+"""
+
+
+def ask_hub(
+    questions: list[list[str]], repositories: Mapping[str, Repository], home: Path
+) -> tuple[list[Any], list[str]]:
+    """Answers from a process of its own, because huggingface_hub reads its endpoint when it is imported."""
+    with serve(repositories) as (endpoint, requests):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        command = [sys.executable, "-c", HUB_QUESTIONS, json.dumps(questions)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), requests
+
+
+def test_a_hub_model_is_pinned_to_its_commit_and_only_what_is_needed_is_fetched(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", max_shard_size="60KB")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    repositories = {"acme/tiny": Repository(folder=folder)}
+    [answer], requests = ask_hub([["model", "hf://acme/tiny", "main"]], repositories, tmp_path / "home")
+    revision, described, resolved = answer
+    assert revision == COMMIT
+    unwanted = {"consolidated.safetensors", "pytorch_model.bin"}
+    expected = {name: data for name, data in contents(folder).items() if name not in unwanted}
+    assert contents(Path(resolved)) == expected
+    assert described == sorted(name for name in expected if not name.endswith(".safetensors"))
+    assert not [request for request in requests if any(name in request for name in unwanted)]
+
+
+def test_hub_refusals_say_what_to_do(tmp_path: Path) -> None:
+    repositories = {
+        "acme/tiny": Repository(folder=tiny_model()),
+        "acme/gated": Repository(folder=tiny_model(), gated=True),
+    }
+    questions = [
+        ["model", "hf://acme/gated", "main"],
+        ["model", "hf://acme/none", "main"],
+        ["model", "hf://acme/tiny", "v9"],
+        ["dataset", "hf://acme/none", "train"],
+    ]
+    answers, _ = ask_hub(questions, repositories, tmp_path)
+    absent = "hf://acme/none is not on the hub, or is private; check its name, or give a token through HF_TOKEN"
+    assert answers == [
+        "UserError: hf://acme/gated is gated: accept its terms on the hub, and give a token of that account through "
+        "HF_TOKEN",
+        f"UserError: {absent}",
+        "UserError: hf://acme/tiny has no such revision; check spec.model.revision",
+        f"UserError: {absent}",
+    ]
+
+
+def test_a_hub_dataset_gives_the_records_of_its_split(tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    records = [{"text": f"number {number}"} for number in range(5)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "test.jsonl").write_text(json.dumps({"text": "held out"}) + "\n")
+    repositories = {"acme/data": Repository(folder=folder, kind="datasets")}
+    questions = [["dataset", "hf://acme/data", split] for split in ("train", "test", "validation")]
+    (train, test, validation), _ = ask_hub(questions, repositories, tmp_path / "home")
+    assert train[1] == records
+    assert test[1] == [{"text": "held out"}]
+    assert train[0] != test[0]
+    assert validation.startswith("UserError: hf://acme/data: ")
+    assert "check spec.dataset.source and spec.dataset.split" in validation

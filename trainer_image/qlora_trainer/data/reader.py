@@ -1,0 +1,272 @@
+"""Reads a dataset's records one after the other, and knows where each of them stands.
+
+A record is a JSON object, a CSV row or a Parquet row; what cannot be read as one comes out as a `BadRecord`, so that
+the caller can count all of them instead of stopping at the first. A file that cannot be read at all is a UserError; a
+source that does not answer is Transient.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from qlora_trainer.outcome import UserError
+from qlora_trainer.storage.source_errors import translated
+from qlora_trainer.storage.uri import local_path
+
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
+MAX_CELL_CHARACTERS = 64 << 20
+"""Of a CSV file; Python's own bound of 128 KiB is too small for a conversation."""
+ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One record as it was read."""
+
+    where: str
+    """`line 17` of a text file, `row 17` of a table, `record 17` of a JSON array."""
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRecord:
+    """What should be a record and is not."""
+
+    where: str
+    problem: str
+
+
+class RecordFile:
+    """A file of records."""
+
+    def __init__(self, source: str, scratch: Path) -> None:
+        self.source = source
+        self._path = _local_file(source, scratch)
+
+    def digest(self) -> str:
+        """SHA-256 of the file as it is stored."""
+        with self._path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+    def read(self) -> Iterator[Record | BadRecord]:
+        """The records in their order."""
+        name = self.source.rsplit("/", 1)[-1].lower()
+        try:
+            if name.endswith(".parquet"):
+                yield from _parquet(self._path, self.source)
+                return
+            with _opened(self._path, compressed=name.endswith(".gz")) as file:
+                yield from _READERS[name.removesuffix(".gz").rsplit(".", 1)[-1]](file, self.source)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{self.source} is not a whole gzip file ({error}); write it again") from error
+
+
+class HubDataset:
+    """`hf://owner/name`, at the commit that its main branch names now."""
+
+    def __init__(self, source: str, split: str) -> None:
+        from huggingface_hub import HfApi
+
+        self.source = source
+        self._name = source.removeprefix("hf://").rstrip("/")
+        self._split = split
+        self._commit = str(HfApi().dataset_info(self._name).sha)
+
+    def digest(self) -> str:
+        """Digest over the commit and the split, which name the content."""
+        return f"sha256:{hashlib.sha256(f'{self._name}@{self._commit}#{self._split}'.encode()).hexdigest()}"
+
+    def read(self) -> Iterator[Record | BadRecord]:
+        """The records in their order."""
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self._name, revision=self._commit, split=self._split)
+        except ValueError as error:
+            raise UserError(f"{self.source}: {error}; check spec.dataset.source and spec.dataset.split") from error
+        for number, row in enumerate(rows, start=1):
+            yield Record(where=f"row {number}", value=row)
+
+
+class Records:
+    """The records behind a source, and a digest that tells whether they have changed."""
+
+    def __init__(self, source: str, *, split: str, scratch: Path, field: str) -> None:
+        """`field` is where the job names the source; a remote file is copied into `scratch`, being read twice."""
+        self.source = source
+        self._field = field
+        with translated(source, field=field):
+            self._records = HubDataset(source, split) if source.startswith("hf://") else RecordFile(source, scratch)
+
+    def digest(self) -> str:
+        """Digest of what the source holds."""
+        with translated(self.source, field=self._field):
+            return self._records.digest()
+
+    def read(self) -> Iterator[Record | BadRecord]:
+        """The records in their order."""
+        with translated(self.source, field=self._field):
+            yield from self._records.read()
+
+
+def _local_file(source: str, scratch: Path) -> Path:
+    if not source.lower().endswith(SUFFIXES):
+        raise UserError(f"{source} is not of a known kind; give a file that ends in {', '.join(SUFFIXES)}")
+    path = local_path(source)
+    if path is None:
+        path = scratch / hashlib.sha256(source.encode()).hexdigest()
+        file_system, remote = fsspec.core.url_to_fs(source)
+        file_system.get_file(remote, str(path))
+    if not path.is_file():
+        raise UserError(f"there is no file {source}; check its path")
+    return path
+
+
+@contextmanager
+def _opened(path: Path, *, compressed: bool) -> Iterator[IO[bytes]]:
+    with path.open("rb") as raw:
+        if not compressed:
+            yield raw
+            return
+        with gzip.GzipFile(fileobj=raw) as file:
+            yield file  # type: ignore[misc]  # a GzipFile does all that is asked of it here
+
+
+# --- text
+
+
+def _decoded(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
+    """The lines of a UTF-8 file with their numbers; a line that is none comes as the reason."""
+    for number, line in enumerate(file, start=1):
+        content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        try:
+            yield number, content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield number, error
+
+
+def _not_utf8(number: int, error: UnicodeDecodeError) -> BadRecord:
+    byte = error.object[error.start]
+    return BadRecord(where=f"line {number}", problem=f"is not UTF-8 (byte 0x{byte:02x} at position {error.start + 1})")
+
+
+def _json_lines(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:  # noqa: ARG001 - as all readers
+    for number, line in _decoded(file):
+        if isinstance(line, UnicodeDecodeError):
+            yield _not_utf8(number, line)
+        elif line.strip():
+            yield _json_line(number, line)
+
+
+def _json_line(number: int, line: str) -> Record | BadRecord:
+    where = f"line {number}"
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        return BadRecord(where=where, problem=f"is not valid JSON: {what}{at}")
+    return _as_record(where, value)
+
+
+def _json_array(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
+    lines: list[str] = []
+    for number, line in _decoded(file):
+        if isinstance(line, UnicodeDecodeError):
+            raise UserError(f"{source}: {_not_utf8(number, line).where} {_not_utf8(number, line).problem}")
+        lines.append(line)
+    try:
+        values = json.loads("".join(lines))
+    except json.JSONDecodeError as error:
+        hint = "; a file of one object a line must be called .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{source}: line {error.lineno} is not valid JSON: {error.msg}{hint}") from error
+    if not isinstance(values, list):
+        raise UserError(f"{source} must hold one JSON array of records; a file of one object a line is called .jsonl")
+    for number, value in enumerate(values, start=1):
+        yield _as_record(f"record {number}", value)
+
+
+def _as_record(where: str, value: object) -> Record | BadRecord:
+    if not isinstance(value, dict):
+        return BadRecord(where=where, problem=f"is not a JSON object but {_kind(value)}")
+    return Record(where=where, value=value)
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+
+
+def _csv(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    bad_lines: list[BadRecord] = []
+
+    def text() -> Iterator[str]:
+        for number, line in _decoded(file):
+            if isinstance(line, UnicodeDecodeError):
+                bad_lines.append(_not_utf8(number, line))
+                yield line.object.decode("utf-8", errors="replace")
+            else:
+                yield line
+
+    rows = csv.reader(text(), strict=True)
+    header = next(rows, None)
+    if header is None:
+        return
+    for start, row in _numbered_rows(rows, source):
+        if bad_lines:
+            yield bad_lines[0]
+            bad_lines.clear()
+        elif len(row) != len(header):
+            yield BadRecord(where=f"line {start}", problem=f"has {len(row)} fields where the header has {len(header)}")
+        else:
+            yield Record(where=f"line {start}", value=dict(zip(header, row, strict=True)))
+
+
+def _numbered_rows(rows: Any, source: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows with the line that they begin on; quoted fields may span lines, and empty lines are no rows."""
+    while True:
+        start = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            # Where quotes do not match, nobody knows where the next row begins.
+            raise UserError(f"{source}: line {start} is not valid CSV: {error}") from error
+        if row is None:
+            return
+        if row:
+            yield start, row
+
+
+_READERS = {"jsonl": _json_lines, "json": _json_array, "csv": _csv}
+
+
+# --- tables
+
+
+def _parquet(path: Path, source: str) -> Iterator[Record | BadRecord]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(where=f"row {number}", value=row)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: a text after row {number} is not UTF-8") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{source} is not a whole Parquet file ({error}); write it again") from error

@@ -1,0 +1,73 @@
+"""The LoRA adapter in bfloat16."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch.nn import Parameter
+from transformers import (
+    PreTrainedModel,
+)
+
+from orchestrator.api.job import AdapterSpec
+from qlora_trainer.model.loading import quantized_layers
+from qlora_trainer.model.quantization import COMPUTE_DTYPE
+from qlora_trainer.outcome import UserError
+
+ADAPTER_NAME = "default"
+
+
+# --- the adapter
+
+
+def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> PeftModel:
+    """The base with a fresh adapter: A drawn from the seed, B zero, so it begins as the base itself."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=float(adapter.dropout),
+        target_modules=_target_modules(base, adapter),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        bias="none",
+    )
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        # PEFT still asks for `is_gradient_checkpointing`, which transformers has renamed.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        try:
+            model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+        except ValueError as error:  # modules of an architecture that PEFT knows to be unfit
+            raise UserError(f"adapter: PEFT refuses it for this model; {error}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(COMPUTE_DTYPE)
+    return model
+
+
+def _target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
+    """Module names as PEFT matches them: a layer's last name, or more of its path."""
+    names = list(quantized_layers(base))
+    if adapter.target_modules == "all-linear":
+        return sorted({name.rpartition(".")[2] for name in names})
+    for wanted in adapter.target_modules:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise UserError(
+                f"adapter.targetModules: {wanted!r} is none of the model's quantized linear layers; there are: {known}"
+            )
+    return list(adapter.target_modules)
+
+
+def saved_parameters(model: PeftModel) -> dict[str, Parameter]:
+    """The adapter's parameters under the keys of PEFT's own adapter_model.safetensors."""
+    parameters = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    saved = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    named = {name: parameters[tensor.data_ptr()] for name, tensor in saved.items()}
+    assert len(named) == len(parameters), "PEFT saves something else than what is trained"
+    wrong = [name for name, parameter in named.items() if parameter.dtype != COMPUTE_DTYPE]
+    assert not wrong, f"the adapter must be {COMPUTE_DTYPE}; {wrong[:3]} are not"
+    return named

@@ -1,0 +1,362 @@
+"""Checkpoints and the final adapter: training state as safetensors and JSON in the job's store.
+
+`train` owns one `Checkpointer`. Its rules:
+
+- The training thread only copies its state to host memory; one writer thread does the rest. At most one checkpoint is
+  being written: a save that comes earlier waits, so memory is bounded by one copy and no save is dropped.
+- What goes wrong while writing surfaces at the next call.
+- A checkpoint names the prepared data that its steps were made on; one of other data is never resumed.
+- `latest` believes digests, not names: a damaged checkpoint is passed over for the one before it.
+- The fence is checked before a manifest is written and before anything is deleted.
+- Nothing is pickled. The same adapter gives the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import file_digest
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from orchestrator.api.base import Digest
+from orchestrator.api.formats import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    JOURNAL_NAME,
+    CheckpointManifest,
+    FileEntry,
+    JournalRecord,
+    checkpoint_folder,
+)
+from orchestrator.api.task import StageTask
+from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.journal import Journal
+from qlora_trainer.storage.uri import local_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+BEST_ADAPTER_NAME = "best_adapter.safetensors"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "mlflow")
+MEMORY_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+Tensors = Mapping[str, "Tensor"]
+Json = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestEvaluation:
+    """The lowest held-out loss so far, and the step whose adapter had it."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """All of the training state that is not a tensor; every value is JSON."""
+
+    step: int
+    """Optimizer steps that are done."""
+    cursor: Json
+    """Where the order of the data goes on."""
+    random: Json
+    """The states of the random number generators."""
+    optimizer: Json
+    """What the optimizer and the schedule keep beside their tensors."""
+    loss_window: list[float]
+    """Losses that have not been written to the journal yet."""
+    best: BestEvaluation | None = None
+    evaluations_without_gain: int = 0
+    """For early stopping."""
+
+    def to_bytes(self) -> bytes:
+        """JSON; Python writes every float so that it reads back exactly."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TrainingState:
+        """The state behind `to_bytes`; raises TypeError or ValueError on anything else."""
+        fields = json.loads(data)
+        best = fields.pop("best")
+        return cls(best=None if best is None else BestEvaluation(**best), **fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint holds."""
+
+    state: TrainingState
+    adapter: Tensors
+    """PEFT's state dict, with the keys of adapter_model.safetensors."""
+    optimizer: Tensors
+    """Flat: `<parameter>.<state>`."""
+    journal: Sequence[JournalRecord]
+    best_adapter: Tensors | None = None
+    """The adapter of `state.best` where that is an earlier step's. Never changed after it was taken, so not copied."""
+
+    def on_host(self) -> Snapshot:
+        """A copy that training cannot change."""
+        return Snapshot(
+            state=self.state,
+            adapter=on_host(self.adapter),
+            optimizer=on_host(self.optimizer),
+            journal=list(self.journal),
+            best_adapter=self.best_adapter,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint that is durable."""
+
+    step: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """The final adapter, durable."""
+
+    uri: str
+    digest: Digest
+    """SHA-256 of adapter_model.safetensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What a checkpoint or adapter says about where it comes from."""
+
+    attempt: int
+    prepared: Digest
+    adapter_config: Json
+    """What PEFT needs to load the adapter: see `adapter_config`."""
+    versions: dict[str, str]
+
+
+class Checkpointer:
+    """Saves and finds the checkpoints of one attempt."""
+
+    def __init__(self, store: JobStore, provenance: Provenance, *, keep: int) -> None:
+        self._store = store
+        self._provenance = provenance
+        self._keep = keep
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._damaged: set[str] = set()
+        self.last: StoredCheckpoint | None = None
+        """The newest durable checkpoint of this job that this attempt has written or read."""
+        self.background_seconds = 0.0
+        """Seconds that the writer thread has worked, in all."""
+
+    def save(self, snapshot: Snapshot, *, wait: bool = False) -> None:
+        """Copy the state and write it in the background; with `wait`, return when it is durable."""
+        self.finish()
+        self._writing = self._writer.submit(self._write, snapshot.on_host())
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def raise_if_failed(self) -> None:
+        """Raise what went wrong in the background, if it already has; costs nothing."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def latest(self) -> Snapshot | None:
+        """The newest checkpoint of this data that is whole; None where there is none."""
+        for name in reversed(self._store.list_folders(CHECKPOINTS_FOLDER)):
+            manifest = self._store.read_manifest(name, CheckpointManifest)
+            if manifest is None:
+                self._damaged.add(name)
+            elif manifest.prepared != self._provenance.prepared:
+                log.warning("checkpoint %s is ignored: its data was %s", name, manifest.prepared)
+            elif (snapshot := self._load(name, manifest)) is not None:
+                self.last = StoredCheckpoint(step=manifest.step, uri=self._store.folder_uri(name))
+                return snapshot
+        return None
+
+    def publish_adapter(
+        self, step: int, adapter: Tensors, journal: Sequence[JournalRecord], tokenizer: Path
+    ) -> StoredAdapter:
+        """Store the final adapter in PEFT's layout, with the tokenizer of the folder `tokenizer` and the journal."""
+        self.finish()
+        with self._store.scratch_folder() as folder:
+            self._write_adapter(adapter, journal, folder)
+            for path in (tokenizer / name for name in TOKENIZER_NAMES):
+                if path.is_file():
+                    (folder / path.name).write_bytes(path.read_bytes())
+            with (folder / ADAPTER_NAME).open("rb") as file:
+                digest = "sha256:" + file_digest(file, "sha256").hexdigest()
+            uri = self._store.publish_folder(folder, ADAPTER_FOLDER, lambda files: self._manifest(step, files, True))
+        return StoredAdapter(uri=uri, digest=digest)
+
+    # --- writing, on the writer thread
+
+    def _write(self, snapshot: Snapshot) -> None:
+        started = perf_counter()
+        step = snapshot.state.step
+        name = f"{CHECKPOINTS_FOLDER}/{checkpoint_folder(step)}"
+        with self._store.scratch_folder() as folder:
+            self._write_adapter(snapshot.adapter, snapshot.journal, folder)
+            _save_tensors(snapshot.optimizer, folder / OPTIMIZER_NAME)
+            if snapshot.best_adapter is not None:
+                _save_tensors(snapshot.best_adapter, folder / BEST_ADAPTER_NAME)
+            (folder / STATE_NAME).write_bytes(snapshot.state.to_bytes())
+            uri = self._store.publish_folder(folder, name, lambda files: self._manifest(step, files, False))
+        self._damaged.discard(name)
+        self.last = StoredCheckpoint(step=step, uri=uri)
+        self._delete_superfluous(name)
+        seconds = perf_counter() - started
+        self.background_seconds += seconds
+        log.info("checkpoint %s is durable; written in %.2f s", uri, seconds)
+
+    def _write_adapter(self, adapter: Tensors, journal: Sequence[JournalRecord], folder: Path) -> None:
+        _save_tensors(adapter, folder / ADAPTER_NAME)
+        config = json.dumps(self._provenance.adapter_config, indent=2, sort_keys=True)
+        (folder / ADAPTER_CONFIG_NAME).write_text(config)
+        Journal(journal).save(folder / JOURNAL_NAME)
+
+    def _manifest(self, step: int, files: tuple[FileEntry, ...], complete: bool) -> CheckpointManifest:
+        self._store.check_fence(self._provenance.attempt)
+        return CheckpointManifest(
+            step=step,
+            attempt=self._provenance.attempt,
+            prepared=self._provenance.prepared,
+            complete=complete,
+            versions=self._provenance.versions,
+            files=files,
+        )
+
+    def _delete_superfluous(self, newest: str) -> None:
+        """Keep the newest checkpoints that can be resumed; the others, damaged or of other data, go."""
+        names = self._store.list_folders(CHECKPOINTS_FOLDER)
+        usable = [name for name in names if name <= newest and self._is_usable(name)]
+        kept = usable[-self._keep :]
+        self._store.check_fence(self._provenance.attempt)
+        for name in names:
+            if name not in kept:
+                self._store.delete_folder(name)
+
+    def _is_usable(self, name: str) -> bool:
+        manifest = self._store.read_manifest(name, CheckpointManifest)
+        return name not in self._damaged and manifest is not None and manifest.prepared == self._provenance.prepared
+
+    # --- reading
+
+    def _load(self, name: str, manifest: CheckpointManifest) -> Snapshot | None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+                return _read_snapshot(self._store.fetch_folder(name, manifest.files, Path(scratch)))
+        except (DamagedFolder, ValueError, KeyError, TypeError) as error:
+            log.warning("checkpoint %s is damaged, the one before it is tried: %s", name, error)
+            self._damaged.add(name)
+            return None
+
+
+def adapter_config(config: PeftConfiguration, task: StageTask) -> Json:
+    """The content of adapter_config.json: PEFT's own, in a fixed order, with a base model that others can find."""
+    source = task.spec.model.source
+    path = local_path(source)
+    base = source.removeprefix("hf://") if path is None else str(path)
+    from_hub = source.startswith("hf://") and task.prepared is not None
+    fields = {
+        **config.to_dict(),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "revision": task.prepared.model.revision if from_hub and task.prepared else None,
+    }
+    # PEFT keeps module names in sets, whose order changes from process to process.
+    return {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in fields.items()}
+
+
+class PeftConfiguration(Protocol):
+    """The part of PEFT's configuration classes that is used."""
+
+    def to_dict(self) -> Json: ...
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def memory_versions() -> str:
+    """The libraries that a step's peak memory depends on, as one line."""
+    found = library_versions()
+    return ", ".join(f"{name} {found[name]}" for name in MEMORY_LIBRARIES if name in found)
+
+
+def on_host(tensors: Tensors) -> dict[str, Tensor]:
+    """Copies of tensors in host memory, those of one storage together.
+
+    The adapter's matrices share one and so do the states of their updates; a copy each would be 2,000 transfers at 8B.
+    """
+    import torch
+
+    copies: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in copies:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            # Pinned memory is slow to get, and torch keeps it for the next time.
+            copies[storage.data_ptr()] = torch.empty_like(whole, device="cpu", pin_memory=whole.is_cuda).copy_(whole)
+        copied = copies[storage.data_ptr()].untyped_storage()
+        empty = torch.empty(0, dtype=tensor.dtype)
+        found[name] = empty.set_(copied, tensor.storage_offset(), tensor.size(), tensor.stride())
+    return found
+
+
+def _save_tensors(tensors: Tensors, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # Any order of keys gives the same file (the format sorts them); the metadata is what PEFT and transformers expect.
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata={"format": "pt"})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        # Cloned, because loaded tensors are maps of a file that is deleted when newer checkpoints exist.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise DamagedFolder(f"{path} is not a safetensors file: {error}") from error
+
+
+def _read_snapshot(folder: Path) -> Snapshot:
+    best = folder / BEST_ADAPTER_NAME
+    return Snapshot(
+        state=TrainingState.from_bytes((folder / STATE_NAME).read_bytes()),
+        adapter=_read_tensors(folder / ADAPTER_NAME),
+        optimizer=_read_tensors(folder / OPTIMIZER_NAME),
+        journal=Journal.load(folder / JOURNAL_NAME).records(),
+        best_adapter=_read_tensors(best) if best.is_file() else None,
+    )

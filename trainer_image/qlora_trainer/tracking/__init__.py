@@ -1,0 +1,1 @@
+"""MLflow, seen from the trainer."""

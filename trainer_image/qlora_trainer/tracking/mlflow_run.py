@@ -1,0 +1,293 @@
+"""MLflow, seen from the trainer: the job's run follows the journal, and the registry gets the adapter once.
+
+The only file of the trainer that imports mlflow, and only when it is used (the model that is registered,
+`serving_model`, imports it too, in the process that serves it). The rules:
+
+- The controller creates the run and gives it its status; the trainer finds it and only adds to it.
+- The journal is the truth. Before anything is logged the run is asked which steps of a metric it has, so that each is
+  there once, whatever was killed, repeated or lost on the way.
+- `train` never waits for MLflow: a thread mirrors the journal, the journal is its queue, and what it could not
+  deliver is delivered by `publish`.
+- Whatever is created in the registry carries the job's uid and the adapter's digest from the start, and is looked up
+  by them before it is created: a repeat finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from threading import Event, Thread
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, TypeVar
+
+from orchestrator.api.formats import JournalRecord
+from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
+from qlora_trainer.outcome import StageError, Transient, UserError
+from qlora_trainer.storage.checkpoint import library_versions
+from qlora_trainer.storage.journal import Journal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+log = logging.getLogger(__name__)
+
+JOB_UID_TAG = "qlora.dev/job-uid"
+BATCH_METRICS = 1000
+"""MLflow's bound on the metrics of one call."""
+BATCH_PARAMETERS = 100
+"""MLflow's bound on the parameters, and on the tags, of one call."""
+MAX_VALUE_CHARACTERS = 500
+MIRROR_INTERVAL_SECONDS = 1.0
+FIRST_PAUSE_SECONDS = 1.0
+MAX_PAUSE_SECONDS = 60.0
+TRIES = 5
+"""Of what publish does; pauses double from the first: 15 seconds in all."""
+
+T = TypeVar("T")
+
+
+def open_client() -> MlflowClient:
+    """A client of the job's tracking server. It fails fast and tries once: waiting and repeating are ours."""
+    uri = os.environ.get(TRACKING_URI_VARIABLE)
+    if not uri:
+        raise UserError(f"{TRACKING_URI_VARIABLE} is not set; it must name the MLflow server that keeps the results")
+    # A client that repeats a request by itself could create a second model version behind our back.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+
+
+def parameters(task: StageTask) -> dict[str, str]:
+    """The job's spec as MLflow parameters: `training.learningRate` -> `2e-4`."""
+    return dict(_flattened(task.spec.to_wire(), ""))
+
+
+def _flattened(value: object, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _flattened(part, f"{name}.{key}" if name else str(key))
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield name, text[:MAX_VALUE_CHARACTERS]
+
+
+def tags(task: StageTask) -> dict[str, str]:
+    """What a run, logged model or version says about where it comes from."""
+    found = {
+        "qlora.dev/job": task.job,
+        "qlora.dev/namespace": task.namespace,
+        JOB_UID_TAG: task.uid,
+        "qlora.dev/queue": task.spec.queue,
+        "qlora.dev/base-model": task.spec.model.source,
+    }
+    if task.prepared is not None:
+        found["qlora.dev/base-revision"] = task.prepared.model.revision
+        found["qlora.dev/dataset-digest"] = task.prepared.digest
+    return {key: value[:MAX_VALUE_CHARACTERS] for key, value in found.items()}
+
+
+def plan_tags(task: StageTask) -> dict[str, str]:
+    """The memory plan of this attempt, under a name of its own: a run shows every plan that its job went through."""
+    if task.plan is None:
+        return {}
+    return {f"qlora.dev/plan/{task.attempt}": task.plan.model_dump_json(by_alias=True)}
+
+
+def find_run(client: MlflowClient, task: StageTask) -> str | None:
+    """The id of the job's run: as the task says, or found by the job's uid."""
+    if task.run_id is not None:
+        return task.run_id
+    experiment = client.get_experiment_by_name(task.spec.tracking.experiment or task.namespace)
+    if experiment is None:
+        return None
+    found = client.search_runs([experiment.experiment_id], f"tags.`{JOB_UID_TAG}` = '{task.uid}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+class RunMirror:
+    """Brings one run up to the journal. After an error it is thrown away: what the run has must be asked anew."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._logged_steps: dict[str, set[int]] = {}
+
+    def describe(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
+        """Add parameters that the run lacks (they can be set once) and set tags."""
+        from mlflow.entities import Param, RunTag
+
+        present = self._client.get_run(self._run_id).data.params
+        missing = [Param(key, value) for key, value in parameters.items() if key not in present]
+        for batch in batched(missing, BATCH_PARAMETERS):
+            self._client.log_batch(self._run_id, params=batch)
+        self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log(self, records: Iterable[JournalRecord]) -> None:
+        """Log what the run does not have yet."""
+        from mlflow.entities import Metric
+
+        missing = [
+            Metric(key, value, record.time_ms, record.step)
+            for record in records
+            for key, value in record.metrics.items()
+            if record.step not in self._steps(key)
+        ]
+        for batch in batched(missing, BATCH_METRICS):
+            self._client.log_batch(self._run_id, metrics=batch)
+            for metric in batch:
+                self._steps(metric.key).add(metric.step)
+
+    def _steps(self, key: str) -> set[int]:
+        if key not in self._logged_steps:
+            history = self._client.get_metric_history(self._run_id, key)
+            self._logged_steps[key] = {metric.step for metric in history}
+        return self._logged_steps[key]
+
+
+class RunLogger:
+    """A thread that mirrors a growing journal into the job's run while training goes on."""
+
+    def __init__(self, task: StageTask, journal: Journal) -> None:
+        self._task = task
+        self._journal = journal
+        self._mirrored = 0
+        self._mirror: RunMirror | None = None
+        self._away_since: float | None = None
+        self._closing = Event()
+        self._thread = Thread(target=self._run, name="run-logger", daemon=True)
+        if os.environ.get(TRACKING_URI_VARIABLE):
+            self._thread.start()
+        else:
+            log.warning("%s is not set: metrics stay in the journal", TRACKING_URI_VARIABLE)
+
+    def close(self, timeout_seconds: float) -> int:
+        """Deliver what can be delivered in the given time; returns how many records are left to publish."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+        left = len(self._journal) - self._mirrored
+        if left:
+            log.warning("%d of %d journal records are not in MLflow yet; publish adds them", left, len(self._journal))
+        return left
+
+    def _run(self) -> None:
+        while not len(self._journal) and not self._closing.wait(MIRROR_INTERVAL_SECONDS):
+            pass  # importing mlflow takes seconds of the interpreter, which the first step needs
+        pause_seconds = FIRST_PAUSE_SECONDS
+        while not self._is_done():
+            if self._catch_up():
+                pause_seconds = FIRST_PAUSE_SECONDS
+                self._closing.wait(MIRROR_INTERVAL_SECONDS)
+            elif self._closing.wait(pause_seconds):
+                return  # MLflow is away, and nobody waits for it any more
+            else:
+                pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
+
+    def _is_done(self) -> bool:
+        return self._closing.is_set() and self._mirror is not None and self._mirrored == len(self._journal)
+
+    def _catch_up(self) -> bool:
+        """Mirror the new records; False where MLflow does not answer or has no run for the job yet."""
+        try:
+            if self._mirror is None:
+                self._mirror = self._open()
+            if self._mirror is None:
+                return False
+            records = self._journal.records()[self._mirrored :]
+            self._mirror.log(records)
+            self._mirrored += len(records)
+        except Exception as error:  # noqa: BLE001 - whatever MLflow does, training goes on
+            self._mirror = None
+            self._note_absence(error)
+            return False
+        self._note_return()
+        return True
+
+    def _open(self) -> RunMirror | None:
+        client = open_client()
+        run_id = find_run(client, self._task)
+        if run_id is None:
+            return None
+        mirror = RunMirror(client, run_id)
+        versions = {f"qlora.dev/version/{name}": version for name, version in library_versions().items()}
+        mirror.describe(
+            parameters(self._task), {**tags(self._task), **versions, **plan_tags(self._task), "qlora.dev/card": _card()}
+        )
+        return mirror
+
+    def _note_absence(self, error: Exception) -> None:
+        if self._away_since is None:
+            self._away_since = monotonic()
+            log.warning("MLflow is away; training goes on and the metrics follow later: %s", _first_line(error))
+
+    def _note_return(self) -> None:
+        if self._away_since is not None:
+            log.info("MLflow is back after %.0f s; all metrics are there", monotonic() - self._away_since)
+            self._away_since = None
+
+
+def _card() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+# --- for publish: the same, but waiting for MLflow, and failing if it stays away
+
+
+def reconcile(run_id: str, records: Sequence[JournalRecord]) -> None:
+    """After this the run has every record of the journal, each metric once a step."""
+    insist("bring the metrics up to date", lambda client: RunMirror(client, run_id).log(records))
+
+
+def insist(action: str, call: Callable[[MlflowClient], T]) -> T:
+    """Do something in MLflow, again and again while it is away; Transient if it stays away."""
+    pause_seconds = FIRST_PAUSE_SECONDS
+    for left in reversed(range(TRIES)):
+        try:
+            return call(open_client())
+        except StageError:
+            raise
+        except Exception as error:
+            if is_refused(error):
+                raise UserError(f"MLflow refuses to {action}: {_first_line(error)}; check its credentials") from error
+            if not _may_pass(error):
+                raise
+            if not left:
+                raise Transient(f"MLflow is away, cannot {action}: {_first_line(error)}") from error
+            log.warning("MLflow is away, cannot %s; trying again in %.0f s: %s", action, pause_seconds, error)
+        sleep(pause_seconds)
+        pause_seconds *= 2
+    raise AssertionError("the last try returns or raises")
+
+
+def is_refused(error: Exception) -> bool:
+    return _http_status(error) in (401, 403) or isinstance(error, PermissionError)
+
+
+def _may_pass(error: Exception) -> bool:
+    status = _http_status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("botocore", "boto3", "urllib3")
+
+
+def _http_status(error: Exception) -> int | None:
+    from mlflow.exceptions import MlflowException
+
+    return error.get_http_status_code() if isinstance(error, MlflowException) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:MAX_VALUE_CHARACTERS]
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
