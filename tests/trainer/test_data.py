@@ -169,7 +169,7 @@ def test_tokens_are_those_of_inference(tokenizer: Any) -> None:
     assert record.labels.tolist()[: len(prompt) + 1] == [-100] * len(prompt) + [record.input_ids[len(prompt)]]
 
 
-def test_a_border_inside_a_token_is_cut_as_inference_cuts_it(byte_level: Any) -> None:
+def test_a_boundary_inside_a_token_is_cut_as_inference_cuts_it(byte_level: Any) -> None:
     """A blank before an answer would melt into its first token, but a prompt that ends in one never sees that token."""
     sample = read_sample({"prompt": "Define la: ", "completion": "la gripe"}, "prompt-completion")
     whole = byte_level("Define la: la gripe", add_special_tokens=False).input_ids
@@ -508,7 +508,7 @@ def test_another_seed_is_another_order_of_the_same_rows() -> None:
     assert sorted(pack(lengths, 40, 0)) == sorted(pack(lengths, 40, 1))
 
 
-def test_rows_hold_whole_records_whose_positions_restart_and_whose_borders_predict_nothing(
+def test_rows_hold_whole_records_whose_positions_restart_and_whose_boundaries_predict_nothing(
     tmp_path: Path, byte_level: Any
 ) -> None:
     path = tmp_path / "rows.parquet"

@@ -1,6 +1,6 @@
 """The prepare stage: a job's model and dataset in, training sequences and facts out. Needs no GPU.
 
-`python -m qlora_trainer prepare` calls `run`, which reads top to bottom: the dataset's files, the model, the tokens,
+`run` reads top to bottom: the dataset's files, the model, the tokens,
 the prepared folder. Whatever is wrong with the job is told here, before a GPU is taken.
 
 The folder is named after the digest of all that shapes the data. If the store holds it already, nothing is tokenised

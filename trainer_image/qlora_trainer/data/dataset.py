@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
@@ -27,6 +28,7 @@ from qlora_trainer.data.packing import Row, one_a_row, pack
 from qlora_trainer.data.reader import BadRecord, Record, Records
 from qlora_trainer.outcome import UserError
 
+Numbers = NDArray[np.int32]
 NAMED_PROBLEMS = 3
 """How many bad records an error message names."""
 ROWS_PER_GROUP = 256
@@ -225,9 +227,11 @@ def arrange(split: Split, training: TrainingSpec) -> list[Row]:
 
 def write_rows(path: Path, split: Split, rows: Sequence[Row]) -> None:
     """A Parquet file with one training sequence a row: input_ids, labels and position_ids, all of one length."""
-    import pyarrow
-    from pyarrow import parquet
+    import pyarrow as untyped_pyarrow  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
+    import pyarrow.parquet as untyped_parquet  # pyright: ignore[reportMissingTypeStubs]
 
+    pyarrow: Any = untyped_pyarrow
+    parquet: Any = untyped_parquet
     names = ("input_ids", "labels", "position_ids")
     schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in names])
     # Nothing that depends on the time or the machine goes in; what pyarrow's version writes about itself does.
@@ -237,7 +241,7 @@ def write_rows(path: Path, split: Split, rows: Sequence[Row]) -> None:
             file.write_table(pyarrow.table(dict(zip(names, map(list, columns), strict=True)), schema=schema))
 
 
-def _columns(split: Split, rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _columns(split: Split, rows: Sequence[Row]) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
     for row in rows:
         records = [split.records[index] for index in row]
         yield (

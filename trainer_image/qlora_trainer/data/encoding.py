@@ -4,7 +4,7 @@ Rules:
 
 - A text is tokenised whole, as it is for inference, and what is supervised is known in characters first: as the chat
   template marks it (`{% generation %}`), or as the part between the prompt for an answer and the end of that answer.
-- Where a token straddles such a border, the text is cut there and tokenised in pieces, which is what happens when a
+- Where a token straddles such a boundary, the text is cut there and tokenised in pieces, which is what happens when a
   model answers: the prompt is tokenised, then the answer comes. The pieces must spell the same text.
 - What cannot be told exactly is a ValueError, never a guess.
 - The token that ends an answer is supervised, white space that a template writes after it is not.
@@ -116,10 +116,11 @@ class Encoder:
             raise ValueError(f"is refused by the chat template: {error}") from error
 
     def _marked_spans(self, chat: Conversation) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        library: Any = chat_template_utils  # its types are narrower than what it takes
         self._render(chat, chat.messages)  # for its errors
-        texts, marked = render_jinja_template(
+        texts, marked = library.render_jinja_template(
             conversations=[list(chat.messages)],
             tools=chat.tools,
             chat_template=self._tokenizer.chat_template,
@@ -142,7 +143,7 @@ class Encoder:
         return text, [self._found_span(chat, index, text) for index in turns]
 
     def _found_span(self, chat: Conversation, index: int, text: str) -> Span:
-        """Where an answer begins and ends in the rendered text.
+        """The part of the rendered text that is an answer.
 
         It begins after the prompt for it and ends with its turn, if rendering fewer messages gives a prefix of the
         whole. Templates that write no such prompt, or write earlier turns differently, are asked where the content
@@ -204,20 +205,20 @@ class Encoder:
 
     def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
         """The tokens of a text, and which of them lie in the spans."""
-        borders = sorted({0, len(text), *(border for span in spans for border in span)})
+        boundaries = sorted({0, len(text), *(boundary for span in spans for boundary in span)})
         whole = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._tokenizer.is_fast)
         if self._tokenizer.is_fast:
-            cuts = _cuts(whole.offset_mapping, borders)
+            cuts = _cuts(whole.offset_mapping, boundaries)
             if cuts is not None:
-                return whole.input_ids, _flags(borders, cuts, spans)
+                return whole.input_ids, _flags(boundaries, cuts, spans)
         ids: list[int] = []
         cuts = [0]
-        for start, end in pairwise(borders):
+        for start, end in pairwise(boundaries):
             ids += self._tokenizer(text[start:end], add_special_tokens=False).input_ids
             cuts.append(len(ids))
         if self._spelled(ids) != self._spelled(whole.input_ids):
             raise ValueError("has an answer that begins or ends inside a token; begin or end it with another character")
-        return ids, _flags(borders, cuts, spans)
+        return ids, _flags(boundaries, cuts, spans)
 
     def _spelled(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -237,22 +238,24 @@ def _back_over_blanks(text: str, content: Span | None, *, at_least: int) -> int 
     return max(len(text[: content[0]].rstrip(" ")), at_least)
 
 
-def _cuts(offsets: Sequence[Span], borders: Sequence[int]) -> list[int] | None:
-    """How many tokens lie before each border; None if one straddles it, or nobody knows on which side it is."""
+def _cuts(offsets: Sequence[Span], boundaries: Sequence[int]) -> list[int] | None:
+    """How many tokens lie before each boundary; None if one straddles it, or nobody knows on which side it is."""
     ends = [end for _, end in offsets]
     if any(first > second for first, second in pairwise(ends)):
         return None
-    cuts = [bisect_right(ends, border) for border in borders]
-    for border, cut in zip(borders, cuts, strict=True):
+    cuts = [bisect_right(ends, boundary) for boundary in boundaries]
+    for boundary, cut in zip(boundaries, cuts, strict=True):
         covered = ends[cut - 1] if cut else 0
-        straddled = cut < len(offsets) and offsets[cut][0] < border
-        if straddled or covered != border:  # what no token covers may belong to the next (offsets without their space)
+        straddled = cut < len(offsets) and offsets[cut][0] < boundary
+        if (
+            straddled or covered != boundary
+        ):  # what no token covers may belong to the next (offsets without their space)
             return None
     return cuts
 
 
-def _flags(borders: Sequence[int], cuts: Sequence[int], spans: Sequence[Span]) -> list[bool]:
-    token_at = dict(zip(borders, cuts, strict=True))
+def _flags(boundaries: Sequence[int], cuts: Sequence[int], spans: Sequence[Span]) -> list[bool]:
+    token_at = dict(zip(boundaries, cuts, strict=True))
     flags = [False] * cuts[-1]
     for start, end in spans:
         flags[token_at[start] : token_at[end]] = [True] * (token_at[end] - token_at[start])

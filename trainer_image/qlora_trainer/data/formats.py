@@ -1,6 +1,6 @@
 """What the dataset formats mean: a record becomes a conversation, a prompt with its completion, or a text.
 
-`data` calls `read_sample` for each record. What breaks the format is a ValueError whose message goes on a sentence
+What breaks the format is a ValueError whose message goes on a sentence
 that begins with where the record stands.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 CHAT_FORMATS: frozenset[Format] = frozenset({"messages", "sharegpt"})
@@ -86,14 +86,14 @@ def _message(message: Any, number: int) -> Message:
     if not isinstance(message, Mapping) or "role" not in message:
         raise ValueError(f"has a message {number} that is not an object with `role` and `content`")
     # Tables give every message every column, and chat templates take a null for a value.
-    given = {key: value for key, value in message.items() if value is not None}
+    given = {key: value for key, value in cast("Message", message).items() if value is not None}
     return {**given, "content": _content(given, number)}
 
 
 def _content(message: Message, number: int) -> str:
     content = message.get("content", "")
     if isinstance(content, list):
-        content = "".join(_text_part(part, number) for part in content)
+        content = "".join(_text_part(part, number) for part in cast("list[Any]", content))
     if not isinstance(content, str):
         raise ValueError(f"has a message {number} whose `content` is not a text")
     if not content.strip() and not message.get("tool_calls"):
@@ -102,9 +102,11 @@ def _content(message: Message, number: int) -> str:
 
 
 def _text_part(part: Any, number: int) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+    given: Message = cast("Message", part) if isinstance(part, Mapping) else {}
+    text = given.get("text")
+    if not isinstance(text, str) or given.get("type") != "text":
         raise ValueError(f"has a message {number} with a part that is not text; only text can be trained on")
-    return part["text"]
+    return text
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Conversation:
@@ -184,7 +186,7 @@ def _list(record: Mapping[str, Any], name: str) -> list[Any]:
         raise ValueError(f"has a field `{name}` that is not a list")
     if not value:
         raise ValueError(f"has an empty field `{name}`")
-    return value
+    return cast("list[Any]", value)
 
 
 def _parsed(value: str, name: str) -> Any:

@@ -1,6 +1,6 @@
 """Which rows a step trains on, and how they become tensors.
 
-Read by the training loop and by evaluation. Rules:
+Rules:
 
 - The order of an epoch is a permutation that depends on the seed and the epoch alone; step `n` takes the next
   `globalBatchSize` rows of that endless sequence. So the cursor of a resumed job is its step.
@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
+import pyarrow.parquet as parquet  # pyright: ignore[reportMissingTypeStubs]  # pyarrow ships no types
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,25 +32,26 @@ class PreparedRows:
     """The training or evaluation sequences that prepare wrote, in memory: 12 bytes a token."""
 
     def __init__(self, path: Path) -> None:
+        file: Any
         with parquet.ParquetFile(path) as file:  # `read_table` and `to_numpy` import pandas
             table = file.read(columns=["input_ids", "labels", "position_ids"])
         self._columns = [_flat(table.column(name)) for name in ("input_ids", "labels", "position_ids")]
         lengths = np.from_dlpack(table.column("input_ids").combine_chunks().value_lengths())
-        self._borders = np.concatenate([[0], np.cumsum(lengths)])
+        self._row_starts = np.concatenate([[0], np.cumsum(lengths)])
 
     def __len__(self) -> int:
-        return len(self._borders) - 1
+        return len(self._row_starts) - 1
 
     def row(self, index: int) -> tuple[Numbers, Numbers, Numbers]:
         """Token ids, labels and positions of one row."""
-        part = slice(self._borders[index], self._borders[index + 1])
+        part = slice(self._row_starts[index], self._row_starts[index + 1])
         ids, labels, positions = (column[part] for column in self._columns)
         return ids, labels, positions
 
 
-def _flat(column: object) -> Numbers:
-    values = column.combine_chunks().flatten()  # type: ignore[attr-defined] - pyarrow has no types
-    return np.from_dlpack(values).astype(np.int32, copy=False)
+def _flat(column: Any) -> Numbers:
+    """The values of a pyarrow column of lists, one list after the other."""
+    return np.from_dlpack(column.combine_chunks().flatten()).astype(np.int32, copy=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """All that a micro-batch's kernels read beside the model, on the card."""
+    """What a micro-batch's kernels read beside the model, on the card."""
 
     host: MicroBatch
     """The same micro-batch on the host: what launches depend on."""
@@ -159,13 +161,17 @@ def collate(rows: Sequence[tuple[Numbers, Numbers, Numbers]]) -> MicroBatch:
     starts = np.append(np.flatnonzero(positions == 0), len(ids)).astype(np.int32)
     assert starts[0] == 0, "a prepared row must begin with a record's first token"
     return MicroBatch(
-        input_ids=torch.from_numpy(ids.astype(np.int64)).unsqueeze(0),
-        targets=torch.from_numpy(targets.astype(np.int64)).unsqueeze(0),
-        position_ids=torch.from_numpy(positions.astype(np.int64)).unsqueeze(0),
-        record_starts=torch.from_numpy(starts),
+        input_ids=_tensor(ids.astype(np.int64)).unsqueeze(0),
+        targets=_tensor(targets.astype(np.int64)).unsqueeze(0),
+        position_ids=_tensor(positions.astype(np.int64)).unsqueeze(0),
+        record_starts=_tensor(starts),
         longest_record=int(np.diff(starts).max()),
-        supervised=torch.from_numpy(np.flatnonzero(targets != IGNORED_LABEL)),
+        supervised=_tensor(np.flatnonzero(targets != IGNORED_LABEL)),
     )
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]  # torch leaves the array's type open
 
 
 def _targets(labels: Numbers, positions: Numbers) -> Numbers:

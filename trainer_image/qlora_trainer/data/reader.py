@@ -1,7 +1,7 @@
 """Reads a dataset's records one after the other, and knows where each of them stands.
 
 A record is a JSON object, a CSV row or a Parquet row; what cannot be read as one comes out as a `BadRecord`, so that
-the caller can count all of them instead of stopping at the first. A file that cannot be read at all is a UserError; a
+all of them can be counted instead of stopping at the first. A file that cannot be read at all is a UserError; a
 source that does not answer is Transient.
 """
 
@@ -12,22 +12,23 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-import fsspec
+import fsspec as untyped_fsspec  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.uri import local_path
 
+fsspec: Any = untyped_fsspec
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
 MAX_CELL_CHARACTERS = 64 << 20
-"""Of a CSV file; Python's own bound of 128 KiB is too small for a conversation."""
+"""Bound on one cell of a CSV file; Python's own of 128 KiB is too small for a conversation."""
 ROWS_AT_A_TIME = 1024
 
 
@@ -37,7 +38,7 @@ class Record:
 
     where: str
     """`line 17` of a text file, `row 17` of a table, `record 17` of a JSON array."""
-    value: dict[str, Any]
+    value: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +91,11 @@ class HubDataset:
 
     def read(self) -> Iterator[Record | BadRecord]:
         """The records in their order."""
-        from datasets import load_dataset
+        import datasets as untyped_datasets  # pyright: ignore[reportMissingTypeStubs]  # its types are half unknown
 
+        datasets: Any = untyped_datasets
         try:
-            rows = load_dataset(self._name, revision=self._commit, split=self._split)
+            rows = datasets.load_dataset(self._name, revision=self._commit, split=self._split)
         except ValueError as error:
             raise UserError(f"{self.source}: {error}; check spec.dataset.source and spec.dataset.split") from error
         for number, row in enumerate(rows, start=1):
@@ -135,13 +137,13 @@ def _local_file(source: str, scratch: Path) -> Path:
 
 
 @contextmanager
-def _opened(path: Path, *, compressed: bool) -> Iterator[IO[bytes]]:
+def _opened(path: Path, *, compressed: bool) -> Generator[IO[bytes]]:
     with path.open("rb") as raw:
         if not compressed:
             yield raw
             return
         with gzip.GzipFile(fileobj=raw) as file:
-            yield file  # type: ignore[misc]  # a GzipFile does all that is asked of it here
+            yield file  # pyright: ignore[reportReturnType]  # a GzipFile does all that is asked of it here
 
 
 # --- text
@@ -188,24 +190,25 @@ def _json_array(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
             raise UserError(f"{source}: {_not_utf8(number, line).where} {_not_utf8(number, line).problem}")
         lines.append(line)
     try:
-        values = json.loads("".join(lines))
+        values: Any = json.loads("".join(lines))
     except json.JSONDecodeError as error:
         hint = "; a file of one object a line must be called .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{source}: line {error.lineno} is not valid JSON: {error.msg}{hint}") from error
     if not isinstance(values, list):
         raise UserError(f"{source} must hold one JSON array of records; a file of one object a line is called .jsonl")
-    for number, value in enumerate(values, start=1):
+    for number, value in enumerate(cast("list[Any]", values), start=1):
         yield _as_record(f"record {number}", value)
 
 
-def _as_record(where: str, value: object) -> Record | BadRecord:
+def _as_record(where: str, value: Any) -> Record | BadRecord:
     if not isinstance(value, dict):
         return BadRecord(where=where, problem=f"is not a JSON object but {_kind(value)}")
-    return Record(where=where, value=value)
+    return Record(where=where, value=cast("dict[str, Any]", value))
 
 
 def _kind(value: object) -> str:
-    return {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+    names: dict[type, str] = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _csv(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
@@ -256,12 +259,14 @@ _READERS = {"jsonl": _json_lines, "json": _json_array, "csv": _csv}
 
 
 def _parquet(path: Path, source: str) -> Iterator[Record | BadRecord]:
-    import pyarrow
-    from pyarrow import parquet
+    import pyarrow as untyped_pyarrow  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
+    import pyarrow.parquet as untyped_parquet  # pyright: ignore[reportMissingTypeStubs]
 
+    pyarrow: Any = untyped_pyarrow
+    parquet: Any = untyped_parquet
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME):
                 for row in batch.to_pylist():
                     number += 1
