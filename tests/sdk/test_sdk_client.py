@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import orchestrator
 from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
 from orchestrator.api.reasons import Reason
@@ -486,3 +488,9 @@ def test_a_wrong_setting_names_its_variable(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("QLORA_GRACE_SECONDS", "soon")
     with pytest.raises(OrchestratorError, match="QLORA_GRACE_SECONDS"):
         Client()
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    project = tomllib.loads((Path(orchestrator.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+    assert orchestrator.__version__ == project["version"]
