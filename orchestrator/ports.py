@@ -17,7 +17,7 @@ from orchestrator.api.results import ProgressReport
 from orchestrator.api.stage_name import StageName
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import Event
-from orchestrator.core.snapshot import StageFact
+from orchestrator.core.snapshot import StageFact, UnreadableJob
 from orchestrator.sizing.hardware import GpuClass
 
 
@@ -28,8 +28,8 @@ class Store(Protocol):
         """All jobs, ordered by namespace and name."""
         ...
 
-    def list_unreadable(self) -> Sequence[str]:
-        """Keys (`namespace/name`) of stored jobs that this version cannot parse; list_jobs leaves them out."""
+    def list_unreadable(self) -> Sequence[UnreadableJob]:
+        """Stored jobs that this version cannot parse, as far as they can be told; list_jobs leaves them out."""
         ...
 
     def get_job(self, namespace: str, name: str) -> QLoRAJob:
@@ -53,6 +53,10 @@ class Store(Protocol):
 
     def release(self, job: QLoRAJob) -> None:
         """Take RELEASE_FINALIZER off a job that owes nothing any more. Idempotent; raises NotFound."""
+        ...
+
+    def release_unreadable(self, namespace: str, name: str, uid: str) -> None:
+        """Take RELEASE_FINALIZER off a job that does not parse; with it goes an object that is marked. Idempotent."""
         ...
 
     def delete_job(self, namespace: str, name: str) -> None:

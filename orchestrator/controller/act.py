@@ -10,6 +10,8 @@ The loop hands in what `decide` returned. Rules:
 - Conflict and NotFound mean that the world has moved: the command is dropped, and the next round decides anew.
 - A transient error makes that command wait, twice as long each time up to a bound; every other job goes on.
 - MLflow may take long to answer, so its commands go down lanes of their own (`lanes`).
+- A status that the store refuses for good, and a stage that cannot be created however often it is tried, become a fact
+  with its reason (`refused`): a job of which nothing can come claims nothing.
 - What is only said about jobs that wait is written no faster than a setting allows: words must not crowd out deeds.
 """
 
@@ -31,11 +33,13 @@ from orchestrator.core.commands import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    ReleaseUnreadable,
+    ReportDefect,
     StopStage,
     WriteStatus,
 )
 from orchestrator.core.snapshot import RunFact
-from orchestrator.errors import Conflict, NotFound, RuntimeLost, TransientError
+from orchestrator.errors import Conflict, InvalidObject, NotFound, RuntimeLost, TransientError
 from orchestrator.ports import StageRuntime, Store, Tracking
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,10 @@ log = logging.getLogger(__name__)
 ACT_PER_LOOK = 4.0
 """Acting may take so many times as long as looking and deciding did, or thousands of jobs would be mostly looked at."""
 
-ByCall = WriteStatus | EnsureStage | StopStage | DeleteStage | DeleteJob
+TRIES_BEFORE_REFUSED = 5
+"""So often a stage that cannot be created, for a reason that waiting does not change, is tried again."""
+
+ByCall = WriteStatus | EnsureStage | StopStage | DeleteStage | DeleteJob | ReleaseUnreadable
 """Commands that one call to a port carries out."""
 
 
@@ -72,12 +79,18 @@ class Actor:
         self._store = store
         self._runtime = runtime
         self._backoff = backoff
+        self._refused: dict[str, str] = {}
+        self._failed_tries: dict[str, int] = {}
         self._words = Allowance(self._bounds.words_per_second)
         self._lanes = RunLanes(store, tracking, backoff, self._bounds.lanes)
 
     def runs(self) -> Mapping[str, RunFact]:
         """MLflow runs that no status has on record yet, by the uid of their job."""
         return self._lanes.runs()
+
+    def refused(self) -> Mapping[str, str]:
+        """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
+        return dict(self._refused)
 
     def act(self, commands: Sequence[Command], looked_seconds: float = 0.0) -> None:
         """Carry out one decision, which took so long to make. Raises RuntimeLost: the process must start over."""
@@ -92,6 +105,9 @@ class Actor:
             for begun in [self._pool.submit(self._act_on_job, of_job, over) for of_job in by_job.values()]:
                 begun.result()  # which raises what was raised there
         self._backoff.forget_all_but({_key(command) for command in commands})
+        asked = {uid for command in commands if (uid := _recorded_uid(command)) is not None}
+        self._refused = {uid: why for uid, why in self._refused.items() if uid in asked}
+        self._failed_tries = {uid: tries for uid, tries in self._failed_tries.items() if uid in asked}
 
     def _act_on_job(self, commands: Sequence[Command], over: float) -> None:
         for command in commands:
@@ -106,6 +122,9 @@ class Actor:
         if isinstance(command, EnsureRun | FinishRun):
             self._lanes.send(key, command)
             return True
+        if isinstance(command, ReportDefect):
+            log.error("deciding about the job failed, so the job does:\n%s", command.trace, extra=_about(command))
+            return True
         if isinstance(command, WriteStatus) and command.words_only and not self._words.take():
             return False
         try:
@@ -118,8 +137,13 @@ class Actor:
         except TransientError as error:
             self._postpone(key, error, _about(command))
             return False
+        except InvalidObject as error:
+            self._note_refusal(command, error)
+            self._postpone(key, error, _about(command))
+            return False
         except Exception as error:
             # A defect, or a world that no rule foresaw. Other jobs must not suffer for it.
+            self._note_refusal(command, error)
             self._postpone(key, error, _about(command))
             log.exception("%s failed unexpectedly", key, extra=_about(command))
             return False
@@ -130,6 +154,7 @@ class Actor:
         match command:
             case WriteStatus(job=job, status=status, events=events):
                 written = self._store.update_status(job, status)
+                self._refused.pop(job.metadata.uid, None)
                 if status.mlflow.run_id is not None:
                     self._lanes.recorded(job.metadata.uid)
                 for event in events:
@@ -142,8 +167,23 @@ class Actor:
                 self._runtime.stop(namespace, name, grace_seconds, reason)
             case DeleteStage(namespace=namespace, name=name, recorded=recorded):
                 self._runtime.delete(namespace, name, recorded=recorded)
+            case ReleaseUnreadable(namespace=namespace, name=name, uid=uid):
+                self._store.release_unreadable(namespace, name, uid)
             case DeleteJob(job=job):
                 self._store.delete_job(job.metadata.namespace, job.metadata.name)
+
+    def _note_refusal(self, command: ByCall, error: Exception) -> None:
+        """A status is refused once and for all; a stage may have met something that passes."""
+        match command:
+            case WriteStatus(job=job) if isinstance(error, InvalidObject):
+                self._refused[job.metadata.uid] = f"its status cannot be stored: {error}"
+            case EnsureStage(task=task):
+                tries = self._failed_tries.get(task.uid, 0) + 1
+                self._failed_tries[task.uid] = tries
+                if tries >= TRIES_BEFORE_REFUSED:
+                    self._refused[task.uid] = f"{task.stage_name} cannot be created: {type(error).__name__}: {error}"
+            case _:
+                pass
 
     def _postpone(self, key: str, error: Exception, context: Mapping[str, str | int]) -> None:
         log.warning("%s waits %.1f s: %s", key, self._backoff.failed(key), error, extra=context)
@@ -157,8 +197,23 @@ def _key(command: Command) -> str:
             return f"{kind} {namespace}/{name}"
         case EnsureStage(task=task):
             return f"{kind} {task.namespace}/{task.stage_name}"
-        case WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job):
+        case ReleaseUnreadable(namespace=namespace, name=name, uid=uid):
+            return f"{kind} {namespace}/{name} {uid}"
+        case (
+            ReportDefect(job=job) | WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job)
+        ):
             return f"{kind} {job.key} {job.metadata.uid}"
+
+
+def _recorded_uid(command: Command) -> str | None:
+    """The uid of the job that a write or a stage is of."""
+    match command:
+        case WriteStatus(job=job):
+            return job.metadata.uid
+        case EnsureStage(task=task):
+            return task.uid
+        case _:
+            return None
 
 
 def _job_key(command: Command) -> str:
@@ -167,7 +222,11 @@ def _job_key(command: Command) -> str:
             return f"{namespace}/{name.rsplit('-', 2)[0]}"
         case EnsureStage(task=task):
             return f"{task.namespace}/{task.job}"
-        case WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job):
+        case ReleaseUnreadable(namespace=namespace, name=name):
+            return f"{namespace}/{name}"
+        case (
+            ReportDefect(job=job) | WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job)
+        ):
             return job.key
 
 
@@ -181,5 +240,5 @@ def _about(command: Command) -> Mapping[str, str | int]:
             return about(_job_key(command), int(number) if number.isdecimal() else None)
         case WriteStatus(status=status):
             return about(_job_key(command), status.attempts_total or None)
-        case EnsureRun() | FinishRun() | DeleteJob():
+        case EnsureRun() | FinishRun() | DeleteJob() | ReportDefect() | ReleaseUnreadable():
             return about(_job_key(command))

@@ -92,7 +92,9 @@ class Controller:
         start = time.monotonic()
         self.metrics.round_begins()
         runs = self._actor.runs()
-        snapshot = observe(self._ports.store, self._ports.runtime, runs, self._policy, datetime.now(UTC))
+        snapshot = observe(
+            self._ports.store, self._ports.runtime, runs, self._policy, datetime.now(UTC), self._actor.refused()
+        )
         observed = time.monotonic()
         commands = self._decide(snapshot)
         decided = time.monotonic()

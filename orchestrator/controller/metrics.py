@@ -278,6 +278,12 @@ class _Jobs(Collector):
             ("queue",),
             _checkpoint_ages(states, labels, snapshot.now),
         )
+        unreadable = {(): float(len(snapshot.unreadable))}
+        yield _gauge("qlora_jobs_unreadable", "Jobs whose object does not parse", (), unreadable)
+        refused = {(): float(len(snapshot.refused))}
+        yield _gauge(
+            "qlora_jobs_refused", "Jobs that nothing can come of: no status, or no stage, is taken", (), refused
+        )
         capacity = {(c.name,): float(c.capacity) for c in snapshot.gpu_classes}
         yield _gauge("qlora_gpus", "GPUs that exist", ("gpu_class",), capacity)
         yield _gauge("qlora_gpus_in_use", "GPUs held by jobs", ("queue", "gpu_class"), _in_use(states, labels))

@@ -79,4 +79,32 @@ class DeleteJob:
     job: QLoRAJob
 
 
-Command = WriteStatus | EnsureStage | StopStage | DeleteStage | EnsureRun | FinishRun | DeleteJob
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportDefect:
+    """Put on record that deciding about a job raised; the job's own commands deal with the job."""
+
+    job: QLoRAJob
+    trace: str
+    """The traceback, for whoever maintains the program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseUnreadable:
+    """Let the object of a deleted job go that does not parse, once nothing of it runs."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+Command = (
+    ReleaseUnreadable
+    | ReportDefect
+    | WriteStatus
+    | EnsureStage
+    | StopStage
+    | DeleteStage
+    | EnsureRun
+    | FinishRun
+    | DeleteJob
+)

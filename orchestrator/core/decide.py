@@ -8,17 +8,29 @@ snapshot gives the same commands, and each of them may be repeated or lost.
 3. Stages and runs follow the *stored* status, so an intent is always on record before anything comes of it. The stage
    of an attempt that is decided now comes right after the write that records it: whoever carries commands out goes on
    with a job only once its status is written.
+4. What is worked out for one job is contained: an exception fails that job, and a `ReportDefect` tells of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.stage_name import StageName
-from orchestrator.core.commands import Command, DeleteJob, EnsureRun, EnsureStage, FinishRun, WriteStatus
+from orchestrator.core.commands import (
+    Command,
+    DeleteJob,
+    EnsureRun,
+    EnsureStage,
+    FinishRun,
+    ReportDefect,
+    StopStage,
+    WriteStatus,
+)
+from orchestrator.core.job.containment import failed_by_defect
 from orchestrator.core.job.finalizer import owes_run_its_end
-from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, stage_commands
+from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, release_commands, stage_commands
 from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import schedule
@@ -41,27 +53,76 @@ def _commands(drafts: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
     figures: list[WriteStatus] = []
     waiting: list[Draft] = []
     for draft in drafts:
-        stage = tuple(stage_commands(draft, snapshot))
-        if draft.words_only and not stage:
+        if draft.words_only and draft.job.status.active_attempt is None:
             waiting.append(draft)
-        elif (write := draft.close()) is None:
-            yield from stage
-        elif draft.state is state_of(draft.job.status) and not stage:
-            figures.append(write)
+            continue
+        own = _of_job(draft, snapshot)
+        if own.write is None:
+            yield from own.stage
+        elif own.draft.state is state_of(draft.job.status) and not own.stage:
+            figures.append(own.write)
         else:
-            moved += [write, *stage, *_begun(write, snapshot.policy)]
+            moved += [own.write, *own.stage, *own.begun]
+        yield from own.defects
     yield from moved
     yield from leftover_commands(snapshot)
+    yield from release_commands(snapshot)
     yield from figures
-    yield from _words(waiting, snapshot.policy)
+    yield from _words(waiting, snapshot)
     yield from _expired(drafts, snapshot)
 
 
-def _words(waiting: list[Draft], policy: Policy) -> Iterator[WriteStatus]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfJob:
+    """What is to be done about one job."""
+
+    draft: Draft
+    write: WriteStatus | None
+    stage: tuple[EnsureStage | StopStage, ...] = ()
+    """What its stored attempt asks for."""
+    begun: tuple[EnsureStage, ...] = ()
+    """The stage of the attempt that the write puts on record."""
+
+    @property
+    def defects(self) -> tuple[ReportDefect, ...]:
+        """That deciding about the job raised, if it did."""
+        return (ReportDefect(job=self.draft.job, trace=self.draft.defect),) if self.draft.defect else ()
+
+
+def _of_job(draft: Draft, snapshot: Snapshot) -> _OfJob:
+    """A job's own commands; where they cannot be made, those that end it."""
+    try:
+        return _made(draft, snapshot)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
+        failed = failed_by_defect(draft.job, snapshot, error)
+    try:
+        return _made(failed, snapshot)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - as above
+        return _OfJob(draft=failed, write=None)  # what is stored leaves nothing to write; the report tells of it
+
+
+def _made(draft: Draft, snapshot: Snapshot) -> _OfJob:
+    write = draft.close()
+    return _OfJob(
+        draft=draft,
+        write=write,
+        stage=tuple(stage_commands(draft, snapshot)),
+        begun=tuple(_begun(write, snapshot.policy)) if write is not None else (),
+    )
+
+
+def _words(waiting: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
     """So many at a time; whoever has been told nothing at all comes first."""
     news = [draft for draft in waiting if draft.says_something_new]
     news.sort(key=lambda draft: draft.job.status.observed_generation > 0)
-    yield from filter(None, (draft.close() for draft in news[: policy.words_limit]))
+    for own in (_of_job(draft, snapshot) for draft in news[: snapshot.policy.words_limit]):
+        yield from own.defects
+        if own.write is not None:
+            yield own.write
 
 
 def _begun(write: WriteStatus, policy: Policy) -> Iterator[EnsureStage]:

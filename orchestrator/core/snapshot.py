@@ -62,6 +62,33 @@ class RunFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadableJob:
+    """What can be told of a job whose object does not parse: another version wrote it, or accepted it."""
+
+    namespace: str
+    name: str
+    uid: str = ""
+    queue: str = ""
+    """Empty where it cannot be told."""
+    stage: str = ""
+    """The name of its active attempt's stage; empty where there is none, or it cannot be told."""
+    gpu_class: str | None = None
+    """What that stage has, where it has a GPU."""
+    stop: bool = False
+    """Whether its user wants nothing of it to run: it is suspended, cancelled or deleted."""
+    deleted: bool = False
+    held: bool = False
+    """Whether RELEASE_FINALIZER keeps its object."""
+    seconds_left: float | None = None
+    """Of its deadline, at the start of the active attempt; absent where it has none, or it cannot be told."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """The settings that decisions depend on; every bound has its name here."""
 
@@ -105,4 +132,8 @@ class Snapshot:
     gpu_classes: tuple[GpuClass, ...] = ()
     runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
     """By the job's uid; may be lost at any time, since asking for a run again finds the same one."""
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
+    unreadable: tuple[UnreadableJob, ...] = ()
+    """Jobs that this version cannot parse: their GPUs are taken all the same, and their stages can be stopped."""
     policy: Policy

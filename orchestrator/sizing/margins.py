@@ -181,7 +181,7 @@ def _observations(statuses: Iterable[QLoRAJobStatus]) -> Iterator[Observation]:
     for status in statuses:
         for attempt in status.attempts:
             if attempt.predicted_bytes and (share := _share(attempt, attempt.predicted_bytes)) is not None:
-                yield _observation(status, attempt, share)
+                yield from _observation(status, attempt, share)
 
 
 def _share(attempt: Attempt, predicted_bytes: int) -> float | None:
@@ -193,12 +193,12 @@ def _share(attempt: Attempt, predicted_bytes: int) -> float | None:
     return None
 
 
-def _observation(status: QLoRAJobStatus, attempt: Attempt, share: float) -> Observation:
+def _observation(status: QLoRAJobStatus, attempt: Attempt, share: float) -> Iterator[Observation]:
+    """Nothing where the record lacks what training comes with: one job's status must not spoil everybody's margins."""
     prepared, plan, time = status.prepared, attempt.plan, attempt.finish_time
-    assert prepared is not None, "training comes after prepare"
-    assert plan is not None, "an estimate has a plan"
-    assert time is not None, "an attempt with a verdict has ended"
-    return Observation(
+    if prepared is None or plan is None or time is None:
+        return
+    yield Observation(
         architecture=prepared.model.architecture,
         kind=plan_kind(plan.recompute_layers, prepared.model.num_layers, plan.offload),
         versions=attempt.versions or "",

@@ -51,13 +51,31 @@ class TestSqliteStore(StoreContract):
             assert [job.metadata.name for job in store.list_jobs()] == ["sound"]
             store.list_jobs()
         assert [record.message for record in caplog.records if "team-a/broken" in record.message].__len__() == 1
-        assert store.list_unreadable() == ["team-a/broken"]
+        assert [job.key for job in store.list_unreadable()] == ["team-a/broken"]
         with pytest.raises(InvalidObject, match="team-a/broken"):
             store.get_job("team-a", "broken")
         with sqlite3.connect(self.settings.database) as database:
             rows = database.execute("SELECT body FROM objects WHERE name = 'broken'").fetchall()
         database.close()
         assert rows == [('{"kind": "QLoRAJob"}',)]
+
+    @pytest.mark.parametrize(
+        "body", ['{"metadata": {"uid": "u", "deletionTimestamp": null}}', "[]", "{", '{"metadata": 3}']
+    )
+    def test_a_row_that_no_longer_parses_can_be_deleted(self, body: str) -> None:
+        """It is marked, so that its stage is stopped first; one that is no object at all goes at once."""
+        store = self.open()
+        store.create_job(submitted_job("broken"))
+        with sqlite3.connect(self.settings.database) as database:
+            database.execute("UPDATE objects SET body = ? WHERE name = 'broken'", (body,))
+        database.close()
+        store.delete_job("team-a", "broken")
+        for job in store.list_unreadable():
+            assert (job.key, job.uid, job.stop, job.deleted, job.held) == ("team-a/broken", "u", True, True, True)
+            store.release_unreadable("team-a", "broken", "another")
+            assert store.list_unreadable() == [job]
+            store.release_unreadable("team-a", "broken", job.uid)
+        assert store.list_unreadable() == []
 
     def test_a_file_that_is_no_database_is_named(self) -> None:
         self.settings.database.write_text("not a database, but long enough to be looked at as one" * 10)

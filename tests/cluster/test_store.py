@@ -163,7 +163,7 @@ def test_a_job_that_does_not_parse_is_reported_and_left_alone(
     store.create_job(submitted_job("broken"))
     path = path_of(API_VERSION, "qlorajobs", "team-a", "broken")
     api.patch(path, {"metadata": {"annotations": {"qlora.dev/note": "x" * 5000}}}, MERGE_PATCH)
-    until(lambda: store.list_unreadable() == ["team-a/broken"])
+    until(lambda: [job.key for job in store.list_unreadable()] == ["team-a/broken"])
     assert [job.metadata.name for job in store.list_jobs()] == ["sound"]
 
 

@@ -14,7 +14,7 @@ from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.base import utc
 from orchestrator.api.job import RELEASE_FINALIZER, MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
-from orchestrator.controller.act import Actor, Bounds
+from orchestrator.controller.act import TRIES_BEFORE_REFUSED, Actor, Bounds
 from orchestrator.controller.throttle import Allowance, Backoff
 from orchestrator.core.commands import (
     DeleteJob,
@@ -23,6 +23,7 @@ from orchestrator.core.commands import (
     EnsureStage,
     Event,
     FinishRun,
+    ReportDefect,
     StopStage,
     WriteStatus,
 )
@@ -296,3 +297,36 @@ def test_an_allowance_saves_up_to_its_bound_what_is_not_used() -> None:
     assert [allowance.take() for _ in range(2)] == [True, False]
     now = 1000.0
     assert [allowance.take() for _ in range(7)] == [True] * 6 + [False]
+
+
+def test_a_status_that_the_store_refuses_for_good_becomes_a_fact(world: World) -> None:
+    """Until a status of the job is stored, which says how it ended."""
+    job = world.job()
+    world.actor.act([WriteStatus(job=job, status=QLoRAJobStatus().model_copy(update={"attempts_total": 1e30}))])
+    [why] = world.actor.refused().values()
+    assert "attemptsTotal" in why or "attempts_total" in why
+    world.now += 100
+    world.actor.act([write(job, "failed in words")])
+    assert world.actor.refused() == {}
+
+
+def test_a_stage_that_cannot_be_created_however_often_it_is_tried_becomes_a_fact(world: World) -> None:
+    job = world.job()
+    world.runtime.error = lambda call: ValueError("no such claim") if call.startswith("ensure") else None
+    for _ in range(TRIES_BEFORE_REFUSED):
+        assert world.actor.refused() == {}
+        world.actor.act([ensure(job)])
+        world.now += 100
+    assert world.actor.refused() == {job.metadata.uid: "medical-prepare-1 cannot be created: ValueError: no such claim"}
+
+
+def test_what_nobody_asks_for_any_more_is_no_fact(world: World) -> None:
+    job = world.job()
+    world.actor.act([WriteStatus(job=job, status=QLoRAJobStatus().model_copy(update={"attempts_total": 1e30}))])
+    world.actor.act([])
+    assert world.actor.refused() == {}
+
+
+def test_a_defect_is_logged_with_its_traceback(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.actor.act([ReportDefect(job=world.job(), trace="Traceback: here")])
+    assert "Traceback: here" in caplog.text

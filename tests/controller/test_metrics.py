@@ -199,6 +199,8 @@ def test_these_are_the_metrics_and_no_others() -> None:
         "qlora_gpus_in_use",
         "qlora_jobs",
         "qlora_jobs_finished",
+        "qlora_jobs_refused",
+        "qlora_jobs_unreadable",
         "qlora_jobs_waiting",
         "qlora_last_round_timestamp_seconds",
         "qlora_leader",

@@ -31,6 +31,7 @@ from orchestrator.core.commands import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    ReportDefect,
     StopStage,
     WriteStatus,
 )
@@ -98,6 +99,8 @@ class World:
 
     def _act(self, command: Command) -> None:
         match command:
+            case ReportDefect():
+                raise AssertionError(command.trace)
             case WriteStatus():
                 self._write(command.job, command.status)
             case EnsureStage():

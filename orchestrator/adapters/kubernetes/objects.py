@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +18,8 @@ from orchestrator.adapters.kubernetes.watch import key_of
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.core.job.unreadable import read_leniently
+from orchestrator.core.snapshot import UnreadableJob
 from orchestrator.errors import InvalidObject
 
 log = logging.getLogger(__name__)
@@ -28,13 +29,6 @@ SHARED_LIMIT = 20_000
 """Distinct parts that are remembered in order to be shared."""
 
 Part = TypeVar("Part", bound=BaseModel)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unreadable:
-    """A job that this version cannot parse: known of, and left alone."""
-
-    key: str
 
 
 class Parser:
@@ -62,17 +56,20 @@ class Parser:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise InvalidObject(f"job {key_of(item)}: {where}: {first['msg']}") from error
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:  # of no shape that any version has
+            raise InvalidObject(f"job {key_of(item)}: {type(error).__name__}: {error}") from error
         compact = job.model_copy(update={"status": self._compact(job.status)})
         self._share_names(compact.metadata, compact)
         return compact
 
-    def job_or_unreadable(self, item: Json) -> QLoRAJob | Unreadable:
+    def job_or_unreadable(self, item: Json) -> QLoRAJob | UnreadableJob:
         """The same for a cache; what cannot be read is logged, once a version."""
         try:
             return self.job(item)
         except InvalidObject as error:
-            log.error("%s; it is left alone, and so are its stages", error)
-            return Unreadable(key=key_of(item))
+            log.error("%s; nothing is started for it, but what runs can be stopped and deleted", error)
+            namespace, name = key_of(item).split("/", 1)
+            return read_leniently(item, namespace=namespace, name=name)
 
     def queue(self, item: Json) -> QLoRAQueue | None:
         """The queue, or None for one that cannot be read."""
@@ -80,6 +77,9 @@ class Parser:
             return QLoRAQueue.model_validate({"metadata": _projected(item["metadata"]), "spec": item.get("spec", {})})
         except ValidationError as error:
             log.error("queue %s cannot be read by this version and is left alone: %s", item["metadata"]["name"], error)
+            return None
+        except (TypeError, ValueError, AttributeError, RecursionError):
+            log.exception("queue %s is of no shape that any version has and is left alone", key_of(item))
             return None
 
     def _spec(self, wire: Json | None) -> QLoRAJobSpec | Json | None:

@@ -9,7 +9,7 @@ The controller, and clients with a kubeconfig, use it. Rules:
   so deleting it waits for the controller. It is on before the status says so. Prepare and publish stages need no such
   care, because the garbage collector ends their pods with the job.
 - `start` turns on caches; before it every read asks the server, which is what a short-lived client wants.
-- An object that does not parse (a newer version wrote it) is left alone, reported, and fails nobody else.
+- An object that does not parse (a newer version wrote it) is reported, fails nobody else, and can still be stopped.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.events import Recorder
-from orchestrator.adapters.kubernetes.objects import Parser, Unreadable, job_wire, metadata_wire, status_wire
+from orchestrator.adapters.kubernetes.objects import Parser, job_wire, metadata_wire, status_wire
 from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
+from orchestrator.core.snapshot import UnreadableJob
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class KubernetesStore:
         self._changes = changes or Changes()
         self._parser = Parser()
         self._recorder = Recorder(api, reporter)
-        self._jobs: Cache[QLoRAJob | Unreadable] = Cache(
+        self._jobs: Cache[QLoRAJob | UnreadableJob] = Cache(
             api, API_VERSION, JOBS, self._parser.job_or_unreadable, self._changes, namespaces=namespaces
         )
         self._queues: Cache[QLoRAQueue] = Cache(api, API_VERSION, QUEUES, self._parser.queue, self._changes)
@@ -83,9 +84,10 @@ class KubernetesStore:
         found = (job for job in self._all_jobs() if isinstance(job, QLoRAJob))
         return sorted((job for job in found if namespace in (None, job.metadata.namespace)), key=_place)
 
-    def list_unreadable(self) -> Sequence[str]:
-        """Keys of the jobs that do not parse; the log says why."""
-        return sorted(job.key for job in self._all_jobs() if isinstance(job, Unreadable))
+    def list_unreadable(self) -> Sequence[UnreadableJob]:
+        """The jobs that do not parse, as far as they can be told; the log says why they do not."""
+        found = (job for job in self._all_jobs() if isinstance(job, UnreadableJob))
+        return sorted(found, key=lambda job: job.key)
 
     def get_job(self, namespace: str, name: str) -> QLoRAJob:
         """One job; raises NotFound, or InvalidObject if it does not parse."""
@@ -150,9 +152,28 @@ class KubernetesStore:
         if current.metadata.uid == job.metadata.uid and RELEASE_FINALIZER in current.metadata.finalizers:
             self._release_finished(current)
 
+    def release_unreadable(self, namespace: str, name: str, uid: str) -> None:
+        """Take our finalizer off a job that does not parse."""
+        path = path_of(API_VERSION, JOBS, namespace, name)
+        try:
+            meta: Json = self._api.get(path)["metadata"]
+            listed: list[str] = meta.get("finalizers") or []
+            left = [finalizer for finalizer in listed if finalizer != RELEASE_FINALIZER]
+            version = {"uid": uid, "resourceVersion": meta["resourceVersion"]}
+            self._api.patch(path, {"metadata": {"finalizers": left, **version}})
+        except NotFound:
+            self._jobs.drop(f"{namespace}/{name}")
+
     def delete_job(self, namespace: str, name: str) -> None:
-        """Remove the object; one that is busy is marked, and removed by the call that finds it at rest."""
-        job = self.read_job(namespace, name)
+        """Remove the object; one that is busy is marked, and removed by the call that finds it at rest.
+
+        One that does not parse is marked: the controller lets it go.
+        """
+        try:
+            job = self.read_job(namespace, name)
+        except InvalidObject:
+            self._api.delete(path_of(API_VERSION, JOBS, namespace, name))
+            return
         is_marked = job.metadata.deletion_timestamp is not None
         held = RELEASE_FINALIZER in job.metadata.finalizers
         if not is_at_rest(job):
@@ -207,7 +228,7 @@ class KubernetesStore:
 
     # pieces
 
-    def _all_jobs(self) -> Iterable[QLoRAJob | Unreadable]:
+    def _all_jobs(self) -> Iterable[QLoRAJob | UnreadableJob]:
         if self._jobs.started:
             return self._jobs.values().values()
         pages = (self._api.get(path_of(API_VERSION, JOBS, namespace))["items"] for namespace in self._namespaces)

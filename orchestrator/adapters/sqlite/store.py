@@ -7,20 +7,22 @@ Kubernetes API server, so that everything above it is the same there:
 - spec and status are written apart, each with the resource version that the writer has read (compare and swap);
 - what a job's results depend on is immutable (`IMMUTABLE_SPEC_FIELDS`);
 - deleting an object that is not at rest marks it, and the controller removes it once it is;
-- a row that does not parse (a newer version wrote it) is left alone, reported, and fails nobody else.
+- a row that does not parse (a newer version wrote it) is reported, fails nobody else, and can still be deleted.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -29,6 +31,8 @@ from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
+from orchestrator.core.job.unreadable import read_leniently
+from orchestrator.core.snapshot import UnreadableJob
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, StoreUnavailable
 from orchestrator.settings import Settings
 
@@ -76,9 +80,9 @@ class SqliteStore:
         parsed = (self._parse(QLoRAJob, row) for row in rows if namespace in (None, row[0]))
         return [job for job in parsed if job is not None]
 
-    def list_unreadable(self) -> Sequence[str]:
-        """Keys of the jobs that do not parse; the log says why."""
-        return [f"{row[0]}/{row[1]}" for row in self._rows(JOB) if self._parse(QLoRAJob, row) is None]
+    def list_unreadable(self) -> Sequence[UnreadableJob]:
+        """The jobs that do not parse, as far as they can be told; the log says why they do not."""
+        return [_unreadable_job(row) for row in self._rows(JOB) if self._parse(QLoRAJob, row) is None]
 
     def get_job(self, namespace: str, name: str) -> QLoRAJob:
         """One job; raises NotFound, or InvalidObject if its row does not parse."""
@@ -123,7 +127,7 @@ class SqliteStore:
             )
             updated = _checked(stored.model_copy(update={"metadata": meta, "spec": job.spec}))
             if stored.metadata.finalizers and meta.deletion_timestamp and _at_rest(updated):
-                _remove(connection, updated)
+                _remove(connection, updated.metadata.namespace, updated.metadata.name)
             else:
                 _put(connection, JOB, meta.namespace, updated)
             return updated
@@ -147,16 +151,27 @@ class SqliteStore:
             update = {"resource_version": str(version), "finalizers": released(stored)}
             left = stored.model_copy(update={"metadata": stored.metadata.model_copy(update=update)})
             if left.metadata.deletion_timestamp and _at_rest(left):
-                _remove(connection, left)
+                _remove(connection, left.metadata.namespace, left.metadata.name)
             else:
                 _put(connection, JOB, left.metadata.namespace, left)
 
+    def release_unreadable(self, namespace: str, name: str, uid: str) -> None:
+        """Remove a row that is marked and does not parse."""
+        with self._transaction() as (connection, _):
+            row = _find(connection, JOB, namespace, name)
+            if row is not None and self._parse(QLoRAJob, row) is None and _unreadable_job(row).uid == uid:
+                _remove(connection, namespace, name)
+
     def delete_job(self, namespace: str, name: str) -> None:
-        """Remove a job at rest; mark any other as deleted, which cancels it."""
+        """Remove a job at rest; mark any other as deleted, which cancels it, one that does not parse included."""
         with self._transaction() as (connection, version):
+            row = _find(connection, JOB, namespace, name)
+            if row is not None and self._parse(QLoRAJob, row) is None:
+                _mark_unreadable(connection, row, version)
+                return
             stored = self._get_job(connection, namespace, name)
             if _at_rest(stored):
-                _remove(connection, stored)
+                _remove(connection, stored.metadata.namespace, stored.metadata.name)
             elif stored.metadata.deletion_timestamp is None:
                 update = {"deletion_timestamp": datetime.now(UTC), "resource_version": str(version)}
                 meta = stored.metadata.model_copy(update=update)
@@ -317,8 +332,36 @@ def _put(connection: sqlite3.Connection, kind: str, namespace: str, thing: QLoRA
     connection.execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", row)
 
 
-def _remove(connection: sqlite3.Connection, job: QLoRAJob) -> None:
-    where = (job.metadata.namespace, job.metadata.name)
+def _unreadable_job(row: Row) -> UnreadableJob:
+    return replace(read_leniently(_json(row), namespace=row[0], name=row[1]), held=True)
+
+
+def _json(row: Row) -> object:
+    """The row's body as JSON types; nothing where it is not even that."""
+    try:
+        return json.loads(row[2])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _mark_unreadable(connection: sqlite3.Connection, row: Row, version: int) -> None:
+    """Mark a row as deleted that does not parse; one that is no object goes at once."""
+    item = _json(row)
+    meta = cast(dict[str, object], item).get("metadata") if isinstance(item, dict) else None
+    if not isinstance(meta, dict):
+        _remove(connection, row[0], row[1])
+        return
+    known = cast(dict[str, object], meta)
+    if known.get("deletionTimestamp") is None:
+        known["deletionTimestamp"] = datetime.now(UTC).isoformat()
+    where = (json.dumps(item), version, JOB, row[0], row[1])
+    connection.execute(
+        "UPDATE objects SET body = ?, resource_version = ? WHERE kind = ? AND namespace = ? AND name = ?", where
+    )
+
+
+def _remove(connection: sqlite3.Connection, namespace: str, name: str) -> None:
+    where = (namespace, name)
     connection.execute("DELETE FROM objects WHERE kind = ? AND namespace = ? AND name = ?", (JOB, *where))
     connection.execute("DELETE FROM events WHERE namespace = ? AND name = ?", where)
 
@@ -340,7 +383,7 @@ def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
 def _checked(thing: Object) -> Object:
     """The object as a reader will see it; whatever was built around the validators is caught before it is stored."""
     try:
-        return type(thing).model_validate_json(thing.model_dump_json(by_alias=True))
+        return type(thing).model_validate_json(thing.model_dump_json(by_alias=True, warnings=False))
     except ValidationError as error:
         raise InvalidObject(f"{thing.kind} {thing.metadata.name} breaks a rule: {error}") from error
 
@@ -348,6 +391,6 @@ def _checked(thing: Object) -> Object:
 def _unreadable(kind: str, row: Row, error: ValidationError) -> str:
     key = f"{row[0]}/{row[1]}".lstrip("/")
     return (
-        f"the stored {kind} {key} does not parse and is left alone: {error}; "
-        f"run the version of the service that wrote it, or repair the row"
+        f"the stored {kind} {key} does not parse, so nothing is started for it: {error}; "
+        f"run the version of the service that wrote it, repair the row, or delete it"
     )

@@ -63,6 +63,14 @@ def fail(draft: Draft, reason: Reason, message: str) -> Draft:
     return draft.tell(Event(reason=reason, message=message, warning=reason is not Reason.CANCELLED))
 
 
+def give_up_attempt(draft: Draft, reason: Reason, message: str) -> Draft:
+    """The active attempt ends unjudged, and nothing follows from it."""
+    attempt = draft.attempt
+    assert attempt is not None, "only an active attempt can be given up"
+    ended = draft.change_attempt(finish_time=draft.now, reason=reason, message=clip(message))
+    return draft.move(_ENDED[attempt.stage], attempts=ended)
+
+
 # --- an attempt that did what it should -----------------------------------------------------------------------
 
 

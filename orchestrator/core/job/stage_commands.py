@@ -12,9 +12,10 @@ from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import Reason
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.api.task import StageTask
-from orchestrator.core.commands import DeleteStage, EnsureStage, StopStage
+from orchestrator.core.commands import DeleteStage, EnsureStage, ReleaseUnreadable, StopStage
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
+from orchestrator.core.job.unreadable import job_key_of
+from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase, UnreadableJob
 
 
 def stage_of(job: QLoRAJob, attempt: Attempt, snapshot: Snapshot) -> StageFact | None:
@@ -90,9 +91,13 @@ def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
     after its attempt was stored, so an observer that lists stages before jobs never shows a wanted one here.
     """
     wanted, recorded = _wanted_stages(snapshot), _recorded_stages(snapshot)
+    unreadable = {job.key: job for job in snapshot.unreadable}
     for key in sorted(snapshot.stages):
         fact = snapshot.stages[key]
         if key in wanted:
+            continue
+        owner = unreadable.get(job_key_of(fact.namespace, fact.name))
+        if owner is not None and not _is_over(owner, fact, snapshot):
             continue
         if fact.phase is StagePhase.EXITED:
             yield DeleteStage(namespace=fact.namespace, name=fact.name, recorded=key in recorded)
@@ -103,6 +108,23 @@ def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
                 grace_seconds=snapshot.policy.grace_seconds,
                 reason=Reason.FENCED,
             )
+
+
+def _is_over(job: UnreadableJob, fact: StageFact, snapshot: Snapshot) -> bool:
+    """Whether the stage of a job that does not parse is to end, or to be forgotten: its results wait for a version
+    that reads them, as long as the job is there."""
+    if fact.phase is StagePhase.EXITED:
+        return job.deleted
+    ran_seconds = (snapshot.now - fact.start_time).total_seconds() if fact.start_time is not None else 0.0
+    return job.stop or (job.seconds_left is not None and ran_seconds >= job.seconds_left)
+
+
+def release_commands(snapshot: Snapshot) -> Iterator[ReleaseUnreadable]:
+    """Lets deleted jobs go that do not parse, once they have no stage."""
+    with_stages = {job_key_of(fact.namespace, fact.name) for fact in snapshot.stages.values()}
+    for job in snapshot.unreadable:
+        if job.deleted and job.held and job.key not in with_stages:
+            yield ReleaseUnreadable(namespace=job.namespace, name=job.name, uid=job.uid)
 
 
 def _recorded_stages(snapshot: Snapshot) -> frozenset[str]:

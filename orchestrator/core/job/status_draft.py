@@ -37,6 +37,8 @@ class Draft:
     """Why the job waits. It gets into the status when the draft is closed: of thousands who wait few are told so."""
     words_only: bool = True
     """Whether nothing has changed but what is said about the job, which costs nobody anything to hear late."""
+    defect: str = ""
+    """The traceback of what was raised instead of a decision about the job, if so."""
 
     @classmethod
     def open(cls, job: QLoRAJob, now: datetime) -> Draft:
@@ -86,7 +88,10 @@ class Draft:
         return self.word is not None or self.status is not self.job.status or not seen
 
     def close(self) -> WriteStatus | None:
-        """The write that stores the draft; None where it says what is stored already."""
+        """The write that stores the draft; None where it says what is stored already.
+
+        Raises ValueError for a status that a reader, or the API server, would refuse.
+        """
         if not self.says_something_new:
             return None
         said = self if self.word is None else self._with_word(self.word)
@@ -95,6 +100,7 @@ class Draft:
         )
         if status == self.job.status:
             return None
+        QLoRAJobStatus.model_validate_json(status.model_dump_json(by_alias=True, warnings=False))
         return WriteStatus(job=self.job, status=status, events=said.events, words_only=self.words_only)
 
     def _with_word(self, word: Finding) -> Draft:

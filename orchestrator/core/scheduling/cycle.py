@@ -1,17 +1,21 @@
 """All jobs together: which stages start now, who makes way, and why everybody else waits.
 
-`core/decide` turns the outcome into commands, `core/explain` into sentences; both see the very same decision.
+`core/decide` turns the outcome into commands, `core/explain` into sentences; both see the very same decision. What is
+worked out for one job is contained there (`core/job/containment`): it can fail that job, never the others' round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from orchestrator.api.job import QLoRAJob
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
+from orchestrator.core.job.containment import abandon, contained, failed_by_defect
 from orchestrator.core.job.lifecycle import is_ready, reconcile, wait
 from orchestrator.core.job.recovery import fail
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
@@ -27,7 +31,7 @@ from orchestrator.core.scheduling.ordering import (
     queue_specs,
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
-from orchestrator.core.snapshot import Policy, Snapshot
+from orchestrator.core.snapshot import Snapshot, StagePhase
 from orchestrator.sizing.margins import DEFAULT, Margins, learned
 from orchestrator.sizing.plan_search import candidates
 from orchestrator.sizing.step_time import Work
@@ -50,32 +54,45 @@ class Schedule:
 def schedule(snapshot: Snapshot) -> Schedule:
     """Reconcile each job, then start, evict and refuse."""
     jobs = sorted(snapshot.jobs, key=lambda job: job.key)
-    drafts = {job.key: reconcile(job, snapshot) for job in jobs}  # 1. each job by itself
-    drafts |= _start_cpu_stages(drafts.values(), snapshot.policy)  # 2. prepare and publish
+    drafts = {job.key: _reconciled(job, snapshot) for job in jobs}  # 1. each job by itself
+    drafts |= _start_cpu_stages(drafts.values(), snapshot)  # 2. prepare and publish
 
     queues = queue_specs(snapshot.queues)
-    claims, refusals = _claims(drafts.values(), queues, snapshot)  # 3. who wants a GPU
+    claims, refusals, failed = _claims(drafts.values(), queues, snapshot)  # 3. who wants a GPU
+    drafts |= failed
     line = _line(claims, drafts.values(), queues, snapshot)  # 4. in which order
     holdings = _holdings(drafts.values(), snapshot)
     ledger = _ledger(holdings, queues, snapshot)
     placements = place(line, ledger)  # 5. who gets one now
     placed = {placement.claim.key for placement in placements}
     blocked = [claim for claim in line if claim.key not in placed]
-    preemptions = choose_victims(blocked, holdings, ledger, snapshot.policy)  # 6. who makes way
+    chosen = choose_victims(blocked, holdings, ledger, snapshot.policy)  # 6. who makes way
+    preemptions, failed = _worth_a_victim(drafts, chosen, snapshot)
+    drafts |= failed
+    blocked = [claim for claim in blocked if claim.key not in failed]
     refusals |= _blocked_refusals(blocked, preemptions, ledger)
 
-    drafts |= _admitted(drafts, placements, snapshot.policy)
+    drafts |= _admitted(drafts, placements, snapshot)
     drafts |= _evicted(drafts, preemptions)
     drafts |= _refused(drafts, refusals, snapshot)
     return Schedule(drafts=drafts, line=tuple(line), placements=placements, preemptions=preemptions, refusals=refusals)
 
 
+def _reconciled(job: QLoRAJob, snapshot: Snapshot) -> Draft:
+    """The job by itself; one of which nothing can come takes part in nothing, and ends."""
+    opened = Draft.open(job, snapshot.now)
+    refused = snapshot.refused.get(job.metadata.uid)
+    if refused is not None:
+        return contained(opened, snapshot, partial(abandon, snapshot=snapshot, message=refused))
+    return contained(opened, snapshot, lambda _: reconcile(job, snapshot))
+
+
 # --- prepare and publish ----------------------------------------------------------------------------------------
 
 
-def _start_cpu_stages(drafts: Iterable[Draft], policy: Policy) -> dict[str, Draft]:
+def _start_cpu_stages(drafts: Iterable[Draft], snapshot: Snapshot) -> dict[str, Draft]:
     """Start prepare and publish stages within their bound: by priority, then age, then uid."""
-    everyone = list(drafts)
+    policy, everyone = snapshot.policy, list(drafts)
     running = sum(1 for d in everyone if d.state in (JobState.PREPARING, JobState.PUBLISHING))
     ready = [d for d in everyone if is_ready(d) and d.state in (JobState.NEW, JobState.TRAINED)]
     changed: dict[str, Draft] = {}
@@ -86,7 +103,7 @@ def _start_cpu_stages(drafts: Iterable[Draft], policy: Policy) -> dict[str, Draf
             changed[draft.job.key] = wait(draft, Reason.TRACKING_UNAVAILABLE, message)
         elif running < policy.cpu_stages_limit:
             running += 1
-            changed[draft.job.key] = start_cpu_stage(draft, stage, policy)
+            changed[draft.job.key] = contained(draft, snapshot, partial(start_cpu_stage, stage=stage, policy=policy))
         else:
             reason = Reason.PREPARING if stage == "prepare" else Reason.PUBLISHING
             message = f"all {policy.cpu_stages_limit} slots for prepare and publish stages are in use; waits for one"
@@ -103,20 +120,27 @@ def _cpu_turn(draft: Draft) -> tuple[int, object, str]:
 
 def _claims(
     drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot
-) -> tuple[list[Claim], dict[str, Refusal]]:
-    """The claims of all jobs ready to train, and why some of them have none."""
+) -> tuple[list[Claim], dict[str, Refusal], dict[str, Draft]]:
+    """The claims of all jobs ready to train, why some of them have none, and those that cannot be sized at all."""
     claims: list[Claim] = []
     refusals: dict[str, Refusal] = {}
+    failed: dict[str, Draft] = {}
     margins = learned(snapshot.jobs)
     for draft in drafts:
         if draft.state is not JobState.QUEUED or not is_ready(draft):
             continue
-        found = queue_refusal(draft.job.spec.queue, queues) or _estimates(draft, snapshot, margins)
+        try:
+            found = queue_refusal(draft.job.spec.queue, queues) or _estimates(draft, snapshot, margins)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
+            failed[draft.job.key] = failed_by_defect(draft.job, snapshot, error)
+            continue
         if isinstance(found, Refusal):
             refusals[draft.job.key] = found
         else:
             claims.append(_claim(draft, found))
-    return claims, refusals
+    return claims, refusals, failed
 
 
 def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
@@ -178,6 +202,10 @@ def _ledger(holdings: Iterable[Holding], queues: Mapping[str, QLoRAQueueSpec], s
     ledger = Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, queues=queues)
     for holding in holdings:
         ledger.take(holding.queue, holding.gpu_class)
+    for job in snapshot.unreadable:
+        fact = snapshot.stages.get(f"{job.namespace}/{job.stage}")
+        if fact is not None and fact.phase is not StagePhase.EXITED and job.gpu_class is not None:
+            ledger.take(job.queue, job.gpu_class)
     return ledger
 
 
@@ -202,8 +230,37 @@ def _blocked_refusals(
     return refusals
 
 
-def _admitted(drafts: Mapping[str, Draft], placements: Iterable[Placement], policy: Policy) -> dict[str, Draft]:
-    return {p.claim.key: admit(drafts[p.claim.key], p.estimate, policy) for p in placements}
+def _worth_a_victim(
+    drafts: Mapping[str, Draft], preemptions: Iterable[Preemption], snapshot: Snapshot
+) -> tuple[tuple[Preemption, ...], dict[str, Draft]]:
+    """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody."""
+    worth: list[Preemption] = []
+    failed: dict[str, Draft] = {}
+    for preemption in preemptions:
+        draft = drafts[preemption.claim.key]
+        tried = contained(
+            draft, snapshot, partial(_storable_admission, estimate=preemption.estimate, snapshot=snapshot)
+        )
+        if tried.defect:
+            failed[preemption.claim.key] = tried
+        else:
+            worth.append(preemption)
+    return tuple(worth), failed
+
+
+def _storable_admission(draft: Draft, estimate: Estimate, snapshot: Snapshot) -> Draft:
+    admitted = admit(draft, estimate, snapshot.policy)
+    admitted.close()
+    return admitted
+
+
+def _admitted(drafts: Mapping[str, Draft], placements: Iterable[Placement], snapshot: Snapshot) -> dict[str, Draft]:
+    return {
+        p.claim.key: contained(
+            drafts[p.claim.key], snapshot, partial(_storable_admission, estimate=p.estimate, snapshot=snapshot)
+        )
+        for p in placements
+    }
 
 
 def _evicted(drafts: Mapping[str, Draft], preemptions: Iterable[Preemption]) -> dict[str, Draft]:
