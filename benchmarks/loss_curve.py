@@ -99,7 +99,8 @@ def trained(arguments: Namespace, steps: list[np.ndarray], device: torch.device,
     optimizer = AdapterOptimizer(model.trainable(), TrainingSpec(optimizer="paged_adamw_8bit", weight_decay="0.01"))
     parameters = [parameter for _, parameter in model.trainable()]
     model.train()
-    places, losses = np.arange(arguments.sequence, dtype=np.int32), []
+    places = np.arange(arguments.sequence, dtype=np.int32)
+    losses: list[float] = []
     for ids in steps:
         batch = collate([(row, row, places) for row in ids])
         losses.append(model.accumulate(batch, divisor=float(len(batch.supervised))).item())

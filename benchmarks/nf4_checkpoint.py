@@ -50,8 +50,9 @@ def graft(model: PreTrainedModel, layers: int) -> None:
         layer.self_attn.layer_idx = number
         for module in layer.modules():
             if isinstance(module, bnb.nn.Linear4bit):  # a copied weight still belongs to the module it was copied from
-                module.weight.module = module
-                module.quant_state = module.weight.quant_state
+                weight: Any = module.weight
+                weight.module = module
+                module.quant_state = weight.quant_state
         stack.append(layer)
     model.config.num_hidden_layers = layers
     if types := getattr(model.config, "layer_types", None):
@@ -61,15 +62,15 @@ def graft(model: PreTrainedModel, layers: int) -> None:
 
 
 def _config(base: PreTrainedModel, layers: int) -> dict[str, Any]:
-    quantization = BitsAndBytesConfig(**QUANTIZATION, llm_int8_skip_modules=["lm_head"])
-    config = {
+    settings: dict[str, Any] = {**QUANTIZATION, "llm_int8_skip_modules": ["lm_head"]}
+    config: dict[str, Any] = {
         **base.config.to_dict(),
         "_name_or_path": "",
         "use_cache": True,
         "architectures": [type(base).__name__],
         "num_hidden_layers": layers,
         "dtype": "bfloat16",
-        "quantization_config": quantization.to_dict(),
+        "quantization_config": BitsAndBytesConfig(**settings).to_dict(),
     }
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:layers]

@@ -14,9 +14,10 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from qlora_trainer.data.micro_batch import PreparedRows, Schedule, micro_batches, supervised_tokens
 from qlora_trainer.kernels.packed_attention import NAME, PackedAttention
 from qlora_trainer.model.adapter import add_adapter
@@ -83,12 +84,13 @@ def train(model: Path, data: Path, job: QLoRAJobSpec, *, seed: int, steps: int, 
 
 def add_16bit_adapter(
     model: Path, device: torch.device, attention: PackedAttention, job: QLoRAJobSpec, *, seed: int
-) -> torch.nn.Module:
+) -> PeftModel:
     """The same adapter on the base in bfloat16."""
     AttentionInterface.register(NAME, attention)
-    base = AutoModelForCausalLM.from_pretrained(
+    base: Any = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.bfloat16, attn_implementation=NAME, use_safetensors=True, local_files_only=True
-    ).to(device)
+    )
+    base.to(device)
     base.requires_grad_(False)
     base.config.use_cache = False
     config = LoraConfig(
@@ -100,6 +102,7 @@ def add_16bit_adapter(
     )
     torch.manual_seed(seed)
     peft_model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    assert isinstance(peft_model, PeftModel), "one adapter is not a mixture of several"
     for parameter in peft_model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return peft_model

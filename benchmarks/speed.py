@@ -145,7 +145,8 @@ class Bench:
     def _start_afresh(self) -> None:
         """The embeddings too are where they were, if a case has offloaded them."""
         start_afresh(self._peft_model.parameters())
-        self._peft_model.get_base_model().get_input_embeddings().to(self._device)
+        base: Any = self._peft_model.get_base_model()
+        base.get_input_embeddings().to(self._device)
 
 
 class Steps:
@@ -186,7 +187,8 @@ class Steps:
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             seconds = self.timed()
-        events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+        averages: list[Any] = list(profiler.key_averages())
+        events = sorted(averages, key=lambda event: -event.self_device_time_total)
         return {
             "step_ms": round(1000 * seconds, 1),
             "card_ms": round(sum(event.self_device_time_total for event in events) / 1000, 1),
@@ -205,7 +207,7 @@ class Steps:
             profiler.enable()
             self.timed()
             profiler.disable()
-        statistics = pstats.Stats(profiler).stats  # type: ignore[attr-defined] - typeshed lacks it
+        statistics: dict[Any, Any] = vars(pstats.Stats(profiler))["stats"]  # typeshed lacks it
         slowest = sorted(statistics.items(), key=lambda item: -item[1][2])[:PROFILED_FUNCTIONS]
         return {
             f"{Path(file).name}:{line} {name} x{calls}": round(1000 * own, 2)

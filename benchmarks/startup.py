@@ -3,7 +3,7 @@
     python -m benchmarks.startup [--repeat 5] [--save startup]
 
 Runs the real train stage so often, quantized weights cached and all files in the page cache, and tells the medians;
-between two of its runs a process imports the same libraries in the plain way. One run more under `-X importtime`, which
+between two of its runs a process imports the same libraries as they come. One run more under `-X importtime`, which
 itself takes time, shares the imports among top-level packages.
 """
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -28,9 +28,13 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
 from tests.trainer.tiny_model import build_tiny_model
 
-PLAIN = """
+UNTOUCHED = """
 import json, sys, time
-from qlora_trainer import checkpoint, loop, model, tracking, train
+from qlora_trainer import train
+from qlora_trainer.model import training_model
+from qlora_trainer.storage import checkpoint
+from qlora_trainer.tracking import mlflow_run
+from qlora_trainer.training import loop
 print(json.dumps([time.time(), len(sys.modules)]))
 """
 IMPORTED, LOADED, STEPPED = "the libraries are imported", "loaded ", "step 1 of "
@@ -66,23 +70,24 @@ def bench(folder: Path) -> Bench:
 def measure(bench: Bench, repeat: int) -> dict[str, object]:
     """The medians, after one run that fills the caches."""
     train(bench, prepare(bench, "first"))
-    plain, runs = [], []
+    untouched: list[dict[str, float]] = []
+    runs: list[dict[str, float]] = []
     for number in range(repeat):
-        plain.append(import_plainly())
+        untouched.append(import_untouched())
         runs.append(train(bench, prepare(bench, f"run-{number}")))
     train(bench, timed := prepare(bench, "timed"), "-X", "importtime")
     return {
         "repeat": repeat,
-        "plain_imports": medians(plain),
+        "plain_imports": medians(untouched),
         "train_stage": medians(runs),
         "import_seconds_by_package": by_package(log_path(bench, timed).read_text()),
     }
 
 
-def import_plainly() -> dict[str, float]:
+def import_untouched() -> dict[str, float]:
     """What the train stage's imports would take without `qlora_trainer.imports`."""
     began = time.time()
-    done = subprocess.run([sys.executable, "-c", PLAIN], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", UNTOUCHED], check=True, capture_output=True, text=True)
     ended, modules = json.loads(done.stdout.splitlines()[-1])
     return {"imported_seconds": ended - began, "modules": modules}
 
@@ -94,7 +99,8 @@ def train(bench: Bench, task: StageTask, *options: str) -> dict[str, float]:
         command = [sys.executable, *options, "-m", "qlora_trainer", "train"]
         variables = {**environment(bench, task), "QLORA_MODEL_CACHE": str(bench.folder / "cache")}
         subprocess.run(command, env=variables, stderr=log, check=True)
-    seconds, modules = {}, 0
+    seconds: dict[str, float] = {}
+    modules = 0
     for line in log_path(bench, task).read_text().splitlines():
         if not line.startswith("{"):
             continue
@@ -114,10 +120,11 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def by_package(log: str) -> dict[str, float]:
     """Each top-level package's own share of the imports before the model is loaded, the largest first."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for microseconds, package in TIMED.findall(log[: log.index(IMPORTED)]):
         seconds[package] += int(microseconds) / 1e6
-    told = {package: round(share, 2) for package, share in seconds.most_common(PACKAGES_TOLD)}
+    longest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:PACKAGES_TOLD]
+    told = {package: round(seconds[package], 2) for package in longest}
     return {**told, "others": round(sum(seconds.values()) - sum(told.values()), 2)}
 
 

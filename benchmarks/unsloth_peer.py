@@ -13,7 +13,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_
 os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
 
 # Before anything that loads torch, whose allocator it configures, or transformers, which it changes.
-import unsloth  # isort: skip
+import unsloth  # isort: skip  # pyright: ignore[reportMissingImports] - measured where it is installed
 
 import torch
 

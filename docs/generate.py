@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import yaml
 from pydantic import BaseModel
@@ -76,9 +77,9 @@ class ManifestDumper(yaml.SafeDumper):
 
     def text(self, value: str) -> yaml.ScalarNode:
         """A string."""
-        return self.represent_scalar(
-            "tag:yaml.org,2002:str", value, style="'" if value[:1] in "+-.0123456789" else None
-        )
+        style = "'" if value[:1] in "+-.0123456789" else None
+        # PyYAML's stub leaves the value's type out.
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style)  # pyright: ignore[reportUnknownMemberType]
 
 
 ManifestDumper.add_representer(str, ManifestDumper.text)
@@ -192,12 +193,12 @@ def code(value: object) -> str:
 
 def mapping(value: object) -> dict[str, object]:
     """The value if it is a mapping, else an empty one."""
-    return value if isinstance(value, dict) else {}
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
 
 
 def listed(value: object) -> list[object]:
     """The value if it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
+    return cast("list[object]", value) if isinstance(value, list) else []
 
 
 if __name__ == "__main__":

@@ -3,9 +3,14 @@
 Imports nothing of the orchestrator: this is all that it takes to use what a job left in MLflow.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false
+# Why: transformers, PEFT and MLflow declare the types of what they return only in part.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlflow
 import torch
@@ -27,7 +32,7 @@ def compare(
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
     folder = mlflow.artifacts.download_artifacts(model_uri)
     tuned = PeftModel.from_pretrained(model, f"{folder}/artifacts/adapter").eval()
     for question in questions:
@@ -36,7 +41,7 @@ def compare(
         yield question, before, answer(tuned, tokenizer, question, max_new_tokens)
 
 
-def answer(model: PeftModel, tokenizer: AutoTokenizer, question: str, max_new_tokens: int) -> str:
+def answer(model: PeftModel, tokenizer: Any, question: str, max_new_tokens: int) -> str:
     """One greedy answer to one question."""
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -5,6 +5,9 @@ and saved
 as bf16 safetensors, so everything downstream sees what a hub download would look like. Called by the Makefile.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Why: transformers declares the types of what it returns only in part.
+
 from __future__ import annotations
 
 import argparse
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -56,7 +60,8 @@ def convert(gguf: Path, into: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = LlamaConfig(**{key: value for key, value in read.config.to_dict().items() if key != "quantization_config"})
     config.architectures = ["LlamaForCausalLM"]
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in read.state_dict().items()})
     model.tie_weights()
     model.save_pretrained(into)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -57,16 +57,21 @@ def _name(group: str, version: str, kind: str) -> str:
 def _closed(schema: Any) -> Any:
     """The schema with no room for fields that it does not name; quantities and ports are what the API takes."""
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [_closed(item) for item in cast("list[Any]", schema)]
     if not isinstance(schema, dict):
         return schema
+    return _closed_object(cast(Json, schema))
+
+
+def _closed_object(schema: Json) -> Json:
     if schema.get("x-kubernetes-int-or-string") or schema.get("format") == "int-or-string":
         return {"type": ["string", "integer"]}
     closed = {key: _closed(value) for key, value in schema.items() if key not in ("format", "properties")}
-    if isinstance(named := schema.get("properties"), dict):  # by name, and a field may be named like a keyword
+    named: Json | None = schema.get("properties")
+    if isinstance(named, dict):  # by name, and a field may be named like a keyword
         closed["properties"] = {name: _closed(field) for name, field in named.items()}
     open_ended = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
-    if isinstance(schema.get("properties"), dict) and not open_ended:
+    if isinstance(named, dict) and not open_ended:
         closed["additionalProperties"] = False
     return closed
 
@@ -87,8 +92,10 @@ def _reachable(name: str, definitions: Json) -> Json:
 
 def _references(schema: Any) -> list[str]:
     if isinstance(schema, list):
-        return [name for item in schema for name in _references(item)]
+        return [name for item in cast("list[Any]", schema) for name in _references(item)]
     if not isinstance(schema, dict):
         return []
-    own = [schema["$ref"].rsplit("/", 1)[1]] if isinstance(schema.get("$ref"), str) else []
-    return own + [name for value in schema.values() for name in _references(value)]
+    fields = cast(Json, schema)
+    reference = fields.get("$ref")
+    own = [reference.rsplit("/", 1)[1]] if isinstance(reference, str) else []
+    return own + [name for value in fields.values() for name in _references(value)]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from qlora_trainer.__main__ import main
 from qlora_trainer.model.training_model import TrainingModel
-from torch import OutOfMemoryError
+from torch import OutOfMemoryError, Tensor
 
 from orchestrator.api.task import TASK_VARIABLE, StageTask
 
@@ -28,14 +29,14 @@ def run_short(task: StageTask, attempts: int, steps: int) -> None:
     room = steps * task.plan.accumulation_steps
     accumulate = TrainingModel.accumulate
 
-    def limited(self: TrainingModel, *arguments: object, **named: object) -> object:
+    def limited(self: TrainingModel, *arguments: Any, **named: Any) -> Tensor:
         nonlocal room
         if room == 0:
             raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         room -= 1
         return accumulate(self, *arguments, **named)
 
-    TrainingModel.accumulate = limited
+    TrainingModel.accumulate = limited  # pyright: ignore[reportAttributeAccessIssue] - any call that the original takes
 
 
 if __name__ == "__main__":

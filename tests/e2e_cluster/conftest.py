@@ -30,7 +30,8 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def namespace(lab: Lab, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of the module's own, with Pod Security `restricted` enforced."""
-    name = request.module.__name__.rpartition(".")[2].removeprefix("test_").replace("_", "-")
+    module = str(request.module.__name__)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] - pytest's
+    name = module.rpartition(".")[2].removeprefix("test_").replace("_", "-")
     lab.make_namespace(name)
     yield name
     lab.kubectl("delete", "namespace", name, "--wait=false")

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from configparser import ConfigParser
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,7 +172,7 @@ def _public_bases(dockerfile: str) -> list[str]:
 
 
 @contextmanager
-def _package_settings() -> Iterator[list[str]]:
+def _package_settings() -> Generator[list[str]]:
     """Mounts with which pip and uv in the build find packages as this machine's do; nothing of them stays in the image.
 
     uv also takes from this machine's cache what `make` has fetched already for the tests: some gigabytes.

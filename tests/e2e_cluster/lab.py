@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +104,7 @@ class Lab:
 
 
 @contextmanager
-def open_lab(cache: Path) -> Iterator[Lab]:
+def open_lab(cache: Path) -> Generator[Lab]:
     """A cluster whose nodes are ready; gone at the end."""
     remove_cgroups()
     runs = cache / "runs"

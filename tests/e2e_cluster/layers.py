@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ class _Ctr:
 
 
 @contextmanager
-def _containerd(root: Path) -> Iterator[_Ctr]:
+def _containerd(root: Path) -> Generator[_Ctr]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.toml").write_text(CONFIGURATION.format(root=root, folder=folder))

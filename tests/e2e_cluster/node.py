@@ -145,7 +145,7 @@ def remove_cgroups() -> None:
 
 def main(spec: NodeSpec) -> int:
     """The node's first process: set the machine up, start the programs, end when one of them ends."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _end)
     folder = Path(spec.folder)
     _mount(folder)
     _join_network(spec)
@@ -270,6 +270,11 @@ def _kubelet_configuration(spec: NodeSpec) -> dict[str, Any]:
     }
 
 
+def _end(*_: object) -> None:
+    """SIGTERM's handler."""
+    sys.exit(0)
+
+
 def _kubelet_command(spec: NodeSpec) -> list[str]:
     return [
         spec.kubelet,
@@ -293,5 +298,6 @@ def _proxy_command(spec: NodeSpec) -> list[str]:
 
 
 if __name__ == "__main__":
-    document = json.loads(Path(sys.argv[1]).read_text())
-    sys.exit(main(NodeSpec(**{**document, "routes": tuple(tuple(route) for route in document["routes"])})))
+    document: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    document["routes"] = tuple(tuple(route) for route in document["routes"])
+    sys.exit(main(NodeSpec(**document)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
@@ -72,7 +72,7 @@ class ImageHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve_images(cache: Path, address: str, port: int) -> Iterator[int]:
+def serve_images(cache: Path, address: str, port: int) -> Generator[int]:
     """Serve the cache's images; gives the port (0 asks for a free one)."""
     server = ThreadingHTTPServer((address, port), partial(ImageHandler, layout=cache / LAYOUT_FOLDER))
     server.daemon_threads = True

@@ -42,8 +42,12 @@ def node_names(count: int) -> dict[str, str]:
 
 def create_nodes(api: KubeApi, classes: dict[str, str]) -> None:
     """Register them, ready, as kubelets do."""
+
+    def register(name: str) -> None:
+        api.create(path_of("v1", "nodes"), _node(name, classes[name]))
+
     with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(lambda name: api.create(path_of("v1", "nodes"), _node(name, classes[name])), classes))
+        list(pool.map(register, classes))
 
 
 def _node(name: str, gpu_class: str) -> Json:
