@@ -165,7 +165,7 @@ def reasons() -> str:
     """Reasons with their remedies, and exit codes."""
     text = "# Reasons\n\nReasons of conditions, events and attempts, and what is done about them.\n\n"
     text += "| reason | remedy |\n|---|---|\n"
-    text += "".join(f"| `{reason}` | {reason.remedy} |\n" for reason in Reason)
+    text += "".join(f"| `{reason}` | {reason.recovery} |\n" for reason in Reason)
     text += "\n## Exit codes of a stage\n\n| code | reason |\n|---|---|\n"
     text += "".join(f"| {code.value} | `{code.reason}` |\n" for code in ExitCode)
     return text + "| above 128, or negative | `Killed` |\n| any other | `InternalError` |\n"

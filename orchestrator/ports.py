@@ -166,7 +166,7 @@ class AgentChannel(Protocol):
         ...
 
     def request_checkpoint(self, key: str) -> None:
-        """Ask for a checkpoint at the next step border, if the stage can be reached."""
+        """Ask for a checkpoint at the next step boundary, if the stage can be reached."""
         ...
 
     def preempt(self, key: str, deadline_seconds: float) -> bool:

@@ -1,8 +1,8 @@
 """Settings of the service, and those of the embedded one: read from the environment (12-factor), documented from here.
 
 Every field is the environment variable `QLORA_<FIELD>`; the tracking URI also answers to MLflow's own variable. Every
-bound, tick and timeout of the service has its name here, and what decisions depend on goes into `core.facts.Policy`
-unchanged. The CLI, the supervisor and the controller each build their `Settings` once and hand it down.
+bound, tick and timeout of the service has its name here, and what decisions depend on goes into `core.snapshot.Policy`
+unchanged. A program builds its `Settings` once and hands it down.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ServiceSettings(BaseSettings):
     """Jobs of which one round says something new while nothing else about them changes, such as why they wait."""
     words_per_second: float = Field(default=2.0, gt=0, le=10_000)
     """Such words are written about so many jobs a second, and a minute's worth of them at once after a pause."""
-    tracking_lanes: int = Field(default=1, ge=1, le=64)
+    mlflow_workers: int = Field(default=1, ge=1, le=64)
     """Calls that MLflow is asked to answer at one time."""
     tracking_timeout_seconds: Seconds = 30.0
     """How long MLflow may take to answer before it counts as away."""

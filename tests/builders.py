@@ -1,4 +1,7 @@
-"""Contract objects for tests, each made by one function whose arguments are what the test is about."""
+"""Contract objects for tests, each made by one function whose arguments are what the test is about.
+
+Fields that a test adds are `Any`: the models check them.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, Quota
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import Failure, PrepareResult, ProgressReport, PublishResult, StageResult, TrainResult
+from orchestrator.api.stage_name import StageKind
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import Command, WriteStatus
 from orchestrator.core.snapshot import Policy, RunFact, Snapshot, StageFact, StagePhase
@@ -80,11 +84,11 @@ def make_spec(
     sequence_length: int = 2048,
     global_batch_size: int = 16,
     packing: bool = False,
-    optimizer: str = "paged_adamw_8bit",
+    optimizer: Any = "paged_adamw_8bit",
     deterministic: bool = True,
     vram: str = "auto",
     gpu_classes: tuple[str, ...] = (),
-    **fields: object,
+    **fields: Any,
 ) -> QLoRAJobSpec:
     return QLoRAJobSpec(
         model=ModelSource(source="file:///model"),
@@ -110,7 +114,7 @@ def make_job(
     cancelled: bool = False,
     deleted: bool = False,
     finalizers: tuple[str, ...] = (),
-    **spec: object,
+    **spec: Any,
 ) -> QLoRAJob:
     return QLoRAJob(
         metadata=ObjectMeta(
@@ -127,16 +131,14 @@ def make_job(
     )
 
 
-def make_attempt(stage: str = "train", number: int = 2, **fields: object) -> Attempt:
+def make_attempt(stage: StageKind = "train", number: int = 2, **fields: Any) -> Attempt:
     fields.setdefault("created_time", after(-1000))
     if stage == "train":
         fields.setdefault("gpu_class", "24Gi")
     return Attempt(stage=stage, number=number, **fields)
 
 
-def prepared_status(
-    model: ModelFacts = SMOLLM2_135M, *, run_id: str | None = "run", **fields: object
-) -> QLoRAJobStatus:
+def prepared_status(model: ModelFacts = SMOLLM2_135M, *, run_id: str | None = "run", **fields: Any) -> QLoRAJobStatus:
     """Prepared, and waiting for a GPU."""
     fields.setdefault("attempts_total", 1)
     return QLoRAJobStatus(prepared=prepare_result(model), mlflow=MlflowStatus(run_id=run_id), **fields)
@@ -150,7 +152,7 @@ def running_status(
     checkpoint_age_seconds: float | None = None,
     stop_reason: Reason | None = None,
     number: int = 2,
-    **fields: object,
+    **fields: Any,
 ) -> QLoRAJobStatus:
     """Training for so long, optionally with a checkpoint of such an age, optionally asked to stop."""
     attempt = make_attempt(
@@ -177,7 +179,7 @@ def make_queue(
     quotas: Mapping[str, int | tuple[int, int]] | None = None,
     *,
     cohort: str | None = None,
-    **spec: object,
+    **spec: Any,
 ) -> QLoRAQueue:
     """A queue; a quota is its nominal number of GPUs, or that and the borrowing limit."""
     listed = tuple(
@@ -197,7 +199,7 @@ def gpus(**capacity: int) -> tuple[GpuClass, ...]:
 # --- stages ------------------------------------------------------------------------------------------------------
 
 
-def stage(job: QLoRAJob, phase: StagePhase = StagePhase.RUNNING, **fields: object) -> StageFact:
+def stage(job: QLoRAJob, phase: StagePhase = StagePhase.RUNNING, **fields: Any) -> StageFact:
     """The stage of the job's active attempt."""
     attempt = job.status.active_attempt
     assert attempt is not None
@@ -210,7 +212,7 @@ def stage(job: QLoRAJob, phase: StagePhase = StagePhase.RUNNING, **fields: objec
     )
 
 
-def exited(job: QLoRAJob, exit_code: int | None, result: StageResult | None = None, **fields: object) -> StageFact:
+def exited(job: QLoRAJob, exit_code: int | None, result: StageResult | None = None, **fields: Any) -> StageFact:
     return stage(job, StagePhase.EXITED, exit_code=exit_code, result=result, **fields)
 
 
@@ -249,7 +251,7 @@ def failure(reason: Reason, message: str) -> StageResult:
     return StageResult(failure=Failure(reason=reason, message=message))
 
 
-def progress(step: int, *, age_seconds: float = 0, **fields: object) -> ProgressReport:
+def progress(step: int, *, age_seconds: float = 0, **fields: Any) -> ProgressReport:
     return ProgressReport(stage="train", step=step, steps=120, time=after(-age_seconds), **fields)
 
 

@@ -333,7 +333,7 @@ class QLoRAJobStatus(Model):
     retry_after: datetime | None = None
     """No new attempt before this time."""
     step_ups: int = Field(default=0, ge=0)
-    """How often the job moved to a thriftier plan or a larger class after running out of memory."""
+    """How often the job moved to a fallback plan or a larger class after running out of memory."""
     progress: ProgressReport | None = None
     checkpoint: CheckpointStatus | None = None
     adapter_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None

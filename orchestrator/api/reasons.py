@@ -22,7 +22,7 @@ class ConditionType(StrEnum):
     """True of every end; the reason says whether it was success."""
 
 
-class Remedy(StrEnum):
+class Recovery(StrEnum):
     """What the controller does about a stage that ended for a reason."""
 
     NONE = "none"
@@ -31,8 +31,8 @@ class Remedy(StrEnum):
     """Not the job's fault: back to the queue, resume from the checkpoint, no retry is counted."""
     RETRY = "retry"
     """Try again after a backoff; counts against spec.backoffLimit."""
-    STEP_UP = "step-up"
-    """Resume on a thriftier memory plan, then on the next GPU class; counts against spec.backoffLimit."""
+    ESCALATE = "escalate"
+    """Resume on a fallback plan of less memory, then on the next GPU class; counts against spec.backoffLimit."""
     FAIL = "fail"
     """Trying again gives the same answer: the job fails at once."""
 
@@ -90,29 +90,29 @@ class Reason(StrEnum):
     CANCELLED = "Cancelled"
 
     @property
-    def remedy(self) -> Remedy:
+    def recovery(self) -> Recovery:
         """What to do about a stage that ended for this reason."""
-        return _REMEDIES.get(self, Remedy.NONE)
+        return _RECOVERIES.get(self, Recovery.NONE)
 
 
-_REMEDIES = {
-    Reason.PREEMPTED: Remedy.RESUME,
-    Reason.QUOTA_RECLAIMED: Remedy.RESUME,
-    Reason.DISRUPTED: Remedy.RESUME,
-    Reason.UNSCHEDULABLE: Remedy.RESUME,
-    Reason.SUSPENDED: Remedy.RESUME,
-    Reason.LOST: Remedy.RESUME,
-    Reason.FENCED: Remedy.RESUME,
-    Reason.TRANSIENT_ERROR: Remedy.RETRY,
-    Reason.INTERNAL_ERROR: Remedy.RETRY,
-    Reason.HOST_OUT_OF_MEMORY: Remedy.RETRY,
-    Reason.START_FAILED: Remedy.RETRY,
-    Reason.KILLED: Remedy.RETRY,
-    Reason.OUT_OF_MEMORY: Remedy.STEP_UP,
-    Reason.USER_ERROR: Remedy.FAIL,
-    Reason.DIVERGED: Remedy.FAIL,
-    Reason.DEADLINE_EXCEEDED: Remedy.FAIL,
-    Reason.CANCELLED: Remedy.FAIL,
+_RECOVERIES = {
+    Reason.PREEMPTED: Recovery.RESUME,
+    Reason.QUOTA_RECLAIMED: Recovery.RESUME,
+    Reason.DISRUPTED: Recovery.RESUME,
+    Reason.UNSCHEDULABLE: Recovery.RESUME,
+    Reason.SUSPENDED: Recovery.RESUME,
+    Reason.LOST: Recovery.RESUME,
+    Reason.FENCED: Recovery.RESUME,
+    Reason.TRANSIENT_ERROR: Recovery.RETRY,
+    Reason.INTERNAL_ERROR: Recovery.RETRY,
+    Reason.HOST_OUT_OF_MEMORY: Recovery.RETRY,
+    Reason.START_FAILED: Recovery.RETRY,
+    Reason.KILLED: Recovery.RETRY,
+    Reason.OUT_OF_MEMORY: Recovery.ESCALATE,
+    Reason.USER_ERROR: Recovery.FAIL,
+    Reason.DIVERGED: Recovery.FAIL,
+    Reason.DEADLINE_EXCEEDED: Recovery.FAIL,
+    Reason.CANCELLED: Recovery.FAIL,
 }
 
 

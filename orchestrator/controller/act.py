@@ -1,6 +1,6 @@
 """Act: carry commands out, each by one idempotent call to a port. No policy here.
 
-The loop hands in what `decide` returned. Rules:
+Rules:
 
 - In order for each job, and a job whose status could not be written gets no later command in the same round: nothing
   outside comes of an intent that was not recorded. Different jobs may be served at one time, since most of a round is
@@ -9,7 +9,7 @@ The loop hands in what `decide` returned. Rules:
   a new job need not wait until thousands of others have been told why they wait.
 - Conflict and NotFound mean that the world has moved: the command is dropped, and the next round decides anew.
 - A transient error makes that command wait, twice as long each time up to a bound; every other job goes on.
-- MLflow may take long to answer, so its commands go down lanes of their own (`lanes`).
+- MLflow may take long to answer, so its commands go to workers of their own (`mlflow_workers`).
 - A status that the store refuses for good, and a stage that cannot be created however often it is tried, become a fact
   with its reason (`refused`): a job of which nothing can come claims nothing.
 - What is only said about jobs that wait is written no faster than a setting allows: words must not crowd out deeds.
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from orchestrator.controller.logs import about
-from orchestrator.controller.mlflow_workers import RunLanes
+from orchestrator.controller.mlflow_workers import MlflowWorkers
 from orchestrator.controller.throttle import Allowance, Backoff
 from orchestrator.core.commands import (
     Command,
@@ -62,7 +62,7 @@ class Bounds:
     """Jobs that are served at one time; more than one needs a store and a runtime that bear it."""
     seconds: float = 86_400.0
     """After which nothing more is begun, unless looking took longer than a quarter of it."""
-    lanes: int = 1
+    mlflow_workers: int = 1
     """Commands that MLflow is asked to carry out at one time."""
     words_per_second: float = 1e9
     """Jobs that wait of which something new is said, in the long run."""
@@ -82,11 +82,11 @@ class Actor:
         self._refused: dict[str, str] = {}
         self._failed_tries: dict[str, int] = {}
         self._words = Allowance(self._bounds.words_per_second)
-        self._lanes = RunLanes(store, tracking, backoff, self._bounds.lanes)
+        self._mlflow_workers = MlflowWorkers(store, tracking, backoff, self._bounds.mlflow_workers)
 
     def runs(self) -> Mapping[str, RunFact]:
         """MLflow runs that no status has on record yet, by the uid of their job."""
-        return self._lanes.runs()
+        return self._mlflow_workers.runs()
 
     def refused(self) -> Mapping[str, str]:
         """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
@@ -120,7 +120,7 @@ class Actor:
 
     def _carry_out(self, command: Command, key: str) -> bool:
         if isinstance(command, EnsureRun | FinishRun):
-            self._lanes.send(key, command)
+            self._mlflow_workers.send(key, command)
             return True
         if isinstance(command, ReportDefect):
             log.error("deciding about the job failed, so the job does:\n%s", command.trace, extra=_about(command))
@@ -156,7 +156,7 @@ class Actor:
                 written = self._store.update_status(job, status)
                 self._refused.pop(job.metadata.uid, None)
                 if status.mlflow.run_id is not None:
-                    self._lanes.recorded(job.metadata.uid)
+                    self._mlflow_workers.recorded(job.metadata.uid)
                 for event in events:
                     level = logging.WARNING if event.warning else logging.INFO
                     log.log(level, "%s: %s", event.reason, event.message, extra=_about(command))

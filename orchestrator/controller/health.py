@@ -1,6 +1,6 @@
 """Whether this replica is alive and fit for work: `/healthz` and `/readyz`; and `/metrics` on a port of its own.
 
-The program on Kubernetes starts both servers; `loop` and leader election report to `Health`. Rules:
+Rules:
 
 - Alive: whoever is at work (the loop, or a standby's election) has shown itself within the limit. A world that does not
   answer makes rounds fail, but a restart would not mend it, so failed rounds count as life.

@@ -1,6 +1,6 @@
 """Logs of the service's processes: JSON lines, in rotated files under `<home>/logs`, or on stderr in a container.
 
-The programs set them up; everything else only logs. Whoever logs about a job hands in `extra=about(...)`, so that
+Whoever logs about a job hands in `extra=about(...)`, so that
 its lines can be found by `job` and `attempt`.
 """
 
@@ -31,7 +31,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_to_file(settings: Settings, program: str) -> None:
-    """From here on this process logs to `<home>/logs/<program>.jsonl`."""
+    """Makes this process log to `<home>/logs/<program>.jsonl`."""
     settings.logs_folder.mkdir(parents=True, exist_ok=True)
     path = settings.logs_folder / f"{program}.jsonl"
     handler = RotatingFileHandler(path, maxBytes=settings.log_bytes, backupCount=settings.log_files)
@@ -39,7 +39,7 @@ def log_to_file(settings: Settings, program: str) -> None:
 
 
 def log_to_stderr() -> None:
-    """From here on this process logs to stderr, where a container's logs are collected."""
+    """Makes this process log to stderr, where a container's logs are collected."""
     _log_to(logging.StreamHandler(sys.stderr))
 
 

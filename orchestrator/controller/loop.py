@@ -61,7 +61,7 @@ class Controller:
         bounds = Bounds(
             writers=writers,
             seconds=settings.round_act_seconds,
-            lanes=settings.tracking_lanes,
+            mlflow_workers=settings.mlflow_workers,
             words_per_second=settings.words_per_second,
         )
         self._actor = Actor(ports.store, ports.runtime, ports.tracking, Backoff(base, longest), bounds)

@@ -1,6 +1,6 @@
 """What the controller tells Prometheus, and how long its rounds take.
 
-`loop` reports every round; on Kubernetes the program also reports leadership, watches and API requests. Rules:
+Rules:
 
 - Names begin with `qlora_` and end with their unit; what only grows ends with `_total`.
 - Labels are bounded: enums, the cards that exist, and at most QUEUES_LIMIT queues that an object describes.
@@ -43,7 +43,7 @@ from orchestrator.core.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-ROUNDS_REMEMBERED = 1024
+ROUNDS_KEPT = 1024
 LOGGED_EVERY_SECONDS = 60.0
 QUEUES_LIMIT = 100
 OTHER = "other"
@@ -56,7 +56,7 @@ ReadRequests = Callable[[], Mapping[tuple[str, str], int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latencies:
-    """Of the last rounds, in seconds."""
+    """How long the last rounds took, in seconds."""
 
     rounds: int
     decide_median_seconds: float
@@ -95,7 +95,7 @@ class Metrics:
         self._restarts = Counter(
             "qlora_watch_restarts", "Watches begun anew", ["resource", "reason"], registry=self.registry
         )
-        self._recent: deque[tuple[float, float]] = deque(maxlen=ROUNDS_REMEMBERED)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=ROUNDS_KEPT)
         self._rounds_total = 0
         self._logged = time.monotonic()
         self._lock = threading.Lock()
@@ -108,7 +108,7 @@ class Metrics:
             self._changed_at = self._changed_at or time.monotonic()
 
     def round_begins(self) -> None:
-        """From here on a round looks at everything that has changed until now."""
+        """Begins a round, which looks at everything that has changed until now."""
         with self._lock:
             self._looked_at = self._looked_at or self._changed_at
             self._changed_at = None
@@ -143,7 +143,7 @@ class Metrics:
         self._restarts.labels(resource, reason).inc()
 
     def latencies(self) -> Latencies:
-        """Of the rounds remembered; zeros before the first."""
+        """Percentiles over the rounds that are kept; zeros before the first."""
         decide = _percentiles([decide_seconds for decide_seconds, _ in self._recent])
         whole = _percentiles([round_seconds for _, round_seconds in self._recent])
         return Latencies(
@@ -193,7 +193,7 @@ class _History:
         )
 
     def take(self, snapshot: Snapshot) -> None:
-        """Count what is new since the last call; the first call only remembers."""
+        """Count what is new since the last call; the first call only notes what is there."""
         jobs = {job.metadata.uid: job for job in snapshot.jobs}
         if self._known is not None:
             labels = _Labels(snapshot)

@@ -1,8 +1,8 @@
-"""MLflow's lanes: what is asked of it goes here, because it may take long to answer.
+"""MLflow's workers: threads that carry out what is asked of MLflow, which may take long to answer.
 
-`act` sends commands; each lane is a thread that carries one of them out at a time. One command a job is in the lanes at
-a time. A run that MLflow has is a fact for the next round, which puts it on record; a run that has got its last status
-releases its job. Facts live in memory only: whoever takes over asks again, and finds the same run by its tag.
+Each worker carries out one command at a time, and at most one command of a job is waiting or in hand. A run that MLflow
+has is a fact for the next round, which puts it on record; a run that has got its last status releases its job. Facts
+live in memory only: whoever takes over asks again, and finds the same run by its tag.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ WAITING_LIMIT = 1000
 """Commands that wait for MLflow; what finds no room is decided again later."""
 
 
-class RunLanes:
+class MlflowWorkers:
     """Carries out what concerns MLflow runs, several at one time."""
 
-    def __init__(self, store: Store, tracking: Tracking, backoff: Backoff, lanes: int) -> None:
+    def __init__(self, store: Store, tracking: Tracking, backoff: Backoff, workers: int) -> None:
         self._store = store
         self._tracking = tracking
         self._backoff = backoff
@@ -36,8 +36,8 @@ class RunLanes:
         self._waiting: queue.Queue[tuple[str, EnsureRun | FinishRun]] = queue.Queue(WAITING_LIMIT)
         self._in_hand: set[str] = set()
         self._runs: dict[str, RunFact] = {}
-        for number in range(lanes):
-            threading.Thread(target=self._drive, name=f"mlflow lane {number}", daemon=True).start()
+        for number in range(workers):
+            threading.Thread(target=self._drive, name=f"mlflow worker {number}", daemon=True).start()
 
     def runs(self) -> Mapping[str, RunFact]:
         """Runs that no status has on record yet, by the uid of their job."""
@@ -50,7 +50,7 @@ class RunLanes:
             self._runs.pop(uid, None)
 
     def send(self, key: str, command: EnsureRun | FinishRun) -> None:
-        """Put a command into the lanes; `key` names it for its backoff. Does not wait."""
+        """Put a command into the queue; `key` names it for its backoff. Does not wait."""
         uid = command.job.metadata.uid
         with self._lock:
             is_done = isinstance(command, EnsureRun) and uid in self._runs

@@ -1,6 +1,6 @@
 """Keeps the embedded service up: a daemon that starts the controller again whenever it ends.
 
-`qlora up`, `down` and `run` call `start`, `stop` and `status`; the daemon is this module run as a program. It waits
+`start`, `stop` and `status` are for clients; the daemon is this module run as a program. It waits
 longer while the controller keeps ending early, up to a bound, and gives up only where trying again gives the same
 answer. It imports neither ray nor mlflow, holds no state, and ends nothing but the controller.
 """

@@ -1,6 +1,6 @@
 """When something may be tried, and how often: the controller's waits, each with its bound.
 
-`act`, `lanes` and `loop` use it. Safe to share between threads; nothing here sleeps.
+Safe to share between threads; nothing here sleeps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands that come out of a decision; `controller/act` carries each of them out."""
+"""The commands that come out of a decision. Each is idempotent: carrying it out again changes nothing."""
 
 from __future__ import annotations
 

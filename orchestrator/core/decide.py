@@ -1,7 +1,6 @@
 """The decision: facts in, commands out.
 
-The controller calls `decide` with a snapshot and carries out what it returns. Level-triggered and pure: the same
-snapshot gives the same commands, and each of them may be repeated or lost.
+Level-triggered and pure: the same snapshot gives the same commands, and each of them may be repeated or lost.
 
 1. What a job's status should be is decided for each job, then for all of them together (`core/scheduling/cycle`).
 2. Where that differs from what is stored, it is written: at most one `WriteStatus` a job.

@@ -1,6 +1,6 @@
 """Why a job is where it is: the decision of this moment, in sentences.
 
-Nothing is worked out anew: `schedule` decides over the snapshot just as the controller does, and this puts the outcome
+Nothing is worked out anew: `schedule` decides over the snapshot as for every other purpose, and this puts the outcome
 into words, the plainest first: where the job is, its place in line, what it fits, who has that, what would have to
 happen.
 """

@@ -1,7 +1,7 @@
 """The facts that go into a decision.
 
-`controller/observe` builds a `Snapshot`, `core/decide` turns it into commands, `controller/act` carries them out.
-Everything is frozen, so a decision can be replayed, explained and simulated with the very same code.
+A `Snapshot` holds everything that a decision may depend on: time, objects, stages, cards and settings. All of it is
+frozen, so a decision can be repeated, explained and simulated with the very same code.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ class Snapshot:
     jobs: tuple[QLoRAJob, ...]
     queues: tuple[QLoRAQueue, ...] = ()
     stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])
-    """By `namespace/name`; complete: a stage that is not here does not exist."""
+    """Every stage there is, by `namespace/name`: one that is not here does not exist."""
     gpu_classes: tuple[GpuClass, ...] = ()
     runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
-    """By the job's uid; may be lost at any time, since asking for a run again finds the same one."""
+    """MLflow runs by the job's uid; may be lost at any time, since asking for a run again finds the same one."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
     unreadable: tuple[UnreadableJob, ...] = ()

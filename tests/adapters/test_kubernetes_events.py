@@ -1,4 +1,4 @@
-"""The lane of events: what comes together is told together, and no faster than it may be. The API is on paper."""
+"""The recorder of events: what comes together is told together, and no faster than it may be. The API is on paper."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_what_happens_to_a_job_within_the_delay_is_one_event_and_a_warning_stands_alone() -> None:
     api = PaperApi()
-    with recorder(api, delay_seconds=0.2, jobs_per_second=100) as lane:
+    with recorder(api, delay_seconds=0.2, jobs_per_second=100) as telling:
         for event in (ADMITTED, TRAINING, FAILED, ADMITTED):
-            lane.record(job("medical"), event)
+            telling.record(job("medical"), event)
         assert api.told == []
         wait_for(lambda: len(api.told) == 3)
     assert [(reason, note) for _, reason, note, _ in api.told] == [
@@ -73,10 +73,10 @@ def test_what_happens_to_a_job_within_the_delay_is_one_event_and_a_warning_stand
 def test_jobs_are_told_of_in_turn_and_no_faster_than_allowed() -> None:
     api = PaperApi()
     began = time.monotonic()
-    with recorder(api, delay_seconds=0.0, jobs_per_second=20) as lane:
+    with recorder(api, delay_seconds=0.0, jobs_per_second=20) as telling:
         for number in range(6):
-            lane.record(job(f"job-{number}"), ADMITTED)
-        lane.record(job("job-5"), TRAINING)
+            telling.record(job(f"job-{number}"), ADMITTED)
+        telling.record(job("job-5"), TRAINING)
         wait_for(lambda: len(api.told) == 6)
     assert [name for name, *_ in api.told] == [f"job-{number}" for number in range(6)]
     assert api.told[-1][2] == "on 24Gi\ntrain attempt 2", "what came while the job waited its turn is told with it"
@@ -85,17 +85,17 @@ def test_jobs_are_told_of_in_turn_and_no_faster_than_allowed() -> None:
 
 def test_what_is_left_is_told_at_the_end() -> None:
     api = PaperApi()
-    with recorder(api, delay_seconds=60.0, jobs_per_second=0.1) as lane:
-        lane.record(job("one"), ADMITTED)
-        lane.record(job("two"), ADMITTED)
+    with recorder(api, delay_seconds=60.0, jobs_per_second=0.1) as telling:
+        telling.record(job("one"), ADMITTED)
+        telling.record(job("two"), ADMITTED)
     assert [name for name, *_ in api.told] == ["one", "two"]
 
 
 def test_an_event_that_cannot_be_sent_is_lost_and_the_lane_goes_on() -> None:
     api = PaperApi()
     api.error = StoreUnavailable("away")
-    with recorder(api, delay_seconds=0.0, jobs_per_second=100) as lane:
-        lane.record(job("one"), ADMITTED)
-        lane.record(job("two"), ADMITTED)
+    with recorder(api, delay_seconds=0.0, jobs_per_second=100) as telling:
+        telling.record(job("one"), ADMITTED)
+        telling.record(job("two"), ADMITTED)
         wait_for(lambda: api.told)
     assert [name for name, *_ in api.told] == ["two"]

@@ -76,7 +76,7 @@ from tests.builders import submitted_job
 
 home = Path(sys.argv[1])
 uri = f"sqlite:///{home}/mlflow.db"
-tracking = MlflowTracking(Settings(home=home, tracking_uri=uri, tracking_lanes=4, tracking_timeout_seconds=120))
+tracking = MlflowTracking(Settings(home=home, tracking_uri=uri, mlflow_workers=4, tracking_timeout_seconds=120))
 gone = submitted_job("gone").model_copy(update={"status": QLoRAJobStatus(mlflow=MlflowStatus(run_id="gone"))})
 with ThreadPoolExecutor(4) as pool:
     calls = [pool.submit(tracking.connect), *(pool.submit(tracking.finish_run, gone, "KILLED") for _ in range(3))]
@@ -85,7 +85,7 @@ with ThreadPoolExecutor(4) as pool:
 """
 
 
-def test_the_first_calls_may_come_in_all_lanes_at_one_time(settings: Settings) -> None:
+def test_the_first_calls_may_come_from_all_workers_at_one_time(settings: Settings) -> None:
     """In a process of their own, which has not imported mlflow yet."""
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FIRST_CALLS, str(settings.home)], capture_output=True, text=True
@@ -172,12 +172,12 @@ def test_a_server_that_never_answers_is_unavailable_in_time_and_is_not_asked_twi
             tracking.ensure_run(job("u-8"))
 
 
-def test_as_many_calls_are_made_at_one_time_as_there_are_lanes(tmp_path: Path) -> None:
+def test_as_many_calls_are_made_at_one_time_as_there_are_workers(tmp_path: Path) -> None:
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-        settings = Settings(home=tmp_path, tracking_uri=uri, tracking_timeout_seconds=1, tracking_lanes=2)
+        settings = Settings(home=tmp_path, tracking_uri=uri, tracking_timeout_seconds=1, mlflow_workers=2)
         tracking = MlflowTracking(settings)
         for _ in range(2):
             with pytest.raises(TrackingUnavailable, match="within 1 s"):

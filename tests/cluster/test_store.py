@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.adapters.kubernetes.api import MERGE_PATCH, KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
+from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
@@ -38,9 +39,9 @@ def stores(cluster: ControlPlane) -> Iterator[Callable[..., KubernetesStore]]:
     """Opens clients that are closed after the test."""
     opened: list[tuple[KubernetesStore, KubeApi]] = []
 
-    def open_store(*, started: bool = False) -> KubernetesStore:
+    def open_store(*, started: bool = False, changes: Changes | None = None) -> KubernetesStore:
         api = cluster.api()
-        store = KubernetesStore(api)
+        store = KubernetesStore(api, changes=changes)
         opened.append((store, api))
         if started:
             store.start()
@@ -167,11 +168,8 @@ def test_a_job_that_does_not_parse_is_reported_and_left_alone(
     assert [job.metadata.name for job in store.list_jobs()] == ["sound"]
 
 
-def test_a_view_that_nobody_feeds_is_not_decided_on(
-    api: KubeApi, stores: Callable[..., KubernetesStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = stores(started=True)
-    monkeypatch.setattr("orchestrator.adapters.kubernetes.watch.STALE_SECONDS", -1.0)
+def test_a_view_that_nobody_feeds_is_not_decided_on(api: KubeApi, stores: Callable[..., KubernetesStore]) -> None:
+    store = stores(started=True, changes=Changes(stale_seconds=-1.0))
     with pytest.raises(OrchestratorError, match="nothing is decided"):
         store.list_jobs()
 

@@ -52,13 +52,12 @@ def proxy(cluster: ControlPlane, request: pytest.FixtureRequest) -> Iterator[Pro
 
 
 def test_a_view_ends_up_as_what_the_server_has_and_never_goes_back(
-    cluster: ControlPlane, proxy: Proxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    cluster: ControlPlane, proxy: Proxy, request: pytest.FixtureRequest
 ) -> None:
     """One client behind the faults writes and watches; another, without any, writes to the same jobs."""
-    monkeypatch.setattr("orchestrator.adapters.kubernetes.watch.BACKOFF_SECONDS", (0.05, 0.2))
     through = cluster.kubeconfig_for(cluster.token, url=proxy.url, name="faults")
     api = KubeApi(kubeconfig=str(through))
-    store = KubernetesStore(api, changes=Changes(RELIST_SECONDS))
+    store = KubernetesStore(api, changes=Changes(RELIST_SECONDS, backoff_seconds=(0.05, 0.2)))
     direct = KubernetesStore(cluster.api())
     store.start()
     proxy.faults = request.node.callspec.params["proxy"]

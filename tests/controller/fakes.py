@@ -57,8 +57,8 @@ RESULTS = {
 class FakeRuntime:
     """Stages in a dictionary."""
 
-    stages: dict[str, StageFact] = field(default_factory=dict)
-    calls: list[str] = field(default_factory=list)
+    stages: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
+    calls: list[str] = field(default_factory=list[str])
     error: Callable[[str], Exception | None] = lambda call: None
     """What the next call raises."""
 
@@ -106,7 +106,7 @@ class FakeRuntime:
 class FakeTracking:
     """Runs in a dictionary, by job uid."""
 
-    runs: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict[str, str])
     error: Exception | None = None
     open: threading.Event = field(default_factory=threading.Event)
     """While it is cleared, calls wait."""

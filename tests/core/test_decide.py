@@ -425,7 +425,7 @@ def test_after_a_backoff_the_job_goes_on() -> None:
     assert (state_of(status), status.retry_after) == (JobState.STARTING, None)
 
 
-def test_out_of_memory_resumes_at_once_on_a_thriftier_plan_and_says_so() -> None:
+def test_out_of_memory_resumes_at_once_on_a_fallback_plan_and_says_so() -> None:
     job = make_job(status=running_status(model=LLAMA_3_8B, checkpoint_age_seconds=10))
     job = job.model_copy(update={"status": with_estimate(job.status, job)})
     commands = decide(snapshot(job, stages=(exited(job, 82),), gpu_classes=GPUS))

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from orchestrator.api.job import (
     CANCEL_ANNOTATION,
     MlflowStatus,
+    ObjectMeta,
     QLoRAJob,
     QLoRAJobStatus,
 )
@@ -51,21 +52,21 @@ class World:
     policy: Policy
     gpu_classes: list[GpuClass]
     queues: tuple[QLoRAQueue, ...] = ()
-    models: dict[str, ModelFacts] = field(default_factory=dict)
+    models: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
     """By job name; the others train the small one."""
     now: datetime = NOW
-    jobs: dict[str, QLoRAJob] = field(default_factory=dict)
-    stages: dict[str, StageFact] = field(default_factory=dict)
-    tasks: dict[str, StageTask] = field(default_factory=dict)
-    classes_of: dict[str, str | None] = field(default_factory=dict)
-    stopping: set[str] = field(default_factory=set)
-    steps: dict[str, int] = field(default_factory=dict)
+    jobs: dict[str, QLoRAJob] = field(default_factory=dict[str, QLoRAJob])
+    stages: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
+    tasks: dict[str, StageTask] = field(default_factory=dict[str, StageTask])
+    classes_of: dict[str, str | None] = field(default_factory=dict[str, str | None])
+    stopping: set[str] = field(default_factory=set[str])
+    steps: dict[str, int] = field(default_factory=dict[str, int])
     """Steps that are durable, by job."""
-    ever_ended: set[str] = field(default_factory=set)
+    ever_ended: set[str] = field(default_factory=set[str])
     mlflow_away: bool = False
-    mlflow: dict[str, str] = field(default_factory=dict)
+    mlflow: dict[str, str] = field(default_factory=dict[str, str])
     """Status of each run that MLflow has, by the uid of its job."""
-    runs: dict[str, RunFact] = field(default_factory=dict)
+    runs: dict[str, RunFact] = field(default_factory=dict[str, RunFact])
     """What the controller remembers of them; gone when it is killed."""
     versions: int = 1
 
@@ -137,7 +138,7 @@ class World:
             self.runs.pop(stored.metadata.uid, None)
 
     def _finish_run(self, command: FinishRun) -> None:
-        """As the lanes do: in MLflow, then on the object, if it is still there."""
+        """As the MLflow workers do: in MLflow, then on the object, if it is still there."""
         uid = command.job.metadata.uid
         assert uid in self.mlflow, "only a run that exists can end"
         self.mlflow[uid] = command.run_status
@@ -146,10 +147,10 @@ class World:
         if job is not None and job.metadata.uid == uid:
             self._replace(job, metadata=job.metadata.model_copy(update={"finalizers": released(job)}))
 
-    def _replace(self, job: QLoRAJob, **changes: object) -> None:
+    def _replace(self, job: QLoRAJob, *, metadata: ObjectMeta | None = None, **changes: object) -> None:
         self.versions += 1
-        metadata = changes.pop("metadata", job.metadata).model_copy(update={"resource_version": str(self.versions)})
-        self.jobs[job.key] = job.model_copy(update={**changes, "metadata": metadata})
+        newer = (metadata or job.metadata).model_copy(update={"resource_version": str(self.versions)})
+        self.jobs[job.key] = job.model_copy(update={**changes, "metadata": newer})
 
     def _ensure(self, command: EnsureStage) -> None:
         task = command.task
@@ -278,7 +279,7 @@ class World:
     def _check_gpus(self) -> None:
         """No GPU is given twice: neither in fact nor on record."""
         capacity = {c.name: c.capacity for c in self.gpu_classes}
-        live = Counter(self.classes_of[key] for key in self.live_stages() if self.tasks[key].stage == "train")
+        live = Counter(self.classes_of[key] or "" for key in self.live_stages() if self.tasks[key].stage == "train")
         for name, count in live.items():
             assert count <= capacity[name], f"{count} train stages on {capacity[name]} GPUs of {name}"
 
@@ -361,7 +362,7 @@ class World:
         if queue is None or queue.spec.cohort is not None or not queue.spec.quotas:
             return True
         nominal = {quota.gpu_class: quota.nominal for quota in queue.spec.quotas}
-        return held[job.spec.queue, gpu_class] < nominal.get(gpu_class, 0)
+        return held[job.spec.queue, gpu_class] < nominal.get(gpu_class or "", 0)
 
     def _could_use(self, job: QLoRAJob, gpu_class: str | None) -> bool:
         """By what the tests know of their models, not by the formula; a job that resumes keeps its class."""

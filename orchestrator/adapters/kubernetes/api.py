@@ -1,8 +1,8 @@
 """The Kubernetes API as raw JSON: transport, authentication, and errors in the service's own tree.
 
-Everything else in this package calls it; it is the only file that imports `kubernetes`, and takes from it what users
-expect to work: kubeconfig with its plugins, in-cluster tokens that rotate, proxies, certificates. Objects stay
-dictionaries: generated models would cost more time and memory than the rest of the controller.
+The only file that imports `kubernetes`, of which it takes what users expect to work: kubeconfig with its plugins,
+in-cluster tokens that rotate, proxies, certificates. Objects stay dictionaries: generated models would cost more time
+and memory than the rest of the controller.
 
 Every call is bounded in time. Errors: 404 NotFound, 409 Conflict (AlreadyExists for a creation), 410 Gone, 400 and 422
 InvalidObject, 401 and 403 Forbidden; 5xx and a connection that fails StoreUnavailable. A 429 was not carried out, so
@@ -40,7 +40,6 @@ Json = dict[str, Any]  # Any: an object of the API, as it comes
 Query = Mapping[str, str | int]
 
 JSON = "application/json"
-JSON_PATCH = "application/json-patch+json"
 MERGE_PATCH = "application/merge-patch+json"
 STRATEGIC_PATCH = "application/strategic-merge-patch+json"
 IN_CLUSTER = "in-cluster"
@@ -76,7 +75,7 @@ class KubeApi:
     """A connection to one API server; safe to share between threads."""
 
     def __init__(self, context: str = "", *, kubeconfig: str = "", timeouts: Timeouts | None = None) -> None:
-        """Of a kubeconfig context, the current one by default; `in-cluster` is the pod's own service account.
+        """Connects to a kubeconfig context, the current one by default; `in-cluster` is the pod's own service account.
 
         The kubeconfig is the one that `KUBECONFIG` names unless another is given.
         """

@@ -1,9 +1,9 @@
 """Kubernetes events about jobs: what `kubectl describe` shows of the decisions.
 
-Events are for people: they may be late, and one that cannot be sent is logged and lost. So a controller hands them to a
-lane of their own, which waits DELAY_SECONDS and tells what came together about one job, such as "prepared" and
+Events are for people: they may be late, and one that cannot be sent is logged and lost. So `Recorder` has
+a thread of its own, which waits DELAY_SECONDS and tells what came together about one job, such as "prepared" and
 "admitted", in one object: its reason is the last one's, its note has all the sentences. Warnings are told one by one.
-The lane tells of JOBS_PER_SECOND jobs at the most: when there is more to tell it comes later and more of it comes
+It tells of JOBS_PER_SECOND jobs at the most: when there is more to tell it comes later and more of it comes
 together, so that words never crowd out deeds. The server keeps events for about an hour.
 """
 
@@ -70,7 +70,7 @@ class Recorder:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """From here on events are sent later."""
+        """Makes events go to a thread, which sends them later."""
         self._thread = threading.Thread(target=self._drive, name="events", daemon=True)
         self._thread.start()
 

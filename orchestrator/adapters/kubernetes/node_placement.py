@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from orchestrator.adapters.kubernetes.pod_policy import Manifest, PodPolicy, PodTemplate
-from orchestrator.api.task import (
-    StageTask,
-)
+from orchestrator.api.task import StageTask
 from orchestrator.sizing.hardware import classify, memory_range_mib
 
 Term = list[Manifest]
@@ -30,7 +28,7 @@ GPU_TAINTS = ("nvidia.com/gpu",)
 SPOT_TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 KARPENTER_CARD, KARPENTER_MEMORY = "karpenter.k8s.aws/instance-gpu-name", "karpenter.k8s.aws/instance-gpu-memory"
-A100, A100_BORDER_MIB = "40Gi or 80Gi", 65_536
+A100, A100_BOUNDARY_MIB = "40Gi or 80Gi", 65_536
 """Karpenter calls both A100s by one name; its figure of their memory is marketing's, but tells which."""
 CARD_LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -100,13 +98,14 @@ def _tolerates(toleration: Manifest, taint: Mapping[str, str]) -> bool:
 
 def _which_a100(labels: Mapping[str, str]) -> str:
     memory = labels.get(KARPENTER_MEMORY, "0")
-    return "80Gi" if memory.isdecimal() and int(memory) > A100_BORDER_MIB else "40Gi"
+    return "80Gi" if memory.isdecimal() and int(memory) > A100_BOUNDARY_MIB else "40Gi"
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------
 
 
 def tolerations(task: StageTask, gpu_class: str | None) -> list[Manifest]:
+    """The taints of GPU and spot nodes that the stage's pod accepts."""
     on_gpu = GPU_TAINTS if gpu_class is not None else ()
     on_spot = SPOT_TAINTS if task.spec.resources.spot != "forbidden" else ()
     return _tolerate(on_gpu + on_spot)
@@ -147,13 +146,13 @@ def _class_terms(gpu_class: str, gpu_resource: str) -> Iterator[Term]:
         if names:
             yield [{"key": label, "operator": "In", "values": names}, unmeasured]
     if gpu_class in ("40Gi", "80Gi"):
-        border = (1, A100_BORDER_MIB) if gpu_class == "40Gi" else (A100_BORDER_MIB, None)
+        bounds = (1, A100_BOUNDARY_MIB) if gpu_class == "40Gi" else (A100_BOUNDARY_MIB, None)
         a100: Manifest = {"key": KARPENTER_CARD, "operator": "In", "values": ["a100"]}
-        yield [a100, *_between(KARPENTER_MEMORY, *border), unmeasured]
+        yield [a100, *_between(KARPENTER_MEMORY, *bounds), unmeasured]
 
 
 def _between(label: str, lower: int, upper: int | None) -> Term:
-    """From `lower` on, below `upper`."""
+    """The label is a number from `lower` on and below `upper`."""
     bounds: list[Manifest] = [{"key": label, "operator": "Gt", "values": [str(lower - 1)]}]
     if upper is not None:
         bounds.append({"key": label, "operator": "Lt", "values": [str(upper)]})

@@ -1,6 +1,6 @@
 """Which GPUs the nodes have: the classes that jobs are sized for, and which nodes are about to go.
 
-`pods` keeps a cache of nodes through `read_node`; clients that size a job call `list_gpu_classes`. Rules:
+Rules:
 
 - A GPU counts where a train pod could be put now: the node is ready, is not about to be taken away, and has no taint
   that the pods do not tolerate. A GPU that one of our pods holds counts as long as it is held, whatever becomes of its

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 OURS = "qlora.dev/"
 SHARED_LIMIT = 20_000
-"""Distinct parts that are remembered in order to be shared."""
+"""Distinct parts that are kept in order to be shared."""
 
 Part = TypeVar("Part", bound=BaseModel)
 

@@ -1,10 +1,7 @@
 """The pod of a stage: what a task needs from a cluster, as a manifest. Pure: same task and policy, same pod.
 
-The runtime on Kubernetes calls `pod` and sends the outcome; `node_class` reads the same labels the other way round,
-to count what a cluster has. Rules:
+Where it may run is in `node_placement`, what it may take in `resources`. Rules:
 
-- One GPU of the class that the controller chose, no more: a pod is kept off smaller cards, which it would not fit, and
-  off larger ones, whose capacity is in other books.
 - Restricted Pod Security; no service account token; nothing is writable but volumes.
 - The image's main process is the trainer. Ray's agent beside it is a native sidecar: once its image is there it may
   fail, be patched or find no head, and what it needs from its surroundings is optional.

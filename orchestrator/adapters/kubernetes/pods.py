@@ -1,7 +1,6 @@
 """Stages as pods: `ports.StageRuntime` on an API server.
 
-The controller uses it; `adapters/kubernetes/pod_manifest` says what a pod looks like, `pod_facts` what one says about
-its stage. Rules:
+`pod_manifest` says what a pod looks like, `pod_facts` what one says about its stage. Rules:
 
 - A name is an attempt: creating a pod that exists is done. A pod is only touched if it has the uid that was looked at.
 - No finalizers. The end of a pod is kept in memory from the moment it is seen until `delete`, so that one that is
@@ -58,7 +57,7 @@ NEW_NODE_SECONDS = 60.0
 LAST_GRACE_SECONDS = 1
 """For a trainer that was told to stop and has not ended by its deadline."""
 ENDS_LIMIT = 10_000
-"""Ends that are remembered; a replica that stands by forgets none of them by itself."""
+"""Ends that are kept in memory; a replica that stands by forgets none of them by itself."""
 QUOTA_EXCEEDED = "exceeded quota"
 STAGES: tuple[StageKind, ...] = get_args(StageKind)
 
@@ -149,7 +148,7 @@ class KubernetesPods:
             return {**{key: ended for key, ended in self._ends.items() if key not in pods}, **shown}
 
     def _read(self, item: Json) -> StagePod | None:
-        """A pod for the view, whose end is remembered beyond it."""
+        """A pod for the view, whose end is kept beyond it."""
         found = read_pod(item)
         if found is not None and found.end is not None:
             with self._lock:
@@ -308,7 +307,7 @@ class KubernetesPods:
             self._ends.pop(ended.key, None)
 
     def _delete_older(self, ended: StagePod) -> None:
-        """With every attempt that ends, the one that has become too old goes."""
+        """Deletes the attempt that has become too old, one with every attempt that ends."""
         number = ended.attempt - self._bounds.ended_pods_limit
         for stage in STAGES:
             older = self._pods.find(f"{ended.namespace}/{StageName(job=ended.job, stage=stage, attempt=number)}")

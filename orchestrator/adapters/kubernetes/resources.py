@@ -1,4 +1,7 @@
-"""A stage's requests and limits: host memory, scratch space, and the claim on a GPU."""
+"""A stage's requests and limits: host memory, scratch space, and the claim on a GPU.
+
+Requests are what the stage is expected to take; limits are LIMIT_FACTOR times that.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ from orchestrator.adapters.kubernetes.pod_policy import Manifest, PodPolicy
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.stage_name import STAGES_ON_GPU
-from orchestrator.api.task import (
-    StageTask,
-)
+from orchestrator.api.task import StageTask
 from orchestrator.sizing.footprint import OPTIMIZER_BYTES, adapter_parameters
 from orchestrator.sizing.hardware import GIB, MIB
 from orchestrator.sizing.memory.linear_layers import linears
@@ -19,10 +20,11 @@ GPU_CLAIM = "gpu"
 LIMIT_FACTOR = 2
 """What a stage may take over what it is expected to take, of memory and of scratch space."""
 SCRATCH_BYTES = 2 * GIB
-"""Of the files a stage makes for itself; a model that is fetched anew comes on top."""
+"""Scratch space for the files a stage makes for itself; a model that is fetched anew comes on top."""
 
 
 def resources(task: StageTask, policy: PodPolicy, gpu_class: str | None) -> Manifest:
+    """The `resources` of the trainer's container."""
     memory, scratch = _memory_bytes(task, policy), scratch_bytes(task, policy)
     requests = {
         "cpu": str(task.threads) if gpu_class is not None else "1",
@@ -74,4 +76,5 @@ def _parameters(facts: ModelFacts) -> int:
 
 
 def mebibytes(count: int) -> str:
+    """Bytes as a Kubernetes quantity, rounded up to whole MiB."""
     return f"{-(-count // MIB)}Mi"

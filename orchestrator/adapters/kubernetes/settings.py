@@ -1,6 +1,6 @@
 """Settings of the controller on Kubernetes, read from the environment; the Helm chart sets them.
 
-Every field is the environment variable `QLORA_<FIELD>`. `controller/cluster` builds them once and hands them down.
+Every field is the environment variable `QLORA_<FIELD>`. They are read once, when the program starts.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class ClusterSettings(ServiceSettings):
     """A running job's progress is recorded at most so often; the end of a stage always is."""
     relist_seconds: Seconds = 600.0
     """Everything is listed anew so often, whatever the watches have told."""
-    tracking_lanes: int = Field(default=4, ge=1, le=64)
+    mlflow_workers: int = Field(default=4, ge=1, le=64)
     """Calls that MLflow is asked to answer at one time."""
     writers: int = Field(default=16, ge=1, le=64)
     """Jobs that the controller writes to the API server about at one time."""
@@ -105,9 +105,9 @@ class ClusterSettings(ServiceSettings):
     lease_retry_seconds: Seconds = 2.0
     """Between two looks at the lease."""
     metrics_port: Port = 8080
-    """Of `/metrics`."""
+    """The port of `/metrics`."""
     health_port: Port = 8081
-    """Of `/healthz` and `/readyz`."""
+    """The port of `/healthz` and `/readyz`."""
 
     @model_validator(mode="after")
     def _a_leader_stops_before_another_starts(self) -> ClusterSettings:
@@ -117,7 +117,7 @@ class ClusterSettings(ServiceSettings):
 
     @property
     def namespaces(self) -> tuple[str, ...]:
-        """Of jobs; one that is empty is all of them."""
+        """The namespaces of jobs; one that is empty is all of them."""
         return tuple(self.watch_namespaces.split(","))
 
     def pod_policy(self) -> PodPolicy:

@@ -1,6 +1,6 @@
 """QLoRAJobs and QLoRAQueues in a Kubernetes API server: `ports.Store` over the CRDs.
 
-The controller, and clients with a kubeconfig, use it. Rules:
+Rules:
 
 - Status is written by PUT to its own subresource, spec and metadata by merge patch, both with the resource version that
   was read: neither touches the other, and a stale write is refused. After a refusal the object is read anew, so that a
@@ -277,7 +277,7 @@ class KubernetesStore:
             raise self._put_right(job, error) from error
 
     def _put_right(self, job: QLoRAJob, error: NotFound | Conflict) -> NotFound | Conflict:
-        """After a refusal: what the view holds of the job is what the server has; the refusal to raise."""
+        """Makes the view hold what the server has of a job whose write was refused; returns the refusal to raise."""
         if self._jobs.started and isinstance(error, Conflict):
             self.read_job(job.metadata.namespace, job.metadata.name)
         elif isinstance(error, NotFound):

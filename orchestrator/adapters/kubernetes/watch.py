@@ -1,9 +1,9 @@
 """Caches that are kept up to date by watches: what the controller sees of the cluster.
 
-`store`, `pods` and `nodes` own one each and read it without asking the server. Rules:
+Reading one asks no server. Rules:
 
 - Complete before anybody reads: `start` returns after the first list. A cache that has not been heard of for
-  STALE_SECONDS raises when it is read, so nothing is decided on an old view.
+  `stale_seconds` raises when it is read, so nothing is decided on an old view.
 - It never goes back: a list older than what the watch has told is refused, an object gives way only to a newer one.
   (Resource versions of one resource are numbers that grow: etcd's revisions.)
 - Our own writes are put into it from the server's answers, so whoever wrote reads what was written. Where the watch
@@ -37,6 +37,7 @@ WATCH_SECONDS = (240, 480)
 SILENCE_SECONDS = 130.0
 """The server sends a bookmark about every minute; a connection that is silent for longer is dead."""
 BACKOFF_SECONDS = (0.2, 15.0)
+"""The first and the longest pause before a watch that broke is begun anew."""
 STALE_SECONDS = 180.0
 RELIST_SECONDS = 600.0
 EVERYWHERE = ("",)
@@ -47,9 +48,19 @@ Value = TypeVar("Value")
 class Changes:
     """What all caches of a process share. Counts changes and lets threads wait for the next one."""
 
-    def __init__(self, relist_seconds: float = RELIST_SECONDS) -> None:
+    def __init__(
+        self,
+        relist_seconds: float = RELIST_SECONDS,
+        *,
+        stale_seconds: float = STALE_SECONDS,
+        backoff_seconds: tuple[float, float] = BACKOFF_SECONDS,
+    ) -> None:
         self.relist_seconds = relist_seconds
         """Every cache lists anew so often, whatever its watch has told."""
+        self.stale_seconds = stale_seconds
+        """A view that has heard nothing for longer is not decided on."""
+        self.backoff_seconds = backoff_seconds
+        """The first and the longest pause before a watch that broke is begun anew."""
         self._changed = threading.Condition()
         self._count = 0
         self.on_restart: Callable[[str, str], None] = lambda _resource, _reason: None
@@ -110,7 +121,7 @@ class Cache(Generic[Value]):
             feed.close()
 
     def values(self) -> Mapping[str, Value]:
-        """By `namespace/name`. Raises StoreUnavailable where the view is too old to decide on."""
+        """Every object by `namespace/name`. Raises StoreUnavailable where the view is too old to decide on."""
         return {key: value for feed in self._feeds.values() for key, value in feed.values()}
 
     def find(self, key: str) -> Value | None:
@@ -188,7 +199,7 @@ class Feed(Generic[Value]):
     def values(self) -> list[tuple[str, Value]]:
         """What there is; raises StoreUnavailable where nobody knows."""
         silent_seconds = time.monotonic() - self._heard_at
-        if silent_seconds > STALE_SECONDS:
+        if silent_seconds > self._changes.stale_seconds:
             raise StoreUnavailable(
                 f"nothing was heard of {self._path} for {silent_seconds:.0f} s, so nothing is decided; "
                 "the watch is begun anew until the API server answers"
@@ -262,7 +273,7 @@ class Feed(Generic[Value]):
         self._listed_at = float("-inf")
 
     def _rest(self, failures: int, error: Exception) -> None:
-        base, longest = BACKOFF_SECONDS
+        base, longest = self._changes.backoff_seconds
         seconds = random.uniform(0.5, 1.0) * min(base * 2.0 ** min(failures, 30), longest)  # noqa: S311  jitter
         log.info("watching %s again in %.1f s: %s", self._path, seconds, error)
         self._over.wait(seconds)

@@ -129,7 +129,7 @@ def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def _die_with(parent_pid: int) -> None:
-    """In the child, before it becomes the trainer."""
+    """Ties the child to its parent's life, before it becomes the trainer."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it died before it could be watched
         os._exit(CANNOT_START)

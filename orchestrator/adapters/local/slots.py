@@ -18,7 +18,7 @@ from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS, MIB, GpuClass, classify, cpu_class, gpu_class
 
 CPU_MEMORY_SHARE = 0.8
-"""Of the machine's memory, what CPU slots may use together."""
+"""The share of the machine's memory that CPU slots may use together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Stages as folders on this machine: what is true of them is what is on disk, whoever looks.
 
-`ray_stages` and the supervisor call it; nothing here knows Ray. A stage is `<stages>/<namespace>/<name>/`:
+Nothing here knows Ray. A stage is `<stages>/<namespace>/<name>/`:
 
     stage.json        what to run and on which GPU class; the folder appears together with it
     launch.json       how: command, log, GPU slot, grace; written by `launch`, read by the shim

@@ -1,7 +1,7 @@
 """The controller's side of MLflow: a job's one run, found by its tag or created, and the run's last status.
 
-The controller's lanes (`controller/mlflow_workers`) call it, never the loop itself. Only this file of `orchestrator`
-imports mlflow, which takes seconds, so it does that with the first call. Trainers add metrics to the run; they never
+Calls may take long, and are safe from several threads. Only this file of `orchestrator` imports mlflow, which takes
+seconds, so it does that with the first call. Trainers add metrics to the run; they never
 open or end it.
 """
 
@@ -57,7 +57,7 @@ class TrackingSettings(Protocol):
         ...
 
     @property
-    def tracking_lanes(self) -> int:
+    def mlflow_workers(self) -> int:
         """Calls that it may have to answer at one time."""
         ...
 
@@ -69,7 +69,7 @@ class MlflowTracking:
         self._settings = settings
         self._client: Any = None  # Any: mlflow is imported late
         self._connecting = threading.Lock()
-        self._free = threading.BoundedSemaphore(settings.tracking_lanes)
+        self._free = threading.BoundedSemaphore(settings.mlflow_workers)
         self._experiments: dict[str, str] = {}
         """Ids by name, of experiments that were there when they were last used."""
 

@@ -1,7 +1,7 @@
 """The controller's end of the fabric: `ports.AgentChannel`, without Ray and without waiting.
 
-One thread keeps a connection to the head's container and remembers what the stages said last. Calls only read what
-is remembered, or hand an order to the socket's buffer. All of it may be lost at any time: progress is missing for a
+One thread keeps a connection to the head's container and keeps what the stages said last. Calls only read what
+is kept, or hand an order to the socket's buffer. All of it may be lost at any time: progress is missing for a
 while, and preemption is not acknowledged, so that the runtime falls back on the signal.
 """
 

@@ -1,4 +1,4 @@
-"""One Ray node as child processes of this one: started, watched, killed. Used by `head` and `agent`; imports no Ray.
+"""One Ray node as child processes of this one: started, watched, killed. Imports no Ray.
 
 Ray's own command starts the node and leaves its processes behind. This process adopts them (it is a child subreaper,
 as the first process of a container is anyway), so all of them, and nothing else, are its descendants: killing its
@@ -48,7 +48,7 @@ class NodeFailed(Exception):
 
 
 class RayNode:
-    """At most one node at a time."""
+    """Runs at most one node at a time."""
 
     def __init__(self, settings: NodeSettings, programs: Sequence[str]) -> None:
         """`programs` are those that the node stands and falls with."""

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 def log_to_stderr() -> None:
-    """From here on this process logs to stderr, where the container's log is."""
+    """Makes this process log to stderr, where the container's log is."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 

@@ -22,7 +22,7 @@ Port = Annotated[int, Field(ge=1024, le=65_535 - PORTS_PER_NODE)]
 
 
 class NodeSettings(BaseSettings):
-    """Of a Ray node, whichever program runs it."""
+    """Settings of a Ray node, whichever program runs it."""
 
     model_config = SettingsConfigDict(
         env_prefix="QLORA_RAY_", frozen=True, populate_by_name=True, use_attribute_docstrings=True
@@ -45,7 +45,7 @@ class NodeSettings(BaseSettings):
 
 
 class HeadSettings(NodeSettings):
-    """Of `python -m orchestrator.adapters.ray_fabric.head`."""
+    """Settings of `python -m orchestrator.adapters.ray_fabric.head`."""
 
     fabric_socket: Path = Path("/var/run/qlora/fabric.sock")
     """Where the controller connects; on a volume that the two containers share."""
@@ -54,7 +54,7 @@ class HeadSettings(NodeSettings):
 
 
 class AgentSettings(NodeSettings):
-    """Of `python -m orchestrator.adapters.ray_fabric.agent`."""
+    """Settings of `python -m orchestrator.adapters.ray_fabric.agent`."""
 
     address: str = Field(pattern=r"^.+:[0-9]{1,5}$")
     """`host:port` of the head. The host may stand for several addresses: the one that answers is the leader's."""

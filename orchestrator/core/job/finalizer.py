@@ -3,7 +3,7 @@
 RELEASE_FINALIZER says so on the object. Stores put it on with the write that begins to owe something; it is off again
 once a finished job owes nothing, so that what is finished can be deleted with no controller around. That a run has got
 its last status needs no write of its own: the status names it when the job finishes, the finalizer says whether MLflow
-has it. `core/decide` and the stores are the callers.
+has it.
 """
 
 from __future__ import annotations

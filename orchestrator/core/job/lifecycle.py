@@ -1,7 +1,6 @@
 """One job by itself: what happened to its stage, and what its user wants.
 
-`core/decide` is the caller, before it looks at all jobs together. Nothing here starts a stage; that is
-`core/scheduling/cycle`.
+It looks at no other job, and starts no stage: that is decided for all jobs together (`core/scheduling/cycle`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from orchestrator.core.job.recovery import end_attempt, fail
 from orchestrator.core.job.stage_commands import stage_of
 from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobEvent, JobState
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.job.verdict import ending
+from orchestrator.core.job.verdict import judge
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 
 WAITING_CONDITION: Mapping[JobState, ConditionType] = {
@@ -79,7 +78,7 @@ def _observe(draft: Draft, snapshot: Snapshot) -> Draft:
         return draft
     fact = stage_of(draft.job, attempt, snapshot)
     if fact is None:
-        return end_attempt(draft, ending(attempt, None, snapshot.now), snapshot) if _is_gone(attempt) else draft
+        return end_attempt(draft, judge(attempt, None, snapshot.now), snapshot) if _is_gone(attempt) else draft
     if fact.phase is not StagePhase.PENDING and attempt.start_time is None and _is_told(attempt, fact, snapshot):
         draft = _seen_running(draft, attempt, fact)
     if fact.progress is not None:
@@ -88,7 +87,7 @@ def _observe(draft: Draft, snapshot: Snapshot) -> Draft:
         return draft if fact.disruption is None else request_stop(draft, fact.disruption, _why_disrupted(fact))
     current = draft.attempt
     assert current is not None, "seeing a stage run does not end its attempt"
-    return end_attempt(draft, ending(current, fact, snapshot.now), snapshot)
+    return end_attempt(draft, judge(current, fact, snapshot.now), snapshot)
 
 
 def _is_gone(attempt: Attempt) -> bool:

@@ -1,6 +1,6 @@
-"""What follows from an attempt's end: go on, resume, retry, step up, or fail.
+"""What follows from an attempt's end: go on, resume, retry, escalate, or fail.
 
-`core/job/lifecycle` is the caller; `Reason.remedy` says which it is. Only failures count against spec.backoffLimit;
+`Reason.recovery` says which it is. Only failures count against spec.backoffLimit;
 a publish that finds MLflow away is retried for as long as it takes, because the adapter is safe in the store.
 """
 
@@ -11,14 +11,14 @@ from datetime import datetime, timedelta
 
 from orchestrator.api.job import Attempt, MlflowStatus
 from orchestrator.api.plan import Estimate
-from orchestrator.api.reasons import ConditionType, Reason, Refusal, Remedy
+from orchestrator.api.reasons import ConditionType, Reason, Recovery, Refusal
 from orchestrator.api.results import PrepareResult, ProgressReport, PublishResult, TrainResult
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding, clip, plan_words
 from orchestrator.core.job.progress import record_checkpoint
 from orchestrator.core.job.state_machine import JobEvent
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.job.verdict import Ending
+from orchestrator.core.job.verdict import Verdict
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.margins import DEFAULT, learned
 from orchestrator.sizing.plan_search import step_up
@@ -38,18 +38,18 @@ _PROGRESS_CONDITION: Mapping[str, ConditionType] = {
 }
 
 
-def end_attempt(draft: Draft, ended: Ending, snapshot: Snapshot) -> Draft:
+def end_attempt(draft: Draft, verdict: Verdict, snapshot: Snapshot) -> Draft:
     """Record the end of the active attempt and do about it what its reason asks for."""
-    if (train := ended.result.train) is not None and train.checkpoint_uri is not None:
-        draft = record_checkpoint(draft, step=train.step, uri=train.checkpoint_uri, time=ended.finish_time)
-    if ended.reason is Reason.SUCCEEDED:
-        return _go_on(draft, ended)
+    if (train := verdict.result.train) is not None and train.checkpoint_uri is not None:
+        draft = record_checkpoint(draft, step=train.step, uri=train.checkpoint_uri, time=verdict.finish_time)
+    if verdict.reason is Reason.SUCCEEDED:
+        return _go_on(draft, verdict)
     attempt = draft.attempt
     assert attempt is not None, "only an active attempt can end"
-    draft = _back(draft, attempt, ended)
-    if ended.reason.remedy is Remedy.FAIL:
-        return fail(draft, ended.reason, ended.message)
-    return _AGAIN[ended.reason.remedy](draft, attempt, ended, snapshot)
+    draft = _back(draft, attempt, verdict)
+    if verdict.reason.recovery is Recovery.FAIL:
+        return fail(draft, verdict.reason, verdict.message)
+    return _AGAIN[verdict.reason.recovery](draft, attempt, verdict, snapshot)
 
 
 def fail(draft: Draft, reason: Reason, message: str) -> Draft:
@@ -74,27 +74,27 @@ def give_up_attempt(draft: Draft, reason: Reason, message: str) -> Draft:
 # --- an attempt that did what it should -----------------------------------------------------------------------
 
 
-def _go_on(draft: Draft, ended: Ending) -> Draft:
-    result = ended.result
+def _go_on(draft: Draft, verdict: Verdict) -> Draft:
+    result = verdict.result
     if result.prepare is not None:
-        return _prepared(draft, ended, result.prepare)
+        return _prepared(draft, verdict, result.prepare)
     if result.train is not None:
-        return _trained(draft, ended, result.train)
+        return _trained(draft, verdict, result.train)
     assert result.publish is not None, "success comes with a result"
-    return _published(draft, ended, result.publish)
+    return _published(draft, verdict, result.publish)
 
 
-def _prepared(draft: Draft, ended: Ending, result: PrepareResult) -> Draft:
+def _prepared(draft: Draft, verdict: Verdict, result: PrepareResult) -> Draft:
     message = (
         f"{result.train_records} records in {result.train_sequences} sequences of {result.train_tokens} tokens; "
         f"{result.steps} steps"
     )
     finding = Finding(kind=ConditionType.PREPARED, status="True", reason=Reason.PREPARED, message=message)
-    draft = draft.move(JobEvent.PREPARED, finding, prepared=result, retry_after=None, **_books(draft, ended))
+    draft = draft.move(JobEvent.PREPARED, finding, prepared=result, retry_after=None, **_books(draft, verdict))
     return draft.tell(Event(reason=Reason.PREPARED, message=message))
 
 
-def _trained(draft: Draft, ended: Ending, result: TrainResult) -> Draft:
+def _trained(draft: Draft, verdict: Verdict, result: TrainResult) -> Draft:
     message = f"trained {result.step} steps; the adapter is at {result.adapter_uri}"
     released = "training is done, the GPU is free"
     draft = draft.move(
@@ -103,14 +103,14 @@ def _trained(draft: Draft, ended: Ending, result: TrainResult) -> Draft:
         Finding(kind=ConditionType.RUNNING, status="False", reason=Reason.TRAINED, message=message),
         adapter_uri=result.adapter_uri,
         adapter_digest=result.adapter_digest,
-        progress=_last_progress(draft, ended, result),
+        progress=_last_progress(draft, verdict, result),
         retry_after=None,
-        **_books(draft, ended),
+        **_books(draft, verdict),
     )
     return draft.tell(Event(reason=Reason.TRAINED, message=message))
 
 
-def _last_progress(draft: Draft, ended: Ending, result: TrainResult) -> ProgressReport:
+def _last_progress(draft: Draft, verdict: Verdict, result: TrainResult) -> ProgressReport:
     """The result as a last report, so that the status shows the final losses even if no report came through."""
     return ProgressReport(
         stage="train",
@@ -121,11 +121,11 @@ def _last_progress(draft: Draft, ended: Ending, result: TrainResult) -> Progress
         eval_loss=result.eval_loss,
         checkpoint_step=result.step if result.checkpoint_uri else None,
         checkpoint_uri=result.checkpoint_uri,
-        time=ended.finish_time,
+        time=verdict.finish_time,
     )
 
 
-def _published(draft: Draft, ended: Ending, result: PublishResult) -> Draft:
+def _published(draft: Draft, verdict: Verdict, result: PublishResult) -> Draft:
     where = f"{result.registered_model} version {result.model_version}"
     mlflow: MlflowStatus = draft.status.mlflow.model_copy(
         update={"registered_model": result.registered_model, "model_version": result.model_version}
@@ -137,7 +137,7 @@ def _published(draft: Draft, ended: Ending, result: PublishResult) -> Draft:
         mlflow=mlflow,
         finish_time=draft.now,
         retry_after=None,
-        **_books(draft, ended),
+        **_books(draft, verdict),
     )
     return draft.tell(Event(reason=Reason.SUCCEEDED, message=f"published as {where}"))
 
@@ -145,56 +145,56 @@ def _published(draft: Draft, ended: Ending, result: PublishResult) -> Draft:
 # --- an attempt that did not ----------------------------------------------------------------------------------
 
 
-def _back(draft: Draft, attempt: Attempt, ended: Ending) -> Draft:
-    """To where the job was before the attempt."""
+def _back(draft: Draft, attempt: Attempt, verdict: Verdict) -> Draft:
+    """Puts the job back to where it was before the attempt."""
     findings = [
-        Finding(kind=_PROGRESS_CONDITION[attempt.stage], status="False", reason=ended.reason, message=ended.message)
+        Finding(kind=_PROGRESS_CONDITION[attempt.stage], status="False", reason=verdict.reason, message=verdict.message)
     ]
     if attempt.stage == "train":
         findings.append(
-            Finding(kind=ConditionType.ADMITTED, status="False", reason=ended.reason, message=ended.message)
+            Finding(kind=ConditionType.ADMITTED, status="False", reason=verdict.reason, message=verdict.message)
         )
-        if ended.reason.remedy is Remedy.RESUME:
+        if verdict.reason.recovery is Recovery.RESUME:
             findings.append(
-                Finding(kind=ConditionType.EVICTED, status="True", reason=ended.reason, message=ended.message)
+                Finding(kind=ConditionType.EVICTED, status="True", reason=verdict.reason, message=verdict.message)
             )
-    return draft.move(_ENDED[attempt.stage], *findings, **_books(draft, ended))
+    return draft.move(_ENDED[attempt.stage], *findings, **_books(draft, verdict))
 
 
-def _resume(draft: Draft, attempt: Attempt, ended: Ending, snapshot: Snapshot) -> Draft:
+def _resume(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot) -> Draft:
     """Again, at no cost to the job.
 
     Attempts start at least the base backoff apart, so a place where stages vanish at once is not hammered. A stop
     that we asked for cannot repeat itself like that and waits for nothing.
     """
     evictions = dict(draft.status.evictions)
-    evictions[ended.reason.value] = evictions.get(ended.reason.value, 0) + 1
-    asked = attempt.stop_reason is ended.reason
+    evictions[verdict.reason.value] = evictions.get(verdict.reason.value, 0) + 1
+    asked = attempt.stop_reason is verdict.reason
     apart = attempt.created_time + timedelta(seconds=snapshot.policy.backoff_base_seconds)
     draft = draft.amend(evictions=evictions, retry_after=apart if not asked and apart > draft.now else None)
-    return draft.tell(Event(reason=ended.reason, message=ended.message))
+    return draft.tell(Event(reason=verdict.reason, message=verdict.message))
 
 
-def _retry(draft: Draft, attempt: Attempt, ended: Ending, snapshot: Snapshot) -> Draft:
+def _retry(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot) -> Draft:
     """Again after a backoff, as long as failures remain."""
-    if attempt.stage == "publish" and ended.reason is Reason.TRANSIENT_ERROR:
+    if attempt.stage == "publish" and verdict.reason is Reason.TRANSIENT_ERROR:
         wait = _backoff(snapshot.policy, _unbroken_publish_attempts(draft))
-        return draft.amend(retry_after=_after(draft.now, wait)).tell(_warning(ended))
-    draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(ended))
+        return draft.amend(retry_after=_after(draft.now, wait)).tell(_warning(verdict))
+    draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(verdict))
     if _limit_exceeded(draft):
-        return _give_up(draft, ended)
+        return _give_up(draft, verdict)
     wait = _backoff(snapshot.policy, draft.status.failures_total)
     return draft.amend(retry_after=_after(draft.now, wait))
 
 
-def _step_up(draft: Draft, attempt: Attempt, ended: Ending, snapshot: Snapshot) -> Draft:
-    """Again under a thriftier plan or on a larger class, as long as failures remain."""
+def _escalate(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot) -> Draft:
+    """Again under a fallback plan or on a larger class, as long as failures remain."""
     failed, prepared = draft.status.estimate, draft.status.prepared
     if attempt.stage != "train" or failed is None or prepared is None:
-        return _retry(draft, attempt, ended, snapshot)
-    draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(ended))
+        return _retry(draft, attempt, verdict, snapshot)
+    draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(verdict))
     if _limit_exceeded(draft):
-        return _give_up(draft, ended)
+        return _give_up(draft, verdict)
     margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
     chosen = step_up(
         draft.job.spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared), margins=margins
@@ -202,10 +202,10 @@ def _step_up(draft: Draft, attempt: Attempt, ended: Ending, snapshot: Snapshot) 
     if isinstance(chosen, Refusal):
         return fail(draft, chosen.reason, chosen.message)
     draft = draft.amend(estimate=chosen, step_ups=draft.status.step_ups + 1)
-    return draft.tell(Event(reason=Reason.OUT_OF_MEMORY, message=_stepped_up(failed, chosen)))
+    return draft.tell(Event(reason=Reason.OUT_OF_MEMORY, message=_escalated(failed, chosen)))
 
 
-def _stepped_up(failed: Estimate, chosen: Estimate) -> str:
+def _escalated(failed: Estimate, chosen: Estimate) -> str:
     return f"out of memory under {_in_words(failed)}; resuming under {_in_words(chosen)}"
 
 
@@ -213,12 +213,12 @@ def _in_words(chosen: Estimate) -> str:
     return f"{plan_words(chosen.plan)}, on {chosen.gpu_class}"
 
 
-_AGAIN: Mapping[Remedy, Callable[[Draft, Attempt, Ending, Snapshot], Draft]] = {
-    Remedy.RESUME: _resume,
-    Remedy.RETRY: _retry,
-    Remedy.STEP_UP: _step_up,
+_AGAIN: Mapping[Recovery, Callable[[Draft, Attempt, Verdict, Snapshot], Draft]] = {
+    Recovery.RESUME: _resume,
+    Recovery.RETRY: _retry,
+    Recovery.ESCALATE: _escalate,
     # A reason that is no end at all can only come from a stage that mixes up its words; trying again is safe.
-    Remedy.NONE: _retry,
+    Recovery.NONE: _retry,
 }
 
 
@@ -226,14 +226,14 @@ def _limit_exceeded(draft: Draft) -> bool:
     return draft.status.failures_total > draft.job.spec.backoff_limit
 
 
-def _give_up(draft: Draft, ended: Ending) -> Draft:
+def _give_up(draft: Draft, verdict: Verdict) -> Draft:
     failures, limit = draft.status.failures_total, draft.job.spec.backoff_limit
-    message = f"{failures} failed attempts are more than backoffLimit {limit}; the last one: {ended.message}"
+    message = f"{failures} failed attempts are more than backoffLimit {limit}; the last one: {verdict.message}"
     return fail(draft, Reason.BACKOFF_LIMIT_EXCEEDED, message)
 
 
-def _warning(ended: Ending) -> Event:
-    return Event(reason=ended.reason, message=ended.message, warning=True)
+def _warning(verdict: Verdict) -> Event:
+    return Event(reason=verdict.reason, message=verdict.message, warning=True)
 
 
 def _backoff(policy: Policy, failures: int) -> float:
@@ -259,22 +259,22 @@ def _unbroken_publish_attempts(draft: Draft) -> int:
 # --- what every end is booked as -------------------------------------------------------------------------------
 
 
-def _books(draft: Draft, ended: Ending) -> dict[str, object]:
+def _books(draft: Draft, verdict: Verdict) -> dict[str, object]:
     """The status changes that any end brings: the attempt closed, its seconds counted."""
     attempt = draft.attempt
     assert attempt is not None, "only an active attempt can end"
-    on_gpu = ended.seconds if attempt.stage == "train" else 0.0
-    train = ended.result.train
+    on_gpu = verdict.seconds if attempt.stage == "train" else 0.0
+    train = verdict.result.train
     return {
         "attempts": draft.change_attempt(
-            start_time=ended.start_time,
-            finish_time=ended.finish_time,
-            exit_code=ended.exit_code,
-            reason=ended.reason,
-            message=clip(ended.message),
+            start_time=verdict.start_time,
+            finish_time=verdict.finish_time,
+            exit_code=verdict.exit_code,
+            reason=verdict.reason,
+            message=clip(verdict.message),
             measured_bytes=train.peak_allocated_bytes if train is not None else None,
             versions=train.versions if train is not None else None,
         ),
-        "active_seconds": draft.status.active_seconds + ended.seconds,
+        "active_seconds": draft.status.active_seconds + verdict.seconds,
         "gpu_seconds": draft.status.gpu_seconds + on_gpu,
     }

@@ -20,7 +20,7 @@ STOPPED = frozenset({Reason.PREEMPTED, Reason.KILLED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class Verdict:
     """An attempt's end. `reason` is SUCCEEDED only where the result of its stage is there."""
 
     reason: Reason
@@ -36,12 +36,12 @@ class Ending:
         return 0.0 if self.start_time is None else max(0.0, (self.finish_time - self.start_time).total_seconds())
 
 
-def ending(attempt: Attempt, fact: StageFact | None, now: datetime) -> Ending:
+def judge(attempt: Attempt, fact: StageFact | None, now: datetime) -> Verdict:
     """The end of an attempt whose stage exited or, where there is no fact, does not exist any more."""
     result = (fact.result if fact else None) or StageResult()
     exit_code = fact.exit_code if fact else None
     reason = _reason(attempt, fact, result)
-    return Ending(
+    return Verdict(
         reason=reason,
         message=_message(attempt, exit_code, reason, result),
         start_time=attempt.start_time or (fact.start_time if fact else None),
@@ -56,14 +56,14 @@ def _reason(attempt: Attempt, fact: StageFact | None, result: StageResult) -> Re
     disruption = fact.disruption if fact else None
     if fact is None or fact.exit_code is None:
         return attempt.stop_reason or disruption or Reason.LOST
-    verdict = exit_reason(fact.exit_code)
-    if verdict is Reason.SUCCEEDED:
+    claimed = exit_reason(fact.exit_code)
+    if claimed is Reason.SUCCEEDED:
         return Reason.SUCCEEDED if _has_result(attempt.stage, result) else Reason.INTERNAL_ERROR
-    if verdict in STOPPED and attempt.stop_reason is not None:
+    if claimed in STOPPED and attempt.stop_reason is not None:
         return attempt.stop_reason
     if disruption is not None:
         return disruption
-    return Reason.DISRUPTED if verdict is Reason.PREEMPTED else verdict
+    return Reason.DISRUPTED if claimed is Reason.PREEMPTED else claimed
 
 
 def _has_result(stage: StageKind, result: StageResult) -> bool:

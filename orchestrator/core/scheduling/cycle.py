@@ -1,7 +1,7 @@
 """All jobs together: which stages start now, who makes way, and why everybody else waits.
 
-`core/decide` turns the outcome into commands, `core/explain` into sentences; both see the very same decision. What is
-worked out for one job is contained there (`core/job/containment`): it can fail that job, never the others' round.
+One `Schedule` is the whole decision: commands and explanations are both read from it. What is worked out for one job is
+contained there (`core/job/containment`): it can fail that job, never the others' round.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Who has to make way: victims for claims that found no room.
 
-`core/scheduling/cycle` is the caller; this chooses and changes nothing. A victim has a lower priority than the claim,
+Choosing changes nothing: asking a victim to stop comes later. A victim has a lower priority than the claim,
 or its queue borrows what the claim's queue owns (reclaim, whatever the priority). Every job takes one GPU, so one
 victim is always enough. GPUs whose stage is already stopping count as coming free, and no new victim is taken while
 enough of them are.
@@ -130,7 +130,7 @@ def _options(claim: Claim, running: Iterable[Holding], books: Ledger, policy: Po
 
 
 def _may_evict(claim: Claim, holding: Holding, books: Ledger) -> Reason | None:
-    """On what ground the claim may move the holding, if any."""
+    """The ground on which the claim may move the holding, if any."""
     spec = books.queues.get(claim.queue)
     if spec is None:
         return None
