@@ -32,6 +32,7 @@ from orchestrator.core.commands import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    ReleaseUnreadable,
     ReportDefect,
     StopStage,
     WriteStatus,
@@ -102,6 +103,8 @@ class World:
         match command:
             case ReportDefect():
                 raise AssertionError(command.trace)
+            case ReleaseUnreadable():
+                raise AssertionError("every job of this world parses")
             case WriteStatus():
                 self._write(command.job, command.status)
             case EnsureStage():
