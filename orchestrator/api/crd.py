@@ -278,7 +278,7 @@ class _Converter:
         return schema | self._map(node) if schema.get("type") == "object" else schema
 
     def _resolved(self, node: Json) -> Json:
-        """With its reference followed and without null; what the field says goes before what its type says."""
+        """Follow the node's reference and leave null out; what the field says goes before what its type says."""
         options = [option for option in node.get("anyOf", []) if option != _NULL]
         outer = {key: value for key, value in node.items() if key != "$ref"}
         if len(options) == 1:

@@ -41,7 +41,7 @@ from orchestrator.api.stage_name import StageKind, StageName
 
 CANCEL_ANNOTATION = "qlora.dev/cancel"
 RELEASE_FINALIZER = "qlora.dev/release"
-"""On a job while something outside has to be settled before its object may go: see `core/job/finalizer`."""
+"""The finalizer of a job for which something outside has to be settled before its object may go."""
 # What the results depend on; a job that should compute something else is another job.
 IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
@@ -135,7 +135,7 @@ class TrainingSpec(Model):
     """Optimizer steps; overrides epochs."""
     sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
     packing: bool = True
-    """Fill sequences with several records; attention and positions never cross a record's border."""
+    """Fill sequences with several records; attention and positions never cross a record boundary."""
     global_batch_size: int = Field(default=16, ge=1, le=65536)
     """Sequences in one optimizer step."""
     learning_rate: DecimalString = "2e-4"

@@ -15,7 +15,7 @@ class Mixture(Model):
     """The experts of a model, the same in every layer."""
 
     experts: int = Field(ge=1)
-    """Of which each token chooses some."""
+    """Routed experts of a layer, of which each token chooses some."""
     experts_per_token: int = Field(ge=1)
     expert_size: int = Field(ge=1)
     """The width inside one of them."""

@@ -104,7 +104,7 @@ class ProgressReport(Model):
     stage: Literal["prepare", "train", "publish"]
     step: int = Field(default=0, ge=0)
     steps: int = Field(default=0, ge=0)
-    """Of how many; 0 when unknown."""
+    """How many steps there are; 0 when unknown."""
     detail: Sentence = ""
     """What is being done, in words."""
     loss: float | None = None

@@ -44,7 +44,7 @@ class StageTask(Model):
     run_id: ShortText | None = None
     """The job's MLflow run. Always set for publish; for train it may be absent while MLflow is away."""
     grace_seconds: int = Field(default=120, ge=1, le=86_400)
-    """Between being asked to stop and being killed."""
+    """Seconds between being asked to stop and being killed."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the trainer; fixed, because the order of CPU sums depends on it."""
 

@@ -27,7 +27,7 @@ from orchestrator.sdk.handle import JobHandle, JobResult, is_finished
 BAR_WIDTH = 36
 REFRESHES_PER_SECOND = 8
 PLAIN_STEPS_SHARE = 0.1
-"""Without a terminal, a line is printed each time so much of the steps is done."""
+"""Share of the steps after which another line is printed where there is no terminal."""
 STAGES = ("prepare", "train", "publish")
 PLAIN_DETAIL = "training"
 """What the train stage reports while nothing but training goes on; the bar says it better."""

@@ -122,7 +122,7 @@ def _alternatives(alternatives: tuple[Alternative, ...]) -> Table:
 
 
 def _time(estimate: Estimate) -> str:
-    """Of all steps, or of one where nobody has counted them yet."""
+    """The time of all steps, or of one where nobody has counted them yet."""
     if estimate.seconds is not None or estimate.step_seconds is None:
         return duration(estimate.seconds)
     return f"{estimate.step_seconds:.2g}s/step"

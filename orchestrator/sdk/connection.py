@@ -1,6 +1,6 @@
 """What the client talks to: an object store, the place of the stages' logs, and whether anybody is at work.
 
-`Client` holds one. `embedded` opens the service of this machine, `on_cluster` one on Kubernetes, and `connect` what
+`embedded` opens the service of this machine, `on_cluster` one on Kubernetes, and `connect` what
 the settings name. None of them imports ray or mlflow.
 """
 

@@ -25,7 +25,7 @@ class Explanation:
     job: str
     state: JobState
     sentences: tuple[str, ...]
-    """In the order in which to read them."""
+    """The reasons, in the order in which to read them."""
 
     def to_wire(self) -> dict[str, object]:
         """JSON types with wire names."""

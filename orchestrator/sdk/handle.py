@@ -1,7 +1,7 @@
 """JobHandle: everything that can be done with one job that exists.
 
-`Client.submit` and `Client.handle` give one out. It remembers which job it stands for: if the job is deleted and
-another of its name created, the handle says so instead of acting on the wrong one.
+A handle stands for one job by its uid: if the job is deleted and another of its name created, the handle says so
+instead of acting on the wrong one.
 """
 
 from __future__ import annotations

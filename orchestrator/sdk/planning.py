@@ -43,7 +43,7 @@ class JobPlan:
     job: str
     facts: ModelFacts
     chosen: Estimate | None
-    """On the classes that exist here; absent where the job cannot run here."""
+    """The plan on the classes that exist here; absent where the job cannot run here."""
     refusal: Refusal | None
     """Why it cannot run here, and what would change it."""
     alternatives: tuple[Alternative, ...]
@@ -64,9 +64,9 @@ class Known:
     """What the service has been told and has learned, beside what its GPUs are."""
 
     prices: str = ""
-    """As the setting."""
+    """Dollars an hour by class, written as the setting is."""
     margins: Mapping[str, Margins] = field(default_factory=dict[str, Margins])
-    """By architecture."""
+    """What finished jobs have taught, by architecture."""
 
 
 def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], known: Known | None = None) -> JobPlan:

@@ -257,7 +257,7 @@ def test_a_stage_whose_stop_was_interrupted_before_its_start_never_starts(world:
 
 
 def test_a_stop_request_that_was_never_signaled_is_obeyed(world: World) -> None:
-    """As if the asking process had died between the two."""
+    """The asking process has died between the two."""
     stage = world.run()
     wait_for(lambda: world.step() >= 1)
     request = {"time_seconds": time.time(), "grace_seconds": 5, "reason": "Preempted"}

@@ -86,7 +86,7 @@ with ThreadPoolExecutor(4) as pool:
 
 
 def test_the_first_calls_may_come_from_all_workers_at_one_time(settings: Settings) -> None:
-    """In a process of their own, which has not imported mlflow yet."""
+    """The calls come in a process that has not imported mlflow yet."""
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FIRST_CALLS, str(settings.home)], capture_output=True, text=True
     )

@@ -104,7 +104,7 @@ class World:
         return self._running.pop(name).wait(20)
 
     def terminate(self, name: str) -> None:
-        """As a container is asked to end; whatever it leaves behind is a failure."""
+        """Ask it to end as a container is asked; whatever it leaves behind is a failure."""
         process = self._running.pop(name)
         tree = descendants(process.pid)
         process.terminate()
@@ -112,7 +112,7 @@ class World:
         assert not [pid for pid in tree if runs(pid)]
 
     def kill(self, name: str) -> None:
-        """As a container ends whose first process is killed: with everything in it."""
+        """End it as a container ends whose first process is killed: with everything in it."""
         process = self._running.pop(name)
         tree = [process.pid, *descendants(process.pid)]
         for pid in tree:

@@ -35,7 +35,7 @@ class Faults:
     delay_events: float = 0.0
     delay_seconds: float = 0.5
     end_watches: float = 0.0
-    """After an event, of the watch that told it."""
+    """How often the watch that told an event ends after it."""
     stale_reads: float = 0.0
     """A read is answered with an earlier answer to the same request."""
     errors: float = 0.0

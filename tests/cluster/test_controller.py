@@ -127,7 +127,7 @@ def api(cluster: ControlPlane) -> Iterator[KubeApi]:
 
 @pytest.fixture
 def proxy(cluster: ControlPlane) -> Iterator[Proxy]:
-    """Between the controller and the API server."""
+    """A proxy between the controller and the API server."""
     with fault_proxy(cluster.url) as proxy:
         yield proxy
 
@@ -204,7 +204,7 @@ def test_two_jobs_come_through_and_every_write_is_counted(
 def test_killed_at_each_of_its_writes_it_loses_nothing(
     api: KubeApi, proxy: Proxy, program: Program, tmp_path: Path, moment: str
 ) -> None:
-    """After every write that was carried out; and before every second, since one that never passes ends nothing."""
+    """Kills come after every write that was carried out, and before every other: one that never passes ends nothing."""
     store = KubernetesStore(api)
     killed: list[int] = []
 

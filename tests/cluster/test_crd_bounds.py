@@ -145,7 +145,7 @@ def agree_on_all(api: KubeApi, kind: type[QLoRAJob] | type[QLoRAQueue], spec: Js
 
 
 def rule_breakers() -> list[tuple[str, object]]:
-    """For every rule of a job's spec something that only it forbids."""
+    """Something that only it forbids, for every rule of a job's spec."""
     both = {"source": "s3://b/t", "evalSource": "s3://b/e", "evalFraction": "0.1"}
     found: list[tuple[str, object]] = [("dataset.evalFraction", "0.6"), ("dataset", both)]
     found += [("adapter.dropout", "1"), ("tracking.alias", "v1")]
@@ -157,7 +157,7 @@ def rule_breakers() -> list[tuple[str, object]]:
 
 
 def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> None:
-    """And the field that each names is in the answer."""
+    """The field that each names is in the answer, too."""
     own = {rule for model, rules in RULES.items() if model is not Estimate for each in rules.values() for rule in each}
     cases = [(QLoRAJob, changed(SPEC, path, value)) for path, value in rule_breakers()]
     cases.append((QLoRAQueue, {"quotas": [QUOTA, QUOTA]}))

@@ -68,7 +68,7 @@ OURS: Mapping[str, Rights] = {
     "edit": {("team-a", "qlorajobs.qlora.dev"): CHANGE, ("team-a", "qlorajobs/status.qlora.dev"): LOOK},
     "view": {("team-a", "qlorajobs.qlora.dev"): LOOK, ("team-a", "qlorajobs/status.qlora.dev"): LOOK},
 }
-"""Of the cluster's own roles: what they have become with the chart's, in our group."""
+"""What the cluster's own roles may do in our group, with the chart's added."""
 HOMES = {"controller": (NAMESPACE, RELEASE)}
 """Account -> (namespace, name), where it is not one of team-a's."""
 

@@ -83,7 +83,7 @@ def test_a_view_ends_up_as_what_the_server_has_and_never_goes_back(
 
 
 def create(store: KubernetesStore, name: str) -> None:
-    """Like a user who tries again until the job is there."""
+    """Create it as a user does who tries again until the job is there."""
     for _ in range(TRIES):
         try:
             store.create_job(submitted_job(name))
@@ -99,7 +99,7 @@ def create(store: KubernetesStore, name: str) -> None:
 
 
 def write(store: KubernetesStore, name: str, turn: int) -> None:
-    """Like the controller: on a conflict it looks again, on a transient error it tries again."""
+    """Write as the controller does: look again on a conflict, try again on a transient error."""
     for _ in range(TRIES):
         try:
             store.update_status(store.get_job("team-a", name), QLoRAJobStatus(attempts_total=turn))

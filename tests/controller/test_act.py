@@ -300,7 +300,7 @@ def test_an_allowance_saves_up_to_its_bound_what_is_not_used() -> None:
 
 
 def test_a_status_that_the_store_refuses_for_good_becomes_a_fact(world: World) -> None:
-    """Until a status of the job is stored, which says how it ended."""
+    """It is one until a status of the job is stored, which says how it ended."""
     job = world.job()
     world.actor.act([WriteStatus(job=job, status=QLoRAJobStatus().model_copy(update={"attempts_total": 1e30}))])
     [why] = world.actor.refused().values()

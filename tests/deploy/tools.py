@@ -31,7 +31,7 @@ def tool(name: str) -> str:
 
 
 def checkov() -> str:
-    """From its own environment, which `make test-chart` sets up: its pins differ from ours."""
+    """The program in its own environment, which `make test-chart` sets up: its pins differ from ours."""
     found = os.environ.get(CHECKOV_VARIABLE) or shutil.which("checkov")
     return found or absent(f"no checkov: run `make test-chart`, or set {CHECKOV_VARIABLE} to one")
 

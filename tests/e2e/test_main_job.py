@@ -21,8 +21,8 @@ MARGIN = 0.5
 """Nats by which held-out loss must fall in the few steps of this test; measured falls are about twice that."""
 STEPS = 16
 ROUNDING = 0.005
-"""Of the trainer's held-out loss: two bfloat16 ways through SmolLM2's thirty layers differ by up to 0.003, while an
-adapter of another step or a wrong mask is off by ten times as much."""
+"""How far held-out losses may be apart, in nats: two bfloat16 ways through SmolLM2's thirty layers differ by up to
+0.003, while an adapter of another step or a wrong mask is off by ten times as much."""
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ LADDER = (
 )
 """GPU class, micro-batch, recomputed layers and what is offloaded, of every train attempt."""
 ROUNDING = 0.02
-"""Of a step's loss, in nats: other micro-batches add up in another order, in bfloat16."""
+"""How far a step's losses may be apart, in nats: other micro-batches add up in another order, in bfloat16."""
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 STOP_SECONDS = 10.0
-"""From asking a program to end until it is killed."""
+"""Seconds from asking a program to end until it is killed."""
 POLL_SECONDS = 0.1
 LOG_LINES_SHOWN = 15
 

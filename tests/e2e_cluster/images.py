@@ -222,7 +222,7 @@ def _buildah(cache: Path, *arguments: str) -> None:
 
 
 def _isolated(command: Sequence[str | Path]) -> list[str]:
-    """In namespaces of its own for mounts and processes: both end with it."""
+    """The command in namespaces of its own for mounts and processes, which end with it."""
     return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *(str(part) for part in command)]
 
 

@@ -65,7 +65,7 @@ class Lab:
 
     @property
     def kubeconfig(self) -> Path:
-        """Of the administrator."""
+        """The administrator's kubeconfig."""
         return self.folder / "admin.kubeconfig"
 
     @property

@@ -36,7 +36,7 @@ class NodeSpec:
 
     name: str
     address: str
-    """On the lab's bridge."""
+    """The node's address on the lab's bridge."""
     gateway: str
     """The lab's own address: API server, DNS and registry are there."""
     pod_subnet: str

@@ -30,7 +30,7 @@ EXAMPLE = CHECKOUT / "examples" / "medical-es"
 INSTALL_SECONDS, JOB_SECONDS = 300, 900
 """Bounds, for a machine that is busy with other things: on two idle cores either takes a tenth of that."""
 HELD_OUT_RECORDS = 8
-"""Of the example's: an evaluation of all takes as long as five steps, and a job here evaluates twice."""
+"""How many of the example's are used: evaluating all takes as long as five steps, and a job here evaluates twice."""
 POLL_SECONDS = 1.0
 """Less than a step takes; each look starts two programs that take the trainer's processor from it."""
 MLFLOW_PORT = 5000
@@ -238,7 +238,7 @@ def story(lab: Lab, name: str) -> str:
 
 
 def evict(lab: Lab, pod: str) -> None:
-    """As an administrator or an autoscaler does, through the API."""
+    """Evict a pod as an administrator or an autoscaler does, through the API."""
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": TEAM}}
     path = f"/api/v1/namespaces/{TEAM}/pods/{pod}/eviction"
     lab.kubectl("create", f"--raw={path}", "--filename=-", stdin=json.dumps(eviction))

@@ -20,7 +20,8 @@ from tests.cluster.resources import NAMESPACES
 
 SILENCE_SECONDS = 600.0
 POLL_SECONDS = 0.1
-"""Between two looks of whoever waits. Looking at every event would take more of the machine than what is measured."""
+"""Seconds between two looks of whoever waits: a look at every event would take more of the machine than what is
+measured."""
 SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 
 
@@ -77,7 +78,7 @@ class Observer:
         self._thread.join()
 
     def wait(self, seen: Callable[[], bool], timeout_seconds: float, what: str) -> None:
-        """Until something is so. Fails the test after the time, or where the watch has ended."""
+        """Wait until something is so. Fails the test after the time, or where the watch has ended."""
         deadline = time.monotonic() + timeout_seconds
         while not seen():
             time.sleep(POLL_SECONDS)

@@ -171,7 +171,7 @@ class Trial:
         return self._told("jobs prepared", {"submit_seconds": submitted, "prepare_seconds": prepared})
 
     def _wait_until_quiet(self) -> None:
-        """Until every job of the mass has a status that says that its queue is held."""
+        """Wait until every job of the mass has a status that says that its queue is held."""
         deadline = time.monotonic() + PREPARE_SECONDS
         while sum(1 for job in self._jobs() if _is_held(job)) < self.size.jobs:
             assert time.monotonic() < deadline, "not all jobs came to wait for their queues"
@@ -255,7 +255,7 @@ class Trial:
             self.plane.processes[program].send_signal(number)
 
     def _requests(self, before: Counter[tuple[str, str]]) -> Json:
-        """Of the controller's account, by the API server's own count, for each job of the mass.
+        """Requests of the controller's account for each job of the mass, by the API server's own count.
 
         Suspended jobs have a namespace of their own, and what is asked about them is told apart.
         """

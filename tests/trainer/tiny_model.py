@@ -1,8 +1,8 @@
 """Builds the tiny random models that trainer tests run on: a real tokenizer, a real config, real safetensors.
 
-Called by tests only. Nothing is downloaded: the tokenizer is trained on the example dataset, the weights are drawn
-from a seed. A build is deterministic in its arguments, and `tiny_model` keeps one per set of arguments and process.
-Treat its folder as read-only; tests that damage a model build their own with `build_tiny_model`.
+Nothing is downloaded: the tokenizer is trained on the example dataset, the weights are drawn from a seed. A build is
+deterministic in its arguments, and `tiny_model` keeps one per set of arguments and process. Treat its folder as read-
+only; tests that damage a model build their own with `build_tiny_model`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def example_texts() -> list[str]:
 
 
 def _byte_level(vocab_size: int) -> Any:
-    """As in GPT-2, Llama 3 and Qwen: text is spelled in bytes, so nothing is ever unknown."""
+    """A tokenizer like those of GPT-2, Llama 3 and Qwen: text is spelled in bytes, so nothing is ever unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -154,7 +154,7 @@ def _byte_level(vocab_size: int) -> Any:
 
 
 def _byte_fallback(vocab_size: int) -> Any:
-    """As in Llama 2, Mistral and Gemma: words carry a `▁`, and characters not in the vocabulary become byte tokens."""
+    """A tokenizer like those of Llama 2, Mistral and Gemma: words carry a `▁`, unknown characters become bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -1,7 +1,7 @@
 """Builds train tasks that a CPU finishes in seconds: a tiny model and a prepared dataset that can be learned.
 
-Called by tests only. The prepared folder is written here from its documented format, not by the prepare stage, so that
-these tests hold the trainer to the contract.
+The prepared folder is written here from its documented format, not by the prepare stage, so that these tests hold the
+trainer to the contract.
 """
 
 from __future__ import annotations
