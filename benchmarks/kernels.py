@@ -33,7 +33,7 @@ from peft.tuners.lora import LoraLayer
 from qlora_trainer.data.encoding import IGNORED_LABEL
 from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels import ops, torch_ops
-from qlora_trainer.kernels.moe_experts import TILE_TOKENS, NF4Experts
+from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.cuda_graphs import Replay
@@ -42,6 +42,7 @@ from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training import runtime
 from torch import Tensor
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan, OffloadTarget
 
@@ -191,8 +192,9 @@ def time_experts(device: torch.device, experts: int, hidden: int, inner: int, ea
     shape = {"dtype": torch.bfloat16, "device": device}
     gate_up, down = torch.randn(experts, 2 * inner, hidden, **shape), torch.randn(experts, hidden, inner, **shape)
     layer = NF4Experts(experts, hidden, inner, gate_up=0.02 * gate_up, down=0.02 * down).to(device)
-    x, grad = torch.randn(TILE_TOKENS, hidden, **shape), torch.randn(TILE_TOKENS, hidden, **shape)
-    weights, index = torch.rand(TILE_TOKENS, experts, device=device).topk(each)
+    tokens = trainer_facts.EXPERT_TILE_TOKENS
+    x, grad = torch.randn(tokens, hidden, **shape), torch.randn(tokens, hidden, **shape)
+    weights, index = torch.rand(tokens, experts, device=device).topk(each)
     return {
         "forward": milliseconds(partial(layer.mix, x, index, weights)),
         "backward": milliseconds(partial(layer.mix_backward, grad, x, index, weights)),

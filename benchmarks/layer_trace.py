@@ -43,6 +43,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from benchmarks.architectures import CONFIGS
 from benchmarks.report import argument_parser
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import MIXTURES
 from orchestrator.api.package_data import TRACED_LAYERS_NAME
@@ -296,8 +297,8 @@ class TracedLinear(bnb.nn.Linear4bit):
         return weights
 
     def scales(self) -> Tensor:
-        """One for each block of 64 weights."""
-        return torch.empty(self.in_features * self.out_features // 64, device=DEVICE)
+        """One for each block of weights."""
+        return torch.empty(self.in_features * self.out_features // trainer_facts.NF4_BLOCK, device=DEVICE)
 
     def forward(self, x: Tensor) -> Tensor:
         """As `Linear4bit.forward`."""

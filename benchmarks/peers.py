@@ -34,7 +34,6 @@ from typing import Any
 
 from benchmarks.report import argument_parser, emit, installed
 from benchmarks.shapes import layers_of
-from orchestrator.api.formats import Metric
 
 CHECKPOINT = "checkpoint"
 PACKAGES = {
@@ -253,8 +252,10 @@ def add_mfu(stacks: dict[str, Any], operations: dict[str, float]) -> None:
     cases = [case for stack in stacks.values() for case in stack.get("cases", {}).items()]
     for text, figures in cases:
         seconds = figures.get("step_seconds")
-        if seconds and size_of(text) in operations:
-            figures["mfu"] = round(card.metrics(operations[size_of(text)], seconds).get(Metric.MFU, 0.0), 4)
+        if not seconds or size_of(text) not in operations:
+            continue
+        utilization = card.utilization(operations[size_of(text)], seconds)
+        figures.update(utilization.rounded() if utilization is not None else {})
 
 
 def best_by_length(stacks: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -50,9 +50,9 @@ from qlora_trainer.training.loop import clip, gradient_norm
 from qlora_trainer.training.optimizer import AdapterOptimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec, TrainingSpec
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.sizing.footprint import FUSED_TYPES
 
 GIB = 1 << 30
 CUT_LAYERS = (4, 2)
@@ -193,7 +193,7 @@ def _dealt(draw: random.Random, values: tuple[Any, ...]) -> Iterator[Any]:
 
 def _offload(draw: random.Random, model: str, recompute: int) -> tuple[Any, ...]:
     of = CONFIGS[model]
-    fused, tied = of["model_type"] in FUSED_TYPES, of["tie_word_embeddings"]
+    fused, tied = of["model_type"] in trainer_facts.HANDWRITTEN_TYPES, of["tie_word_embeddings"]
     activations = ("activations",) if fused and recompute and draw.random() < 0.3 else ()
     return (*activations, *(("embeddings",) if not tied and draw.random() < 0.3 else ()))
 

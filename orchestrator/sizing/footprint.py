@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import remembered
-from orchestrator.sizing.memory.attention import LARGEST_OWN_HEAD, SHORT_RECORD_TOKENS, Attention
+from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED_TYPES, Attention
 from orchestrator.sizing.memory.cuda_allocator import LARGE_PAGE, SMALL_PAGE
 from orchestrator.sizing.memory.experts import Experts, expert_linears, fusing_bytes
 from orchestrator.sizing.memory.fragmentation import Rehearsed, reserved_bytes
@@ -28,29 +29,11 @@ from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linea
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 from orchestrator.sizing.memory.traced_layer import PlainLayer, final_norm, plain_layer
 
-OPTIMIZER_BYTES = {
-    "adamw_8bit": 2 + 8 / 256,  # two 8-bit moments, and a 32-bit constant for each block of 256
-    "paged_adamw_8bit": 2 + 8 / 256,
-    "adamw_32bit": 8.0,
-    "paged_adamw_32bit": 8.0,
-}
-"""For each trainable parameter, in the allocator or in paged memory."""
-SCALE_BYTES = FP32_BYTES / 256
-"""For each 8-bit moment; scales are not paged."""
-LEAST_PAGED = 100_000
-"""bitsandbytes pages the state of larger parameters alone (`get_state_buffer`); the trainer updates all as one."""
-CUBLAS_BYTES = 32 << 20
-"""The workspace that CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, for each pair of thread and stream that multiplies."""
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
-REPLAY_TOKENS, REPLAY_TOKENS_STEP = 6144, 256
-"""Micro-batches of up to so many tokens run as CUDA graphs, padded (`qlora_trainer/model/cuda_graphs.py`)."""
-FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe"})
-"""Model types whose layers the trainer computes by hand (`qlora_trainer/kernels/takeover.py`, the registry)."""
 NORMALIZED_HEADS, SCALED_EMBEDDINGS = frozenset({"qwen3", "qwen3_moe"}), frozenset({"granite"})
-"""Of these, the ones that normalize queries and keys by head, and that multiply what they have looked up."""
-SQUASHING_TYPES = frozenset({"gemma2"})
-"""Model types whose attention squashes its scores."""
+"""Of the types whose layers are written by hand: those that normalize queries and keys by head, and those that multiply
+what they have looked up."""
 NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "starcoder2": 4}
 """Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
 MOST_MULTIPROCESSORS = 148
@@ -217,12 +200,12 @@ def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
 
 def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
     """Whether the trainer computes this model's layers by hand."""
-    return facts.model_type in FUSED_TYPES and not adapter.use_dora
+    return facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not adapter.use_dora
 
 
 def card_matters(adapter: AdapterSpec, facts: ModelFacts) -> bool:
     """Whether bytes depend on the card: torch's flash attention keeps sums for multiprocessors, our own does not."""
-    return not is_fused(adapter, facts) or facts.head_dim > LARGEST_OWN_HEAD
+    return not is_fused(adapter, facts) or facts.head_dim > trainer_facts.LARGEST_TRITON_HEAD
 
 
 # --- the parts -------------------------------------------------------------------------------------------------
@@ -252,13 +235,14 @@ class _Question:
     def replayed(self) -> bool:
         """Whether micro-batches run as CUDA graphs."""
         graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and not self.noisy
-        return graphs and self.plan.micro_batch_size * self.sequence_length <= REPLAY_TOKENS
+        return graphs and self.plan.micro_batch_size * self.sequence_length <= trainer_facts.CUDA_GRAPH_TOKENS
 
     @cached_property
     def tokens(self) -> int:
         """Of a micro-batch, padding counted."""
         tokens = self.plan.micro_batch_size * self.sequence_length
-        return -(-tokens // REPLAY_TOKENS_STEP) * REPLAY_TOKENS_STEP if self.replayed else tokens
+        step = trainer_facts.CUDA_GRAPH_TOKENS_STEP if self.replayed else 1
+        return -(-tokens // step) * step
 
     @cached_property
     def stream(self) -> int:
@@ -296,7 +280,7 @@ def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
     )
     yield "adapter, bf16", trainable * BF16_BYTES
     yield "optimizer state", round(sum(_state(question)))
-    yield "cuBLAS workspaces", 2 * CUBLAS_BYTES  # of the main thread, and of autograd's
+    yield "cuBLAS workspaces", 2 * trainer_facts.CUBLAS_WORKSPACE_BYTES  # of the main thread, and of autograd's
 
 
 @remembered(ANSWERS_KEPT)
@@ -308,9 +292,9 @@ def _weight_bytes(facts: ModelFacts) -> int:
 def _state(question: _Question) -> tuple[float, ...]:
     """Tensors of the optimizer in the allocator: what is paged moves out where the allocator wants the room."""
     count, in_8_bit = question.trainable, question.optimizer.endswith("8bit")
-    paged = question.optimizer.startswith("paged") and count >= LEAST_PAGED
+    paged = question.optimizer.startswith("paged") and count >= trainer_facts.SMALLEST_PAGED
     moments = () if paged else (count * (1 if in_8_bit else FP32_BYTES),) * 2
-    return (*moments, *((count * SCALE_BYTES,) * 2 if in_8_bit else ()))
+    return (*moments, *((count * FP32_BYTES / trainer_facts.OPTIMIZER_BLOCK,) * 2 if in_8_bit else ()))
 
 
 def _sixteen_bit_bytes(question: _Question) -> int:
@@ -343,7 +327,9 @@ class _Instants:
             shared += 2 * allocated(question.shape.span)
         batch = shared + TOKEN_BYTES * question.tokens
         self._replayed = question.replayed
-        capturing = CUBLAS_BYTES if self._replayed else 0  # graphs are captured on a stream of their own, in each pass
+        capturing = (
+            trainer_facts.CUBLAS_WORKSPACE_BYTES if self._replayed else 0
+        )  # graphs are captured on a stream of their own, in each pass
         self._gradients = layers.recomputed.gradients
         self._table = self._gradients * layers.count
         self._before = self._table if question.plan.accumulation_steps > 1 or self._replayed else 0
@@ -407,7 +393,7 @@ def _loading_bytes(question: _Question) -> int:
     """
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
-    later = sum(_state(question)) + 2 * CUBLAS_BYTES
+    later = sum(_state(question)) + 2 * trainer_facts.CUBLAS_WORKSPACE_BYTES
     adapter = question.trainable * (FP32_BYTES - BF16_BYTES)
     mixture = None if question.loaded else facts.mixture
     fusing = 0 if mixture is None else fusing_bytes(mixture, facts.hidden_size)
@@ -430,7 +416,7 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         adapted=targeted(question.adapter, linears(facts)),
         adapter_bytes=question.trainable * BF16_BYTES,
         state=_state(question),
-        workspace_bytes=CUBLAS_BYTES,
+        workspace_bytes=trainer_facts.CUBLAS_WORKSPACE_BYTES,
         evaluates=evaluates,
     )
 
@@ -527,5 +513,5 @@ def _attention(question: _Question) -> Attention:
         head_size=facts.head_dim,
         deterministic=question.deterministic and not own,
         multiprocessors=1 if own else question.multiprocessors,
-        squashes=facts.model_type in SQUASHING_TYPES,
+        squashes=facts.model_type in SOFTCAPPED_TYPES,
     )

@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
+from orchestrator.api.data_sheets import DATA_SHEETS, Generation, find_name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """How fast a GPU is, by its data sheet."""
+    """How fast a GPU is (`orchestrator.api.data_sheets`)."""
 
     name: str
     matmul_tflops: float
-    """Dense bfloat16 products that are summed in float32."""
+    """What dense bfloat16 products that are summed in float32 sustain."""
     memory_gbps: float
     """Gigabytes (10^9) a second of the card's own memory."""
     host_gbps: float
@@ -57,79 +59,14 @@ GIB = 1 << 30
 
 GIGABYTES_OF_PCIE = {3: 12.0, 4: 25.0, 5: 50.0}
 """A second and direction over 16 lanes: about 80 % of 15.8, 31.5 and 63."""
-HOPPER_MATMUL_TFLOPS = 790.0
-"""What large products reach on H100 SXM and H200 within their power limit; their data sheets say 989."""
-HOPPER_FLASH_SHARE, HOPPER_ATTENTION_SHARE = 0.30, 0.60
-"""Measured on an H100 (at 8B; benchmarks/results/kernels.json): torch's flash kernels are of the generation before."""
+FLASH_SHARES: Mapping[Generation, float] = MappingProxyType({"Hopper": 0.30, "Blackwell": 0.15})
+"""Of sustained products: torch's flash kernels are of the generation before Hopper. Measured on an H100 (at 8B;
+benchmarks/results/kernels.json); that they are no faster on a Blackwell is an assumption."""
+ATTENTION_SHARES: Mapping[Generation, float] = MappingProxyType({"Hopper": 0.60, "Blackwell": 0.30})
+"""The same of our own kernels."""
 ATTENTION_SHARE = 0.6
-"""Of older cards: FlashAttention-2 reaches 50 to 73 % of an A100 (Dao, 2023, section 4.1), and that our own kernels do
+"""Of other cards: FlashAttention-2 reaches 50 to 73 % of an A100 (Dao, 2023, section 4.1), and that our own kernels do
 as well there is an assumption."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A card as it is sold: what it holds, and how fast it is."""
-
-    total_mib: int
-    """As nvidia-smi shows it, ECC on where the card has it."""
-    tflops: float | None
-    """Dense bfloat16 with float32 sums, by NVIDIA's data sheet or architecture paper; Turing has no bfloat16."""
-    memory_gbps: float
-    pcie: int = 4
-    flash_share: float = ATTENTION_SHARE
-    attention_share: float = ATTENTION_SHARE
-
-    def card(self, name: str) -> Card | None:
-        """Its speed, if it can train."""
-        if self.tflops is None:
-            return None
-        return Card(
-            name=name,
-            matmul_tflops=self.tflops,
-            memory_gbps=self.memory_gbps,
-            host_gbps=GIGABYTES_OF_PCIE[self.pcie],
-            flash_share=self.flash_share,
-            attention_share=self.attention_share,
-        )
-
-
-def _hopper(total_mib: int, memory_gbps: float) -> Model:
-    return Model(
-        total_mib=total_mib,
-        tflops=HOPPER_MATMUL_TFLOPS,
-        memory_gbps=memory_gbps,
-        pcie=5,
-        flash_share=HOPPER_FLASH_SHARE,
-        attention_share=HOPPER_ATTENTION_SHARE,
-    )
-
-
-CARDS: Mapping[str, Model] = MappingProxyType(
-    {
-        "T4": Model(total_mib=15_360, tflops=None, memory_gbps=320, pcie=3),
-        "A10G": Model(total_mib=23_028, tflops=70.0, memory_gbps=600),
-        "L4": Model(total_mib=23_034, tflops=121.0, memory_gbps=300),
-        "RTX 3090": Model(total_mib=24_576, tflops=71.0, memory_gbps=936),
-        "RTX 4090": Model(total_mib=24_564, tflops=165.2, memory_gbps=1008),
-        "A100 40GB": Model(total_mib=40_960, tflops=312.0, memory_gbps=1555),
-        "A40": Model(total_mib=46_068, tflops=149.7, memory_gbps=696),
-        "L40S": Model(total_mib=46_068, tflops=362.0, memory_gbps=864),
-        "A6000": Model(total_mib=49_140, tflops=154.8, memory_gbps=768),
-        "RTX 6000 Ada": Model(total_mib=49_140, tflops=364.2, memory_gbps=960),
-        "H100 80GB": _hopper(81_559, 3350),
-        "A100 80GB": Model(total_mib=81_920, tflops=312.0, memory_gbps=1935),  # PCIe's; SXM has 2,039
-        "H200": _hopper(143_771, 4800),
-        # 2,250 TFLOP/s by the data sheet; that it falls short by as much as Hopper is an assumption.
-        "B200": Model(
-            total_mib=183_359,
-            tflops=1800.0,
-            memory_gbps=8000,
-            pcie=5,
-            flash_share=HOPPER_FLASH_SHARE / 2,
-            attention_share=HOPPER_ATTENTION_SHARE / 2,
-        ),
-    }
-)
 
 # Slices of multi-instance GPUs are eighths of the memory and sevenths of the processors (NVIDIA, "MIG User Guide",
 # supported profiles); MiB as nvidia-smi shows them on A100 80GB, the smallest of those that have them.
@@ -188,20 +125,28 @@ def gpu_class(name: str, capacity: int, products: Iterable[str] = ()) -> GpuClas
 @cache
 def find_card(product: str) -> Card | None:
     """The card behind a product's name, as `NVIDIA-L40S` or `NVIDIA A100-SXM4-80GB MIG 3g.40gb`; None if unknown."""
-    words = set(_WORD.findall(product.upper()))
     slice_of = _MIG.search(product)
-    if slice_of:
-        words -= set(_WORD.findall(slice_of[0].upper()))
-    fitting = [name for name in CARDS if set(_WORD.findall(name.upper())) <= words]
-    if not fitting:
-        return None
-    name = max(fitting, key=len)
-    card = CARDS[name].card(name)
-    return _slice(card, CARDS[name].total_mib, slice_of) if card and slice_of else card
+    name = find_name(product.replace(slice_of[0], "") if slice_of else product)
+    card = _card(name) if name is not None else None
+    return _slice(card, DATA_SHEETS[card.name].total_mib, slice_of) if card is not None and slice_of else card
 
 
-_WORD = re.compile(r"[A-Z0-9]+")
 _MIG = re.compile(r"MIG[- ](\d)g\.(\d+)gb", re.IGNORECASE)
+
+
+def _card(name: str) -> Card | None:
+    """A card's speed, if it can train."""
+    sheet = DATA_SHEETS[name]
+    if sheet.sustained_tflops is None:
+        return None
+    return Card(
+        name=name,
+        matmul_tflops=sheet.sustained_tflops,
+        memory_gbps=sheet.memory_gbps,
+        host_gbps=GIGABYTES_OF_PCIE[sheet.pcie],
+        flash_share=FLASH_SHARES.get(sheet.generation, ATTENTION_SHARE),
+        attention_share=ATTENTION_SHARES.get(sheet.generation, ATTENTION_SHARE),
+    )
 
 
 def _slice(card: Card, total_mib: int, slice_of: re.Match[str]) -> Card:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, ResourcesSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan, OffloadTarget
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
-from orchestrator.sizing.footprint import FUSED_TYPES, Footprint, card_matters, is_fused
+from orchestrator.sizing.footprint import Footprint, card_matters, is_fused
 from orchestrator.sizing.hardware import GIB, Card, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import remembered
@@ -319,7 +320,7 @@ def offloads(spec: QLoRAJobSpec, facts: ModelFacts) -> tuple[tuple[OffloadTarget
     Embeddings that the head does not share are hardly missed on the card; layers' inputs can go out where the trainer
     computes the layers itself.
     """
-    known = facts.model_type in FUSED_TYPES and not facts.tied_embeddings
+    known = facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not facts.tied_embeddings
     embeddings: tuple[OffloadTarget, ...] = ("embeddings",) if known else ()
     activations: tuple[OffloadTarget, ...] = ("activations",) if is_fused(spec.adapter, facts) else ()
     return tuple(dict.fromkeys(((), embeddings, (*activations, *embeddings))))

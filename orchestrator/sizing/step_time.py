@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
-from orchestrator.sizing.footprint import NORMALIZED_HEADS, OPTIMIZER_BYTES, adapter_parameters, is_fused
+from orchestrator.sizing.footprint import NORMALIZED_HEADS, adapter_parameters, is_fused
 from orchestrator.sizing.hardware import Card, GpuClass
-from orchestrator.sizing.memory.experts import TILE_TOKENS
+from orchestrator.sizing.memory.attention import SOFTCAPPED_TYPES
 from orchestrator.sizing.memory.linear_layers import linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES
 
@@ -70,15 +71,11 @@ EXPERT_SPEED = 0.7
 """Of experts' products, against others."""
 STEP_SECONDS = 0.004
 """Around a step's micro-steps: norms, clipping, waiting for the loss."""
-REPLAYED_TOKENS = 6144
-"""Micro-batches up to this are launched as one CUDA graph (`qlora_trainer/model/cuda_graphs.py`)."""
 TRAFFIC_BYTES = 6.0
 """An optimizer step reads parameter and gradient and writes the parameter, for each; its state goes both ways."""
 
 ONE_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Matrices whose input is dropped together with another's where the trainer computes the layer."""
-CAPPED_SCORES = frozenset({"gemma2"})
-"""Model types."""
 
 CPU = Card(name="cpu", matmul_tflops=0.1, memory_gbps=20.0, host_gbps=1000.0, flash_share=0.5, attention_share=0.5)
 UNKNOWN = Card(
@@ -131,9 +128,9 @@ class Pace:
         if facts.model_type in NORMALIZED_HEADS:
             beside += HEAD_NORM_BYTES * (facts.num_attention_heads + facts.num_key_value_heads) * facts.head_dim
         self._beside_bytes = beside
-        self._caps = facts.model_type in CAPPED_SCORES
+        self._caps = facts.model_type in SOFTCAPPED_TYPES
         self._trainable = adapter_parameters(spec.adapter, facts)
-        self._state_bytes = OPTIMIZER_BYTES[spec.training.optimizer]
+        self._state_bytes = trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer]
         self._replays = self._fused and float(spec.training.neftune_alpha) == 0
         self._sequence_tokens = work.sequence_tokens or spec.training.sequence_length
         self._record_tokens = min(work.record_tokens or self._sequence_tokens, self._sequence_tokens)
@@ -147,7 +144,7 @@ class Pace:
     def micro_step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """Forward and backward pass of one micro-batch."""
         tokens, again = self._tokens(plan), self._again_layers(plan)
-        replayed = self._replays and not plan.offload and tokens <= REPLAYED_TOKENS
+        replayed = self._replays and not plan.offload and tokens <= trainer_facts.CUDA_GRAPH_TOKENS
         launches = 0.0 if replayed or card is CPU else self._launch_seconds(tokens, again)
         stream = self._stream_seconds(tokens, card)
         there_and_back = 2 * again * stream if "activations" in plan.offload else 0.0
@@ -249,7 +246,7 @@ class Pace:
 
     def _tiles(self, tokens: float) -> float:
         """Into which the tokens of a mixture are cut."""
-        return 0.0 if self._mixture is None else math.ceil(tokens / TILE_TOKENS)
+        return 0.0 if self._mixture is None else math.ceil(tokens / trainer_facts.EXPERT_TILE_TOKENS)
 
     def _stream_seconds(self, tokens: float, card: Card) -> float:
         """One residual stream over PCIe."""

@@ -18,12 +18,13 @@ from orchestrator.adapters.kubernetes.node_placement import (
 )
 from orchestrator.adapters.kubernetes.pod_manifest import claim_template, pod
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
+from orchestrator.api.data_sheets import DATA_SHEETS
 from orchestrator.api.job import DatasetSource, ModelSource, ResourcesSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
 from orchestrator.errors import InvalidObject
-from orchestrator.sizing.hardware import CARDS, CLASS_NAMES, GIB, MIB, classify
+from orchestrator.sizing.hardware import CLASS_NAMES, GIB, MIB, classify
 from tests.builders import LLAMA_3_70B, SMOLLM2_135M, make_spec, prepare_result
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -268,7 +269,7 @@ def admits(manifest: Manifest, labels: dict[str, str]) -> bool:
     return any(all(matches(e, labels) for e in term["matchExpressions"]) for term in required["nodeSelectorTerms"])
 
 
-MEASURED = {name: {"nvidia.com/gpu.memory": str(card.total_mib)} for name, card in CARDS.items()}
+MEASURED = {name: {"nvidia.com/gpu.memory": str(card.total_mib)} for name, card in DATA_SHEETS.items()}
 UNMEASURED = {
     f"{label}={card}": {label: card}
     for label, cards in CARD_LABELS.items()

@@ -11,14 +11,15 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.architectures import config
+from orchestrator.api import trainer_facts
+from orchestrator.api.data_sheets import DATA_SHEETS
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import footprint as sizing
-from orchestrator.sizing.footprint import OPTIMIZER_BYTES, Footprint, adapter_parameters, footprint, peak_bytes
+from orchestrator.sizing.footprint import Footprint, adapter_parameters, footprint, peak_bytes
 from orchestrator.sizing.hardware import (
-    CARDS,
     CLASS_NAMES,
     GIB,
     MIB,
@@ -101,7 +102,7 @@ def test_asking_for_more_takes_more_bytes(fields: dict[str, object], recomputed:
 
 
 def test_a_paged_optimizer_takes_no_room_from_the_allocator() -> None:
-    state = {name: dict(_items(make_spec(optimizer=name)))["optimizer state"] for name in OPTIMIZER_BYTES}
+    state = {name: dict(_items(make_spec(optimizer=name)))["optimizer state"] for name in trainer_facts.OPTIMIZER_BYTES}
     trainable = adapter_parameters(make_spec().adapter, LLAMA_3_8B)
     assert state["paged_adamw_32bit"] == 0
     assert state["adamw_32bit"] == 8 * trainable
@@ -123,25 +124,28 @@ def test_an_estimate_adds_up_and_names_its_class() -> None:
 
 CLASSES_OF_CARDS = {
     "T4": "16Gi",
+    "A10": "24Gi",
     "A10G": "24Gi",
     "L4": "24Gi",
     "RTX 3090": "24Gi",
     "RTX 4090": "24Gi",
     "A100 40GB": "40Gi",
     "A40": "48Gi",
+    "L40": "48Gi",
     "L40S": "48Gi",
     "A6000": "48Gi",
     "RTX 6000 Ada": "48Gi",
     "H100 80GB": "80Gi",
+    "H100 PCIe": "80Gi",
     "A100 80GB": "80Gi",
     "H200": "141Gi",
     "B200": "180Gi",
 }
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", DATA_SHEETS)
 def test_every_card_is_in_the_class_that_it_is_sold_as(card: str) -> None:
-    assert classify(CARDS[card].total_mib) == CLASSES_OF_CARDS[card]
+    assert classify(DATA_SHEETS[card].total_mib) == CLASSES_OF_CARDS[card]
 
 
 @pytest.mark.parametrize(("name", "class_name"), [("1g.10gb", "10Gi"), ("2g.20gb", "20Gi"), ("3g.40gb", "40Gi")])
@@ -150,9 +154,9 @@ def test_a_slice_of_a_card_is_in_the_class_of_its_own_memory(name: str, class_na
 
 
 def test_a_class_promises_no_more_than_its_smallest_card_has_beside_the_context() -> None:
-    for card, model in CARDS.items():
+    for card, sheet in DATA_SHEETS.items():
         usable_mib = gpu_class(CLASSES_OF_CARDS[card], 1).usable_bytes / MIB
-        assert usable_mib <= model.total_mib - 0.9 * 1024, card
+        assert usable_mib <= sheet.total_mib - 0.9 * 1024, card
 
 
 def test_the_classes_that_are_designed_to_offer_their_design_budgets() -> None:

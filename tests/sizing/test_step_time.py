@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.architectures import config
 from benchmarks.shapes import config_of
+from orchestrator.api import trainer_facts
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.sizing import step_time
 from orchestrator.sizing.hardware import Card, find_card, gpu_class
 from orchestrator.sizing.plan_search import choose_plan
 from orchestrator.sizing.step_time import Pace, Work
@@ -45,7 +45,7 @@ def test_predicted_step_times_are_within_the_stated_error_of_the_measured_ones(
     file: str, document: dict, name: str, case: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if file == WITHOUT_GRAPHS:
-        monkeypatch.setattr(step_time, "REPLAYED_TOKENS", 0)
+        monkeypatch.setattr(trainer_facts, "CUDA_GRAPH_TOKENS", 0)
     results = document["results"]
     card = find_card(document["card"].split(" (")[0])
     spec = make_spec(
@@ -152,6 +152,8 @@ def test_prepare_tells_how_much_work_there_is() -> None:
         ("NVIDIA H100 80GB HBM3", "H100 80GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA-L40S", "L40S"),
+        ("NVIDIA-L40", "L40"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("a10g", "A10G"),
     ],
 )
@@ -161,7 +163,7 @@ def test_cards_are_known_by_what_drivers_and_node_labels_call_them(product: str,
     assert found.name == card
 
 
-@pytest.mark.parametrize("product", ["Tesla-T4", "NVIDIA-L40", "NVIDIA-H100-NVL", ""])
+@pytest.mark.parametrize("product", ["Tesla-T4", "NVIDIA-L20", "NVIDIA-H100-NVL", ""])
 def test_a_card_without_bfloat16_or_without_an_entry_has_no_speed(product: str) -> None:
     assert find_card(product) is None
 

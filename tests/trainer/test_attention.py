@@ -11,6 +11,8 @@ from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels import packed_attention, tiled_attention, torch_ops
 from torch import Tensor
 
+from orchestrator.api import trainer_facts
+
 
 def dense(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
@@ -45,7 +47,7 @@ def test_tiles_give_the_answer_and_the_gradients_of_all_scores_at_once(
     softcap: float | None,
     rows_at_once: int,
 ) -> None:
-    monkeypatch.setattr(tiled_attention, "SCORES_BYTES", 4 * 4 * tokens * rows_at_once)
+    monkeypatch.setattr(trainer_facts, "SCORES_BYTES", 4 * 4 * tokens * rows_at_once)
     torch.manual_seed(0)
     query = torch.randn(4, tokens, 8, requires_grad=True)
     key, value = (torch.randn(key_heads, tokens, 8, requires_grad=True) for _ in range(2))

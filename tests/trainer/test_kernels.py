@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from qlora_trainer.data.micro_batch import collate
-from qlora_trainer.kernels import layer, takeover, torch_ops
+from qlora_trainer.kernels import takeover, torch_ops
 from qlora_trainer.kernels.takeover import draw_seed
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training.optimizer import AdapterOptimizer
@@ -29,6 +29,7 @@ from tiny_model import build_tiny_model, tiny_model
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import TrainingSpec
 
 ROUNDING = 0.03
@@ -255,7 +256,7 @@ def test_tiles_of_the_mlp_change_a_gradient_by_rounding_alone(monkeypatch: pytes
     wake_adapter(model)
     batch = collate(make_records())
     whole = gradients(model, [batch])
-    monkeypatch.setattr(layer, "MLP_TILE_TOKENS", 7)
+    monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", 7)
     tiled = gradients(model, [batch])
     assert not equal(tiled, whole)
     assert largest_distance(tiled, whole) < ROUNDING

@@ -27,6 +27,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from orchestrator.api import trainer_facts
+
 CPU = torch.device("cpu")
 FAMILIES = tuple(EXPERTS)
 TAKEN_OVER = {"mixtral", "qwen3_moe"}
@@ -62,7 +64,7 @@ def make_tokens(tokens: int, experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 def test_both_passes_are_those_of_transformers_in_one_tile_or_several(
     monkeypatch: pytest.MonkeyPatch, tile_tokens: int
 ) -> None:
-    monkeypatch.setattr(kernels, "TILE_TOKENS", tile_tokens)
+    monkeypatch.setattr(trainer_facts, "EXPERT_TILE_TOKENS", tile_tokens)
     ours, theirs = make_experts()
     found = []
     for module in (ours, theirs):
@@ -78,7 +80,7 @@ def test_both_passes_are_those_of_transformers_in_one_tile_or_several(
 def test_a_few_experts_are_dense_at_a_time_and_no_dense_weight_is_kept(
     monkeypatch: pytest.MonkeyPatch, dense_bytes: int, at_a_time: int
 ) -> None:
-    monkeypatch.setattr(kernels, "DENSE_BYTES", dense_bytes)
+    monkeypatch.setattr(trainer_facts, "EXPERT_DENSE_BYTES", dense_bytes)
     ours, _ = make_experts()
     dequantized: list[torch.Size] = []
     original = kernels.ops.dequantize

@@ -19,13 +19,12 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from qlora_trainer.data.micro_batch import collate
-from qlora_trainer.kernels import layer as layer_module
-from qlora_trainer.kernels import moe_experts, ops
+from qlora_trainer.kernels import ops
 from qlora_trainer.kernels import packed_attention as packed
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
-from qlora_trainer.model.cuda_graphs import LARGEST_TOKENS, Replay
+from qlora_trainer.model.cuda_graphs import Replay
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training.optimizer import AdapterOptimizer
@@ -36,11 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from benchmarks import layer_trace
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import Mixture, ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import footprint
-from orchestrator.sizing.footprint import FUSED_TYPES, Footprint
+from orchestrator.sizing.footprint import Footprint
 from orchestrator.sizing.memory import experts as core_experts
 from orchestrator.sizing.memory import fragmentation, handwritten_layer
 from orchestrator.sizing.memory.attention import Attention
@@ -232,12 +232,11 @@ def test_every_tensor_of_a_training_step_is_counted(
     replayed: bool,
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
-    monkeypatch.setattr(layer_module, "MLP_TILE_TOKENS", tile_tokens)
-    monkeypatch.setattr(handwritten_layer, "MLP_TILE_TOKENS", tile_tokens)
+    monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", tile_tokens)
     monkeypatch.setattr(ops, "can_be_captured", lambda _: replayed)
     monkeypatch.setattr(Replay, "_graph", lambda *_: None)  # what runs before a graph is made
-    monkeypatch.setattr(footprint, "REPLAY_TOKENS", LARGEST_TOKENS if replayed else 0)
-    monkeypatch.setattr(footprint, "CUBLAS_BYTES", 0)
+    monkeypatch.setattr(trainer_facts, "CUDA_GRAPH_TOKENS", trainer_facts.CUDA_GRAPH_TOKENS if replayed else 0)
+    monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
     handwritten_layer._walks.cache_clear()
     config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]]}
     write_random_model(tmp_path, config)
@@ -266,7 +265,7 @@ def without_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
         found = one.new_empty(len(one), other.shape[1]) if out is None else out
         if torch._C._current_graph_task_id() >= 0 and not workspaces:
-            workspaces.append(torch.empty(footprint.CUBLAS_BYTES, dtype=torch.uint8))
+            workspaces.append(torch.empty(trainer_facts.CUBLAS_WORKSPACE_BYTES, dtype=torch.uint8))
         return found
 
     def affine(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -337,8 +336,7 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
     offload: tuple[Any, ...],
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
-    monkeypatch.setattr(layer_module, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
-    monkeypatch.setattr(handwritten_layer, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
+    monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
     without_arithmetic(monkeypatch)
     config = {**WIDE, "model_type": model_type, "architectures": [CLASSES[model_type]]}
     write_random_model(tmp_path, config)
@@ -374,9 +372,8 @@ EXPERTS_TILE_TOKENS = 96
 def test_every_tensor_of_routed_experts_is_counted_whatever_the_routing(
     monkeypatch: pytest.MonkeyPatch, routing: str, tile_tokens: int, dense_bytes: int
 ) -> None:
-    for module in (moe_experts, core_experts):
-        monkeypatch.setattr(module, "TILE_TOKENS", tile_tokens)
-        monkeypatch.setattr(module, "DENSE_BYTES", dense_bytes)
+    monkeypatch.setattr(trainer_facts, "EXPERT_TILE_TOKENS", tile_tokens)
+    monkeypatch.setattr(trainer_facts, "EXPERT_DENSE_BYTES", dense_bytes)
     mixture = Mixture(experts=8, experts_per_token=2, expert_size=256)
     hidden, number = 192, mixture.experts
     shapes = (number, 2 * mixture.expert_size, hidden), (number, hidden, mixture.expert_size)
@@ -445,7 +442,7 @@ def peak_of_plain_layers(folder: Path, adapter: AdapterSpec, plan: MemoryPlan, w
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize("family", sorted(EXPERTS.keys() & FUSED_TYPES))
+@pytest.mark.parametrize("family", sorted(EXPERTS.keys() & trainer_facts.HANDWRITTEN_TYPES))
 @pytest.mark.parametrize(
     ("dropout", "recompute", "accumulation"),
     [
@@ -459,8 +456,8 @@ def test_every_tensor_of_a_training_step_of_a_mixture_is_counted(
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(ops, "can_be_captured", lambda _: False)
-    monkeypatch.setattr(footprint, "REPLAY_TOKENS", 0)
-    monkeypatch.setattr(footprint, "CUBLAS_BYTES", 0)
+    monkeypatch.setattr(trainer_facts, "CUDA_GRAPH_TOKENS", 0)
+    monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
     config = {**CONFIG, **EXPERTS[family], "model_type": family, "architectures": ["ForCausalLM"]}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
@@ -474,7 +471,7 @@ def test_every_tensor_of_a_training_step_of_a_mixture_is_counted(
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize("family", sorted(EXPERTS.keys() - FUSED_TYPES))
+@pytest.mark.parametrize("family", sorted(EXPERTS.keys() - trainer_facts.HANDWRITTEN_TYPES))
 @pytest.mark.parametrize(
     ("fields", "recompute", "accumulation"),
     [
@@ -493,7 +490,7 @@ def test_a_training_step_of_a_mixture_takes_what_its_layer_table_says(
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(functional, "dropout", layer_trace._Dropout.apply_to)
-    monkeypatch.setattr(footprint, "CUBLAS_BYTES", 0)
+    monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
     config = {**CONFIG, **EXPERTS[family], "model_type": family, "architectures": ["ForCausalLM"]}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, **fields)

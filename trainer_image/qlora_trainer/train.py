@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from pydantic.alias_generators import to_camel
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.base import Model
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
@@ -179,7 +180,7 @@ def _prepare_process(task: StageTask) -> None:
     """What torch and CUDA read from the environment when they are loaded."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if task.spec.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", trainer_facts.cublas_workspace_config())
 
 
 def _agent(stop: Stop, resources: ExitStack) -> AgentClient | None:

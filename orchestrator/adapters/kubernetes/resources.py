@@ -6,11 +6,12 @@ Requests are what the stage is expected to take; limits are LIMIT_FACTOR times t
 from __future__ import annotations
 
 from orchestrator.adapters.kubernetes.pod_policy import Manifest, PodPolicy
+from orchestrator.api import trainer_facts
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.api.task import StageTask
-from orchestrator.sizing.footprint import OPTIMIZER_BYTES, adapter_parameters
+from orchestrator.sizing.footprint import adapter_parameters
 from orchestrator.sizing.hardware import GIB, MIB
 from orchestrator.sizing.memory.linear_layers import linears
 from orchestrator.sizing.memory.timeline import BF16_BYTES
@@ -49,7 +50,9 @@ def _memory_bytes(task: StageTask, policy: PodPolicy) -> int:
     facts, spec = task.prepared.model, task.spec
     largest = max(facts.vocab_size * facts.hidden_size, *(linear.parameters for linear in linears(facts)))
     paged = spec.training.optimizer.startswith("paged_")
-    state = adapter_parameters(spec.adapter, facts) * OPTIMIZER_BYTES[spec.training.optimizer] if paged else 0
+    state = (
+        adapter_parameters(spec.adapter, facts) * trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer] if paged else 0
+    )
     tokens = task.plan.micro_batch_size * spec.training.sequence_length
     return policy.train_memory_bytes + int(
         2 * largest * BF16_BYTES + state + _offloaded_bytes(task.plan, facts, tokens)

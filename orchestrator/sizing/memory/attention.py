@@ -10,15 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from orchestrator.api import trainer_facts
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 
-LARGEST_OWN_HEAD = 128
-"""Of those that our own kernels are made for."""
+SOFTCAPPED_TYPES = frozenset({"gemma2"})
+"""Model types whose attention softcaps its scores."""
 ROWS_OF_A_RECORD = 128
 """Rows that flash attention keeps between two records' sums."""
-LARGEST_HEAD, LARGEST_COMMON_HEAD = 256, 192
-HEAD_MULTIPLE = 8
-SCORES_BYTES = 64 << 20
 SCORES_ALIVE = 4
 """Tiles of scores that are alive at once where attention is computed in plain sight."""
 ROUNDED_FINELY = 128
@@ -52,12 +50,6 @@ class Attention:
     squashes: bool = False
     """Whether scores are squashed, which flash attention cannot (Gemma 2)."""
 
-    @property
-    def fits(self) -> bool:
-        """Whether flash attention takes such heads."""
-        known = self.head_size == LARGEST_HEAD or self.head_size <= LARGEST_COMMON_HEAD
-        return known and self.head_size % HEAD_MULTIPLE == 0
-
     @cached_property
     def query_width(self) -> int:
         """Elements of all query heads of a token."""
@@ -76,7 +68,7 @@ class Attention:
     @cached_property
     def workspace(self) -> tuple[int, ...]:
         """What comes and goes in a backward pass that writes its gradients where they belong."""
-        if self.head_size <= LARGEST_OWN_HEAD:
+        if self.head_size <= trainer_facts.LARGEST_TRITON_HEAD:
             return (allocated(self.query_heads * self.tokens * FP32_BYTES),)
         widths = (self.query_width, self.key_width, self.key_width)
         return (*(allocated(self.tokens * width * BF16_BYTES) for width in widths), *self._flash_workspace())
@@ -85,7 +77,7 @@ class Attention:
     def whole_workspace_bytes(self) -> int:
         """Beside the gradients, where transformers computes the layer."""
         if self.squashes:
-            tile = min(SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
+            tile = min(trainer_facts.SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
             return SCORES_ALIVE * tile + 2 * allocated(self.tokens * self.key_width * FP32_BYTES)
         return sum(self._flash_workspace())
 

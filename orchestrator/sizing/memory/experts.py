@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.model_facts import Mixture
 from orchestrator.sizing.memory.linear_layers import Linear
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, Timeline, allocated
 
 INDEX_BYTES = 8
-TILE_TOKENS = 4096
-DENSE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +39,7 @@ class Experts:
         return allocated(self.tokens * self.hidden * BF16_BYTES)
 
     def _tile(self) -> _Tile:
-        tokens, inner = min(self.tokens, TILE_TOKENS), self.mixture.expert_size
+        tokens, inner = min(self.tokens, trainer_facts.EXPERT_TILE_TOKENS), self.mixture.expert_size
         rows = tokens * self.mixture.experts_per_token
         return _Tile(
             order=rows * INDEX_BYTES,
@@ -53,7 +52,7 @@ class Experts:
 
     def _dense(self, size: int) -> int:
         """The experts' matrices of so many bytes that are dequantized at a time."""
-        return min(self.mixture.experts, max(1, DENSE_BYTES // size)) * size
+        return min(self.mixture.experts, max(1, trainer_facts.EXPERT_DENSE_BYTES // size)) * size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

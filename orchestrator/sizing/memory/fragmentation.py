@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.sizing.memory.cuda_allocator import Block, Pool, drop
 from orchestrator.sizing.memory.handwritten_layer import (
@@ -26,7 +27,7 @@ from orchestrator.sizing.memory.handwritten_layer import (
     recomputed_backward,
     recomputed_forward,
 )
-from orchestrator.sizing.memory.linear_layers import GROUPS, NF4_BLOCK, SCALE_BLOCK, Linear, linears
+from orchestrator.sizing.memory.linear_layers import GROUPS, Linear, linears
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES
 
 STEPS, MICRO_BATCHES = 2, 2
@@ -169,12 +170,14 @@ class _Stage:
 
     def _quantize(self, name: str, linear: Linear) -> None:
         """bitsandbytes' `quantize_4bit`: dense weights and their 32-bit scales are there until the 8-bit ones are."""
-        scales = -(-linear.parameters // NF4_BLOCK)
+        scales = -(-linear.parameters // trainer_facts.NF4_BLOCK)
         base = self._lasting
         base.take(dense=linear.parameters * BF16_BYTES, scales=scales * FP32_BYTES)
         base.take(**{f"packed {name}": linear.parameters / 2})
         base.take(centered=scales * FP32_BYTES)
-        base.take(**{f"scales {name}": scales, f"outer scales {name}": scales / SCALE_BLOCK * FP32_BYTES})
+        base.take(
+            **{f"scales {name}": scales, f"outer scales {name}": scales / trainer_facts.NF4_SCALE_BLOCK * FP32_BYTES}
+        )
         base.drop("centered", "scales", "dense")
         if linear.bias:
             base.take(**{f"bias {name}": linear.outputs * BF16_BYTES})
@@ -202,7 +205,7 @@ class _Stage:
             self._probe_layer()
             self._probe_logits(name, PROBED_TOKENS)
         for linear in linears(self._job.facts):  # as bitsandbytes has it
-            scales = -(-linear.parameters // NF4_BLOCK) * FP32_BYTES
+            scales = -(-linear.parameters // trainer_facts.NF4_BLOCK) * FP32_BYTES
             probe.passing(unscaled=scales, scales=scales, dense=linear.parameters * BF16_BYTES)
         self._probe_layer()
         for name in ("ours", "theirs"):

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from orchestrator.api import trainer_facts
 from orchestrator.sizing.memory.attention import Attention
 from orchestrator.sizing.memory.experts import INDEX_BYTES, Experts
 from orchestrator.sizing.memory.linear_layers import Group
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, INT32_BYTES, Timeline, Walk
 
-MLP_TILE_TOKENS = 8192
 TILES_WALKED = 3
 """Whole ones; what comes after them finds the places that they left."""
 WALKS_KEPT = 4096
@@ -234,7 +234,7 @@ def _mlp(t: Walk, layer: FusedLayer) -> None:
 
 def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp_in_tiles`."""
-    if layer.tokens <= MLP_TILE_TOKENS or layer.experts is not None:
+    if layer.tokens <= trainer_facts.MLP_TILE_TOKENS or layer.experts is not None:
         return _mlp(t, layer)
     t.take(out=layer.stream, gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes)
     before: tuple[str, ...] = ()
@@ -254,8 +254,8 @@ def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
 
 def _tiles(layer: FusedLayer) -> Iterator[int]:
     """Their tokens."""
-    whole, rest = divmod(layer.tokens, MLP_TILE_TOKENS)
-    yield from (MLP_TILE_TOKENS for _ in range(min(whole, TILES_WALKED)))
+    whole, rest = divmod(layer.tokens, trainer_facts.MLP_TILE_TOKENS)
+    yield from (trainer_facts.MLP_TILE_TOKENS for _ in range(min(whole, TILES_WALKED)))
     if rest:
         yield rest
 
@@ -298,7 +298,7 @@ def _mlp_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None:
         _mixture_backward(t, layer, layer.experts)
     elif not recomputes:
         _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
-    elif layer.tokens <= MLP_TILE_TOKENS:
+    elif layer.tokens <= trainer_facts.MLP_TILE_TOKENS:
         t.take(gate_up_weight=layer.gate_up.dense_bytes)
         _mlp_tile_backward(t, layer, layer.tokens, recomputes=True)
         t.drop("gate_up_weight")

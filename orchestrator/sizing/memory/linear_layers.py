@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.sizing.memoized import remembered
 from orchestrator.sizing.memory.timeline import BF16_BYTES, allocated
 
-NF4_BLOCK, SCALE_BLOCK = 64, 256
-"""Weights that share an 8-bit scale, and scales that share a 32-bit one (Dettmers et al., 2023, section 3)."""
 CODE_BYTES = 64
 MODELS_KEPT = 256
 OFFSET_BYTES = 4
@@ -39,8 +38,8 @@ class Linear:
     @property
     def weight_bytes(self) -> int:
         """As bitsandbytes keeps it: packed weights, scales, scales of scales, the code and the offset."""
-        scales = -(-self.parameters // NF4_BLOCK)
-        outer = -(-scales // SCALE_BLOCK)
+        scales = -(-self.parameters // trainer_facts.NF4_BLOCK)
+        outer = -(-scales // trainer_facts.NF4_SCALE_BLOCK)
         tensors = (-(-self.parameters // 2), scales, 4 * outer, CODE_BYTES, OFFSET_BYTES)
         return sum(allocated(size) for size in tensors) + (allocated(BF16_BYTES * self.outputs) if self.bias else 0)
 

@@ -22,14 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Module, Parameter
 
+from orchestrator.api import trainer_facts
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.host_offload import InputStore
 from qlora_trainer.kernels.lora_linears import Dropout, LinearGroup
 from qlora_trainer.kernels.packed_attention import PackedAttention
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-MLP_TILE_TOKENS = 8192
-"""Enough for matrix products at full speed."""
 TILE_SEED = 0x9E3779B1
 """Odd, so that no two tiles of up to 2^32 tokens share the low bits of a seed."""
 
@@ -382,8 +381,9 @@ def _by_head(norm: Norm, part: Tensor) -> Tensor:
 
 
 def _tiles(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, MLP_TILE_TOKENS):
-        yield slice(start, min(start + MLP_TILE_TOKENS, tokens))
+    step = trainer_facts.MLP_TILE_TOKENS
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
 
 
 def _summed(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:

@@ -24,14 +24,11 @@ from bitsandbytes.nn import Params4bit
 from torch import Tensor
 from torch.nn import Linear, Module
 
+from orchestrator.api import trainer_facts
 from qlora_trainer.kernels import ops
 
-TILE_TOKENS = 4096
-"""Tokens that are sorted at once: with 8 of 128 experts each, 256 rows an expert."""
-DENSE_BYTES = 256 << 20
-"""Of dense weights at a time, but for one expert: more are hardly faster."""
-SCALED_TOGETHER = 64 * 256
-"""Weights that share a 32-bit scale: blocks of 64, whose scales come in blocks of 256 (Dettmers et al., 2023)."""
+SCALED_TOGETHER = trainer_facts.NF4_BLOCK * trainer_facts.NF4_SCALE_BLOCK
+"""Weights that share a 32-bit scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +162,8 @@ class _Mixture(torch.autograd.Function):
 
 
 def _tiles(tokens: int) -> Iterator[slice]:
-    return (slice(start, start + TILE_TOKENS) for start in range(0, tokens, TILE_TOKENS))
+    step = trainer_facts.EXPERT_TILE_TOKENS
+    return (slice(start, start + step) for start in range(0, tokens, step))
 
 
 def _split(parameter: Params4bit) -> Iterator[_Part]:
@@ -173,7 +171,7 @@ def _split(parameter: Params4bit) -> Iterator[_Part]:
     whole, packed = parameter.quant_state, parameter.data.as_subclass(Tensor).flatten()
     assert whole.blocksize * whole.state2.blocksize == SCALED_TOGETHER, "bitsandbytes' defaults"
     experts, outputs, inputs = whole.shape
-    each = max(1, DENSE_BYTES // (outputs * inputs * whole.dtype.itemsize))
+    each = max(1, trainer_facts.EXPERT_DENSE_BYTES // (outputs * inputs * whole.dtype.itemsize))
     shares = [part.view(experts, -1) for part in (packed, whole.absmax, whole.state2.absmax)]
     for first in range(0, experts, each):
         own, scales, outer_scales = (share[first : first + each] for share in shares)

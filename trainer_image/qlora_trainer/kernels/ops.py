@@ -16,10 +16,9 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 from torch.nn.functional import linear
 
+from orchestrator.api import trainer_facts
 from qlora_trainer.kernels import torch_ops
 
-LARGEST_HEAD = 128
-"""Of those that the attention kernels are made for."""
 log = logging.getLogger(__name__)
 
 
@@ -157,7 +156,7 @@ def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None, out: Tensor) 
 
 def attends(query: Tensor) -> bool:
     """Whether `attention` is the way to compute these heads; a card has flash attention for what Triton is not for."""
-    return not query.is_cuda or (query.shape[-1] <= LARGEST_HEAD and _triton() is not None)
+    return not query.is_cuda or (query.shape[-1] <= trainer_facts.LARGEST_TRITON_HEAD and _triton() is not None)
 
 
 def can_be_captured(device: torch.device) -> bool:

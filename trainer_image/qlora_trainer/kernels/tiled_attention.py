@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCORES_BYTES = 64 << 20
-"""Of a tile of scores where they are computed in plain sight; a few such tensors are alive at once."""
-
+from orchestrator.api import trainer_facts
 
 # --- tile by tile
 
@@ -65,10 +63,10 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _score_tiles(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Queries, and the keys that they see; a tile's scores take at most `SCORES_BYTES` in float32."""
+    """Queries, and the keys that they see; a tile's scores take at most `trainer_facts.SCORES_BYTES`."""
     heads, tokens, _ = query.shape
     row_bytes = 4 * heads * tokens if window is None else 4 * heads * min(tokens, 2 * window)
-    step = max(1, min(SCORES_BYTES // row_bytes, tokens if window is None else window))
+    step = max(1, min(trainer_facts.SCORES_BYTES // row_bytes, tokens if window is None else window))
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         first = 0 if window is None else max(0, start - window + 1)

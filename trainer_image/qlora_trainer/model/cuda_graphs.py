@@ -23,13 +23,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
+from orchestrator.api import trainer_facts
 from qlora_trainer.data.encoding import IGNORED_LABEL
 from qlora_trainer.data.micro_batch import MicroBatch, StepInputs
 
-LARGEST_TOKENS = 6144
-"""Beyond, the kernels take so long that their launches hide behind them."""
-TOKENS_STEP = 256
-"""Tokens are padded to a multiple of this."""
 RECORDS_FACTOR = 4
 """Records are padded to a power of this: attention starts blocks for each, and those of empty records end at once."""
 SUPERVISED_PARTS = 4
@@ -53,7 +50,8 @@ class Shape:
     @classmethod
     def of(cls, batch: MicroBatch) -> Shape:
         """The smallest padded shape that the micro-batch fits."""
-        tokens = -(-batch.tokens // TOKENS_STEP) * TOKENS_STEP
+        step = trainer_facts.CUDA_GRAPH_TOKENS_STEP
+        tokens = -(-batch.tokens // step) * step
         wanted = len(batch.record_starts) - 1 + (tokens > batch.tokens)
         records = 1
         while records < wanted:
@@ -108,7 +106,7 @@ class Replay:
     @staticmethod
     def takes(batch: MicroBatch) -> bool:
         """Whether the micro-batch is short enough to gain anything."""
-        return batch.tokens <= LARGEST_TOKENS
+        return batch.tokens <= trainer_facts.CUDA_GRAPH_TOKENS
 
     def run(self, batch: MicroBatch, divisor: float, between: Callable[[], None]) -> Tensor:
         """The loss, good until the next call; the gradients are added to the parameters'."""

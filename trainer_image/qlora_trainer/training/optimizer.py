@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import TrainingSpec
 
 STATE_TENSORS = ("state1", "state2", "absmax1", "absmax2")
 """What bitsandbytes keeps per parameter: both moments, and per block of 8-bit moments their scale."""
-BLOCK = 256
-"""8-bit moments that share a scale. A piece is made of whole blocks, so none spans two matrices."""
+BLOCK = trainer_facts.OPTIMIZER_BLOCK
+"""A piece is made of whole blocks, so none spans two matrices."""
 SMALLEST_8BIT = 4096
 """bitsandbytes keeps the moments of smaller parameters in 32 bits."""
 LARGEST_PIECE = 1 << 28

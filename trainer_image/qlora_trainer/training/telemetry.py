@@ -15,28 +15,11 @@ from typing import Any
 
 import torch
 
+from orchestrator.api.data_sheets import DATA_SHEETS, find_name
 from orchestrator.api.formats import Metric
 from qlora_trainer.data.micro_batch import MicroBatch
 
 PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint")
-PEAK_TFLOPS = (
-    ("H200", 790.0),
-    ("H100 80GB HBM3", 790.0),
-    ("H100 PCIe", 756.0),
-    ("A100", 312.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("A10G", 70.0),
-    ("A10", 125.0),
-    ("A40", 149.7),
-    ("L4", 121.0),
-    ("RTX 6000 Ada", 364.0),
-    ("RTX A6000", 154.8),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-)
-"""Dense bfloat16 TFLOP/s by a part of the card's name, the first that fits: data sheets, and for H100 SXM and H200
-what large matrix products reach (790; their data sheet says 989)."""
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +78,36 @@ class Arithmetic:
         return 4.0 * self.linear_weights * tokens + 6.0 * self.layers * self.attention_width * pairs
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utilization:
+    """Model FLOP utilization (Chowdhery et al., 2022)."""
+
+    mfu: float
+    """Share of the data sheet's peak of dense bfloat16 products."""
+    sustained: float
+    """Share of what large products reach within the card's power limit."""
+
+    @classmethod
+    def of(cls, product: str, operations: float, seconds: float) -> Utilization | None:
+        """That of a card by its name; None where it is in no data sheet, or has no bfloat16."""
+        name = find_name(product)
+        sheet = DATA_SHEETS[name] if name is not None else None
+        if sheet is None or sheet.tflops is None or sheet.sustained_tflops is None:
+            return None
+        tflops = operations / seconds / 1e12
+        return cls(mfu=tflops / sheet.tflops, sustained=tflops / sheet.sustained_tflops)
+
+    def rounded(self) -> dict[str, float]:
+        """For a table of results."""
+        return {"mfu": round(self.mfu, 4), "mfu_sustained": round(self.sustained, 4)}
+
+
 class Card:
     """The GPU that training runs on, if there is one."""
 
     def __init__(self, device: torch.device, energy_before_joules: float) -> None:
         self._device = device if device.type == "cuda" else None
         self.name = torch.cuda.get_device_name(device) if self._device else "CPU"
-        self._peak = next((t * 1e12 for part, t in PEAK_TFLOPS if part in self.name), None) if self._device else None
         self._meter = _energy_meter(device) if self._device else None
         self._energy_before_joules = energy_before_joules
         self._meter_at_start = self._meter() if self._meter else 0.0
@@ -114,11 +120,15 @@ class Card:
             Metric.VRAM_ALLOCATED_BYTES: torch.cuda.max_memory_allocated(self._device),
             Metric.VRAM_RESERVED_BYTES: torch.cuda.max_memory_reserved(self._device),
         }
-        if self._peak is not None:
-            found[Metric.MFU] = operations / seconds / self._peak
+        if (utilization := self.utilization(operations, seconds)) is not None:
+            found[Metric.MFU] = utilization.mfu
         if self._meter is not None:
             found[Metric.ENERGY_JOULES] = self._energy_before_joules + self._meter() - self._meter_at_start
         return found
+
+    def utilization(self, operations: float, seconds: float) -> Utilization | None:
+        """How much of the card's arithmetic so many operations in so many seconds are; None where nobody knows."""
+        return Utilization.of(self.name, operations, seconds) if self._device is not None else None
 
     def peak_bytes(self) -> tuple[int | None, int | None]:
         """The most that was allocated and reserved."""
