@@ -36,7 +36,7 @@ from qlora_trainer.kernels import ops, torch_ops
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
-from qlora_trainer.model.cuda_graphs import Replay
+from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training import runtime
@@ -142,12 +142,12 @@ def compare_kernels(device: torch.device) -> dict[str, float]:
     triton_ops.dequantize(packed, state, ours)
     torch_ops.dequantize(packed, state, theirs)
     found["dequantize"] = float(not torch.equal(ours, theirs))
-    dense, borders = 0.02 * draw(3, 1536, 2048), torch.tensor([0, 300, 300, 515], dtype=torch.int32, device=device)
+    dense, offsets = 0.02 * draw(3, 1536, 2048), torch.tensor([0, 300, 300, 515], dtype=torch.int32, device=device)
     for back, width in ((False, 2048), (True, 1536)):
-        room = draw(515, 3584 - width)
-        both("expert_products", draw(515, width), None, dense, borders, room, back, changed=(4,))
+        out = draw(515, 3584 - width)
+        both("expert_products", draw(515, width), None, dense, offsets, out, back, changed=(4,))
         source = torch.randint(0, 64, (515,), device=device)
-        both("expert_products", draw(64, width), source, dense, borders, room, back, changed=(4,))
+        both("expert_products", draw(64, width), source, dense, offsets, out, back, changed=(4,))
     places = torch.randperm(515, device=device).view(103, 5)
     for weights in (None, torch.rand(103, 5, device=device)):
         both("sum_rows", draw(515, 2048), places, weights, draw(103, 2048), changed=(3,))
@@ -172,15 +172,15 @@ def compare_experts(device: torch.device) -> dict[str, Any]:
     x, grad = draw(EXPERT_TOKENS, EXPERT_HIDDEN), draw(EXPERT_TOKENS, EXPERT_HIDDEN)
     weights, index = torch.rand(EXPERT_TOKENS, EXPERTS - 1, device=device).topk(4)  # the last is never chosen
 
-    def both_passes(forward: Any) -> tuple[Tensor, ...]:
+    def both_passes(forward: Any) -> tuple[Any, ...]:
         leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        answer = forward(leaves[0], index, leaves[1])
-        answer.backward(grad)
-        return answer.detach(), *(leaf.grad for leaf in leaves)
+        output = forward(leaves[0], index, leaves[1])
+        output.backward(grad)
+        return output.detach(), *(leaf.grad for leaf in leaves)
 
     ours, again = both_passes(experts), both_passes(experts)
     theirs = both_passes(partial(_experts_in_plain_sight, experts))
-    names = ("answer", "gradient to x", "gradient to weights")
+    names = ("output", "gradient to x", "gradient to weights")
     return {
         "differences": {name: round(difference(*pair), 6) for name, *pair in zip(names, ours, theirs, strict=True)},
         "same_bits": all(torch.equal(*pair) for pair in zip(ours, again, strict=True)),
@@ -189,7 +189,7 @@ def compare_experts(device: torch.device) -> dict[str, Any]:
 
 def time_experts(device: torch.device, experts: int, hidden: int, inner: int, each: int) -> dict[str, float]:
     """Both passes of a layer's experts over a tile of tokens."""
-    shape = {"dtype": torch.bfloat16, "device": device}
+    shape: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     gate_up, down = torch.randn(experts, 2 * inner, hidden, **shape), torch.randn(experts, hidden, inner, **shape)
     layer = NF4Experts(experts, hidden, inner, gate_up=0.02 * gate_up, down=0.02 * down).to(device)
     tokens = trainer_facts.EXPERT_TILE_TOKENS
@@ -204,12 +204,12 @@ def time_experts(device: torch.device, experts: int, hidden: int, inner: int, ea
 def _experts_in_plain_sight(experts: NF4Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Every expert on every token, in float32."""
     gate_up, down = (dequantize_4bit(p.data, p.quant_state).float() for p in (experts.gate_up_proj, experts.down_proj))
-    answer = torch.zeros(x.shape, device=x.device)
+    output = torch.zeros(x.shape, device=x.device)
     for number in range(experts.experts):
         gate, up = (x.float() @ gate_up[number].t()).chunk(2, dim=1)
         chosen = (weights * (index == number)).sum(1, keepdim=True)
-        answer = answer + chosen * ((torch.nn.functional.silu(gate) * up) @ down[number].t())
-    return answer.to(x.dtype)
+        output = output + chosen * ((torch.nn.functional.silu(gate) * up) @ down[number].t())
+    return output.to(x.dtype)
 
 
 # --- attention
@@ -221,16 +221,16 @@ def compare_attention(device: torch.device, heads: int, keys: int, size: int, wi
     batch = records(PACKED)
     attention.expect(batch, batch.record_starts.to(device))
     inputs, grad = draw_heads(device, batch.tokens, heads, keys, size)
-    scaling, spans = size**-0.5, attention._spans(window)
+    scaling, spans = size**-0.5, attention.spans(window)
 
     def both_passes(way: Any) -> list[Tensor]:
-        answer, logsumexp = way.attention(*inputs, spans, scaling)
-        room = [torch.full_like(part, torch.nan) for part in inputs]
-        way.attention_backward(grad, inputs, answer, logsumexp, spans, scaling, tuple(room))
-        return [answer, logsumexp, *room]
+        output, logsumexp = way.attention(*inputs, spans, scaling)
+        out_grads = [torch.full_like(part, torch.nan) for part in inputs]
+        way.attention_backward(grad, inputs, output, logsumexp, spans, scaling, tuple(out_grads))
+        return [output, logsumexp, *out_grads]
 
     ours, again, exact = both_passes(ops), both_passes(ops), both_passes(torch_ops)
-    names = ("answer", "logsumexp", "query gradient", "key gradient", "value gradient")
+    names = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
     return {
         "differences": {
             name: round(difference(one, other), 5) for name, one, other in zip(names, ours, exact, strict=True)
@@ -253,19 +253,19 @@ def time_attention(device: torch.device, tokens: int) -> dict[str, float]:
     """One record's two passes by our kernels, and by torch's flash attention, deterministic and not."""
     attention = PackedAttention()
     batch = records((tokens,))
-    attention.expect(batch, borders := batch.record_starts.to(device))
+    attention.expect(batch, starts := batch.record_starts.to(device))
     inputs, grad = draw_heads(device, tokens, TIMED_HEADS, TIMED_KEYS, TIMED_SIZE)
-    scaling, spans = TIMED_SIZE**-0.5, attention._spans(None)
-    answer, logsumexp = ops.attention(*inputs, spans, scaling)
-    room = tuple(map(torch.empty_like, inputs))
-    row = (borders, borders, tokens, tokens, 0.0)
+    scaling, spans = TIMED_SIZE**-0.5, attention.spans(None)
+    output, logsumexp = ops.attention(*inputs, spans, scaling)
+    out_grads = (torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.empty_like(inputs[2]))
+    row = (starts, starts, tokens, tokens, 0.0)
     nothing = torch.empty(2, dtype=torch.uint64, device=device)
     flash: Any = torch.ops.aten
     options = {"is_causal": True, "scale": scaling}
-    back = partial(flash._flash_attention_backward, grad, *inputs, answer, logsumexp, *row, **options)
+    back = partial(flash._flash_attention_backward, grad, *inputs, output, logsumexp, *row, **options)
     flash_backward = partial(back, rng_state=nothing, unused=nothing)
     forward = partial(flash._flash_attention_forward, *inputs, *row, **options)
-    own_backward = partial(ops.attention_backward, grad, inputs, answer, logsumexp, spans, scaling, room)
+    own_backward = partial(ops.attention_backward, grad, inputs, output, logsumexp, spans, scaling, out_grads)
     times = {
         "own forward": milliseconds(partial(ops.attention, *inputs, spans, scaling)),
         "flash forward": milliseconds(partial(forward, return_debug_mask=False)),
@@ -325,10 +325,10 @@ def against_untouched(
 ) -> dict[str, float]:
     """How far loss and gradients are from those of layers that nobody took over."""
     model = training_model(peft_model, attention, recompute_layers)
-    assert model._fused is not None, "the layers must have been taken over"
+    assert model.fused is not None, "the layers must have been taken over"
     batch = records(lengths)
     loss, ours = loss_and_gradients(model, batch)
-    with model._fused.bypassed():
+    with model.fused.bypassed():
         expected, theirs = loss_and_gradients(model, batch)
     return {
         "loss_difference": round(abs(loss - expected) / expected, 6),
@@ -343,8 +343,8 @@ def same_bits(peft_model: PeftModel, attention: PackedAttention, lengths: Sequen
     full = training_model(peft_model, attention, ALL_LAYERS)
     first, again = loss_and_gradients(full, batch), loss_and_gradients(full, batch)
     offloaded = loss_and_gradients(training_model(peft_model, attention, ALL_LAYERS, ("activations",)), batch)
-    answers = {"twice": same(first, again), "activations offloaded": same(first, offloaded)}
-    return answers | (replayed_bits(peft_model, attention, batch) if Replay.takes(batch) else {})
+    equal = {"twice": same(first, again), "activations offloaded": same(first, offloaded)}
+    return equal | (replayed_bits(peft_model, attention, batch) if CudaGraphs.takes(batch) else {})
 
 
 def replayed_bits(peft_model: PeftModel, attention: PackedAttention, batch: MicroBatch) -> dict[str, bool]:
@@ -357,8 +357,8 @@ def replayed_bits(peft_model: PeftModel, attention: PackedAttention, batch: Micr
         loss = model.accumulate(batch, divisor=float(batch.tokens)).item()
         found.append((loss, [p.grad.clone() for _, p in model.trainable() if p.grad is not None]))
         model.peft_model.zero_grad(set_to_none=True)
-    assert model._replay is not None, "a card has graphs"
-    assert len(model._replay._graphs) == 1, "the graph must have been made"
+    assert model.cuda_graphs is not None, "a card has graphs"
+    assert model.cuda_graphs.captured == 1, "the graph must have been made"
     plain, captured, replayed, other, last = found
     return {
         "graph": same(plain, captured) and same(plain, replayed) and same(plain, last),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from qlora_trainer.data.encoding import IGNORED_LABEL
 from qlora_trainer.data.micro_batch import MicroBatch, StepInputs, collate
-from qlora_trainer.model.cuda_graphs import Replay, Shape
+from qlora_trainer.model.cuda_graphs import CudaGraphs, Shape
 
 from orchestrator.api import trainer_facts
 from tests.trainer.test_model import make_model
@@ -87,5 +87,5 @@ def test_tensors_are_refilled_in_place() -> None:
 
 
 def test_long_rows_are_not_taken() -> None:
-    assert Replay.takes(make_batch(trainer_facts.CUDA_GRAPH_TOKENS))
-    assert not Replay.takes(make_batch(trainer_facts.CUDA_GRAPH_TOKENS, 2))
+    assert CudaGraphs.takes(make_batch(trainer_facts.CUDA_GRAPH_TOKENS))
+    assert not CudaGraphs.takes(make_batch(trainer_facts.CUDA_GRAPH_TOKENS, 2))

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 from qlora_trainer.data.micro_batch import collate
-from qlora_trainer.kernels import takeover, torch_ops
+from qlora_trainer.kernels import torch_ops
+from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.kernels.takeover import draw_seed
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training.optimizer import AdapterOptimizer
@@ -27,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from test_model import equal, gradients, make_model, make_records, wake_adapter
 from tiny_model import build_tiny_model, tiny_model
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import TrainingSpec
@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0,
     },
     "phi3": {"sliding_window": 6},
-    "phi3 that turns a part of each head": {
+    "phi3 that rotates a part of each head": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     },
 }
@@ -71,8 +71,8 @@ def build_model(folder: Path, family: str, **fields: Any) -> TrainingModel:
 
 
 def loss_and_gradients(model: TrainingModel, *, taken_over: bool) -> tuple[Tensor, list[Tensor]]:
-    assert model._fused is not None, "the layers must have been taken over"
-    with nullcontext() if taken_over else model._fused.bypassed():
+    assert model.fused is not None, "the layers must have been taken over"
+    with nullcontext() if taken_over else model.fused.bypassed():
         with torch.no_grad():
             loss = model.loss(collate(make_records()), divisor=31.0)
         return loss, gradients(model, [collate(make_records())])
@@ -128,10 +128,10 @@ def test_every_set_of_targets_and_scaling_is_exact(tmp_path: Path, fields: dict[
 def test_an_adapter_that_is_switched_off_is_left_out(tmp_path: Path) -> None:
     model = build_model(tmp_path / "model", "llama")
     batch = collate(make_records())
-    assert model._fused is not None
+    assert model.fused is not None
     with torch.no_grad(), model.peft_model.disable_adapter():
         ours = model.loss(batch, divisor=1.0)
-        with model._fused.bypassed():
+        with model.fused.bypassed():
             theirs = model.loss(batch, divisor=1.0)
     with torch.no_grad():
         tuned = model.loss(batch, divisor=1.0)
@@ -151,23 +151,31 @@ def test_what_is_not_exact_is_left_alone_and_said(
 ) -> None:
     caplog.set_level(logging.INFO, logger="qlora_trainer.kernels.takeover")
     model = make_model(build_tiny_model(tmp_path / "model", family, attention_dropout=0.0), **fields)
-    assert model._fused is None
+    assert model.fused is None
     assert reason in caplog.text
 
 
 def test_layers_that_turn_out_to_be_off_are_given_back_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    class Shortsighted(PackedAttention):
+        """Wrong in the layers by hand alone."""
+
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+        ) -> tuple[Tensor, Tensor]:
+            del window
+            return super().forward(query, key, value, scaling, 2)
+
     folder = build_tiny_model(tmp_path / "model", "llama")
     untouched = make_model(folder, recompute_layers=1)
     wake_adapter(untouched)
     _, expected = loss_and_gradients(untouched, taken_over=False)
-    monkeypatch.setitem(takeover.WINDOWS, LlamaDecoderLayer, lambda _: 2)  # a registry that is wrong
-    model = make_model(folder, recompute_layers=1)
+    model = make_model(folder, recompute_layers=1, packed_attention=Shortsighted())
     wake_adapter(model)
-    assert model._fused is not None
+    assert model.fused is not None
     model.check()
-    assert model._fused is None
+    assert model.fused is None
     assert "layer 0 is off by" in caplog.text
     assert equal(gradients(model, [collate(make_records())]), expected)
 
@@ -176,12 +184,12 @@ def test_layers_that_turn_out_to_be_off_are_given_back_and_said(
 def test_the_layers_of_a_real_model_stay_taken_over(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(Path(os.environ["QLORA_TEST_MODEL"]))
     model.check()
-    assert model._fused is not None, caplog.text
+    assert model.fused is not None, caplog.text
     rows = [(ids, ids, np.arange(len(ids), dtype=np.int32)) for ids in (np.arange(200, 260), np.arange(900, 1020))]
     batch = collate([tuple(part.astype(np.int32) for part in row) for row in rows])
     wake_adapter(model)
     ours = gradients(model, [batch])
-    with model._fused.bypassed():
+    with model.fused.bypassed():
         theirs = gradients(model, [batch])
     assert median(distance(*pair) for pair in zip(ours, theirs, strict=True)) < 2 * ROUNDING
 
@@ -251,13 +259,17 @@ def test_dropout_depends_on_the_seed_alone_and_is_off_in_evaluation() -> None:
 # --- memory
 
 
-def test_tiles_of_the_mlp_change_a_gradient_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(recompute_layers=2)
-    wake_adapter(model)
-    batch = collate(make_records())
-    whole = gradients(model, [batch])
-    monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", 7)
-    tiled = gradients(model, [batch])
+def test_tiles_of_the_mlp_change_a_gradient_by_rounding_alone() -> None:
+    """A layer that keeps its activations computes its MLP in one piece, one that recomputes in tiles."""
+    ids = np.random.RandomState(6).randint(5, 500, size=400).astype(np.int32)
+    record = (ids, ids, np.arange(len(ids), dtype=np.int32))
+    long_row = collate([record] * (trainer_facts.MLP_TILE_TOKENS // len(ids) + 2))
+    found = []
+    for recompute_layers in (0, 2):
+        model = make_model(recompute_layers=recompute_layers)
+        wake_adapter(model)
+        found.append(gradients(model, [long_row]))
+    whole, tiled = found
     assert not equal(tiled, whole)
     assert largest_distance(tiled, whole) < ROUNDING
 
@@ -283,7 +295,7 @@ def test_what_cannot_be_offloaded_stays_and_says_so(caplog: pytest.LogCaptureFix
 
 
 def test_a_layer_that_keeps_its_activations_keeps_no_input_twice() -> None:
-    """Input, middle, query to value, answer, gate and up, and what is of the adapters' rank: nothing else."""
+    """Input, middle, query to value, output, gate and up, and what is of the adapters' rank: nothing else."""
     model = make_model()
     kept: dict[int, int] = {}
 
@@ -323,8 +335,10 @@ def test_the_optimizer_may_move_the_adapter(tmp_path: Path) -> None:
 # --- the Triton kernels
 
 INTERPRETED = """
+import numpy as np
 import torch
 from bitsandbytes.functional import quantize_4bit
+from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.kernels import torch_ops, triton_attention, triton_experts, triton_ops
 
@@ -368,10 +382,10 @@ both("dequantize", packed, state, torch.empty_like(weight), changed=(2,))
 # Experts in float32, for the reason that attention is below: one has no rows, and no tile is full.
 triton_experts.OTHERS = triton_experts.Tiles(16, 64, 32, 4, 1)
 weights = 0.02 * torch.randn(4, 72, 96)
-borders = torch.tensor([0, 20, 20, 21, 61, 70], dtype=torch.int32)
+offsets = torch.tensor([0, 20, 20, 21, 61, 70], dtype=torch.int32)
 for back, width in ((False, 96), (True, 72)):
     room = torch.zeros(70, 168 - width)
-    for parts, of in ((weights, borders), (weights[:2], borders[2:])):  # the last rows are another part's
+    for parts, of in ((weights, offsets), (weights[:2], offsets[2:])):  # the last rows are another part's
         both("expert_products", torch.randn(70, width), None, parts, of, room, back, changed=(4,))
         both("expert_products", torch.randn(9, width), torch.randint(0, 9, (70,)), parts, of, room, back, changed=(4,))
 for weights in (None, torch.rand(6, 3)):
@@ -390,26 +404,27 @@ close("add_dropout_", target, 2 + dropped.float())
 
 # Attention in float32: the interpreter multiplies bfloat16 numbers as if they were integers.
 triton_attention.OTHERS = triton_attention.Launch(*[triton_attention.Tiles(32, 16, 4, 1)] * 3)
-for heads, keys, size, borders, window in (
+for heads, keys, size, boundaries, window in (
     (4, 2, 32, [0, 150], None),
     (4, 2, 24, [0, 70, 75, 150], None),
     (2, 2, 16, [0, 40, 131], 20),
     (4, 1, 64, [0, 129], 33),
 ):
-    tokens = borders[-1]
+    tokens = boundaries[-1]
     query, key, value = torch.randn(tokens, heads + 2 * keys, size).split((heads, keys, keys), dim=1)
     attention = PackedAttention()
-    attention._starts, attention._borders = torch.tensor(borders, dtype=torch.int32), borders
-    spans = attention._spans(window)
+    records = [[np.arange(end - start, dtype=np.int32)] * 3 for start, end in zip(boundaries, boundaries[1:])]
+    attention.expect(batch := collate(records), batch.record_starts)
+    spans = attention.spans(window)
     grad = torch.randn(tokens, heads, size)
     found = []
     for kernels in (triton_ops, torch_ops):
-        answer, logsumexp = kernels.attention(query, key, value, spans, 0.3)
-        room = [torch.full_like(part, torch.nan) for part in (query, key, value)]
-        kernels.attention_backward(grad, (query, key, value), answer, logsumexp, spans, 0.3, tuple(room))
-        found.append([answer, logsumexp, *room])
+        output, logsumexp = kernels.attention(query, key, value, spans, 0.3)
+        out_grads = [torch.full_like(part, torch.nan) for part in (query, key, value)]
+        kernels.attention_backward(grad, (query, key, value), output, logsumexp, spans, 0.3, tuple(out_grads))
+        found.append([output, logsumexp, *out_grads])
     for ours, theirs in zip(*found):
-        assert (ours - theirs).norm() / theirs.norm() < 1e-5, (heads, keys, size, borders, window)
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5, (heads, keys, size, boundaries, window)
 print("all kernels agree")
 """
 

@@ -39,9 +39,10 @@ def make_model(
     chunk_tokens: int = 16,
     neftune_alpha: float = 0.0,
     offload: tuple[OffloadTarget, ...] = (),
+    packed_attention: PackedAttention | None = None,
     **adapter: Any,
 ) -> TrainingModel:
-    packed_attention = PackedAttention()
+    packed_attention = packed_attention or PackedAttention()
     base = load_base(folder or tiny_model(), CPU, packed_attention)
     peft_model = add_adapter(base, AdapterSpec(**{"rank": 4, "alpha": 8, "dropout": "0", **adapter}), seed=seed)
     plan = MemoryPlan(

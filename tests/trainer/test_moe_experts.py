@@ -11,10 +11,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
 from qlora_trainer.data.micro_batch import collate
-from qlora_trainer.kernels import moe_experts as kernels
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
-from qlora_trainer.model import adapter as model_module
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.quantization import refusal, replace_experts
 from qlora_trainer.model.training_model import TrainingModel
@@ -24,10 +22,9 @@ from safetensors.torch import save_file
 from test_model import gradients, make_model, make_records, wake_adapter
 from tiny_model import EXPERTS, build_tiny_model, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-from orchestrator.api import trainer_facts
 
 CPU = torch.device("cpu")
 FAMILIES = tuple(EXPERTS)
@@ -61,45 +58,52 @@ def make_tokens(tokens: int, experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tile_tokens", [4096, 8])
-def test_both_passes_are_those_of_transformers_in_one_tile_or_several(
-    monkeypatch: pytest.MonkeyPatch, tile_tokens: int
-) -> None:
-    monkeypatch.setattr(trainer_facts, "EXPERT_TILE_TOKENS", tile_tokens)
+def test_both_passes_are_those_of_transformers_in_one_tile_or_several(tile_tokens: int) -> None:
     ours, theirs = make_experts()
+    ours.tile_tokens = tile_tokens
     found = []
     for module in (ours, theirs):
         x, index, weights = make_tokens(21, experts=3)  # nobody chooses the fourth
-        answer = module(x, index, weights)
-        answer.square().sum().backward()
-        found.append((answer, x.grad, weights.grad))
+        output = module(x, index, weights)
+        output.square().sum().backward()
+        found.append((output, x.grad, weights.grad))
     for our, their in zip(*found, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dense_bytes", "at_a_time"), [(1 << 30, 4), (1, 1)])
-def test_a_few_experts_are_dense_at_a_time_and_no_dense_weight_is_kept(
-    monkeypatch: pytest.MonkeyPatch, dense_bytes: int, at_a_time: int
-) -> None:
-    monkeypatch.setattr(trainer_facts, "EXPERT_DENSE_BYTES", dense_bytes)
+def test_a_few_experts_are_dense_at_a_time_and_no_dense_weight_is_kept(dense_bytes: int, at_a_time: int) -> None:
     ours, _ = make_experts()
-    dequantized: list[torch.Size] = []
-    original = kernels.ops.dequantize
-    monkeypatch.setattr(
-        kernels.ops,
-        "dequantize",
-        lambda packed, state, out: (dequantized.append(out.shape), original(packed, state, out)),
-    )
+    ours.dense_bytes = dense_bytes
     x, index, weights = make_tokens(9, experts=2)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        answer = ours(x, index, weights)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t),
+        DenseWeights() as forward,
+    ):
+        output = ours(x, index, weights)
     both = {(at_a_time, 512, 64), (at_a_time, 64, 256)}
-    assert set(dequantized) == both
-    assert len(dequantized) == 2 * 4 / at_a_time
+    assert set(forward.shapes) == both
+    assert len(forward.shapes) == 2 * 4 / at_a_time
     assert sum(t.numel() for t in kept) == x.numel() + index.numel() + weights.numel()
-    answer.sum().backward()
-    assert set(dequantized) == both
-    assert len(dequantized) == (2 + 3) * 4 / at_a_time
+    with DenseWeights() as backward:
+        output.sum().backward()
+    assert set(backward.shapes) == both
+    assert len(backward.shapes) == 3 * 4 / at_a_time
+
+
+class DenseWeights(TorchDispatchMode):
+    """The shapes of experts' matrices that memory is taken for in the meantime."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.new_empty.default and made.dim() == 3:
+            self.shapes.append(tuple(made.shape))
+        return made
 
 
 # --- in a model
@@ -162,9 +166,8 @@ def dequantized_reference(model: Any, folder: Path) -> Any:
     return theirs
 
 
-def in_float32(monkeypatch: pytest.MonkeyPatch, model: TrainingModel) -> TrainingModel:
-    """So that no token goes to another expert for a rounding; layers are taken over anew."""
-    monkeypatch.setattr(model_module, "COMPUTE_DTYPE", torch.float32)
+def in_float32(model: TrainingModel) -> TrainingModel:
+    """The model in float32, so that no token goes to another expert for a rounding; layers are taken over anew."""
     for parameter in model.peft_model.parameters():
         if isinstance(parameter, Params4bit):
             parameter.quant_state.dtype = torch.float32
@@ -180,13 +183,13 @@ def in_float32(monkeypatch: pytest.MonkeyPatch, model: TrainingModel) -> Trainin
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_loss_and_every_gradient_are_those_of_plain_peft_on_plain_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recompute: int
+    tmp_path: Path, family: str, recompute: int
 ) -> None:
     folder = build_tiny_model(tmp_path / family, family, initializer_range=0.1)
-    model = in_float32(monkeypatch, make_model(folder, recompute_layers=recompute))
-    assert (model._fused is not None) == (family in TAKEN_OVER)
+    model = in_float32(make_model(folder, recompute_layers=recompute))
+    assert (model.fused is not None) == (family in TAKEN_OVER)
     model.check()
-    assert (model._fused is not None) == (family in TAKEN_OVER)
+    assert (model.fused is not None) == (family in TAKEN_OVER)
     wake_adapter(model)
     model.peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     theirs = PeftModel.from_pretrained(

@@ -91,19 +91,17 @@ def test_what_does_not_fit_is_not_kept_and_drives_nothing_out(tmp_path: Path, ca
     assert cache.read("small", CPU) is not None
 
 
-def test_an_entry_that_cannot_be_read_now_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_entry_that_cannot_be_read_now_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = cache_of(tmp_path, 2)
     cache.write("entry", weights(7))
-
-    def broken(*_: object, **__: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", broken)
-        assert cache.read("entry", CPU) is None
+    manifest = tmp_path / "entry" / MANIFEST_NAME
+    content = manifest.read_bytes()
+    manifest.unlink()
+    manifest.symlink_to(MANIFEST_NAME)  # a link to itself: the storage answers with an error
+    assert cache.read("entry", CPU) is None
     assert "cannot be read" in caplog.text
+    manifest.unlink()
+    manifest.write_bytes(content)
     found = cache.read("entry", CPU)
     assert found is not None
     assert torch.equal(found["layer"], weights(7)[0][1])

@@ -24,7 +24,7 @@ from qlora_trainer.kernels import packed_attention as packed
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
-from qlora_trainer.model.cuda_graphs import Replay
+from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training.optimizer import AdapterOptimizer
@@ -169,7 +169,7 @@ def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPl
     attention = PackedAttention()
     base = load_base(folder, torch.device("cpu"), attention)
     model = TrainingModel(add_adapter(base, adapter, seed=0), plan, attention, 0.0)
-    assert model._fused is not None
+    assert model.fused is not None
     AdapterOptimizer(model.trainable(), make_spec().training)
     model.train()
     return peak_of_a_step(model, plan)
@@ -234,7 +234,7 @@ def test_every_tensor_of_a_training_step_is_counted(
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", tile_tokens)
     monkeypatch.setattr(ops, "can_be_captured", lambda _: replayed)
-    monkeypatch.setattr(Replay, "_graph", lambda *_: None)  # what runs before a graph is made
+    monkeypatch.setattr(CudaGraphs, "_graph", lambda *_: None)  # what runs before a graph is made
     monkeypatch.setattr(trainer_facts, "CUDA_GRAPH_TOKENS", trainer_facts.CUDA_GRAPH_TOKENS if replayed else 0)
     monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
     handwritten_layer._walks.cache_clear()
@@ -435,7 +435,7 @@ def peak_of_plain_layers(folder: Path, adapter: AdapterSpec, plan: MemoryPlan, w
         if isinstance(module, Linear4bit):
             module.__class__ = layer_trace.TracedLinear
     model = TrainingModel(add_adapter(base, adapter, seed=0), plan, attention, 0.0)
-    assert model._fused is None
+    assert model.fused is None
     AdapterOptimizer(model.trainable(), make_spec().training)
     model.train()
     return peak_of_a_step(model, plan)

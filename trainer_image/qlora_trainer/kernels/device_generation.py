@@ -1,4 +1,4 @@
-"""What kind of card there is: kernels are cut up for its generation, which is never tuned while a job runs."""
+"""The generation of the card, by which kernels choose their tiles; nothing is tuned while a job runs."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ HOPPER = 9
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether a device is a card of that generation."""
+    """Whether a device is an H100 or H200."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER

@@ -1,9 +1,9 @@
 """What waits in pinned host memory while the card computes something else: layer inputs, and the embedding table.
 
-`decoder` owns one `InputStore` where the plan offloads activations. A layer's input leaves the card on a stream of its
-own while the layer computes, and comes back while the backward pass is still at the layer above, so the bus is busy
-when the card is. A layer ends when its input has left: the host runs ahead of the card, and inputs that wait to be
-copied would fill it. Buffers are made once for the longest row and used again.
+A layer's input leaves the card on a stream of its own while the layer computes, and comes back while the backward pass
+is still at the layer above, so the bus is busy when the card is. A layer ends when its input has left: the host runs
+ahead of the card, and inputs that wait to be copied would fill it. Buffers are made once for the longest row and used
+again.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """One decoder layer of the Llama family: normalization, attention, normalization, gated MLP; both passes by hand.
 
-`decoder` puts it in the place of transformers' layer. What is kept between the passes is decided here and nowhere
-else. A layer that keeps its activations keeps what matrix products cost and recomputes what is cheap: normalized
-inputs and the MLP's product. A layer that recomputes keeps its input alone, on the card or in host memory. Both run
-the same operations on the same numbers, so they give the same bits.
+Rules: what is kept between the passes is decided here and nowhere else. A layer that keeps its activations keeps what
+matrix products cost and recomputes what is cheap: normalized inputs and the MLP's product. A layer that recomputes
+keeps its input alone, on the card or in host memory. Both run the same operations on the same numbers, so they give the
+same bits.
 
-Only attention looks across tokens. Where a layer recomputes, its MLP runs in tiles along the sequence, so what it
-needs beside a few tensors of [tokens, hidden] does not grow with the sequence.
+Only attention looks across tokens. Where a layer recomputes, its MLP runs in tiles along the sequence, so what it needs
+beside a few tensors of [tokens, hidden] does not grow with the sequence.
 
 Names: `low` is the rank-r product of an adapter, [tokens, ranks]. All activations are [tokens, width].
 """
@@ -41,7 +41,7 @@ class Run:
     sin: Tensor
     """[tokens, head size]"""
     seed: Tensor | None
-    """int64: of the adapters' dropout; None: nothing is dropped."""
+    """int64: the seed of the adapters' dropout; None: nothing is dropped."""
     trains: bool
     """Whether a backward pass follows."""
 
@@ -66,8 +66,8 @@ class Norm:
     epsilon: float
 
     @classmethod
-    def of(cls, module: Module) -> Norm:
-        """From transformers' module."""
+    def of(cls, module: Any) -> Norm:
+        """The normalization that transformers' module computes."""
         return cls(weight=module.weight.data, epsilon=module.variance_epsilon)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ class Attended:
     """The first half of a layer: what its backward pass needs."""
 
     qkv: Tensor
-    """Query, key and value; turned by their positions, unless heads are normalized before that."""
-    answer: Tensor
+    """Query, key and value [tokens, heads x size]; rotated, unless heads are normalized before that."""
+    output: Tensor
     logsumexp: Tensor
     qkv_low: Tensor | None
     output_low: Tensor | None
@@ -92,7 +92,7 @@ class Attended:
 
 @dataclass(slots=True, kw_only=True)
 class Gated:
-    """The second half of a layer: what its backward pass needs beside its input."""
+    """The second half of a layer: what its backward pass needs beside its input; of experts, nothing."""
 
     gate_up: Tensor | None
     gate_up_low: Tensor | None
@@ -104,7 +104,7 @@ class FusedLayer:
 
     def __init__(
         self,
-        module: Module,
+        module: Any,
         *,
         number: int,
         adapter_name: str,
@@ -113,6 +113,7 @@ class FusedLayer:
         recomputes: bool,
         store: InputStore | None,
     ) -> None:
+        """`module` is transformers' layer, of a class that `takeover` lists."""
         self._number = number
         self._heads = heads
         self._attention = attention
@@ -124,12 +125,12 @@ class FusedLayer:
         self._head_norms = None if None in norms else (Norm.of(norms[0]), Norm.of(norms[1]))
         self._qkv = LinearGroup(query_key_value(own), adapter_name)
         self._factor = getattr(module, "residual_multiplier", 1.0)
-        """Of what is added to the residual stream."""
+        """What is added to the residual stream is multiplied with it."""
         self._output = LinearGroup([own.o_proj], adapter_name, self._factor)
         self._groups = (self._qkv, self._output, *self._take_mlp(module.mlp, adapter_name))
         self._parameters: list[Parameter] = [parameter for group in self._groups for parameter in group.parameters]
 
-    def _take_mlp(self, mlp: Module, adapter_name: str) -> tuple[LinearGroup, ...]:
+    def _take_mlp(self, mlp: Any, adapter_name: str) -> tuple[LinearGroup, ...]:
         """The second half's linear layers."""
         self._gate_up = LinearGroup(gate_and_up(mlp), adapter_name)
         self._down = LinearGroup([mlp.down_proj], adapter_name, self._factor)
@@ -160,15 +161,15 @@ class FusedLayer:
         return out
 
     def _attend(self, x: Tensor, run: Run) -> tuple[Tensor, Attended]:
-        """The residual stream between attention and MLP, and what leads back from there."""
+        """The residual stream between attention and MLP, and what its backward pass needs."""
         qkv, qkv_low = self._qkv.forward(self._input_norm(x), self._dropout(run, 0))
         if self._head_norms is None:
-            _turn(self._split(qkv)[0], run)
-        query, key, value = self._turned(qkv, run)
-        answer, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
-        answer = answer.reshape(len(x), -1)
-        middle, output_low = self._output.forward(answer, self._dropout(run, 1), residual=x)
-        attended = Attended(qkv=qkv, answer=answer, logsumexp=logsumexp, qkv_low=qkv_low, output_low=output_low)
+            _rotate(self._split(qkv)[0], run)
+        query, key, value = self._rotated(qkv, run)
+        output, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
+        output = output.reshape(len(x), -1)
+        middle, output_low = self._output.forward(output, self._dropout(run, 1), residual=x)
+        attended = Attended(qkv=qkv, output=output, logsumexp=logsumexp, qkv_low=qkv_low, output_low=output_low)
         return middle, attended
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +178,7 @@ class FusedLayer:
         both = self._heads.queries + self._heads.keys
         return by_head[:, :both], by_head[:, both:]
 
-    def _turned(self, qkv: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated(self, qkv: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as attention takes them."""
         both, value = self._split(qkv)
         query, key = both[:, : self._heads.queries], both[:, self._heads.queries :]
@@ -185,7 +186,7 @@ class FusedLayer:
             return query, key, value
         normalized = [_by_head(norm, part) for norm, part in zip(self._head_norms, (query, key), strict=True)]
         for part in normalized:
-            _turn(part, run)
+            _rotate(part, run)
         return normalized[0], normalized[1], value
 
     def _mlp(self, middle: Tensor, run: Run) -> tuple[Tensor, Gated]:
@@ -211,12 +212,7 @@ class FusedLayer:
 
     def backward(self, ctx: Any, grad: Tensor, run: Run) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients to the layer's input and to its adapters, in the order of its parameters."""
-        kept = ctx.saved_tensors
-        x = kept[0] if kept else self._fetched()
-        if len(kept) > 1:
-            middle, attended, gated = kept[1], Attended(**_named(Attended, kept[2:])), Gated(**_named(Gated, kept[7:]))
-        else:
-            (middle, attended), gated = self._attend(x, run), None
+        x, middle, attended, gated = self._activations(ctx, run)
         middle_grad, of_mlp = self._mlp_backward(grad, middle, gated, run)
         del middle, gated
         qkv_grad, of_output = self._attention_backward(middle_grad, attended, run)
@@ -227,20 +223,29 @@ class FusedLayer:
         low_grad = self._qkv.low_gradient(qkv_grad)
         dropout = self._dropout(run, 0)
         of_qkv = self._qkv.adapter_gradients(qkv_grad, self._input_norm(x), qkv_low, low_grad, dropout)
-        gradients = [
-            gradient
-            for group, own in zip(self._groups, (of_qkv, of_output, *of_mlp), strict=True)
-            for gradient in group.split(own)
-        ]
+        gradients = self._in_order((of_qkv, of_output, *of_mlp))
         if not ctx.needs_input_grad[0]:
             return None, gradients
         normalized_grad = self._qkv.input_gradient(qkv_grad, low_grad, dropout)
         del qkv_grad
         return self._input_norm.backward(normalized_grad, x, residual=middle_grad), gradients
 
+    def _activations(self, ctx: Any, run: Run) -> tuple[Tensor, Tensor, Attended, Gated | None]:
+        """The input, the middle and what both halves need: as it was kept, or computed anew from the input."""
+        kept: tuple[Any, ...] = ctx.saved_tensors
+        if len(kept) > 1:
+            return kept[0], kept[1], Attended(**_named(Attended, kept[2:])), Gated(**_named(Gated, kept[7:]))
+        x = kept[0] if kept else self._fetched()
+        return x, *self._attend(x, run), None
+
     def _fetched(self) -> Tensor:
         assert self._store is not None, "a layer without saved tensors has its input in the store"
         return self._store.take(self._number)
+
+    def _in_order(self, gradients: tuple[list[Tensor], ...]) -> list[Tensor | None]:
+        """The gradients of each group's adapters, in the order of the layer's parameters."""
+        by_group = zip(self._groups, gradients, strict=True)
+        return [gradient for group, own in by_group for gradient in group.split(own)]
 
     def _mlp_backward(
         self, grad: Tensor, middle: Tensor, gated: Gated | None, run: Run
@@ -271,7 +276,7 @@ class FusedLayer:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         below, above = self._dropout(run, 2, tile), self._dropout(run, 3, tile)
         normalized = self._middle_norm(middle)
-        if gated is None:
+        if gated is None or gated.gate_up is None:
             gate_up, gate_up_low = self._gate_up.forward(normalized, below, weights[0])
         else:
             gate_up, gate_up_low = gated.gate_up, gated.gate_up_low
@@ -291,29 +296,29 @@ class FusedLayer:
         """The gradient to the projections' outputs, and those of the output projection's adapter."""
         dropout, shape = self._dropout(run, 1), (len(grad), self._heads.queries, self._heads.size)
         low_grad = self._output.low_gradient(grad)
-        of_output = self._output.adapter_gradients(grad, attended.answer, attended.output_low, low_grad, dropout)
-        answer_grad = self._output.input_gradient(grad, low_grad, dropout).view(shape)
+        of_output = self._output.adapter_gradients(grad, attended.output, attended.output_low, low_grad, dropout)
+        output_grad = self._output.input_gradient(grad, low_grad, dropout).view(shape)
         qkv_grad = torch.empty_like(attended.qkv)
         both, value_grad = self._split(qkv_grad)
         self._attention.backward(
-            answer_grad,
-            self._turned(attended.qkv, run),
-            attended.answer.view(shape),
+            output_grad,
+            self._rotated(attended.qkv, run),
+            attended.output.view(shape),
             attended.logsumexp,
             self._heads.scaling,
             self._heads.window,
-            room=(both[:, : self._heads.queries], both[:, self._heads.queries :], value_grad),
+            out_grads=(both[:, : self._heads.queries], both[:, self._heads.queries :], value_grad),
         )
-        _turn(both, run, back=True)
+        _rotate(both, run, back=True)
         if self._head_norms is not None:
             self._head_norms_backward(attended.qkv, qkv_grad)
         return qkv_grad, of_output
 
     def _head_norms_backward(self, qkv: Tensor, qkv_grad: Tensor) -> None:
         assert self._head_norms is not None, "only called where heads are normalized"
-        border = self._heads.queries
+        queries = self._heads.queries
         both, both_grad = self._split(qkv)[0], self._split(qkv_grad)[0]
-        for norm, heads in zip(self._head_norms, (slice(0, border), slice(border, None)), strict=True):
+        for norm, heads in zip(self._head_norms, (slice(0, queries), slice(queries, None)), strict=True):
             part, grad = both[:, heads], both_grad[:, heads]
             rows = norm.backward(grad.reshape(-1, self._heads.size), part.reshape(-1, self._heads.size))
             grad.copy_(rows.view(part.shape))
@@ -337,9 +342,10 @@ class _LayerFunction(torch.autograd.Function):
         ctx.layer, ctx.run = layer, run
         return layer.forward(ctx, x, run)
 
+    # `once_differentiable` has no types, so pyright no longer sees that this is a static method.
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         input_grad, gradients = ctx.layer.backward(ctx, grad_outputs[0].contiguous(), ctx.run)
         return input_grad, None, None, *gradients
 
@@ -353,27 +359,28 @@ class NormFunction(torch.autograd.Function):
         ctx.save_for_backward(x)
         return norm(x)
 
+    # `once_differentiable` has no types, so pyright no longer sees that this is a static method.
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         return ctx.norm.backward(grad_outputs[0].contiguous(), x), None
 
 
-def query_key_value(attention: Module) -> list[Module]:
+def query_key_value(attention: Any) -> list[Module]:
     """The projections of attention's input: some families have them in one matrix."""
     return [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [getattr(attention, name) for name in QKV]
 
 
-def gate_and_up(mlp: Module) -> list[Module]:
-    """The same of the MLP's."""
+def gate_and_up(mlp: Any) -> list[Module]:
+    """The projections of the MLP's input: some families have them in one matrix."""
     return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [getattr(mlp, name) for name in GATE_UP]
 
 
-def _turn(heads: Tensor, run: Run, *, back: bool = False) -> None:
-    """By their positions, in place; some families turn the first part of each head only."""
-    turned = heads[..., : run.cos.shape[-1]]
-    ops.rotate(turned, run.cos, run.sin, out=turned, back=back)
+def _rotate(heads: Tensor, run: Run, *, back: bool = False) -> None:
+    """Rotate heads by their positions, in place; some families rotate the first part of each head only."""
+    rotated = heads[..., : run.cos.shape[-1]]
+    ops.rotate(rotated, run.cos, run.sin, out=rotated, back=back)
 
 
 def _by_head(norm: Norm, part: Tensor) -> Tensor:
@@ -387,7 +394,7 @@ def _tiles(tokens: int) -> Iterator[slice]:
 
 
 def _summed(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:
-    """In float32, because a bfloat16 sum would forget the smaller tiles."""
+    """The sum of both lists in float32, because a bfloat16 sum would forget the smaller tiles."""
     if not total:
         return [gradient.float() for gradient in part]
     return [one.add_(other) for one, other in zip(total, part, strict=True)]

@@ -1,22 +1,24 @@
 """Linear layers that read one input: frozen NF4 weights, LoRA adapters on some of them, both passes by hand.
 
-`layer` builds a group for query, key and value, one for gate and up, and one each for the output and down projections.
+Query, key and value are a group, gate and up are one, and so are the output and the down projection alone:
 y = x W' + scaling * dropout(x) A' B', where W stacks the members' weights. Rules:
 
 - The weights are dequantized once per use, into one matrix, so that a group is one matrix product whatever it holds.
 - The adapters' A are neighbors in memory, so their rank-r products are one product, and so are their gradients. Who
-  moves them (`optimizer` does) must keep them neighbors.
+  moves them must keep them neighbors.
 - The members' adapters share one dropout mask, as they share the input. Which elements it drops depends on its seed
   alone, so it is made anew wherever it is needed and never kept.
-- No autograd in here: `layer` decides what is kept between the passes.
+- No autograd in here: the layer decides what is kept between the passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -31,7 +33,7 @@ class Dropout:
 
     probability: float
     seed: Tensor
-    """int64, of the whole micro-batch."""
+    """int64, one for the whole micro-batch."""
     number: int
     """Added to the seed: the place in the model."""
 
@@ -54,13 +56,13 @@ class LinearGroup:
         All outputs are multiplied with `factor` before they are added to a residual stream.
         """
         self._bases = [_base(module) for module in modules]
-        # As plain tensors: asking bitsandbytes' class of parameters for anything takes as long as a kernel's launch.
-        self._packed = [base.weight.data.as_subclass(Tensor) for base in self._bases]
-        self._states = [base.weight.quant_state for base in self._bases]
-        self.inputs = self._bases[0].in_features
-        self.outputs = sum(base.out_features for base in self._bases)
+        # As bare tensors: asking bitsandbytes' class of parameters for anything takes as long as a kernel's launch.
+        self._packed: list[Tensor] = [base.weight.data.as_subclass(Tensor) for base in self._bases]
+        self._states: list[QuantState] = [base.weight.quant_state for base in self._bases]
+        self.inputs: int = self._bases[0].in_features
+        self.outputs: int = sum(base.out_features for base in self._bases)
         self._biases = _stacked_biases(self._bases)
-        self._wrapped = [module for module in modules if isinstance(module, LoraLayer)]
+        self._wrapped: list[Any] = [module for module in modules if isinstance(module, LoraLayer)]
         self._adapters: list[_Adapter] = []
         self._a: Tensor | None = None
         self.parameters: list[Parameter] = []
@@ -74,24 +76,27 @@ class LinearGroup:
     def is_known(module: Module, adapter_name: str) -> bool:
         """Whether this is a layer that the group computes exactly as PEFT does."""
         base = _base(module)
-        if not isinstance(base, Linear4bit) or base.weight.quant_state is None:
+        if not isinstance(base, Linear4bit) or getattr(base.weight, "quant_state", None) is None:
             return False
         if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
             return module is base
-        plain = not module.lora_variant and not module.lora_bias[adapter_name] and list(module.lora_A) == [adapter_name]
+        extras = module.lora_variant or module.lora_bias[adapter_name] or list(module.lora_A) != [adapter_name]
         dropout = module.lora_dropout[adapter_name]
-        return plain and isinstance(dropout, torch.nn.Identity | torch.nn.Dropout)
+        return not extras and isinstance(dropout, torch.nn.Identity | torch.nn.Dropout)
 
     def _take_adapters(self, modules: Sequence[Module], name: str) -> None:
-        every_a, row, rank = [], 0, 0
+        every_a: list[Parameter] = []
+        row = rank = 0
         for module, base in zip(modules, self._bases, strict=True):
             rows = slice(row, row + base.out_features)
             row = rows.stop
             if isinstance(module, LoraLayer):
-                every_a.append(module.lora_A[name].weight)
+                a: Any = module.lora_A[name]
+                b: Any = module.lora_B[name]
+                every_a.append(a.weight)
                 ranks = slice(rank, rank + len(every_a[-1]))
                 rank = ranks.stop
-                self._adapters.append(_Adapter(outputs=rows, ranks=ranks, b=module.lora_B[name].weight))
+                self._adapters.append(_Adapter(outputs=rows, ranks=ranks, b=b.weight))
         self._a = torch.cat([a.data for a in every_a])
         for a, adapter in zip(every_a, self._adapters, strict=True):
             a.data = self._a[adapter.ranks]
@@ -104,9 +109,9 @@ class LinearGroup:
         """The dense weights [outputs, inputs]."""
         dense = torch.empty(self.outputs, self.inputs, dtype=self._states[0].dtype, device=self._packed[0].device)
         row = 0
-        for packed, state in zip(self._packed, self._states, strict=True):
-            ops.dequantize(packed, state, dense[row : row + state.shape[0]])
-            row += state.shape[0]
+        for packed, state, base in zip(self._packed, self._states, self._bases, strict=True):
+            ops.dequantize(packed, state, dense[row : row + base.out_features])
+            row += base.out_features
         return dense
 
     def forward(
@@ -140,15 +145,15 @@ class LinearGroup:
         self, grad: Tensor, low_grad: Tensor | None, dropout: Dropout | None, weight: Tensor | None = None
     ) -> Tensor:
         """The gradient to `x`."""
-        answer = ops.product(grad, self.weight() if weight is None else weight)
+        x_grad = ops.product(grad, self.weight() if weight is None else weight)
         if self._factor != 1.0:
-            answer.mul_(self._factor)
+            x_grad.mul_(self._factor)
         if low_grad is not None and dropout is None:
-            ops.add_product_(answer, low_grad, self._stacked_a())
+            ops.add_product_(x_grad, low_grad, self._stacked_a())
         elif low_grad is not None and dropout is not None:
             back = ops.product(low_grad, self._stacked_a())
-            ops.add_dropout_(answer, back, dropout.probability, dropout.seed, dropout.number)
-        return answer
+            ops.add_dropout_(x_grad, back, dropout.probability, dropout.seed, dropout.number)
+        return x_grad
 
     def adapter_gradients(
         self, grad: Tensor, x: Tensor, low: Tensor | None, low_grad: Tensor | None, dropout: Dropout | None
@@ -158,7 +163,7 @@ class LinearGroup:
             return []
         to_b = [ops.product(grad[:, adapter.outputs].t(), low[:, adapter.ranks]) for adapter in self._adapters]
         if self._scaling != 1.0:
-            torch._foreach_mul_(to_b, self._scaling)
+            torch._foreach_mul_(to_b, self._scaling)  # pyright: ignore[reportPrivateUsage] - torch's optimizers use it
         return [ops.product(low_grad.t(), _dropped(x, dropout)), *to_b]
 
     def split(self, gradients: list[Tensor]) -> list[Tensor | None]:
@@ -182,11 +187,12 @@ class LinearGroup:
         return self._a is not None and not self._wrapped[0].disable_adapters
 
 
-def _base(module: Module) -> Module:
+def _base(module: Module) -> Any:
+    """The linear layer, out of PEFT's wrapper."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def _stacked_biases(bases: Sequence[Module]) -> Tensor | None:
+def _stacked_biases(bases: Sequence[Any]) -> Tensor | None:
     """The biases side by side, zero where a layer has none; None where none has one."""
     if all(base.bias is None for base in bases):
         return None

@@ -1,11 +1,11 @@
 """The routed experts of a layer: frozen NF4 weights, both passes by hand.
 
-`qlora_trainer.model.quantization` puts one in the place of transformers' module, whose signature it has: tokens, the
-experts of each token and their weights in, the weighted sum of what those experts make of the token out. Rules:
+`NF4Experts` has the signature of transformers' modules of experts: tokens, the experts of each token and their weights
+in, the weighted sum of those experts' outputs out. Rules:
 
 - All experts of a layer share a parameter for gate and up and one for down, each quantized as a whole. An expert's
   blocks of weights and of scales begin where its weights do, so a few can be dequantized at a time.
-- No dense weight and nothing of an expert's insides outlives a pass: the backward pass makes them again.
+- No dense weight and nothing of an expert's insides outlives a pass: the backward pass computes them again.
 - Tokens are sorted by expert, multiplied by their experts' weights in one operation, and gathered back. Nothing is
   added to a place by two threads, so the same tokens give the same bits. The host never asks where tokens went, so it
   does not wait for the card, and what is allocated does not depend on the routing.
@@ -38,6 +38,8 @@ class _Part:
     first: int
     packed: Tensor
     state: QuantState
+    shape: torch.Size
+    """[experts, outputs, inputs]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,19 @@ class _Routing:
     slots: Tensor
     """[rows] The place of a row in [tokens, experts of a token]."""
     rows: Tensor
-    """[tokens, experts of a token] The other way."""
+    """[tokens, experts of a token] The row of each of a token's experts."""
     tokens: Tensor
     """[rows] The token of each row."""
-    borders: Tensor
+    offsets: Tensor
     """[experts + 1] Where each expert's rows begin, and the last one's end; int32."""
 
     @classmethod
     def of(cls, index: Tensor, experts: int) -> _Routing:
-        """By the experts of each token [tokens, experts of a token]."""
+        """The routing of tokens whose experts are `index` [tokens, experts of a token]."""
         chosen, slots = torch.sort(index.flatten(), stable=True)
         every = torch.arange(experts + 1, device=index.device)
-        borders = torch.searchsorted(chosen, every, out_int32=True)
-        return cls(slots, torch.argsort(slots).view(index.shape), slots // index.shape[1], borders)
+        offsets = torch.searchsorted(chosen, every, out_int32=True)
+        return cls(slots, torch.argsort(slots).view(index.shape), slots // index.shape[1], offsets)
 
 
 class NF4Experts(Module):
@@ -75,32 +77,35 @@ class NF4Experts(Module):
         self.gate_up_proj, self.down_proj = nf4(gate_up), nf4(down)
         self._parts: dict[str, list[_Part]] = {}
         self.silent = False
-        """Add nothing to any token."""
+        """Whether they add nothing to any token."""
+        self.tile_tokens, self.dense_bytes = trainer_facts.EXPERT_TILE_TOKENS, trainer_facts.EXPERT_DENSE_BYTES
 
     @property
     def expert_weights(self) -> int:
-        """Of one expert."""
+        """The number of one expert's weights."""
         return 3 * self.hidden * self.inner
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers' modules of experts have it."""
+        """The weighted sum of the experts' outputs, as transformers' modules of experts compute it."""
         if self.silent:
             return torch.zeros_like(hidden_states)
         return _Mixture.apply(hidden_states, top_k_index, top_k_weights, self)
 
     def mix(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The forward pass, without autograd."""
-        answer = torch.empty_like(x)
-        for tile in _tiles(len(x)):
-            self._mix_tile(x[tile], index[tile], weights[tile], out=answer[tile])
-        return answer
+        output = torch.empty_like(x)
+        for tile in self._tiles(len(x)):
+            self._mix_tile(x[tile], index[tile], weights[tile], out=output[tile])
+        return output
 
     def mix_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients to `x` and to `weights`."""
-        to_x, to_weights = torch.empty_like(x), torch.empty_like(weights)
-        for tile in _tiles(len(x)):
-            to_weights[tile] = self._mix_tile_backward(grad[tile], x[tile], index[tile], weights[tile], out=to_x[tile])
-        return to_x, to_weights
+        x_grad, weights_grad = torch.empty_like(x), torch.empty_like(weights)
+        for tile in self._tiles(len(x)):
+            weights_grad[tile] = self._mix_tile_backward(
+                grad[tile], x[tile], index[tile], weights[tile], out=x_grad[tile]
+            )
+        return x_grad, weights_grad
 
     def _mix_tile(self, x: Tensor, index: Tensor, weights: Tensor, *, out: Tensor) -> None:
         routing = _Routing.of(index, self.experts)
@@ -112,40 +117,44 @@ class NF4Experts(Module):
     def _mix_tile_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, *, out: Tensor) -> Tensor:
         routing = _Routing.of(index, self.experts)
         gate_up = self._products(x, "gate_up_proj", routing, of_tokens=True)
-        to_inner = self._products(grad, "down_proj", routing, of_tokens=True, back=True)
+        inner_grad = self._products(grad, "down_proj", routing, of_tokens=True, back=True)
         # A row's product with its gradient is that of both one matrix earlier, where they are narrower.
-        to_weights = (ops.swiglu(gate_up) * to_inner).sum(1, dtype=torch.float32)
-        ops.swiglu_backward_(to_inner.mul_(weights.flatten()[routing.slots].unsqueeze(1)), gate_up)
-        del to_inner
+        weights_grad = (ops.swiglu(gate_up) * inner_grad).sum(1, dtype=torch.float32)
+        ops.swiglu_backward_(inner_grad.mul_(weights.flatten()[routing.slots].unsqueeze(1)), gate_up)
+        del inner_grad
         rows = self._products(gate_up, "gate_up_proj", routing, back=True)
         del gate_up
         ops.sum_rows(rows, routing.rows, None, out)
-        return to_weights[routing.rows]
+        return weights_grad[routing.rows]
 
     def _products(
         self, x: Tensor, name: str, routing: _Routing, *, of_tokens: bool = False, back: bool = False
     ) -> Tensor:
         """Each row times its expert's weights; `x` has the rows, or the tokens that they are of."""
         parts = self._dense_parts(name)
-        outputs, inputs = parts[0].state.shape[1:]
-        answer = x.new_empty(len(routing.slots), inputs if back else outputs)
+        _, outputs, inputs = parts[0].shape
+        output = x.new_empty(len(routing.slots), inputs if back else outputs)
         for part in parts:
-            weights = x.new_empty(part.state.shape)
+            weights = x.new_empty(part.shape)
             ops.dequantize(part.packed, part.state, weights)
-            borders = routing.borders[part.first :]
-            ops.expert_products(x, routing.tokens if of_tokens else None, weights, borders, answer, back)
+            offsets = routing.offsets[part.first :]
+            ops.expert_products(x, routing.tokens if of_tokens else None, weights, offsets, output, back)
             del weights  # before the next ones are there
-        return answer
+        return output
+
+    def _tiles(self, tokens: int) -> Iterator[slice]:
+        return (slice(start, start + self.tile_tokens) for start in range(0, tokens, self.tile_tokens))
 
     def _dense_parts(self, name: str) -> list[_Part]:
         if name not in self._parts:
-            self._parts[name] = list(_split(getattr(self, name)))
+            self._parts[name] = list(_split(getattr(self, name), self.dense_bytes))
         return self._parts[name]
 
 
 def nf4(weights: Tensor) -> Params4bit:
     """A parameter that is quantized when it is moved to a device."""
-    return Params4bit(weights, quant_type="nf4", compress_statistics=True)
+    made: Any = Params4bit  # whose __new__ has no types
+    return made(weights, quant_type="nf4", compress_statistics=True)
 
 
 class _Mixture(torch.autograd.Function):
@@ -157,21 +166,17 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        to_x, to_weights = ctx.experts.mix_backward(grads[0].contiguous(), *ctx.saved_tensors)
-        return to_x, None, to_weights, None
+        x_grad, weights_grad = ctx.experts.mix_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        return x_grad, None, weights_grad, None
 
 
-def _tiles(tokens: int) -> Iterator[slice]:
-    step = trainer_facts.EXPERT_TILE_TOKENS
-    return (slice(start, start + step) for start in range(0, tokens, step))
-
-
-def _split(parameter: Params4bit) -> Iterator[_Part]:
+def _split(parameter: Params4bit, dense_bytes: int) -> Iterator[_Part]:
     """The parts of a parameter [experts, outputs, inputs] that are dense at a time, as views."""
-    whole, packed = parameter.quant_state, parameter.data.as_subclass(Tensor).flatten()
+    whole: Any = parameter.quant_state
+    packed = parameter.data.as_subclass(Tensor).flatten()
     assert whole.blocksize * whole.state2.blocksize == SCALED_TOGETHER, "bitsandbytes' defaults"
     experts, outputs, inputs = whole.shape
-    each = max(1, trainer_facts.EXPERT_DENSE_BYTES // (outputs * inputs * whole.dtype.itemsize))
+    each = max(1, dense_bytes // (outputs * inputs * whole.dtype.itemsize))
     shares = [part.view(experts, -1) for part in (packed, whole.absmax, whole.state2.absmax)]
     for first in range(0, experts, each):
         own, scales, outer_scales = (share[first : first + each] for share in shares)
@@ -179,9 +184,10 @@ def _split(parameter: Params4bit) -> Iterator[_Part]:
             absmax=outer_scales.flatten(), blocksize=whole.state2.blocksize, code=whole.state2.code,
             dtype=whole.state2.dtype,
         )  # fmt: skip
+        shape = torch.Size((len(own), outputs, inputs))
         state = QuantState(
-            absmax=scales.flatten(), shape=torch.Size((len(own), outputs, inputs)), code=whole.code,
+            absmax=scales.flatten(), shape=shape, code=whole.code,
             blocksize=whole.blocksize, quant_type=whole.quant_type, dtype=whole.dtype, offset=whole.offset,
             state2=outer,
         )  # fmt: skip
-        yield _Part(first, own.flatten(), state)
+        yield _Part(first, own.flatten(), state, shape)

@@ -67,7 +67,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, r
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:
     """Rotary position embedding (Su et al., 2021) of heads [tokens, heads, size] into `out`, which may be `x`.
 
-    `cos` and `sin` are [tokens, size], the halves alike; `back` turns the other way, as the gradient does.
+    `cos` and `sin` are [tokens, size], the halves alike; `back` rotates the other way, as the gradient does.
     """
     _of(x).rotate(x, cos, sin, out, back)
 
@@ -91,7 +91,7 @@ def dropout(x: Tensor, probability: float, seed: Tensor, number: int) -> Tensor:
 
 
 def add_dropout_(target: Tensor, x: Tensor, probability: float, seed: Tensor, number: int) -> None:
-    """`target += dropout(x)`: the gradient's way back through `dropout`."""
+    """`target += dropout(x)`: the backward pass of `dropout`."""
     _of(x).add_dropout_(target, x, probability, seed, number)
 
 
@@ -113,7 +113,7 @@ def attention(
     """Causal attention over one packed row of heads [tokens, heads, size], of which keys and values may have fewer.
 
     `spans` says of each token, in int32, the first key that it sees as a query, and the first query behind it that
-    does not see it any more as a key; neither falls along the row. The answer comes with the log of each query's
+    does not see it any more as a key; neither falls along the row. The output comes with the log of each query's
     normalizer [heads, tokens].
     """
     return _of(query).attention(query, key, value, spans, scaling)
@@ -122,14 +122,14 @@ def attention(
 def attention_backward(
     grad: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor],
-    answer: Tensor,
+    output: Tensor,
     logsumexp: Tensor,
     spans: tuple[Tensor, Tensor],
     scaling: float,
-    room: tuple[Tensor, Tensor, Tensor],
+    out_grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """The gradients to query, key and value of `attention`, into `room`."""
-    _of(grad).attention_backward(grad, inputs, answer, logsumexp, spans, scaling, room)
+    """The gradients to query, key and value of `attention`, into `out_grads`."""
+    _of(grad).attention_backward(grad, inputs, output, logsumexp, spans, scaling, out_grads)
 
 
 def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
@@ -139,18 +139,18 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
 
 
 def expert_products(
-    x: Tensor, source: Tensor | None, weights: Tensor, borders: Tensor, out: Tensor, back: bool
+    x: Tensor, source: Tensor | None, weights: Tensor, offsets: Tensor, out: Tensor, back: bool
 ) -> None:
-    """Into `out` rows times the weights of their experts: the transpose, or on the way `back` themselves.
+    """Multiply rows with their experts' weights into `out`: with the transposed ones, or going `back` as they lie.
 
-    Rows are sorted by expert: those of number e of `weights` [experts, outputs, inputs] are from `borders[e]`, int32,
-    to before `borders[e + 1]`. All others stay as they are. Row i is `x[source[i]]`, or `x[i]` without a source.
+    Rows are sorted by expert: those of number e of `weights` [experts, outputs, inputs] are from `offsets[e]`, int32,
+    to before `offsets[e + 1]`. All others stay as they are. Row i is `x[source[i]]`, or `x[i]` without a source.
     """
-    _of(x).expert_products(x, source, weights, borders, out, back)
+    _of(x).expert_products(x, source, weights, offsets, out, back)
 
 
 def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """Into row i of `out` the sum of `rows[places[i]]`, each times its weight if there are any; in float32."""
+    """Sum `rows[places[i]]`, each times its weight if there are any, into row i of `out`; in float32."""
     _of(rows).sum_rows(rows, places, weights, out)
 
 

@@ -1,14 +1,14 @@
 """Attention over a packed row: every record sees itself alone, and no mask is ever made.
 
-`model` registers one `PackedAttention` with transformers and tells it, before each forward pass, where the records of
-the row begin. transformers' own way, a boolean mask of tokens x tokens, costs 4 GiB at 65,536 tokens and forbids the
+A `PackedAttention` is registered with transformers and told, before each forward pass, where the records of the row
+begin. transformers' own way, a boolean mask of tokens x tokens, costs 4 GiB at 65,536 tokens and forbids the
 flash kernels. Here the GPU runs flash attention over all records in one launch (Dao, 2023, variable-length form), which
 torch makes deterministic in deterministic mode; elsewhere each record is one causal call, and what neither knows
-(windows, Gemma 2's squashed scores) is computed tile by tile (`tiled_attention`).
+(windows, Gemma 2's softcapped scores) is computed tile by tile (`tiled_attention`).
 
-transformers calls the object and leaves the backward pass to autograd. `kernels.layer` calls `forward` and `backward`,
-whose tensors are [tokens, heads, size]: kernels of our own (`kernels.triton_attention`), but for heads that these are
-not made for.
+Called as transformers calls an attention function, it leaves the backward pass to autograd. `forward` and `backward`,
+whose tensors are [tokens, heads, size], are for layers by hand: kernels of our own (`triton_attention`), but for heads
+that these are not made for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 
 from qlora_trainer.data.micro_batch import MicroBatch
 from qlora_trainer.kernels import ops
-from qlora_trainer.kernels.tiled_attention import tiled_attention
+from qlora_trainer.kernels.tiled_attention import ScoreOptions, tiled_attention
 
 NAME = "qlora_packed"
 """The name under which transformers finds it."""
@@ -40,7 +40,7 @@ class PackedAttention:
 
     def __init__(self) -> None:
         self._starts = torch.zeros(1, dtype=torch.int32)
-        self._borders: list[int] = []
+        self._boundaries: list[int] = []
         self._longest_record = 0
         self._known_spans: dict[int | None, tuple[Tensor, Tensor]] = {}
 
@@ -52,7 +52,7 @@ class PackedAttention:
         """Announce the row that the next forward pass (and its recomputation in backward) is about."""
         self.register()
         self._starts = starts_on_device
-        self._borders = batch.record_starts.tolist()
+        self._boundaries = batch.record_starts.tolist()
         self._longest_record = batch.longest_record
         self._known_spans = {}
 
@@ -69,25 +69,28 @@ class PackedAttention:
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Query, key and value are [1, heads, tokens, size]; the answer is [1, tokens, heads, size]."""
-        assert attention_mask is None, "packed attention knows the records' borders and takes no mask"
+        """Query, key and value are [1, heads, tokens, size]; the output is [1, tokens, heads, size]."""
+        assert attention_mask is None, "packed attention knows the records' boundaries and takes no mask"
         assert len(query) == 1, "a micro-batch is one packed row"
-        assert query.shape[2] == key.shape[2] == self._borders[-1], "this is not the row that was announced"
+        assert query.shape[2] == key.shape[2] == self._boundaries[-1], "this is not the row that was announced"
         window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
         if dropout == 0 and softcap is None and _fits_flash(query, value):
             return self._flash(query, key, value, scaling, window), None
-        records = [
-            tuple(part[:, :, start:end] for part in (query, key, value)) for start, end in pairwise(self._borders)
+        how: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "window": window, "softcap": softcap}
+        outputs = [
+            _one_record(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], **how)
+            for start, end in pairwise(self._boundaries)
         ]
-        answers = [_one_record(*record, dropout, scaling, window, softcap) for record in records]
-        return torch.cat(answers, dim=2).transpose(1, 2).contiguous(), None
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         # Both window and causality say how far a token sees: `window - 1` tokens back (-1: all), none ahead.
-        answer = varlen_attn(
-            *(part[0].transpose(0, 1) for part in (query, key, value)),
+        output = varlen_attn(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
             self._starts,
             self._starts,
             self._longest_record,
@@ -96,20 +99,20 @@ class PackedAttention:
             window_size=(-1 if window is None else window - 1, 0),
             **_grouped(varlen_attn, query.shape[1] != key.shape[1]),
         )
-        assert isinstance(answer, Tensor)
-        return answer.unsqueeze(0)
+        assert isinstance(output, Tensor)
+        return output.unsqueeze(0)
 
     # --- both passes by hand
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
-        """The answer, and the log of each query's normalizer [heads, tokens]."""
+        """The output, and the log of each query's normalizer [heads, tokens]."""
         if ops.attends(query):
-            return ops.attention(query, key, value, self._spans(window), scaling)
-        borders, longest = self._starts, self._longest_record
+            return ops.attention(query, key, value, self.spans(window), scaling)
+        starts, longest = self._starts, self._longest_record
         found = torch.ops.aten._flash_attention_forward(
-            query, key, value, borders, borders, longest, longest, 0.0, **self._options(scaling, window),
+            query, key, value, starts, starts, longest, longest, 0.0, **self._options(scaling, window),
             return_debug_mask=False,
         )  # fmt: skip
         return found[0], found[1]
@@ -118,30 +121,30 @@ class PackedAttention:
         self,
         grad: Tensor,
         inputs: tuple[Tensor, Tensor, Tensor],
-        answer: Tensor,
+        output: Tensor,
         logsumexp: Tensor,
         scaling: float,
         window: int | None,
         *,
-        room: tuple[Tensor, Tensor, Tensor],
+        out_grads: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """The gradients to query, key and value, into `room`."""
+        """The gradients to query, key and value, into `out_grads`."""
         if ops.attends(grad):
-            ops.attention_backward(grad, inputs, answer, logsumexp, self._spans(window), scaling, room)
+            ops.attention_backward(grad, inputs, output, logsumexp, self.spans(window), scaling, out_grads)
             return
-        borders, longest = self._starts, self._longest_record
+        starts, longest = self._starts, self._longest_record
         nothing = torch.empty(2, dtype=torch.uint64, device=grad.device)  # the state of a dropout that there is not
         found = torch.ops.aten._flash_attention_backward(
-            grad, *inputs, answer, logsumexp, borders, borders, longest, longest, 0.0, rng_state=nothing,
+            grad, *inputs, output, logsumexp, starts, starts, longest, longest, 0.0, rng_state=nothing,
             unused=nothing, **self._options(scaling, window),
         )  # fmt: skip
-        for part, gradient in zip(room, found, strict=True):
+        for part, gradient in zip(out_grads, found, strict=True):
             part.copy_(gradient)
 
-    def _spans(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """`ops.attention`'s, found once a row: layers with the same window share them."""
+    def spans(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """The spans of `ops.attention`, found once a row: layers with the same window share them."""
         if window not in self._known_spans:
-            starts, tokens = self._starts, self._borders[-1]
+            starts, tokens = self._starts, self._boundaries[-1]
             place = torch.arange(tokens, dtype=torch.int32, device=starts.device)
             record = torch.bucketize(place, starts[1:], out_int32=True, right=True)
             first, last = starts[record], starts[record + 1]
@@ -162,7 +165,7 @@ def _fits_flash(query: Tensor, value: Tensor) -> bool:
     return query.is_cuda and size == value.shape[-1] and known and size % FLASH_HEAD_MULTIPLE == 0
 
 
-def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, bool]:
+def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, Any]:
     """From torch 2.12 on, heads that share keys must be announced; before, they were just taken."""
     return {"enable_gqa": grouped} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
@@ -171,18 +174,20 @@ def _one_record(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     dropout: float,
     scaling: float | None,
     window: int | None,
-    softcap: float | None = None,
+    softcap: float | None,
 ) -> Tensor:
+    """Causal attention over one record [1, heads, tokens, size]."""
     mask = None
     own_window = window if window is not None and window < query.shape[2] else None
     if softcap is not None or (own_window is not None and dropout == 0):
-        assert dropout == 0, "attention that squashes its scores drops nothing"
-        parts = (part[0] for part in (query, key, value))
+        assert dropout == 0, "attention that softcaps its scores drops nothing"
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return tiled_attention(*parts, scale, own_window, softcap).unsqueeze(0)
+        options = ScoreOptions(scale, own_window, softcap)
+        return tiled_attention(query[0], key[0], value[0], options).unsqueeze(0)
     if own_window is not None:
         place = torch.arange(query.shape[2], device=query.device)
         distance = place[:, None] - place

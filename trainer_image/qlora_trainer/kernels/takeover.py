@@ -1,14 +1,14 @@
 """Which architectures' layers are taken over, and what the layers of one micro-batch share.
 
-`model.TrainingModel` calls `fuse` once. What is taken over is exactly what `layer` computes: transformers' own classes
-of the Llama family, every linear layer in NF4, adapters without extras. Everything else stays with transformers and
-PEFT, and a line in the log says why. `TrainingModel.check` holds every layer against the untouched one before training.
+Rules: what is taken over is exactly what `layer` computes, transformers' own classes of the Llama family, every linear
+layer in NF4, adapters without extras. Everything else stays with transformers and PEFT, and a line in the log says why.
+`FusedDecoder.compared` holds every layer against the untouched one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.moe_layer import MixtureLayer
 from qlora_trainer.kernels.packed_attention import NAME, PackedAttention
 
-WINDOWS: dict[type[Module], Callable[[Module], int | None]] = {
+WINDOWS: dict[type[Any], Callable[[Any], int | None]] = {
     LlamaDecoderLayer: lambda _: None,
     GraniteDecoderLayer: lambda _: None,
     MistralDecoderLayer: lambda attention: attention.config.sliding_window,
@@ -53,10 +53,10 @@ WINDOWS: dict[type[Module], Callable[[Module], int | None]] = {
 }
 """The registry: layer classes that `FusedLayer` computes, and where each keeps its sliding window."""
 MIXTURES = MixtralDecoderLayer, Qwen3MoeDecoderLayer
-"""Those that `MixtureLayer` does."""
+"""The layer classes that `MixtureLayer` computes."""
 
 LARGEST_DIFFERENCE = 0.05
-"""Of a layer of ours from the untouched one, relative to what the layer adds to its input. Rounding makes up to 0.02
+"""How far a layer may be from the untouched one, relative to what it adds to its input. Rounding makes up to 0.02
 on real models; leaving out any part is off by ten times as much. Logits are no measure: SmolLM2 is so ill-conditioned
 on a few tokens that the roundings of thirty layers change them by 90 %, whoever computes."""
 
@@ -82,7 +82,7 @@ class FusedDecoder:
             self._store.clear()
 
     @contextmanager
-    def bypassed(self) -> Iterator[None]:
+    def bypassed(self) -> Generator[None]:
         """Compute with transformers' and PEFT's own layers in the meantime."""
         self._bypassed = True
         try:
@@ -91,7 +91,7 @@ class FusedDecoder:
             self._bypassed = False
 
     @contextmanager
-    def compared(self) -> Iterator[list[float]]:
+    def compared(self) -> Generator[list[float]]:
         """Like `bypassed`; the list is filled with how far each layer of ours is off, given the same input."""
         self._differences = []
         try:
@@ -139,7 +139,7 @@ class FusedDecoder:
 
 
 def fuse(
-    decoder: Module,
+    decoder: Any,
     config: PreTrainedConfig,
     attention: PackedAttention,
     *,
@@ -148,7 +148,7 @@ def fuse(
     store: InputStore | None,
 ) -> FusedDecoder | None:
     """Take over the decoder's layers, the first `recompute_layers` of which recompute; None where that is not exact."""
-    layers: list[Module] = list(getattr(decoder, "layers", []))
+    layers: list[Any] = list(getattr(decoder, "layers", []))
     obstacle = next(_obstacles(layers, config, adapter_name), None)
     if obstacle is not None:
         log.info("the layers run as transformers and PEFT compute them: %s", obstacle)
@@ -170,7 +170,7 @@ def fuse(
     return fused
 
 
-def _heads(module: Module, config: PreTrainedConfig) -> HeadShape:
+def _heads(module: Any, config: PreTrainedConfig) -> HeadShape:
     own = module.self_attn
     return HeadShape(
         queries=config.num_attention_heads,
@@ -181,13 +181,15 @@ def _heads(module: Module, config: PreTrainedConfig) -> HeadShape:
     )
 
 
-def _obstacles(layers: list[Module], config: PreTrainedConfig, adapter_name: str) -> Iterator[str]:
+def _obstacles(layers: list[Any], config: PreTrainedConfig, adapter_name: str) -> Iterator[str]:
     """What `FusedLayer` would not compute exactly."""
     if not layers or any(type(layer) not in WINDOWS for layer in layers):
         yield f"{type(layers[0]).__name__ if layers else 'the decoder'} is not one of the known layers"
         return
-    if config._attn_implementation != NAME:
-        yield f"it attends with {config._attn_implementation}"
+    # transformers has no public name for what it chose.
+    attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+    if attention != NAME:
+        yield f"it attends with {attention}"
     if config.hidden_act != "silu":
         yield f"its MLP is gated with {config.hidden_act}"
     if getattr(config, "attention_dropout", 0.0):
@@ -197,7 +199,7 @@ def _obstacles(layers: list[Module], config: PreTrainedConfig, adapter_name: str
     if getattr(config, "router_jitter_noise", 0.0):
         yield "its router is shaken"
     for layer in layers:
-        modules = [*query_key_value(layer.self_attn), layer.self_attn.o_proj]
+        modules: list[Any] = [*query_key_value(layer.self_attn), layer.self_attn.o_proj]
         if isinstance(layer, MIXTURES):
             if not isinstance(getattr(layer.mlp, "experts", None), NF4Experts):
                 yield "not every layer has experts in NF4"

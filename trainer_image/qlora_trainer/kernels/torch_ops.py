@@ -11,7 +11,7 @@ from torch import Tensor
 
 FLOAT_BYTES = 4
 SCORES_BYTES = 2 << 20
-"""Of a tile of attention's scores: small tiles see fewer keys that are masked, and stay in a processor's cache."""
+"""The size of a tile of attention's scores: small tiles see fewer masked keys, and stay in a processor's cache."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -22,9 +22,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Tensor:
     """See `ops.rms_norm_backward`."""
     normalized, inverse = _normalized(x, epsilon)
-    slope = grad.float() * weight.float()
-    answer = inverse * (slope - normalized * (slope * normalized).mean(-1, keepdim=True))
-    return (answer if residual is None else answer + residual.float()).to(x.dtype)
+    normalized_grad = grad.float() * weight.float()
+    x_grad = inverse * (normalized_grad - normalized * (normalized_grad * normalized).mean(-1, keepdim=True))
+    return (x_grad if residual is None else x_grad + residual.float()).to(x.dtype)
 
 
 def _normalized(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -38,8 +38,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None
     half = x.shape[-1] // 2
     cosine, sine = (part[:, None, :half].float() for part in (cos, -sin if back else sin))
     first, second = x[..., :half].float(), x[..., half:].float()
-    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    out.copy_(turned)
+    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    out.copy_(rotated)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -77,20 +77,20 @@ def cross_entropy_(
     logits: Tensor, targets: Tensor, scale: float, softcap: float | None, gradient_scale: Tensor | None
 ) -> Tensor:
     """See `ops.cross_entropy_`."""
-    capped = logits.float() * scale
-    slope = None
+    softcapped = logits.float() * scale
+    softcap_grad = None
     if softcap is not None:
-        squashed = torch.tanh(capped / softcap)
-        capped, slope = softcap * squashed, 1 - squashed.square()
-    log_normalizer = capped.logsumexp(dim=1, keepdim=True)
+        tanh = torch.tanh(softcapped / softcap)
+        softcapped, softcap_grad = softcap * tanh, 1 - tanh.square()
+    log_normalizer = softcapped.logsumexp(dim=1, keepdim=True)
     counts = (targets >= 0).unsqueeze(1)
     wanted = targets.clamp(min=0).unsqueeze(1)
-    losses = ((log_normalizer - capped.gather(1, wanted)) * counts).squeeze(1)
+    losses = ((log_normalizer - softcapped.gather(1, wanted)) * counts).squeeze(1)
     if gradient_scale is not None:
-        gradient = capped.sub_(log_normalizer).exp_()
+        gradient = softcapped.sub_(log_normalizer).exp_()
         gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=gradient.dtype))
-        if slope is not None:
-            gradient *= slope
+        if softcap_grad is not None:
+            gradient *= softcap_grad
         # Scaled while it is float32: a factor of 1/tokens rounded to bfloat16 would bend every gradient.
         logits.copy_(gradient.mul_(scale * gradient_scale * counts))
     return losses
@@ -101,41 +101,41 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention`."""
     keys, values = (part.float().transpose(0, 1).contiguous() for part in (key, value))
-    answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
     for rows, seen in _score_tiles(query, spans[0]):
         scores = _scores(_by_key_head(query[rows], key), keys, spans[0], rows, seen, scaling)
         normalizer = scores.logsumexp(-1, keepdim=True)
-        chances = scores.sub_(normalizer).exp_()
-        answer[rows] = _by_token(torch.bmm(chances, values[:, seen]), query.shape[1])
+        probabilities = scores.sub_(normalizer).exp_()
+        output[rows] = _by_token(torch.bmm(probabilities, values[:, seen]), query.shape[1])
         logsumexp[:, rows] = normalizer.view(query.shape[1], -1)
-    return answer, logsumexp
+    return output, logsumexp
 
 
 def attention_backward(
     grad: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor],
-    answer: Tensor,
+    output: Tensor,
     logsumexp: Tensor,
     spans: tuple[Tensor, Tensor],
     scaling: float,
-    room: tuple[Tensor, Tensor, Tensor],
+    out_grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """See `ops.attention_backward`."""
     query, key, value = inputs
     heads = query.shape[1]
     keys, values = (part.float().transpose(0, 1).contiguous() for part in (key, value))
-    key_sum, value_sum = torch.zeros_like(keys), torch.zeros_like(values)
+    key_grad_sum, value_grad_sum = torch.zeros_like(keys), torch.zeros_like(values)
     for rows, seen in _score_tiles(query, spans[0]):
-        q, g, a = (_by_key_head(part[rows], key) for part in (query, grad, answer))
+        q, g, o = (_by_key_head(part[rows], key) for part in (query, grad, output))
         normalizer = logsumexp[:, rows].reshape(len(keys), -1, 1)
-        chances = _scores(q, keys, spans[0], rows, seen, scaling).sub_(normalizer).exp_()
-        value_sum[:, seen].baddbmm_(chances.transpose(1, 2), g)
-        slope = torch.bmm(g, values[:, seen].transpose(1, 2)).sub_((g * a).sum(-1, keepdim=True))
-        slope.mul_(chances).mul_(scaling)
-        room[0][rows] = _by_token(torch.bmm(slope, keys[:, seen]), heads)
-        key_sum[:, seen].baddbmm_(slope.transpose(1, 2), q)
-    for part, total in zip(room[1:], (key_sum, value_sum), strict=True):
+        probabilities = _scores(q, keys, spans[0], rows, seen, scaling).sub_(normalizer).exp_()
+        value_grad_sum[:, seen].baddbmm_(probabilities.transpose(1, 2), g)
+        scores_grad = torch.bmm(g, values[:, seen].transpose(1, 2)).sub_((g * o).sum(-1, keepdim=True))
+        scores_grad.mul_(probabilities).mul_(scaling)
+        out_grads[0][rows] = _by_token(torch.bmm(scores_grad, keys[:, seen]), heads)
+        key_grad_sum[:, seen].baddbmm_(scores_grad.transpose(1, 2), q)
+    for part, total in zip(out_grads[1:], (key_grad_sum, value_grad_sum), strict=True):
         part.copy_(total.transpose(0, 1))
 
 
@@ -149,7 +149,7 @@ def _score_tiles(query: Tensor, first: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(q: Tensor, keys: Tensor, first: Tensor, rows: slice, seen: slice, scaling: float) -> Tensor:
-    """Of a tile [key heads, heads that share one x queries, keys], -inf where a query does not look."""
+    """A tile's scores [key heads, heads that share one x queries, keys], -inf where a query does not look."""
     scores = torch.bmm(q, keys[:, seen].transpose(1, 2)).mul_(scaling)
     at, place = (torch.arange(part.start, part.stop, device=q.device) for part in (rows, seen))
     hidden = (place > at[:, None]) | (place < first[rows, None])
@@ -164,7 +164,7 @@ def _by_key_head(heads: Tensor, key: Tensor) -> Tensor:
 
 
 def _by_token(parts: Tensor, heads: int) -> Tensor:
-    """The way back."""
+    """The inverse of `_by_key_head`: [tokens, heads, size]."""
     apart = parts.view(heads, -1, parts.shape[-1])
     return apart.transpose(0, 1)
 
@@ -175,10 +175,10 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
 
 
 def expert_products(
-    x: Tensor, source: Tensor | None, weights: Tensor, borders: Tensor, out: Tensor, back: bool
+    x: Tensor, source: Tensor | None, weights: Tensor, offsets: Tensor, out: Tensor, back: bool
 ) -> None:
     """See `ops.expert_products`."""
-    for dense, (begin, end) in zip(weights, pairwise(borders.tolist()), strict=False):
+    for dense, (begin, end) in zip(weights, pairwise(offsets.tolist()), strict=False):
         rows = x[begin:end] if source is None else x[source[begin:end]]
         if len(rows):
             out[begin:end] = rows.float() @ (dense if back else dense.t()).float()

@@ -1,4 +1,8 @@
 # ruff: noqa: N803 - Triton's constants are written in capitals
+# Kernels are in Triton's language: a parameter is a pointer or a number, which a launch decides, so they have no types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportUnknownVariableType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 """What routed experts compute, as Triton kernels: `ops.expert_products` and `ops.sum_rows`.
 
 A program makes one tile of the products of one expert's rows. Which expert that is, it finds out itself: the host does
@@ -38,18 +42,20 @@ HOPPER, OTHERS = Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 32, 8, 3)
 
 @triton.jit
 def _expert_products(
-    x, source, weights, borders, out, experts, outputs, inputs, HAS_SOURCE: tl.constexpr, BACK: tl.constexpr,
+    x, source, weights, offsets, out, experts, outputs, inputs, HAS_SOURCE: tl.constexpr, BACK: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    # Which expert's rows this program multiplies: the first whose tiles end behind its number.
     tile = tl.program_id(0)
     number = tl.arange(0, EXPERTS)
     known = number < experts
-    begin = tl.load(borders + number, mask=known, other=0)
-    end = tl.load(borders + number + 1, mask=known, other=0)
+    begin = tl.load(offsets + number, mask=known, other=0)
+    end = tl.load(offsets + number + 1, mask=known, other=0)
     tiles = tl.where(known, (end - begin + ROWS - 1) // ROWS, 0)
     last = tl.cumsum(tiles, 0)
     expert = tl.sum((last <= tile).to(tl.int32), 0)
     if expert < experts:
+        # Its rows of `x`, and the columns of `out` that it makes.
         own = number == expert
         row = tl.sum(tl.where(own, begin + (tile - last + tiles) * ROWS, 0), 0) + tl.arange(0, ROWS)
         inside = row < tl.sum(tl.where(own, end, 0), 0)
@@ -57,6 +63,7 @@ def _expert_products(
         width = outputs if BACK else inputs
         columns = inputs if BACK else outputs
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        # The expert's matrix: as it lies going back, transposed going forward.
         place = tl.arange(0, STEP)
         matrix = weights + expert.to(tl.int64) * outputs * inputs
         if BACK:
@@ -64,6 +71,7 @@ def _expert_products(
         else:
             parts = matrix + column[None, :] * inputs + place[:, None]
         rows = x + taken[:, None] * width + place[None, :]
+        # The product, summed in float32 over the width.
         total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for start in range(0, width, STEP):
             within = start + place < width
@@ -77,7 +85,7 @@ def _expert_products(
 
 
 def expert_products(
-    x: Tensor, source: Tensor | None, weights: Tensor, borders: Tensor, out: Tensor, back: bool
+    x: Tensor, source: Tensor | None, weights: Tensor, offsets: Tensor, out: Tensor, back: bool
 ) -> None:
     """See `ops.expert_products`."""
     assert x.is_contiguous(), "rows are one after the other"
@@ -85,7 +93,7 @@ def expert_products(
     tiles = HOPPER if is_hopper(x.device) else OTHERS
     grid = (len(out) // tiles.rows + min(len(out), experts), triton.cdiv(out.shape[1], tiles.columns))
     _expert_products[grid](
-        x, borders if source is None else source, weights, borders, out, experts, outputs, inputs,
+        x, offsets if source is None else source, weights, offsets, out, experts, outputs, inputs,
         HAS_SOURCE=source is not None, BACK=back, EXPERTS=triton.next_power_of_2(experts), ROWS=tiles.rows,
         COLUMNS=tiles.columns, STEP=tiles.step, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

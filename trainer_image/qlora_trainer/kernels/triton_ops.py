@@ -1,4 +1,8 @@
 # ruff: noqa: N803 - Triton's constants are written in capitals
+# Kernels are in Triton's language: a parameter is a pointer or a number, which a launch decides, so they have no types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportUnknownVariableType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 """The operations of `ops` as Triton kernels.
 
 Rules: nothing adds atomically, so the same inputs give the same bits; a kernel compiles once per shape of the model and
@@ -7,6 +11,8 @@ never for a number of tokens (`do_not_specialize`), so packed rows of every leng
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -58,12 +64,12 @@ def _rms_norm_backward(
     exact = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(exact * exact, 0) / width + epsilon)
     normalized = exact * inverse
-    slope = tl.load(grad + row * grad_stride + place, mask=inside, other=0.0).to(tl.float32)
-    slope *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    answer = inverse * (slope - normalized * (tl.sum(slope * normalized, 0) / width))
+    normalized_grad = tl.load(grad + row * grad_stride + place, mask=inside, other=0.0).to(tl.float32)
+    normalized_grad *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    x_grad = inverse * (normalized_grad - normalized * (tl.sum(normalized_grad * normalized, 0) / width))
     if HAS_RESIDUAL:
-        answer += tl.load(residual + row * residual_stride + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + place, answer.to(value.dtype), mask=inside)
+        x_grad += tl.load(residual + row * residual_stride + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + place, x_grad.to(value.dtype), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -87,7 +93,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, r
 
 
 def _row_block(width: int) -> tuple[int, int]:
-    block = triton.next_power_of_2(width)
+    block = int(triton.next_power_of_2(width))
     assert block <= MAX_BLOCK, f"rows of {width} values are wider than a program holds"
     return block, min(16, max(4, block // 512))
 
@@ -184,7 +190,8 @@ def _dropout(
 ):  # fmt: skip
     """Each call of the generator decides over eight elements, with 16 random bits for each."""
     counter = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, second, third, fourth = tl.randint4x(tl.load(seed) + number, counter)
+    # pyright: ignore on the next line: Triton says that it returns nothing
+    first, second, third, fourth = tl.randint4x(tl.load(seed) + number, counter)  # pyright: ignore
     start = tl.program_id(0).to(tl.int64) * BLOCK * LANES + tl.arange(0, BLOCK)
     for lane in tl.static_range(LANES):
         bits = first if lane < 2 else second if lane < 4 else third if lane < 6 else fourth
@@ -224,18 +231,18 @@ def _drop(x: Tensor, out: Tensor, probability: float, seed: Tensor, number: int,
 @triton.jit
 def _cross_entropy(
     logits, stride, targets, losses, width, scale, softcap, gradient_scale,
-    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     values = logits + row * stride
     target = tl.load(targets + row)
     counts = target >= 0
-    wanted = _capped(tl.load(values + target, mask=counts, other=0.0).to(tl.float32) * scale, softcap, CAPPED)
+    wanted = _softcapped(tl.load(values + target, mask=counts, other=0.0).to(tl.float32) * scale, softcap, SOFTCAP)
     largest, total = -float("inf"), 0.0
     for start in range(0, width, BLOCK):
         place = start + tl.arange(0, BLOCK)
         value = tl.load(values + place, mask=place < width, other=-float("inf")).to(tl.float32) * scale
-        value = tl.where(place < width, _capped(value, softcap, CAPPED), -float("inf"))
+        value = tl.where(place < width, _softcapped(value, softcap, SOFTCAP), -float("inf"))
         peak = tl.maximum(largest, tl.max(value, 0))
         total = total * tl.exp(largest - peak) + tl.sum(tl.exp(value - peak), 0)
         largest = peak
@@ -246,16 +253,16 @@ def _cross_entropy(
         for start in range(0, width, BLOCK):
             place = start + tl.arange(0, BLOCK)
             raw = tl.load(values + place, mask=place < width, other=0.0)
-            value = _capped(raw.to(tl.float32) * scale, softcap, CAPPED)
+            value = _softcapped(raw.to(tl.float32) * scale, softcap, SOFTCAP)
             gradient = tl.exp(value - log_normalizer) - tl.where(place == target, 1.0, 0.0)
-            if CAPPED:
+            if SOFTCAP:
                 gradient *= 1 - (value / softcap) * (value / softcap)
             tl.store(values + place, (gradient * factor).to(raw.dtype), mask=place < width)
 
 
 @triton.jit
-def _capped(value, softcap, CAPPED: tl.constexpr):
-    if CAPPED:
+def _softcapped(value, softcap, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
         value = softcap * (2 * tl.sigmoid(2 * value / softcap) - 1)
     return value
 
@@ -267,7 +274,7 @@ def cross_entropy_(
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy[(len(logits),)](
         logits, logits.stride(0), targets, losses, logits.shape[1], scale, softcap or 1.0,
-        losses if gradient_scale is None else gradient_scale, CAPPED=softcap is not None,
+        losses if gradient_scale is None else gradient_scale, SOFTCAP=softcap is not None,
         GRADIENT=gradient_scale is not None, BLOCK=VOCABULARY_BLOCK, num_warps=8,
     )  # fmt: skip
     return losses
@@ -294,10 +301,11 @@ def _dequantize(packed, scales, code, outer_scales, inner_code, offset, out, cou
 def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
     """See `ops.dequantize`."""
     assert state.blocksize == 64, "bitsandbytes' default, which the kernel is written for"
-    assert state.state2.blocksize == 256, "bitsandbytes' default, which the kernel is written for"
+    outer: Any = state.state2
+    assert outer.blocksize == 256, "bitsandbytes' default, which the kernel is written for"
     assert out.is_contiguous(), "weights are written in one piece"
     count = packed.numel()
     _dequantize[(triton.cdiv(count, PACKED_BLOCK),)](
-        packed, state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset, out, count,
+        packed, state.absmax, state.code, outer.absmax, outer.code, state.offset, out, count,
         BLOCK=PACKED_BLOCK, enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
     )  # fmt: skip

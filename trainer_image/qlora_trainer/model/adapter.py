@@ -1,15 +1,22 @@
-"""The LoRA adapter in bfloat16."""
+"""The LoRA adapter (Hu et al., 2021) on a frozen base, as PEFT makes and names it.
+
+Rules:
+
+- The adapter has the type of the base's other weights, bfloat16. PEFT would make it float32, and again on reload.
+- It begins as the base itself: A is drawn from the seed, B is zero.
+- Only linear layers in NF4 can have one: not the head, not routed experts.
+"""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
 from torch.nn import Parameter
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from orchestrator.api.job import AdapterSpec
 from qlora_trainer.model.loading import quantized_layers
@@ -17,9 +24,6 @@ from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.outcome import UserError
 
 ADAPTER_NAME = "default"
-
-
-# --- the adapter
 
 
 def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> PeftModel:
@@ -65,9 +69,11 @@ def _target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
 def saved_parameters(model: PeftModel) -> dict[str, Parameter]:
     """The adapter's parameters under the keys of PEFT's own adapter_model.safetensors."""
     parameters = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
-    saved = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    saved: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     named = {name: parameters[tensor.data_ptr()] for name, tensor in saved.items()}
     assert len(named) == len(parameters), "PEFT saves something else than what is trained"
-    wrong = [name for name, parameter in named.items() if parameter.dtype != COMPUTE_DTYPE]
-    assert not wrong, f"the adapter must be {COMPUTE_DTYPE}; {wrong[:3]} are not"
+    base: Any = model.get_base_model()
+    dtype = base.get_output_embeddings().weight.dtype
+    wrong = [name for name, parameter in named.items() if parameter.dtype != dtype]
+    assert not wrong, f"the adapter must be {dtype} as the base is; {wrong[:3]} are not"
     return named

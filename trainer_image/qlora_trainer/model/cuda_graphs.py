@@ -1,7 +1,6 @@
 """Short micro-batches as CUDA graphs: launching a step's thousands of kernels takes longer than running them.
 
-Owned by `model.TrainingModel`. Up to about 4,000 tokens the card waits for the host, whatever the model; a graph is
-launched in one piece. Rules:
+Up to about 4,000 tokens the card waits for the host, whatever the model; a graph is launched in one piece. Rules:
 
 - A graph is made for a shape, so micro-batches are padded to a few shapes: a record of its own at the end that carries
   no loss, records without tokens, and positions whose target is IGNORED_LABEL. Nothing else sees them.
@@ -36,7 +35,7 @@ MOST_TIMES_GIVEN_UP = 3
 """So often may all graphs be given up for want of memory; then there are no more."""
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +83,8 @@ class _Graph:
     loss: Tensor
 
 
-class Replay:
-    """The graphs of one model."""
+class CudaGraphs:
+    """The graphs of one model, each of both passes over one shape."""
 
     def __init__(
         self, parameters: Sequence[Parameter], forward: Callable[[StepInputs], Tensor], draw_seed: Callable[[], int]
@@ -102,6 +101,11 @@ class Replay:
         self._stream: Any = None
         self._sum: Tensor | None = None
         self._sums: list[Tensor] = []
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
 
     @staticmethod
     def takes(batch: MicroBatch) -> bool:
@@ -123,7 +127,7 @@ class Replay:
         graph.backward.replay()
         return graph.loss
 
-    def make_room(self, compute: Callable[[], Answer]) -> Answer:
+    def make_room(self, compute: Callable[[], Result]) -> Result:
         """Compute, if need be with the memory that the graphs hold."""
         try:
             return compute()
@@ -153,7 +157,8 @@ class Replay:
         return loss.detach()
 
     def _add_gradients(self, loss: Tensor) -> None:
-        torch._foreach_add_(self._sums, list(torch.autograd.grad(loss, self._parameters)))
+        gradients = list(torch.autograd.grad(loss, self._parameters))
+        torch._foreach_add_(self._sums, gradients)  # pyright: ignore[reportPrivateUsage] - torch's optimizers use it
 
     def _graph(self, shape: Shape, padded: MicroBatch) -> _Graph | None:
         if shape in self._graphs:

@@ -1,21 +1,26 @@
-"""The frozen base: read from a checkpoint, from the cache of quantized weights, or drawn at random, in NF4."""
+"""The frozen base in NF4: read from a checkpoint, from the cache of quantized weights, or drawn at random.
+
+Rules, each the answer to a trap:
+
+- The base stays as it is loaded: 4-bit linear layers with double quantization (Dettmers et al., 2023), everything else
+  in bfloat16. `prepare_model_for_kbit_training` would make embeddings and head float32 (+3.9 GiB at 70B).
+- What would stay in 16 bits is refused: it is why a model would not fit where it should.
+- On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
+  bypasses the autograd path in training. It is told not to.
+- Attention is packed where the architecture asks for nothing but causal attention with or without a window.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -53,7 +58,7 @@ def load_base(
     began = time.perf_counter()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     packed_attention.register()
-    implementation = _attention_implementation(config)
+    implementation = attention_implementation(config)
     if (folder / RANDOM_WEIGHTS_NAME).is_file():
         base, origin = random_base(config, implementation, device, seed=random_seed(folder)), "drawn at random"
     else:
@@ -63,7 +68,7 @@ def load_base(
     _keep_cpu_weights_unpacked(base)
     _refuse_unquantized(base)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # of the pages that dense weights have left; see `sizing/memory/fragmentation`
+        torch.cuda.empty_cache()  # dense weights have left pages behind; see `sizing/memory/fragmentation`
     gib = sum(parameter.nbytes for parameter in base.parameters()) / 2**30
     log.info("loaded %.1f GiB in %.1f s, %s", gib, time.perf_counter() - began, origin)
     return base
@@ -143,10 +148,10 @@ def _quantization() -> quantization.Quantization:
     return quantization.Quantization(**QUANTIZATION)
 
 
-def _attention_implementation(config: PreTrainedConfig) -> str:
-    """Packed attention, where the architecture asks for nothing but causal attention with or without a window."""
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """The name of packed attention where the architecture can use it, else of transformers' own."""
     text = config.get_text_config()
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
     if architecture._supports_attention_backend and layer_types <= CHECKED_LAYER_TYPES:
         return PACKED_ATTENTION
@@ -174,4 +179,5 @@ def _refuse_unquantized(base: PreTrainedModel) -> None:
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, bnb.nn.Linear4bit]:
+    """The linear layers in NF4, by the names of their modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}

@@ -1,7 +1,7 @@
 """Cross-entropy that never holds all logits: from the decoder's hidden states straight to loss and gradient.
 
-Owned by the model (`model.TrainingModel.loss`), used for training and evaluation alike. With a vocabulary of 128k,
-the logits of 16k tokens and their gradient take 8 GiB; here only `chunk_tokens` rows of them exist at a time.
+With a vocabulary of 128k, the logits of 16k tokens and their gradient take 8 GiB; here only `chunk_tokens` rows of them
+exist at a time, in training and evaluation alike.
 The head is frozen, so the gradient to the hidden states is all that backward needs, and it is computed right in the
 forward pass while a chunk's logits exist (Hsu et al., 2024, "Liger Kernel", section 3.2).
 
@@ -22,8 +22,6 @@ from torch.autograd.function import once_differentiable
 from qlora_trainer.data.encoding import IGNORED_LABEL
 from qlora_trainer.kernels import ops
 
-"""The target of a position that carries no loss."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
@@ -35,10 +33,10 @@ class Head:
     scale: float = 1.0
     """Granite divides its logits by a constant, Cohere multiplies them."""
     softcap: float | None = None
-    """Gemma 2 squashes its logits to (-softcap, softcap)."""
+    """Gemma 2 bounds its logits to (-softcap, softcap) (Gemma Team, 2024)."""
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [tokens, vocabulary] of hidden states [tokens, hidden], neither scaled nor capped, in their type."""
+        """Logits [tokens, vocabulary] of hidden states [tokens, hidden], not scaled, not softcapped, in their type."""
         return ops.affine(hidden, self.weight, self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -97,8 +95,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         return total * scale
 
+    # `once_differentiable` has no types, so pyright no longer sees that this is a static method.
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grad_outputs[0]), None, None, None, None, None

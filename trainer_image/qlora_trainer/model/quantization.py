@@ -1,10 +1,12 @@
 """Mixtures of experts: which are taken, and how their weights become NF4 on the way in.
 
 transformers keeps a layer's routed experts in parameters of three dimensions, which bitsandbytes leaves in 16 bits:
-four times the memory, of nearly all of the model. `model` loads with the quantization of this module, which replaces
-their modules by `kernels.experts.NF4Experts` before weights are read; transformers fuses the experts of a checkpoint on
-the card, a layer at a time, and hands the result to be quantized. `model` and `model_source` ask `refusal` what cannot
-be handled. Routers stay in bfloat16. Adapters go to linear layers, so the routed experts have none.
+four times the memory, of nearly all of the model. Rules:
+
+- Their modules become `kernels.moe_experts.NF4Experts` before weights are read; transformers fuses the experts of a
+  checkpoint on the card, a layer at a time, and hands the result to be quantized.
+- What `NF4Experts` does not compute exactly is refused (`refusal`), and so are types whose memory nobody can predict.
+- Routers stay in bfloat16. Adapters go to linear layers, so the routed experts have none.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from qlora_trainer.kernels.moe_experts import SCALED_TOGETHER, NF4Experts
 
 COMPUTE_DTYPE = torch.bfloat16
 METHOD = "nf4_with_experts"
-PLAIN = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-PLAIN_NAMES = {"gate_up_proj", "down_proj"}
+EXPECTED_LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+EXPECTED_PARAMETERS = {"gate_up_proj", "down_proj"}
 
 
 class Quantization(BitsAndBytesConfig):
@@ -34,7 +36,7 @@ class Quantization(BitsAndBytesConfig):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD  # transformers lists its own in an enum
 
 
 @register_quantizer(METHOD)
@@ -42,7 +44,10 @@ class Quantizer(Bnb4BitHfQuantizer):
     """transformers' own, for experts too."""
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        # The one place where a quantizer replaces modules.
+        super()._process_model_before_weight_loading(  # pyright: ignore[reportPrivateUsage]
+            model, device_map, **kwargs
+        )
         replace_experts(model)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -51,7 +56,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         return isinstance(module, NF4Experts) or super().param_needs_quantization(model, param_name, **kwargs)
 
 
-def replace_experts(model: Module) -> None:
+def replace_experts(model: Any) -> None:
     """Put our module in the place of every module of experts that it computes exactly; see `refusal`."""
     for name, module in list(model.named_modules()):
         if _is_experts(module) and _obstacle(module) is None:
@@ -60,7 +65,7 @@ def replace_experts(model: Module) -> None:
             model.set_submodule(name, NF4Experts(experts, hidden, inner, gate_up=gate_up, down=down))
 
 
-def refusal(model: Module) -> str | None:
+def refusal(model: Any) -> str | None:
     """Why a mixture cannot be handled; None if it can, or is none."""
     model_type = model.config.model_type
     for name, module in model.named_modules():
@@ -81,14 +86,15 @@ def _is_experts(module: Module) -> bool:
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
-def _obstacle(module: Module) -> str | None:
+def _obstacle(module: Any) -> str | None:
     """What `NF4Experts` would not compute exactly."""
-    if any(getattr(module, name) != value for name, value in PLAIN.items()):
+    if any(getattr(module, name) != value for name, value in EXPECTED_LAYOUT.items()):
         return "have biases, no gates, or weights that are laid out in another way"
     has_norm = getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has none
-    if {name for name, _ in module.named_parameters()} != PLAIN_NAMES or has_norm:
+    if {name for name, _ in module.named_parameters()} != EXPECTED_PARAMETERS or has_norm:
         return "have more parameters than two matrices"
-    if type(module)._apply_gate is not moe._default_apply_gate:
+    default: Any = moe._default_apply_gate  # pyright: ignore[reportPrivateUsage] - what a class without its own has
+    if type(module)._apply_gate is not default:
         return "are gated in a way of their own"
     if not isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation):
         return f"are gated with {type(module.act_fn).__name__} instead of SiLU"

@@ -1,12 +1,11 @@
 """The cache of quantized weights: what a model's weights became on the card, to be read back instead of made again.
 
-`train` begins to read an entry before most of its libraries are imported (`ReadAhead`); `model.load_base` takes it, and
-fills the cache after a load that had to quantize. Rules:
+An entry can be read while the libraries are still being imported (`ReadAhead`). Rules:
 
 - It exists only where `$QLORA_MODEL_CACHE` names a folder. Elsewhere the pod's scratch space would have to hold it.
 - It never fails a job: what cannot be read is made again, what cannot be written is not kept, each with a log line.
-- An entry exists when its manifest does: temporary folder, fsync, rename, as in `jobstore`. The manifest has a SHA-256
-  of every file, checked while the file is on its way to the card.
+- An entry exists when its manifest does: temporary folder, fsync, rename, as in the job's store. The manifest has the
+  SHA-256 of every file, checked while the file is on its way to the card.
 - An entry's key covers all that decides the bits: the weights' files, the config, how and with what they are quantized.
   Fine-tuned siblings have the same names and sizes, so files also count by place, time and samples of their content.
 - Entries hold every parameter and buffer, those that no checkpoint has among them (rotary frequencies), under the names
@@ -32,8 +31,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -55,7 +55,7 @@ QUANTIZATION = {
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
 }
-"""As transformers' `BitsAndBytesConfig` takes it."""
+"""The fields of transformers' `BitsAndBytesConfig`: NF4 with double quantization (Dettmers et al., 2023)."""
 LIMIT_VARIABLE = "QLORA_QUANTIZED_CACHE_GIB"
 DEFAULT_LIMIT_GIB = 400.0
 CACHE_NAME = "quantized"
@@ -141,8 +141,8 @@ def tensors_of(base: Module) -> Iterator[tuple[str, Tensor]]:
 
 def fill(base: Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a model on the meta device, its linear layers and experts replaced, the tensors of `tensors_of`."""
-    plain, parts = _grouped(tensors)
-    for name, tensor in plain.items():
+    values, parts = _grouped(tensors)
+    for name, tensor in values.items():
         path, _, leaf = name.rpartition(".")
         try:
             owner = base.get_submodule(path)
@@ -150,25 +150,27 @@ def fill(base: Module, tensors: Mapping[str, Tensor]) -> None:
             raise UnfitEntry(f"{type(base).__name__} has no {path}") from error
         if name in parts:
             layer = owner if isinstance(owner, bnb.nn.Linear4bit) else None  # which has a state of its own
-            packed = bnb.nn.Params4bit.from_prequantized(tensor, parts[name], device=tensor.device, module=layer)
+            parameters: Any = bnb.nn.Params4bit  # whose signature wants a device's name, and takes a device
+            packed = parameters.from_prequantized(tensor, parts[name], device=tensor.device, module=layer)
             setattr(owner, leaf, packed)
-        elif leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-        elif leaf in owner._parameters:
+        elif leaf in dict(owner.named_buffers(recurse=False)):
+            setattr(owner, leaf, tensor)
+        elif leaf in dict(owner.named_parameters(recurse=False)):
             setattr(owner, leaf, Parameter(tensor, requires_grad=False))
         else:
             raise UnfitEntry(f"{type(base).__name__} has no {name}")
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    plain: dict[str, Tensor] = {}
+    """Parameters and buffers, and the parts of their quantization states, both by the parameter's name."""
+    values: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if state := STATE.fullmatch(name):
             parts[state["parameter"]][state["part"]] = tensor
         else:
-            plain[name] = tensor
-    return plain, parts
+            values[name] = tensor
+    return values, parts
 
 
 # --- the cache
@@ -185,7 +187,7 @@ class ReadAhead:
         pool.shutdown(wait=False)
 
     def take(self) -> dict[str, Tensor] | None:
-        """The entry's tensors, once; None as `QuantizedCache.read` says it. Nothing here holds them any longer."""
+        """The entry's tensors, once, and nothing here holds them any longer; None if there is no whole entry."""
         found, self._found = self._found, None
         assert found is not None, "the entry has been taken"
         return found.result()
@@ -353,7 +355,7 @@ def _read_shard(entry: Path, device: torch.device, expected: FileEntry) -> dict[
     return tensors
 
 
-def _read_header(file: BinaryIO, digest: hashlib._Hash, file_bytes: int) -> list[tuple[str, str, list[int]]]:
+def _read_header(file: BufferedReader, digest: Any, file_bytes: int) -> list[tuple[str, str, list[int]]]:
     """Names, types and shapes in the order of the data, which has no gaps; the digest takes what was read."""
     length = file.read(8)
     header_bytes = int.from_bytes(length, "little")
@@ -366,11 +368,11 @@ def _read_header(file: BinaryIO, digest: hashlib._Hash, file_bytes: int) -> list
     return [(name, field["dtype"], field["shape"]) for name, field in ordered]
 
 
-def _read_into(target: Tensor, file: BinaryIO, buffer: Tensor, digest: hashlib._Hash) -> None:
+def _read_into(target: Tensor, file: BufferedReader, buffer: Tensor, digest: Any) -> None:
     """The next bytes of the file, as many as the target has; a copy from pinned memory waits until it is done."""
     for start in range(0, target.numel(), BUFFER_BYTES):
         piece = buffer[: min(BUFFER_BYTES, target.numel() - start)]
-        view = memoryview(piece.numpy())
+        view = memoryview(piece.numpy().data)
         if file.readinto(view) != piece.numel():
             raise ValueError("the file ends early")
         digest.update(view)

@@ -1,8 +1,8 @@
 """Where the base model comes from, and whether this trainer can tune it.
 
-`prepare` calls `describe_model`, which reads the config, the tokenizer files and the headers of the weights, but never
-the weights; `load_tokenizer` and `check_architecture` then say no before a GPU is taken. `train` and `publish` call
-`resolve_model` for the whole model. Rules:
+`describe_model` reads the config, the tokenizer files and the headers of the weights, but never the weights;
+`load_tokenizer` and `check_architecture` then say no before a GPU is taken. `resolve_model` gives the whole
+model. Rules:
 
 - Only safetensors are read, and no code that comes with a model is run.
 - `file://` and `pvc://` models are used where they lie. `s3://` models are copied to `$QLORA_MODEL_CACHE`, each version

@@ -1,13 +1,8 @@
 """The model that is trained: a frozen base in NF4, a bfloat16 LoRA adapter, and the way from tokens to loss.
 
-Built by `train` at the start of an attempt. Rules, each the answer to a trap:
+Rules:
 
-- The base stays as it is loaded: 4-bit linear layers and quantization with double quantization (Dettmers et al., 2023),
-  everything else in bfloat16. `prepare_model_for_kbit_training` would make embeddings and head float32 (+3.9 GiB at
-  70B).
-- The adapter is bfloat16, and stays so on resume: saved tensors are copied into the existing parameters.
-- On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
-  bypasses the autograd path in training. It is told not to.
+- Saved adapters are copied into the existing parameters, which keep their type.
 - Only decoder layers up to `plan.recompute_layers` recompute their activations.
 - Layers that `kernels` knows are computed there; the others by transformers and PEFT.
 - What this module assumes of an architecture (how logits come from hidden states, that records in one row do not see
@@ -17,7 +12,7 @@ Built by `train` at the start of an attempt. Rules, each the answer to a trap:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,9 +23,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.plan import MemoryPlan
@@ -41,7 +34,7 @@ from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
-from qlora_trainer.model.cuda_graphs import Replay
+from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
 from qlora_trainer.outcome import UserError
@@ -49,9 +42,6 @@ from qlora_trainer.outcome import UserError
 log = logging.getLogger(__name__)
 LOGITS_TOLERANCE = 0.05
 """Largest relative difference between two bfloat16 ways to the same logits; a wrong way is off by far more."""
-
-
-# --- what the loop works with
 
 
 class TrainingModel:
@@ -65,15 +55,15 @@ class TrainingModel:
         neftune_alpha: float,
     ) -> None:
         self.peft_model = peft_model
-        self.base: PreTrainedModel = peft_model.get_base_model()
-        self._decoder = self.base.get_decoder()
+        self.base: Any = peft_model.get_base_model()
+        self._decoder: Any = self.base.get_decoder()
         self._head = _head(self.base)
         self.device = self._head.weight.device  # the embeddings may be on the host
         self._attention = packed_attention
         self._plan = plan
         self._neftune_alpha = neftune_alpha
         self._saved = saved_parameters(peft_model)
-        self._fused = fuse(
+        self.fused = fuse(
             self._decoder,
             self.base.config.get_text_config(),
             packed_attention,
@@ -81,10 +71,10 @@ class TrainingModel:
             recompute_layers=plan.recompute_layers,
             store=InputStore(self.device) if "activations" in plan.offload else None,
         )
-        if self._fused is None:
+        if self.fused is None:
             self._go_without_fused_layers()
         self._host_embedding = self._offloaded_embedding() if "embeddings" in plan.offload else None
-        self._replay = self._make_replay()
+        self.cuda_graphs = self._make_cuda_graphs()
 
     def train(self) -> None:
         """Dropout and noise on."""
@@ -115,17 +105,17 @@ class TrainingModel:
     def loss(self, batch: MicroBatch, *, divisor: float) -> Tensor:
         """Summed cross-entropy of the micro-batch's targets, over `divisor`."""
         inputs = StepInputs.of(batch, draw_seed(), divisor, self.device)
-        if self._replay is None:
+        if self.cuda_graphs is None:
             return self._loss(inputs)
-        return self._replay.make_room(lambda: self._loss(inputs))
+        return self.cuda_graphs.make_room(lambda: self._loss(inputs))
 
     def accumulate(self, batch: MicroBatch, *, divisor: float, between: Callable[[], None] = lambda: None) -> Tensor:
         """`loss`, whose gradients are added to the adapter's; `between` is called between both passes.
 
-        The answer is good until the next call.
+        The loss is good until the next call.
         """
-        if self._replay is not None and self._replay.takes(batch):
-            return self._replay.run(batch, divisor, between)
+        if self.cuda_graphs is not None and self.cuda_graphs.takes(batch):
+            return self.cuda_graphs.run(batch, divisor, between)
         loss = self.loss(batch, divisor=divisor)
         between()
         loss.backward()
@@ -141,8 +131,8 @@ class TrainingModel:
         return [module for module in self.base.modules() if isinstance(module, NF4Experts)]
 
     @contextmanager
-    def _silent_experts(self) -> Iterator[None]:
-        """Without routed experts: they look at each token alone, but round by how many have chosen them."""
+    def _silent_experts(self) -> Generator[None]:
+        """Leave routed experts out: they look at each token alone, but round by how many have chosen them."""
         modules = self._experts()
         for module in modules:
             module.silent = True
@@ -165,16 +155,16 @@ class TrainingModel:
     def _hidden(self, inputs: StepInputs) -> Tensor:
         batch, on_device = inputs.host, inputs.batch
         self._attention.expect(batch, on_device.record_starts)
-        if self._fused is not None:
-            self._fused.begin(inputs.seed)
+        if self.fused is not None:
+            self.fused.begin(inputs.seed)
         noisy = self._neftune_alpha > 0 and self.peft_model.training
         if noisy or self._host_embedding is not None:
             embedded = self._embedded(batch, on_device)
             tokens = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
         else:
             tokens = {"input_ids": on_device.input_ids}
-        answer = self._decoder(**tokens, position_ids=on_device.position_ids, use_cache=False)
-        return answer.last_hidden_state.to(self._head.weight.dtype)  # some architectures end in float32
+        output = self._decoder(**tokens, position_ids=on_device.position_ids, use_cache=False)
+        return output.last_hidden_state.to(self._head.weight.dtype)  # some architectures end in float32
 
     def _embedded(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
         if self._host_embedding is not None:
@@ -188,16 +178,16 @@ class TrainingModel:
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[None, :, None].to(embedded.dtype)
 
     def _go_without_fused_layers(self) -> None:
-        self._fused = self._replay = None
+        self.fused = self.cuda_graphs = None
         if "activations" in self._plan.offload:
             log.warning("the activations stay on the card: only layers that are computed by hand can do without them")
         set_recompute(self._decoder, self._plan.recompute_layers)
 
-    def _make_replay(self) -> Replay | None:
+    def _make_cuda_graphs(self) -> CudaGraphs | None:
         """CUDA graphs, where everything between tokens and gradients runs on the card and draws nothing there."""
-        if self._fused is None or self._plan.offload or self._neftune_alpha > 0 or not ops.can_be_captured(self.device):
+        if self.fused is None or self._plan.offload or self._neftune_alpha > 0 or not ops.can_be_captured(self.device):
             return None
-        return Replay(list(self._saved.values()), self._loss, draw_seed)
+        return CudaGraphs(list(self._saved.values()), self._loss, draw_seed)
 
     def _offloaded_embedding(self) -> HostEmbedding | None:
         table = self.base.get_input_embeddings()
@@ -221,11 +211,11 @@ class TrainingModel:
         name = type(self.base).__name__
         if not torch.equal(after_first, after_other):  # the same shapes, so the same sums: not a bit may differ
             raise UserError(f"{name} lets records of one packed row see each other, so it cannot be trained here")
-        if self._fused is not None:
+        if self.fused is not None:
             with self._silent_experts():  # for a rounding, a token would go to another expert
-                self._check_fused_layers(self._fused, collate([first, second]))
+                self._check_fused_layers(self.fused, collate([first, second]))
         batch = collate([first])
-        with self._fused.bypassed() if self._fused is not None else nullcontext():
+        with self.fused.bypassed() if self.fused is not None else nullcontext():
             ours, embedded = self._logits(batch), self._embedded(batch, batch.to(self.device))
             theirs = self.base(inputs_embeds=embedded, use_cache=False).logits[0].float()
         if not _same(ours, theirs):
@@ -263,7 +253,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _head(base: PreTrainedModel) -> Head:
     """The head, with what some architectures do to its logits; `TrainingModel.check` finds the ones that do more."""
-    head = base.get_output_embeddings()
+    head: Any = base.get_output_embeddings()
     config = base.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)
     factor = getattr(config, "logit_scale", None)
@@ -277,7 +267,7 @@ def _head(base: PreTrainedModel) -> Head:
 
 def set_recompute(decoder: torch.nn.Module, layers: int) -> None:
     """Make the first so many decoder layers recompute their activations in the backward pass."""
-    own = [layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    own: list[Any] = [layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if layers > 0 and not own:
         raise UserError(f"{type(decoder).__name__} has no layers that can recompute; set recomputeLayers to 0")
     for index, layer in enumerate(own):
