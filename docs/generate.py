@@ -162,9 +162,9 @@ def settings() -> str:
 
 
 def reasons() -> str:
-    """Reasons with their remedies, and exit codes."""
+    """Reasons with what follows from each, and exit codes."""
     text = "# Reasons\n\nReasons of conditions, events and attempts, and what is done about them.\n\n"
-    text += "| reason | remedy |\n|---|---|\n"
+    text += "| reason | recovery |\n|---|---|\n"
     text += "".join(f"| `{reason}` | {reason.recovery} |\n" for reason in Reason)
     text += "\n## Exit codes of a stage\n\n| code | reason |\n|---|---|\n"
     text += "".join(f"| {code.value} | `{code.reason}` |\n" for code in ExitCode)
