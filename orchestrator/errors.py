@@ -12,6 +12,7 @@
         |-- NotFound
         |-- Conflict          somebody else wrote first; read again and decide anew
         |-- ServiceNotRunning
+        |-- MissingExtra      libraries of an optional extra are not installed
         `-- JobFailed         the job ended without the result that was asked for
 
 Adapters translate their library's errors into these and chain the cause. Every message says what happened,
@@ -65,6 +66,10 @@ class Conflict(PermanentError):
 
 class ServiceNotRunning(PermanentError):
     """The embedded service is not up."""
+
+
+class MissingExtra(PermanentError):
+    """Libraries of an optional extra are not installed."""
 
 
 class JobFailed(PermanentError):

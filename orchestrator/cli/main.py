@@ -81,6 +81,15 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    from orchestrator import __version__
+    from orchestrator.cli.output import print_text
+
+    if wanted:
+        print_text(f"qlora-orchestrator {__version__}")
+        raise typer.Exit(ExitStatus.OK)
+
+
 @app.callback()
 def choose_service(
     context: Annotated[
@@ -92,6 +101,9 @@ def choose_service(
             show_default=False,
         ),
     ] = None,
+    version: Annotated[  # noqa: ARG001  its callback does it
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Where every command below looks, by way of the settings' own variable."""
     if context is not None:

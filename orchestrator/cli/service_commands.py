@@ -171,7 +171,10 @@ def _service(settings: Settings, *, keep_up: bool) -> Generator[None]:
 def _start(settings: Settings) -> None:
     from orchestrator.cli.console import messages
     from orchestrator.controller import supervisor
+    from orchestrator.sdk import extras
 
+    own_trainer = settings.trainer_command == type(settings).model_fields["trainer_command"].default
+    extras.require("local" if own_trainer else "controller", purpose="the service of this machine")
     with messages().status("starting the service", spinner_style="busy"):
         try:
             supervisor.start(settings)

@@ -54,8 +54,17 @@ def connect(settings: Settings) -> Connection:
 
 
 def on_cluster(context: str) -> Connection:
-    """The service on the cluster of a kubeconfig context, the current one by default. Raises InvalidObject."""
-    from orchestrator.adapters.kubernetes.api import KubeApi
+    """The service on the cluster of a kubeconfig context, the current one by default.
+
+    Raises InvalidObject where there is no such context, MissingExtra without the Kubernetes client.
+    """
+    try:
+        from orchestrator.adapters.kubernetes.api import KubeApi
+    except ModuleNotFoundError:
+        from orchestrator.sdk import extras
+
+        extras.require("kubernetes", purpose="a service on a cluster")
+        raise
     from orchestrator.adapters.kubernetes.nodes import list_gpu_classes
     from orchestrator.adapters.kubernetes.pod_logs import PodLogs
     from orchestrator.adapters.kubernetes.store import KubernetesStore
