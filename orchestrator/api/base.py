@@ -2,17 +2,21 @@
 
 Wire names are camelCase as Kubernetes users expect; unknown fields are errors; objects are frozen. Decimals
 travel as patterned strings, because a float does not survive every JSON and YAML parser unchanged and
-Kubernetes API conventions advise against it.
+Kubernetes API conventions advise against it. Every number has a bound that a JSON reader, an int64 and a float keep
+exactly, and no number is infinite or no number at all: what passes here can be stored, sent and read again.
 """
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StringConstraints
 from pydantic.alias_generators import to_camel
+
+from orchestrator.api.words import BLANKS, CONTROL, DIRECTION, LINES, UNSEEN
 
 API_VERSION: Literal["qlora.dev/v1alpha1"] = "qlora.dev/v1alpha1"
 
@@ -21,6 +25,27 @@ DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 URI_PATTERN = r"^(hf|pvc|s3|file)://[^\s]+$"
 STORE_URI_PATTERN = r"^(pvc|s3|file)://[^\s]+$"
 DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
+
+
+def _in_patterns(characters: str) -> str:
+    """A character class as the regular expressions of pydantic and of the API server (Rust's and RE2) both read it."""
+    return "".join(c if c.isascii() else f"\\x{{{ord(c):04x}}}" for c in characters)
+
+
+_NOT_IN_NAMES = CONTROL + _in_patterns(DIRECTION + LINES + UNSEEN)
+_NOT_AT_ENDS = " " + _in_patterns(BLANKS)
+
+
+def _name_pattern(without: str = "") -> str:
+    """A name that people see: no blanks at its ends, and nothing in it that is harmful or not seen."""
+    inner = f"{_NOT_IN_NAMES}{without}"
+    end = f"[^{_NOT_AT_ENDS}{inner}]"
+    return f"^{end}([^{inner}]*{end})?$"
+
+
+NAME_PATTERN = _name_pattern()
+REGISTERED_MODEL_PATTERN = _name_pattern("/:?")
+"""A name that MLflow can address: it takes `models:/name/version` apart at slashes, colons and question marks."""
 
 DecimalString = Annotated[str, StringConstraints(pattern=DECIMAL_PATTERN, max_length=24, strict=True)]
 DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length=1, max_length=63)]
@@ -31,6 +56,24 @@ StoreUri = Annotated[str, StringConstraints(pattern=STORE_URI_PATTERN, max_lengt
 Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN, max_length=71)]
 ShortText = Annotated[str, StringConstraints(max_length=256)]
 Sentence = Annotated[str, StringConstraints(max_length=2048)]
+
+MAX_COUNT = 2**53 - 1  # above it a JSON reader that knows floats alone is no longer exact
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+"""Of anything, bytes included."""
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+ExitStatus = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+"""Of seconds or money."""
+Time = AwareDatetime
+"""With a zone: times of several writers are compared."""
+
+
+def _finite_or_none(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Measured = Annotated[FiniteFloat | None, BeforeValidator(_finite_or_none)]
+"""A figure that a stage reports; absent where it is none, as of a loss that diverged: JSON has no word for it."""
 
 
 class Model(BaseModel):

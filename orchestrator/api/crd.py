@@ -19,11 +19,16 @@ from pydantic.alias_generators import to_camel
 
 from orchestrator.api.base import API_VERSION, Model
 from orchestrator.api.job import (
+    CHAT_TEMPLATE_NAMES,
+    CHAT_TEMPLATE_RULE,
     IMMUTABLE_SPEC_FIELDS,
+    MAX_CHAT_TEMPLATE_BYTES,
+    MAX_EPOCHS,
     TRAINING_FIELDS_ABOVE_ZERO,
     TRAINING_FIELDS_BELOW_ONE,
     AdapterSpec,
     DatasetSource,
+    ModelSource,
     ObjectMeta,
     QLoRAJob,
     QLoRAJobSpec,
@@ -79,20 +84,43 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         )
     },
     AdapterSpec: {"_dropout_is_a_probability": _compared(("dropout",), "< 1.0", "must be at least 0 and below 1")},
+    ModelSource: {
+        "_chat_template_fits": (
+            Rule(
+                rule=f"!has(self.chatTemplate) || bytes(self.chatTemplate).size() <= {MAX_CHAT_TEMPLATE_BYTES}",
+                message=f"chatTemplate must have at most {MAX_CHAT_TEMPLATE_BYTES} bytes",
+                field="chatTemplate",
+            ),
+            Rule(
+                rule="!has(self.chatTemplate) || self.chatTemplate.contains('{{') || self.chatTemplate.contains('{%')"
+                f" || self.chatTemplate in {list(CHAT_TEMPLATE_NAMES)}",
+                message=f"chatTemplate must be {CHAT_TEMPLATE_RULE}",
+                field="chatTemplate",
+            ),
+        )
+    },
     TrainingSpec: {
         "_ranges": (
             *_compared(TRAINING_FIELDS_ABOVE_ZERO, "> 0.0", "must be above 0"),
             *_compared(TRAINING_FIELDS_BELOW_ONE, "< 1.0", "must be below 1"),
+            *_compared(("epochs",), f"<= {MAX_EPOCHS}.0", f"must be at most {MAX_EPOCHS}"),
         )
     },
     TrackingSpec: {
+        "_registered_model_is_no_folder": (
+            Rule(
+                rule="!has(self.registeredModel) || !(self.registeredModel in ['.', '..'])",
+                message="registeredModel must not be `.` or `..`, which vanish from URLs",
+                field="registeredModel",
+            ),
+        ),
         "_alias_is_free": (
             Rule(
                 rule="!has(self.alias) || !self.alias.matches('(?i)^(latest|v[0-9]+)$')",
                 message="alias must not be `latest` or `v<number>`, which MLflow reserves",
                 field="alias",
             ),
-        )
+        ),
     },
     Estimate: {
         "_items_add_up": (

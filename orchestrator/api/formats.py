@@ -12,12 +12,13 @@ A folder exists when its manifest does. Nothing is pickled.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, cast
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, FiniteFloat, StringConstraints
 
-from orchestrator.api.base import Digest, Model, ShortText
+from orchestrator.api.base import Count, Digest, Model, PositiveCount, ShortText
 from orchestrator.api.results import PrepareResult
 
 MANIFEST_NAME = "manifest.json"
@@ -37,7 +38,7 @@ class FileEntry(Model):
     """One file that a manifest vouches for."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -47,8 +48,8 @@ Files = Annotated[tuple[FileEntry, ...], Field(max_length=256)]
 class CheckpointManifest(Model):
     """Vouches for a checkpoint or for the final adapter."""
 
-    step: int = Field(ge=0)
-    attempt: int = Field(ge=1)
+    step: Count
+    attempt: PositiveCount
     prepared: Digest
     """The prepared data that the steps were made on; a checkpoint of other data is not resumed."""
     complete: bool = False
@@ -69,7 +70,15 @@ class PreparedManifest(Model):
 class Fence(Model):
     """The attempt that owns the store. A trainer that reads a higher one than its own must stop."""
 
-    attempt: int = Field(ge=1)
+    attempt: PositiveCount
+
+
+def _finite(metrics: object) -> object:
+    """Without what a diverging step makes of its figures."""
+    if not isinstance(metrics, dict):
+        return metrics
+    found = cast(dict[object, object], metrics)
+    return {k: v for k, v in found.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
 
 
 class JournalRecord(Model):
@@ -78,9 +87,10 @@ class JournalRecord(Model):
     `step` 0 holds the evaluation of the untouched base model.
     """
 
-    step: int = Field(ge=0)
-    time_ms: int = Field(ge=0)
-    metrics: dict[ShortText, float]
+    step: Count
+    time_ms: Count
+    metrics: Annotated[dict[ShortText, FiniteFloat], BeforeValidator(_finite)]
+    """What is not finite is left out: neither JSON nor MLflow's store has a word for it."""
 
 
 class Metric(StrEnum):

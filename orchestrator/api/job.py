@@ -8,7 +8,6 @@ which is what the trainer and CEL make of them.
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Literal
 from uuid import uuid4
 
@@ -24,15 +23,22 @@ from pydantic.alias_generators import to_camel
 
 from orchestrator.api.base import (
     API_VERSION,
+    NAME_PATTERN,
+    REGISTERED_MODEL_PATTERN,
+    Amount,
+    Count,
     DecimalString,
     Digest,
     DnsLabel,
+    ExitStatus,
     JobName,
     Model,
+    PositiveCount,
     Sentence,
     ShortText,
     SourceUri,
     StoreUri,
+    Time,
 )
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
@@ -46,7 +52,29 @@ RELEASE_FINALIZER = "qlora.dev/release"
 IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
 TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
-Labels = Annotated[dict[Annotated[str, StringConstraints(max_length=317)], ShortText], Field(max_length=64)]
+MAX_LABELS = 1024
+MAX_ANNOTATIONS_BYTES = 1 << 18
+"""Of keys and values together: the API server's bound."""
+_NAME = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)"
+_PREFIX = r"([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)"
+QualifiedName = Annotated[str, StringConstraints(pattern=f"^{_PREFIX}?{_NAME}$", max_length=317)]
+"""A key of a label or an annotation, as the API server takes it: an optional DNS name, a slash, a name."""
+LabelValue = Annotated[str, StringConstraints(pattern=f"^{_NAME}?$", max_length=63)]
+Labels = Annotated[dict[QualifiedName, LabelValue], Field(max_length=MAX_LABELS)]
+Annotations = Annotated[
+    dict[
+        Annotated[str, StringConstraints(pattern=f"^(?i){_PREFIX}?{_NAME}$", max_length=317)],
+        Annotated[str, StringConstraints(max_length=MAX_ANNOTATIONS_BYTES)],
+    ],
+    Field(max_length=MAX_LABELS),
+]
+MAX_CHAT_TEMPLATE_BYTES = 48 << 10
+"""A stage's task is one variable of its environment, of which Linux takes 128 KiB; there a quote takes two bytes."""
+CHAT_TEMPLATE_NAMES = ("chatml", "gemma", "llama3", "phi3")
+CHAT_TEMPLATE_RULE = f"Jinja text, which has {{{{ or {{% in it, or one of {', '.join(CHAT_TEMPLATE_NAMES)}"
+CHAT_TEMPLATE_PATTERN = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
+"""Text: control characters but for tabs and line ends take six bytes each in the task."""
+MAX_EPOCHS = 1_000_000
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", min_length=1, max_length=128)]
@@ -60,12 +88,20 @@ class ObjectMeta(Model):
     namespace: DnsLabel = "default"
     uid: ShortText = ""
     resource_version: ShortText = ""
-    generation: int = Field(default=1, ge=0)
-    creation_timestamp: datetime | None = None
-    deletion_timestamp: datetime | None = None
+    generation: Count = 1
+    creation_timestamp: Time | None = None
+    deletion_timestamp: Time | None = None
     labels: Labels = {}
-    annotations: Annotated[dict[Annotated[str, StringConstraints(max_length=317)], Sentence], Field(max_length=64)] = {}
-    finalizers: Annotated[tuple[ShortText, ...], Field(max_length=16)] = ()
+    annotations: Annotations = {}
+    finalizers: Annotated[tuple[Annotated[str, StringConstraints(max_length=317)], ...], Field(max_length=1024)] = ()
+
+    @field_validator("annotations")
+    @classmethod
+    def _annotations_fit(cls, value: dict[str, str]) -> dict[str, str]:
+        size = sum(len(key.encode()) + len(text.encode()) for key, text in value.items())
+        if size > MAX_ANNOTATIONS_BYTES:
+            raise ValueError(f"annotations must have at most {MAX_ANNOTATIONS_BYTES} bytes together")
+        return value
 
 
 class ModelSource(Model):
@@ -75,8 +111,22 @@ class ModelSource(Model):
     """`hf://owner/name`, `pvc://claim/path`, `s3://bucket/prefix` or `file:///path` of a Hugging Face model folder."""
     revision: Revision = "main"
     """Branch, tag or commit of a hub model; recorded as the commit it named at prepare time."""
-    chat_template: Annotated[str, StringConstraints(min_length=1, max_length=65536)] | None = None
-    """A Jinja chat template for models that ship none."""
+    chat_template: (
+        Annotated[
+            str, StringConstraints(pattern=CHAT_TEMPLATE_PATTERN, min_length=1, max_length=MAX_CHAT_TEMPLATE_BYTES)
+        ]
+        | None
+    ) = None
+    """For models that ship none: a Jinja chat template, or the name of one: chatml, gemma, llama3, phi3."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _chat_template_fits(cls, value: str | None) -> str | None:
+        if value is not None and len(value.encode()) > MAX_CHAT_TEMPLATE_BYTES:
+            raise ValueError(f"chatTemplate must have at most {MAX_CHAT_TEMPLATE_BYTES} bytes")
+        if value is not None and not ("{{" in value or "{%" in value or value in CHAT_TEMPLATE_NAMES):
+            raise ValueError(f"chatTemplate must be {CHAT_TEMPLATE_RULE}")
+        return value
 
 
 class DatasetSource(Model):
@@ -163,6 +213,8 @@ class TrainingSpec(Model):
         for name in TRAINING_FIELDS_BELOW_ONE:
             if float(getattr(self, name)) >= 1:
                 raise ValueError(f"{to_camel(name)} must be below 1")
+        if float(self.epochs) > MAX_EPOCHS:
+            raise ValueError(f"epochs must be at most {MAX_EPOCHS}")
         return self
 
 
@@ -198,11 +250,13 @@ class EvaluationSpec(Model):
 class TrackingSpec(Model):
     """Where metrics and the adapter go in MLflow."""
 
-    experiment: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    experiment: Annotated[str, StringConstraints(pattern=NAME_PATTERN, min_length=1, max_length=256)] | None = None
     """Default: the job's namespace."""
-    registered_model: Annotated[str, StringConstraints(pattern=r"^[^/:]+$", min_length=1, max_length=256)] | None = None
+    registered_model: (
+        Annotated[str, StringConstraints(pattern=REGISTERED_MODEL_PATTERN, min_length=1, max_length=256)] | None
+    ) = None
     """Default: the job's name."""
-    alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=256)] | None = "candidate"
+    alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)] | None = "candidate"
     """Moved to the new version; MLflow reserves `latest` and `v<number>`."""
 
     @model_serializer(mode="wrap")
@@ -210,6 +264,13 @@ class TrackingSpec(Model):
         """Null is a choice here, because the default is another: it must not be dropped with the unset fields."""
         wire: dict[str, object] = dump(self)
         return wire if self.alias is not None else {**wire, "alias": None}
+
+    @field_validator("registered_model")
+    @classmethod
+    def _registered_model_is_no_folder(cls, value: str | None) -> str | None:
+        if value in (".", ".."):
+            raise ValueError("registeredModel must not be `.` or `..`, which vanish from URLs")
+        return value
 
     @field_validator("alias")
     @classmethod
@@ -258,31 +319,31 @@ class Condition(Model):
     status: Literal["True", "False", "Unknown"]
     reason: Reason
     message: Sentence = ""
-    last_transition_time: datetime
-    observed_generation: int = Field(default=0, ge=0)
+    last_transition_time: Time
+    observed_generation: Count = 0
 
 
 class Attempt(Model):
     """One run of one stage. Recorded before anything is created, so that nothing created is ever forgotten."""
 
     stage: StageKind
-    number: int = Field(ge=1)
+    number: PositiveCount
     """Counts over all stages of the job, from 1: the fencing token."""
     gpu_class: ShortText | None = None
     plan: MemoryPlan | None = None
-    created_time: datetime
-    start_time: datetime | None = None
+    created_time: Time
+    start_time: Time | None = None
     """When the stage was first seen running."""
-    stop_time: datetime | None = None
+    stop_time: Time | None = None
     """When it was asked to stop."""
     stop_reason: Reason | None = None
-    finish_time: datetime | None = None
-    exit_code: int | None = None
+    finish_time: Time | None = None
+    exit_code: ExitStatus | None = None
     reason: Reason | None = None
     message: Sentence = ""
-    predicted_bytes: int | None = Field(default=None, ge=0)
+    predicted_bytes: Count | None = None
     """Of train: the allocator's peak that was expected, without the margin."""
-    measured_bytes: int | None = Field(default=None, ge=0)
+    measured_bytes: Count | None = None
     """Of train: the allocator's peak, where the stage could tell it."""
     versions: ShortText | None = None
     """Of train: the libraries that the peak depends on."""
@@ -296,9 +357,9 @@ class Attempt(Model):
 class CheckpointStatus(Model):
     """The last durable checkpoint."""
 
-    step: int = Field(ge=0)
+    step: Count
     uri: Annotated[str, StringConstraints(max_length=2048)]
-    time: datetime
+    time: Time
 
 
 class MlflowStatus(Model):
@@ -315,7 +376,7 @@ class MlflowStatus(Model):
 class QLoRAJobStatus(Model):
     """What came of the job. Written by the controller alone; there is no phase: conditions tell."""
 
-    observed_generation: int = Field(default=0, ge=0)
+    observed_generation: Count = 0
     summary: Sentence = ""
     """One line for people: what is going on and what it waits for."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
@@ -323,25 +384,25 @@ class QLoRAJobStatus(Model):
     estimate: Estimate | None = None
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=64)] = ()
     """The most recent attempts, oldest first; older ones are folded into the counters below."""
-    attempts_total: int = Field(default=0, ge=0)
-    failures_total: int = Field(default=0, ge=0)
+    attempts_total: Count = 0
+    failures_total: Count = 0
     """Failed attempts that count against spec.backoffLimit."""
-    active_seconds: float = Field(default=0, ge=0)
+    active_seconds: Amount = 0
     """Seconds spent in finished attempts."""
-    gpu_seconds: float = Field(default=0, ge=0)
+    gpu_seconds: Amount = 0
     """GPU seconds spent in finished train attempts."""
-    retry_after: datetime | None = None
+    retry_after: Time | None = None
     """No new attempt before this time."""
-    step_ups: int = Field(default=0, ge=0)
+    step_ups: Count = 0
     """How often the job moved to a fallback plan or a larger class after running out of memory."""
     progress: ProgressReport | None = None
     checkpoint: CheckpointStatus | None = None
     adapter_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None
     adapter_digest: Digest | None = None
     mlflow: MlflowStatus = MlflowStatus()
-    evictions: Annotated[dict[ShortText, int], Field(max_length=16)] = {}
+    evictions: Annotated[dict[ShortText, Count], Field(max_length=16)] = {}
     """Evictions by reason."""
-    finish_time: datetime | None = None
+    finish_time: Time | None = None
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of this type, if it has been set."""

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 from pydantic import Field
 
-from orchestrator.api.base import Model, ShortText
+from orchestrator.api.base import MAX_COUNT, Model, ShortText
+from orchestrator.api.words import on_one_line
+
+MAX_SHOWN_CHARACTERS = 60
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20
+"""Of a layer, an expert or a head, and so many heads or experts: ten times what any known model has."""
+MAX_VOCABULARY = 1 << 24
+
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
 class Mixture(Model):
     """The experts of a model, the same in every layer."""
 
-    experts: int = Field(ge=1)
+    experts: Width
     """Routed experts of a layer, of which each token chooses some."""
-    experts_per_token: int = Field(ge=1)
-    expert_size: int = Field(ge=1)
+    experts_per_token: Width
+    expert_size: Width
     """The width inside one of them."""
-    shared_size: int = Field(default=0, ge=0)
+    shared_size: int = Field(default=0, ge=0, le=MAX_WIDTH)
     """The width inside what every token goes through beside them; 0 where there is no such thing."""
 
 
@@ -28,13 +37,13 @@ class ModelFacts(Model):
 
     model_type: ShortText
     architecture: ShortText
-    hidden_size: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    head_dim: Width
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
     tied_embeddings: bool
     mixture: Mixture | None = None
     """Its experts, where it has any."""
@@ -55,11 +64,11 @@ class ModelFacts(Model):
             architecture=_architecture(config),
             hidden_size=hidden_size,
             intermediate_size=_count(text, *_INTERMEDIATE_SIZE, default=_default_intermediate_size(text, hidden_size)),
-            num_layers=_count(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+            num_layers=_count(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers", most=MAX_LAYERS),
             num_attention_heads=num_attention_heads,
             num_key_value_heads=_key_value_heads(text, num_attention_heads),
             head_dim=_count(text, "head_dim", default=hidden_size // num_attention_heads),
-            vocab_size=_count({**config, **text}, "vocab_size"),
+            vocab_size=_count({**config, **text}, "vocab_size", most=MAX_VOCABULARY),
             tied_embeddings=_tied_embeddings(config, text),
             mixture=_mixture(text),
             revision=revision,
@@ -121,21 +130,29 @@ def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     return cast(Mapping[str, object], nested) if isinstance(nested, Mapping) else config
 
 
-def _count(config: Mapping[str, object], *names: str, default: int | None = None) -> int:
+def _count(config: Mapping[str, object], *names: str, default: int | None = None, most: int = MAX_WIDTH) -> int:
     """The first of the fields that is set: families name the same thing differently."""
     found = next((name for name in names if config.get(name) is not None), None)
     value = default if found is None else config[found]
     if value is None:
         raise ValueError(f"{names[0]} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{found or names[0]} must be a positive integer, not {value!r}")
+        raise ValueError(f"{found or names[0]} must be a positive integer, not {_shown(value)}")
+    if value > most:
+        raise ValueError(f"{found or names[0]} must be at most {most:,}, as in every model that is known here")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value of a stranger's file as it is quoted in a message: one line, bounded, nothing in it but what is seen."""
+    text = on_one_line(repr(value)) if not isinstance(value, int) or abs(value) < MAX_COUNT else "one beyond all bounds"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
 def _text(config: Mapping[str, object], name: str) -> str:
     value = config.get(name)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is missing" if value is None else f"{name} must be a text, not {value!r}")
+        raise ValueError(f"{name} is missing" if value is None else f"{name} must be a text, not {_shown(value)}")
     return value
 
 
@@ -144,7 +161,7 @@ def _architecture(config: Mapping[str, object]) -> str:
     if names is None:
         raise ValueError("architectures is missing")
     if not isinstance(names, list | tuple) or not names:
-        raise ValueError(f"architectures must be a list of class names, not {names!r}")
+        raise ValueError(f"architectures must be a list of class names, not {_shown(cast(object, names))}")
     return str(cast(list[object], names)[0])
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.api.base import Model, ShortText
+from orchestrator.api.base import Amount, Count, Model, ShortText
+from orchestrator.api.model_facts import MAX_LAYERS
 
 OffloadTarget = Literal["activations", "embeddings"]
 
@@ -21,7 +22,7 @@ class MemoryPlan(Model):
     """Sequences in one forward pass."""
     accumulation_steps: int = Field(ge=1, le=65536)
     """Micro-batches in one optimizer step; times micro_batch_size gives the global batch."""
-    recompute_layers: int = Field(ge=0, le=1024)
+    recompute_layers: int = Field(ge=0, le=MAX_LAYERS)
     """The first so many decoder layers recompute their activations in the backward pass."""
     offload: Annotated[tuple[OffloadTarget, ...], Field(max_length=2)] = ()
     """What is moved to pinned host memory while it is not in use."""
@@ -33,7 +34,7 @@ class ByteItem(Model):
     """One line of an estimate."""
 
     name: ShortText
-    bytes: int = Field(ge=0)
+    bytes: Count
 
 
 MARGIN_ITEM = "margin"
@@ -47,17 +48,17 @@ class Estimate(Model):
     plan: MemoryPlan
     items: Annotated[tuple[ByteItem, ...], Field(max_length=32)]
     """Allocator bytes by purpose; their sum is `peak_bytes`."""
-    peak_bytes: int = Field(ge=0)
-    usable_bytes: int = Field(ge=0)
+    peak_bytes: Count
+    usable_bytes: Count
     """Allocator bytes that the smallest card of the class offers."""
-    steps: int = Field(ge=0)
+    steps: Count
     card: ShortText | None = None
     """The slowest card of the class, which the times are for; absent where its speed is not known."""
-    step_seconds: float | None = Field(default=None, ge=0)
+    step_seconds: Amount | None = None
     """Expected seconds of an optimizer step."""
-    seconds: float | None = Field(default=None, ge=0)
+    seconds: Amount | None = None
     """Expected seconds of all steps; evaluations, checkpoints and loading come on top."""
-    dollars: float | None = Field(default=None, ge=0)
+    dollars: Amount | None = None
     """Expected price of those seconds; absent where the operator has told none for the class."""
 
     @property

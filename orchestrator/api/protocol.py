@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from orchestrator.api.base import Model
+from orchestrator.api.base import Amount, Count, Model
 from orchestrator.api.results import ProgressReport, Uri
 
 MAX_MESSAGE_BYTES = 65536
@@ -27,7 +27,7 @@ class Checkpointed(Model):
     """Trainer to agent: a checkpoint is durable. Answers `checkpoint` and `preempt`."""
 
     type: Literal["checkpointed"] = "checkpointed"
-    step: int = Field(ge=0)
+    step: Count
     uri: Uri
 
 
@@ -41,7 +41,7 @@ class Preempt(Model):
     """Agent to trainer: make a checkpoint and exit with `ExitCode.PREEMPTED` within the deadline."""
 
     type: Literal["preempt"] = "preempt"
-    deadline_seconds: float = Field(ge=0)
+    deadline_seconds: Amount
 
 
 FromTrainer = Annotated[Progress | Checkpointed, Field(discriminator="type")]

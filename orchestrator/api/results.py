@@ -6,12 +6,11 @@ channel to be right. Progress is for people and may be lost.
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import StringConstraints
 
-from orchestrator.api.base import Digest, Model, Sentence, ShortText
+from orchestrator.api.base import Count, Digest, Measured, Model, PositiveCount, Sentence, ShortText, Time
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import Reason
 
@@ -27,23 +26,23 @@ class PrepareResult(Model):
     uri: Uri
     """The folder with the prepared data and its manifest."""
     model: ModelFacts
-    train_records: int = Field(ge=1)
-    train_sequences: int = Field(ge=1)
-    train_tokens: int = Field(ge=1)
-    supervised_tokens: int = Field(ge=1)
+    train_records: PositiveCount
+    train_sequences: PositiveCount
+    train_tokens: PositiveCount
+    supervised_tokens: PositiveCount
     """Training tokens that carry loss."""
-    eval_records: int = Field(ge=0)
-    eval_sequences: int = Field(ge=0)
-    steps: int = Field(ge=1)
+    eval_records: Count
+    eval_sequences: Count
+    steps: PositiveCount
     """Optimizer steps of the whole job."""
-    truncated_records: int = Field(default=0, ge=0)
-    dropped_records: int = Field(default=0, ge=0)
+    truncated_records: Count = 0
+    dropped_records: Count = 0
 
 
 class TrainResult(Model):
     """How far training came."""
 
-    step: int = Field(ge=0)
+    step: Count
     """The last step that is durable."""
     checkpoint_uri: Uri | None = None
     complete: bool
@@ -51,12 +50,12 @@ class TrainResult(Model):
     adapter_uri: Uri | None = None
     adapter_digest: Digest | None = None
     """SHA-256 of adapter_model.safetensors."""
-    train_loss: float | None = None
-    eval_loss: float | None = None
-    eval_loss_before: float | None = None
+    train_loss: Measured = None
+    eval_loss: Measured = None
+    eval_loss_before: Measured = None
     """Held-out loss of the untouched base model."""
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
+    peak_allocated_bytes: Count | None = None
+    peak_reserved_bytes: Count | None = None
     versions: ShortText | None = None
     """The libraries that these peaks depend on."""
 
@@ -102,15 +101,15 @@ class ProgressReport(Model):
     """A running stage's latest figures."""
 
     stage: Literal["prepare", "train", "publish"]
-    step: int = Field(default=0, ge=0)
-    steps: int = Field(default=0, ge=0)
+    step: Count = 0
+    steps: Count = 0
     """How many steps there are; 0 when unknown."""
     detail: Sentence = ""
     """What is being done, in words."""
-    loss: float | None = None
-    eval_loss: float | None = None
-    tokens_per_second: float | None = None
-    eta_seconds: float | None = None
-    checkpoint_step: int | None = None
+    loss: Measured = None
+    eval_loss: Measured = None
+    tokens_per_second: Measured = None
+    eta_seconds: Measured = None
+    checkpoint_step: Count | None = None
     checkpoint_uri: Uri | None = None
-    time: datetime
+    time: Time

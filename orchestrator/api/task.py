@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from orchestrator.api.base import DnsLabel, JobName, Model, ShortText
+from orchestrator.api.base import DnsLabel, JobName, Model, PositiveCount, ShortText
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
@@ -31,7 +31,7 @@ class StageTask(Model):
     namespace: DnsLabel
     job: JobName
     uid: ShortText
-    attempt: int = Field(ge=1)
+    attempt: PositiveCount
     spec: QLoRAJobSpec
     store_uri: Annotated[str, StringConstraints(max_length=2048)]
     """The job's own folder: `<store>/<namespace>/<job>-<uid>`."""

@@ -18,7 +18,16 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from orchestrator.api.base import DECIMAL_PATTERN, DNS_LABEL_PATTERN, STORE_URI_PATTERN, URI_PATTERN, Model
+from orchestrator.api.base import (
+    DECIMAL_PATTERN,
+    DNS_LABEL_PATTERN,
+    NAME_PATTERN,
+    REGISTERED_MODEL_PATTERN,
+    STORE_URI_PATTERN,
+    URI_PATTERN,
+    Model,
+)
+from orchestrator.api.job import CHAT_TEMPLATE_PATTERN
 
 FieldPath = tuple[str | int, ...]
 MAX_SHOWN_CHARACTERS = 60
@@ -209,6 +218,11 @@ def _rule_and_fix(text: str, pattern: str, path: FieldPath) -> tuple[str, str | 
     if pattern == DNS_LABEL_PATTERN:
         rule = "may hold lower-case letters, digits and '-', and starts and ends with a letter or digit"
         return rule, re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
+    if pattern in (NAME_PATTERN, REGISTERED_MODEL_PATTERN):
+        rule = "must not begin or end with a blank, nor hold control characters or others that are not seen"
+        return rule + (", nor / : ?" if pattern == REGISTERED_MODEL_PATTERN else ""), None
+    if pattern == CHAT_TEMPLATE_PATTERN:
+        return "must be text without control characters but tabs and line ends", None
     if pattern in (URI_PATTERN, STORE_URI_PATTERN):
         return _uri_rule(text, pattern == STORE_URI_PATTERN), _uri_fix(text, pattern == STORE_URI_PATTERN)
     return f"does not match {pattern}", None

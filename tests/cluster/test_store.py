@@ -13,7 +13,7 @@ from orchestrator.adapters.kubernetes.api import MERGE_PATCH, KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus
+from orchestrator.api.job import CANCEL_ANNOTATION, RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event
 from orchestrator.errors import Conflict, OrchestratorError
@@ -155,17 +155,23 @@ def test_a_write_on_an_old_view_is_refused_and_puts_the_view_right(
     assert store.get_job("team-a", "medical") == fresh
 
 
-def test_a_job_that_does_not_parse_is_reported_and_left_alone(
-    api: KubeApi, stores: Callable[..., KubernetesStore]
-) -> None:
-    """Annotations of ours are bounded in the contract and not in the CRD: what the server takes we may refuse."""
+def test_whatever_metadata_the_server_takes_can_be_read(api: KubeApi, stores: Callable[..., KubernetesStore]) -> None:
+    """What is kept of it is cut, and a write of ours leaves on the server what was cut here."""
     store = stores(started=True)
-    store.create_job(submitted_job("sound"))
-    store.create_job(submitted_job("broken"))
-    path = path_of(API_VERSION, "qlorajobs", "team-a", "broken")
-    api.patch(path, {"metadata": {"annotations": {"qlora.dev/note": "x" * 5000}}}, MERGE_PATCH)
-    until(lambda: [job.key for job in store.list_unreadable()] == ["team-a/broken"])
-    assert [job.metadata.name for job in store.list_jobs()] == ["sound"]
+    store.create_job(submitted_job("loaded"))
+    path = path_of(API_VERSION, "qlorajobs", "team-a", "loaded")
+    labels = {f"example.org/label-{number}": "x" * 63 for number in range(200)}
+    annotations = {"qlora.dev/note": "x" * 5000, "example.org/note": "y" * 200_000}
+    api.patch(path, {"metadata": {"annotations": annotations, "labels": labels}}, MERGE_PATCH)
+    until(lambda: len(store.get_job("team-a", "loaded").metadata.labels) == 64)
+    assert store.list_unreadable() == []
+    [job] = store.list_jobs()
+    cancelled = {**job.metadata.annotations, CANCEL_ANNOTATION: "true"}
+    meta = job.metadata.model_copy(update={"annotations": cancelled})
+    assert store.update_job(job.model_copy(update={"metadata": meta})).cancelled
+    kept = api.get(path)["metadata"]
+    assert kept["annotations"] == {**annotations, CANCEL_ANNOTATION: "true"}
+    assert kept["labels"] == labels
 
 
 def test_a_view_that_nobody_feeds_is_not_decided_on(api: KubeApi, stores: Callable[..., KubernetesStore]) -> None:

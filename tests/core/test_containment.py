@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.commands import (
@@ -19,6 +20,7 @@ from orchestrator.core.commands import (
     WriteStatus,
 )
 from orchestrator.core.decide import decide
+from orchestrator.core.scheduling import cycle
 from orchestrator.core.snapshot import StageFact, StagePhase, UnreadableJob
 from tests.builders import (
     NOW,
@@ -36,17 +38,8 @@ from tests.builders import (
     written,
 )
 
-
-def unchecked(model: ModelFacts, **fields: object) -> ModelFacts:
-    """Facts that no rule has looked at, as a rule that is forgotten would let them through."""
-    return model.model_copy(update=fields)
-
-
-BEYOND_ALL_BOUNDS = {
-    "1,500 tiny layers": unchecked(SMOLLM2_135M, num_layers=1500, hidden_size=8, intermediate_size=8),
-    "a width of 10^400": unchecked(SMOLLM2_135M, hidden_size=10**400),
-    "a mixture without its fields": unchecked(SMOLLM2_135M, model_type="olmoe"),
-}
+A_MIXTURE_WITHOUT_ITS_FIELDS = SMOLLM2_135M.model_copy(update={"model_type": "olmoe"})
+DEFECTS = [OverflowError("int too large"), RecursionError("too deep"), KeyError("x"), ValueError("a\x1b[2Jb" * 500)]
 
 
 def queued(name: str, model: ModelFacts, **fields: object) -> QLoRAJob:
@@ -61,10 +54,9 @@ def finished_reason(commands: tuple[Command, ...], name: str) -> Reason | None:
     return condition.reason if condition is not None else None
 
 
-@pytest.mark.parametrize("model", BEYOND_ALL_BOUNDS.values(), ids=BEYOND_ALL_BOUNDS)
-def test_a_job_that_cannot_be_sized_fails_alone(model: ModelFacts) -> None:
-    poison, sound = queued("poison", model, priority=1000), queued("sound", SMOLLM2_135M)
-    commands = decide(snapshot(poison, sound, gpu_classes=gpus(_24Gi=1)))
+def test_a_job_that_cannot_be_sized_fails_alone() -> None:
+    poison = queued("poison", A_MIXTURE_WITHOUT_ITS_FIELDS, priority=1000)
+    commands = decide(snapshot(poison, queued("sound", SMOLLM2_135M), gpu_classes=gpus(_24Gi=1)))
     [started] = [command for command in commands if isinstance(command, EnsureStage)]
     assert started.task.job == "sound"
     assert finished_reason(commands, "poison") is Reason.INTERNAL_ERROR
@@ -73,6 +65,30 @@ def test_a_job_that_cannot_be_sized_fails_alone(model: ModelFacts) -> None:
     [report] = [command for command in commands if isinstance(command, ReportDefect)]
     assert report.job == poison
     assert "Traceback" in report.trace
+
+
+@pytest.mark.parametrize("error", DEFECTS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["reconcile", "start_cpu_stage", "candidates", "admit"])
+def test_whatever_is_raised_wherever_is_one_jobs_failure(
+    where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., object] = getattr(cycle, where)
+    poison = make_job("poison", rank=13) if where == "start_cpu_stage" else queued("poison", SMOLLM2_135M, rank=13)
+
+    def raising(first: object, *rest: object, **named: object) -> object:
+        spec = first if isinstance(first, QLoRAJobSpec) else getattr(first, "job", first).spec
+        if spec.adapter.rank == 13:
+            raise error
+        return real(first, *rest, **named)
+
+    monkeypatch.setattr(cycle, where, raising)
+    commands = decide(snapshot(poison, queued("sound", SMOLLM2_135M), gpu_classes=gpus(_24Gi=2)))
+    assert [c.task.job for c in commands if isinstance(c, EnsureStage)] == ["sound"]
+    assert finished_reason(commands, "poison") is Reason.INTERNAL_ERROR
+    message = written(commands, "poison").summary
+    assert type(error).__name__ in message
+    assert message.isprintable()
+    assert len(message) < 600
 
 
 def test_the_stage_of_a_job_that_cannot_be_gone_on_with_is_stopped_before_it_fails() -> None:

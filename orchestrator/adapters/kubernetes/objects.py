@@ -1,7 +1,7 @@
 """QLoRAJobs and QLoRAQueues between the API server's JSON and the contract's types.
 
 Objects are projected: what the contract does not know (managed fields, annotations of others) is left out. Ten thousand
-jobs are kept in memory, and most of what they say is the same, so equal parts are shared.
+jobs are kept in memory, and most of what they say is the same, so equal parts are shared for as long as a job has them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import TypeVar
+from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.adapters.kubernetes.api import Json
 from orchestrator.adapters.kubernetes.watch import key_of
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
+from orchestrator.api.job import CANCEL_ANNOTATION, Attempt, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.core.job.unreadable import read_leniently
 from orchestrator.core.snapshot import UnreadableJob
@@ -25,8 +27,10 @@ from orchestrator.errors import InvalidObject
 log = logging.getLogger(__name__)
 
 OURS = "qlora.dev/"
-SHARED_LIMIT = 20_000
-"""Distinct parts that are kept in order to be shared."""
+
+LABELS_KEPT = ANNOTATIONS_KEPT = 64
+ANNOTATION_CHARACTERS_KEPT = 2048
+"""Of ours, those that the service reads are a word long; the rest is for people, and the server keeps it."""
 
 Part = TypeVar("Part", bound=BaseModel)
 
@@ -35,8 +39,9 @@ class Parser:
     """Parses what the API server tells; of equal parts there is one."""
 
     def __init__(self) -> None:
-        self._parts: dict[BaseModel, BaseModel] = {}
-        self._specs: dict[str, QLoRAJobSpec] = {}
+        # Weak: whoever submits and deletes large jobs must not fill the memory.
+        self._parts: WeakKeyDictionary[BaseModel, ReferenceType[BaseModel]] = WeakKeyDictionary()
+        self._specs: WeakValueDictionary[bytes, QLoRAJobSpec] = WeakValueDictionary()
         self._names: dict[frozenset[str], set[str]] = {}
 
     def job(self, item: Json) -> QLoRAJob:
@@ -86,15 +91,13 @@ class Parser:
         """A spec that was seen before is not parsed again."""
         if not isinstance(wire, dict):
             return wire
-        text = json.dumps(wire, sort_keys=True)
-        known = self._specs.get(text)
+        digest = sha256(json.dumps(wire, sort_keys=True).encode()).digest()
+        known = self._specs.get(digest)
         if known is None:
             known = QLoRAJobSpec.model_validate(wire)
             parts = {name: self._shared(part) for name, part in known if isinstance(part, BaseModel)}
             known = known.model_copy(update=parts)
-            if len(self._specs) >= SHARED_LIMIT:
-                self._specs.clear()
-            self._specs[text] = known
+            self._specs[digest] = known
         return known
 
     def _compact(self, status: QLoRAJobStatus) -> QLoRAJobStatus:
@@ -122,9 +125,11 @@ class Parser:
             object.__setattr__(model, "__pydantic_fields_set__", self._names.setdefault(frozenset(names), names))
 
     def _shared(self, part: Part) -> Part:
-        if len(self._parts) >= SHARED_LIMIT:
-            self._parts.clear()
-        found = self._parts.setdefault(part, part)
+        known = self._parts.get(part)
+        found = known() if known is not None else None
+        if found is None:
+            self._parts[part] = ref(part)
+            return part
         assert type(found) is type(part), "only models of one type are equal"
         return found
 
@@ -177,5 +182,13 @@ _TIMES = ("creationTimestamp", "deletionTimestamp")
 
 
 def _projected(meta: Json) -> Json:
+    """What the server accepts can be read: of labels and annotations it takes more, and longer ones, than are kept."""
     known = {key: meta[key] for key in (*_METADATA, *_TIMES) if key in meta}
-    return {**known, "annotations": ours(meta.get("annotations", {}))}
+    labels: Mapping[str, str] = meta.get("labels") or {}
+    ours_first = sorted(labels.items(), key=lambda label: not label[0].startswith(OURS))
+    kept = {key: value[:ANNOTATION_CHARACTERS_KEPT] for key, value in ours(meta.get("annotations") or {}).items()}
+    return {
+        **known,
+        "labels": dict(ours_first[:LABELS_KEPT]),
+        "annotations": dict(sorted(kept.items(), key=lambda pair: pair[0] != CANCEL_ANNOTATION)[:ANNOTATIONS_KEPT]),
+    }

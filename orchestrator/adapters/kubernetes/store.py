@@ -15,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.events import Recorder
@@ -125,8 +125,9 @@ class KubernetesStore:
             raise Conflict(f"job {job.key} changed since it was read; read it again and repeat the change")
         _require_mutable(stored, job)
         meta = metadata_wire(job)
-        meta["annotations"] |= {key: None for key in stored.metadata.annotations if key not in meta["annotations"]}
-        meta["labels"] |= {key: None for key in stored.metadata.labels if key not in meta["labels"]}
+        # Only what differs: what is kept of the others here may be cut.
+        meta["annotations"] = _changes(stored.metadata.annotations, meta["annotations"])
+        meta["labels"] = _changes(stored.metadata.labels, meta["labels"])
         meta["resourceVersion"] = job.metadata.resource_version
         # With nulls, which take a field away; the immutable ones are not sent at all.
         spec = job.spec.model_dump(mode="json", by_alias=True, exclude=set(IMMUTABLE_SPEC_FIELDS))
@@ -284,6 +285,12 @@ class KubernetesStore:
             self._jobs.drop(job.key)
             return NotFound(f"there is no job {job.key}")
         return Conflict(f"job {job.key} changed since it was read")
+
+
+def _changes(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str | None]:
+    """What a merge patch says to get from the one to the other."""
+    changed: dict[str, str | None] = {key: value for key, value in wanted.items() if stored.get(key) != value}
+    return changed | {key: None for key in stored if key not in wanted}
 
 
 def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:

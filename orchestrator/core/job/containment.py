@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.reasons import Reason
+from orchestrator.api.words import on_one_line
 from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.recovery import fail, give_up_attempt
 from orchestrator.core.job.stage_commands import stage_of
@@ -55,6 +56,6 @@ def _in_words(error: Exception) -> str:
     """The kind of the exception, its first words, and where it was raised."""
     raised = traceback.extract_tb(error.__traceback__)
     where = f" (in {raised[-1].name}, line {raised[-1].lineno})" if raised else ""
-    text = " ".join(str(error).split())
+    text = on_one_line(str(error))
     short = text if len(text) <= DEFECT_CHARACTERS else text[: DEFECT_CHARACTERS - 3] + "..."
     return f"{type(error).__name__}: {short}{where}"
