@@ -97,7 +97,7 @@ class Row:
 
     @property
     def parameters(self) -> int:
-        """Of the base model."""
+        """Parameters of the base model."""
         facts = self.facts
         tables = 1 if facts.tied_embeddings else 2
         layers = facts.num_layers * sum(linear.parameters for linear in linears(facts))
@@ -134,7 +134,7 @@ def compare(rows: list[Row]) -> dict[str, object]:
 
 
 def errors(estimator: Estimator, rows: Iterable[Row]) -> dict[str, object]:
-    """Of one estimator, in per cent of the measured peak."""
+    """One estimator's errors, in per cent of the measured peak."""
     found: list[tuple[float, str]] = []
     for row in rows:
         predicted = estimator(row)
@@ -156,7 +156,7 @@ def errors(estimator: Estimator, rows: Iterable[Row]) -> dict[str, object]:
 
 
 def estimators() -> dict[str, Estimator]:
-    """By name."""
+    """All of them by name."""
     found: dict[str, Estimator] = {
         "ours": lambda row: ours(row, margin=True),
         "ours, without the margin": lambda row: ours(row, margin=False),
@@ -180,7 +180,7 @@ def bytes_a_parameter(row: Row) -> float:
 
 
 def unsloth_table(row: Row) -> float | None:
-    """Between the table's lines in proportion; below its first line and above its last there is no answer."""
+    """The table's figure, between its lines in proportion; there is none below its first line and above its last."""
     billions, sizes = row.parameters / 1e9, sorted(UNSLOTH_LEAST_GB)
     if row.part != "whole" or not sizes[0] <= billions <= sizes[-1]:
         return None

@@ -47,7 +47,7 @@ from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import MIXTURES
 from orchestrator.api.package_data import TRACED_LAYERS_NAME
-from orchestrator.sizing.memory.traced_layer import EXPERTS_BACKWARD, EXPERTS_FORWARD, FLASH
+from orchestrator.sizing.memory.traced_layer import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD
 
 FAMILIES = {
     "phi3": "phi-3-mini-3.8b",
@@ -67,14 +67,14 @@ FAMILIES = {
 }
 """Model types that are traced, and a model of each."""
 FEW_TARGETS = {"phi3": ("qkv_proj",), "gpt_neox": ("query_key_value",)}
-"""Of `ADAPTERS`' "few", where queries and values have no matrices of their own."""
+"""What "few" of `ADAPTERS` means where queries and values have no matrices of their own."""
 ADAPTERS = ("all", "few", "all dora", "few dora")
 """Adapters on every linear layer, or on those of queries and values alone; without and with DoRA."""
-AT_WORK = (FLASH, EXPERTS_FORWARD, EXPERTS_BACKWARD)
+AT_WORK = (ATTENTION, EXPERTS_FORWARD, EXPERTS_BACKWARD)
 LAYERS, MIDDLE = 3, 1
 TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "api" / TRACED_LAYERS_NAME
 DEVICE = "cpu"
-"""Of the fake tensors: autograd refuses a GPU that is not there. What a GPU does otherwise is done by hand below."""
+"""Where the fake tensors are: autograd refuses a GPU that is not there. What one does otherwise is done by hand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class Widths:
     experts_per_token: int
 
     def symbols(self, hidden: int) -> dict[str, int]:
-        """By the letter that the table uses."""
+        """The sizes by the letters of the table."""
         query, key = self.heads * self.head, self.key_heads * self.head
         return {
             "t": self.tokens, "h": hidden, "i": self.inner, "q": query, "k": key, "r": self.rank, "n": self.heads,
@@ -197,25 +197,25 @@ class _Attention:
         if softcap is None:
             parts = (part[0].transpose(0, 1) for part in (query, key, value))
             return _AttentionFunction.apply(*parts, self._recorder, True).unsqueeze(0), None
-        answer = _AttentionFunction.apply(query[0], key[0], value[0], self._recorder, False).unsqueeze(0)
-        return torch.cat([answer], dim=2).transpose(1, 2).contiguous(), None
+        output = _AttentionFunction.apply(query[0], key[0], value[0], self._recorder, False).unsqueeze(0)
+        return torch.cat([output], dim=2).transpose(1, 2).contiguous(), None
 
 
 class _AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: Recorder, keeps_answer: bool) -> Tensor:
-        answer = torch.empty_like(query)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: Recorder, keeps_output: bool) -> Tensor:
+        output = torch.empty_like(query)
         ctx.recorder = recorder
-        kept = (answer, torch.empty(query.shape[1], len(query), device=DEVICE)) if keeps_answer else ()
+        kept = (output, torch.empty(query.shape[1], len(query), device=DEVICE)) if keeps_output else ()
         ctx.save_for_backward(query, key, value, *kept)
-        return answer
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
         found = tuple(torch.empty_like(part) for part in (query, key, value))
-        ctx.recorder.events.append(Event(kind=FLASH))
+        ctx.recorder.events.append(Event(kind=ATTENTION))
         del grad
         return *found, None, None
 
@@ -237,7 +237,7 @@ def _traced_experts(recorder: Recorder) -> Iterator[None]:
 
 
 class _Loss(torch.autograd.Function):
-    """As `qlora_trainer.model.loss` has it: the gradient is there from the forward pass on."""
+    """The loss of `qlora_trainer.model.loss`: the gradient is there from the forward pass on."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, recorder: Recorder) -> Tensor:
@@ -251,11 +251,11 @@ class _Loss(torch.autograd.Function):
 
 
 class _Dropout(torch.autograd.Function):
-    """As on a GPU: a mask of a byte for each element."""
+    """Dropout as on a GPU: a mask of a byte for each element."""
 
     @staticmethod
     def apply_to(x: Tensor, p: float = 0.5, training: bool = True, *_: Any) -> Tensor:
-        """In the place of `torch.nn.functional.dropout`."""
+        """`torch.nn.functional.dropout`'s signature."""
         return _Dropout.apply(x) if training and p > 0 else x
 
     @staticmethod
@@ -277,9 +277,9 @@ class _Product(torch.autograd.Function):
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         scales = layer.scales(), layer.scales()  # as they were kept, and with their mean: `_dequant_linear_fallback`
         weights = torch.empty(layer.out_features, layer.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
-        answer = torch.nn.functional.linear(x, weights, bias)
+        output = torch.nn.functional.linear(x, weights, bias)
         del scales
-        return answer
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -301,7 +301,7 @@ class TracedLinear(bnb.nn.Linear4bit):
         return torch.empty(self.in_features * self.out_features // trainer_facts.NF4_BLOCK, device=DEVICE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `Linear4bit.forward`."""
+        """The product with weights that are dense for its time alone."""
         return _Product.apply(x, self)
 
 

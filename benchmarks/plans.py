@@ -32,10 +32,10 @@ from orchestrator.sizing.hardware import gpu_class
 IN_ORDER = 5
 """Plans that are taken from the order, the chosen one first."""
 BOLDER = 0.8
-"""Of the layers that the chosen plan recomputes."""
+"""Share of the chosen plan's recomputed layers that a bolder one recomputes."""
 AS_GOOD = 1.05
 TIMED_SECONDS = 2.0
-"""Of steps, at least."""
+"""How long steps are timed, at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Question:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The question in words."""
         return f"{self.model} {self.sequence_length} x {self.global_batch_size} on {self.class_name}"
 
     def group(self) -> Group:

@@ -57,14 +57,14 @@ from orchestrator.api.plan import MemoryPlan
 GIB = 1 << 30
 CUT_LAYERS = (4, 2)
 CASES_A_ROUND = (6, 5)
-"""Of a model with four layers. The first ones are repeated with two, which shows that bytes grow by the layer."""
+"""Cases of a model with four layers. The first ones are repeated with two, which shows that bytes grow by the layer."""
 REPEATED_WITH_FEWER_LAYERS = 3
 SEQUENCES = (512, 1024, 2048, 2048, 4096, 4096, 8192, 8192, 16384, 16384, 32768)
 RANKS = (8, 16, 16, 32, 64, 64, 128)
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit")
 MOST_TOKENS = 32768
 LONG_TOKENS = 16384
-"""From here on a step is timed once."""
+"""Steps of so many tokens or more are timed once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class Case:
     training: TrainingSpec
     plan: MemoryPlan
     records: int = 1
-    """In each row of a micro-batch, equally long."""
+    """Records of each row of a micro-batch, equally long."""
     evaluation: bool = False
     cap_gib: float = 0.0
 
@@ -204,7 +204,7 @@ def _few_targets(model: str) -> tuple[str, ...]:
     return fused.get(kind, ("q_proj", "v_proj"))
 
 
-def _plain_case(*, rank: int, cap_gib: float = 0.0, recompute: int = 1024, sequence: int = 2048, **plan: Any) -> Case:
+def _case(*, rank: int, cap_gib: float = 0.0, recompute: int = 1024, sequence: int = 2048, **plan: Any) -> Case:
     return Case(
         adapter=AdapterSpec(rank=rank, dropout="0.05"),
         training=TrainingSpec(sequence_length=sequence, global_batch_size=2, optimizer="paged_adamw_32bit"),
@@ -219,20 +219,20 @@ def _whole(model: str, *cases: Case, part: str = "whole") -> Group:
 
 CAP_24, CAP_48 = 21.5, 44.0
 WHOLE = (
-    _whole("llama-2-13b", _plain_case(rank=64, cap_gib=CAP_24), _plain_case(rank=64, cap_gib=CAP_24, recompute=20)),
-    _whole("llama-3.1-70b", _plain_case(rank=16, cap_gib=CAP_48)),
-    _whole("llama-65b", _plain_case(rank=16, cap_gib=CAP_48)),
-    _whole("llama-3.1-8b", _plain_case(rank=16, cap_gib=CAP_24), _plain_case(rank=64, recompute=0)),
-    _whole("smollm2-135m", _plain_case(rank=16), _plain_case(rank=128, recompute=0, sequence=8192)),
-    _whole("qwen2.5-7b", _plain_case(rank=16, cap_gib=CAP_24, sequence=8192)),
-    _whole("qwen3-8b", _plain_case(rank=16, cap_gib=CAP_24, sequence=4096)),
-    _whole("gemma-2-2b", _plain_case(rank=16, cap_gib=CAP_24)),
-    _whole("olmo-2-7b", _plain_case(rank=16, cap_gib=CAP_24)),
-    _whole("qwen3-30b-a3b", _plain_case(rank=16, cap_gib=CAP_24)),
+    _whole("llama-2-13b", _case(rank=64, cap_gib=CAP_24), _case(rank=64, cap_gib=CAP_24, recompute=20)),
+    _whole("llama-3.1-70b", _case(rank=16, cap_gib=CAP_48)),
+    _whole("llama-65b", _case(rank=16, cap_gib=CAP_48)),
+    _whole("llama-3.1-8b", _case(rank=16, cap_gib=CAP_24), _case(rank=64, recompute=0)),
+    _whole("smollm2-135m", _case(rank=16), _case(rank=128, recompute=0, sequence=8192)),
+    _whole("qwen2.5-7b", _case(rank=16, cap_gib=CAP_24, sequence=8192)),
+    _whole("qwen3-8b", _case(rank=16, cap_gib=CAP_24, sequence=4096)),
+    _whole("gemma-2-2b", _case(rank=16, cap_gib=CAP_24)),
+    _whole("olmo-2-7b", _case(rank=16, cap_gib=CAP_24)),
+    _whole("qwen3-30b-a3b", _case(rank=16, cap_gib=CAP_24)),
 )
 LORA16 = (
-    _whole("llama-2-13b", _plain_case(rank=64), _plain_case(rank=64, recompute=0), part="lora16"),
-    _whole("llama-3.1-8b", _plain_case(rank=16), _plain_case(rank=16, recompute=0), part="lora16"),
+    _whole("llama-2-13b", _case(rank=64), _case(rank=64, recompute=0), part="lora16"),
+    _whole("llama-3.1-8b", _case(rank=16), _case(rank=16, recompute=0), part="lora16"),
 )
 
 
@@ -399,7 +399,7 @@ class Job:
         float(self._model.loss(self._batch(), divisor=1.0))
 
     def _step(self) -> tuple[float, float]:
-        """As the loop makes it: seconds and loss."""
+        """A step as the loop makes it: seconds and loss."""
         batches = [self._batch() for _ in range(self._case.plan.accumulation_steps)]
         began = time.perf_counter()
         self._model.train()

@@ -82,7 +82,7 @@ def reserved(rows: list[tuple[dict[str, Any], Row]]) -> dict[str, object]:
 
 
 def reserved_error(row: Row) -> float:
-    """In per cent; above zero more was reserved than is predicted."""
+    """Reserved against predicted, in per cent; above zero more was reserved."""
     predicted = row.footprint().reserved_bytes(row.plan.recompute_layers, evaluates=row.evaluates)
     return 100 * (row.reserved_bytes / predicted - 1)
 
@@ -100,12 +100,12 @@ def cause(raw: dict[str, Any], row: Row) -> str:
 
 
 def error(row: Row) -> float:
-    """In per cent; below zero a job would have asked for too small a card."""
+    """Predicted against measured, in per cent; below zero a job would have asked for too small a card."""
     return 100 * (ours(row, margin=True) / row.measured_bytes - 1)
 
 
 def summary(errors: Iterable[float]) -> dict[str, float]:
-    """Of errors in per cent."""
+    """How large errors are, in per cent."""
     found = list(errors)
     return {
         "rows": len(found),

@@ -20,7 +20,7 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing.hardware import Card, find_card, gpu_class
 from orchestrator.sizing.plan_search import choose_plan, estimate
-from orchestrator.sizing.step_time import Pace, Work
+from orchestrator.sizing.step_time import StepTime, Work
 
 EXAMPLES, TOKENS, EPOCHS, GLOBAL_BATCH, RANK = 10_000, 512, 3, 16, 16
 STEPS = EXAMPLES * EPOCHS // GLOBAL_BATCH
@@ -94,14 +94,14 @@ def computed(spec: QLoRAJobSpec, facts: ModelFacts, product: str) -> dict[str, o
 
 def rounded(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, card: Card) -> dict[str, float]:
     """Seconds of a micro-step by what the card does."""
-    return {name: round(seconds, 3) for name, seconds in Pace(spec, facts, Work()).parts(plan, card).items()}
+    return {name: round(seconds, 3) for name, seconds in StepTime(spec, facts, Work()).parts(plan, card).items()}
 
 
 def prediction(spec: QLoRAJobSpec, facts: ModelFacts, case: dict[str, object], measured: dict[str, object]) -> float:
     """Seconds that the cost model gives for the measured step."""
     card = find_card(str(measured["card"]).split(" (")[0])
     assert card is not None
-    return Pace(spec, facts, Work()).step_seconds(MemoryPlan.model_validate(case["plan"]), card)
+    return StepTime(spec, facts, Work()).step_seconds(MemoryPlan.model_validate(case["plan"]), card)
 
 
 def llama_3_70b() -> ModelFacts:

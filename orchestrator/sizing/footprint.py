@@ -19,7 +19,7 @@ from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.sizing.margins import DEFAULT, Margins
-from orchestrator.sizing.memoized import remembered
+from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED_TYPES, Attention
 from orchestrator.sizing.memory.cuda_allocator import LARGE_PAGE, SMALL_PAGE
 from orchestrator.sizing.memory.experts import Experts, expert_linears, fusing_bytes
@@ -27,23 +27,26 @@ from orchestrator.sizing.memory.fragmentation import Rehearsed, reserved_bytes
 from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes, layer_bytes
 from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
-from orchestrator.sizing.memory.traced_layer import PlainLayer, final_norm, plain_layer
+from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
 
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
 NORMALIZED_HEADS, SCALED_EMBEDDINGS = frozenset({"qwen3", "qwen3_moe"}), frozenset({"granite"})
-"""Of the types whose layers are written by hand: those that normalize queries and keys by head, and those that multiply
-what they have looked up."""
+"""Types with hand-written layers that normalize queries and keys by head, and that multiply looked up embeddings."""
 NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "starcoder2": 4}
 """Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
 MOST_MULTIPROCESSORS = 148
-"""Of the cards in `sizing/hardware`, where the class is not known."""
+"""The most of any card in `sizing/hardware`, where the class is not known."""
 SLACK_SHARE = 0.0075
 SLACK_BYTES = 2 << 20
 HOLES_SHARE = 0.113
-"""Of a layer's backward pass that transformers computes: what is reserved and cannot be used. Fitted, the median over
-the architectures that `benchmarks.sizing_report` calls fitted."""
-ANSWERS_KEPT = 4096
+"""Share of a traced layer's backward pass that is reserved beside it and cannot be used. Fitted, the median over the
+architectures that `benchmarks.sizing_report` calls fitted."""
+RESULTS_KEPT = 4096
+
+
+LOADING = "loading"
+"""The instant before training."""
 
 
 class Instant(NamedTuple):
@@ -145,10 +148,21 @@ class Footprint:
         `evaluates`: before the first step. Takes as long as choosing a plan does.
         """
         if isinstance(self._question.shape, FusedLayer) and self._question.facts.mixture is None:
-            return reserved_bytes(_rehearsed(self._question, self._question.shape, recompute_layers, evaluates))
+            return reserved_bytes(self.rehearsed(recompute_layers, evaluates=evaluates))
         ends = self._layers.ends(recompute_layers)
         largest = max(self._layers.at(index, recompute_layers).backward_peak for index in ends)
         return round(self._found_bytes(recompute_layers) + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
+
+    def rehearsed(self, recompute_layers: int, *, evaluates: bool = False) -> Rehearsed:
+        """The job as the allocator sees it, where the trainer computes its layers by hand."""
+        shape = self._question.shape
+        assert isinstance(shape, FusedLayer), "the order of tensors is known for layers written by hand alone"
+        return _rehearsed(self._question, shape, recompute_layers, evaluates)
+
+    def training_bytes(self, recompute_layers: int) -> int:
+        """The peak from the first micro-batch on, without a margin: loading does not count."""
+        instants = self._instants.all(self._recomputing(recompute_layers))
+        return self._lasting_bytes + max(_total_bytes(each) for each in instants if each.name != LOADING)
 
     def _margin(self, found_bytes: int, recompute_layers: int) -> int:
         share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, SLACK_SHARE)
@@ -187,7 +201,7 @@ def peak_bytes(
     return found.peak_bytes(plan.recompute_layers)
 
 
-@remembered(ANSWERS_KEPT)
+@memoized(RESULTS_KEPT)
 def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     """Trainable parameters: A and B of every targeted matrix, and DoRA's magnitudes."""
     magnitudes = 1 if adapter.use_dora else 0
@@ -232,16 +246,16 @@ class _Question:
     """What loading the base takes by the way is not asked for."""
 
     @cached_property
-    def replayed(self) -> bool:
+    def uses_cuda_graphs(self) -> bool:
         """Whether micro-batches run as CUDA graphs."""
         graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and not self.noisy
         return graphs and self.plan.micro_batch_size * self.sequence_length <= trainer_facts.CUDA_GRAPH_TOKENS
 
     @cached_property
     def tokens(self) -> int:
-        """Of a micro-batch, padding counted."""
+        """Tokens of a micro-batch, padding counted."""
         tokens = self.plan.micro_batch_size * self.sequence_length
-        step = trainer_facts.CUDA_GRAPH_TOKENS_STEP if self.replayed else 1
+        step = trainer_facts.CUDA_GRAPH_TOKENS_STEP if self.uses_cuda_graphs else 1
         return -(-tokens // step) * step
 
     @cached_property
@@ -250,7 +264,7 @@ class _Question:
         return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
 
     @cached_property
-    def shape(self) -> FusedLayer | PlainLayer:
+    def shape(self) -> FusedLayer | TracedLayer:
         """A layer, and the micro-batch that goes through it."""
         return _shape(self)
 
@@ -283,7 +297,7 @@ def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
     yield "cuBLAS workspaces", 2 * trainer_facts.CUBLAS_WORKSPACE_BYTES  # of the main thread, and of autograd's
 
 
-@remembered(ANSWERS_KEPT)
+@memoized(RESULTS_KEPT)
 def _weight_bytes(facts: ModelFacts) -> int:
     experts = () if facts.mixture is None else expert_linears(facts.mixture, facts.hidden_size)
     return facts.num_layers * sum(linear.weight_bytes for linear in (*linears(facts), *experts))
@@ -322,23 +336,10 @@ class _Instants:
 
     def __init__(self, question: _Question, layers: _Layers) -> None:
         self._layers = layers
-        shared = 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)  # the rotary tables
-        if isinstance(question.shape, FusedLayer):
-            shared += 2 * allocated(question.shape.span)
-        batch = shared + TOKEN_BYTES * question.tokens
-        self._replayed = question.replayed
-        capturing = (
-            trainer_facts.CUBLAS_WORKSPACE_BYTES if self._replayed else 0
-        )  # graphs are captured on a stream of their own, in each pass
-        self._gradients = layers.recomputed.gradients
-        self._table = self._gradients * layers.count
-        self._before = self._table if question.plan.accumulation_steps > 1 or self._replayed else 0
-        # The embeddings, which the decoder holds on to.
-        self._held = question.stream if "activations" in question.plan.offload else 0
-        # What came from the host, where the decoder works with a multiple of it.
-        scaled = question.facts.model_type in SCALED_EMBEDDINGS and _embeddings_leave(question)
-        self._from_host = question.stream if scaled else 0
-        self._forward, self._backward = batch + capturing, shared + 2 * capturing
+        self._gradients = _GradientBytes.of(question, layers)
+        self._held = _held_bytes(question)
+        self._from_host = _from_host_bytes(question)
+        self._forward, self._backward = _shared_bytes(question)
         self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
         self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
         self._loading = question.loading_bytes
@@ -348,33 +349,85 @@ class _Instants:
         return Instant(*max(self._at(recomputing), key=_total_bytes))
 
     def largest_bytes(self, recomputing: int) -> int:
-        """Of that peak, all but what lasts; a search asks for many."""
+        """That peak without what lasts; a search asks for many."""
         return max(map(_total_bytes, self._at(recomputing)))
+
+    def all(self, recomputing: int) -> tuple[Instant, ...]:
+        """The moments in their order."""
+        return tuple(Instant(*each) for each in self._at(recomputing))
 
     def _at(self, recomputing: int) -> Iterator[tuple[str, int, int, int]]:
         """The fields of each moment."""
-        layers, before, last = self._layers, self._before, self._layers.count - 1
+        layers, gradients = self._layers, self._gradients
         for index in layers.ends(recomputing):
             layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
             held = (self._held if index else 0) + self._from_host
-            yield "a layer's forward pass", kept, before, layer.forward_peak + self._forward + held
-            done = self._gradients * (last - index)
-            if self._replayed:  # all layers' gradients are added to the sums at once
-                done += before
-            elif before:
-                done = before
+            yield "a layer's forward pass", kept, gradients.before, layer.forward_peak + self._forward + held
+            done = gradients.after(index)
             yield "a layer's backward pass", kept, done, layer.backward_peak + self._backward
         everything = layers.kept(layers.count, recomputing) - layers.at(0, recomputing).released
         every_layer = recomputing == layers.count
-        yield "loss", everything, before, self._loss[every_layer]
-        yield "the last norm's backward pass", everything, before, self._norm[every_layer]
-        yield "optimizer", 0, self._table, self._table
-        yield "loading", 0, 0, self._loading
+        yield "loss", everything, gradients.before, self._loss[every_layer]
+        yield "the last norm's backward pass", everything, gradients.before, self._norm[every_layer]
+        yield "optimizer", 0, gradients.all, gradients.all
+        yield LOADING, 0, 0, self._loading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GradientBytes:
+    """How many bytes the adapters' gradients take as a backward pass goes from the last layer to the first."""
+
+    layer: int
+    layers: int
+    before: int
+    """What is there when the pass begins: sums of earlier micro-batches, or those that graphs add to."""
+    sums_at_once: bool
+    """Whether all layers' gradients are added to the sums together, as a graph does."""
+
+    @classmethod
+    def of(cls, question: _Question, layers: _Layers) -> _GradientBytes:
+        """Those of the question."""
+        each, graphs = layers.recomputed.gradients, question.uses_cuda_graphs
+        before = each * layers.count if question.plan.accumulation_steps > 1 or graphs else 0
+        return cls(layer=each, layers=layers.count, before=before, sums_at_once=graphs)
+
+    @property
+    def all(self) -> int:
+        """Those of every layer."""
+        return self.layer * self.layers
+
+    def after(self, index: int) -> int:
+        """Those that are there when a layer's turn comes."""
+        done = self.layer * (self.layers - 1 - index)
+        if self.sums_at_once:
+            return done + self.before
+        return self.before or done
+
+
+def _shared_bytes(question: _Question) -> tuple[int, int]:
+    """What all layers share, in the forward and in the backward pass: rotary tables, the batch, a workspace."""
+    shared = 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)
+    if isinstance(question.shape, FusedLayer):
+        shared += 2 * allocated(question.shape.span)
+    # Graphs are captured on a stream of their own, in each pass.
+    capturing = trainer_facts.CUBLAS_WORKSPACE_BYTES if question.uses_cuda_graphs else 0
+    return shared + TOKEN_BYTES * question.tokens + capturing, shared + 2 * capturing
+
+
+def _held_bytes(question: _Question) -> int:
+    """The embeddings, which the decoder holds on to where layers' inputs leave the card."""
+    return question.stream if "activations" in question.plan.offload else 0
+
+
+def _from_host_bytes(question: _Question) -> int:
+    """Embeddings as they came from the host, where the decoder works with a multiple of them."""
+    scaled = question.facts.model_type in SCALED_EMBEDDINGS and _embeddings_leave(question)
+    return question.stream if scaled else 0
 
 
 def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
     """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
-    if isinstance(question.shape, PlainLayer):
+    if isinstance(question.shape, TracedLayer):
         return final_norm(question.shape, recomputes=recomputes)
     return 3 * question.stream, 3 * question.stream
 
@@ -408,7 +461,7 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         norms=_norms(facts),
         recompute_layers=recompute_layers,
         accumulates=plan.accumulation_steps > 1,
-        replayed=question.replayed,
+        uses_cuda_graphs=question.uses_cuda_graphs,
         offloads_activations="activations" in plan.offload,
         offloads_embeddings=_embeddings_leave(question),
         scales_embeddings=facts.model_type in SCALED_EMBEDDINGS,
@@ -436,7 +489,10 @@ class _Layers:
         if isinstance(shape, FusedLayer):
             recomputed, whole = layer_bytes(shape, offloaded="activations" in question.plan.offload)
         else:
-            recomputed, whole = _plain_layer(shape, recomputes=True), _plain_layer(shape, recomputes=False)
+            recomputed, whole = (
+                _traced_layer_bytes(shape, recomputes=True),
+                _traced_layer_bytes(shape, recomputes=False),
+            )
         return cls(count=question.facts.num_layers, recomputed=recomputed, whole=whole)
 
     def ends(self, recomputing: int) -> tuple[int, ...]:
@@ -460,15 +516,15 @@ class _Layers:
         return others - (first.kept - first.first_kept)
 
 
-_plain_layer = lru_cache(maxsize=ANSWERS_KEPT)(plain_layer)
+_traced_layer_bytes = lru_cache(maxsize=RESULTS_KEPT)(traced_layer_bytes)
 
 
-def _shape(question: _Question) -> FusedLayer | PlainLayer:
+def _shape(question: _Question) -> FusedLayer | TracedLayer:
     facts, adapter, tokens, mixture = question.facts, question.adapter, question.tokens, question.facts.mixture
     attention = _attention(question)
     drops = decimal(adapter.dropout) > 0
     if not is_fused(adapter, facts):
-        return PlainLayer(
+        return TracedLayer(
             tokens=tokens,
             facts=facts,
             adapted=targeted(adapter, linears(facts)),
@@ -483,6 +539,7 @@ def _shape(question: _Question) -> FusedLayer | PlainLayer:
         inner=facts.intermediate_size,
         rank=adapter.rank,
         drops=drops,
+        mlp_tile_tokens=trainer_facts.MLP_TILE_TOKENS,
         normalizes_heads=facts.model_type in NORMALIZED_HEADS,
         attention=attention,
         experts=None if mixture is None else Experts(tokens=tokens, hidden=facts.hidden_size, mixture=mixture),
@@ -490,9 +547,9 @@ def _shape(question: _Question) -> FusedLayer | PlainLayer:
     )
 
 
-@remembered(ANSWERS_KEPT)
+@memoized(RESULTS_KEPT)
 def _groups(adapter: AdapterSpec, facts: ModelFacts) -> dict[str, Group]:
-    """Of a layer that the trainer computes by hand."""
+    """The groups of linear layers of a layer that the trainer computes by hand, by name."""
     every = linears(facts)
     adapted = targeted(adapter, every)
     return {name: group(members, every, adapted) for name, members in GROUPS.items()}
@@ -513,5 +570,5 @@ def _attention(question: _Question) -> Attention:
         head_size=facts.head_dim,
         deterministic=question.deterministic and not own,
         multiprocessors=1 if own else question.multiprocessors,
-        squashes=facts.model_type in SOFTCAPPED_TYPES,
+        softcaps=facts.model_type in SOFTCAPPED_TYPES,
     )

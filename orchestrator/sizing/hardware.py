@@ -1,8 +1,8 @@
 """GPU classes: which cards are interchangeable for sizing, by the bytes that they really offer.
 
 Marketing names are of no use: a "48 GB" L40S shows 46,068 MiB and an A6000 49,140. A class promises the allocator
-bytes of the smallest card in it, so whatever is sized for the class fits every card that is put into it. Runtimes
-call `classify` with what `nvidia-smi` shows and `gpu_class` to describe what they have.
+bytes of the smallest card in it, so whatever is sized for the class fits every card that is put into it.
+`classify` finds the class of a card by what `nvidia-smi` shows, and `gpu_class` describes a class.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Card:
     flash_share: float
     """What of the products' speed torch's flash attention reaches in its forward pass."""
     attention_share: float
-    """The same of our own attention kernels, with records of any length."""
+    """What our own attention kernels reach, with records of any length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class GpuClass:
     card: Card | None = None
     """The slowest card of the class, which times are told for; none where it has no bfloat16."""
     dollars_per_hour: float | None = None
-    """Of one GPU, where the operator has told."""
+    """What one GPU costs, where the operator has told."""
     cpu: bool = False
     """A stand-in for machines without a GPU: slots of host memory, trained on the CPU."""
 
@@ -60,13 +60,15 @@ GIB = 1 << 30
 GIGABYTES_OF_PCIE = {3: 12.0, 4: 25.0, 5: 50.0}
 """A second and direction over 16 lanes: about 80 % of 15.8, 31.5 and 63."""
 FLASH_SHARES: Mapping[Generation, float] = MappingProxyType({"Hopper": 0.30, "Blackwell": 0.15})
-"""Of sustained products: torch's flash kernels are of the generation before Hopper. Measured on an H100 (at 8B;
-benchmarks/results/kernels.json); that they are no faster on a Blackwell is an assumption."""
+"""Speed of torch's flash attention against sustained products: its kernels are of the generation before Hopper.
+
+Measured on an H100 (at 8B; benchmarks/results/kernels.json). That they are no faster on a Blackwell is an assumption.
+"""
 ATTENTION_SHARES: Mapping[Generation, float] = MappingProxyType({"Hopper": 0.60, "Blackwell": 0.30})
-"""The same of our own kernels."""
+"""Speed of the trainer's own attention kernels, likewise."""
 ATTENTION_SHARE = 0.6
-"""Of other cards: FlashAttention-2 reaches 50 to 73 % of an A100 (Dao, 2023, section 4.1), and that our own kernels do
-as well there is an assumption."""
+"""Either of them on other cards: FlashAttention-2 reaches 50 to 73 % of an A100 (Dao, 2023, section 4.1), and that our
+own kernels do as well there is an assumption."""
 
 # Slices of multi-instance GPUs are eighths of the memory and sevenths of the processors (NVIDIA, "MIG User Guide",
 # supported profiles); MiB as nvidia-smi shows them on A100 80GB, the smallest of those that have them.

@@ -2,7 +2,6 @@
 
 Nothing is stored for it: every attempt in a job's status has what was predicted and what was measured, and a job
 outlives the controller. What is learned is forgotten with the last job that taught it (`ttlSecondsAfterFinished`).
-`core/scheduling/cycle` sizes jobs with it, `qlora calibration` shows it.
 
 The bound is one-sided split-conformal (Vovk et al., 2005; Lei et al., 2018): of n measured shares the
 ceil((n + 1) x COVERAGE)-th smallest is not exceeded by the next one with a probability of at least COVERAGE, whatever
@@ -27,7 +26,7 @@ from orchestrator.sizing.hardware import CLASS_NAMES, gpu_class
 
 COVERAGE = 0.98
 OBSERVATIONS_KEPT = 200
-"""Of one kind, the newest."""
+"""The newest of one kind; older ones are forgotten."""
 LARGEST_SHARE = 0.25
 """More than this is no error of the model: something else was on the card."""
 

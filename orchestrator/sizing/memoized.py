@@ -1,4 +1,4 @@
-"""Pure functions of contract objects that remember their answers."""
+"""Pure functions of contract objects that keep their results."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-def remembered(answers_kept: int) -> Callable[[Callable[Arguments, Answer]], Callable[Arguments, Answer]]:
+def memoized(results_kept: int) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """`lru_cache` for arguments that are pydantic models: frozen ones have a hash, which type checkers do not see."""
 
-    def wrap(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
-        cached: Any = lru_cache(maxsize=answers_kept)(function)  # Any: its own type asks for Hashable
+    def wrap(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        cached: Any = lru_cache(maxsize=results_kept)(function)  # Any: its own type asks for Hashable
         return cached
 
     return wrap

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, ResourcesSpec, TrainingSpec
@@ -21,21 +22,22 @@ from orchestrator.sizing import hardware
 from orchestrator.sizing.footprint import Footprint, card_matters, is_fused
 from orchestrator.sizing.hardware import GIB, Card, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
-from orchestrator.sizing.memoized import remembered
+from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.attention import alike
-from orchestrator.sizing.step_time import Pace, Work, ordering_card
+from orchestrator.sizing.step_time import StepTime, Work, ordering_card
 
 LOSS_CHUNK_TOKENS = 1024
 MAX_MICRO_BATCH_SIZE = 64
-ANSWERS_KEPT = 4096
+RESULTS_KEPT = 4096
 JOBS_KEPT = 8
-"""Whose plans are worked out: a job's questions follow each other, and more than a few would be garbage to collect."""
+"""Jobs whose plans are kept: a job's questions follow each other, and more would only be garbage to collect."""
 SHORTEST_SEQUENCE = 16  # the contract's lower bound on training.sequenceLength
 SHORTER_SEQUENCES = 16
 """A job that fits nothing is told the longest sequence that would fit, in such parts of what it asked for."""
 NONE = -1
+"""Layers that need not recompute, where a plan does not fit even if all do."""
 HOLES_AT_MOST = 0.05
-"""Of a peak: what the allocator has reserved beside it and cannot use, free blocks that no tensor fits.
+"""Share of a peak that the allocator has reserved beside it and cannot use, free blocks that no tensor fits.
 `sizing/memory/fragmentation` tells it job by job, but not in milliseconds; over jobs of all kinds that fill a card it
 finds 0 to 9 %, and more than this in one of twenty, for which the out-of-memory ladder is there."""
 AS_FAST = 1.02
@@ -64,7 +66,9 @@ def candidates(
     margins: Margins = DEFAULT,
 ) -> tuple[Estimate, ...] | Refusal:
     """Every class that the job may use and fits, the preferred first, each with its fastest plan."""
-    return _answer(_Job.of(spec, facts, work, margins), spec.resources, spec.active_deadline_seconds, tuple(classes))
+    return _candidates(
+        _Job.of(spec, facts, work, margins), spec.resources, spec.active_deadline_seconds, tuple(classes)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +98,8 @@ class _Job:
         )
 
 
-@remembered(ANSWERS_KEPT)
-def _answer(
+@memoized(RESULTS_KEPT)
+def _candidates(
     job: _Job, resources: ResourcesSpec, deadline_seconds: int | None, classes: tuple[GpuClass, ...]
 ) -> tuple[Estimate, ...] | Refusal:
     allowed = _allowed(resources, classes)
@@ -140,7 +144,7 @@ def _allowed(resources: ResourcesSpec, classes: Sequence[GpuClass]) -> tuple[Gpu
 def choose_plan(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> MemoryPlan | None:
-    """The fastest plan that fits the class; None where even the thriftiest does not."""
+    """The fastest plan that fits the class; None where even the one that takes least does not."""
     return _search(_Job.of(spec, facts, work)).choose(gpu_class)
 
 
@@ -178,8 +182,8 @@ class _Search:
         self.facts = job.facts
         self.margins = job.margins
         self._steps = job.work.steps
-        self._pace = Pace(self.spec, job.facts, job.work)
-        self._sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
+        self._step_time = StepTime(self.spec, job.facts, job.work)
+        self.sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
         self._offloads = offloads(self.spec, job.facts)
         self._card_matters = card_matters(job.adapter, job.facts)
         self._footprints: dict[tuple[MemoryPlan, int], Footprint] = {}
@@ -193,62 +197,18 @@ class _Search:
     def fastest_first(self, gpu_class: GpuClass) -> Iterator[MemoryPlan]:
         """The plans that fit beside the allocator's holes; where there is none, those that fit if holes stay small."""
         nothing_fits = True
-        for plan in self._in_order(gpu_class, int(gpu_class.usable_bytes / (1 + HOLES_AT_MOST))):
+        for plan in _FastestFirst(self, gpu_class, int(gpu_class.usable_bytes / (1 + HOLES_AT_MOST))):
             nothing_fits = False
             yield plan
         if nothing_fits:
-            yield from self._in_order(gpu_class, gpu_class.usable_bytes)
+            yield from _FastestFirst(self, gpu_class, gpu_class.usable_bytes)
 
-    def _in_order(self, gpu_class: GpuClass, room_bytes: int) -> Iterator[MemoryPlan]:
-        """The plans that fit, the fastest first, each fitted only when its turn comes.
-
-        Until then it counts as if it recomputed as little as what is known of smaller micro-batches allows. Nothing
-        is offloaded where all of it fits as it is.
-        """
-        card = ordering_card(gpu_class)
-        fastest = min(self._step_seconds(self._plan(size, 0), card) for size in self._sizes)
-        waiting: list[tuple[float, int, int, bool, MemoryPlan]] = []
-        known: dict[int, tuple[int, int]] = {}  # by way to offload: a size, and layers that need not recompute there
-
-        def wait(plan: MemoryPlan, offload: int, *, fitted: bool) -> None:
-            seconds = max(self._step_seconds(plan, card), fastest * AS_FAST)
-            heappush(waiting, (seconds, plan.micro_batch_size, offload, fitted, plan))
-
-        for size in self._sizes:
-            wait(self._plan(size, 0), 0, fitted=False)
-        while waiting:
-            _, size, offload, fitted, plan = heappop(waiting)
-            if fitted:
-                yield plan
-                continue
-            most_kept = self._most_kept(size, known.get(offload))
-            if 0 <= most_kept < self.facts.num_layers - plan.recompute_layers:
-                wait(self._plan(size, offload, self.facts.num_layers - most_kept), offload, fitted=False)
-                continue
-            fitting = self._least_recompute(size, offload, gpu_class, room_bytes) if most_kept >= 0 else None
-            if fitting is not None:
-                wait(fitting, offload, fitted=True)
-            elif not known and self.thriftiest_bytes(gpu_class) > room_bytes:
-                return
-            known[offload] = size, self.facts.num_layers - fitting.recompute_layers if fitting is not None else NONE
-            if (fitting is None or fitting.recompute_layers) and offload + 1 < self._ways_to_offload(gpu_class):
-                wait(self._plan(size, offload + 1), offload + 1, fitted=False)
-
-    def _most_kept(self, size: int, known: tuple[int, int] | None) -> int:
-        """How many layers can do without recomputation at most; NONE where the plan does not fit at all.
-
-        What a layer keeps grows with the micro-batch, and the room for it does not.
-        """
-        if known is None or known[0] > size:
-            return self.facts.num_layers
-        smaller, kept = known
-        return NONE if kept == NONE else min(self.facts.num_layers, (kept + 1) * smaller // size)
-
-    def _ways_to_offload(self, gpu_class: GpuClass) -> int:
+    def ways_to_offload(self, gpu_class: GpuClass) -> int:
         """A CPU has no other memory to move things to."""
         return 1 if gpu_class.cpu else len(self._offloads)
 
-    def _plan(self, micro_batch_size: int, offload: int, recompute_layers: int = 0) -> MemoryPlan:
+    def plan(self, micro_batch_size: int, offload: int, recompute_layers: int = 0) -> MemoryPlan:
+        """The plan that splits, offloads and recomputes so; `offload` counts the ways to do that from none on."""
         key = micro_batch_size, offload, recompute_layers
         if key not in self._plans:
             self._plans[key] = MemoryPlan(
@@ -260,21 +220,22 @@ class _Search:
             )
         return self._plans[key]
 
-    def _step_seconds(self, plan: MemoryPlan, card: Card) -> float:
+    def step_seconds(self, plan: MemoryPlan, card: Card) -> float:
+        """One optimizer step."""
         key = plan, card
         if key not in self._seconds:
-            self._seconds[key] = self._pace.step_seconds(plan, card)
+            self._seconds[key] = self._step_time.step_seconds(plan, card)
         return self._seconds[key]
 
-    def _least_recompute(self, size: int, offload: int, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan | None:
+    def least_recompute(self, size: int, offload: int, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan | None:
         """The plan with the fewest recomputed layers that fits."""
-        footprint = self._footprint(self._plan(size, offload), gpu_class)
+        footprint = self._footprint(self.plan(size, offload), gpu_class)
         layers = footprint.least_recompute(room_bytes)
-        return self._plan(size, offload, layers) if layers is not None else None
+        return self.plan(size, offload, layers) if layers is not None else None
 
-    def thriftiest_bytes(self, gpu_class: GpuClass) -> int:
+    def least_bytes(self, gpu_class: GpuClass) -> int:
         """The peak of the plan that takes least."""
-        plans = (self._plan(1, offload) for offload in range(self._ways_to_offload(gpu_class)))
+        plans = (self.plan(1, offload) for offload in range(self.ways_to_offload(gpu_class)))
         return min(self._footprint(plan, gpu_class).peak_bytes(self.facts.num_layers) for plan in plans)
 
     def estimate(self, plan: MemoryPlan, gpu_class: GpuClass) -> Estimate:
@@ -282,7 +243,7 @@ class _Search:
         footprint = self._footprint(plan.model_copy(update={"recompute_layers": 0}), gpu_class)
         items = footprint.items(plan.recompute_layers)
         card = gpu_class.card
-        step_seconds = self._pace.step_seconds(plan, card) if card is not None else None
+        step_seconds = self._step_time.step_seconds(plan, card) if card is not None else None
         seconds = step_seconds * self._steps if step_seconds is not None and self._steps else None
         price = gpu_class.dollars_per_hour
         return Estimate(
@@ -299,7 +260,7 @@ class _Search:
         )
 
     def _footprint(self, plan: MemoryPlan, gpu_class: GpuClass) -> Footprint:
-        """Of a plan that recomputes nothing, and all that differ from it in that alone."""
+        """The bytes of a plan that recomputes nothing, and of all that differ from it in that alone."""
         multiprocessors = alike(gpu_class.multiprocessors, self.facts.num_attention_heads) if self._card_matters else 1
         key = plan, multiprocessors
         if key not in self._footprints:
@@ -307,6 +268,82 @@ class _Search:
                 self.spec, self.facts, plan, multiprocessors=multiprocessors, margins=self.margins
             )
         return self._footprints[key]
+
+
+class _Waiting(NamedTuple):
+    """A plan in the queue of `_FastestFirst`; the first fields put it in order."""
+
+    seconds: float
+    micro_batch_size: int
+    offload: int
+    fitted: bool
+    """Whether it recomputes as few layers as fit, or as few as might."""
+    plan: MemoryPlan
+
+
+class _FastestFirst:
+    """The plans of a job that fit into the room on a class, fastest first, each fitted only when its turn comes.
+
+    Until then a plan counts as if it recomputed as little as what is known of smaller micro-batches allows. Nothing
+    is offloaded where all of it fits as it is.
+    """
+
+    def __init__(self, search: _Search, gpu_class: GpuClass, room_bytes: int) -> None:
+        self._search = search
+        self._layers = search.facts.num_layers
+        self._gpu_class = gpu_class
+        self._room_bytes = room_bytes
+        self._card = ordering_card(gpu_class)
+        fastest = min(search.step_seconds(search.plan(size, 0), self._card) for size in search.sizes)
+        self._alike_seconds = AS_FAST * fastest
+        self._queue: list[_Waiting] = []
+        self._known: dict[int, tuple[int, int]] = {}
+        """A micro-batch size and the layers that need not recompute there, for each way to offload."""
+
+    def __iter__(self) -> Iterator[MemoryPlan]:
+        for size in self._search.sizes:
+            self._wait(self._search.plan(size, 0), 0, fitted=False)
+        while self._queue:
+            waiting = heappop(self._queue)
+            if waiting.fitted:
+                yield waiting.plan
+            else:
+                self._fit(waiting)
+
+    def _wait(self, plan: MemoryPlan, offload: int, *, fitted: bool) -> None:
+        seconds = max(self._search.step_seconds(plan, self._card), self._alike_seconds)
+        heappush(self._queue, _Waiting(seconds, plan.micro_batch_size, offload, fitted, plan))
+
+    def _fit(self, waiting: _Waiting) -> None:
+        """Queue a plan again with as few recomputed layers as fit, and the next way to offload beside it."""
+        size, offload = waiting.micro_batch_size, waiting.offload
+        most_kept = self._most_kept(size, self._known.get(offload))
+        if 0 <= most_kept < self._layers - waiting.plan.recompute_layers:
+            self._wait(self._search.plan(size, offload, self._layers - most_kept), offload, fitted=False)
+            return
+        fitting = self._fitting(size, offload) if most_kept >= 0 else None
+        if fitting is not None:
+            self._wait(fitting, offload, fitted=True)
+        elif not self._known and self._search.least_bytes(self._gpu_class) > self._room_bytes:
+            self._queue.clear()  # nothing will fit
+            return
+        self._known[offload] = size, self._layers - fitting.recompute_layers if fitting is not None else NONE
+        more_to_offload = offload + 1 < self._search.ways_to_offload(self._gpu_class)
+        if more_to_offload and (fitting is None or fitting.recompute_layers):
+            self._wait(self._search.plan(size, offload + 1), offload + 1, fitted=False)
+
+    def _fitting(self, size: int, offload: int) -> MemoryPlan | None:
+        return self._search.least_recompute(size, offload, self._gpu_class, self._room_bytes)
+
+    def _most_kept(self, size: int, known: tuple[int, int] | None) -> int:
+        """How many layers can do without recomputation at most; NONE where the plan does not fit at all.
+
+        What a layer keeps grows with the micro-batch, and the room for it does not.
+        """
+        if known is None or known[0] > size:
+            return self._layers
+        smaller, kept = known
+        return NONE if kept == NONE else min(self._layers, (kept + 1) * smaller // size)
 
 
 @lru_cache(maxsize=JOBS_KEPT)
@@ -326,7 +363,9 @@ def offloads(spec: QLoRAJobSpec, facts: ModelFacts) -> tuple[tuple[OffloadTarget
     return tuple(dict.fromkeys(((), embeddings, (*activations, *embeddings))))
 
 
-def thriftier(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, *, offload: bool = True) -> MemoryPlan | None:
+def fallback_plan(
+    spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, *, offload: bool = True
+) -> MemoryPlan | None:
     """What to try once a plan ran out of memory: recompute everything, offload everything, halve the micro-batch."""
     if plan.recompute_layers < facts.num_layers:
         return plan.model_copy(update={"recompute_layers": facts.num_layers})
@@ -342,7 +381,7 @@ def thriftier(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, *, offloa
     )
 
 
-def step_up(
+def escalate(
     spec: QLoRAJobSpec,
     facts: ModelFacts,
     failed: Estimate,
@@ -351,10 +390,10 @@ def step_up(
     work: Work | None = None,
     margins: Margins = DEFAULT,
 ) -> Estimate | Refusal:
-    """What to run under after `failed` ran out of memory: a thriftier plan, then a larger class."""
+    """What to run under after `failed` ran out of memory: a fallback_plan plan, then a larger class."""
     present = next((c for c in classes if c.name == failed.gpu_class), None)
     if present is not None:
-        plan = thriftier(spec, facts, failed.plan, offload=not present.cpu)
+        plan = fallback_plan(spec, facts, failed.plan, offload=not present.cpu)
         if plan is not None:
             return estimate(spec, facts, plan, present, work=work, margins=margins)
     larger = tuple(c for c in classes if c.usable_bytes > failed.usable_bytes)
@@ -362,7 +401,7 @@ def step_up(
     if isinstance(found, Refusal):
         return Refusal(
             reason=Reason.DOES_NOT_FIT,
-            message=f"ran out of memory on {failed.gpu_class} under the thriftiest plan, and no larger class is "
+            message=f"ran out of memory on {failed.gpu_class} under the last fallback plan, and no larger class is "
             "allowed here; reduce training.sequenceLength or adapter.rank, or add a larger GPU",
         )
     return found[0]
@@ -390,7 +429,7 @@ def _nothing_allowed(resources: ResourcesSpec, classes: Sequence[GpuClass]) -> R
 def _does_not_fit(search: _Search, largest: GpuClass) -> Refusal:
     length = search.spec.training.sequence_length
     message = (
-        f"needs {search.thriftiest_bytes(largest) / GIB:.1f} GiB at sequenceLength {length}, and {largest.name} offers "
+        f"needs {search.least_bytes(largest) / GIB:.1f} GiB at sequenceLength {length}, and {largest.name} offers "
         f"{largest.usable_bytes / GIB:.1f} GiB"
     )
     advice = [*_shorter(search, largest), *_larger(search, largest)]
@@ -409,7 +448,7 @@ def _shorter(search: _Search, gpu_class: GpuClass) -> Iterator[str]:
         job = _Job(
             adapter=search.spec.adapter, training=shorter, facts=search.facts, work=Work(), margins=search.margins
         )
-        if _Search(job).thriftiest_bytes(gpu_class) <= gpu_class.usable_bytes:
+        if _Search(job).least_bytes(gpu_class) <= gpu_class.usable_bytes:
             fits = middle
         else:
             too_long = middle
@@ -422,6 +461,6 @@ def _larger(search: _Search, present: GpuClass) -> Iterator[str]:
     for name in hardware.CLASS_NAMES:
         gpu_class = hardware.gpu_class(name, capacity=0)
         too_small = gpu_class.usable_bytes <= present.usable_bytes
-        if not too_small and search.thriftiest_bytes(gpu_class) <= gpu_class.usable_bytes:
+        if not too_small and search.least_bytes(gpu_class) <= gpu_class.usable_bytes:
             yield f"a card of class {name} takes it as it is"
             return

@@ -26,12 +26,12 @@ from orchestrator.sizing.memory.linear_layers import linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES
 
 DEQUANTIZED_BYTES = 0.5 + 1 / 64 + BF16_BYTES
-"""For each weight: NF4 and its scale are read, bfloat16 is written."""
+"""Traffic of each weight: NF4 and its scale are read, bfloat16 is written."""
 
 MATMUL_EFFICIENCY = 0.84
-"""Of a card's `matmul_tflops`, over all products of a step: fitted."""
+"""Share of a card's `matmul_tflops` that all products of a step reach: fitted."""
 MEMORY_EFFICIENCY = 0.8
-"""Of a card's `memory_gbps`: NVIDIA's kernels and ours reach 75 to 85 % (a profile at 8B on an H100)."""
+"""Share of a card's `memory_gbps`: NVIDIA's kernels and ours reach 75 to 85 % (a profile at 8B on an H100)."""
 BACKWARD_FLASH, BACKWARD_ATTENTION = 0.87, 0.735
 """The backward pass against the forward pass: of torch's flash attention, deterministic, and of our own kernels."""
 RECORD_TOKENS = 1500
@@ -42,33 +42,34 @@ INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
 """What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
 activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
 DROPOUT_BYTES = 14
-"""The same for each value that an adapter's dropout falls on: the mask is drawn anew for each of three uses."""
+"""What is read and written for each value that an adapter's dropout falls on: the mask is drawn anew
+for each of three uses."""
 HEAD_NORM_BYTES = 30
-"""The same for each value of queries and keys that are normalized by head (a profile of Qwen3-0.6B on an H100)."""
+"""Likewise for each value of queries and keys that are normalized by head (a profile of Qwen3-0.6B on an H100)."""
 ROW_BYTES = 16
-"""The same for each expert of a token: its input, its output and both gradients are gathered."""
+"""Likewise for each expert of a token: its input, its output and both gradients are gathered."""
 FIRST_MATRICES = 2 / 3
-"""Of an expert's weights: gate and up."""
+"""Share of an expert's weights that gate and up have."""
 AGAIN = 1 / 3
-"""Of a layer's bytes, kernels and launches, what recomputing it repeats."""
-PLAIN_BYTES = 4.0
-"""Times as much where transformers computes the layer, one operation after the other."""
+"""Share of a layer's bytes, kernels and launches that recomputing it repeats."""
+TRACED_LAYER_BYTES = 4.0
+"""How many times as much is read and written where transformers computes the layer, one operation after the other."""
 KERNEL_SECONDS = 0.0002
 """The many small kernels of a layer, whatever their size: fitted."""
 DROPOUT_KERNEL_SECONDS = 0.0002
 """What dropout adds to that: fitted to models of 0.1B and 0.6B."""
-FUSED_LAUNCH_SECONDS, PLAIN_LAUNCH_SECONDS = 0.0058, 0.011
+HANDWRITTEN_LAUNCH_SECONDS, TRACED_LAUNCH_SECONDS = 0.0058, 0.011
 """The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, 0.35 s for 60 and,
 on another's host, 0.23 s for 30; and 0.36 s for 32 where transformers computes them."""
-CAPPED_LAUNCH_SECONDS = 0.0036
-"""What each further record adds to that where its attention caps scores, which no kernel of torch's does."""
-CAPPED_SCORE_BYTES = 160
+SOFTCAP_LAUNCH_SECONDS = 0.0036
+"""What each further record adds to that where its attention softcaps scores, which no kernel of torch's does."""
+SOFTCAP_SCORE_BYTES = 160
 """What is read and written there for each pair of tokens and head: some forty passes over scores in 32 bits."""
 EXPERT_LAUNCH_SECONDS, EXPERT_KERNEL_SECONDS = 0.0055, 0.00085
-"""For a tile of tokens of a layer of experts and micro-step: the host's work, and the small kernels that sort tokens by
+"""The host's work for a tile of tokens of a layer of experts and micro-step, and the small kernels that sort tokens by
 expert and back; fitted to 57 jobs of mixtures on an H200, whose host took 0.007, and to Qwen3-30B-A3B on an H100."""
 EXPERT_SPEED = 0.7
-"""Of experts' products, against others."""
+"""Speed of experts' products, against others."""
 STEP_SECONDS = 0.004
 """Around a step's micro-steps: norms, clipping, waiting for the loss."""
 TRAFFIC_BYTES = 6.0
@@ -97,7 +98,7 @@ class Work:
 
     @classmethod
     def of(cls, prepared: PrepareResult) -> Work:
-        """As prepare has counted it."""
+        """What prepare has counted."""
         return cls(
             steps=prepared.steps,
             sequence_tokens=prepared.train_tokens / prepared.train_sequences,
@@ -105,7 +106,7 @@ class Work:
         )
 
 
-class Pace:
+class StepTime:
     """The seconds of one job's steps, under any plan on any card."""
 
     def __init__(self, spec: QLoRAJobSpec, facts: ModelFacts, work: Work) -> None:
@@ -128,10 +129,10 @@ class Pace:
         if facts.model_type in NORMALIZED_HEADS:
             beside += HEAD_NORM_BYTES * (facts.num_attention_heads + facts.num_key_value_heads) * facts.head_dim
         self._beside_bytes = beside
-        self._caps = facts.model_type in SOFTCAPPED_TYPES
+        self._softcaps = facts.model_type in SOFTCAPPED_TYPES
         self._trainable = adapter_parameters(spec.adapter, facts)
         self._state_bytes = trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer]
-        self._replays = self._fused and float(spec.training.neftune_alpha) == 0
+        self._uses_cuda_graphs = self._fused and float(spec.training.neftune_alpha) == 0
         self._sequence_tokens = work.sequence_tokens or spec.training.sequence_length
         self._record_tokens = min(work.record_tokens or self._sequence_tokens, self._sequence_tokens)
 
@@ -144,8 +145,8 @@ class Pace:
     def micro_step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """Forward and backward pass of one micro-batch."""
         tokens, again = self._tokens(plan), self._again_layers(plan)
-        replayed = self._replays and not plan.offload and tokens <= trainer_facts.CUDA_GRAPH_TOKENS
-        launches = 0.0 if replayed or card is CPU else self._launch_seconds(tokens, again)
+        graphs = self._uses_cuda_graphs and not plan.offload and tokens <= trainer_facts.CUDA_GRAPH_TOKENS
+        launches = 0.0 if graphs or card is CPU else self._launch_seconds(tokens, again)
         stream = self._stream_seconds(tokens, card)
         there_and_back = 2 * again * stream if "activations" in plan.offload else 0.0
         embeddings = stream if "embeddings" in plan.offload else 0.0  # which the card waits for
@@ -202,7 +203,7 @@ class Pace:
             inner = self._mixture.shared_size + rows * self._mixture.expert_size
         layer = INNER_BYTES * inner + (HIDDEN_BYTES + ROW_BYTES * rows) * facts.hidden_size
         layer += self._beside_bytes
-        layers = (facts.num_layers + AGAIN * again) * (1.0 if self._fused else PLAIN_BYTES)
+        layers = (facts.num_layers + AGAIN * again) * (1.0 if self._fused else TRACED_LAYER_BYTES)
         moved = tokens * (layer * layers + LOGIT_BYTES * facts.vocab_size)
         return moved / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
@@ -224,16 +225,16 @@ class Pace:
             backward = 2.5 * forward / BACKWARD_FLASH
         layers = self._facts.num_layers
         products = forward * (layers + again) + backward * layers
-        if not self._caps:
+        if not self._softcaps:
             return products
         scores = self._facts.num_attention_heads * tokens * self._record_tokens * (layers + AGAIN * again)
-        return products + scores * CAPPED_SCORE_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+        return products + scores * SOFTCAP_SCORE_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
     def _launch_seconds(self, tokens: float, again: int) -> float:
-        each = FUSED_LAUNCH_SECONDS if self._fused else PLAIN_LAUNCH_SECONDS
+        each = HANDWRITTEN_LAUNCH_SECONDS if self._fused else TRACED_LAUNCH_SECONDS
         each += EXPERT_LAUNCH_SECONDS * self._tiles(tokens)
-        if self._caps:
-            each += CAPPED_LAUNCH_SECONDS * max(0.0, tokens / self._record_tokens - 1)
+        if self._softcaps:
+            each += SOFTCAP_LAUNCH_SECONDS * max(0.0, tokens / self._record_tokens - 1)
         return each * (self._facts.num_layers + AGAIN * again)
 
     def _expert_passes(self, again: int) -> float:

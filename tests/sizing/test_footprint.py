@@ -17,7 +17,6 @@ from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import Reason, Refusal
-from orchestrator.sizing import footprint as sizing
 from orchestrator.sizing.footprint import Footprint, adapter_parameters, footprint, peak_bytes
 from orchestrator.sizing.hardware import (
     CLASS_NAMES,
@@ -37,13 +36,13 @@ from orchestrator.sizing.plan_search import (
     candidates,
     choose_class,
     choose_plan,
+    escalate,
     estimate,
+    fallback_plan,
     offloads,
     plans,
-    step_up,
-    thriftier,
 )
-from orchestrator.sizing.step_time import Pace, Work
+from orchestrator.sizing.step_time import StepTime, Work
 from tests.builders import LLAMA_2_13B, LLAMA_3_8B, LLAMA_3_70B, SMOLLM2_135M, gpus, make_spec
 
 ALL = gpus(_24Gi=1, _48Gi=1, _80Gi=1)
@@ -194,12 +193,12 @@ def room(gpu_class: GpuClass) -> float:
 
 def test_plans_that_holes_could_break_are_for_jobs_that_fit_nothing_else() -> None:
     spec, offered = make_spec(global_batch_size=1, sequence_length=8192), gpu_class("24Gi", 1)
-    thriftiest = MemoryPlan(
+    least = MemoryPlan(
         micro_batch_size=1, accumulation_steps=1, recompute_layers=32, offload=("activations", "embeddings")
     )
-    tight = replace(offered, usable_bytes=peak_on(offered, spec, LLAMA_3_8B, thriftiest))
+    tight = replace(offered, usable_bytes=peak_on(offered, spec, LLAMA_3_8B, least))
     (found,) = plans(spec, LLAMA_3_8B, tight)
-    assert found == thriftiest.model_copy(update={"recompute_layers": found.recompute_layers})
+    assert found == least.model_copy(update={"recompute_layers": found.recompute_layers})
     assert peak_on(offered, spec, LLAMA_3_8B, found) == tight.usable_bytes, "it recomputes no more than helps"
     assert list(plans(spec, LLAMA_3_8B, replace(tight, usable_bytes=tight.usable_bytes - 1))) == []
 
@@ -212,7 +211,7 @@ def peak_on(gpu_class: GpuClass, spec: QLoRAJobSpec, facts: ModelFacts, under: M
 @pytest.mark.parametrize("facts", [SMOLLM2_135M, LLAMA_3_8B, LLAMA_2_13B, LLAMA_3_70B])
 def test_the_chosen_plan_is_as_fast_as_the_fastest_of_all_that_fit(facts: ModelFacts, name: str) -> None:
     spec, offered = make_spec(), gpu_class(name, 1)
-    pace = Pace(spec, facts, Work())
+    step_time = StepTime(spec, facts, Work())
     everything = [
         MemoryPlan(micro_batch_size=size, accumulation_steps=16 // size, recompute_layers=layers, offload=offload)
         for size in (1, 2, 4, 8, 16)
@@ -225,8 +224,8 @@ def test_the_chosen_plan_is_as_fast_as_the_fastest_of_all_that_fit(facts: ModelF
         assert chosen is None or peak_on(offered, spec, facts, chosen) > room(offered)
         return
     assert chosen in fitting
-    fastest = min(pace.step_seconds(each, offered.card) for each in fitting)
-    assert pace.step_seconds(chosen, offered.card) <= AS_FAST * fastest
+    fastest = min(step_time.step_seconds(each, offered.card) for each in fitting)
+    assert step_time.step_seconds(chosen, offered.card) <= AS_FAST * fastest
 
 
 def test_a_choice_among_all_classes_takes_few_walks_and_the_same_question_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,8 +281,8 @@ def test_the_smallest_class_that_fits_is_chosen() -> None:
 
 def test_a_model_that_fits_nothing_is_refused_with_what_would_fit() -> None:
     here, spec = gpus(_24Gi=1, _48Gi=1), make_spec(sequence_length=65_536)
-    thriftiest = plan(1, 80).model_copy(update={"offload": ("activations", "embeddings")})
-    needed = peak_on(here[1], spec, LLAMA_3_70B, thriftiest)
+    least = plan(1, 80).model_copy(update={"offload": ("activations", "embeddings")})
+    needed = peak_on(here[1], spec, LLAMA_3_70B, least)
     refused = choose_class(spec, LLAMA_3_70B, here)
     assert refused.reason is Reason.DOES_NOT_FIT
     told = re.fullmatch(
@@ -360,45 +359,43 @@ def test_the_ladder_recomputes_everything_then_offloads_everything_and_then_halv
     steps, current = [], plan(6, 4, accumulation_steps=4)
     while current is not None:
         steps.append((current.micro_batch_size, current.accumulation_steps, current.recompute_layers, current.offload))
-        current = thriftier(make_spec(), LLAMA_3_8B, current)
+        current = fallback_plan(make_spec(), LLAMA_3_8B, current)
     out = ("activations", "embeddings")
     assert steps == [(6, 4, 4, ()), (6, 4, 32, ()), (6, 4, 32, out), (3, 8, 32, out), (1, 24, 32, out)]
 
 
 def test_where_nothing_can_be_offloaded_the_ladder_is_shorter() -> None:
     dora = make_spec(use_dora=True)
-    assert thriftier(dora, SMOLLM2_135M, plan(2, 30, accumulation_steps=8)) == plan(1, 30)
-    assert thriftier(make_spec(), LLAMA_3_8B, plan(2, 32, accumulation_steps=8), offload=False) == plan(1, 32)
+    assert fallback_plan(dora, SMOLLM2_135M, plan(2, 30, accumulation_steps=8)) == plan(1, 30)
+    assert fallback_plan(make_spec(), LLAMA_3_8B, plan(2, 32, accumulation_steps=8), offload=False) == plan(1, 32)
 
 
 @pytest.mark.parametrize("facts", [LLAMA_3_8B, LLAMA_3_70B])
 def test_each_rung_of_the_ladder_takes_fewer_bytes_while_training(facts: ModelFacts) -> None:
     spec, current = make_spec(), plan(4, 3, accumulation_steps=4)
-    while (less := thriftier(spec, facts, current)) is not None:
+    while (less := fallback_plan(spec, facts, current)) is not None:
         assert training_bytes(spec, facts, less) < training_bytes(spec, facts, current)
         current = less
 
 
 def training_bytes(spec: QLoRAJobSpec, facts: ModelFacts, under: MemoryPlan) -> int:
     """The peak but for the moment of loading, which the last rungs share."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizing, "_loading_bytes", lambda question: 0)
-        return peak_bytes(spec, facts, under)
+    return Footprint(spec, facts, under).training_bytes(under.recompute_layers)
 
 
 def test_after_the_last_rung_comes_the_next_larger_class() -> None:
     spec = make_spec()
-    failed = estimate(spec, LLAMA_3_8B, thriftiest(32), ALL[0])
-    assert step_up(spec, LLAMA_3_8B, failed, ALL) == candidates(spec, LLAMA_3_8B, ALL[1:])[0]
+    failed = estimate(spec, LLAMA_3_8B, last_rung(32), ALL[0])
+    assert escalate(spec, LLAMA_3_8B, failed, ALL) == candidates(spec, LLAMA_3_8B, ALL[1:])[0]
 
 
-def thriftiest(layers: int) -> MemoryPlan:
+def last_rung(layers: int) -> MemoryPlan:
     return plan(1, layers).model_copy(update={"offload": ("activations", "embeddings")})
 
 
 def test_after_the_last_class_comes_a_refusal() -> None:
     spec = make_spec(gpu_classes=("24Gi",))
-    failed = estimate(spec, LLAMA_3_8B, thriftiest(32), ALL[0])
-    refused = step_up(spec, LLAMA_3_8B, failed, ALL)
+    failed = estimate(spec, LLAMA_3_8B, last_rung(32), ALL[0])
+    refused = escalate(spec, LLAMA_3_8B, failed, ALL)
     assert refused.reason is Reason.DOES_NOT_FIT
     assert "no larger class is allowed here" in refused.message

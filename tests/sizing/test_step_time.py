@@ -15,19 +15,19 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing.hardware import Card, find_card, gpu_class
 from orchestrator.sizing.plan_search import choose_plan
-from orchestrator.sizing.step_time import Pace, Work
+from orchestrator.sizing.step_time import StepTime, Work
 from tests.builders import LLAMA_3_8B, SMOLLM2_135M, make_spec, prepare_result
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 STATED_ERROR = 0.10
-"""Of a predicted step time, on the cards that the model was fitted to."""
+"""How far a predicted step time may be off, on the cards that the model was fitted to."""
 ERROR_OF_SMALL_MODELS = 0.25
 """Products of matrices that are less than 2,048 wide do not fill these cards."""
 FIRST_STEP_SECONDS = 15
 """What a process' first step has to do besides: kernels are compiled, host memory is pinned. Where a step takes a
 minute, that one alone was timed."""
 WITHOUT_GRAPHS = "speed_8b_h100_without_graphs.json"
-"""Measured before short micro-batches were replayed."""
+"""Measured before short micro-batches ran as CUDA graphs."""
 
 
 def measured() -> Iterator[object]:
@@ -54,7 +54,7 @@ def test_predicted_step_times_are_within_the_stated_error_of_the_measured_ones(
         sequence_length=int(name.split("x")[0]),
         deterministic=results.get("deterministic", True),
     )
-    predicted = Pace(spec, facts_of(results["shape"]), Work()).step_seconds(
+    predicted = StepTime(spec, facts_of(results["shape"]), Work()).step_seconds(
         MemoryPlan.model_validate(case["plan"]), card
     )
     if case.get("warm_up_seconds") == []:
@@ -72,7 +72,7 @@ def test_predicted_step_times_of_chosen_plans_are_within_the_stated_error_too() 
         model, sequence = question.split()[:2]
         facts, chosen = ModelFacts.from_config(config(model), "main"), answer["plans"][0]
         spec = make_spec(rank=16, dropout="0.05", sequence_length=int(sequence))
-        predicted = Pace(spec, facts, Work()).step_seconds(MemoryPlan.model_validate(chosen["plan"]), card)
+        predicted = StepTime(spec, facts, Work()).step_seconds(MemoryPlan.model_validate(chosen["plan"]), card)
         error = STATED_ERROR if facts.hidden_size >= 2048 else ERROR_OF_SMALL_MODELS
         assert predicted == pytest.approx(chosen["step_seconds"], rel=error), question
 
@@ -100,7 +100,7 @@ def plan(micro_batch_size: int = 1, recompute_layers: int = 0, **fields: object)
 
 def seconds(under: MemoryPlan, card: str | Card = "A40", work: Work | None = None, **spec: object) -> float:
     found = find_card(card) if isinstance(card, str) else card
-    return Pace(make_spec(**spec), LLAMA_3_8B, work or Work()).step_seconds(under, found)
+    return StepTime(make_spec(**spec), LLAMA_3_8B, work or Work()).step_seconds(under, found)
 
 
 def test_recomputing_takes_time_and_so_does_a_slower_card() -> None:
@@ -112,13 +112,13 @@ def test_dequantization_is_spread_over_a_larger_micro_batch() -> None:
     assert seconds(plan(1)) > seconds(plan(2)) > seconds(plan(8))
 
 
-def test_short_micro_batches_wait_for_the_host_where_they_cannot_be_replayed() -> None:
-    replayed, launched = plan(1), plan(1, offload=("embeddings",))
-    assert seconds(launched, "H200", sequence_length=256) > 3 * seconds(replayed, "H200", sequence_length=256)
+def test_short_micro_batches_wait_for_the_host_where_they_cannot_be_captured() -> None:
+    captured, launched = plan(1), plan(1, offload=("embeddings",))
+    assert seconds(launched, "H200", sequence_length=256) > 3 * seconds(captured, "H200", sequence_length=256)
 
 
 def test_offloaded_activations_cost_nothing_but_where_the_host_is_too_slow_for_them() -> None:
-    """On a slow enough link the traffic both ways is the whole step."""
+    """Where the link is slow enough, the traffic both ways is the whole step."""
     inside, outside = plan(4, 32), plan(4, 32, offload=("activations",))
     assert seconds(outside) == seconds(inside)
     slow = Card(
@@ -130,8 +130,8 @@ def test_offloaded_activations_cost_nothing_but_where_the_host_is_too_slow_for_t
 
 def test_attention_stays_within_records() -> None:
     packed = Work(sequence_tokens=16_384, record_tokens=512)
-    whole = Pace(make_spec(sequence_length=16_384), LLAMA_3_8B, Work())
-    packed = Pace(make_spec(sequence_length=16_384), LLAMA_3_8B, packed)
+    whole = StepTime(make_spec(sequence_length=16_384), LLAMA_3_8B, Work())
+    packed = StepTime(make_spec(sequence_length=16_384), LLAMA_3_8B, packed)
     ours, others = (each.parts(plan(1), find_card("A40")) for each in (packed, whole))
     assert ours.pop("attention") < others.pop("attention") / 8
     assert ours == others
@@ -193,7 +193,7 @@ def mixture(experts: int = 128, experts_per_token: int = 8) -> ModelFacts:
 
 def test_a_token_is_multiplied_with_the_experts_that_it_chose_and_all_that_were_chosen_are_dequantized() -> None:
     spec, card = make_spec(sequence_length=2048), gpu_class("80Gi", 1).card
-    few, many, more_chosen = (Pace(spec, facts, Work()) for facts in (mixture(64), mixture(128), mixture(64, 16)))
+    few, many, more_chosen = (StepTime(spec, facts, Work()) for facts in (mixture(64), mixture(128), mixture(64, 16)))
     assert few.parts(plan(), card)["products"] == many.parts(plan(), card)["products"]
     assert few.parts(plan(), card)["products"] < more_chosen.parts(plan(), card)["products"]
     of_few, of_many, of_more = (each.parts(plan(), card)["dequantization"] for each in (few, many, more_chosen))
@@ -205,8 +205,9 @@ def test_a_model_with_experts_that_few_tokens_see_is_faster_than_one_of_its_size
     None
 ):
     spec, card = make_spec(sequence_length=2048, global_batch_size=4), gpu_class("80Gi", 1).card
-    seconds = Pace(spec, mixture(), Work()).step_seconds(plan(4, accumulation_steps=1), card)
+    seconds = StepTime(spec, mixture(), Work()).step_seconds(plan(4, accumulation_steps=1), card)
     dense = [
-        Pace(spec, facts_of(shape), Work()).step_seconds(plan(4, accumulation_steps=1), card) for shape in ("8b", "70b")
+        StepTime(spec, facts_of(shape), Work()).step_seconds(plan(4, accumulation_steps=1), card)
+        for shape in ("8b", "70b")
     ]
     assert dense[0] / 4 < seconds < dense[1]

@@ -42,10 +42,9 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import footprint
 from orchestrator.sizing.footprint import Footprint
 from orchestrator.sizing.memory import experts as core_experts
-from orchestrator.sizing.memory import fragmentation, handwritten_layer
 from orchestrator.sizing.memory.attention import Attention
 from orchestrator.sizing.memory.cuda_allocator import LARGEST_SMALL, Block, Pool
-from orchestrator.sizing.memory.fragmentation import MICRO_BATCHES
+from orchestrator.sizing.memory.fragmentation import MICRO_BATCHES, Rehearsed, TrainStage
 from orchestrator.sizing.memory.timeline import allocated
 from tests.builders import make_spec
 
@@ -72,7 +71,7 @@ CLASSES = {
 }
 TOKENS, TILE_TOKENS = 512, 128
 SCALARS_BYTES = 16
-"""Seed, losses and borders of records; on a card they hide in the allocator's rounding."""
+"""Seed, losses and record boundaries; on a card they hide in the allocator's rounding."""
 
 
 class Traced(TorchDispatchMode):
@@ -151,7 +150,7 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def affine_on_a_gpu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, _factor: float = 1.0
 ) -> Tensor:
-    """As `ops.affine` has it on a card: in one product."""
+    """`ops.affine` as it is on a card: in one product."""
     return functional.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.t())
 
 
@@ -185,7 +184,7 @@ def peak_of_a_step(model: TrainingModel, plan: MemoryPlan) -> int:
     return traced.peak
 
 
-def flash_workspace_bytes(facts: ModelFacts) -> int:
+def attention_workspace_bytes(facts: ModelFacts) -> int:
     return Attention(
         tokens=TOKENS,
         records=1,
@@ -195,7 +194,7 @@ def flash_workspace_bytes(facts: ModelFacts) -> int:
         head_size=facts.head_dim,
         deterministic=True,
         multiprocessors=1,
-    ).whole_workspace_bytes
+    ).traced_workspace_bytes
 
 
 def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
@@ -207,7 +206,7 @@ def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
 
 @pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize(
-    ("model_type", "dropout", "recompute", "accumulation", "tile_tokens", "replayed"),
+    ("model_type", "dropout", "recompute", "accumulation", "tile_tokens", "captured"),
     [
         pytest.param("llama", "0", 0, 1, 8192, False, id="nothing recomputed"),
         pytest.param("llama", "0.05", 2, 2, 8192, False, id="some layers recomputed, dropout, accumulated"),
@@ -229,15 +228,14 @@ def test_every_tensor_of_a_training_step_is_counted(
     recompute: int,
     accumulation: int,
     tile_tokens: int,
-    replayed: bool,
+    captured: bool,
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", tile_tokens)
-    monkeypatch.setattr(ops, "can_be_captured", lambda _: replayed)
+    monkeypatch.setattr(ops, "can_be_captured", lambda _: captured)
     monkeypatch.setattr(CudaGraphs, "_graph", lambda *_: None)  # what runs before a graph is made
-    monkeypatch.setattr(trainer_facts, "CUDA_GRAPH_TOKENS", trainer_facts.CUDA_GRAPH_TOKENS if replayed else 0)
+    monkeypatch.setattr(trainer_facts, "CUDA_GRAPH_TOKENS", trainer_facts.CUDA_GRAPH_TOKENS if captured else 0)
     monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
-    handwritten_layer._walks.cache_clear()
     config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]]}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
@@ -246,8 +244,8 @@ def test_every_tensor_of_a_training_step_is_counted(
     measured = peak_of_two_micro_batches(tmp_path, adapter, plan)
     expected = predicted(facts, adapter, plan)
     # On the CPU a micro-batch is not copied; padded it is, and outlives the forward pass.
-    batch_bytes = 4 * 8 * TOKENS if replayed else 0
-    scalars = SCALARS_BYTES + (12 if replayed else 0)
+    batch_bytes = 4 * 8 * TOKENS if captured else 0
+    scalars = SCALARS_BYTES + (12 if captured else 0)
     assert measured == expected + batch_bytes + scalars
 
 
@@ -288,31 +286,32 @@ def large(events: Iterable[int]) -> list[tuple[list[int], int]]:
     return found
 
 
-def rehearsed_step(monkeypatch: pytest.MonkeyPatch, job: fragmentation.Rehearsed) -> list[int]:
+class RecordingPool(Pool):
+    """A pool of the allocator that writes down what it gives and takes back, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int] = []
+
+    def take(self, size_bytes: float) -> Block:
+        self.events.append(allocated(size_bytes))
+        return super().take(size_bytes)
+
+    def drop(self, block: Block) -> None:
+        self.events.append(-block.size)
+        super().drop(block)
+
+
+def rehearsed_step(job: Rehearsed) -> list[int]:
     """What comes and goes in the micro-batches of the second step."""
-    events: list[int] = []
-    take, drop = Pool.take, fragmentation.drop
-
-    def taken(pool: Pool, size: float) -> Block:
-        events.append(allocated(size))
-        return take(pool, size)
-
-    def dropped(block: Block) -> None:
-        events.append(-block.size)
-        drop(block)
-
-    monkeypatch.setattr(Pool, "take", taken)
-    monkeypatch.setattr(fragmentation, "drop", dropped)
-    stage = fragmentation._Stage(job)
-    for part in (stage._load, stage._make_adapter, stage._check, stage._make_optimizer):
-        part()
-    for _ in range(2):
-        events.clear()
-        for number in range(MICRO_BATCHES):
-            stage._micro_batch(stage._lasting, stage._pool, trains=True, accumulated=number > 0)
-        found = list(events)
-        stage._update()
-    return found
+    pool = RecordingPool()
+    stage = TrainStage(job, pool)
+    stage.set_up()
+    stage.micro_batches()
+    stage.update()
+    pool.events.clear()
+    stage.micro_batches()
+    return pool.events
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
@@ -356,9 +355,8 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
             for _ in range(MICRO_BATCHES):
                 model.accumulate(batch, divisor=1.0)
     spec = make_spec(sequence_length=LONG_ROW, packing=False).model_copy(update={"adapter": adapter})
-    question = Footprint(spec, facts, plan, records=1)._question
-    job = footprint._rehearsed(question, question.shape, recompute, evaluates=False)
-    assert large(traced.events) == large(rehearsed_step(monkeypatch, job))
+    job = Footprint(spec, facts, plan, records=1).rehearsed(recompute)
+    assert large(traced.events) == large(rehearsed_step(job))
 
 
 # --- mixtures of experts
@@ -385,9 +383,9 @@ def test_every_tensor_of_routed_experts_is_counted_whatever_the_routing(
     weights = torch.rand(TOKENS, 2)
     experts.mix(x[:8], index[:8], weights[:8])  # parts are found once
     walk = core_experts.Experts(tokens=TOKENS, hidden=hidden, mixture=mixture)
-    borders = 4 * (number + 1)  # on a card they hide in the allocator's rounding
-    assert peak_of(lambda: experts.mix(x, index, weights)) == walk.forward_bytes() + borders
-    assert peak_of(lambda: experts.mix_backward(grad, x, index, weights)) == walk.backward_bytes() + borders
+    boundaries = 4 * (number + 1)  # on a card they hide in the allocator's rounding
+    assert peak_of(lambda: experts.mix(x, index, weights)) == walk.forward_bytes() + boundaries
+    assert peak_of(lambda: experts.mix_backward(grad, x, index, weights)) == walk.backward_bytes() + boundaries
 
 
 def peak_of(work: Callable[[], object]) -> int:
@@ -411,7 +409,7 @@ def test_the_weights_of_a_mixture_are_counted_to_the_byte(family: str) -> None:
     assert footprint._weight_bytes(facts) == packed + biases
 
 
-class TracedFlash(packed.PackedAttention):
+class TracedAttention(packed.PackedAttention):
     """Attention as the layer tables' trace has it, and a workspace of the size that `sizing/memory/attention` gives."""
 
     def __init__(self, workspace_bytes: int) -> None:
@@ -427,9 +425,9 @@ class TracedFlash(packed.PackedAttention):
         torch.zeros(self._workspace_bytes, dtype=torch.uint8)
 
 
-def peak_of_plain_layers(folder: Path, adapter: AdapterSpec, plan: MemoryPlan, workspace_bytes: int) -> int:
-    """As `peak_of_two_micro_batches`, where transformers and PEFT compute the layers."""
-    attention = TracedFlash(workspace_bytes)
+def peak_of_traced_layers(folder: Path, adapter: AdapterSpec, plan: MemoryPlan, workspace_bytes: int) -> int:
+    """What `peak_of_two_micro_batches` gives, where transformers and PEFT compute the layers."""
+    attention = TracedAttention(workspace_bytes)
     base = load_base(folder, torch.device("cpu"), attention)
     for module in base.modules():
         if isinstance(module, Linear4bit):
@@ -497,10 +495,10 @@ def test_a_training_step_of_a_mixture_takes_what_its_layer_table_says(
     plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
     facts = ModelFacts.from_config(config, "main")
     assert facts.mixture is not None
-    measured = peak_of_plain_layers(tmp_path, adapter, plan, flash_workspace_bytes(facts))
+    measured = peak_of_traced_layers(tmp_path, adapter, plan, attention_workspace_bytes(facts))
     expected = predicted(facts, adapter, plan) + SCALARS_BYTES + 4 * (facts.mixture.experts + 1)
     # The first layer's input, of which the walk does not know when it goes; and the batch, which is not copied, but
-    # counted where it has not gone before the peak; and the numbers by which experts' answers are weighted, which some
+    # counted where it has not gone before the peak; and the numbers by which experts' outputs are weighted, which some
     # routers give in bfloat16.
     unsure = TOKENS * facts.hidden_size * 2 + 4 * 8 * TOKENS + 4 * TOKENS * EXPERTS[family]["num_experts_per_tok"]
     assert expected - unsure - SCALARS_BYTES <= measured <= expected

@@ -17,7 +17,7 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing.footprint import footprint, peak_bytes
 from orchestrator.sizing.hardware import find_card
 from orchestrator.sizing.memory.attention import Attention
-from orchestrator.sizing.step_time import Pace, Work
+from orchestrator.sizing.step_time import StepTime, Work
 from tests.builders import LLAMA_3_8B, make_spec
 
 TOKENS = 1024
@@ -37,7 +37,7 @@ def step_seconds() -> float:
     plan = MemoryPlan(micro_batch_size=1, accumulation_steps=16, recompute_layers=0, loss_chunk_tokens=1024)
     card = find_card("H200")
     assert card is not None
-    return Pace(make_spec(sequence_length=TOKENS), LLAMA_3_8B, Work()).step_seconds(plan, card)
+    return StepTime(make_spec(sequence_length=TOKENS), LLAMA_3_8B, Work()).step_seconds(plan, card)
 
 
 def attention() -> Attention:
@@ -50,7 +50,7 @@ def attention() -> Attention:
         head_size=256,
         deterministic=True,
         multiprocessors=132,
-        squashes=True,
+        softcaps=True,
     )
 
 
@@ -66,7 +66,7 @@ def score_tiles() -> int:
 SHARED: Iterable[tuple[str, object, Callable[[], object], Callable[[], object]]] = [
     ("CUDA_GRAPH_TOKENS", TOKENS - 1, lambda: Replay.takes(batch()), training_bytes),
     ("CUDA_GRAPH_TOKENS", TOKENS - 1, lambda: Replay.takes(batch()), step_seconds),
-    ("SCORES_BYTES", 1 << 20, score_tiles, lambda: attention().whole_workspace_bytes),
+    ("SCORES_BYTES", 1 << 20, score_tiles, lambda: attention().traced_workspace_bytes),
     ("CUBLAS_WORKSPACE_BYTES", 16 << 20, trainer_facts.cublas_workspace_config, cublas_bytes),
 ]
 

@@ -21,7 +21,7 @@ from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.verdict import Verdict
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.margins import DEFAULT, learned
-from orchestrator.sizing.plan_search import step_up
+from orchestrator.sizing.plan_search import escalate
 from orchestrator.sizing.step_time import Work
 
 MAX_BACKOFF_DOUBLINGS = 32  # keeps 2**n small; the wait is bounded by policy.backoff_max_seconds long before
@@ -196,7 +196,7 @@ def _escalate(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapsh
     if _limit_exceeded(draft):
         return _give_up(draft, verdict)
     margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
-    chosen = step_up(
+    chosen = escalate(
         draft.job.spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared), margins=margins
     )
     if isinstance(chosen, Refusal):

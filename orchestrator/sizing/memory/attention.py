@@ -1,8 +1,7 @@
 """Bytes of attention over packed records: what its backward pass takes by the way.
 
 Our own kernels (`qlora_trainer/kernels/triton_attention.py`) take next to nothing. Elsewhere sizes are those of torch's
-`mha_varlen_bwd` (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp). `sizing/memory/handwritten_layer`
-and
+`mha_varlen_bwd` (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ SOFTCAPPED_TYPES = frozenset({"gemma2"})
 ROWS_OF_A_RECORD = 128
 """Rows that flash attention keeps between two records' sums."""
 SCORES_ALIVE = 4
-"""Tiles of scores that are alive at once where attention is computed in plain sight."""
+"""Tiles of scores that are alive at once where attention is computed tile by tile."""
 ROUNDED_FINELY = 128
 """Heads up to this size are rounded to a multiple of 32, larger ones to one of 64."""
 SHORT_RECORD_TOKENS = 64
@@ -39,16 +38,16 @@ class Attention:
 
     tokens: int
     records: int
-    """At the least: fewer take more partial sums, more take more rows between them."""
+    """The fewest that there can be: fewer take more partial sums, more take more rows between them."""
     most_records: int
     query_heads: int
     key_heads: int
     head_size: int
     deterministic: bool
     multiprocessors: int
-    """Of the card: in deterministic mode each sums for itself."""
-    squashes: bool = False
-    """Whether scores are squashed, which flash attention cannot (Gemma 2)."""
+    """How many the card has: in deterministic mode each sums for itself."""
+    softcaps: bool = False
+    """Whether scores are softcapped, which flash attention cannot (Gemma 2)."""
 
     @cached_property
     def query_width(self) -> int:
@@ -62,7 +61,7 @@ class Attention:
 
     @cached_property
     def logsumexp_bytes(self) -> int:
-        """What is kept beside query, key, value and answer."""
+        """What is kept beside query, key, value and output."""
         return self.query_heads * self.tokens * FP32_BYTES
 
     @cached_property
@@ -71,18 +70,18 @@ class Attention:
         if self.head_size <= trainer_facts.LARGEST_TRITON_HEAD:
             return (allocated(self.query_heads * self.tokens * FP32_BYTES),)
         widths = (self.query_width, self.key_width, self.key_width)
-        return (*(allocated(self.tokens * width * BF16_BYTES) for width in widths), *self._flash_workspace())
+        return (*(allocated(self.tokens * width * BF16_BYTES) for width in widths), *self._torch_workspace())
 
     @cached_property
-    def whole_workspace_bytes(self) -> int:
-        """Beside the gradients, where transformers computes the layer."""
-        if self.squashes:
+    def traced_workspace_bytes(self) -> int:
+        """What comes and goes beside the gradients, where transformers computes the layer."""
+        if self.softcaps:
             tile = min(trainer_facts.SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
             return SCORES_ALIVE * tile + 2 * allocated(self.tokens * self.key_width * FP32_BYTES)
-        return sum(self._flash_workspace())
+        return sum(self._torch_workspace())
 
-    def _flash_workspace(self) -> tuple[int, ...]:
-        """Of a row whose records are more or fewer."""
+    def _torch_workspace(self) -> tuple[int, ...]:
+        """The largest for any number of records that the row can have."""
         return max((self._workspace_for(records) for records in {self.records, self.most_records}), key=sum)
 
     def _workspace_for(self, records: int) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ class Segment:
         return rest
 
     def _merged(self, block: Block) -> Block:
-        """With its free neighbors of the same kind."""
+        """The block with its free neighbors of the same kind."""
         before, behind = block.before, block.behind
         if behind is not None and behind.free and behind.mapped == block.mapped:
             self._remove(behind)
@@ -186,12 +186,11 @@ class Pool:
         size = allocated(size_bytes)
         return (self._small if size <= LARGEST_SMALL else self._large).take(size)
 
+    def drop(self, block: Block) -> None:
+        """The tensor is gone."""
+        block.segment.drop(block)
+
     def give_back_pages(self) -> None:
         """Unmap every page that is wholly free."""
         self._small.give_back_pages()
         self._large.give_back_pages()
-
-
-def drop(block: Block) -> None:
-    """The tensor is gone."""
-    block.segment.drop(block)

@@ -25,12 +25,12 @@ class Experts:
     mixture: Mixture
 
     def forward_bytes(self) -> int:
-        """`NF4Experts.mix` at its highest, its answer counted."""
+        """`NF4Experts.mix` at its highest, its output counted."""
         tile = self._tile()
         return self._stream + tile.forward_bytes()
 
     def backward_bytes(self) -> int:
-        """`NF4Experts.mix_backward` at its highest, its answers counted."""
+        """`NF4Experts.mix_backward` at its highest, its outputs counted."""
         weights = allocated(self.tokens * self.mixture.experts_per_token * FP32_BYTES)
         return self._stream + weights + self._tile().backward_bytes()
 
@@ -57,7 +57,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tile:
-    """Sizes in bytes."""
+    """What goes through the experts together; sizes in bytes."""
 
     order: int
     scalars: int
@@ -68,7 +68,7 @@ class _Tile:
     """The rows, as wide as an expert."""
     dense_gate_up: int
     dense_down: int
-    """As many of the experts' matrices as are dequantized at a time."""
+    """The experts' matrices that are dequantized at a time."""
 
     def forward_bytes(self) -> int:
         """`_mix_tile`."""

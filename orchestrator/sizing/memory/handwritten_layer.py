@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
-from orchestrator.api import trainer_facts
 from orchestrator.sizing.memory.attention import Attention
 from orchestrator.sizing.memory.experts import INDEX_BYTES, Experts
 from orchestrator.sizing.memory.linear_layers import Group
@@ -32,6 +32,8 @@ class FusedLayer:
     rank: int
     drops: bool
     """Whether the adapters' inputs are dropped out."""
+    mlp_tile_tokens: int
+    """Tokens that the MLP takes at a time where it recomputes."""
     normalizes_heads: bool
     attention: Attention
     qkv: Group
@@ -39,7 +41,7 @@ class FusedLayer:
     gate_up: Group
     down: Group
     experts: Experts | None
-    """In the place of the MLP: then `gate_up` and `down` are empty."""
+    """Routed experts in the place of the MLP, whose `gate_up` and `down` are empty then."""
 
     def of(self, width: int, tokens: int | None = None) -> int:
         """A bf16 tensor of [tokens, width]."""
@@ -79,17 +81,17 @@ class LayerBytes:
     """What a layer takes beside what other layers keep."""
 
     kept: int
-    """From its forward to its backward pass."""
+    """What stays from its forward to its backward pass."""
     first_kept: int
-    """By the first layer, whose input needs no gradient."""
+    """What the first layer keeps, whose input needs no gradient."""
     released: int
-    """Of that, before the loss: the decoder holds its embeddings to its end."""
+    """What of that goes before the loss: the decoder holds its embeddings to its end."""
     forward_peak: int
-    """Its input counted."""
+    """The peak with its input."""
     backward_peak: int
-    """What it kept and the gradient to its output counted."""
+    """The peak with what it kept and the gradient to its output."""
     gradients: int
-    """Of its adapters, once it is done."""
+    """Those of its adapters, once it is done."""
 
 
 def layer_bytes(layer: FusedLayer, *, offloaded: bool) -> tuple[LayerBytes, LayerBytes]:
@@ -127,27 +129,27 @@ def _kept_layer(layer: FusedLayer) -> LayerBytes:
 
 
 def kept_forward(t: Walk, layer: FusedLayer) -> None:
-    """From `x` to `out`, beside which stays what the way back needs."""
+    """The way from `x` to `out`, beside which stays what the way back needs."""
     _attend(t, layer)
     _mlp(t, layer)
 
 
 def kept_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
-    """From `grad`, `x` and what was kept to the adapters' gradients and, but for the first layer, `x_grad`."""
+    """The way back from `grad`, `x` and what was kept to gradients and, but for the first layer, `x_grad`."""
     _mlp_backward(t, layer, recomputes=False)
     _attention_backward(t, layer, recomputes=False)
     _qkv_backward(t, layer, first=first)
 
 
 def recomputed_forward(t: Walk, layer: FusedLayer) -> None:
-    """From `x` to `out`."""
+    """The way from `x` to `out`, which leaves nothing else."""
     _attend(t, layer)
     _drop_attended(t)
     _mlp_in_tiles(t, layer)
 
 
 def recomputed_backward(t: Walk, layer: FusedLayer, *, fetches: bool, first: bool) -> None:
-    """The same from `grad` and `x`; where the input of the layer below is in host memory, it is fetched."""
+    """The way back from `grad` and `x`; where the input of the layer below is in host memory, it is fetched."""
     _recomputed_to_queries(t, layer)
     _from_queries(t, layer, fetches=fetches, first=first)
 
@@ -185,26 +187,26 @@ def _attend(t: Walk, layer: FusedLayer) -> None:
     t.take(normalized=layer.stream)
     _group_forward(t, layer, layer.qkv, "qkv", "qkv_low")
     t.drop("normalized")
-    _turn_heads(t, layer)
-    t.take(answer=layer.query, logsumexp=layer.attention.logsumexp_bytes)
+    _rotate_heads(t, layer)
+    t.take(attention_output=layer.query, logsumexp=layer.attention.logsumexp_bytes)
     _group_forward(t, layer, layer.output, "middle", "output_low")
     if layer.normalizes_heads:
-        t.drop("turned_query", "turned_key")
+        t.drop("rotated_query", "rotated_key")
 
 
-def _turn_heads(t: Walk, layer: FusedLayer) -> None:
-    """`FusedLayer._turned`: normalized heads are copies, made from copies without gaps."""
+def _rotate_heads(t: Walk, layer: FusedLayer) -> None:
+    """`FusedLayer._rotated`: normalized heads are copies, made from copies without gaps."""
     if layer.normalizes_heads:
-        t.take(copy=layer.query, turned_query=layer.query)
+        t.take(copy=layer.query, rotated_query=layer.query)
         t.drop("copy")
-        t.take(copy=layer.key, turned_key=layer.key)
+        t.take(copy=layer.key, rotated_key=layer.key)
         t.drop("copy")
 
 
 def _take_kept(t: Walk, layer: FusedLayer) -> None:
     t.take(
         qkv=layer.of(layer.qkv.outputs),
-        answer=layer.query,
+        attention_output=layer.query,
         logsumexp=layer.attention.logsumexp_bytes,
         qkv_low=layer.low(layer.qkv),
         output_low=layer.low(layer.output),
@@ -216,7 +218,7 @@ def _take_kept(t: Walk, layer: FusedLayer) -> None:
 
 
 def _drop_attended(t: Walk) -> None:
-    t.drop("qkv", "answer", "logsumexp", "qkv_low", "output_low")
+    t.drop("qkv", "attention_output", "logsumexp", "qkv_low", "output_low")
 
 
 def _mlp(t: Walk, layer: FusedLayer) -> None:
@@ -234,15 +236,15 @@ def _mlp(t: Walk, layer: FusedLayer) -> None:
 
 def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp_in_tiles`."""
-    if layer.tokens <= trainer_facts.MLP_TILE_TOKENS or layer.experts is not None:
+    if layer.tokens <= layer.mlp_tile_tokens or layer.experts is not None:
         return _mlp(t, layer)
     t.take(out=layer.stream, gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes)
     before: tuple[str, ...] = ()
-    for number, tokens in enumerate(_tiles(layer)):
+    for tokens, suffix, _ in _tiles(layer):
         t.take(normalized=layer.of(layer.hidden, tokens))
         _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tokens, weight_is_there=True)
         t.drop("gate_up_low")
-        product = f"product {number}"
+        product = f"product{suffix}"
         t.take(**{product: layer.of(layer.inner, tokens)})
         t.drop("normalized", "gate_up", *before)  # the one before is there until there is another
         _group_forward(t, layer, layer.down, "down", "down_low", tokens, weight_is_there=True)
@@ -252,12 +254,22 @@ def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
     return None
 
 
-def _tiles(layer: FusedLayer) -> Iterator[int]:
-    """Their tokens."""
-    whole, rest = divmod(layer.tokens, trainer_facts.MLP_TILE_TOKENS)
-    yield from (trainer_facts.MLP_TILE_TOKENS for _ in range(min(whole, TILES_WALKED)))
-    if rest:
-        yield rest
+class _Tile(NamedTuple):
+    """Tokens that go through the MLP together."""
+
+    tokens: int
+    suffix: str = ""
+    """What the names of its gradients end with."""
+    down_weight_is_there: bool = False
+    """Dense, for all tiles."""
+
+
+def _tiles(layer: FusedLayer) -> Iterator[_Tile]:
+    """The first whole ones, and the rest."""
+    whole, rest = divmod(layer.tokens, layer.mlp_tile_tokens)
+    sizes = [layer.mlp_tile_tokens] * min(whole, TILES_WALKED) + ([rest] if rest else [])
+    for number, tokens in enumerate(sizes):
+        yield _Tile(tokens, f" of tile {number}", down_weight_is_there=True)
 
 
 def _group_forward(
@@ -297,73 +309,71 @@ def _mlp_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None:
     if layer.experts is not None:
         _mixture_backward(t, layer, layer.experts)
     elif not recomputes:
-        _mlp_tile_backward(t, layer, layer.tokens, recomputes=False)
-    elif layer.tokens <= trainer_facts.MLP_TILE_TOKENS:
+        _mlp_tile_backward(t, layer, _Tile(layer.tokens), recomputes=False)
+    elif layer.tokens <= layer.mlp_tile_tokens:
         t.take(gate_up_weight=layer.gate_up.dense_bytes)
-        _mlp_tile_backward(t, layer, layer.tokens, recomputes=True)
+        _mlp_tile_backward(t, layer, _Tile(layer.tokens), recomputes=True)
         t.drop("gate_up_weight")
     else:
         _mlp_tiles_backward(t, layer)
 
 
 def _mlp_tiles_backward(t: Walk, layer: FusedLayer) -> None:
-    """The same over more than one tile; the adapters' gradients are summed in float32."""
-    gradients: dict[str, int] = {}
-    for group, name in ((layer.gate_up, "gate_up"), (layer.down, "down")):
-        if group.adapters:
-            *of_b, of_a = _gradients(layer, group, name).items()
-            gradients |= dict([of_a, *of_b])
+    """`FusedLayer._mlp_backward` over more than one tile; the adapters' gradients are summed in float32."""
+    gradients = _mlp_gradients(layer)
     sums = {f"{name} summed": 2 * size for name, size in gradients.items()}
     t.take(gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes, middle_grad=layer.stream)
     before: list[str] = []
-    for number, tokens in enumerate(_tiles(layer)):
-        of = f" of tile {number}"
-        _mlp_tile_backward(t, layer, tokens, recomputes=True, down_weight_is_there=True, of=of)
-        t.drop(f"middle_grad{of}")
+    for number, tile in enumerate(_tiles(layer)):
+        _mlp_tile_backward(t, layer, tile, recomputes=True)
+        t.drop(f"middle_grad{tile.suffix}")
         if number == 0:
             t.take(**sums)
         t.drop(*before)
-        before = [f"{name}{of}" for name in gradients]
+        before = [f"{name}{tile.suffix}" for name in gradients]
     t.take(**gradients)
     t.drop("gate_up_weight", "down_weight", *sums, *before)
 
 
-def _mlp_tile_backward(
-    t: Walk,
-    layer: FusedLayer,
-    tokens: int,
-    *,
-    recomputes: bool,
-    down_weight_is_there: bool = False,
-    of: str = "",
-) -> None:
-    """`FusedLayer._mlp_tile_backward`; leaves `middle_grad` and gradients, with `of` at the end of their names."""
+def _mlp_gradients(layer: FusedLayer) -> dict[str, int]:
+    """The gradients of the MLP's adapters in the order of their sums: of each group's A, and of its Bs."""
+    found: dict[str, int] = {}
+    for group, name in ((layer.gate_up, "gate_up"), (layer.down, "down")):
+        if group.adapters:
+            *of_b, of_a = _gradients(layer, group, name).items()
+            found |= dict([of_a, *of_b])
+    return found
+
+
+def _mlp_tile_backward(t: Walk, layer: FusedLayer, tile: _Tile, *, recomputes: bool) -> None:
+    """`FusedLayer._mlp_tile_backward`; leaves `middle_grad` and gradients, with the tile's suffix to their names."""
+    tokens, suffix = tile.tokens, tile.suffix
     inner, stream = layer.of(layer.inner, tokens), layer.of(layer.hidden, tokens)
     t.take(normalized=stream)
     if recomputes:
         _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tokens, weight_is_there=True)
     t.take(down_low_grad=layer.low(layer.down, tokens))
-    _input_gradient(t, layer, layer.down, "product", tokens, weight_is_there=down_weight_is_there)
+    _input_gradient(t, layer, layer.down, "product", tokens, weight_is_there=tile.down_weight_is_there)
     if recomputes:
         _low(t, layer, layer.down, "down_low", tokens)
-    _adapter_gradients(t, layer, layer.down, "down", inner, of)
+    _adapter_gradients(t, layer, layer.down, "down", inner, suffix)
     t.drop("product")
     t.take(low_grad=layer.low(layer.gate_up, tokens))
     t.drop("down_low_grad")
-    _adapter_gradients(t, layer, layer.gate_up, "gate_up", stream, of)
+    _adapter_gradients(t, layer, layer.gate_up, "gate_up", stream, suffix)
     t.drop("normalized")
     _input_gradient(t, layer, layer.gate_up, "normalized_grad", tokens, weight_is_there=recomputes)
-    t.take(**{f"middle_grad{of}": stream})
+    t.take(**{f"middle_grad{suffix}": stream})
     t.drop("normalized_grad", "low_grad")
     if recomputes:
         t.drop("gate_up", "gate_up_low", "down_low")
 
 
-def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, input_bytes: int, of: str = "") -> None:
+def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, input_bytes: int, suffix: str = "") -> None:
     """`LinearGroup.adapter_gradients`: of each B, and then of A, for which the input is dropped out anew."""
     if not group.adapters:
         return
-    *of_b, of_a = _gradients(layer, group, name, of).items()
+    *of_b, of_a = _gradients(layer, group, name, suffix).items()
     t.take(**dict(of_b))
     if layer.drops:
         t.take(dropped=input_bytes)
@@ -372,10 +382,13 @@ def _adapter_gradients(t: Walk, layer: FusedLayer, group: Group, name: str, inpu
         t.drop("dropped")
 
 
-def _gradients(layer: FusedLayer, group: Group, name: str, of: str = "") -> dict[str, int]:
+def _gradients(layer: FusedLayer, group: Group, name: str, suffix: str = "") -> dict[str, int]:
     """Those of a group's adapters by name."""
     *of_b, of_a = group.gradients(layer.rank)
-    return {**{f"{name}_b{n}_gradients{of}": size for n, size in enumerate(of_b)}, f"{name}_a_gradients{of}": of_a}
+    return {
+        **{f"{name}_b{n}_gradients{suffix}": size for n, size in enumerate(of_b)},
+        f"{name}_a_gradients{suffix}": of_a,
+    }
 
 
 def _input_gradient(
@@ -394,16 +407,16 @@ def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None
     """`FusedLayer._attention_backward`, and the end of `Attended` where the layer had made it anew."""
     t.take(low_grad=layer.low(layer.output))
     _adapter_gradients(t, layer, layer.output, "output", layer.query)
-    _input_gradient(t, layer, layer.output, "answer_grad")
+    _input_gradient(t, layer, layer.output, "attention_output_grad")
     t.take(qkv_grad=layer.of(layer.qkv.outputs))
-    _turn_heads(t, layer)
+    _rotate_heads(t, layer)
     t.passing(**{f"attention {number}": size for number, size in enumerate(layer.attention.workspace)})
     if layer.normalizes_heads:
-        t.drop("turned_query", "turned_key")
+        t.drop("rotated_query", "rotated_key")
         _head_norms_backward(t, layer)
-    t.drop("answer_grad", "low_grad")
+    t.drop("attention_output_grad", "low_grad")
     if recomputes:
-        t.drop("answer", "logsumexp", "output_low", "qkv")
+        t.drop("attention_output", "logsumexp", "output_low", "qkv")
 
 
 # --- mixtures of experts
@@ -415,14 +428,14 @@ def _mixture(t: Walk, layer: FusedLayer, experts: Experts) -> None:
     _route(t, layer, experts)
     t.passing(experts=experts.forward_bytes())
     t.take(out=layer.stream)
-    t.drop("normalized", "chosen", "chances")
+    t.drop("normalized", "chosen", "probabilities")
 
 
 def _route(t: Walk, layer: FusedLayer, experts: Experts) -> None:
-    """`Router.__call__`; leaves the `chosen` experts, and their `chances` in the router's type."""
+    """`Router.__call__`; leaves the `chosen` experts, and their `probabilities` in the router's type."""
     count, each = experts.mixture.experts, experts.mixture.experts_per_token
     t.take(logits=layer.of(count), softmax=layer.per_expert(count, FP32_BYTES))
-    t.take(chosen=layer.per_expert(each, INDEX_BYTES), chances=layer.per_expert(each, FP32_BYTES))
+    t.take(chosen=layer.per_expert(each, INDEX_BYTES), probabilities=layer.per_expert(each, FP32_BYTES))
     t.drop("logits", "softmax")
 
 
@@ -432,15 +445,15 @@ def _mixture_backward(t: Walk, layer: FusedLayer, experts: Experts) -> None:
     t.take(normalized=layer.stream)
     _route(t, layer, experts)
     t.passing(experts=experts.backward_bytes())
-    t.take(normalized_grad=layer.stream, chance_grad=layer.per_expert(each, FP32_BYTES))
+    t.take(normalized_grad=layer.stream, probabilities_grad=layer.per_expert(each, FP32_BYTES))
     t.passing(
         softmax=layer.per_expert(count, FP32_BYTES),
-        slope=layer.per_expert(count, FP32_BYTES),
+        softmax_grad=layer.per_expert(count, FP32_BYTES),
         logits_grad=layer.of(count),
         router_grad=layer.stream,
     )
     t.take(middle_grad=layer.stream)
-    t.drop("normalized", "normalized_grad", "chosen", "chances", "chance_grad")
+    t.drop("normalized", "normalized_grad", "chosen", "probabilities", "probabilities_grad")
 
 
 def _head_norms_backward(t: Walk, layer: FusedLayer) -> None:

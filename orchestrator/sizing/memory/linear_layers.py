@@ -13,7 +13,7 @@ from functools import lru_cache
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.sizing.memoized import remembered
+from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.timeline import BF16_BYTES, allocated
 
 CODE_BYTES = 64
@@ -37,7 +37,7 @@ class Linear:
 
     @property
     def weight_bytes(self) -> int:
-        """As bitsandbytes keeps it: packed weights, scales, scales of scales, the code and the offset."""
+        """What bitsandbytes keeps: packed weights, scales, scales of scales, the code and the offset."""
         scales = -(-self.parameters // trainer_facts.NF4_BLOCK)
         outer = -(-scales // trainer_facts.NF4_SCALE_BLOCK)
         tensors = (-(-self.parameters // 2), scales, 4 * outer, CODE_BYTES, OFFSET_BYTES)
@@ -51,7 +51,7 @@ class Group:
     inputs: int
     outputs: int
     adapted_outputs: tuple[int, ...]
-    """Of each member with an adapter."""
+    """Outputs of each member with an adapter."""
 
     @property
     def adapters(self) -> int:
@@ -69,7 +69,7 @@ class Group:
         return tuple(count * BF16_BYTES for count in elements)
 
     def gradient_bytes(self, rank: int) -> int:
-        """Of them all."""
+        """The sum of `gradients` as the allocator hands it out."""
         return _gradient_bytes(self, rank)
 
 
@@ -78,7 +78,7 @@ def _gradient_bytes(group: Group, rank: int) -> int:
     return sum(map(allocated, group.gradients(rank)))
 
 
-@remembered(MODELS_KEPT)
+@memoized(MODELS_KEPT)
 def linears(facts: ModelFacts) -> tuple[Linear, ...]:
     """The matrices of one decoder layer, in the order of its modules."""
     h, i = facts.hidden_size, facts.intermediate_size
@@ -107,7 +107,7 @@ def linears(facts: ModelFacts) -> tuple[Linear, ...]:
 
 
 def _mlp(facts: ModelFacts) -> dict[str, tuple[int, int]]:
-    """In a mixture, what every token goes through beside the routed experts (`sizing/memory/experts`), and its gate."""
+    """The MLP; in a mixture what every token goes through beside the routed experts (`sizing/memory/experts`)."""
     h, i = facts.hidden_size, facts.intermediate_size
     gate: dict[str, tuple[int, int]] = {}
     if facts.mixture is not None:

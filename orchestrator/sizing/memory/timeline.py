@@ -46,7 +46,7 @@ class Timeline:
         self.peak_bytes = 0
 
     def copy(self) -> Timeline:
-        """To go on from here in more ways than one."""
+        """A second timeline that goes on from here."""
         other = Timeline()
         other._held = dict(self._held)
         other.live_bytes, other.peak_bytes = self.live_bytes, self.peak_bytes

@@ -1,9 +1,9 @@
 """Bytes of a decoder layer that transformers and PEFT compute, with autograd.
 
-`sizing/footprint` is the caller, for architectures that `sizing/memory/handwritten_layer` does not know and for
+These are the layers of types without a hand-written one (`sizing/memory/handwritten_layer`), and of all types under
 adapters with extras (DoRA). What such a layer takes is not written down here but traced from transformers' own modules:
 `benchmarks.layer_trace` runs a layer on tensors without memory, and `api/traced_layers.json` keeps, for each instant
-that can be the peak, a sum of products of widths. What flash attention and routed experts take by the way is
+that can be the peak, a sum of products of widths. What attention and routed experts take by the way is
 `sizing/memory/attention`'s and `sizing/memory/experts`' business. An architecture that is not in there is sized like
 Llama's layer.
 
@@ -36,12 +36,12 @@ UNKNOWN = "llama"
 
 Moment = tuple[str, Mapping[str, float]]
 """What is at work that takes bytes of its own, if anything is, and bytes for each product of widths."""
-FLASH, EXPERTS_FORWARD, EXPERTS_BACKWARD = "flash", "experts forward", "experts backward"
-"""Of a moment: flash attention's backward pass, and either pass of routed experts."""
+ATTENTION, EXPERTS_FORWARD, EXPERTS_BACKWARD = "attention workspace", "experts forward", "experts backward"
+"""What can be at work: attention's backward pass with its workspace, and either pass of routed experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlainLayer:
+class TracedLayer:
     """One layer, and the micro-batch that goes through it."""
 
     tokens: int
@@ -73,7 +73,7 @@ class PlainLayer:
 
     def workspaces(self) -> dict[str, int]:
         """Bytes of whatever is at work at a moment."""
-        found = {"": 0, FLASH: self.attention.whole_workspace_bytes}
+        found = {"": 0, ATTENTION: self.attention.traced_workspace_bytes}
         if self.facts.mixture is not None:
             experts = Experts(tokens=self.tokens, hidden=self.facts.hidden_size, mixture=self.facts.mixture)
             found |= {EXPERTS_FORWARD: experts.forward_bytes(), EXPERTS_BACKWARD: experts.backward_bytes()}
@@ -98,7 +98,7 @@ class _Table:
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> _Table:
-        """From the file's sparse polynomials."""
+        """The table with the file's sparse polynomials."""
         single: dict[str, Mapping[str, float]] = {name: table[name] for name in ("kept", "first", "released", "loss")}
         several: dict[str, list[Moment]] = {name: table[name] for name in ("forward", "backward", "norm")}
         polynomials = (*single.values(), *(moment[1] for each in several.values() for moment in each))
@@ -121,13 +121,13 @@ class _Table:
             norm=moments("norm"),
         )
 
-    def amounts(self, layer: PlainLayer) -> list[int]:
+    def amounts(self, layer: TracedLayer) -> list[int]:
         """The value of every product."""
         values = layer.values()
         return [prod(values[letter] for letter in product) for product in self.products]
 
 
-def _table(layer: PlainLayer, recomputes: bool) -> _Table:
+def _table(layer: TracedLayer, recomputes: bool) -> _Table:
     few = {linear.name for linear in layer.adapted} <= FEW_TARGETS
     adapters = ("few" if few else "all") + (" dora" if layer.dora else "")
     return _read(layer.facts.model_type, adapters, recomputes, layer.drops)
@@ -142,7 +142,7 @@ def _read(model_type: str, adapters: str, recomputes: bool, drops: bool) -> _Tab
     )
 
 
-def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
+def traced_layer_bytes(layer: TracedLayer, *, recomputes: bool) -> LayerBytes:
     """A layer's bytes; one that recomputes keeps its input."""
     table = _table(layer, recomputes)
     amounts, workspaces = table.amounts(layer), layer.workspaces()
@@ -156,7 +156,7 @@ def plain_layer(layer: PlainLayer, *, recomputes: bool) -> LayerBytes:
     )
 
 
-def final_norm(layer: PlainLayer, *, recomputes: bool) -> tuple[int, int]:
+def final_norm(layer: TracedLayer, *, recomputes: bool) -> tuple[int, int]:
     """Bytes while the loss is computed, and at the most from there back to the last layer, beside what layers keep.
 
     The last layer's output, the normalized states and the gradient to them are among them.
@@ -174,7 +174,7 @@ def _bytes(coefficients: Sequence[float], amounts: Sequence[int]) -> int:
     return round(sum(map(mul, coefficients, amounts)))
 
 
-def _gradient_bytes(layer: PlainLayer) -> int:
+def _gradient_bytes(layer: TracedLayer) -> int:
     each = (
         allocated(layer.rank * linear.inputs * BF16_BYTES)
         + allocated(layer.rank * linear.outputs * BF16_BYTES)
