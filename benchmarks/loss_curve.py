@@ -24,7 +24,7 @@ import torch
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.training_model import TrainingModel
-from qlora_trainer.training.loop import clip, gradient_norm
+from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.optimizer import AdapterOptimizer
 from transformers import AutoTokenizer
 

@@ -46,7 +46,7 @@ from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 from qlora_trainer.training import runtime
-from qlora_trainer.training.loop import clip, gradient_norm
+from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.optimizer import AdapterOptimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -38,9 +38,9 @@ from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training import runtime
-from qlora_trainer.training.loop import arithmetic, clip, gradient_norm
+from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.optimizer import AdapterOptimizer
-from qlora_trainer.training.telemetry import Card
+from qlora_trainer.training.telemetry import Card, arithmetic
 from transformers import PreTrainedModel
 
 from benchmarks.cases import Case, cap_memory, measured, peaks, start_afresh

@@ -17,8 +17,8 @@ from pathlib import Path
 import fsspec
 import pytest
 from qlora_trainer.outcome import FencedError, Transient, UserError
-from qlora_trainer.storage import backends
 from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.uri import local_path
 
@@ -234,11 +234,9 @@ def test_a_full_disk_is_transient_names_the_store_and_loses_nothing(small_disk: 
 def test_a_store_that_does_not_answer_is_asked_again_and_then_transient(monkeypatch: pytest.MonkeyPatch) -> None:
     # Port 9 of the loopback answers nobody; a real client with real errors meets it.
     pytest.importorskip("s3fs")
-    monkeypatch.setattr(backends, "TRIES", 2)
-    monkeypatch.setattr(backends, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own tries, on top of which come ours
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with pytest.raises(Transient, match=r"s3://bucket/job: the store does not answer"):
-        JobStore("s3://bucket/job").take_fence(1)
+        JobStore("s3://bucket/job", Backoff(tries=2, first_pause_seconds=0.01)).take_fence(1)

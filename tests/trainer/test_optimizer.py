@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_trainer.training import optimizer
 from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
 from torch import Tensor
 from torch.nn import Parameter
@@ -74,13 +73,12 @@ def test_state_is_copied_into_the_optimizers_own_buffers() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_one_piece_or_many_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_piece_or_many_changes_no_bit(name: str) -> None:
     spec = make_spec(optimizer=name, weight_decay="0.1")
     ends, states = [], []
     for largest in (1 << 28, 2 * 64 * 96, 0):  # A, B and C in one piece; in two; each on its own
-        monkeypatch.setattr(optimizer, "LARGEST_PIECE", largest)
         parameters = make_parameters() | {C: Parameter(torch.ones(64, 96, dtype=torch.bfloat16))}
-        adam = AdapterOptimizer(parameters.items(), spec)
+        adam = AdapterOptimizer(parameters.items(), spec, largest_piece=largest)
         addresses = sorted(parameters[key].data_ptr() for key in (A, B, C))
         if largest:
             assert [place - addresses[0] for place in addresses] == [0, 2 * 64 * 96, 4 * 64 * 96]

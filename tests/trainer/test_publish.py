@@ -227,28 +227,28 @@ from qlora_trainer import publish
 from orchestrator.api.task import StageTask
 
 kill_at = None
-borders = 0
+instants = 0
 
-def border():
-    global borders
-    if borders == kill_at:
+def instant():
+    global instants
+    if instants == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
-    borders += 1
+    instants += 1
 
-def bordered(method):
+def interruptible(method):
     def call(*arguments, **named):
-        border()
-        answer = method(*arguments, **named)
-        border()
-        return answer
+        instant()
+        output = method(*arguments, **named)
+        instant()
+        return output
     return call
 
-# Each call that changes or asks MLflow is an instant to be killed at, before it and after it.
+# Before and after each call that changes or asks MLflow is an instant to be killed at.
 for name in ("get_run", "get_metric_history", "log_batch", "search_logged_models", "create_logged_model",
              "log_model_artifacts", "finalize_logged_model", "search_model_versions", "create_registered_model",
              "create_model_version", "set_registered_model_alias"):
-    setattr(MlflowClient, name, bordered(getattr(MlflowClient, name)))
-mlflow.pyfunc.save_model = bordered(mlflow.pyfunc.save_model)
+    setattr(MlflowClient, name, interruptible(getattr(MlflowClient, name)))
+mlflow.pyfunc.save_model = interruptible(mlflow.pyfunc.save_model)
 
 def in_child(task, kill):
     global kill_at
@@ -265,7 +265,7 @@ os.environ["MLFLOW_TRACKING_URI"] = sys.argv[2]
 experiment = MlflowClient().create_experiment("warm-up", artifact_location=sys.argv[3])
 publish.run(warm_up.model_copy(update={"run_id": MlflowClient().create_run(experiment).info.run_id}))
 os.environ["MLFLOW_TRACKING_URI"] = uri
-borders = 0
+instants = 0
 
 killed = 0
 for kill, line in enumerate(sys.stdin):
@@ -280,12 +280,12 @@ def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_mo
     client: MlflowClient, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path)
-    borders = 26
-    tasks = [make_task(client, store, uid=f"u-{kill}", registered_model=f"m-{kill}") for kill in range(borders + 1)]
+    instants = 26
+    tasks = [make_task(client, store, uid=f"u-{kill}", registered_model=f"m-{kill}") for kill in range(instants + 1)]
     lines = "\n".join(task.model_dump_json(by_alias=True) for task in tasks)
     elsewhere = (f"sqlite:///{tmp_path}/warm-up.db", (tmp_path / "warm-up").as_uri())
     killed = int(run_python(KILLS, tasks[0].model_dump_json(by_alias=True), *elsewhere, stdin=lines).splitlines()[-1])
-    assert killed == borders, "the last of these must have come through unharmed, the others not"
+    assert killed == instants, "the last of these must have come through unharmed, the others not"
     for kill, task in enumerate(tasks):
         assert versions(client, f"m-{kill}") == ["1"], f"kill {kill}"
         assert len(logged_models(client, f"u-{kill}")) == 1, f"kill {kill}"

@@ -1,4 +1,4 @@
-"""Being asked to stop: by signal or by the agent, at start-up, at a border, or in the middle of a long step."""
+"""Being asked to stop: by signal or by the agent, at start-up, at a step boundary, or in the middle of a long step."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_signal_is_noticed_while_the_main_thread_is_deep_in_native_code() -> N
 # --- the watchdog
 
 
-def test_the_watchdog_rescues_when_the_notice_runs_out_and_never_inside_an_update() -> None:
+def test_the_watchdog_rescues_when_the_grace_period_runs_out_and_never_inside_an_update() -> None:
     stop, lock, rescued = Stop(grace_seconds=30), threading.RLock(), threading.Event()
     watchdog = Watchdog(stop, lock, seconds_needed=lambda: 29.8, rescue=rescued.set)
     with watchdog.watching():
@@ -285,14 +285,14 @@ def test_a_job_obeys_its_agent_and_answers_with_the_checkpoint(
 # --- inside a step
 
 
-WAYS_OUT = ("the notice is shorter than the rest of step", "the notice runs out inside step")
+WAYS_OUT = ("the grace period is shorter than the rest of step", "the grace period runs out inside step")
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 64])
-def test_a_step_that_outlasts_the_notice_is_given_up_and_the_border_before_it_is_saved(
+def test_a_step_that_outlasts_the_grace_period_is_given_up_and_the_boundary_before_it_is_saved(
     tmp_path: Path, micro_batch_size: int
 ) -> None:
-    """With many micro-batches the loop itself may see it; with one long one the watchdog has to."""
+    """Many micro-batches let the loop itself see it; one long one leaves it to the watchdog."""
     fields: dict[str, Any] = {
         "steps": 3,
         "rows": 64,

@@ -19,6 +19,7 @@ from urllib.request import urlopen
 import pytest
 from mlflow import MlflowClient
 from qlora_trainer.outcome import Transient, UserError
+from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
 from qlora_trainer.tracking import mlflow_run
 from qlora_trainer.tracking.mlflow_run import RunLogger
@@ -37,9 +38,6 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(mlflow_run, "MIRROR_INTERVAL_SECONDS", 0.05)
-    monkeypatch.setattr(mlflow_run, "FIRST_PAUSE_SECONDS", 0.1)
-    monkeypatch.setattr(mlflow_run, "MAX_PAUSE_SECONDS", 0.2)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -68,6 +66,12 @@ def make_task(run_id: str | None = None, **training: object) -> StageTask:
     )
 
 
+def make_logger(task: StageTask, journal: Journal) -> RunLogger:
+    """One that does not let a test wait."""
+    backoff = Backoff(first_pause_seconds=0.1, longest_pause_seconds=0.2)
+    return RunLogger(task, journal, interval_seconds=0.05, backoff=backoff)
+
+
 def make_journal(steps: int, *, time_ms: int = 1_000) -> Journal:
     return Journal(make_record(step, time_ms=time_ms) for step in range(1, steps + 1))
 
@@ -94,7 +98,7 @@ def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
 def test_the_run_follows_a_growing_journal(client: MlflowClient, tmp_path: Path) -> None:
     run_id = make_run(client, tmp_path)
     journal = make_journal(3)
-    logger = RunLogger(make_task(run_id), journal)
+    logger = make_logger(make_task(run_id), journal)
     until(lambda: len(history(client, run_id)) == 3)
     journal.append(make_record(4))
     assert logger.close(30) == 0
@@ -103,7 +107,7 @@ def test_the_run_follows_a_growing_journal(client: MlflowClient, tmp_path: Path)
 
 
 def test_the_run_is_found_by_the_jobs_uid_when_the_task_names_none(client: MlflowClient, tmp_path: Path) -> None:
-    logger = RunLogger(make_task(run_id=None), make_journal(2))
+    logger = make_logger(make_task(run_id=None), make_journal(2))
     time.sleep(0.3)  # there is no experiment yet; the controller makes it while training goes on
     run_id = make_run(client, tmp_path)
     until(lambda: len(history(client, run_id)) == 2)
@@ -113,12 +117,12 @@ def test_the_run_is_found_by_the_jobs_uid_when_the_task_names_none(client: Mlflo
 
 def test_a_resumed_run_logs_every_step_once(client: MlflowClient, tmp_path: Path) -> None:
     run_id = make_run(client, tmp_path)
-    assert RunLogger(make_task(run_id), make_journal(15)).close(30) == 0
+    assert make_logger(make_task(run_id), make_journal(15)).close(30) == 0
     # The checkpoint was of step 10: the journal is cut to it, and steps 11 to 20 are made again, later.
     resumed = Journal(make_journal(15).records()[:10])
     for step in range(11, 21):
         resumed.append(make_record(step, time_ms=9_000))
-    assert RunLogger(make_task(run_id), resumed).close(30) == 0
+    assert make_logger(make_task(run_id), resumed).close(30) == 0
     for key in ("train/loss", "train/mfu"):
         assert [step for step, _ in history(client, run_id, key)] == list(range(1, 21))
     assert history(client, run_id) == expected(20)
@@ -126,9 +130,9 @@ def test_a_resumed_run_logs_every_step_once(client: MlflowClient, tmp_path: Path
 
 def test_parameters_and_tags_say_what_the_job_is(client: MlflowClient, tmp_path: Path) -> None:
     run_id = make_run(client, tmp_path)
-    RunLogger(make_task(run_id, learning_rate="3e-4"), make_journal(1)).close(30)
+    make_logger(make_task(run_id, learning_rate="3e-4"), make_journal(1)).close(30)
     # A later attempt with another value must not fail: MLflow's parameters cannot be changed.
-    RunLogger(make_task(run_id, learning_rate="9e-4"), make_journal(2)).close(30)
+    make_logger(make_task(run_id, learning_rate="9e-4"), make_journal(2)).close(30)
     data = client.get_run(run_id).data
     assert data.params["training.learningRate"] == "3e-4"
     assert data.params["adapter.targetModules"] == "all-linear"
@@ -141,7 +145,7 @@ def test_parameters_and_tags_say_what_the_job_is(client: MlflowClient, tmp_path:
 
 def test_the_runs_status_is_left_to_the_controller(client: MlflowClient, tmp_path: Path) -> None:
     run_id = make_run(client, tmp_path)
-    RunLogger(make_task(run_id), make_journal(1)).close(30)
+    make_logger(make_task(run_id), make_journal(1)).close(30)
     assert client.get_run(run_id).info.status == "RUNNING"
     client.set_terminated(run_id, "KILLED")
     mlflow_run.reconcile(run_id, make_journal(2).records())
@@ -176,7 +180,7 @@ def test_without_a_tracking_uri_metrics_stay_in_the_journal(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert RunLogger(make_task(), make_journal(3)).close(1) == 3
+    assert make_logger(make_task(), make_journal(3)).close(1) == 3
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
         mlflow_run.reconcile("0" * 32, make_journal(1).records())
 
@@ -185,9 +189,8 @@ def test_publish_gives_up_as_transient_when_mlflow_stays_away(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(mlflow_run, "FIRST_PAUSE_SECONDS", 0.01)
     with pytest.raises(Transient, match="MLflow is away, cannot bring the metrics up to date"):
-        mlflow_run.reconcile("0" * 32, make_journal(1).records())
+        mlflow_run.reconcile("0" * 32, make_journal(1).records(), Backoff(tries=5, first_pause_seconds=0.01))
 
 
 def free_port() -> int:
@@ -240,7 +243,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_step_once(
     journal = make_journal(5)
     with mlflow_server(tmp_path, port):
         run_id = remote.create_run(remote.create_experiment("team-a"), tags={"qlora.dev/job-uid": "u-1"}).info.run_id
-        logger = RunLogger(make_task(run_id), journal)
+        logger = make_logger(make_task(run_id), journal)
         until(lambda: len(history(remote, run_id)) == 5)
     for step in range(6, 11):  # training does not notice
         journal.append(make_record(step))
@@ -258,7 +261,7 @@ def test_closing_while_mlflow_is_away_is_quick_and_says_what_is_left(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    logger = RunLogger(make_task("0" * 32), make_journal(4))
+    logger = make_logger(make_task("0" * 32), make_journal(4))
     time.sleep(0.3)
     started = time.monotonic()
     assert logger.close(5) == 4

@@ -48,8 +48,8 @@ def held_out_loss(adapter: Path | None) -> float:
     model.eval()
     total, tokens = 0.0, 0
     for row in make_rows(4, seed=2):
-        borders = [*np.flatnonzero(np.array(row["position_ids"]) == 0), len(row["input_ids"])]
-        for start, end in pairwise(borders):
+        boundaries = [*np.flatnonzero(np.array(row["position_ids"]) == 0), len(row["input_ids"])]
+        for start, end in pairwise(boundaries):
             ids, labels = (torch.tensor([row[name][start:end]]) for name in ("input_ids", "labels"))
             with torch.no_grad():
                 total += float(model(input_ids=ids, labels=labels).loss) * (end - start - 1)

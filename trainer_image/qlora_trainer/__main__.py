@@ -1,8 +1,7 @@
 """`python -m qlora_trainer prepare | train | publish`: one attempt at one stage of one job.
 
-Owns the frame around a stage: its task, its environment, its log, its exit code and its termination message. The
-controller calls it as a container's main process (or as a child process in local mode) and believes nothing else.
-Nothing heavy is imported before the stage that needs it.
+The frame around a stage: its task, its environment, its log, and its verdict, which is the exit code and the
+termination message and nothing else. Nothing heavy is imported before the stage that needs it.
 """
 
 from __future__ import annotations
@@ -101,8 +100,8 @@ def run_stage(task: StageTask) -> StageResult:
     log.info(
         "stage %s of %s/%s, attempt %d, store %s", task.stage, task.namespace, task.job, task.attempt, task.store_uri
     )
-    answer: PrepareResult | TrainResult | PublishResult = import_module(f"qlora_trainer.{task.stage}").run(task)
-    return StageResult.model_validate({task.stage: answer})
+    found: PrepareResult | TrainResult | PublishResult = import_module(f"qlora_trainer.{task.stage}").run(task)
+    return StageResult.model_validate({task.stage: found})
 
 
 def verdict(error: Exception) -> tuple[ExitCode, StageResult]:

@@ -14,7 +14,7 @@ the same reason, see its `hooks`.) Rules:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -64,7 +64,7 @@ class _Marks(ModuleType):
 
     def __init__(self, spec: ModuleSpec) -> None:
         super().__init__(spec.name)
-        self.__spec__, self.__path__ = spec, spec.submodule_search_locations
+        self.__spec__, self.__path__ = spec, spec.submodule_search_locations or []
 
     def __getattr__(self, name: str) -> Any:
         if name in MARKS:
@@ -75,7 +75,7 @@ class _Marks(ModuleType):
 
     @staticmethod
     def graph_break() -> None:
-        """Of what torch's optimizers call in a step."""
+        """Do nothing; torch's optimizers call it in every step."""
 
 
 def _unmarked(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ class _Loaded(Loader):
         self._module, self._spec = module, module.__spec__
         module.__spec__ = None
 
-    def create_module(self, _spec: ModuleSpec) -> ModuleType:
+    def create_module(self, spec: ModuleSpec) -> ModuleType:  # noqa: ARG002 - it is loaded
         return self._module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -118,7 +118,7 @@ def _load_compiler() -> ModuleType:
 
 
 @contextmanager
-def _hidden(*names: str) -> Iterator[None]:
+def _hidden(*names: str) -> Generator[None]:
     """Modules that are not to be found meanwhile, unless they are loaded already."""
     absent = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None is what the import system documents
@@ -130,9 +130,9 @@ def _hidden(*names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone() -> Generator[None]:
     """As with a torch that was built without process groups: what shards models over them stays unloaded."""
-    distributed = import_module("torch.distributed")
+    distributed: Any = import_module("torch.distributed")  # Any: one of its functions is replaced
     is_available = distributed.is_available
     distributed.is_available = lambda: False
     try:

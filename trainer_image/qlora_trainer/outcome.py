@@ -8,8 +8,7 @@
     |-- FencedError     84  a newer attempt owns the job's store
     `-- Preempted       85  stopped on request; for train it carries how far training came
 
-Stages raise these, `__main__` turns them into an exit code and a `StageResult`. Every message says what happened,
-where, and what to do about it.
+An error's exit code is the stage's verdict. Every message says what happened, where, and what to do about it.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class StageError(Exception):
 
 
 class UserError(StageError):
-    """The job asks for something that cannot work; trying again gives the same answer."""
+    """The job asks for something that cannot work; trying again ends the same way."""
 
     exit_code = ExitCode.USER_ERROR
 

@@ -11,28 +11,24 @@ import logging
 import shutil
 import tempfile
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from orchestrator.api.formats import ADAPTER_FOLDER, JOURNAL_NAME, MANIFEST_NAME, CheckpointManifest
+from orchestrator.api.formats import ADAPTER_FOLDER, JOURNAL_NAME, MANIFEST_NAME
 from orchestrator.api.results import PublishResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backends import DamagedFolder
-from qlora_trainer.storage.checkpoint import ADAPTER_NAME, library_versions
+from qlora_trainer.storage.final_adapter import FinalAdapter, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore
-from qlora_trainer.storage.journal import Journal
+from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking import mlflow_run, registry
-from qlora_trainer.tracking.model_card import (
-    CARD_NAME,
-    DEFAULT_MAX_NEW_TOKENS,
-    SERVING_MODEL,
-    Adapter,
-    model_card,
-    without_front_matter,
-)
+from qlora_trainer.tracking.model_card import CARD_NAME, model_card, without_front_matter
 
 log = logging.getLogger(__name__)
+SERVING_MODEL = Path(__file__).parent / "tracking" / "serving_model.py"
+DEFAULT_MAX_NEW_TOKENS = 256
 SERVING_LIBRARIES = ("mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
 
@@ -60,25 +56,21 @@ def run(task: StageTask) -> PublishResult:
     return PublishResult(registered_model=name, model_version=version, model_uri=f"models:/{name}/{version}")
 
 
-def fetch_adapter(store: JobStore, into: Path) -> Adapter:
-    """The job's final adapter, as its manifest vouches for it."""
-    manifest = store.read_manifest(ADAPTER_FOLDER, CheckpointManifest)
+def fetch_adapter(store: JobStore, into: Path) -> FinalAdapter:
+    """The job's final adapter; a store that has lost or damaged it is a user's error."""
     uri = store.folder_uri(ADAPTER_FOLDER)
-    if manifest is None or not manifest.complete:
-        raise UserError(f"{uri} holds no finished adapter; it was there when training ended: submit the job again")
     try:
-        folder = store.fetch_folder(ADAPTER_FOLDER, manifest.files, into)
+        adapter = fetch_final_adapter(store, into)
     except DamagedFolder as error:
         raise UserError(f"the final adapter is damaged: {error}; restore the file or submit the job again") from error
-    sha256 = next(entry.sha256 for entry in manifest.files if entry.name == ADAPTER_NAME)
-    journal = Journal.load(folder / JOURNAL_NAME).records()
-    return Adapter(folder=folder, manifest=manifest, digest=f"sha256:{sha256}", journal=journal)
+    if adapter is None:
+        raise UserError(f"{uri} holds no finished adapter; it was there when training ended: submit the job again")
+    return adapter
 
 
-def save_model(adapter: Adapter, card: str, folder: Path, mlflow_model: Any) -> None:
+def save_model(adapter: FinalAdapter, card: str, folder: Path, mlflow_model: Any) -> None:
     """Write the MLflow model: this adapter as a plain PEFT folder with its card, and the code that serves it."""
-    import mlflow.pyfunc
-
+    pyfunc: Any = import_module("mlflow.pyfunc")  # Any: half of its parameters have no types
     with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
         peft_folder = Path(scratch) / "adapter"
         peft_folder.mkdir()
@@ -89,7 +81,7 @@ def save_model(adapter: Adapter, card: str, folder: Path, mlflow_model: Any) -> 
         with warnings.catch_warnings():
             # MLflow asks for type hints and an example to infer a signature from; this one is stated.
             warnings.simplefilter("ignore", UserWarning)
-            mlflow.pyfunc.save_model(
+            pyfunc.save_model(
                 str(folder),
                 python_model=str(SERVING_MODEL),
                 artifacts={"adapter": str(peft_folder)},

@@ -1,7 +1,7 @@
 """The train stage, from top to bottom: settings, data, base in NF4, adapter, resume, loop, final adapter.
 
 Runs on one GPU (or on the CPU, for tests and demos). Everything heavy is imported after SIGTERM is being listened
-to, because the imports alone take longer than some notices. A second run of a finished job finds its adapter and
+to, because the imports alone take longer than some grace periods. A second run of a finished job finds its adapter and
 trains nothing.
 """
 
@@ -13,9 +13,9 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
-from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic.alias_generators import to_camel
 
@@ -24,7 +24,6 @@ from orchestrator.api.base import Model
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
-    JOURNAL_NAME,
     PREPARED_FOLDER,
     CheckpointManifest,
     PreparedManifest,
@@ -33,15 +32,23 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import Failure, PrepareResult, StageResult, TrainResult
 from orchestrator.api.task import AGENT_SOCKET_VARIABLE, StageTask
+from qlora_trainer import imports
 from qlora_trainer.outcome import Preempted, Transient, UserError, write_result
 from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore
-from qlora_trainer.storage.journal import Journal
-from qlora_trainer.storage.journal_summary import losses
+from qlora_trainer.storage.journal import losses
+from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.training.stop import AgentClient, Stop, StopNow
 
+if TYPE_CHECKING:
+    import torch
+
+    from qlora_trainer.model.quantized_cache import ReadAhead
+    from qlora_trainer.model.training_model import TrainingModel
+    from qlora_trainer.storage.checkpoint import Checkpointer
+
 TRAIN_FILE, EVAL_FILE = "train.parquet", "eval.parquet"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CLOSE_SECONDS = 10.0
 HURRIED_CLOSE_SECONDS = 1.0
 """How long the end of a stage waits for MLflow; what is missing then follows with the next attempt or publish."""
@@ -83,43 +90,18 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         folder = resolve_model(task.spec.model.source, prepared.model.revision)
 
         # 3. The libraries; quantized weights that are cached go to the card meanwhile.
-        _prepare_process(task)
-        from qlora_trainer import imports
-
-        imports.load_torch()
-        from qlora_trainer.model import quantized_cache
-        from qlora_trainer.training import runtime
-
-        device = runtime.set_up(threads=task.threads, deterministic=task.spec.training.deterministic)
-        cached = quantized_cache.ReadAhead(folder, device)
-        imports.load_peft()
-        from qlora_trainer.data.micro_batch import PreparedRows
-        from qlora_trainer.kernels.packed_attention import PackedAttention
-        from qlora_trainer.model.adapter import add_adapter
-        from qlora_trainer.model.loading import load_base
-        from qlora_trainer.model.training_model import TrainingModel
-        from qlora_trainer.storage import checkpoint
-        from qlora_trainer.tracking import mlflow_run
-        from qlora_trainer.training import loop
-
-        log.info("the libraries are imported: %d modules", len(sys.modules))
+        device, cached = _load_libraries(task, folder)
 
         # 4. Base in NF4 with double quantization, adapter in bfloat16.
-        packed_attention = PackedAttention()
-        base = load_base(folder, device, packed_attention, cached)
-        peft_model = add_adapter(base, task.spec.adapter, seed=task.spec.training.seed)
-        model = TrainingModel(peft_model, plan, packed_attention, float(task.spec.training.neftune_alpha))
-        model.check()
+        model = _load_model(task, plan, folder, device, cached)
 
         # 5. Optimizer, and the state of the last checkpoint if there is one.
-        provenance = checkpoint.Provenance(
-            attempt=task.attempt,
-            prepared=prepared.digest,
-            adapter_config=checkpoint.adapter_config(peft_model.peft_config["default"], task),
-            versions=checkpoint.library_versions(),
-        )
-        checkpointer = checkpoint.Checkpointer(store, provenance, keep=task.spec.checkpoint.keep)
-        training = loop.Loop(
+        from qlora_trainer.data.micro_batch import PreparedRows
+        from qlora_trainer.tracking.mlflow_run import RunLogger
+        from qlora_trainer.training.loop import Loop
+
+        checkpointer = _checkpointer(task, prepared, store, model)
+        training = Loop(
             task=task,
             model=model,
             train_rows=PreparedRows(data / TRAIN_FILE),
@@ -130,7 +112,7 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
             agent=agent,
             leave=_leave,
         )
-        run_logger = mlflow_run.RunLogger(task, training.journal)
+        run_logger = RunLogger(task, training.journal)
         resources.callback(lambda: run_logger.close(HURRIED_CLOSE_SECONDS if stop.asked.is_set() else CLOSE_SECONDS))
         stop.end_start_up()
 
@@ -147,6 +129,50 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         return training.result(complete=True).model_copy(
             update={"adapter_uri": adapter.uri, "adapter_digest": adapter.digest}
         )
+
+
+def _load_libraries(task: StageTask, folder: Path) -> tuple[torch.device, ReadAhead]:
+    """Import what training takes; the device, and the base's cached weights on their way to it."""
+    _prepare_process(task)
+    imports.load_torch()
+    from qlora_trainer.model.quantized_cache import ReadAhead
+    from qlora_trainer.training import runtime
+
+    device = runtime.set_up(threads=task.threads, deterministic=task.spec.training.deterministic)
+    cached = ReadAhead(folder, device)
+    imports.load_peft()
+    import_module("qlora_trainer.model.training_model")
+    import_module("qlora_trainer.training.loop")
+    log.info("the libraries are imported: %d modules", len(sys.modules))
+    return device, cached
+
+
+def _load_model(
+    task: StageTask, plan: MemoryPlan, folder: Path, device: torch.device, cached: ReadAhead
+) -> TrainingModel:
+    from qlora_trainer.kernels.packed_attention import PackedAttention
+    from qlora_trainer.model.adapter import add_adapter
+    from qlora_trainer.model.loading import load_base
+    from qlora_trainer.model.training_model import TrainingModel
+
+    packed_attention = PackedAttention()
+    base = load_base(folder, device, packed_attention, cached)
+    peft_model = add_adapter(base, task.spec.adapter, seed=task.spec.training.seed)
+    model = TrainingModel(peft_model, plan, packed_attention, float(task.spec.training.neftune_alpha))
+    model.check()
+    return model
+
+
+def _checkpointer(task: StageTask, prepared: PrepareResult, store: JobStore, model: TrainingModel) -> Checkpointer:
+    from qlora_trainer.storage.checkpoint import Checkpointer, Provenance
+
+    provenance = Provenance(
+        attempt=task.attempt,
+        prepared=prepared.digest,
+        adapter_config=adapter_config(model.peft_model.peft_config["default"], task),
+        versions=library_versions(),
+    )
+    return Checkpointer(store, provenance, keep=task.spec.checkpoint.keep)
 
 
 def _inputs(task: StageTask) -> tuple[MemoryPlan, PrepareResult]:
@@ -211,23 +237,20 @@ def _prepared_folder(prepared: PrepareResult) -> str:
 
 def _finished(store: JobStore, task: StageTask, prepared: PrepareResult) -> TrainResult | None:
     """The result of an attempt that stored the final adapter and was killed before it could say so."""
-    manifest = store.read_manifest(ADAPTER_FOLDER, CheckpointManifest)
-    if manifest is None or not manifest.complete or manifest.prepared != prepared.digest:
-        return None
     try:
         with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
-            folder = store.fetch_folder(ADAPTER_FOLDER, manifest.files, Path(scratch))
-            journal = Journal.load(folder / JOURNAL_NAME)
-            digest = sha256((folder / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+            adapter = fetch_final_adapter(store, Path(scratch))
     except DamagedFolder as error:
         log.warning("the stored adapter is damaged and is made again from the last checkpoint: %s", error)
         return None
+    if adapter is None or adapter.manifest.prepared != prepared.digest:
+        return None
     return TrainResult(
-        step=manifest.step,
+        step=adapter.manifest.step,
         complete=True,
         adapter_uri=store.folder_uri(ADAPTER_FOLDER),
-        adapter_digest=f"sha256:{digest}",
-        **asdict(losses(journal.records(), keep_best=task.spec.evaluation.keep_best)),
+        adapter_digest=adapter.digest,
+        **asdict(losses(adapter.journal, keep_best=task.spec.evaluation.keep_best)),
     )
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]  # it has no types
 
 from qlora_trainer.outcome import StageError, Transient, UserError
+from qlora_trainer.storage.backoff import Backoff, retry
 
-log = logging.getLogger(__name__)
 SCRATCH_FOLDER = ".partial"
-TRIES = 6
-FIRST_PAUSE_SECONDS = 0.5
-"""Doubles with every try: six tries span 15 seconds on top of what the client itself retries."""
+STORE_BACKOFF = Backoff(tries=6, first_pause_seconds=0.5)
+"""Six tries span 15 seconds, on top of what the client itself retries."""
 T = TypeVar("T")
 
 
@@ -41,7 +38,7 @@ def lacks_credentials(error: Exception) -> bool:
 class Backend(Protocol):
     """What the job store needs from where it is kept. Names are relative to the job's folder."""
 
-    def locked(self) -> Any: ...
+    def locked(self) -> AbstractContextManager[None]: ...
     def read(self, name: str) -> bytes | None: ...
     def write(self, name: str, data: bytes) -> None: ...
     def exists(self, name: str) -> bool: ...
@@ -61,7 +58,7 @@ class FileSystem:
         self._root = root
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None]:
         self._root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._root, os.O_RDONLY)
         try:
@@ -159,12 +156,15 @@ def sync_folder(folder: Path) -> None:
 class ObjectStore:
     """A prefix of an object store, through fsspec: there is no rename, and an object appears whole or not at all."""
 
-    def __init__(self, uri: str) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    def __init__(self, uri: str, backoff: Backoff) -> None:
+        core: Any = fsspec.core  # Any: fsspec has no types
+        self._fs, root = core.url_to_fs(uri, use_listings_cache=False)
+        self._root = str(root)
         self._uri = uri
+        self._backoff = backoff
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None]:
         yield  # there are no locks; `check_fence` heals what a race may do
 
     def read(self, name: str) -> bytes | None:
@@ -218,17 +218,7 @@ class ObjectStore:
 
     def _retrying(self, call: Callable[[], T]) -> T:
         """Try again while the store does not answer."""
-        pause_seconds = FIRST_PAUSE_SECONDS
-        for _ in range(TRIES - 1):
-            try:
-                return call()
-            except Exception as error:
-                if not _may_pass(error):
-                    raise
-                log.warning("%s does not answer (%s); trying again in %.1f s", self._uri, error, pause_seconds)
-            time.sleep(pause_seconds)
-            pause_seconds *= 2
-        return call()
+        return retry(call, self._backoff, what=f"{self._uri} does not answer", may_pass=_may_pass)
 
 
 def _may_pass(error: Exception) -> bool:

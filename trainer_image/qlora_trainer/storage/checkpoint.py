@@ -1,6 +1,6 @@
 """Checkpoints and the final adapter: training state as safetensors and JSON in the job's store.
 
-`train` owns one `Checkpointer`. Its rules:
+The rules of a `Checkpointer`, of which an attempt has one:
 
 - The training thread only copies its state to host memory; one writer thread does the rest. At most one checkpoint is
   being written: a save that comes earlier waits, so memory is bounded by one copy and no save is dropped.
@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import file_digest
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator.api.base import Digest
 from orchestrator.api.formats import (
@@ -36,26 +33,22 @@ from orchestrator.api.formats import (
     JournalRecord,
     checkpoint_folder,
 )
-from orchestrator.api.task import StageTask
 from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.final_adapter import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    TOKENIZER_NAMES,
+    Json,
+    StoredAdapter,
+)
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.journal import Journal
-from qlora_trainer.storage.uri import local_path
+from qlora_trainer.storage.tensors import Tensors, on_host, read_tensors, save_tensors
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ADAPTER_NAME = "adapter_model.safetensors"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
 BEST_ADAPTER_NAME = "best_adapter.safetensors"
-TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "mlflow")
-MEMORY_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
-Tensors = Mapping[str, "Tensor"]
-Json = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -69,21 +62,13 @@ class BestEvaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """All of the training state that is not a tensor; every value is JSON."""
+    """All of the training state that is neither a tensor nor in the journal; the rest follows from the step."""
 
     step: int
     """Optimizer steps that are done."""
-    cursor: Json
-    """Where the order of the data goes on."""
-    random: Json
-    """The states of the random number generators."""
-    optimizer: Json
-    """What the optimizer and the schedule keep beside their tensors."""
-    loss_window: list[float]
-    """Losses that have not been written to the journal yet."""
     best: BestEvaluation | None = None
     evaluations_without_gain: int = 0
-    """For early stopping."""
+    """Held-out losses since `best` that were not lower; early stopping counts them."""
 
     def to_bytes(self) -> bytes:
         """JSON; Python writes every float so that it reads back exactly."""
@@ -91,10 +76,14 @@ class TrainingState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TrainingState:
-        """The state behind `to_bytes`; raises TypeError or ValueError on anything else."""
+        """The state behind `to_bytes`; other fields are passed over. Raises KeyError, TypeError or ValueError."""
         fields = json.loads(data)
-        best = fields.pop("best")
-        return cls(best=None if best is None else BestEvaluation(**best), **fields)
+        best = fields["best"]
+        return cls(
+            step=fields["step"],
+            best=None if best is None else BestEvaluation(**best),
+            evaluations_without_gain=fields["evaluations_without_gain"],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,22 +119,13 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredAdapter:
-    """The final adapter, durable."""
-
-    uri: str
-    digest: Digest
-    """SHA-256 of adapter_model.safetensors."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """What a checkpoint or adapter says about where it comes from."""
 
     attempt: int
     prepared: Digest
     adapter_config: Json
-    """What PEFT needs to load the adapter: see `adapter_config`."""
+    """What PEFT needs to load the adapter: see `final_adapter.adapter_config`."""
     versions: dict[str, str]
 
 
@@ -218,9 +198,9 @@ class Checkpointer:
         name = f"{CHECKPOINTS_FOLDER}/{checkpoint_folder(step)}"
         with self._store.scratch_folder() as folder:
             self._write_adapter(snapshot.adapter, snapshot.journal, folder)
-            _save_tensors(snapshot.optimizer, folder / OPTIMIZER_NAME)
+            save_tensors(snapshot.optimizer, folder / OPTIMIZER_NAME)
             if snapshot.best_adapter is not None:
-                _save_tensors(snapshot.best_adapter, folder / BEST_ADAPTER_NAME)
+                save_tensors(snapshot.best_adapter, folder / BEST_ADAPTER_NAME)
             (folder / STATE_NAME).write_bytes(snapshot.state.to_bytes())
             uri = self._store.publish_folder(folder, name, lambda files: self._manifest(step, files, False))
         self._damaged.discard(name)
@@ -231,7 +211,7 @@ class Checkpointer:
         log.info("checkpoint %s is durable; written in %.2f s", uri, seconds)
 
     def _write_adapter(self, adapter: Tensors, journal: Sequence[JournalRecord], folder: Path) -> None:
-        _save_tensors(adapter, folder / ADAPTER_NAME)
+        save_tensors(adapter, folder / ADAPTER_NAME)
         config = json.dumps(self._provenance.adapter_config, indent=2, sort_keys=True)
         (folder / ADAPTER_CONFIG_NAME).write_text(config)
         Journal(journal).save(folder / JOURNAL_NAME)
@@ -273,90 +253,12 @@ class Checkpointer:
             return None
 
 
-def adapter_config(config: PeftConfiguration, task: StageTask) -> Json:
-    """The content of adapter_config.json: PEFT's own, in a fixed order, with a base model that others can find."""
-    source = task.spec.model.source
-    path = local_path(source)
-    base = source.removeprefix("hf://") if path is None else str(path)
-    from_hub = source.startswith("hf://") and task.prepared is not None
-    fields = {
-        **config.to_dict(),
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "revision": task.prepared.model.revision if from_hub and task.prepared else None,
-    }
-    # PEFT keeps module names in sets, whose order changes from process to process.
-    return {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in fields.items()}
-
-
-class PeftConfiguration(Protocol):
-    """The part of PEFT's configuration classes that is used."""
-
-    def to_dict(self) -> Json: ...
-
-
-def library_versions() -> dict[str, str]:
-    """The versions that a result may depend on."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def memory_versions() -> str:
-    """The libraries that a step's peak memory depends on, as one line."""
-    found = library_versions()
-    return ", ".join(f"{name} {found[name]}" for name in MEMORY_LIBRARIES if name in found)
-
-
-def on_host(tensors: Tensors) -> dict[str, Tensor]:
-    """Copies of tensors in host memory, those of one storage together.
-
-    The adapter's matrices share one and so do the states of their updates; a copy each would be 2,000 transfers at 8B.
-    """
-    import torch
-
-    copies: dict[int, Tensor] = {}
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in copies:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            # Pinned memory is slow to get, and torch keeps it for the next time.
-            copies[storage.data_ptr()] = torch.empty_like(whole, device="cpu", pin_memory=whole.is_cuda).copy_(whole)
-        copied = copies[storage.data_ptr()].untyped_storage()
-        empty = torch.empty(0, dtype=tensor.dtype)
-        found[name] = empty.set_(copied, tensor.storage_offset(), tensor.size(), tensor.stride())
-    return found
-
-
-def _save_tensors(tensors: Tensors, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    # Any order of keys gives the same file (the format sorts them); the metadata is what PEFT and transformers expect.
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata={"format": "pt"})
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        # Cloned, because loaded tensors are maps of a file that is deleted when newer checkpoints exist.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise DamagedFolder(f"{path} is not a safetensors file: {error}") from error
-
-
 def _read_snapshot(folder: Path) -> Snapshot:
     best = folder / BEST_ADAPTER_NAME
     return Snapshot(
         state=TrainingState.from_bytes((folder / STATE_NAME).read_bytes()),
-        adapter=_read_tensors(folder / ADAPTER_NAME),
-        optimizer=_read_tensors(folder / OPTIMIZER_NAME),
+        adapter=read_tensors(folder / ADAPTER_NAME),
+        optimizer=read_tensors(folder / OPTIMIZER_NAME),
         journal=Journal.load(folder / JOURNAL_NAME).records(),
-        best_adapter=_read_tensors(best) if best.is_file() else None,
+        best_adapter=read_tensors(best) if best.is_file() else None,
     )

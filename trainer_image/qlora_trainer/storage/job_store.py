@@ -1,6 +1,6 @@
 """The job's store: one folder on `file://`, `pvc://claim/path` or anything that fsspec knows (`s3://`).
 
-Called by every stage; nothing else of the trainer touches the job's folder. Its rules:
+Nothing else of the trainer touches the job's folder. Its rules:
 
 - A folder exists when its manifest does. It is written to a scratch folder, made durable (fsync), moved into place,
   and its manifest comes last; on an object store it is uploaded, and its manifest comes last. It is deleted the other
@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +39,7 @@ from orchestrator.api.formats import (
 from qlora_trainer.outcome import FencedError, StageError, Transient, UserError
 from qlora_trainer.storage.backends import (
     SCRATCH_FOLDER,
+    STORE_BACKOFF,
     Backend,
     DamagedFolder,
     FileSystem,
@@ -46,6 +47,7 @@ from qlora_trainer.storage.backends import (
     is_unavailable,
     lacks_credentials,
 )
+from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.uri import local_path
 
 log = logging.getLogger(__name__)
@@ -56,10 +58,11 @@ M = TypeVar("M", bound=Model)
 class JobStore:
     """The folder of one job."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, backoff: Backoff = STORE_BACKOFF) -> None:
+        """`backoff` is for object stores; a file system is not asked again."""
         self.uri = uri.rstrip("/")
         path = local_path(self.uri)
-        self._backend: Backend = ObjectStore(self.uri) if path is None else FileSystem(path)
+        self._backend: Backend = ObjectStore(self.uri, backoff) if path is None else FileSystem(path)
 
     # --- the fence
 
@@ -87,7 +90,7 @@ class JobStore:
     # --- folders
 
     @contextmanager
-    def scratch_folder(self) -> Iterator[Path]:
+    def scratch_folder(self) -> Generator[Path]:
         """An empty local folder, on the store's own disk where it has one; gone afterwards.
 
         `publish_folder` moves what it finds in here, and copies what it finds elsewhere.
@@ -182,7 +185,7 @@ class JobStore:
         return True
 
     @contextmanager
-    def _trying(self, action: str) -> Iterator[None]:
+    def _trying(self, action: str) -> Generator[None]:
         """Translate the file system's errors into the stage's."""
         try:
             yield

@@ -1,13 +1,13 @@
 """What it means when a model or a dataset cannot be read: the sources' errors as the stage's.
 
-`model_source` and `records` wrap their reading in `translated`. Clients' errors are told by name, because the clients
-(huggingface_hub, botocore) are imported only where a source needs them.
+Clients' errors are told by name, because the clients (huggingface_hub, botocore) are imported only where a source needs
+them.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from qlora_trainer.outcome import StageError, Transient, UserError
@@ -16,7 +16,7 @@ CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "botocore", "
 
 
 @contextmanager
-def translated(source: str, *, field: str) -> Iterator[None]:
+def translated(source: str, *, field: str) -> Generator[None]:
     """Raise what the source's errors mean; `field` is what names the source in the job."""
     try:
         yield

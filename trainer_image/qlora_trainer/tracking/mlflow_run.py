@@ -1,15 +1,10 @@
-"""MLflow, seen from the trainer: the job's run follows the journal, and the registry gets the adapter once.
-
-The only file of the trainer that imports mlflow, and only when it is used (the model that is registered,
-`serving_model`, imports it too, in the process that serves it). The rules:
+"""The job's MLflow run, which follows the journal. The rules:
 
 - The controller creates the run and gives it its status; the trainer finds it and only adds to it.
 - The journal is the truth. Before anything is logged the run is asked which steps of a metric it has, so that each is
   there once, whatever was killed, repeated or lost on the way.
-- `train` never waits for MLflow: a thread mirrors the journal, the journal is its queue, and what it could not
-  deliver is delivered by `publish`.
-- Whatever is created in the registry carries the job's uid and the adapter's digest from the start, and is looked up
-  by them before it is created: a repeat finds it.
+- Training never waits for MLflow: a thread mirrors the journal, the journal is its queue, and what it could not
+  deliver is left to `reconcile`.
 """
 
 from __future__ import annotations
@@ -17,17 +12,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from threading import Event, Thread
-from time import monotonic, sleep
-from typing import TYPE_CHECKING, TypeVar
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from orchestrator.api.formats import JournalRecord
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
-from qlora_trainer.outcome import StageError, Transient, UserError
-from qlora_trainer.storage.checkpoint import library_versions
+from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
+from qlora_trainer.storage.versions import library_versions
+from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, insist, open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,27 +35,9 @@ BATCH_METRICS = 1000
 BATCH_PARAMETERS = 100
 """MLflow's bound on the parameters, and on the tags, of one call."""
 MAX_VALUE_CHARACTERS = 500
-MIRROR_INTERVAL_SECONDS = 1.0
-FIRST_PAUSE_SECONDS = 1.0
-MAX_PAUSE_SECONDS = 60.0
-TRIES = 5
-"""Of what publish does; pauses double from the first: 15 seconds in all."""
+MIRROR_BACKOFF = Backoff(first_pause_seconds=1.0)
 
 T = TypeVar("T")
-
-
-def open_client() -> MlflowClient:
-    """A client of the job's tracking server. It fails fast and tries once: waiting and repeating are ours."""
-    uri = os.environ.get(TRACKING_URI_VARIABLE)
-    if not uri:
-        raise UserError(f"{TRACKING_URI_VARIABLE} is not set; it must name the MLflow server that keeps the results")
-    # A client that repeats a request by itself could create a second model version behind our back.
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
 
 
 def parameters(task: StageTask) -> dict[str, str]:
@@ -69,8 +47,8 @@ def parameters(task: StageTask) -> dict[str, str]:
 
 def _flattened(value: object, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _flattened(part, f"{name}.{key}" if name else str(key))
+        for key, part in cast("dict[str, Any]", value).items():  # Any: whatever JSON holds
+            yield from _flattened(part, f"{name}.{key}" if name else key)
     else:
         text = value if isinstance(value, str) else json.dumps(value)
         yield name, text[:MAX_VALUE_CHARACTERS]
@@ -123,7 +101,7 @@ class RunMirror:
 
         present = self._client.get_run(self._run_id).data.params
         missing = [Param(key, value) for key, value in parameters.items() if key not in present]
-        for batch in batched(missing, BATCH_PARAMETERS):
+        for batch in _batched(missing, BATCH_PARAMETERS):
             self._client.log_batch(self._run_id, params=batch)
         self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
@@ -137,7 +115,7 @@ class RunMirror:
             for key, value in record.metrics.items()
             if record.step not in self._steps(key)
         ]
-        for batch in batched(missing, BATCH_METRICS):
+        for batch in _batched(missing, BATCH_METRICS):
             self._client.log_batch(self._run_id, metrics=batch)
             for metric in batch:
                 self._steps(metric.key).add(metric.step)
@@ -152,9 +130,19 @@ class RunMirror:
 class RunLogger:
     """A thread that mirrors a growing journal into the job's run while training goes on."""
 
-    def __init__(self, task: StageTask, journal: Journal) -> None:
+    def __init__(
+        self,
+        task: StageTask,
+        journal: Journal,
+        *,
+        interval_seconds: float = 1.0,
+        backoff: Backoff = MIRROR_BACKOFF,
+    ) -> None:
+        """The journal is looked at every `interval_seconds`; `backoff` is for an MLflow that is away."""
         self._task = task
         self._journal = journal
+        self._interval_seconds = interval_seconds
+        self._backoff = backoff
         self._mirrored = 0
         self._mirror: RunMirror | None = None
         self._away_since: float | None = None
@@ -176,17 +164,15 @@ class RunLogger:
         return left
 
     def _run(self) -> None:
-        while not len(self._journal) and not self._closing.wait(MIRROR_INTERVAL_SECONDS):
+        while not len(self._journal) and not self._closing.wait(self._interval_seconds):
             pass  # importing mlflow takes seconds of the interpreter, which the first step needs
-        pause_seconds = FIRST_PAUSE_SECONDS
+        pauses = self._backoff.pauses()
         while not self._is_done():
             if self._catch_up():
-                pause_seconds = FIRST_PAUSE_SECONDS
-                self._closing.wait(MIRROR_INTERVAL_SECONDS)
-            elif self._closing.wait(pause_seconds):
+                pauses = self._backoff.pauses()
+                self._closing.wait(self._interval_seconds)
+            elif self._closing.wait(next(pauses)):
                 return  # MLflow is away, and nobody waits for it any more
-            else:
-                pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
 
     def _is_done(self) -> bool:
         return self._closing.is_set() and self._mirror is not None and self._mirrored == len(self._journal)
@@ -223,7 +209,7 @@ class RunLogger:
     def _note_absence(self, error: Exception) -> None:
         if self._away_since is None:
             self._away_since = monotonic()
-            log.warning("MLflow is away; training goes on and the metrics follow later: %s", _first_line(error))
+            log.warning("MLflow is away; training goes on and the metrics follow later: %s", first_line(error))
 
     def _note_return(self) -> None:
         if self._away_since is not None:
@@ -237,57 +223,12 @@ def _card() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-# --- for publish: the same, but waiting for MLflow, and failing if it stays away
+def reconcile(run_id: str, records: Sequence[JournalRecord], backoff: Backoff = PUBLISH_BACKOFF) -> None:
+    """Bring the run up to the journal, each metric once a step; Transient if MLflow stays away."""
+    insist("bring the metrics up to date", lambda client: RunMirror(client, run_id).log(records), backoff)
 
 
-def reconcile(run_id: str, records: Sequence[JournalRecord]) -> None:
-    """After this the run has every record of the journal, each metric once a step."""
-    insist("bring the metrics up to date", lambda client: RunMirror(client, run_id).log(records))
-
-
-def insist(action: str, call: Callable[[MlflowClient], T]) -> T:
-    """Do something in MLflow, again and again while it is away; Transient if it stays away."""
-    pause_seconds = FIRST_PAUSE_SECONDS
-    for left in reversed(range(TRIES)):
-        try:
-            return call(open_client())
-        except StageError:
-            raise
-        except Exception as error:
-            if is_refused(error):
-                raise UserError(f"MLflow refuses to {action}: {_first_line(error)}; check its credentials") from error
-            if not _may_pass(error):
-                raise
-            if not left:
-                raise Transient(f"MLflow is away, cannot {action}: {_first_line(error)}") from error
-            log.warning("MLflow is away, cannot %s; trying again in %.0f s: %s", action, pause_seconds, error)
-        sleep(pause_seconds)
-        pause_seconds *= 2
-    raise AssertionError("the last try returns or raises")
-
-
-def is_refused(error: Exception) -> bool:
-    return _http_status(error) in (401, 403) or isinstance(error, PermissionError)
-
-
-def _may_pass(error: Exception) -> bool:
-    status = _http_status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("botocore", "boto3", "urllib3")
-
-
-def _http_status(error: Exception) -> int | None:
-    from mlflow.exceptions import MlflowException
-
-    return error.get_http_status_code() if isinstance(error, MlflowException) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:MAX_VALUE_CHARACTERS]
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

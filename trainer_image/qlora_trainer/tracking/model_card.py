@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from orchestrator.api.base import Digest
-from orchestrator.api.formats import CheckpointManifest, JournalRecord
 from orchestrator.api.task import StageTask
-from qlora_trainer.storage.checkpoint import ADAPTER_CONFIG_NAME
-from qlora_trainer.storage.journal_summary import losses
-from qlora_trainer.tracking import mlflow_run
+from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
+from qlora_trainer.storage.journal import losses
+from qlora_trainer.tracking.mlflow_run import parameters
 
 CARD_NAME = "README.md"
-SERVING_MODEL = Path(__file__).with_name("serving_model.py")
-DEFAULT_MAX_NEW_TOKENS = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """The final adapter on this machine, verified."""
-
-    folder: Path
-    manifest: CheckpointManifest
-    digest: Digest
-    journal: Sequence[JournalRecord]
-
-
-# --- the model card
-
-
-def model_card(task: StageTask, adapter: Adapter) -> str:
+def model_card(task: StageTask, adapter: FinalAdapter) -> str:
     """README.md as the Hugging Face hub reads it: front matter, then text. It depends on the job alone."""
     config = json.loads((adapter.folder / ADAPTER_CONFIG_NAME).read_text())
     base = config["base_model_name_or_path"]
@@ -69,7 +49,7 @@ def without_front_matter(card: str) -> str:
     return card.split("---\n", 2)[2].lstrip()
 
 
-def results(task: StageTask, adapter: Adapter) -> str:
+def results(task: StageTask, adapter: FinalAdapter) -> str:
     """Losses before and after, from the journal."""
     found = losses(adapter.journal, keep_best=task.spec.evaluation.keep_best)
     rows = {
@@ -109,13 +89,13 @@ def hyperparameters(task: StageTask) -> str:
     """The whole recipe: adapter and training sections of the job."""
     rows = {
         key: value
-        for key, value in mlflow_run.parameters(task).items()
+        for key, value in parameters(task).items()
         if key.split(".")[0] in ("adapter", "training") or key in ("dataset.format", "dataset.trainOn")
     }
     return _table("parameter", "value", rows)
 
 
-def provenance(task: StageTask, adapter: Adapter) -> str:
+def provenance(task: StageTask, adapter: FinalAdapter) -> str:
     """Where it comes from."""
     rows = {
         "job": f"{task.namespace}/{task.job}",

@@ -1,4 +1,8 @@
-"""The registry: the adapter as a logged model and a registered version, once."""
+"""The registry: the adapter as a logged model and a registered version, once.
+
+Whatever is created carries the job's uid and the adapter's digest from the start, and is looked up by them before it is
+created: a repeat finds it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.base import Digest
 from orchestrator.api.task import StageTask
+from qlora_trainer.tracking.mlflow_client import insist
+from qlora_trainer.tracking.mlflow_run import JOB_UID_TAG, tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
-from qlora_trainer.tracking.mlflow_run import JOB_UID_TAG, insist, tags
 
 log = logging.getLogger(__name__)
 ADAPTER_DIGEST_TAG = "qlora.dev/adapter-digest"

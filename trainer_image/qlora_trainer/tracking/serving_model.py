@@ -1,7 +1,7 @@
 """The registered model, as code: a base in NF4 with the adapter on top, answering chats and plain prompts.
 
-`publish` hands this file to MLflow, which keeps it beside the adapter and runs it where the model is loaded. It
-therefore imports nothing of this project, and the heavy libraries only when the model is loaded.
+MLflow keeps this file beside the adapter and runs it where the model is loaded. It therefore imports nothing of this
+project, and the heavy libraries only when the model is loaded.
 
     model = mlflow.pyfunc.load_model("models:/name@candidate")
     model.predict([{"messages": [{"role": "user", "content": "..."}]}])   # a chat, through the chat template
@@ -14,32 +14,35 @@ elsewhere, say so with the environment variable QLORA_BASE_MODEL or with
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
-
-import mlflow
+from typing import Any
 
 BASE_MODEL_VARIABLE = "QLORA_BASE_MODEL"
-DEFAULT_MAX_NEW_TOKENS = 256
 
 
-class AdapterModel(mlflow.pyfunc.PythonModel):
+_models: Any = import_module("mlflow.models")  # Any: half of MLflow's own types are unknown
+_pyfunc: Any = import_module("mlflow.pyfunc")
+
+
+class AdapterModel(_pyfunc.PythonModel):
     """`model` (a PeftModel) and `tokenizer` are there for whoever unwraps it."""
 
-    def load_context(self, context):
+    def load_context(self, context: Any) -> None:
         """Load the base in NF4 with double quantization and put the adapter on it."""
-        import torch
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
+        # Any: what is wanted of these libraries is mostly untyped.
+        torch: Any = import_module("torch")
+        peft: Any = import_module("peft")
+        transformers: Any = import_module("transformers")
         adapter = Path(context.artifacts["adapter"])
         base, revision = _base_model(adapter, context.model_config or {})
-        quantization = BitsAndBytesConfig(
+        quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             base,
             revision=revision,
             dtype=torch.bfloat16,
@@ -48,15 +51,19 @@ class AdapterModel(mlflow.pyfunc.PythonModel):
             use_safetensors=True,
             trust_remote_code=False,
         )
-        self.model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(adapter)
+        self.model: Any = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(adapter)
 
-    def predict(self, context, model_input, params=None):  # noqa: ARG002 - the context was used for loading
-        """One answer for each row with `messages` or `prompt`."""
-        rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else list(model_input)
-        return [self._answer(self._encode(row), params or {}) for row in rows]
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:  # noqa: ARG002
+        """One text for each row with `messages` or `prompt`; `context` was used for loading."""
+        rows: list[dict[str, Any]] = (
+            model_input.to_dict("records") if hasattr(model_input, "to_dict") else list(model_input)
+        )
+        return [self._generate(self._encode(row), params or {}) for row in rows]
 
-    def _encode(self, row):
+    del predict.__annotations__["model_input"]  # MLflow takes it for a signature, and warns that it is none
+
+    def _encode(self, row: dict[str, Any]) -> Any:
         messages, prompt = row.get("messages"), row.get("prompt")
         if (messages is None) == (prompt is None):
             raise ValueError("give each row either `messages` (a chat) or `prompt` (text to continue)")
@@ -67,24 +74,26 @@ class AdapterModel(mlflow.pyfunc.PythonModel):
             )
         return self.tokenizer(prompt, return_tensors="pt")
 
-    def _answer(self, encoded, params):
-        import torch
+    def _generate(self, encoded: Any, params: dict[str, Any]) -> str:
+        torch: Any = import_module("torch")
 
-        temperature = float(params.get("temperature", 0.0))
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        temperature = float(params["temperature"])
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            sampling["temperature"] = temperature
         inputs = {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
         with torch.inference_mode():
             generated = self.model.generate(
                 **inputs,
                 **sampling,
-                max_new_tokens=int(params.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)),
+                max_new_tokens=int(params["max_new_tokens"]),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )
-        answer = generated[0, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        continuation = generated[0, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.decode(continuation, skip_special_tokens=True).strip()
 
 
-def _base_model(adapter, model_config):
+def _base_model(adapter: Path, model_config: dict[str, Any]) -> tuple[str, str | None]:
     """Path or hub id of the base, and its revision where the adapter's own description is followed."""
     elsewhere = os.environ.get(BASE_MODEL_VARIABLE) or model_config.get("base_model")
     if elsewhere:
@@ -93,4 +102,4 @@ def _base_model(adapter, model_config):
     return config["base_model_name_or_path"], config.get("revision")
 
 
-mlflow.models.set_model(AdapterModel())
+_models.set_model(AdapterModel())

@@ -1,13 +1,11 @@
-"""The training loop: step, border, evaluation, checkpoint, until done or asked to stop.
+"""The training loop: step, evaluation, checkpoint, until done or asked to stop. Rules:
 
-`train` builds it, restores it from a checkpoint and runs it. Rules:
-
-- A step is a function of the state at the border before it: rows, noise and dropout come from seeds that depend on the
-  job's seed and the step alone, the learning rate from the step. So a resumed run goes on bit for bit.
-- From border to border the adapter, the optimizer and the journal stay as they are; they change together, under a lock,
-  when a step is complete. So whoever holds the lock may save a checkpoint at any instant, in the middle of a step too:
-  it is the one of the last border.
-- Asked to stop, the loop ends at the next border if the notice allows for that, and at once if not.
+- A step is a function of the state at the step boundary before it: rows, noise and dropout come from seeds that depend
+  on the job's seed and the step alone, the learning rate from the step. So a resumed run goes on bit for bit.
+- Between step boundaries the adapter, the optimizer and the journal stay as they are; they change together, under a
+  lock, when a step is complete. So whoever holds the lock may save a checkpoint at any instant, in the middle of a step
+  too: it is the one of the last step boundary.
+- Asked to stop, the loop ends at the next step boundary if the grace period allows for that, and at once if not.
 """
 
 from __future__ import annotations
@@ -17,10 +15,9 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from statistics import median
 from time import monotonic, perf_counter
 
@@ -29,9 +26,9 @@ from torch import Tensor
 
 from orchestrator.api.formats import Metric
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.api.results import ProgressReport, TrainResult
+from orchestrator.api.results import TrainResult
 from orchestrator.api.task import StageTask
-from qlora_trainer.data.micro_batch import PreparedRows, Schedule, micro_batches, supervised_tokens
+from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows, Schedule, micro_batches, supervised_tokens
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import DivergedError, Preempted
 from qlora_trainer.storage.checkpoint import (
@@ -39,15 +36,16 @@ from qlora_trainer.storage.checkpoint import (
     Checkpointer,
     Snapshot,
     TrainingState,
-    memory_versions,
-    on_host,
 )
-from qlora_trainer.storage.journal import Journal
-from qlora_trainer.storage.journal_summary import losses, values
+from qlora_trainer.storage.journal import Journal, latest, losses
+from qlora_trainer.storage.tensors import on_host
+from qlora_trainer.storage.versions import memory_versions
 from qlora_trainer.training.evaluation import evaluate, is_due
+from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
+from qlora_trainer.training.reports import Reports
 from qlora_trainer.training.stop import AgentClient, Stop, Watchdog
-from qlora_trainer.training.telemetry import Arithmetic, Card, PhaseClock
+from qlora_trainer.training.telemetry import Card, PhaseClock, arithmetic
 
 STEP_TIMES_KEPT = 20
 SLOWEST_STORE_BYTES_PER_SECOND = 50e6
@@ -63,7 +61,7 @@ class Position:
     step: int = 0
     best: BestEvaluation | None = None
     best_adapter: dict[str, Tensor] | None = None
-    """On the host; kept where the job ends with its best adapter."""
+    """Copied to the host; kept where the job ends with its best adapter."""
     evaluations_without_gain: int = 0
 
 
@@ -102,29 +100,28 @@ class Loop:
         self._last_save = monotonic()
         self._stall_seconds = 0.0  # for which saving held up training, since a step was recorded
         self._stop = stop
-        self._agent = agent
-        self._announced_step = 0
         self._leave = leave
         self._lock = threading.RLock()
         self._step_seconds: deque[float] = deque(maxlen=STEP_TIMES_KEPT)
         self._step_started = perf_counter()
         self.journal = Journal(resumed.journal if resumed else ())
+        self._reports = Reports(agent, self.journal, self.steps)
         self._position = self._restore(resumed)
         self._arithmetic = arithmetic(model)
-        self._card = Card(model.device, _last(self.journal, Metric.ENERGY_JOULES) or 0.0)
+        self._card = Card(model.device, latest(self.journal, Metric.ENERGY_JOULES) or 0.0)
         self.clock = PhaseClock(model.device)
 
-    # --- the way
+    # --- steps
 
     def run(self) -> None:
         """Train to the end; raises Preempted, with a durable checkpoint, when asked to stop."""
         watchdog = Watchdog(self._stop, self._lock, seconds_needed=self._seconds_to_save, rescue=self._rescue)
         with watchdog.watching():
-            self._border()
+            self._at_step_boundary()
             self._evaluate_if_due()
             while not self._done():
                 self._train_one_step()
-                self._border()
+                self._at_step_boundary()
                 self._evaluate_if_due()
             with self._lock:  # the end is reached: from here on the result is finished, whoever asks to stop
                 pass
@@ -143,35 +140,51 @@ class Loop:
         rows = self._schedule.rows_of_step(step)
         batches = list(micro_batches(self._train_rows, rows, self._plan.micro_batch_size))
         supervised = max(1, supervised_tokens(self._train_rows, rows))
-        torch.manual_seed(step_seed(training.seed, step))
+        torch.manual_seed(step_seed(training.seed, step))  # pyright: ignore[reportUnknownMemberType]  # torch's own
+        total = self._accumulate_gradients(batches, supervised)
+        self.clock.enter("optimizer")
+        norms = gradient_norm(self._parameters)
+        loss, norm = total.item(), norms.item()  # the GPU is waited for once, with everything queued
+        self._refuse_to_diverge(step, loss, norm)
+        with self._lock:
+            self._update(norm)
+            seconds = perf_counter() - self._step_started
+            self._complete_step(batches, loss=loss, norm=norm, seconds=seconds)
+        log.info("step %d of %d: loss %.4f, %.2f s", step + 1, self.steps, loss, seconds)
+
+    def _accumulate_gradients(self, batches: Sequence[MicroBatch], supervised: int) -> Tensor:
+        """The mean loss over the step's supervised tokens; its gradients are added up."""
         self._model.train()
         total = torch.zeros((), device=self._model.device)
         for batch in batches:
             self.clock.enter("forward")
             total += self._model.accumulate(batch, divisor=supervised, between=lambda: self.clock.enter("backward"))
             self._stop_inside_a_step_if_need_be()
-        self.clock.enter("optimizer")
-        norm = gradient_norm(self._parameters)
-        self._refuse_to_diverge(step, total.item(), norm.item())
-        rate = learning_rate(step, self.steps, training)
-        with self._lock:
-            clip(self._parameters, norm.item(), float(training.max_grad_norm))
-            self._optimizer.step(rate)
-            self.clock.close()
-            seconds = perf_counter() - self._step_started
-            self._step_seconds.append(seconds)
-            self._position.step = step + 1
-            metrics = {
-                Metric.TRAIN_LOSS: total.item(),
-                Metric.LEARNING_RATE: rate,
-                Metric.GRADIENT_NORM: norm.item(),
-                Metric.TOKENS_PER_SECOND: sum(batch.tokens for batch in batches) / seconds,
-                Metric.CHECKPOINT_STALL_SECONDS: self._stall_seconds,
-            }
-            self._stall_seconds = 0.0
-            metrics |= self._card.metrics(self._arithmetic.operations(batches), seconds)
-            self.journal.record(step + 1, metrics)
-        log.info("step %d of %d: loss %.4f, %.2f s", step + 1, self.steps, metrics[Metric.TRAIN_LOSS], seconds)
+        return total
+
+    def _update(self, norm: float) -> None:
+        """Change the adapter."""
+        clip(self._parameters, norm, float(self._spec.training.max_grad_norm))
+        self._optimizer.step(self._learning_rate())
+        self.clock.close()
+
+    def _complete_step(self, batches: Sequence[MicroBatch], *, loss: float, norm: float, seconds: float) -> None:
+        """Bring position and journal up to the adapter."""
+        metrics: dict[str, float] = {
+            Metric.TRAIN_LOSS: loss,
+            Metric.LEARNING_RATE: self._learning_rate(),
+            Metric.GRADIENT_NORM: norm,
+            Metric.TOKENS_PER_SECOND: sum(batch.tokens for batch in batches) / seconds,
+            Metric.CHECKPOINT_STALL_SECONDS: self._stall_seconds,
+            **self._card.metrics(self._arithmetic.operations(batches), seconds),
+        }
+        self._step_seconds.append(seconds)
+        self._stall_seconds = 0.0
+        self._position.step += 1
+        self.journal.record(self._position.step, metrics)
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self._position.step, self.steps, self._spec.training)
 
     def _refuse_to_diverge(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -210,7 +223,7 @@ class Loop:
 
     # --- stopping and saving
 
-    def _border(self) -> None:
+    def _at_step_boundary(self) -> None:
         self._stop_if_asked()
         self._checkpointer.raise_if_failed()
         if self._checkpoint_due():
@@ -218,7 +231,7 @@ class Loop:
             with self._lock:
                 self._save(wait=False)
             self.clock.close()
-        self._announce()
+        self._reports.announce(self._checkpointer.last)
         self.report("training")
 
     def _checkpoint_due(self) -> bool:
@@ -236,31 +249,33 @@ class Loop:
     def _stop_inside_a_step_if_need_be(self) -> None:
         if not self._stop.asked.is_set() or not self._step_seconds:
             return
-        to_border_seconds = median(self._step_seconds) - (perf_counter() - self._step_started)
-        if to_border_seconds + self._seconds_to_save() > self._stop.seconds_left():
-            log.warning("the notice is shorter than the rest of step %d, which is given up", self._position.step + 1)
+        remaining_seconds = median(self._step_seconds) - (perf_counter() - self._step_started)
+        if remaining_seconds + self._seconds_to_save() > self._stop.seconds_left():
+            step = self._position.step + 1
+            log.warning("the grace period is shorter than the rest of step %d, which is given up", step)
             self._preempt()
 
     def _preempt(self) -> None:
         with self._lock:
             self.save_durably()
-        self._announce()
+        self._reports.announce(self._checkpointer.last)
         raise Preempted(self.result(complete=False))
 
     def _rescue(self) -> None:
-        """The watchdog's way out: the main thread is busy, perhaps for longer than the notice lasts."""
-        log.warning("the notice runs out inside step %d; the last border's state is saved", self._position.step + 1)
+        """The watchdog's way out: the main thread is busy, perhaps for longer than the grace period lasts."""
+        step = self._position.step + 1
+        log.warning("the grace period runs out inside step %d; the last step boundary's state is saved", step)
         try:
             # A stream of its own does not queue behind the step that is still running.
             with torch.cuda.stream(torch.cuda.Stream()) if self._model.device.type == "cuda" else nullcontext():
                 self.save_durably()
-            self._announce()
+            self._reports.announce(self._checkpointer.last)
         except Exception:
-            log.exception("the last border's state could not be saved; the checkpoint before it counts")
+            log.exception("the last step boundary's state could not be saved; the checkpoint before it counts")
         self._leave(self.result(complete=False))
 
     def save_durably(self) -> None:
-        """Return when the present border's state is durable; step 0 needs no saving."""
+        """Return when the state of the last step boundary is durable; step 0 needs no saving."""
         if self._position.step > self._durable_step():
             self._save(wait=True)
         else:
@@ -279,10 +294,6 @@ class Loop:
         return Snapshot(
             state=TrainingState(
                 step=position.step,
-                cursor={"epoch": self._schedule.epoch(position.step)},
-                random={"seed": self._spec.training.seed},
-                optimizer={"name": self._spec.training.optimizer},
-                loss_window=[],
                 best=position.best,
                 evaluations_without_gain=position.evaluations_without_gain,
             ),
@@ -317,7 +328,7 @@ class Loop:
     def _durable_step(self) -> int:
         return self._checkpointer.last.step if self._checkpointer.last else 0
 
-    # --- telling
+    # --- results
 
     def final_adapter(self) -> dict[str, Tensor]:
         """What the job ends with: the last step's adapter, or the best evaluation's where the spec says so."""
@@ -339,66 +350,14 @@ class Loop:
 
     def report(self, detail: str) -> None:
         """Hand the latest figures to the agent."""
-        if self._agent is None:
-            return
-        last, step = self._checkpointer.last, self._position.step
-        self._agent.report(
-            ProgressReport(
-                stage="train",
-                step=step,
-                steps=self.steps,
-                detail=detail,
-                loss=_last(self.journal, Metric.TRAIN_LOSS),
-                eval_loss=_last(self.journal, Metric.EVAL_LOSS),
-                tokens_per_second=_last(self.journal, Metric.TOKENS_PER_SECOND),
-                eta_seconds=median(self._step_seconds) * (self.steps - step) if self._step_seconds else None,
-                checkpoint_step=last.step if last else None,
-                checkpoint_uri=last.uri if last else None,
-                time=datetime.now(tz=UTC),
-            )
+        self._reports.report(
+            detail,
+            step=self._position.step,
+            step_seconds=self._step_seconds,
+            checkpoint=self._checkpointer.last,
         )
-
-    def _announce(self) -> None:
-        last = self._checkpointer.last
-        if self._agent is not None and last is not None and last.step > self._announced_step:
-            self._announced_step = last.step
-            self._agent.announce_checkpoint(last.step, last.uri)
 
 
 def step_seed(seed: int, step: int) -> int:
     """The seed of a step's dropout and noise. Hashed, because torch's CPU generator reads 32 bits of it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
-
-
-def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, in float32: bfloat16 would round it to three digits."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(_gradients(parameters), 2, torch.float32)))
-
-
-def clip(parameters: list[torch.nn.Parameter], norm: float, largest_norm: float) -> None:
-    """Scale all gradients down to the largest norm, if they exceed it (Pascanu et al., 2013).
-
-    torch's own takes a tensor for the norm, which costs a launch for every parameter.
-    """
-    if norm > largest_norm:
-        torch._foreach_mul_(_gradients(parameters), largest_norm / norm)
-
-
-def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
-def arithmetic(model: TrainingModel) -> Arithmetic:
-    """How many operations a step of this model takes."""
-    config = model.base.config.get_text_config()
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Arithmetic(
-        linear_weights=model.linear_weights(),
-        layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * head_width,
-    )
-
-
-def _last(journal: Journal, metric: Metric) -> float | None:
-    found = values(journal.records(), metric)
-    return found[-1] if found else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,15 @@ LARGEST_PIECE = 1 << 28
 """bitsandbytes counts elements in 32 bits."""
 PAGED_WARNING = "Paged optimizers are not supported on CPU"
 
-OPTIMIZERS = {
-    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
-    "adamw_8bit": bnb.optim.AdamW8bit,
-    "adamw_32bit": bnb.optim.AdamW32bit,
+_optim: Any = bnb.optim  # Any: bitsandbytes has no types
+OPTIMIZERS: dict[str, Any] = {
+    "paged_adamw_8bit": _optim.PagedAdamW8bit,
+    "paged_adamw_32bit": _optim.PagedAdamW32bit,
+    "adamw_8bit": _optim.AdamW8bit,
+    "adamw_32bit": _optim.AdamW32bit,
 }
+
+NamedParameter = tuple[str, Parameter]
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,10 @@ class Member:
 class AdapterOptimizer:
     """AdamW over named adapter parameters, with LoRA+'s larger rate for B (Hayou et al., 2024)."""
 
-    def __init__(self, parameters: Iterable[tuple[str, Parameter]], training: TrainingSpec) -> None:
+    def __init__(
+        self, parameters: Iterable[NamedParameter], training: TrainingSpec, *, largest_piece: int = LARGEST_PIECE
+    ) -> None:
+        """`largest_piece` is the number of elements that are updated at once."""
         names = {parameter: name for name, parameter in parameters}
         self._on_gpu = any(parameter.is_cuda for parameter in names)
         if training.optimizer.startswith("paged") and not self._on_gpu:
@@ -89,7 +95,9 @@ class AdapterOptimizer:
         self._pieces: dict[Parameter, list[Member]] = {}
         groups = _groups(names, training)
         for group in groups:
-            pieces = _in_pieces([(names[parameter], parameter) for parameter in group["params"]], smallest)
+            pieces = _in_pieces(
+                [(names[parameter], parameter) for parameter in group["params"]], smallest, largest_piece
+            )
             self._pieces |= pieces
             group["params"] = list(pieces)
         self._adam = OPTIMIZERS[training.optimizer](
@@ -174,26 +182,46 @@ class AdapterOptimizer:
         return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
 
 
-def _in_pieces(named: list[tuple[str, Parameter]], smallest: int) -> dict[Parameter, list[Member]]:
+def _in_pieces(named: Sequence[NamedParameter], smallest: int, largest: int) -> dict[Parameter, list[Member]]:
     """Parameters of whole blocks, moved side by side; each of the others is its own piece."""
-    joined = [(n, p) for n, p in named if p.numel() % BLOCK == 0 and smallest <= p.numel() <= LARGEST_PIECE]
-    alone = {id(p) for _, p in named} - {id(p) for _, p in joined}
-    pieces = {p: [Member(name=n, parameter=p, start=0)] for n, p in named if id(p) in alone}
+    joined = [(n, p) for n, p in named if p.numel() % BLOCK == 0 and smallest <= p.numel() <= largest]
+    moved = {id(p) for _, p in joined}
+    pieces = {p: [Member(name=n, parameter=p, start=0)] for n, p in named if id(p) not in moved}
     if not joined:
         return pieces
-    joined.sort(key=lambda item: item[1].data_ptr())  # `kernels.linears` wants neighbors to stay neighbors
+    joined.sort(key=lambda item: item[1].data_ptr())  # `kernels.lora_linears` wants neighbors to stay neighbors
     memory = torch.cat([parameter.data.flatten() for _, parameter in joined])
-    first, members = 0, []
-    for name, parameter in joined:
-        start = members[-1].start + members[-1].parameter.numel() if members else 0
-        if start + parameter.numel() > LARGEST_PIECE:
-            pieces[Parameter(memory[first : first + start])] = members
-            first, members, start = first + start, [], 0
-        place = slice(first + start, first + start + parameter.numel())
-        parameter.data = memory[place].view(parameter.shape)
-        members = [*members, Member(name=name, parameter=parameter, start=start)]
-    pieces[Parameter(memory[first:])] = members
+    start = 0
+    for together in _portions(joined, largest):
+        size = sum(parameter.numel() for _, parameter in together)
+        piece = memory[start : start + size]
+        pieces[Parameter(piece)] = _move_into(piece, together)
+        start += size
     return pieces
+
+
+def _portions(named: Sequence[NamedParameter], largest: int) -> Iterator[list[NamedParameter]]:
+    """The parameters in their order, in portions of at most `largest` elements, which none of them exceeds alone."""
+    portion: list[NamedParameter] = []
+    size = 0
+    for name, parameter in named:
+        if size + parameter.numel() > largest:
+            yield portion
+            portion, size = [], 0
+        portion.append((name, parameter))
+        size += parameter.numel()
+    yield portion
+
+
+def _move_into(piece: Tensor, named: Sequence[NamedParameter]) -> list[Member]:
+    """Make the parameters views of a piece, one after the other; it holds their values already."""
+    members: list[Member] = []
+    start = 0
+    for name, parameter in named:
+        members.append(Member(name=name, parameter=parameter, start=start))
+        parameter.data = piece[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    return members
 
 
 def _groups(names: Mapping[Parameter, str], training: TrainingSpec) -> list[dict[str, Any]]:

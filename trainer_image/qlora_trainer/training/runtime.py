@@ -1,11 +1,12 @@
 """The device that training runs on, and what makes it give the same bits every time.
 
-Called once by `train`, before the model is loaded.
+It is set up before a model is loaded.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ def set_up(*, threads: int, deterministic: bool) -> torch.device:
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.benchmark = False
     # Deterministic mode fills fresh memory to expose reads of it. Nothing here reads any, and it costs bandwidth.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic_settings: Any = torch.utils.deterministic  # Any: torch makes its attributes when it is loaded
+    deterministic_settings.fill_uninitialized_memory = False
     # What bitsandbytes says when it is imported on a CPU, about kernels that it would like to download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

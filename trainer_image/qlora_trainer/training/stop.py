@@ -1,10 +1,10 @@
 """How a train stage is asked to stop, and how it keeps its word.
 
-Owned by `train.run`; the loop asks `Stop` at every border. Three parts:
+Three parts:
 
 - `Stop` holds the request: from SIGTERM, or from the agent's `preempt`, which is a SIGTERM with its own deadline. While
   the stage starts up it interrupts whatever is going on; later it only sets a flag.
-- `Watchdog` is for a main thread that is deep in a long step when the notice runs out: it saves in its place.
+- `Watchdog` is for a main thread that is deep in a long step when the grace period runs out: it saves in its place.
 - `AgentClient` talks to the agent over a unix socket (`orchestrator/api/protocol.py`). Training never waits for it.
 """
 
@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -56,7 +56,7 @@ class Stop:
         self.asked.set()
 
     def ask_for_checkpoint(self) -> None:
-        """Ask for a checkpoint at the next step border."""
+        """Ask for a checkpoint at the next step boundary."""
         self._checkpoint_wanted.set()
 
     def take_checkpoint_request(self) -> bool:
@@ -70,7 +70,7 @@ class Stop:
         return self._deadline - monotonic()
 
     def end_start_up(self) -> None:
-        """From here on a request only sets the flag; one that is already there still interrupts."""
+        """Let a request only set the flag from here on; one that is already there still interrupts."""
         self._interrupts = False
         if self.asked.is_set():
             raise StopNow
@@ -80,7 +80,7 @@ class Stop:
         return isinstance(error, StopNow) or (self._interrupted and isinstance(error, Exception))
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """Take SIGTERM. Only the main thread may do this."""
         # Python runs its handler when the main thread comes back to bytecode, which a backward pass may delay by many
         # seconds. The byte that C writes into the wake-up socket is there at once, and another thread reads it.
@@ -113,7 +113,7 @@ class Stop:
 
 
 class Watchdog:
-    """Rescues the state of the last step border when the main thread will not come back in time."""
+    """Rescues the state of the last step boundary when the main thread will not come back in time."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Watchdog:
         seconds_needed: Callable[[], float],
         rescue: Callable[[], None],
     ) -> None:
-        """`rescue` runs with `lock`, which is held whenever the state is not that of a step border."""
+        """`rescue` runs with `lock`, which is held whenever the state is not that of a step boundary."""
         self._stop = stop
         self._lock = lock
         self._seconds_needed = seconds_needed
@@ -131,7 +131,7 @@ class Watchdog:
         self._over = threading.Event()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Generator[None]:
         """Watch while the body runs."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()

@@ -1,7 +1,7 @@
 """What a run tells about itself beside its losses: where its time went, how hard the card worked, energy, memory.
 
-Read by the loop once a step. On the GPU, phases are measured by events in its own stream, so measuring never waits
-for it. Everything that a machine cannot tell is absent, never zero.
+On the GPU, phases are measured by events in its own stream, so measuring never waits for it. Everything that a machine
+cannot tell is absent, never zero.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from orchestrator.api.data_sheets import DATA_SHEETS, find_name
 from orchestrator.api.formats import Metric
 from qlora_trainer.data.micro_batch import MicroBatch
+from qlora_trainer.model.training_model import TrainingModel
 
 PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint")
 
@@ -30,7 +32,7 @@ class PhaseClock:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     def enter(self, phase: str) -> None:
         """The given phase begins, and with it the one before ends."""
@@ -76,6 +78,17 @@ class Arithmetic:
             tokens += batch.tokens
             pairs += float(lengths.square().sum())
         return 4.0 * self.linear_weights * tokens + 6.0 * self.layers * self.attention_width * pairs
+
+
+def arithmetic(model: TrainingModel) -> Arithmetic:
+    """How many operations a step of this model takes."""
+    config: Any = model.base.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]  # any type's
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Arithmetic(
+        linear_weights=model.linear_weights(),
+        layers=config.num_hidden_layers,
+        attention_width=config.num_attention_heads * head_width,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,11 +152,12 @@ class Card:
 
 def _energy_meter(device: torch.device) -> Any:
     """A function that reads the card's energy counter in joules; None where there is none (before Volta, on MIG)."""
+    cuda: Any = torch.cuda  # Any: what it says of a card has no types
     try:
-        import pynvml
-
+        pynvml: Any = import_module("pynvml")  # Any: it has no types
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        properties = cuda.get_device_properties(device)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception as error:  # noqa: BLE001 - no library, no driver, no counter: there is no energy to report
         log.info("the card's energy is not reported: %s", error)

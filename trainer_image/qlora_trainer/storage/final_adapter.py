@@ -1,0 +1,74 @@
+"""The adapter that a job ends with, in PEFT's layout, and how it is found again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from orchestrator.api.base import Digest
+from orchestrator.api.formats import ADAPTER_FOLDER, JOURNAL_NAME, CheckpointManifest, JournalRecord
+from orchestrator.api.task import StageTask
+from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.journal import Journal
+from qlora_trainer.storage.uri import local_path
+
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+Json = dict[str, Any]  # Any: whatever JSON holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """The final adapter, durable."""
+
+    uri: str
+    digest: Digest
+    """SHA-256 of adapter_model.safetensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalAdapter:
+    """The final adapter on this machine, verified."""
+
+    folder: Path
+    manifest: CheckpointManifest
+    digest: Digest
+    """SHA-256 of adapter_model.safetensors."""
+    journal: Sequence[JournalRecord]
+
+
+def fetch_final_adapter(store: JobStore, into: Path) -> FinalAdapter | None:
+    """The job's final adapter, as its manifest vouches for it; None where there is none. Raises DamagedFolder."""
+    manifest = store.read_manifest(ADAPTER_FOLDER, CheckpointManifest)
+    if manifest is None or not manifest.complete:
+        return None
+    folder = store.fetch_folder(ADAPTER_FOLDER, manifest.files, into)
+    sha256 = next(entry.sha256 for entry in manifest.files if entry.name == ADAPTER_NAME)
+    journal = Journal.load(folder / JOURNAL_NAME).records()
+    return FinalAdapter(folder=folder, manifest=manifest, digest=f"sha256:{sha256}", journal=journal)
+
+
+def adapter_config(config: PeftConfiguration, task: StageTask) -> Json:
+    """The content of adapter_config.json: PEFT's own, in a fixed order, with a base model that others can find."""
+    source = task.spec.model.source
+    path = local_path(source)
+    base = source.removeprefix("hf://") if path is None else str(path)
+    from_hub = source.startswith("hf://") and task.prepared is not None
+    fields = {
+        **config.to_dict(),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "revision": task.prepared.model.revision if from_hub and task.prepared else None,
+    }
+    # PEFT keeps module names in sets, whose order changes from process to process.
+    return {key: sorted(cast("set[str]", value)) if isinstance(value, set) else value for key, value in fields.items()}
+
+
+class PeftConfiguration(Protocol):
+    """The part of PEFT's configuration classes that is used."""
+
+    def to_dict(self) -> Json: ...
