@@ -17,6 +17,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
+# A thread that waits sleeps, as in stages: see the trainer's `set_environment`.
+export OMP_WAIT_POLICY := passive
 # Of a thousand nodes and ten thousand jobs; 1 is for the figures.
 export QLORA_SCALE ?= 0.1
 
