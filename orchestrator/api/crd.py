@@ -81,6 +81,11 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 message="set evalSource or evalFraction, not both",
                 field="evalSource",
             ),
+            Rule(
+                rule="!has(self.evalSplit) || has(self.evalSource)",
+                message="evalSplit is a split of evalSource: set both",
+                field="evalSplit",
+            ),
         )
     },
     AdapterSpec: {"_dropout_is_a_probability": _compared(("dropout",), "< 1.0", "must be at least 0 and below 1")},

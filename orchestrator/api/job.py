@@ -145,6 +145,10 @@ class DatasetSource(Model):
     """What happens to a record longer than training.sequenceLength; the number concerned is reported."""
     split: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)] = "train"
     """The split of a datasets id."""
+    eval_split: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)] | None = None
+    """The split of evalSource where that is a datasets id; default: split."""
+    config: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    """The configuration of a datasets id that has several, of evalSource too."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DatasetSource:
@@ -152,6 +156,8 @@ class DatasetSource(Model):
             raise ValueError("evalFraction must be between 0 and 0.5")
         if self.eval_source is not None and float(self.eval_fraction) != 0:
             raise ValueError("set evalSource or evalFraction, not both")
+        if self.eval_split is not None and self.eval_source is None:
+            raise ValueError("evalSplit is a split of evalSource: set both")
         return self
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from orchestrator.api.base import Count, Digest, Measured, Model, PositiveCount, Sentence, ShortText, Time
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import Reason
 
 MAX_TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' bound on a container's termination message
+MAX_WARNINGS = 5
+MAX_WARNING_CHARACTERS = 280
+PrepareWarning = Annotated[str, StringConstraints(max_length=MAX_WARNING_CHARACTERS)]
 Uri = Annotated[str, StringConstraints(max_length=2048)]
 
 
@@ -37,6 +40,8 @@ class PrepareResult(Model):
     """Optimizer steps of the whole job."""
     truncated_records: Count = 0
     dropped_records: Count = 0
+    warnings: Annotated[tuple[PrepareWarning, ...], Field(max_length=MAX_WARNINGS)] = ()
+    """What is likely to be wrong with the data or the step count, each with what to change."""
 
 
 class TrainResult(Model):
@@ -84,9 +89,12 @@ class StageResult(Model):
     failure: Failure | None = None
 
     def to_termination_message(self) -> str:
-        """The JSON that goes into the termination log; a long failure message is cut to fit."""
+        """The JSON that goes into the termination log; a long failure message is cut to fit, warnings are left out."""
         text = self.model_dump_json(by_alias=True, exclude_none=True)
         excess = len(text.encode()) - MAX_TERMINATION_MESSAGE_BYTES
+        if excess > 0 and self.prepare is not None and self.prepare.warnings:
+            fewer = self.prepare.model_copy(update={"warnings": self.prepare.warnings[:-1]})
+            return self.model_copy(update={"prepare": fewer}).to_termination_message()
         if excess <= 0 or self.failure is None:
             assert excess <= 0, "a stage's result must fit the termination message"
             return text

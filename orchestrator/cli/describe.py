@@ -89,6 +89,8 @@ def _prepared_fields(job: QLoRAJob) -> Iterator[Field]:
     yield "held out", f"{prepared.eval_records} records in {prepared.eval_sequences} sequences"
     if prepared.truncated_records or prepared.dropped_records:
         yield "too long", f"{prepared.truncated_records} truncated, {prepared.dropped_records} dropped"
+    for warning in prepared.warnings:
+        yield "warning", warning
     yield "digest", prepared.digest
 
 

@@ -140,8 +140,11 @@ def test_a_template_with_a_blank_before_trimmed_answers(tokenizer: Any) -> None:
 
 def test_a_template_that_writes_the_last_answer_differently(tokenizer: Any) -> None:
     record = encode_chat(tokenizer, THINKING, TURNS, "assistant")
-    # After the prompt for an answer the model itself writes its thoughts, empty or not.
-    assert supervised_texts(tokenizer, record) == [f"{ANSWERS[0]}{EOS}", f"<think>\n\n</think>\n\n{ANSWERS[1]}{EOS}"]
+    # After the prompt for an answer the model itself writes its thoughts, empty or not, and it meets each answer last.
+    assert supervised_texts(tokenizer, record) == [f"<think>\n\n</think>\n\n{answer}{EOS}" for answer in ANSWERS]
+    first, second = record.split()
+    assert tokenizer.decode(first.input_ids).endswith(f"<think>\n\n</think>\n\n{ANSWERS[0]}{EOS}\n")
+    assert f"assistant\n{ANSWERS[0]}{EOS}" in tokenizer.decode(second.input_ids)
 
 
 def test_a_template_of_words_whose_prompt_ends_where_the_answers_blank_begins(tokenizer: Any) -> None:
@@ -326,7 +329,7 @@ def as_csv(records: Sequence[dict[str, Any]]) -> str:
 def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, byte_level: Any, name: str) -> None:
     train, held_out = split_file(write_as(tmp_path / name, [conversation(n) for n in range(5)]), byte_level)
     assert answers(byte_level, train) == [f"Sí, {n}." for n in range(5)]
-    assert held_out.records == []
+    assert len(held_out.records) == 0
 
 
 def test_a_byte_order_mark_and_empty_lines_are_no_records(tmp_path: Path, byte_level: Any) -> None:

@@ -129,7 +129,9 @@ def test_prepared_data_is_found_again_and_only_the_steps_are_new(tmp_path: Path)
     written = train.stat().st_mtime_ns, train.stat().st_ino
     again = prepare.run(make_task(tmp_path, attempt=2, training={"epochs": "1", "learningRate": "1e-5"}))
     assert (train.stat().st_mtime_ns, train.stat().st_ino) == written
-    assert again == first.model_copy(update={"steps": ceil(first.train_sequences / 16)})
+    (warning,) = again.warnings
+    assert warning.startswith("few steps: 1 epochs of ")
+    assert again == first.model_copy(update={"steps": ceil(first.train_sequences / 16), "warnings": (warning,)})
 
 
 def test_damaged_prepared_data_is_made_again(tmp_path: Path) -> None:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import tempfile
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,18 @@ from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
-from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read_splits, write_rows
-from qlora_trainer.data.packing import Row
+from qlora_trainer.data.chat_templates import named_template
+from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read_dataset, write_rows
 from qlora_trainer.data.reader import Records
+from qlora_trainer.data.report import (
+    FEW_STEPS,
+    bounded,
+    counts,
+    data_warnings,
+    optimizer_steps,
+    shown,
+    steps_warning,
+)
 from qlora_trainer.model.source import (
     check_architecture,
     context_length,
@@ -40,10 +47,12 @@ from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.job_store import JobStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the same inputs would give other data than before."""
 TRAIN_NAME = "train.parquet"
 EVAL_NAME = "eval.parquet"
+SHOWN_RECORDS = 3
+"""So many of the first records are logged with their masks."""
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +65,15 @@ class _Model:
     tokenizer: Any
     tokenizer_digest: str
     context_length: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Splits:
+    """What is trained and evaluated on."""
+
+    train: Split
+    evaluation: Split
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,18 +96,25 @@ def run(task: StageTask) -> PrepareResult:
         found = _find_prepared(store, digest, Path(scratch) / "prepared")
         if found is not None:
             log.info("%s is prepared already", found.uri)
-            steps = optimizer_steps(task.spec.training, found.train_sequences)
-            return found.model_copy(update={"model": model.facts, "steps": steps})
-        train, evaluation = _read(task.spec, datasets, model)
-    return _publish(task, store, digest, model, train, evaluation)
+            return _with_steps(found.model_copy(update={"model": model.facts}), task.spec.training)
+        splits = _read(task.spec, datasets, model)
+    return _publish(task, store, digest, model, splits)
 
 
 def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
     dataset = spec.dataset
-    train = Records(dataset.source, split=dataset.split, scratch=scratch, field="spec.dataset.source")
+    train = Records(
+        dataset.source, split=dataset.split, config=dataset.config, scratch=scratch, field="spec.dataset.source"
+    )
     if dataset.eval_source is None:
         return _Datasets(train=train, evaluation=None)
-    held_out = Records(dataset.eval_source, split=dataset.split, scratch=scratch, field="spec.dataset.evalSource")
+    held_out = Records(
+        dataset.eval_source,
+        split=dataset.eval_split or dataset.split,
+        config=dataset.config if dataset.eval_source.startswith("hf://") else None,
+        scratch=scratch,
+        field="spec.dataset.evalSource",
+    )
     return _Datasets(train=train, evaluation=held_out)
 
 
@@ -98,7 +123,7 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
     check_architecture(description, source, spec.adapter)
-    tokenizer = load_tokenizer(description.folder, source, spec.model.chat_template)
+    tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_chat_template(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
     return _Model(
@@ -130,12 +155,18 @@ def inputs_digest(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> str
     return f"sha256:{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()}"
 
 
-def optimizer_steps(training: TrainingSpec, train_sequences: int) -> int:
-    """Optimizer steps of the whole job; the last one may be of fewer sequences."""
-    if training.max_steps is not None:
-        return training.max_steps
-    # Exact: 0.1 epochs of 160 sequences is one batch of 16, not a little more.
-    return math.ceil(Fraction(decimal(training.epochs)) * train_sequences / training.global_batch_size)
+def _with_steps(found: PrepareResult, training: TrainingSpec) -> PrepareResult:
+    """The result of data that is prepared already, for this job's steps."""
+    result = found.model_copy(update={"steps": optimizer_steps(training, found.train_sequences)})
+    about_data = [warning for warning in found.warnings if not warning.startswith(FEW_STEPS)]
+    return _warned(result, training, about_data)
+
+
+def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]) -> PrepareResult:
+    warnings = bounded([*steps_warning(result, training), *about_data])
+    for warning in warnings:
+        log.warning("%s", warning)
+    return result.model_copy(update={"warnings": warnings})
 
 
 def _find_prepared(store: JobStore, digest: str, scratch: Path) -> PrepareResult | None:
@@ -155,14 +186,17 @@ def _folder(digest: str) -> str:
     return f"{PREPARED_FOLDER}/{digest.removeprefix('sha256:')[:16]}"
 
 
-def _read(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> tuple[Split, Split]:
+def _read(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> _Splits:
     """Both splits, in tokens that the model has."""
-    train, evaluation = read_splits(datasets.train, model.tokenizer, spec.dataset, spec.training)
+    read = read_dataset(datasets.train, model.tokenizer, spec.dataset, spec.training)
+    evaluation = read.evaluation
     if datasets.evaluation is not None:
-        evaluation, _ = read_splits(datasets.evaluation, model.tokenizer, spec.dataset, spec.training)
-    for split in (train, evaluation):
+        evaluation = read_dataset(datasets.evaluation, model.tokenizer, spec.dataset, spec.training).train
+    for split in (read.train, evaluation):
         _refuse_beyond_model(split, model, spec)
-    return train, evaluation
+    return _Splits(
+        train=read.train, evaluation=evaluation, warnings=[*data_warnings(read.train, evaluation), *read.warnings]
+    )
 
 
 def _refuse_beyond_model(split: Split, model: _Model, spec: QLoRAJobSpec) -> None:
@@ -179,27 +213,28 @@ def _refuse_beyond_model(split: Split, model: _Model, spec: QLoRAJobSpec) -> Non
         )
 
 
-def _publish(
-    task: StageTask, store: JobStore, digest: str, model: _Model, train: Split, evaluation: Split
-) -> PrepareResult:
+def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, splits: _Splits) -> PrepareResult:
     """Write the prepared folder; its manifest, which makes it exist, comes last."""
-    training = task.spec.training
+    training, train, evaluation = task.spec.training, splits.train, splits.evaluation
     train_rows, eval_rows = arrange(train, training), arrange(evaluation, training)
     result = PrepareResult(
         digest=digest,
         uri=store.folder_uri(_folder(digest)),
         model=model.facts,
-        train_records=len(train.records),
+        train_records=train.samples,
         train_sequences=len(train_rows),
         train_tokens=train.tokens,
         supervised_tokens=train.supervised,
-        eval_records=len(evaluation.records),
+        eval_records=evaluation.samples,
         eval_sequences=len(eval_rows),
         steps=optimizer_steps(training, len(train_rows)),
         truncated_records=train.truncated + evaluation.truncated,
         dropped_records=train.dropped + evaluation.dropped,
     )
-    _report(result, train_rows, training)
+    log.info("%s", counts(result, training))
+    for number, record in enumerate(train.records[:SHOWN_RECORDS], start=1):
+        log.info("record %d, what carries loss in brackets: %r", number, shown(model.tokenizer, record))
+    result = _warned(result, training, splits.warnings)
 
     def make_manifest(files: tuple[FileEntry, ...]) -> PreparedManifest:
         store.check_fence(task.attempt)
@@ -211,26 +246,3 @@ def _publish(
         model.tokenizer.save_pretrained(folder)
         store.publish_folder(folder, _folder(digest), make_manifest)
     return result
-
-
-def _report(result: PrepareResult, train_rows: list[Row], training: TrainingSpec) -> None:
-    log.info(
-        "%d training records with %d tokens (%d supervised) in %d sequences; %d held out in %d; %d steps",
-        result.train_records,
-        result.train_tokens,
-        result.supervised_tokens,
-        result.train_sequences,
-        result.eval_records,
-        result.eval_sequences,
-        result.steps,
-    )
-    if result.truncated_records or result.dropped_records:
-        log.warning(
-            "records longer than %d tokens: %d truncated, %d dropped",
-            training.sequence_length,
-            result.truncated_records,
-            result.dropped_records,
-        )
-    if training.packing:
-        room = len(train_rows) * training.sequence_length
-        log.info("packing leaves %.2f %% of the sequences empty", 100 * (1 - result.train_tokens / room))

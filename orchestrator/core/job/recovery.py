@@ -88,7 +88,7 @@ def _prepared(draft: Draft, verdict: Verdict, result: PrepareResult) -> Draft:
     message = (
         f"{result.train_records} records in {result.train_sequences} sequences of {result.train_tokens} tokens; "
         f"{result.steps} steps"
-    )
+    ) + "".join(f"; warning: {warning}" for warning in result.warnings)
     finding = Finding(kind=ConditionType.PREPARED, status="True", reason=Reason.PREPARED, message=message)
     draft = draft.move(JobEvent.PREPARED, finding, prepared=result, retry_after=None, **_books(draft, verdict))
     return draft.tell(Event(reason=Reason.PREPARED, message=message))

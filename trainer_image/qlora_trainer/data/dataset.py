@@ -11,19 +11,24 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import logging
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
-from qlora_trainer.data.encoding import EncodedRecord, Encoder
-from qlora_trainer.data.formats import CHAT_FORMATS, read_sample
+from qlora_trainer.data.chat_templates import refuse_useless_template
+from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord, Encoder
+from qlora_trainer.data.formats import CHAT_FORMATS, read_sample, unknown_fields
 from qlora_trainer.data.packing import Row, one_a_row, pack
 from qlora_trainer.data.reader import BadRecord, Record, Records
 from qlora_trainer.outcome import UserError
@@ -31,62 +36,141 @@ from qlora_trainer.outcome import UserError
 Numbers = NDArray[np.int32]
 NAMED_PROBLEMS = 3
 """How many bad records an error message names."""
+NAMED_FIELDS = 8
+"""How many unknown fields a warning names."""
+MAX_UNKNOWN_FIELDS = 64
+"""No more are collected."""
+MAX_PROBLEM_CHARACTERS = 400
+"""Of what is wrong with one record: a template's own words may be long."""
+PROGRESS_SECONDS = 10.0
 ROWS_PER_GROUP = 256
 """Rows in a row group of the Parquet files: what a reader holds at a time."""
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """The records of one split, encoded, in the order of their file."""
 
-    records: Sequence[EncodedRecord]
-    truncated: int = 0
-    dropped: int = 0
+class EncodedRecords(Sequence[EncodedRecord]):
+    """Encoded records in the order of their file, in 5 bytes a token and 16 a record."""
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._supervised = bytearray()
+        self._starts = array("q", [0])
+        self._samples = array("q")
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
     @property
     def tokens(self) -> int:
         """Tokens in all records."""
-        return sum(len(record.input_ids) for record in self.records)
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedRecord]: ...
+    def __getitem__(self, index: int | slice) -> EncodedRecord | list[EncodedRecord]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = slice(self._starts[number], self._starts[number + 1])
+        ids = np.array(self._ids[part], dtype=np.int32)
+        supervised = np.frombuffer(self._supervised[part], dtype=np.bool_)
+        return EncodedRecord(input_ids=ids, labels=np.where(supervised, ids, np.int32(IGNORED_LABEL)))
+
+    def append(self, record: EncodedRecord, sample: int) -> None:
+        """Add a record that comes from the sample of this index."""
+        self._ids.frombytes(record.input_ids.tobytes())
+        self._supervised += (record.labels != IGNORED_LABEL).tobytes()
+        self._starts.append(len(self._ids))
+        self._samples.append(sample)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each record."""
+        return [end - start for start, end in pairwise(self._starts)]
+
+    def samples(self) -> Sequence[int]:
+        """The index of each record's sample among all that the file holds, bad ones included."""
+        return self._samples
+
+    def supervised(self) -> int:
+        """Tokens that carry loss."""
+        return sum(self._supervised)
+
+    def largest_token(self) -> int:
+        """The largest token id; 0 where there are no tokens."""
+        return max(self._ids, default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """The records of one split, encoded, in the order of their file.
+
+    A sample is a record of the file; one that has to be trained in several contexts is several encoded records.
+    """
+
+    records: EncodedRecords
+    truncated: int = 0
+    """Samples that were cut to the sequence length."""
+    dropped: int = 0
+    """Samples that were left out because they are longer."""
+
+    @property
+    def samples(self) -> int:
+        """Samples that something was kept of."""
+        return len(set(self.records.samples()))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all records."""
+        return self.records.tokens
 
     @property
     def supervised(self) -> int:
         """Tokens that carry loss."""
-        return sum(record.supervised for record in self.records)
+        return self.records.supervised()
 
     @property
     def longest(self) -> int:
         """Tokens of the longest record."""
-        return max((len(record.input_ids) for record in self.records), default=0)
+        return max(self.records.lengths(), default=0)
 
     @property
     def largest_token(self) -> int:
         """The largest token id."""
-        return max((int(record.input_ids.max()) for record in self.records), default=0)
+        return self.records.largest_token()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Numbered:
-    """An encoded record and the place that it has among all records of its file, bad ones included."""
+class ReadDataset:
+    """What a source gave."""
 
-    index: int
-    record: EncodedRecord
+    train: Split
+    evaluation: Split
+    """Empty unless a fraction is held out."""
+    warnings: tuple[str, ...]
+    """What the chat template and the records' fields give reason to say."""
 
 
 def read_splits(
     records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec
 ) -> tuple[Split, Split]:
     """The training and the evaluation split of one source (the latter empty unless a fraction is held out)."""
-    encoder = Encoder(tokenizer, dataset.train_on)
+    read = read_dataset(records, tokenizer, dataset, training)
+    return read.train, read.evaluation
+
+
+def read_dataset(records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec) -> ReadDataset:
+    """All of one source; raises UserError naming what is wrong with its records."""
+    encoder = Encoder(tokenizer, dataset.train_on, most_tokens=training.sequence_length)
     reader = _Reader(source=records.source, dataset=dataset, sequence_length=training.sequence_length)
-    numbered = reader.read(records.read(), encoder)
-    train, held_out = _hold_out(numbered, decimal(dataset.eval_fraction), training.seed, records.source)
-    return (
-        Split(
-            records=[entry.record for entry in train],
-            truncated=reader.truncated,
-            dropped=reader.dropped,
-        ),
-        Split(records=[entry.record for entry in held_out]),
+    encoded = reader.read(records.read(), encoder)
+    train, held_out = _hold_out(encoded, decimal(dataset.eval_fraction), training.seed, records.source)
+    return ReadDataset(
+        train=Split(records=train, truncated=reader.truncated, dropped=reader.dropped),
+        evaluation=Split(records=held_out),
+        warnings=(*encoder.warnings, *reader.unknown_fields()),
     )
 
 
@@ -100,25 +184,34 @@ class _Reader:
         self._seen = 0
         self._bad: list[BadRecord] = []
         self._bad_count = 0
-        self._first_too_long: tuple[str, int] | None = None
+        self._first_too_long: tuple[str, str] | None = None
         self._too_long_count = 0
+        self._unknown: set[str] = set()
         self.truncated = 0
         self.dropped = 0
 
-    def read(self, records: Iterable[Record | BadRecord], encoder: Encoder) -> list[_Numbered]:
+    def read(self, records: Iterable[Record | BadRecord], encoder: Encoder) -> EncodedRecords:
         """Every usable record; raises UserError naming what is wrong."""
-        numbered: list[_Numbered] = []
+        kept = EncodedRecords()
+        progress = _Progress(self._source)
         for index, record in enumerate(records):
             self._seen = index + 1
             encoded = self._encoded(record, encoder)
-            fitting = None if encoded is None else self._fitting(record.where, encoded)
-            if fitting is not None:
-                numbered.append(_Numbered(index=index, record=fitting))
+            for fitting in () if encoded is None else self._fitting(record.where, encoded):
+                kept.append(fitting, index)
+            progress.report(self._seen, kept.tokens)
         self._refuse_bad()
         self._refuse_too_long()
-        if not numbered:
+        if not kept:
             raise UserError(self._nothing_left())
-        return numbered
+        return kept
+
+    def unknown_fields(self) -> Iterator[str]:
+        """One sentence that names the fields that mean nothing in the format."""
+        if self._unknown:
+            names = ", ".join(f"`{name}`" for name in sorted(self._unknown)[:NAMED_FIELDS])
+            more = f" and {len(self._unknown) - NAMED_FIELDS} more" if len(self._unknown) > NAMED_FIELDS else ""
+            yield f"fields that the format {self._dataset.format} does not have are not trained on: {names}{more}"
 
     def _encoded(self, record: Record | BadRecord, encoder: Encoder) -> EncodedRecord | None:
         if isinstance(record, BadRecord):
@@ -126,9 +219,13 @@ class _Reader:
         try:
             encoded = encoder.encode(read_sample(record.value, self._dataset.format))
         except ValueError as error:
-            return self._note(BadRecord(where=record.where, problem=str(error)))
-        if encoded.supervised == 0:
+            return self._note(BadRecord(where=record.where, problem=str(error)[:MAX_PROBLEM_CHARACTERS]))
+        except RecursionError:
+            return self._note(BadRecord(where=record.where, problem="is nested too deeply"))
+        if encoded.supervised == 0 and encoded.complete:
             return self._note(BadRecord(where=record.where, problem="has no token to train on"))
+        if len(self._unknown) <= MAX_UNKNOWN_FIELDS:
+            self._unknown.update(unknown_fields(record.value, self._dataset.format))
         return encoded
 
     def _note(self, bad: BadRecord) -> None:
@@ -136,21 +233,24 @@ class _Reader:
         if len(self._bad) < NAMED_PROBLEMS:
             self._bad.append(bad)
 
-    def _fitting(self, where: str, encoded: EncodedRecord) -> EncodedRecord | None:
-        """The record as far as it fits a sequence; None if it does not go in."""
-        tokens = len(encoded.input_ids)
-        if tokens <= self._sequence_length:
-            return encoded
+    def _fitting(self, where: str, encoded: EncodedRecord) -> list[EncodedRecord]:
+        """The record's contexts as far as they fit a sequence; none if it does not go in."""
+        contexts = encoded.split()
+        longest = max(len(context.input_ids) for context in contexts)
+        if encoded.complete and longest <= self._sequence_length:
+            return contexts
         if self._dataset.too_long == "fail":
             self._too_long_count += 1
+            tokens = f"{longest}" if encoded.complete else f"more than {self._sequence_length}"
             self._first_too_long = self._first_too_long or (where, tokens)
-            return None
-        cut = encoded.cut(self._sequence_length)
-        if self._dataset.too_long == "drop" or cut.supervised == 0:  # a prompt alone teaches nothing
+            return []
+        cut = [context.cut(self._sequence_length) for context in contexts]
+        taught = [context for context in cut if context.supervised]  # a prompt alone teaches nothing
+        if self._dataset.too_long == "drop" or not taught:
             self.dropped += 1
-            return None
+            return []
         self.truncated += 1
-        return cut
+        return taught
 
     def _refuse_bad(self) -> None:
         if not self._bad_count:
@@ -167,8 +267,9 @@ class _Reader:
         if self._first_too_long is None:
             return
         where, tokens = self._first_too_long
+        than = "" if tokens.startswith("more") else ", more than"
         raise UserError(
-            f"{self._source}: {where} has {tokens} tokens, more than spec.training.sequenceLength "
+            f"{self._source}: {where} has {tokens} tokens{than} spec.training.sequenceLength "
             f"({self._sequence_length}), as have {self._too_long_count} of {self._seen} records in all. Raise "
             "spec.training.sequenceLength, or set spec.dataset.tooLong to truncate or to drop"
         )
@@ -182,26 +283,43 @@ class _Reader:
         )
 
 
+class _Progress:
+    """Says now and then how far reading has come."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._began = self._said = monotonic()
+
+    def report(self, records: int, tokens: int) -> None:
+        """Log a line if the last one is some time ago."""
+        now = monotonic()
+        if now - self._said >= PROGRESS_SECONDS:
+            self._said = now
+            speed = tokens / (now - self._began)
+            log.info("%s: %d records, %d tokens, %.0f tokens a second", self._source, records, tokens, speed)
+
+
 def _hold_out(
-    numbered: Sequence[_Numbered], fraction: Decimal, seed: int, source: str
-) -> tuple[list[_Numbered], list[_Numbered]]:
+    encoded: EncodedRecords, fraction: Decimal, seed: int, source: str
+) -> tuple[EncodedRecords, EncodedRecords]:
     """Records for training and for evaluation.
 
-    Each record's own hash decides, so records that are added to the dataset later move none of the others.
+    Each sample's own hash decides, so samples that are added to the dataset later move none of the others.
     """
     if fraction == 0:
-        return list(numbered), []
-    if len(numbered) < 2:
+        return encoded, EncodedRecords()
+    draws = {sample: _draw(seed, sample) for sample in encoded.samples()}
+    if len(draws) < 2:
         raise UserError(
             f"{source} has a single usable record, of which evalFraction cannot hold out a share; set it to 0"
         )
-    by_draw = sorted(numbered, key=lambda entry: (_draw(seed, entry.index), entry.index))
-    wanted = sum(_draw(seed, entry.index) < fraction for entry in numbered)
-    held_out = {entry.index for entry in by_draw[: min(max(wanted, 1), len(numbered) - 1)]}
-    return (
-        [entry for entry in numbered if entry.index not in held_out],
-        [entry for entry in numbered if entry.index in held_out],
-    )
+    by_draw = sorted(draws, key=lambda sample: (draws[sample], sample))
+    wanted = sum(draw < fraction for draw in draws.values())
+    held_out = set(by_draw[: min(max(wanted, 1), len(draws) - 1)])
+    splits = EncodedRecords(), EncodedRecords()
+    for sample, record in zip(encoded.samples(), encoded, strict=True):
+        splits[sample in held_out].append(record, sample)
+    return splits
 
 
 def _draw(seed: int, index: int) -> Decimal:
@@ -217,12 +335,25 @@ def check_chat_template(tokenizer: Any, dataset: DatasetSource, model_source: st
             f"the dataset's format is {dataset.format}, but {model_source} has no chat template: set "
             "spec.model.chatTemplate, choose the model's instruct variant, or give the dataset as prompt-completion"
         )
+    if dataset.format in CHAT_FORMATS:
+        refuse_useless_template(tokenizer)
 
 
 def arrange(split: Split, training: TrainingSpec) -> list[Row]:
     """The split's records in rows of at most the sequence length."""
-    lengths = [len(record.input_ids) for record in split.records]
-    return pack(lengths, training.sequence_length, training.seed) if training.packing else one_a_row(lengths)
+    lengths = split.records.lengths()
+    if not training.packing:
+        return one_a_row(lengths)
+    rows = pack(lengths, training.sequence_length, training.seed)
+    return [_in_order(row, split.records.samples()) for row in rows]
+
+
+def _in_order(row: Row, samples: Sequence[int]) -> Row:
+    """The row, in which the contexts of one sample follow one another as in the sample: the longest comes last."""
+    by_sample: dict[int, list[int]] = {}
+    for record in row:
+        by_sample.setdefault(samples[record], []).append(record)
+    return [record for records in by_sample.values() for record in sorted(records)]
 
 
 def write_rows(path: Path, split: Split, rows: Sequence[Row]) -> None:

@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import IO, Any, cast
 
 import fsspec as untyped_fsspec  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 
-from qlora_trainer.outcome import UserError
+from qlora_trainer.data.formats import parse_json
+from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.uri import local_path
 
@@ -30,6 +31,10 @@ SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".par
 MAX_CELL_CHARACTERS = 64 << 20
 """Bound on one cell of a CSV file; Python's own of 128 KiB is too small for a conversation."""
 ROWS_AT_A_TIME = 1024
+GZIP_MAGIC = b"\x1f\x8b"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+SNIFFED_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,7 @@ class RecordFile:
     def read(self) -> Iterator[Record | BadRecord]:
         """The records in their order."""
         name = self.source.rsplit("/", 1)[-1].lower()
+        _refuse_misnamed(self._path, name, self.source)
         try:
             if name.endswith(".parquet"):
                 yield from _parquet(self._path, self.source)
@@ -75,19 +81,22 @@ class RecordFile:
 
 
 class HubDataset:
-    """`hf://owner/name`, at the commit that its main branch names now."""
+    """One split of `hf://owner/name`, at the commit that its main branch names now."""
 
-    def __init__(self, source: str, split: str) -> None:
+    def __init__(self, source: str, split: str, config: str | None, field: str) -> None:
         from huggingface_hub import HfApi
 
         self.source = source
         self._name = source.removeprefix("hf://").rstrip("/")
         self._split = split
+        self._config = config
+        self._field = field
         self._commit = str(HfApi().dataset_info(self._name).sha)
 
     def digest(self) -> str:
-        """Digest over the commit and the split, which name the content."""
-        return f"sha256:{hashlib.sha256(f'{self._name}@{self._commit}#{self._split}'.encode()).hexdigest()}"
+        """Digest over the commit, the configuration and the split, which name the content."""
+        config = f"/{self._config}" if self._config else ""
+        return f"sha256:{hashlib.sha256(f'{self._name}@{self._commit}{config}#{self._split}'.encode()).hexdigest()}"
 
     def read(self) -> Iterator[Record | BadRecord]:
         """The records in their order."""
@@ -95,22 +104,50 @@ class HubDataset:
 
         datasets: Any = untyped_datasets
         try:
-            rows = datasets.load_dataset(self._name, revision=self._commit, split=self._split)
-        except ValueError as error:
-            raise UserError(f"{self.source}: {error}; check spec.dataset.source and spec.dataset.split") from error
+            rows = datasets.load_dataset(self._name, self._config, revision=self._commit, split=self._split)
+        except Exception as error:
+            meaning = self._meaning(error)
+            if meaning is None:
+                raise
+            raise meaning from error
         for number, row in enumerate(rows, start=1):
-            yield Record(where=f"row {number}", value=row)
+            yield Record(where=f"row {number}", value=_without_nulls(row))
+
+    def _meaning(self, error: Exception) -> StageError | None:
+        """What the errors mean that `datasets` raises about the data set's files, told by name as they move."""
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        cause = error.__cause__
+        if "DatasetGenerationError" in kinds and isinstance(cause, OSError):
+            return Transient(f"{self.source} cannot be read whole ({type(cause).__name__}: {cause})")
+        broken = {"DatasetGenerationError", "DataFilesNotFoundError", "EmptyDatasetError"}
+        if kinds & broken or "ArrowException" in kinds:
+            return UserError(
+                f"{self.source} cannot be made into a table ({cause or error}); mend its files, or give one of them as "
+                f"{self._field}"
+            )
+        if isinstance(error, ValueError | RuntimeError | KeyError | TypeError):
+            split = "spec.dataset.evalSplit" if self._field.endswith("evalSource") else "spec.dataset.split"
+            wanted = "set spec.dataset.config" if "config" in str(error).lower() else f"check {self._field} and {split}"
+            return UserError(f"{self.source}: {error}; {wanted}")
+        return None
 
 
 class Records:
     """The records behind a source, and a digest that tells whether they have changed."""
 
-    def __init__(self, source: str, *, split: str, scratch: Path, field: str) -> None:
-        """`field` is where the job names the source; a remote file is copied into `scratch`, being read twice."""
+    def __init__(self, source: str, *, split: str, scratch: Path, field: str, config: str | None = None) -> None:
+        """A remote file is copied into `scratch`, being read twice.
+
+        `field` is where the job names the source; `split` and `config` are those of a hub data set.
+        """
         self.source = source
         self._field = field
+        if config and not source.startswith("hf://"):
+            raise UserError(f"{source} is a file, which has no configurations; remove spec.dataset.config")
         with translated(source, field=field):
-            self._records = HubDataset(source, split) if source.startswith("hf://") else RecordFile(source, scratch)
+            self._records = (
+                HubDataset(source, split, config, field) if source.startswith("hf://") else RecordFile(source, scratch)
+            )
 
     def digest(self) -> str:
         """Digest of what the source holds."""
@@ -134,6 +171,26 @@ def _local_file(source: str, scratch: Path) -> Path:
     if not path.is_file():
         raise UserError(f"there is no file {source}; check its path")
     return path
+
+
+def _refuse_misnamed(path: Path, name: str, source: str) -> None:
+    """A file that is something else than its name says is told by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(SNIFFED_BYTES)
+    if start.startswith(LFS_POINTER):
+        raise UserError(
+            f"{source} is a Git LFS pointer and not the data itself; run `git lfs pull` where it comes from"
+        )
+    if name.endswith(".parquet"):
+        return
+    compressed = start.startswith(GZIP_MAGIC)
+    if compressed and not name.endswith(".gz"):
+        raise UserError(f"{source} holds gzip data; give it a name that ends in .gz")
+    if start and name.endswith(".gz") and not compressed:
+        raise UserError(f"{source} is not a whole gzip file, but something else; give it a name without .gz")
+    half_nul = len(start) > 1 and start.count(b"\0") * 5 >= len(start) * 2
+    if not compressed and (start.startswith(UTF16_MARKS) or half_nul):
+        raise UserError(f"{source} is UTF-16 and not UTF-8; save it as UTF-8")
 
 
 @contextmanager
@@ -175,8 +232,10 @@ def _json_lines(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:  
 def _json_line(number: int, line: str) -> Record | BadRecord:
     where = f"line {number}"
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except RecursionError:
+        return BadRecord(where=where, problem="is nested too deeply to be read")
+    except ValueError as error:
         at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return BadRecord(where=where, problem=f"is not valid JSON: {what}{at}")
@@ -190,10 +249,14 @@ def _json_array(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
             raise UserError(f"{source}: {_not_utf8(number, line).where} {_not_utf8(number, line).problem}")
         lines.append(line)
     try:
-        values: Any = json.loads("".join(lines))
+        values = parse_json("".join(lines))
     except json.JSONDecodeError as error:
         hint = "; a file of one object a line must be called .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{source}: line {error.lineno} is not valid JSON: {error.msg}{hint}") from error
+    except RecursionError as error:
+        raise UserError(f"{source} is nested too deeply to be read; flatten its records") from error
+    except ValueError as error:  # a number of thousands of digits, NaN
+        raise UserError(f"{source} is not valid JSON: {error}") from error
     if not isinstance(values, list):
         raise UserError(f"{source} must hold one JSON array of records; a file of one object a line is called .jsonl")
     for number, value in enumerate(cast("list[Any]", values), start=1):
@@ -224,7 +287,7 @@ def _csv(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
                 yield line
 
     rows = csv.reader(text(), strict=True)
-    header = next(rows, None)
+    header = _header(rows, bad_lines, source)
     if header is None:
         return
     for start, row in _numbered_rows(rows, source):
@@ -235,6 +298,22 @@ def _csv(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
             yield BadRecord(where=f"line {start}", problem=f"has {len(row)} fields where the header has {len(header)}")
         else:
             yield Record(where=f"line {start}", value=dict(zip(header, row, strict=True)))
+
+
+def _header(rows: Any, bad_lines: Sequence[BadRecord], source: str) -> list[str] | None:
+    """The names of the columns, each there once; None of an empty file."""
+    try:
+        header: list[str] | None = next(rows, None)
+    except csv.Error as error:
+        raise UserError(f"{source}: line 1 is not valid CSV: {error}") from error
+    if bad_lines:
+        raise UserError(f"{source}: {bad_lines[0].where} {bad_lines[0].problem}; save the file as UTF-8")
+    for number, name in enumerate(header or (), start=1):
+        if not name.strip():
+            raise UserError(f"{source}: column {number} of the header has no name; name it, or remove the column")
+        if (header or []).count(name) > 1:
+            raise UserError(f"{source}: the header has the column `{name}` more than once; rename or remove one")
+    return header
 
 
 def _numbered_rows(rows: Any, source: str) -> Iterator[tuple[int, list[str]]]:
@@ -268,10 +347,22 @@ def _parquet(path: Path, source: str) -> Iterator[Record | BadRecord]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield Record(where=f"row {number}", value=row)
+                    yield Record(where=f"row {number}", value=_without_nulls(row))
+    except KeyError as error:
+        raise UserError(f"{source}: a map after row {number} has the key {error} twice; write it once") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: a text after row {number} is not UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{source} is not a whole Parquet file ({error}); write it again") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table's value without the fields that it has only because another row has them."""
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        return {name: _without_nulls(field) for name, field in fields.items() if field is not None}
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in cast("list[Any]", value)]
+    return value
