@@ -61,6 +61,27 @@ class ServiceSettings(BaseSettings):
     """Wait before a failed stage is tried again; doubles with every failure."""
     backoff_max_seconds: Seconds = 600.0
     """Longest wait before a failed stage is tried again."""
+    outage_limit_seconds: float = Field(default=21_600.0, ge=1, le=31_536_000)
+    """How long store, registry, nodes and the like may keep a job from progress before it fails, unless its spec says
+    otherwise; waiting for a GPU does not count."""
+    outage_jobs: int = Field(default=3, ge=2, le=100_000)
+    """So many jobs that fail for the same cause are an outage: nobody's limit is spent, and one job at a time tries."""
+    outage_window_seconds: Seconds = 900.0
+    """An outage is over when nobody has failed for its cause for so long, or somebody got through."""
+    outage_probe_seconds: Seconds = 120.0
+    """A stage that has run for so long has got through."""
+    avoid_seconds: float = Field(default=1800.0, ge=0, le=86_400)
+    """A node with a broken card, or a class whose nodes took no pod, is passed over for so long."""
+    creation_limit_seconds: Seconds = 300.0
+    """An attempt of which no stage has come for so long is given up, and its GPU with it."""
+    stall_seconds: Seconds = 1800.0
+    """A stage that trains is stopped and resumed after so long without a step, or more where its steps take long."""
+    stall_start_seconds: Seconds = 14_400.0
+    """The same before its first step: the model is fetched and loaded."""
+    stall_steps: int = Field(default=20, ge=2, le=100_000)
+    """A stage is stuck after so many times a step's length, and an evaluation's, without a step."""
+    host_memory_factor_max: float = Field(default=4.0, ge=1, le=64)
+    """How far a stage's host memory is raised, by doubling, after it has run out."""
     minimum_run_seconds: float = Field(default=300.0, ge=0, le=86_400)
     """A stage that has run for less is not preempted, unless nothing else would do."""
     restart_cost_seconds: float = Field(default=60.0, ge=0, le=86_400)

@@ -309,7 +309,11 @@ class QLoRAJobSpec(Model):
     evaluation: EvaluationSpec = EvaluationSpec()
     tracking: TrackingSpec = TrackingSpec()
     backoff_limit: int = Field(default=3, ge=0, le=100)
-    """Failed attempts that are tried again; preemptions and disruptions do not count."""
+    """Failed attempts for one cause that are tried again before a new checkpoint; what is not the job's own fault, such
+    as preemptions and outages, does not count."""
+    outage_limit_seconds: int | None = Field(default=None, ge=1, le=31_536_000)
+    """How long the surroundings (store, registry, nodes) may keep the job from progress before it fails; waiting for a
+    GPU does not count. Default: the service's."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=31_536_000)
     """Bound on the seconds spent in stages, summed over attempts."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=31_536_000)
@@ -347,6 +351,14 @@ class Attempt(Model):
     exit_code: ExitStatus | None = None
     reason: Reason | None = None
     message: Sentence = ""
+    node: ShortText | None = None
+    """Where its stage ran, as far as it is known."""
+    avoid_nodes: Annotated[tuple[ShortText, ...], Field(max_length=8)] = ()
+    """Machines that it is not put on, because a card broke there lately."""
+    seen_time: Time | None = None
+    """When its stage was first seen to exist; from then on, a stage that is missing has ended."""
+    progress_time: Time | None = None
+    """When its last step was seen, by the controller's clock."""
     predicted_bytes: Count | None = None
     """Of train: the allocator's peak that was expected, without the margin."""
     measured_bytes: Count | None = None
@@ -366,6 +378,18 @@ class CheckpointStatus(Model):
     step: Count
     uri: Annotated[str, StringConstraints(max_length=2048)]
     time: Time
+    attempt: PositiveCount | None = None
+    """The attempt that reported it first."""
+
+
+class Setback(Model):
+    """A cause that has ended attempts since the last durable progress."""
+
+    reason: Reason
+    count: PositiveCount
+    """Attempts that it has ended."""
+    seconds: Amount = 0
+    """Spent on trying again and on the pauses between; not counted while an outage hits other jobs, too."""
 
 
 class MlflowStatus(Model):
@@ -392,7 +416,11 @@ class QLoRAJobStatus(Model):
     """The most recent attempts, oldest first; older ones are folded into the counters below."""
     attempts_total: Count = 0
     failures_total: Count = 0
-    """Failed attempts that count against spec.backoffLimit."""
+    """Failed attempts that counted against spec.backoffLimit, over the job's whole life."""
+    setbacks: Annotated[tuple[Setback, ...], Field(max_length=32)] = ()
+    """What went wrong since the last durable progress, by cause; a new checkpoint forgets it."""
+    host_memory_escalations: Count = 0
+    """How often the stages' host memory was raised after it had run out."""
     active_seconds: Amount = 0
     """Seconds spent in finished attempts."""
     gpu_seconds: Amount = 0

@@ -30,9 +30,11 @@ class Recovery(StrEnum):
     RESUME = "resume"
     """Not the job's fault: back to the queue, resume from the checkpoint, no retry is counted."""
     RETRY = "retry"
-    """Try again after a backoff; counts against spec.backoffLimit."""
+    """Try again after a backoff; counts against spec.backoffLimit, by cause and since the last new checkpoint."""
+    WAIT = "wait"
+    """The surroundings failed: no GPU is held, and it is tried again with growing pauses within the outage limit."""
     ESCALATE = "escalate"
-    """Resume on a fallback plan of less memory, then on the next GPU class; counts against spec.backoffLimit."""
+    """Resume with more memory: on a fallback plan of less, the next GPU class, or a higher limit of host memory."""
     FAIL = "fail"
     """Trying again gives the same answer: the job fails at once."""
 
@@ -60,6 +62,8 @@ class Reason(StrEnum):
     QUEUE_NOT_FOUND = "QueueNotFound"
     QUEUE_HELD = "QueueHeld"
     BACKING_OFF = "BackingOff"
+    OUTAGE = "Outage"
+    """Many jobs fail for the same cause: it is waited for, and nobody's budget is spent."""
     TRACKING_UNAVAILABLE = "TrackingUnavailable"
     SUSPENDED = "Suspended"
     # eviction: why a running stage was asked to stop
@@ -70,6 +74,8 @@ class Reason(StrEnum):
     """The platform takes the machine away, or somebody the stage."""
     UNSCHEDULABLE = "Unschedulable"
     """No machine took the stage in time."""
+    NO_PROGRESS = "NoProgress"
+    """The stage runs, and has made no step for much longer than its own steps take."""
     # ends of a stage that are not success
     USER_ERROR = "UserError"
     TRANSIENT_ERROR = "TransientError"
@@ -80,12 +86,28 @@ class Reason(StrEnum):
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     """The host's memory, not the card's."""
     START_FAILED = "StartFailed"
-    """An image that cannot be pulled, a volume or secret that is not there."""
+    """The stage's container did not start, or no stage came of an attempt in time."""
+    ADMISSION_REFUSED = "AdmissionRefused"
+    """The API server, or a webhook of its, refused the pod."""
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    """The namespace's ResourceQuota has no room for the pod."""
+    IMAGE_UNAVAILABLE = "ImageUnavailable"
+    """The image cannot be pulled: it is missing, refused, or its registry is away."""
+    VOLUME_UNAVAILABLE = "VolumeUnavailable"
+    """A persistent volume claim is missing or not bound."""
+    CONFIG_MISSING = "ConfigMissing"
+    """A secret or config map that the container needs is missing."""
+    INIT_FAILED = "InitFailed"
+    """What has to run before the trainer does not."""
+    BROKEN_GPU = "BrokenGpu"
+    """The card, or its driver, failed: lost, busy, uncorrectable memory errors."""
     KILLED = "Killed"
     LOST = "Lost"
     # ends of a job that are not success
     DOES_NOT_FIT = "DoesNotFit"
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+    OUTAGE_LIMIT_EXCEEDED = "OutageLimitExceeded"
+    """The surroundings failed for longer than the outage limit without any progress."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     CANCELLED = "Cancelled"
 
@@ -99,16 +121,24 @@ _RECOVERIES = {
     Reason.PREEMPTED: Recovery.RESUME,
     Reason.QUOTA_RECLAIMED: Recovery.RESUME,
     Reason.DISRUPTED: Recovery.RESUME,
-    Reason.UNSCHEDULABLE: Recovery.RESUME,
     Reason.SUSPENDED: Recovery.RESUME,
     Reason.LOST: Recovery.RESUME,
     Reason.FENCED: Recovery.RESUME,
-    Reason.TRANSIENT_ERROR: Recovery.RETRY,
+    Reason.UNSCHEDULABLE: Recovery.WAIT,
+    Reason.TRANSIENT_ERROR: Recovery.WAIT,
+    Reason.START_FAILED: Recovery.WAIT,
+    Reason.ADMISSION_REFUSED: Recovery.WAIT,
+    Reason.QUOTA_EXCEEDED: Recovery.WAIT,
+    Reason.IMAGE_UNAVAILABLE: Recovery.WAIT,
+    Reason.VOLUME_UNAVAILABLE: Recovery.WAIT,
+    Reason.CONFIG_MISSING: Recovery.WAIT,
+    Reason.INIT_FAILED: Recovery.WAIT,
+    Reason.BROKEN_GPU: Recovery.WAIT,
     Reason.INTERNAL_ERROR: Recovery.RETRY,
-    Reason.HOST_OUT_OF_MEMORY: Recovery.RETRY,
-    Reason.START_FAILED: Recovery.RETRY,
     Reason.KILLED: Recovery.RETRY,
+    Reason.NO_PROGRESS: Recovery.RETRY,
     Reason.OUT_OF_MEMORY: Recovery.ESCALATE,
+    Reason.HOST_OUT_OF_MEMORY: Recovery.ESCALATE,
     Reason.USER_ERROR: Recovery.FAIL,
     Reason.DIVERGED: Recovery.FAIL,
     Reason.DEADLINE_EXCEEDED: Recovery.FAIL,
@@ -128,6 +158,7 @@ class ExitCode(IntEnum):
     FENCED = 84
     PREEMPTED = 85
     """Stopped on request; the termination message names the durable checkpoint."""
+    BROKEN_GPU = 86
 
     @property
     def reason(self) -> Reason:
@@ -144,6 +175,7 @@ _EXIT_REASONS = {
     ExitCode.DIVERGED: Reason.DIVERGED,
     ExitCode.FENCED: Reason.FENCED,
     ExitCode.PREEMPTED: Reason.PREEMPTED,
+    ExitCode.BROKEN_GPU: Reason.BROKEN_GPU,
 }
 
 

@@ -47,6 +47,10 @@ class StageTask(Model):
     """Seconds between being asked to stop and being killed."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the trainer; fixed, because the order of CPU sums depends on it."""
+    host_memory_factor: float = Field(default=1.0, ge=1)
+    """How much more host memory its machine gives it than a first attempt gets."""
+    avoid_nodes: Annotated[tuple[ShortText, ...], Field(max_length=8)] = ()
+    """Machines that it is not to be put on."""
 
     @property
     def stage_name(self) -> str:

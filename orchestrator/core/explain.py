@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.api.job import ResourcesSpec
 from orchestrator.api.plan import Estimate
-from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.api.reasons import Reason, Recovery, Refusal
+from orchestrator.core.job.setbacks import avoided_classes, counted_failures
 from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Schedule, schedule
 from orchestrator.core.scheduling.ordering import Claim
-from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.hardware import CLASS_NAMES, GIB, gpu_class, priced
 from orchestrator.sizing.margins import DEFAULT, learned
 from orchestrator.sizing.plan_search import choose_class
@@ -45,7 +46,7 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
         yield from _wanted(outcome.line[place], outcome, snapshot)
         yield from _neighbours(draft, outcome.line[place], snapshot)
     yield from _next(key, outcome)
-    yield from _history(draft)
+    yield from _history(draft, snapshot.policy)
 
 
 def _what(draft: Draft) -> str:
@@ -139,13 +140,20 @@ def _what_would_help(refusal: Refusal) -> str:
     return f"{refusal.reason.value}: {refusal.message}.{advice.get(refusal.reason, '')}"
 
 
-def _history(draft: Draft) -> Iterator[str]:
+def _history(draft: Draft, policy: Policy) -> Iterator[str]:
     status = draft.status
     if status.evictions:
         told = ", ".join(f"{count} x {reason}" for reason, count in sorted(status.evictions.items()))
         yield f"It was moved before: {told}."
-    if status.failures_total:
-        yield f"{status.failures_total} of {draft.job.spec.backoff_limit} allowed failures are used."
+    for known in status.setbacks:
+        if known.reason.recovery is not Recovery.WAIT:
+            used = counted_failures(status, known.reason)
+            yield f"{used} of {draft.job.spec.backoff_limit} allowed failures for {known.reason.value} are used."
+        else:
+            yield f"{known.reason.value} has ended {known.count} attempts since its last checkpoint."
+    avoided = avoided_classes(status, draft.now, policy)
+    if avoided:
+        yield f"Passed over for now, since they failed it lately: {', '.join(sorted(avoided))}."
 
 
 def _names(names: Sequence[str]) -> str:

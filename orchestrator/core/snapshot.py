@@ -44,6 +44,8 @@ class StageFact:
     progress: ProgressReport | None = None
     uid: str = ""
     """The uid of the job that the stage was made for; empty where the runtime does not keep it."""
+    node: str = ""
+    """The machine it was put on; empty before that, and where there is only one."""
 
     @property
     def key(self) -> str:
@@ -99,6 +101,26 @@ class Policy:
     backoff_base_seconds: float = 10.0
     """Wait before the first retry; doubles with every failure."""
     backoff_max_seconds: float = 600.0
+    outage_limit_seconds: float = 21_600.0
+    """How long the surroundings may keep a job from progress before it fails, unless its spec says otherwise."""
+    outage_jobs: int = 3
+    """So many jobs that fail for the same cause are an outage: nobody's fault, and waited for together."""
+    outage_window_seconds: float = 900.0
+    """An outage is over when nobody has failed for its cause for so long."""
+    outage_probe_seconds: float = 120.0
+    """A stage that has run for so long has got through."""
+    avoid_seconds: float = 1800.0
+    """A node with a broken card, or a class whose nodes took no pod, is passed over for so long."""
+    creation_limit_seconds: float = 300.0
+    """An attempt of which no stage has come for so long is given up, and its GPU with it."""
+    stall_seconds: float = 1800.0
+    """A stage that trains is never taken for stuck before so long without a step."""
+    stall_start_seconds: float = 14_400.0
+    """The same before its first step: the model is fetched and loaded."""
+    stall_steps: int = 20
+    """A stage is stuck after so many times a step's length, and an evaluation's, without a step."""
+    host_memory_factor_max: float = 4.0
+    """How far a stage's host memory is raised, by doubling, after it has run out."""
     minimum_run_seconds: float = 300.0
     """A stage that has run for less is not preempted, unless nothing else would do."""
     restart_cost_seconds: float = 60.0

@@ -60,7 +60,7 @@ def test_what_the_platform_ends_resumes_and_counts_as_no_failure(reason: Reason)
     assert status.failures_total == 0
 
 
-@pytest.mark.parametrize("reason", [Reason.HOST_OUT_OF_MEMORY, Reason.START_FAILED])
+@pytest.mark.parametrize("reason", [Reason.HOST_OUT_OF_MEMORY, Reason.KILLED])
 def test_what_may_be_the_jobs_own_fault_is_tried_again_a_bounded_number_of_times(reason: Reason) -> None:
     job = training()
     ended = exited(job, None, failure(reason, "no image"), disruption=reason)

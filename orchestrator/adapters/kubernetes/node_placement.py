@@ -116,7 +116,7 @@ def _tolerate(keys: Sequence[str]) -> list[Manifest]:
 
 
 def node_affinity(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> Manifest:
-    """Required: the class and the spec's word on spot. Preferred by stages without a GPU: nodes without one."""
+    """Required: the class, the spec's word on spot, no node to avoid. Stages without a GPU prefer nodes without one."""
     affinity: Manifest = {}
     cards: list[Term] = [[]]
     spots: list[Term] = [[]]
@@ -128,8 +128,10 @@ def node_affinity(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> 
     if gpu_class is not None or task.spec.resources.spot == "forbidden":
         spots = list(_spot_terms(task))
     terms = [[*card, *spot] for card in cards for spot in spots]
-    if all(terms):
-        required = {"nodeSelectorTerms": [{"matchExpressions": term} for term in terms]}
+    avoided: Term = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in task.avoid_nodes]
+    if all(terms) or avoided:
+        fields: Manifest = {"matchFields": avoided} if avoided else {}
+        required = {"nodeSelectorTerms": [({"matchExpressions": term} if term else {}) | fields for term in terms]}
         affinity["requiredDuringSchedulingIgnoredDuringExecution"] = required
     return affinity
 

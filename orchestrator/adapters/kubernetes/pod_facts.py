@@ -159,7 +159,7 @@ def read_pod(item: Json) -> StagePod | None:
         node=spec.get("nodeName") or "",
         start_time=_start_time(state),
         end=_end(status, terminated),
-        trouble=_trouble(status, conditions, terminated),
+        trouble=_trouble(status, conditions, terminated, _memory_limit(spec)),
         waiting=_said(waiting) or _said(scheduled),
         cannot_start=waiting.get("reason") in CANNOT_START,
     )
@@ -200,11 +200,21 @@ def _end(status: Json, terminated: Json | None) -> End | None:
     return End(exit_code=None, finish_time=None) if status.get("phase") in ("Failed", "Succeeded") else None
 
 
-def _trouble(status: Json, conditions: Mapping[str, Json], terminated: Json | None) -> Trouble | None:
+def _memory_limit(spec: Json) -> str:
+    containers: list[Json] = spec.get("containers") or []
+    resources: Json = next((container.get("resources") or {} for container in containers), {})
+    limits: Json = resources.get("limits") or {}
+    return str(limits.get("memory", "unknown"))
+
+
+def _trouble(
+    status: Json, conditions: Mapping[str, Json], terminated: Json | None, memory_limit: str
+) -> Trouble | None:
     """What the pod's own status says of the platform's doing."""
     why = terminated.get("reason") if terminated is not None else None
     if why == "OOMKilled":
-        return Trouble(reason=Reason.HOST_OUT_OF_MEMORY, message="the trainer took more host memory than its limit")
+        message = f"the trainer took more host memory than its limit, {memory_limit}"
+        return Trouble(reason=Reason.HOST_OUT_OF_MEMORY, message=message)
     if why in NEVER_RAN:
         return Trouble(reason=Reason.START_FAILED, message=f"the trainer could not be started: {_said(terminated)}")
     target: Json = conditions.get("DisruptionTarget", {})
@@ -242,6 +252,7 @@ def stage_fact(
         namespace=pod.namespace,
         name=pod.name,
         uid=pod.job_uid,
+        node=pod.node,
         phase=StagePhase.EXITED if end is not None else phase,
         start_time=pod.start_time,
         finish_time=end.finish_time if end else None,

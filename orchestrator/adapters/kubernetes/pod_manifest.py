@@ -45,6 +45,8 @@ MANAGED_BY_LABEL, MANAGER = "app.kubernetes.io/managed-by", "qlora-orchestrator"
 
 TRAINER, AGENT = "trainer", "ray-agent"
 USER_ID = 65532
+FOR_THE_POD = {"host_memory_factor", "avoid_nodes"}
+"""What a task says of its pod, and no trainer needs to know."""
 AGENT_SOCKET = f"{SOCKET_FOLDER}/agent.sock"
 RAY_TOKEN_FOLDER, RAY_TOKEN_FILE = "/etc/qlora/ray", "token"
 
@@ -213,7 +215,7 @@ def _trainer_env(task: StageTask, policy: PodPolicy) -> Iterator[Manifest]:
 
 def _environment(task: StageTask, policy: PodPolicy) -> Iterator[tuple[str, str]]:
     yield "HOME", SCRATCH_PATH
-    yield TASK_VARIABLE, task.model_dump_json(by_alias=True)  # with nulls: some are choices
+    yield TASK_VARIABLE, task.model_dump_json(by_alias=True, exclude=FOR_THE_POD)  # with nulls: some are choices
     yield TERMINATION_LOG_VARIABLE, TERMINATION_LOG
     yield TRACKING_URI_VARIABLE, policy.tracking_uri
     yield "OMP_NUM_THREADS", str(task.threads)  # not what the node has: the order of sums depends on it

@@ -26,7 +26,8 @@ SCRATCH_BYTES = 2 * GIB
 
 def resources(task: StageTask, policy: PodPolicy, gpu_class: str | None) -> Manifest:
     """The `resources` of the trainer's container."""
-    memory, scratch = _memory_bytes(task, policy), scratch_bytes(task, policy)
+    memory = int(task.host_memory_factor * _memory_bytes(task, policy))
+    scratch = scratch_bytes(task, policy)
     requests = {
         "cpu": str(task.threads) if gpu_class is not None else "1",
         "memory": mebibytes(memory),

@@ -16,6 +16,7 @@ from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.api.base import StoreUri
 from orchestrator.errors import InvalidObject
 from orchestrator.settings import GpuClassesText, Seconds, ServiceSettings
+from orchestrator.sizing.hardware import GIB
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Parts = Annotated[list[dict[str, Any]], Field(max_length=64)]  # Any: Kubernetes' own objects, which the server checks
@@ -84,6 +85,10 @@ class ClusterSettings(ServiceSettings):
     """YAML with what is added to every pod."""
     model_cache: Annotated[str, StringConstraints(pattern=r"^(pvc://[a-z0-9.-]+|hostpath:///.+)?$")] = ""
     """Where models are kept between jobs; empty means that every stage fetches its own."""
+    train_memory_bytes: int = Field(default=4 * GIB, ge=2**28)
+    """Host memory of a train stage on top of what its model and plan ask for; its limit is twice what it requests."""
+    cpu_stage_memory_bytes: int = Field(default=2 * GIB, ge=2**28)
+    """Host memory that a prepare or publish stage requests; its limit is twice that."""
     trainer_threads: int = Field(default=4, ge=1, le=1024)
     """CPU threads of each stage; part of what makes results repeatable."""
     cpu_stages_limit: int = Field(default=64, ge=1, le=100_000)
@@ -131,6 +136,8 @@ class ClusterSettings(ServiceSettings):
             ray_address=self.ray_address,
             ray_auth_secret=self.ray_auth_secret,
             model_cache=self.model_cache,
+            train_memory_bytes=self.train_memory_bytes,
+            cpu_stage_memory_bytes=self.cpu_stage_memory_bytes,
             template=read_template(self.pod_template_file) if self.pod_template_file else PodTemplate(),
         )
 

@@ -36,8 +36,8 @@ def start_cpu_stage(draft: Draft, stage: StageKind, policy: Policy) -> Draft:
     return _start(draft, Attempt(stage=stage, number=_next_number(draft), created_time=draft.now), policy, finding)
 
 
-def admit(draft: Draft, estimate: Estimate, policy: Policy) -> Draft:
-    """Record an attempt at train on a GPU of the estimate's class, under its plan."""
+def admit(draft: Draft, estimate: Estimate, policy: Policy, avoid_nodes: tuple[str, ...] = ()) -> Draft:
+    """Record an attempt at train on a GPU of the estimate's class, under its plan, and on none of some nodes."""
     message = (
         f"{estimate.gpu_class}: needs {estimate.peak_bytes / GIB:.1f} of {estimate.usable_bytes / GIB:.1f} GiB "
         f"with {plan_words(estimate.plan)}"
@@ -49,6 +49,7 @@ def admit(draft: Draft, estimate: Estimate, policy: Policy) -> Draft:
         plan=estimate.plan,
         predicted_bytes=estimate.predicted_bytes,
         created_time=draft.now,
+        avoid_nodes=avoid_nodes,
     )
     starting = f"train attempt {attempt.number} is being started on {estimate.gpu_class}"
     findings = [
@@ -68,7 +69,7 @@ def request_stop(draft: Draft, reason: Reason, message: str) -> Draft:
     if attempt is None or attempt.stop_time is not None:
         return draft
     attempts = draft.change_attempt(stop_time=draft.now, stop_reason=reason)
-    told = Event(reason=reason, message=message)
+    told = Event(reason=reason, message=message, warning=reason is Reason.NO_PROGRESS)
     if attempt.stage != "train":
         return draft.amend(attempts=attempts).tell(told)
     finding = Finding(kind=ConditionType.EVICTED, status="True", reason=reason, message=message)

@@ -6,21 +6,29 @@ It looks at no other job, and starts no stage: that is decided for all jobs toge
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 
 from orchestrator.api.job import Attempt, QLoRAJob
-from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.api.reasons import ConditionType, Reason, Recovery
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, says_the_same
-from orchestrator.core.job.progress import fold_progress
+from orchestrator.core.job.progress import between, fold_progress, stalled
 from orchestrator.core.job.recovery import end_attempt, fail
+from orchestrator.core.job.setbacks import (
+    WAITED_FOR_EVER,
+    counted_failures,
+    is_paused,
+    outage_limit_seconds,
+    setback,
+)
 from orchestrator.core.job.stage_commands import stage_of
 from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobEvent, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.verdict import judge
-from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
+from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
 
 WAITING_CONDITION: Mapping[JobState, ConditionType] = {
     JobState.NEW: ConditionType.PREPARED,
@@ -39,14 +47,15 @@ def reconcile(job: QLoRAJob, snapshot: Snapshot) -> Draft:
     if draft.state not in TERMINAL_STATES:
         draft = _obey(draft)  # 2. what the user wants
     if draft.state in WAITING_CONDITION:
-        draft = _hold(draft)  # 3. what of the job's own keeps it from going on
+        draft = _hold(draft, snapshot.policy)  # 3. what of the job's own keeps it from going on
     # A run that comes while a job is prepared needs no write of its own: the end of that stage is the next one.
     return opened if draft is noted and draft.state is JobState.PREPARING else draft
 
 
-def is_ready(draft: Draft) -> bool:
+def is_ready(draft: Draft, policy: Policy) -> bool:
     """Whether nothing of the job's own keeps its next stage from starting."""
-    return draft.state in WAITING_CONDITION and not draft.job.spec.suspend and not _is_backing_off(draft)
+    paused = is_paused(draft.status, draft.now, policy)
+    return draft.state in WAITING_CONDITION and not draft.job.spec.suspend and not paused
 
 
 def wait(draft: Draft, reason: Reason, message: str) -> Draft:
@@ -78,21 +87,57 @@ def _observe(draft: Draft, snapshot: Snapshot) -> Draft:
         return draft
     fact = stage_of(draft.job, attempt, snapshot)
     if fact is None:
-        return end_attempt(draft, judge(attempt, None, snapshot.now), snapshot) if _is_gone(attempt) else draft
+        return _missing(draft, attempt, snapshot)
+    draft = _note_existence(draft, attempt, fact, snapshot)
     if fact.phase is not StagePhase.PENDING and attempt.start_time is None and _is_told(attempt, fact, snapshot):
         draft = _seen_running(draft, attempt, fact)
     if fact.progress is not None:
         draft = fold_progress(draft, fact.progress, snapshot.policy.progress_interval_seconds)
     if fact.phase is not StagePhase.EXITED:
-        return draft if fact.disruption is None else request_stop(draft, fact.disruption, _why_disrupted(fact))
+        return _while_it_runs(draft, fact, snapshot.policy)
     current = draft.attempt
     assert current is not None, "seeing a stage run does not end its attempt"
     return end_attempt(draft, judge(current, fact, snapshot.now), snapshot)
 
 
+def _missing(draft: Draft, attempt: Attempt, snapshot: Snapshot) -> Draft:
+    """What an attempt without a stage comes to: it has ended, is still to come, or has not come for too long."""
+    verdict = judge(attempt, None, snapshot.now)
+    if _is_gone(attempt):
+        return end_attempt(draft, verdict, snapshot)
+    age_seconds = (snapshot.now - attempt.created_time).total_seconds()
+    if age_seconds < snapshot.policy.creation_limit_seconds:
+        return draft
+    message = f"no stage came of {attempt.stage} attempt {attempt.number} in {age_seconds:.0f} s"
+    return end_attempt(draft, replace(verdict, reason=Reason.START_FAILED, message=message), snapshot)
+
+
 def _is_gone(attempt: Attempt) -> bool:
-    """Whether a stage that does not exist will not be created either: it ran already, or it was called off."""
-    return attempt.start_time is not None or attempt.stop_time is not None
+    """Whether a stage that does not exist will not be created either: it was there already, or it was called off.
+
+    Its number is used up with that: a second stage of the same number would be taken for the first by the job's store.
+    """
+    return attempt.seen_time is not None or attempt.start_time is not None or attempt.stop_time is not None
+
+
+def _note_existence(draft: Draft, attempt: Attempt, fact: StageFact, snapshot: Snapshot) -> Draft:
+    """The draft with what became known of where the stage is."""
+    news: dict[str, object] = {}
+    if attempt.seen_time is None and _is_told(attempt, fact, snapshot):
+        news["seen_time"] = draft.now
+    if fact.node and fact.node != attempt.node and _is_told(attempt, fact, snapshot):
+        news["node"] = fact.node
+    return draft.amend(attempts=draft.change_attempt(**news)) if news else draft
+
+
+def _while_it_runs(draft: Draft, fact: StageFact, policy: Policy) -> Draft:
+    """The draft with what keeps the stage from going on: its machine goes away, or it is stuck."""
+    if fact.disruption is not None:
+        return request_stop(draft, fact.disruption, _why_disrupted(fact))
+    if fact.progress is not None and fact.phase is StagePhase.RUNNING:
+        why = stalled(draft, fact.progress, policy)
+        return request_stop(draft, Reason.NO_PROGRESS, why) if why else draft
+    return draft
 
 
 def _is_told(attempt: Attempt, fact: StageFact, snapshot: Snapshot) -> bool:
@@ -111,11 +156,12 @@ def _why_disrupted(fact: StageFact) -> str:
 
 def _seen_running(draft: Draft, attempt: Attempt, fact: StageFact) -> Draft:
     """Note when the stage began. One that ended unseen, without a start time, never ran."""
-    start_time = fact.start_time
-    if start_time is None and fact.phase is StagePhase.RUNNING:
-        start_time = draft.now
-    if start_time is None:
+    told = fact.start_time
+    if told is None and fact.phase is StagePhase.RUNNING:
+        told = draft.now
+    if told is None:
         return draft
+    start_time = between(attempt.created_time, told, draft.now)
     attempts = draft.change_attempt(start_time=start_time)
     if attempt.stage != "train" or attempt.stop_time is not None:
         return draft.amend(attempts=attempts)
@@ -159,17 +205,27 @@ def _is_over_deadline(draft: Draft) -> bool:
 # --- 3. what of the job's own keeps it from going on ------------------------------------------------------------
 
 
-def _hold(draft: Draft) -> Draft:
+def _hold(draft: Draft, policy: Policy) -> Draft:
     if draft.job.spec.suspend:
         return wait(draft, Reason.SUSPENDED, "spec.suspend is true; set it to false to go on")
     retry_after = draft.status.retry_after
-    if retry_after is not None and _is_backing_off(draft):
-        failures, limit = draft.status.failures_total, draft.job.spec.backoff_limit
+    if retry_after is not None and is_paused(draft.status, draft.now, policy):
         when = retry_after.strftime("%H:%M:%SZ")
-        return wait(draft, Reason.BACKING_OFF, f"tries again at {when}; {failures} of {limit} failures used")
+        return wait(draft, Reason.BACKING_OFF, f"tries again at {when}{_spent(draft, policy)}")
     return draft
 
 
-def _is_backing_off(draft: Draft) -> bool:
-    retry_after = draft.status.retry_after
-    return retry_after is not None and draft.now < retry_after
+def _spent(draft: Draft, policy: Policy) -> str:
+    """What the cause that ended the last attempt has used up of its budget, in words."""
+    last = draft.status.attempts[-1] if draft.status.attempts else None
+    known = setback(draft.status, last.reason) if last is not None and last.reason is not None else None
+    if last is None or known is None:
+        return ""
+    if known.reason.recovery is not Recovery.WAIT:
+        failures, limit = counted_failures(draft.status, known.reason), draft.job.spec.backoff_limit
+        return f"; {failures} of {limit} failures used"
+    told = f"; {known.reason.value} for {known.count} attempts: {last.message}"
+    if known.reason in WAITED_FOR_EVER or last.stage == "publish":
+        return told
+    limit_seconds = outage_limit_seconds(draft.job, policy)
+    return f"{told}; {known.seconds:.0f} of {limit_seconds:.0f} s of outageLimitSeconds used"

@@ -1,7 +1,8 @@
-"""What follows from an attempt's end: go on, resume, retry, escalate, or fail.
+"""What follows from an attempt's end: go on, resume, retry, wait, escalate, or fail.
 
-`Reason.recovery` says which it is. Only failures count against spec.backoffLimit;
-a publish that finds MLflow away is retried for as long as it takes, because the adapter is safe in the store.
+`Reason.recovery` says which it is, and `core/job/setbacks` how often and for how long. Only failures count against
+spec.backoffLimit. A publish that finds MLflow away is retried for as long as it takes, because the adapter is safe in
+the store.
 """
 
 from __future__ import annotations
@@ -16,6 +17,16 @@ from orchestrator.api.results import PrepareResult, ProgressReport, PublishResul
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding, clip, plan_words
 from orchestrator.core.job.progress import record_checkpoint
+from orchestrator.core.job.setbacks import (
+    WAITED_FOR_EVER,
+    backoff_seconds,
+    counted_failures,
+    host_memory_factor,
+    outage_limit_seconds,
+    outage_pause_seconds,
+    setback,
+    with_setback,
+)
 from orchestrator.core.job.state_machine import JobEvent
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.verdict import Verdict
@@ -23,8 +34,6 @@ from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.margins import DEFAULT, learned
 from orchestrator.sizing.plan_search import escalate
 from orchestrator.sizing.step_time import Work
-
-MAX_BACKOFF_DOUBLINGS = 32  # keeps 2**n small; the wait is bounded by policy.backoff_max_seconds long before
 
 _ENDED: Mapping[str, JobEvent] = {
     "prepare": JobEvent.PREPARE_ENDED,
@@ -90,7 +99,9 @@ def _prepared(draft: Draft, verdict: Verdict, result: PrepareResult) -> Draft:
         f"{result.steps} steps"
     ) + "".join(f"; warning: {warning}" for warning in result.warnings)
     finding = Finding(kind=ConditionType.PREPARED, status="True", reason=Reason.PREPARED, message=message)
-    draft = draft.move(JobEvent.PREPARED, finding, prepared=result, retry_after=None, **_books(draft, verdict))
+    draft = draft.move(
+        JobEvent.PREPARED, finding, prepared=result, retry_after=None, setbacks=(), **_books(draft, verdict)
+    )
     return draft.tell(Event(reason=Reason.PREPARED, message=message))
 
 
@@ -105,6 +116,7 @@ def _trained(draft: Draft, verdict: Verdict, result: TrainResult) -> Draft:
         adapter_digest=result.adapter_digest,
         progress=_last_progress(draft, verdict, result),
         retry_after=None,
+        setbacks=(),
         **_books(draft, verdict),
     )
     return draft.tell(Event(reason=Reason.TRAINED, message=message))
@@ -175,26 +187,46 @@ def _resume(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot
     return draft.tell(Event(reason=verdict.reason, message=verdict.message))
 
 
-def _retry(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot) -> Draft:
+def _retry(draft: Draft, _attempt: Attempt, verdict: Verdict, snapshot: Snapshot) -> Draft:
     """Again after a backoff, as long as failures remain."""
-    if attempt.stage == "publish" and verdict.reason is Reason.TRANSIENT_ERROR:
-        wait = _backoff(snapshot.policy, _unbroken_publish_attempts(draft))
-        return draft.amend(retry_after=_after(draft.now, wait)).tell(_warning(verdict))
-    draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(verdict))
-    if _limit_exceeded(draft):
-        return _give_up(draft, verdict)
-    wait = _backoff(snapshot.policy, draft.status.failures_total)
-    return draft.amend(retry_after=_after(draft.now, wait))
+    draft = _failed(draft, verdict).tell(_warning(verdict))
+    failures = counted_failures(draft.status, verdict.reason)
+    if failures > draft.job.spec.backoff_limit:
+        return _give_up(draft, verdict, failures)
+    return draft.amend(retry_after=_after(draft.now, backoff_seconds(snapshot.policy, failures)))
+
+
+def _wait(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot) -> Draft:
+    """Again after a pause, as long as the surroundings may take; no GPU is held meanwhile."""
+    policy, reason = snapshot.policy, verdict.reason
+    known = setback(draft.status, reason)
+    count = known.count + 1 if known is not None else 1
+    pause = outage_pause_seconds(policy, count, draft.job.metadata.uid, attempt.number)
+    tried = min(max(0.0, (draft.now - attempt.created_time).total_seconds()), policy.backoff_max_seconds)
+    is_shared = attempt.stage == "publish" or reason in WAITED_FOR_EVER
+    spent = with_setback(draft.status, reason, 0.0 if is_shared else tried + pause)
+    draft = draft.amend(setbacks=spent, retry_after=_after(draft.now, pause)).tell(_warning(verdict))
+    now_known, limit = setback(draft.status, reason), outage_limit_seconds(draft.job, policy)
+    if now_known is None or now_known.seconds <= limit:
+        return draft
+    message = (
+        f"{reason.value} for {now_known.count} attempts and longer than outageLimitSeconds {limit:.0f}, without a new "
+        f"checkpoint; the last one: {verdict.message}"
+    )
+    return fail(draft, Reason.OUTAGE_LIMIT_EXCEEDED, message)
 
 
 def _escalate(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot) -> Draft:
-    """Again under a fallback plan or on a larger class, as long as failures remain."""
+    """Again with more memory, as long as failures remain: of the host, under a fallback plan, or on a larger class."""
+    if verdict.reason is Reason.HOST_OUT_OF_MEMORY:
+        return _escalate_host_memory(draft, verdict, snapshot.policy)
     failed, prepared = draft.status.estimate, draft.status.prepared
     if attempt.stage != "train" or failed is None or prepared is None:
         return _retry(draft, attempt, verdict, snapshot)
-    draft = draft.amend(failures_total=draft.status.failures_total + 1).tell(_warning(verdict))
-    if _limit_exceeded(draft):
-        return _give_up(draft, verdict)
+    draft = _failed(draft, verdict).tell(_warning(verdict))
+    failures = counted_failures(draft.status, verdict.reason)
+    if failures > draft.job.spec.backoff_limit:
+        return _give_up(draft, verdict, failures)
     margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
     chosen = escalate(
         draft.job.spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared), margins=margins
@@ -203,6 +235,29 @@ def _escalate(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapsh
         return fail(draft, chosen.reason, chosen.message)
     draft = draft.amend(estimate=chosen, step_ups=draft.status.step_ups + 1)
     return draft.tell(Event(reason=Reason.OUT_OF_MEMORY, message=_escalated(failed, chosen)))
+
+
+def _escalate_host_memory(draft: Draft, verdict: Verdict, policy: Policy) -> Draft:
+    """Again with twice the host memory, within the bound that a setting names."""
+    escalations = draft.status.host_memory_escalations
+    before, after = host_memory_factor(escalations, policy), host_memory_factor(escalations + 1, policy)
+    draft = _failed(draft, verdict).tell(_warning(verdict))
+    if after <= before:
+        message = (
+            f"{verdict.message}; that was {before:g} times what such a stage is given at first, and no more is allowed:"
+            " raise QLORA_HOST_MEMORY_FACTOR_MAX, or QLORA_TRAIN_MEMORY_BYTES for all stages"
+        )
+        return fail(draft, Reason.HOST_OUT_OF_MEMORY, message)
+    message = f"out of host memory; the next attempt gets {after:g} times what the first one got"
+    draft = draft.amend(host_memory_escalations=escalations + 1, retry_after=None)
+    return draft.tell(Event(reason=Reason.HOST_OUT_OF_MEMORY, message=message))
+
+
+def _failed(draft: Draft, verdict: Verdict) -> Draft:
+    """The draft with one more failure on its books, unless the first one is free."""
+    spent = draft.amend(setbacks=with_setback(draft.status, verdict.reason, 0.0))
+    is_counted = counted_failures(spent.status, verdict.reason) > 0
+    return spent.amend(failures_total=draft.status.failures_total + 1) if is_counted else spent
 
 
 def _escalated(failed: Estimate, chosen: Estimate) -> str:
@@ -216,18 +271,15 @@ def _in_words(chosen: Estimate) -> str:
 _AGAIN: Mapping[Recovery, Callable[[Draft, Attempt, Verdict, Snapshot], Draft]] = {
     Recovery.RESUME: _resume,
     Recovery.RETRY: _retry,
+    Recovery.WAIT: _wait,
     Recovery.ESCALATE: _escalate,
     # A reason that is no end at all can only come from a stage that mixes up its words; trying again is safe.
     Recovery.NONE: _retry,
 }
 
 
-def _limit_exceeded(draft: Draft) -> bool:
-    return draft.status.failures_total > draft.job.spec.backoff_limit
-
-
-def _give_up(draft: Draft, verdict: Verdict) -> Draft:
-    failures, limit = draft.status.failures_total, draft.job.spec.backoff_limit
+def _give_up(draft: Draft, verdict: Verdict, failures: int) -> Draft:
+    limit = draft.job.spec.backoff_limit
     message = f"{failures} failed attempts are more than backoffLimit {limit}; the last one: {verdict.message}"
     return fail(draft, Reason.BACKOFF_LIMIT_EXCEEDED, message)
 
@@ -236,24 +288,8 @@ def _warning(verdict: Verdict) -> Event:
     return Event(reason=verdict.reason, message=verdict.message, warning=True)
 
 
-def _backoff(policy: Policy, failures: int) -> float:
-    """Seconds to wait before the next attempt: doubles with every failure up to a bound."""
-    doublings = min(max(failures - 1, 0), MAX_BACKOFF_DOUBLINGS)
-    return min(policy.backoff_base_seconds * 2**doublings, policy.backoff_max_seconds)
-
-
 def _after(now: datetime, seconds: float) -> datetime:
     return now + timedelta(seconds=seconds)
-
-
-def _unbroken_publish_attempts(draft: Draft) -> int:
-    """How many of the last attempts were publish attempts, the one that just ended included."""
-    count = 0
-    for attempt in reversed(draft.status.attempts):
-        if attempt.stage != "publish":
-            break
-        count += 1
-    return count
 
 
 # --- what every end is booked as -------------------------------------------------------------------------------
@@ -272,6 +308,7 @@ def _books(draft: Draft, verdict: Verdict) -> dict[str, object]:
             exit_code=verdict.exit_code,
             reason=verdict.reason,
             message=clip(verdict.message),
+            node=verdict.node,
             measured_bytes=train.peak_allocated_bytes if train is not None else None,
             versions=train.versions if train is not None else None,
         ),

@@ -13,6 +13,7 @@ from orchestrator.api.reasons import Reason
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import DeleteStage, EnsureStage, ReleaseUnreadable, StopStage
+from orchestrator.core.job.setbacks import host_memory_factor
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.unreadable import job_key_of
 from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase, UnreadableJob
@@ -75,6 +76,8 @@ def stage_task(job: QLoRAJob, attempt: Attempt, policy: Policy) -> StageTask:
         run_id=None if stage == "prepare" else status.mlflow.run_id,
         grace_seconds=policy.grace_seconds,
         threads=policy.trainer_threads,
+        host_memory_factor=host_memory_factor(status.host_memory_escalations, policy),
+        avoid_nodes=attempt.avoid_nodes,
     )
 
 

@@ -13,6 +13,7 @@ from orchestrator.api.job import Attempt
 from orchestrator.api.reasons import Reason, exit_reason
 from orchestrator.api.results import StageResult
 from orchestrator.api.stage_name import StageKind
+from orchestrator.core.job.progress import between
 from orchestrator.core.snapshot import StageFact
 
 STOPPED = frozenset({Reason.PREEMPTED, Reason.KILLED})
@@ -29,6 +30,7 @@ class Verdict:
     finish_time: datetime
     exit_code: int | None
     result: StageResult
+    node: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -41,14 +43,30 @@ def judge(attempt: Attempt, fact: StageFact | None, now: datetime) -> Verdict:
     result = (fact.result if fact else None) or StageResult()
     exit_code = fact.exit_code if fact else None
     reason = _reason(attempt, fact, result)
+    node = (fact.node if fact else "") or attempt.node
+    message = _message(attempt, exit_code, reason, result)
+    started = attempt.start_time or _start_time(attempt, fact, now)
     return Verdict(
         reason=reason,
-        message=_message(attempt, exit_code, reason, result),
-        start_time=attempt.start_time or (fact.start_time if fact else None),
-        finish_time=(fact.finish_time if fact else None) or now,
+        message=f"{message} (on node {node})" if reason is Reason.BROKEN_GPU and node else message,
+        start_time=started,
+        finish_time=_finish_time(started or attempt.created_time, fact, now),
         exit_code=exit_code,
         result=result,
+        node=node,
     )
+
+
+def _start_time(attempt: Attempt, fact: StageFact | None, now: datetime) -> datetime | None:
+    """When it started, by a machine's clock that may be wrong: not before it was made, and not after now."""
+    told = fact.start_time if fact else None
+    return between(attempt.created_time, told, now) if told is not None else None
+
+
+def _finish_time(started: datetime, fact: StageFact | None, now: datetime) -> datetime:
+    """When it ended; a time that cannot be is somebody's wrong clock, and it was just now."""
+    told = fact.finish_time if fact else None
+    return told if told is not None and started <= told <= now else max(started, now)
 
 
 def _reason(attempt: Attempt, fact: StageFact | None, result: StageResult) -> Reason:

@@ -18,6 +18,7 @@ from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
 from orchestrator.core.job.lifecycle import is_ready, reconcile, wait
 from orchestrator.core.job.recovery import fail
+from orchestrator.core.job.setbacks import avoided_classes, broken_nodes
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
@@ -94,7 +95,7 @@ def _start_cpu_stages(drafts: Iterable[Draft], snapshot: Snapshot) -> dict[str, 
     """Start prepare and publish stages within their bound: by priority, then age, then uid."""
     policy, everyone = snapshot.policy, list(drafts)
     running = sum(1 for d in everyone if d.state in (JobState.PREPARING, JobState.PUBLISHING))
-    ready = [d for d in everyone if is_ready(d) and d.state in (JobState.NEW, JobState.TRAINED)]
+    ready = [d for d in everyone if is_ready(d, policy) and d.state in (JobState.NEW, JobState.TRAINED)]
     changed: dict[str, Draft] = {}
     for draft in sorted(ready, key=_cpu_turn):
         stage = "prepare" if draft.state is JobState.NEW else "publish"
@@ -127,7 +128,7 @@ def _claims(
     failed: dict[str, Draft] = {}
     margins = learned(snapshot.jobs)
     for draft in drafts:
-        if draft.state is not JobState.QUEUED or not is_ready(draft):
+        if draft.state is not JobState.QUEUED or not is_ready(draft, snapshot.policy):
             continue
         try:
             found = queue_refusal(draft.job.spec.queue, queues) or _estimates(draft, snapshot, margins)
@@ -156,15 +157,41 @@ def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
 
 
 def _estimates(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
-    """Where the job may train; one that must go on just as it began keeps its class and plan."""
+    """Where the job may train; one that must go on just as it began keeps its class and plan.
+
+    A class that failed the job lately is passed over while another fits: a job that ran out of memory goes to none of
+    less. Where none is left, they are tried again, with the pauses that failures bring.
+    """
+    found = _fitting(draft, snapshot, margins)
+    avoided = avoided_classes(draft.status, draft.now, snapshot.policy)
+    if isinstance(found, Refusal) or not avoided:
+        return found
+    others = tuple(estimate for estimate in found if estimate.gpu_class not in avoided)
+    if others or draft.status.estimate is None:
+        return others or found
+    elsewhere = _sized(draft, snapshot, margins)  # what goes on just as it began goes on otherwise before it waits
+    if isinstance(elsewhere, Refusal):
+        return found
+    least = draft.status.estimate.usable_bytes if draft.status.step_ups > 0 else 0
+    others = tuple(e for e in elsewhere if e.gpu_class not in avoided and e.usable_bytes >= least)
+    return others or found
+
+
+def _fitting(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
+    """Where the job may train by what it needs."""
     status, spec = draft.status, draft.job.spec
-    prepared = status.prepared
-    assert prepared is not None, "a queued job is prepared"
     exact_resume = spec.training.deterministic and status.checkpoint is not None
     if status.estimate is not None and (exact_resume or status.step_ups > 0):
         here = {c.name for c in snapshot.gpu_classes if c.capacity > 0}
         if status.estimate.gpu_class in here:
             return (status.estimate,)
+    return _sized(draft, snapshot, margins)
+
+
+def _sized(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
+    """Every class here that the job fits."""
+    spec, prepared = draft.job.spec, draft.status.prepared
+    assert prepared is not None, "a queued job is prepared"
     of_model = margins.get(prepared.model.architecture, DEFAULT)
     return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)
 
@@ -249,7 +276,8 @@ def _worth_a_victim(
 
 
 def _storable_admission(draft: Draft, estimate: Estimate, snapshot: Snapshot) -> Draft:
-    admitted = admit(draft, estimate, snapshot.policy)
+    nodes = broken_nodes(snapshot.jobs, draft.now, snapshot.policy)
+    admitted = admit(draft, estimate, snapshot.policy, nodes)
     admitted.close()
     return admitted
 
