@@ -201,10 +201,11 @@ def _end(status: Json, terminated: Json | None) -> End | None:
 
 
 def _memory_limit(spec: Json) -> str:
+    """The trainer's limit of host memory, as its pod has it."""
     containers: list[Json] = spec.get("containers") or []
-    resources: Json = next((container.get("resources") or {} for container in containers), {})
-    limits: Json = resources.get("limits") or {}
-    return str(limits.get("memory", "unknown"))
+    resources: Json | None = containers[0].get("resources") if containers else None
+    limits: Json | None = resources.get("limits") if resources else None
+    return str(limits.get("memory", "unknown")) if limits else "unknown"
 
 
 def _trouble(
