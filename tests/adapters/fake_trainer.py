@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 STEP_SECONDS = 0.02
 DIGEST = "sha256:" + "0" * 64
@@ -67,7 +68,7 @@ def main() -> int:
     return {"prepare": prepare, "train": train, "publish": publish}[stage](task, store)
 
 
-def prepare(task: dict, store: str) -> int:
+def prepare(task: dict[str, Any], store: str) -> int:
     counts = {"trainRecords": 1, "trainSequences": 1, "trainTokens": 1, "supervisedTokens": 1}
     held_out = {"evalRecords": 0, "evalSequences": 0}
     steps = task["spec"]["training"].get("maxSteps") or 1
@@ -75,9 +76,13 @@ def prepare(task: dict, store: str) -> int:
     return 0
 
 
-def train(task: dict, store: str) -> int:
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+def train(task: dict[str, Any], store: str) -> int:
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+
+    signal.signal(signal.SIGTERM, ask)
     agent = None
     steps = task["spec"]["training"].get("maxSteps") or 1
     step = int(read(f"{store}/step") or 0)
@@ -100,7 +105,7 @@ def train(task: dict, store: str) -> int:
     return 0
 
 
-def publish(task: dict, store: str) -> int:
+def publish(task: dict[str, Any], store: str) -> int:
     answer({"publish": {"registeredModel": task["job"], "modelVersion": "1", "modelUri": f"models:/{task['job']}/1"}})
     return 0
 

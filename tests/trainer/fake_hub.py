@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +30,7 @@ class Repository:
 
 
 @contextmanager
-def serve(repositories: Mapping[str, Repository]) -> Iterator[tuple[str, list[str]]]:
+def serve(repositories: Mapping[str, Repository]) -> Generator[tuple[str, list[str]]]:
     """The hub's address, and the list of requests that it has answered."""
     requests: list[str] = []
 

@@ -1,9 +1,12 @@
 """Builds the tiny random models that trainer tests run on: a real tokenizer, a real config, real safetensors.
 
 Nothing is downloaded: the tokenizer is trained on the example dataset, the weights are drawn from a seed. A build is
-deterministic in its arguments, and `tiny_model` keeps one per set of arguments and process. Treat its folder as read-
-only; tests that damage a model build their own with `build_tiny_model`.
+deterministic in its arguments, and `tiny_model` keeps one per set of arguments and process. Its folder is read-only;
+tests that damage a model build their own with `build_tiny_model`.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# Why: torch, transformers and tokenizers declare some of these functions only in part.
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
+import pyarrow as untyped_pyarrow  # pyright: ignore[reportMissingTypeStubs] - it has none
+import pyarrow.parquet as untyped_parquet  # pyright: ignore[reportMissingTypeStubs] - it has none
 from tiny_model import tiny_model
 
 from orchestrator.api.formats import FileEntry, PreparedManifest
@@ -30,6 +30,9 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
+
+pyarrow: Any = untyped_pyarrow
+parquet: Any = untyped_parquet
 
 DIGEST = "sha256:" + "a1" * 32
 VOCABULARY = 512
@@ -57,9 +60,10 @@ def _row(records: list[list[int]]) -> Row:
 
 def write_rows(rows: list[Row], path: Path) -> Path:
     """Write prepared rows in the columns that prepare documents."""
-    kind = pa.list_(pa.int32())
+    kind = pyarrow.list_(pyarrow.int32())
     names = ("input_ids", "labels", "position_ids")
-    parquet.write_table(pa.table({name: pa.array([row[name] for row in rows], kind) for name in names}), path)
+    columns = {name: pyarrow.array([row[name] for row in rows], kind) for name in names}
+    parquet.write_table(pyarrow.table(columns), path)
     return path
 
 
@@ -83,20 +87,14 @@ def make_task(
     """A train task over a store that holds its prepared data; the same arguments give the same job."""
     model = tiny_model(family)
     prepared = write_prepared(store, steps=steps, rows=rows, eval_rows=eval_rows)
+    small = {"learning_rate": "1e-2", "global_batch_size": global_batch_size, "sequence_length": 64}
     spec = QLoRAJobSpec(
         model=ModelSource(source=model.as_uri()),
         dataset=DatasetSource(source="file:///unused.jsonl"),
-        adapter=AdapterSpec(**{"rank": 4, "alpha": 8, "dropout": "0.1", **(adapter or {})}),
-        training=TrainingSpec(
-            **{
-                "learning_rate": "1e-2",
-                "global_batch_size": global_batch_size,
-                "sequence_length": 64,
-                **(training or {}),
-            }
-        ),
-        evaluation=EvaluationSpec(**{"every_steps": 5, **(evaluation or {})}),
-        checkpoint=CheckpointSpec(**(checkpoint or {})),
+        adapter=AdapterSpec.model_validate({"rank": 4, "alpha": 8, "dropout": "0.1", **(adapter or {})}),
+        training=TrainingSpec.model_validate({**small, **(training or {})}),
+        evaluation=EvaluationSpec.model_validate({"every_steps": 5, **(evaluation or {})}),
+        checkpoint=CheckpointSpec.model_validate(checkpoint or {}),
     )
     return StageTask(
         stage="train",
