@@ -34,7 +34,7 @@ from typing import Any
 from benchmarks.report import RESULTS, argument_parser, emit
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import MARGIN_ITEM, MemoryPlan
+from orchestrator.api.plan import MARGIN_ITEMS, MemoryPlan
 from orchestrator.sizing.footprint import Footprint, adapter_parameters
 from orchestrator.sizing.memory.linear_layers import linears
 
@@ -171,7 +171,7 @@ def estimators() -> dict[str, Estimator]:
 def ours(row: Row, *, margin: bool) -> float:
     """What the controller would size the job with."""
     items = row.footprint().items(row.plan.recompute_layers)
-    return float(sum(item.bytes for item in items if margin or item.name != MARGIN_ITEM))
+    return float(sum(item.bytes for item in items if margin or item.name not in MARGIN_ITEMS))
 
 
 def bytes_a_parameter(row: Row) -> float:

@@ -58,6 +58,7 @@ FAMILIES = {
     "gemma2": "gemma-2-2b",
     "gemma3_text": "gemma-3-1b",
     "llama": "llama-3.1-8b",
+    "mistral": "mistral-7b",
     "qwen2": "qwen2.5-7b",
     "qwen3": "qwen3-8b",
     "mixtral": "mixtral-8x7b",

@@ -37,8 +37,10 @@ class ByteItem(Model):
     bytes: Count
 
 
-MARGIN_ITEM = "margin"
-"""The line of an estimate that is no tensor: what the prediction may be wrong by."""
+MARGIN_ITEM, GUESS_ITEM = "margin", "margin of a guess"
+"""The lines of an estimate that are no tensors: what the prediction may be wrong by, and what it may be wrong by on top
+of that where layers of the model's type were never traced."""
+MARGIN_ITEMS = frozenset({MARGIN_ITEM, GUESS_ITEM})
 
 
 class Estimate(Model):
@@ -63,8 +65,8 @@ class Estimate(Model):
 
     @property
     def predicted_bytes(self) -> int:
-        """The peak that is expected, without the margin."""
-        return sum(item.bytes for item in self.items if item.name != MARGIN_ITEM)
+        """The peak that is expected, without margins."""
+        return sum(item.bytes for item in self.items if item.name not in MARGIN_ITEMS)
 
     @model_validator(mode="after")
     def _items_add_up(self) -> Estimate:

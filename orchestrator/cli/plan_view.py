@@ -24,6 +24,9 @@ def show_plan(console: Console, plan: JobPlan) -> None:
         console.print()
         for line in (*_item_lines(plan.chosen, console), *_choice_lines(plan.chosen)):
             console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    if plan.guess is not None:
+        console.print()
+        console.print(Text.assemble(("a guess  ", "busy"), plan.guess))
     if plan.refusal is not None:
         console.print()
         console.print(Text.assemble(("cannot run here  ", "bad"), plan.refusal.message))

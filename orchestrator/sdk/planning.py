@@ -14,6 +14,7 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Refusal
 from orchestrator.sizing import hardware, plan_search
+from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
 
@@ -48,6 +49,8 @@ class JobPlan:
     """Why it cannot run here, and what would change it."""
     alternatives: tuple[Alternative, ...]
     """Every class, here or not, smallest first."""
+    guess: str | None = None
+    """Why the bytes are a guess, and how far such guesses were off; absent where they are none."""
 
     def to_wire(self) -> dict[str, object]:
         """JSON types with wire names."""
@@ -56,6 +59,8 @@ class JobPlan:
             wire["chosen"] = self.chosen.to_wire()
         if self.refusal is not None:
             wire["refusal"] = {"reason": self.refusal.reason.value, "message": self.refusal.message}
+        if self.guess is not None:
+            wire["guess"] = self.guess
         return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
 
 
@@ -86,6 +91,7 @@ def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], know
         facts=facts,
         chosen=chosen,
         refusal=choice if isinstance(choice, Refusal) else None,
+        guess=guess_words(job.spec.adapter, facts),
         alternatives=tuple(_alternative(job.spec, facts, gpu_class, chosen, margins) for gpu_class in every),
     )
 

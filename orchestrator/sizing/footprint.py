@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import ceil
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
+from orchestrator.api.plan import GUESS_ITEM, MARGIN_ITEM, ByteItem, MemoryPlan
+from orchestrator.sizing.guess import HEADROOM, is_guess
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED_TYPES, Attention
@@ -82,6 +84,7 @@ class Footprint:
     ) -> None:
         """`records` is how many a micro-batch packs, where that is known; `loaded`: the base is there already."""
         self._margins = margins
+        self._is_guess = is_guess(spec.adapter, facts)
         self._question = _Question(
             adapter=spec.adapter,
             optimizer=spec.training.optimizer,
@@ -139,8 +142,8 @@ class Footprint:
             ("activations kept for the backward pass", peak.kept_bytes),
             (f"working set: {peak.name}", peak.working_bytes),
         )
-        margin = self._margin(sum(count for _, count in found), recompute_layers)
-        return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, (MARGIN_ITEM, margin)))
+        margins = self._margin_items(sum(count for _, count in found), recompute_layers)
+        return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, *margins))
 
     def reserved_bytes(self, recompute_layers: int, *, evaluates: bool = False) -> int:
         """What the allocator reserves for that peak where there is room, without a margin.
@@ -165,8 +168,16 @@ class Footprint:
         return self._lasting_bytes + max(_total_bytes(each) for each in instants if each.name != LOADING)
 
     def _margin(self, found_bytes: int, recompute_layers: int) -> int:
-        share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, SLACK_SHARE)
-        return round(SLACK_BYTES + share * found_bytes)
+        return sum(count for _, count in self._margin_items(found_bytes, recompute_layers))
+
+    def _margin_items(self, found_bytes: int, recompute_layers: int) -> tuple[tuple[str, int], ...]:
+        """The margin of the model, or what finished jobs have taught; on top of that a guess has one of its own."""
+        default = (1 + SLACK_SHARE) * HEADROOM - 1 if self._is_guess else SLACK_SHARE
+        share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, default)
+        if not self._is_guess or share < default:
+            return ((MARGIN_ITEM, round(SLACK_BYTES + share * found_bytes)),)
+        whole, usual = SLACK_BYTES * HEADROOM + share * found_bytes, round(SLACK_BYTES + SLACK_SHARE * found_bytes)
+        return (MARGIN_ITEM, usual), (GUESS_ITEM, ceil(whole) - usual)
 
     def _found_bytes(self, recompute_layers: int) -> int:
         return self._lasting_bytes + self._instants.largest_bytes(self._recomputing(recompute_layers))

@@ -20,6 +20,7 @@ from orchestrator.api.plan import Estimate, MemoryPlan, OffloadTarget
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
 from orchestrator.sizing.footprint import Footprint, card_matters, is_fused
+from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GIB, Card, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import memoized
@@ -432,6 +433,8 @@ def _does_not_fit(search: _Search, largest: GpuClass) -> Refusal:
         f"needs {search.least_bytes(largest) / GIB:.1f} GiB at sequenceLength {length}, and {largest.name} offers "
         f"{largest.usable_bytes / GIB:.1f} GiB"
     )
+    if words := guess_words(search.spec.adapter, search.facts):
+        message += f" (a guess: {words})"
     advice = [*_shorter(search, largest), *_larger(search, largest)]
     message += f"; {', and '.join(advice)}" if advice else "; lower adapter.rank or use an 8-bit optimizer"
     return Refusal(reason=Reason.DOES_NOT_FIT, message=message)

@@ -325,6 +325,19 @@ def test_plan_shows_bytes_choice_and_alternatives(service: PaperService) -> None
     assert sum(item["bytes"] for item in data["chosen"]["items"]) == data["chosen"]["peakBytes"]
 
 
+def test_plan_says_where_the_bytes_are_a_guess_and_how_far_such_guesses_were_off(service: PaperService) -> None:
+    path = write_manifest(job_document())
+    assert "a guess" not in qlora("plan", path).stdout
+    assert "guess" not in json.loads(qlora("plan", path, "--json").stdout)
+    config = service.folder / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "glm4"}))
+    text = " ".join(qlora("plan", path).stdout.split())
+    assert "a guess layers of model type glm4 were never traced" in text
+    assert "from 16.3% under to 40.1% over what they took" in text
+    assert re.search(r"margin of a guess \S+ GiB", text)
+    assert "glm4" in json.loads(qlora("plan", path, "--json").stdout)["guess"]
+
+
 def test_calibration_shows_what_finished_jobs_measured(service: PaperService) -> None:
     assert json.loads(qlora("calibration", "--json").stdout) == {"bounds": []}
     service.client.submit(job_document())

@@ -4,8 +4,8 @@ These are the layers of types without a hand-written one (`sizing/memory/handwri
 adapters with extras (DoRA). What such a layer takes is not written down here but traced from transformers' own modules:
 `benchmarks.layer_trace` runs a layer on tensors without memory, and `api/traced_layers.json` keeps, for each instant
 that can be the peak, a sum of products of widths. What attention and routed experts take by the way is
-`sizing/memory/attention`'s and `sizing/memory/experts`' business. An architecture that is not in there is sized like
-Llama's layer.
+`sizing/memory/attention`'s and `sizing/memory/experts`' business. For an architecture that is not in there Llama's
+table stands in, and `sizing/guess` says what that may be wrong by.
 
 Letters: t tokens, h hidden size, i inner size (of a mixture: of what is shared), q and k widths of all query and all
 key heads, p q + 2 k, n query heads, m key heads, d head size, r rank, e experts, s experts of a token; `th: 2` is
@@ -31,8 +31,8 @@ from orchestrator.sizing.memory.timeline import BF16_BYTES, allocated
 
 FEW_TARGETS = frozenset({"q_proj", "v_proj", "qkv_proj", "query_key_value"})
 """Adapters on no more than these were traced apart; on more, a layer is sized as if all its matrices had one."""
-UNKNOWN = "llama"
-"""The table for an architecture that was not traced."""
+NEAREST = "llama"
+"""The table that stands in for that of a model type which was never traced: a guess (`sizing/guess`)."""
 
 Moment = tuple[str, Mapping[str, float]]
 """What is at work that takes bytes of its own, if anything is, and bytes for each product of widths."""
@@ -127,6 +127,11 @@ class _Table:
         return [prod(values[letter] for letter in product) for product in self.products]
 
 
+def is_traced(model_type: str) -> bool:
+    """Whether there is a table for layers of this type."""
+    return model_type in traced_layers()
+
+
 def _table(layer: TracedLayer, recomputes: bool) -> _Table:
     few = {linear.name for linear in layer.adapted} <= FEW_TARGETS
     adapters = ("few" if few else "all") + (" dora" if layer.dora else "")
@@ -136,7 +141,7 @@ def _table(layer: TracedLayer, recomputes: bool) -> _Table:
 @cache
 def _read(model_type: str, adapters: str, recomputes: bool, drops: bool) -> _Table:
     tables = traced_layers()
-    family = tables.get(model_type) or tables[UNKNOWN]
+    family = tables.get(model_type) or tables[NEAREST]
     return _Table.read(
         family[f"{adapters}, {'recomputed' if recomputes else 'kept'}, {'dropped' if drops else 'whole'}"]
     )
