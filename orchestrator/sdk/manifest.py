@@ -2,7 +2,9 @@
 
 Rules:
 - only the safe YAML types are read, a key may stand once, and a file has a bounded size;
-- an object is judged as the Kubernetes API server would judge it: strict types, wire names, nothing unknown;
+- an object is judged as the Kubernetes API server would judge it: strict types, wire names, nothing unknown, and null
+  means unset but for the one field where it is a choice;
+- whatever is written, the answer is an object or InvalidObject: values are JSON's, and few, and not deep;
 - every error names the file, the document, the line and the field, and says what is right;
 - `file://./x` is relative to the manifest's folder and leaves here absolute;
 - what the service writes (status, uid, ...) is dropped, so that the output of `qlora get -o yaml` can be handed in.
@@ -11,8 +13,9 @@ Rules:
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,15 +23,24 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.api.base import API_VERSION
+from orchestrator.api.base import API_VERSION, MAX_COUNT
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.words import on_one_line
 from orchestrator.errors import InvalidObject
-from orchestrator.sdk.problems import FieldPath, Problem, WrittenFloat, closest, problems_of, shown
+from orchestrator.sdk.problems import FieldPath, Problem, WrittenFloat, closest, cut, problems_of, shown
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_VALUES = 100_000
 """Values in one document after YAML's aliases are expanded."""
+MAX_DEPTH = 100
+"""Of mappings and lists in each other; the contract has seven."""
+MAX_PROBLEMS = 20
+"""Told at one time; the next ones are told once these are mended."""
+
+MAX_YAML_WORDS = 200
+NULL_IS_A_CHOICE: frozenset[FieldPath] = frozenset({("spec", "tracking", "alias")})
+"""Where null is not the default. Everywhere else the API server drops it."""
 
 UserObject = QLoRAJob | QLoRAQueue
 KINDS: dict[str, type[QLoRAJob] | type[QLoRAQueue]] = {"QLoRAJob": QLoRAJob, "QLoRAQueue": QLoRAQueue}
@@ -71,9 +83,14 @@ def parse_manifest(text: str, *, name: str, folder: Path) -> tuple[UserObject, .
         documents = [(data, node) for data, node in _documents(text) if data is not None]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InvalidObject(f"{name}, line {line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InvalidObject(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
+        raise InvalidObject(
+            f"{name}, line {line}: not valid YAML: {cut(str(error.problem), MAX_YAML_WORDS)}"
+        ) from error
+    except RecursionError as error:
+        raise InvalidObject(f"{name}: not valid YAML: its mappings and lists are nested too deeply") from error
+    except yaml.YAMLError as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise InvalidObject(f"{name}: not valid YAML: {cut(first, MAX_YAML_WORDS)}") from error
     if not documents:
         raise InvalidObject(f"{name}: holds no object; start with apiVersion: {API_VERSION} and kind: QLoRAJob")
     several = len(documents) > 1
@@ -109,13 +126,16 @@ class _Origin:
 
     def error(self, *problems: Problem) -> InvalidObject:
         """One line a problem, from the top of the file to its bottom."""
-        located = [(_line_of(self.node, problem.path), problem) for problem in problems]
+        located = [(_line_of(self.node, problem.path), problem) for problem in problems[:MAX_PROBLEMS]]
         located.sort(key=lambda pair: pair[0] or 0)
-        return InvalidObject("\n".join(self._sentence(line, problem) for line, problem in located))
+        lines = [self._sentence(line, problem) for line, problem in located]
+        if len(problems) > MAX_PROBLEMS:
+            lines.append(f"{self.name}: and {len(problems) - MAX_PROBLEMS} more")
+        return InvalidObject("\n".join(lines))
 
     def _sentence(self, line: int | None, problem: Problem) -> str:
         place = f"{self.name}, line {line}" if line is not None else self.name
-        return ": ".join(filter(None, (place, problem.field, problem.message)))
+        return on_one_line(": ".join(filter(None, (place, problem.field, problem.message))))
 
 
 class _Loader(yaml.SafeLoader):
@@ -126,9 +146,31 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             text = str(key.value)
             if text in seen and text != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {text} stands twice", key.start_mark)
+                words = f"the key {cut(text)} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, words, key.start_mark)
             seen.add(text)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """What a value stands for; whatever YAML's own readers raise names the line."""
+        untyped: Any = super()  # Any: the stubs of yaml leave its lower half, and a node's marks, out
+        try:
+            return untyped.construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError, MemoryError):
+            raise
+        except Exception as error:
+            raise _unreadable(node, f"{node.tag.rpartition(':')[2]} cannot be read: {cut(str(error))}") from error
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys multiply: what they come to is bounded."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise _unreadable(node, f"merge keys come to more than {MAX_VALUES} values")
+
+
+def _unreadable(node: yaml.Node, words: str) -> yaml.MarkedYAMLError:
+    untyped: Any = node
+    return yaml.constructor.ConstructorError(None, None, words, untyped.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -157,13 +199,16 @@ def _documents(text: str) -> Iterator[tuple[object, yaml.Node]]:
 
 
 def _to_object(data: object, origin: _Origin) -> UserObject:
-    if not isinstance(data, dict):
-        raise origin.error(Problem(path=(), message=f"must be an object with apiVersion and kind; found {shown(data)}"))
-    wire = _without_service_fields(cast(dict[str, object], data))
+    plain = _Plain(origin).read(data)
+    if not isinstance(plain, dict):
+        raise origin.error(
+            Problem(path=(), message=f"must be an object with apiVersion and kind; found {shown(plain)}")
+        )
+    wire = _without_service_fields(cast(dict[str, object], plain))
     kind = _kind_of(wire, origin)
     for path in _URI_FIELDS:
         _resolve(wire, path, origin)
-    text = _to_json(wire, origin)
+    text = json.dumps(wire)
     try:
         # JSON in strict mode: lists become tuples, but "16" does not become 16; Kubernetes judges the same way.
         return kind.model_validate_json(text, strict=True, by_alias=True, by_name=False)
@@ -222,24 +267,65 @@ def _resolve(wire: dict[str, object], path: FieldPath, origin: _Origin) -> None:
     parent[name] = f"file://{absolute}"
 
 
-def _to_json(wire: Mapping[str, object], origin: _Origin) -> str:
-    """The object as JSON; refuses what JSON cannot say."""
-    pending: list[object] = [wire]
-    for _ in range(MAX_VALUES):
-        if not pending:
-            break
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending.extend(cast(dict[object, object], value).values())
-        elif isinstance(value, list):
-            pending.extend(cast(list[object], value))
-    else:
-        raise origin.error(Problem(path=(), message=f"holds more than {MAX_VALUES} values; a manifest holds no data"))
-    try:
-        return json.dumps(wire)
-    except (TypeError, ValueError) as error:
-        message = f"holds a value that JSON cannot express ({error}); use text, numbers, lists and mappings"
-        raise origin.error(Problem(path=(), message=message)) from error
+@dataclass(slots=True)
+class _Plain:
+    """Reads what YAML or Python made into JSON's types, anew: no alias is left, and no null that means unset."""
+
+    origin: _Origin
+    values: int = 0
+
+    def read(self, value: object, path: FieldPath = ()) -> object:
+        """The value, and all in it; raises InvalidObject for what JSON cannot say, or a manifest need not."""
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise self._refusal((), f"holds more than {MAX_VALUES} values; a manifest holds no data")
+        if len(path) > MAX_DEPTH:
+            raise self._refusal(path[:3], f"is nested more than {MAX_DEPTH} deep; a manifest is flat")
+        if isinstance(value, Mapping):
+            return self._mapping(cast(Mapping[object, object], value), path)
+        if isinstance(value, list | tuple):
+            items = cast(Sequence[object], value)
+            return [self.read(item, (*path, index)) for index, item in enumerate(items)]
+        return self._scalar(value, path)
+
+    def _mapping(self, value: Mapping[object, object], path: FieldPath) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, item in value.items():
+            name = self._key(key, path)
+            inner = (*path, name)
+            if item is not None or inner in NULL_IS_A_CHOICE:
+                found[name] = self.read(item, inner)
+        return found
+
+    def _key(self, key: object, path: FieldPath) -> str:
+        if isinstance(key, str):
+            return str(self._scalar(key, path))
+        if isinstance(key, int | float):
+            return json.dumps(self._scalar(key, path))
+        raise self._refusal(path, f"has a key that is no text ({type(key).__name__}); write it in quotes")
+
+    def _scalar(self, value: object, path: FieldPath) -> object:
+        if isinstance(value, str):
+            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+                raise self._refusal(path, "holds half of a character (a surrogate); write the whole character")
+            return value
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            if abs(value) > MAX_COUNT:
+                raise self._refusal(path, "is a number of more digits than any field takes")
+            return value
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise self._refusal(path, "is infinite or no number, which JSON cannot express")
+            return value
+        message = (
+            f"holds a value that JSON cannot express ({type(value).__name__}); use text, numbers, lists and mappings"
+        )
+        raise self._refusal(path, message)
+
+    def _refusal(self, path: FieldPath, message: str) -> InvalidObject:
+        return self.origin.error(Problem(path=path, message=message))
 
 
 def _line_of(node: yaml.Node | None, path: FieldPath) -> int | None:

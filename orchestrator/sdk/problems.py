@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from orchestrator.api.base import (
     DECIMAL_PATTERN,
     DNS_LABEL_PATTERN,
+    MAX_COUNT,
     NAME_PATTERN,
     REGISTERED_MODEL_PATTERN,
     STORE_URI_PATTERN,
@@ -28,9 +29,13 @@ from orchestrator.api.base import (
     Model,
 )
 from orchestrator.api.job import CHAT_TEMPLATE_PATTERN
+from orchestrator.api.words import on_one_line
 
 FieldPath = tuple[str | int, ...]
 MAX_SHOWN_CHARACTERS = 60
+MAX_FIX_CHARACTERS = 300
+MAX_DIGITS = 40
+"""Of a number that is written out in full."""
 _NUMBER_WITH_UNIT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
 _GIB_PER_UNIT = {"": Decimal(1), "g": Decimal(1), "m": Decimal(1) / 1024, "t": Decimal(1024)}
 
@@ -59,7 +64,7 @@ def field_name(path: FieldPath) -> str:
     """`('spec', 'quotas', 0)` as `spec.quotas[0]`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        text += f"[{part}]" if isinstance(part, int) else f".{cut(part)}" if text else cut(part)
     return text
 
 
@@ -84,6 +89,8 @@ def problems_of(error: ValidationError, kind: type[Model], data: Mapping[str, ob
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` was most likely meant to be."""
+    if len(word) > MAX_SHOWN_CHARACTERS:
+        return None
     by_lower = {name.lower(): name for name in known}
     plain = word.lower().replace("_", "").replace("-", "")
     matches = difflib.get_close_matches(plain, by_lower, n=1, cutoff=0.6)
@@ -92,8 +99,12 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 def shown(value: object) -> str:
     """A value as it is quoted in a message: compact, one line, bounded."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
+    return cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def cut(text: str, characters: int = MAX_SHOWN_CHARACTERS) -> str:
+    """A text of the user's, fit to be shown: on one line, and no longer than that."""
+    return on_one_line(text if len(text) <= characters else text[: characters - 3] + "...")
 
 
 def _path_in(data: object, details: ErrorDetails) -> FieldPath:
@@ -190,14 +201,14 @@ def _unknown_field(kind: type[Model], path: FieldPath) -> str:
 
 
 def _not_text(value: object, path: FieldPath) -> str:
-    if path and path[-1] == "vram" and isinstance(value, int | float):
+    if path and path[-1] == "vram" and isinstance(value, int | float) and abs(value) < MAX_COUNT:
         return f'must be auto or a quantity in Gi; found the number {value}; write "{value:g}Gi"'
     if isinstance(value, bool):
         return (
             f"must be text; found {shown(value)}; YAML reads yes, no, on and off as true or false: write it in quotes"
         )
     if isinstance(value, int | float):
-        text = value.text if isinstance(value, WrittenFloat) else str(value)
+        text = cut(value.text if isinstance(value, WrittenFloat) else str(value))
         return f'must be text; found the number {text}; write it in quotes: "{decimal_text(text) or text}"'
     if value is None:
         return "must be text; found nothing; give it a value or leave it out"
@@ -206,7 +217,8 @@ def _not_text(value: object, path: FieldPath) -> str:
 
 def _wrong_text(text: str, pattern: str, path: FieldPath) -> str:
     rule, fix = _rule_and_fix(text, pattern, path)
-    advice = f"; write {json.dumps(fix, ensure_ascii=False)}" if fix and re.match(pattern, fix) else ""
+    fits = fix is not None and len(fix) <= MAX_FIX_CHARACTERS and re.match(pattern, fix)
+    advice = f"; write {json.dumps(fix, ensure_ascii=False)}" if fits else ""
     return f"{rule}; found {shown(text)}{advice}"
 
 
@@ -230,7 +242,7 @@ def _rule_and_fix(text: str, pattern: str, path: FieldPath) -> tuple[str, str | 
 
 def _vram_fix(text: str) -> str | None:
     """`48GB`, `48 gib`, `48` as `48Gi`; `49152Mi` too."""
-    parts = _NUMBER_WITH_UNIT.match(text)
+    parts = _NUMBER_WITH_UNIT.match(text) if len(text) <= MAX_DIGITS else None
     scale = _GIB_PER_UNIT.get(parts[2].lower().removesuffix("b").removesuffix("i")) if parts else None
     return f"{(Decimal(parts[1]) * scale).normalize():f}Gi" if parts and scale else None
 
@@ -240,10 +252,12 @@ def decimal_text(text: str) -> str | None:
     plain = text.strip().replace(",", ".").replace("_", "")
     try:
         number = Decimal(plain.removesuffix("%")) / (100 if plain.endswith("%") else 1)
-    except InvalidOperation:
+    except ArithmeticError:
         return None
     if re.match(DECIMAL_PATTERN, plain):
         return plain
+    if not number.is_finite() or abs(number.adjusted()) > MAX_DIGITS:
+        return None
     candidates = (f"{number:f}", f"{number.normalize():E}".replace("E+", "e"))
     return next((candidate for candidate in candidates if re.match(DECIMAL_PATTERN, candidate)), None)
 

@@ -80,7 +80,7 @@ def message_of(text: str) -> str:
             "spec.store.uri: must be one of file:///path, s3://bucket/prefix, pvc://claim/path",
         ),
         ("  store: {uri: /data/store}", 'found "/data/store"; write "file:///data/store"'),
-        ("  checkpoint:", "spec.checkpoint: must be a mapping of fields; give it fields or leave it out; found null"),
+        ("  checkpoint: 3", "spec.checkpoint: must be a mapping of fields; give it fields or leave it out; found 3"),
         ("  tracking: {alias: latest}", "alias must not be `latest`"),
         ('  suspend: "true"', 'spec.suspend: must be true or false, without quotes; found "true"'),
     ],
