@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk.manifest import parse_manifest, parse_object
+from tests.strangers.harm import harmful
 
 HEAD = "apiVersion: qlora.dev/v1alpha1\nkind: QLoRAJob\nmetadata: {name: medical}\n"
 SPEC = "spec:\n  model: {source: hf://owner/model}\n  dataset: {source: s3://bucket/train.jsonl}\n"
@@ -73,7 +74,7 @@ def test_a_manifest_of_any_kind_gets_an_answer_in_words(text: str, expected: str
         parse_manifest(text, name="job.yaml", folder=Path("/jobs"))
     message = str(caught.value)
     assert expected.replace(r"\"", '"') in message
-    assert all(line.isprintable() for line in message.split("\n"))
+    assert harmful(message.replace("\n", "")) == []
     assert len(message) < 5000
 
 
