@@ -44,6 +44,8 @@ class GpuClass:
     """Allocator bytes after the CUDA context, on the smallest card of the class."""
     capacity: int
     """GPUs of this class that exist now."""
+    spot: int | None = None
+    """How many of them spot machines have; none where that is not known, or there is no such thing."""
     multiprocessors: int = 148
     """The most on a card of the class: deterministic attention keeps a sum for each."""
     card: Card | None = None

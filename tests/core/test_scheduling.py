@@ -25,6 +25,7 @@ from tests.builders import (
     running_status,
     snapshot,
     stage,
+    written,
 )
 
 
@@ -369,3 +370,33 @@ def test_the_policys_minimum_run_is_what_protects_the_young() -> None:
     holders = (running("young", ran_seconds=299), running("grown", ran_seconds=301))
     seen = replace(world(*holders, URGENT, gpu_classes=gpus(_24Gi=2)), policy=replace(POLICY, minimum_run_seconds=100))
     assert victims(seen) == {"urgent": "young"}
+
+
+@pytest.mark.parametrize(
+    ("spot", "on_spot", "waits"),
+    [
+        ("required", 0, True),
+        ("required", 1, False),
+        ("required", None, False),
+        ("forbidden", 2, True),
+        ("forbidden", 1, False),
+        ("forbidden", None, False),
+        ("allowed", 0, False),
+        ("allowed", 2, False),
+    ],
+)
+def test_nobody_makes_way_for_a_job_that_no_machine_here_may_take(spot: str, on_spot: int | None, waits: bool) -> None:
+    """A pod that no node takes comes back after a quarter of an hour, and would evict the next one."""
+    classes = tuple(replace(each, spot=on_spot) for each in gpus(_24Gi=2))
+    victims = [make_job(name, status=running_status()) for name in ("one", "two")]
+    wanting = make_job("wanting", status=prepared_status(), priority=100)
+    resources = wanting.spec.resources.model_copy(update={"spot": spot})
+    wanting = wanting.model_copy(update={"spec": wanting.spec.model_copy(update={"resources": resources})})
+    commands = decide(snapshot(*victims, wanting, stages=tuple(map(stage, victims)), gpu_classes=classes))
+    admitted = written(commands, "wanting").condition(ConditionType.ADMITTED)
+    assert admitted is not None
+    assert (f"resources.spot is {spot}" in admitted.message) is waits
+    stopped = [
+        c for c in commands if isinstance(c, WriteStatus) and c.status.attempts and c.status.attempts[-1].stop_time
+    ]
+    assert len(stopped) == (0 if waits else 1)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
-from orchestrator.adapters.kubernetes.node_placement import node_class, takes_pods
+from orchestrator.adapters.kubernetes.node_placement import SPOT_LABELS, node_class, takes_pods
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, GpuClass, gpu_class
@@ -54,6 +54,8 @@ class Node:
     """What GPU Feature Discovery calls the card; empty where nobody says."""
     usable: bool
     """Whether a train pod could be put there."""
+    spot: bool = False
+    """Whether its machine may be taken away at any time, by the label that its cloud gives it."""
     leaving: str = ""
     """Why it is about to go, in words; empty if nothing is known."""
     out_of_service: bool = False
@@ -80,6 +82,7 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
         gpus=_gpus(status, labels, policy),
         product=labels.get(f"{policy.gpu_resource}.product", ""),
         usable=usable,
+        spot=any(labels.get(key) == value for key, value in SPOT_LABELS.items()),
         leaving=leaving,
         out_of_service=any(taint["key"] == OUT_OF_SERVICE for taint in taints),
     )
@@ -88,16 +91,21 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
 def count_gpus(nodes: Iterable[Node], held: Mapping[str, int], reachable: Mapping[str, int]) -> tuple[GpuClass, ...]:
     """The classes that there are, small ones first. `held`: GPUs of ours by node; `reachable`: what may come up."""
     counts: Counter[str] = Counter()
+    on_spot: Counter[str] = Counter()
     products: defaultdict[str, set[str]] = defaultdict(set)
     for node in nodes:
         if node.gpu_class is not None:
-            counts[node.gpu_class] += node.gpus if node.usable else min(node.gpus, held.get(node.name, 0))
+            gpus = node.gpus if node.usable else min(node.gpus, held.get(node.name, 0))
+            counts[node.gpu_class] += gpus
+            on_spot[node.gpu_class] += gpus if node.spot else 0
             products[node.gpu_class].add(node.product)
     for name, count in reachable.items():
         if count > counts[name]:
             counts[name] = count
             products[name].add("")  # which card an autoscaler will bring is not known
-    return tuple(gpu_class(name, counts[name], products[name]) for name in CLASS_NAMES if counts[name] > 0)
+    present = (gpu_class(name, counts[name], products[name]) for name in CLASS_NAMES if counts[name] > 0)
+    # Nor is it known whether on a spot machine.
+    return tuple(replace(each, spot=None if each.name in reachable else on_spot[each.name]) for each in present)
 
 
 def parse_gpu_classes(text: str) -> Mapping[str, int]:

@@ -7,7 +7,7 @@ contained there (`core/job/containment`): it can fail that job, never the others
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from orchestrator.api.job import QLoRAJob
@@ -33,6 +33,7 @@ from orchestrator.core.scheduling.ordering import (
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
 from orchestrator.core.snapshot import Snapshot, StagePhase
+from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins, learned
 from orchestrator.sizing.plan_search import candidates
 from orchestrator.sizing.step_time import Work
@@ -162,6 +163,11 @@ def _estimates(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins])
     A class that failed the job lately is passed over while another fits: a job that ran out of memory goes to none of
     less. Where none is left, they are tried again, with the pauses that failures bring.
     """
+    spot = draft.job.spec.resources.spot
+    classes = _on_machines(spot, snapshot.gpu_classes)
+    if snapshot.gpu_classes and not classes:
+        return Refusal(reason=Reason.WAITING_FOR_GPU, message=_NO_SUCH_MACHINE[spot])
+    snapshot = snapshot if classes == snapshot.gpu_classes else replace(snapshot, gpu_classes=classes)
     found = _fitting(draft, snapshot, margins)
     avoided = avoided_classes(draft.status, draft.now, snapshot.policy)
     if isinstance(found, Refusal) or not avoided:
@@ -194,6 +200,19 @@ def _sized(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> 
     assert prepared is not None, "a queued job is prepared"
     of_model = margins.get(prepared.model.architecture, DEFAULT)
     return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)
+
+
+_NO_SUCH_MACHINE: Mapping[str, str] = {
+    "required": "resources.spot is required, and no GPU here is on a spot machine; waits for one, or allow others",
+    "forbidden": "resources.spot is forbidden, and every GPU here is on a spot machine; waits for another, or allow it",
+}
+
+
+def _on_machines(spot: str, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
+    """Classes with a GPU on the kind of machine that the job asks for: nobody makes way for one that cannot start."""
+    if spot == "allowed":
+        return tuple(classes)
+    return tuple(c for c in classes if c.spot is None or (c.spot > 0 if spot == "required" else c.spot < c.capacity))
 
 
 def _line(
