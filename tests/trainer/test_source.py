@@ -7,6 +7,7 @@ files that were served.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,8 +21,9 @@ import fsspec
 import pytest
 import torch
 from fake_hub import COMMIT, Repository, serve
+from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.source import (
-    check_architecture,
+    context_length,
     describe_model,
     load_tokenizer,
     read_facts,
@@ -169,7 +171,8 @@ def test_a_description_counts_the_parameters_of_all_files(tmp_path: Path, shards
     assert (len(files) > 1) == (shards == "60KB")
     parameters = sum(tensor.numel() for file in files for tensor in load_file(file).values())
     description = describe_model(source_of(folder), "main")
-    assert description.parameters == parameters
+    assert description.tensors is not None
+    assert sum(math.prod(tensor.shape) for tensor in description.tensors.values()) == parameters
     assert description.folder == folder
     assert resolve_model(source_of(folder), "main") == folder
 
@@ -238,7 +241,10 @@ def configure(**fields: Any) -> Callable[[Path], None]:
         (remove_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
         (pickle_weights, r"holds its weights pickled \(pytorch_model.bin\).*convert the model to safetensors"),
         (leave_gguf, "holds a GGUF file"),
-        (drop_layer, "some of its weights are missing"),
+        (
+            drop_layer,
+            r"lack 9 of the model's tensors .*: model.layers.1.input_layernorm.weight, .*copy the whole model",
+        ),
         (store_as_float8, "holds weights in F8_E4M3"),
         (remove_tokenizer, "has no tokenizer"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
@@ -253,7 +259,7 @@ def configure(**fields: Any) -> Callable[[Path], None]:
         (configure(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification, not a causal"),
         (configure(architectures=None), "architectures is missing"),
         (configure(num_attention_heads=7), "config"),
-        (configure(hidden_size=128), "some of its weights are missing"),
+        (configure(hidden_size=128), r"hold \d+ tensors of other shapes than config.json says"),
     ],
 )
 def test_a_model_that_cannot_be_tuned_is_refused(model: Path, spoil: Callable[[Path], None], message: str) -> None:
@@ -261,6 +267,209 @@ def test_a_model_that_cannot_be_tuned_is_refused(model: Path, spoil: Callable[[P
     with pytest.raises(UserError, match=message) as caught:
         check(model)
     assert source_of(model) in caught.value.message
+
+
+# --- weights: every parameter is a named tensor of the checkpoint, or tied to one
+
+
+def rename(change: Callable[[str], str]) -> Callable[[Path], None]:
+    def renamed(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        renamed = {change(name): tensor for name, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+    return renamed
+
+
+def add(**shapes: tuple[int, ...]) -> Callable[[Path], None]:
+    def added(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        more = {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
+        save_file({**tensors, **more}, folder / "model.safetensors", {"format": "pt"})
+
+    return added
+
+
+def store_as(dtype: torch.dtype, part: str = "proj") -> Callable[[Path], None]:
+    def stored(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        changed = {name: t.to(dtype) if part in name else t for name, t in tensors.items()}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (rename(lambda name: f"_orig_mod.{name}"), r"lack 21 of the model's tensors \(LlamaForCausalLM\): lm_head"),
+        (rename(lambda name: f"module.{name}"), r"lack 21 of the model's tensors"),
+        (
+            rename(lambda name: name.replace("1.mlp.up_proj", "1.mlp.w3")),
+            r"lack 1 .*: model.layers.1.mlp.up_proj.weight;",
+        ),
+        (add(model__layers__7__mlp__up_proj__weight=(2, 2)), r"hold 1 tensors that the model does not have .*layers.7"),
+        (add(model__layers__0__mlp__up_proj__weight_scale=(128,)), r"does not have .*: .*weight_scale; give the"),
+        (
+            add(model__norm__weight=(63,)),
+            r"hold 1 tensors of other shapes .* model.norm.weight \[63\] instead of \[64\]",
+        ),
+        (store_as(torch.int8), r"holds weights in I8, 14 tensors, the first is model.layers.0.mlp.down_proj.weight"),
+        (store_as(torch.uint8, "embed"), r"holds weights in U8, 1 tensors, the first is model.embed_tokens.weight"),
+        (store_as(torch.float8_e4m3fn), r"holds weights in F8_E4M3, 14 tensors"),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_is_refused_by_name(
+    model: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    spoil(model)
+    with pytest.raises(UserError, match=message):
+        check(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3", "mixtral", "qwen2_moe", "olmoe", "opt", "glm4"])
+def test_a_checkpoint_that_transformers_converts_on_loading_is_whole(family: str) -> None:
+    check_architecture_alone(tiny_model(family))
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        rename(lambda name: name.removeprefix("model.")),
+        add(model__layers__0__self_attn__rotary_emb__inv_freq=(8,)),
+        store_as(torch.float32),
+        store_as(torch.float16),
+        store_as(torch.float64),
+    ],
+    ids=["no prefix", "rotary frequencies", "float32", "float16", "float64"],
+)
+def test_what_every_loader_understands_is_accepted(model: Path, harmless: Callable[[Path], None]) -> None:
+    harmless(model)
+    check(model)
+
+
+def test_a_tied_head_needs_no_tensor_and_an_untied_one_does(tmp_path: Path) -> None:
+    tied = build_tiny_model(tmp_path / "model", tied=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    check(tied)
+    edit_config(tied, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"lack 1 of the model's tensors .*: lm_head.weight;"):
+        check(tied)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", max_shard_size="60KB")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    doubled = dict(list(load_file(first).items())[:1])
+    save_file({**load_file(second), **doubled}, second, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{first.name} and {second.name} both hold {next(iter(doubled))}"):
+        check(folder)
+
+
+def test_a_file_beside_an_index_is_refused_and_an_index_of_that_file_is_not(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    names = list(load_file(folder / "model.safetensors"))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    check(folder)
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    for ask in (check, lambda folder: resolve_model(source_of(folder), "main")):
+        with pytest.raises(UserError, match=r"two sets of weights, model.safetensors and the 1 files of .*index.json"):
+            ask(folder)
+
+
+def test_links_are_the_files_that_they_point_at(model: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(model.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    check(snapshot)
+    assert resolve_model(source_of(snapshot), "main") == snapshot
+    (snapshot / "model.safetensors").resolve().unlink()
+    with pytest.raises(UserError, match=r"model.safetensors is a link to ../../blobs/\d+, which is not there"):
+        check(snapshot)
+
+
+def test_links_out_of_a_claim_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_PVC_ROOT", str(tmp_path / "claims"))
+    inside = tmp_path / "claims" / "models" / "tiny"
+    shutil.copytree(model, inside)
+    (inside / "inner.json").symlink_to("config.json")
+    describe_model("pvc://models/tiny", "main")
+    (inside / "outer.json").symlink_to(model / "config.json")
+    with pytest.raises(UserError, match=r"outer.json is a link that leaves its claim"):
+        describe_model("pvc://models/tiny", "main")
+
+
+ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "acme/base"})
+
+
+def test_an_adapter_is_not_a_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(ADAPTER)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds an adapter .*; give its base model, acme/base, as spec.model.source"):
+        check(tmp_path)
+
+
+def test_an_adapters_config_beside_a_model_is_refused_before_transformers_follows_it(model: Path) -> None:
+    (model / "adapter_config.json").write_text(ADAPTER)
+    for ask in (check, lambda folder: resolve_model(source_of(folder), "main")):
+        with pytest.raises(UserError, match=r"adapter_config.json lies beside the model's config.json"):
+            ask(model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named_as_one(model: Path, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 1048576\n"
+    (model / name).write_text(pointer)
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        check(model)
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "lm_head"), ("embed_tokens",)])
+def test_a_target_that_training_could_not_take_is_refused_with_those_it_can(targets: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"'(lm_head|embed_tokens)' is no linear layer .* choose of down_proj, "):
+        check(tiny_model(), adapter=AdapterSpec(target_modules=targets))
+
+
+def test_a_model_that_looks_ahead_is_not_causal(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Gemma3ForCausalLM, not a causal language model"):
+        check(build_tiny_model(tmp_path / "model", "gemma3_text", use_bidirectional_attention=True))
+
+
+# --- its positions
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "factor": 3.0}, 192),
+    ],
+    ids=str,
+)
+def test_a_stretched_context_is_believed(tmp_path: Path, rope: dict[str, Any], length: int) -> None:
+    parameters = {"rope_theta": 10000.0, **rope}
+    folder = build_tiny_model(tmp_path / "model", "qwen2", max_position_embeddings=64, rope_parameters=parameters)
+    assert context_length(describe_model(source_of(folder), "main"), source_of(folder)) == length
+
+
+def test_a_context_that_differs_by_layer_type_is_the_longest(tmp_path: Path) -> None:
+    parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    }
+    folder = build_tiny_model(tmp_path / "model", "gemma3_text", max_position_embeddings=64, rope_parameters=parameters)
+    assert context_length(describe_model(source_of(folder), "main"), source_of(folder)) == 512
+
+
+# --- its files, damaged
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -352,7 +561,10 @@ def test_layers_that_carry_a_state_from_record_to_record_are_refused_for_their_w
 
 def test_a_target_module_that_the_model_lacks_is_named_with_those_that_it_has() -> None:
     check(tiny_model(), adapter=AdapterSpec(target_modules=("q_proj", "self_attn.v_proj")))
-    with pytest.raises(UserError, match=r"no linear layer 'query'; choose of .*gate_proj, .*q_proj.*or all-linear"):
+    with pytest.raises(
+        UserError,
+        match=r"'query' is no linear layer .*; choose of .*gate_proj, .*q_proj.*or all-linear",
+    ):
         check(tiny_model(), adapter=AdapterSpec(target_modules=("q_proj", "query")))
 
 

@@ -36,7 +36,6 @@ from qlora_trainer.data.report import (
     steps_warning,
 )
 from qlora_trainer.model.source import (
-    check_architecture,
     context_length,
     describe_model,
     load_tokenizer,
@@ -119,6 +118,8 @@ def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
 
 
 def _open_model(spec: QLoRAJobSpec) -> _Model:
+    from qlora_trainer.model.architecture import check_architecture  # here, because torch takes seconds
+
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)

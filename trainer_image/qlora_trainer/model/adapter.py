@@ -33,7 +33,7 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=float(adapter.dropout),
-        target_modules=_target_modules(base, adapter),
+        target_modules=target_modules(base, adapter),
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         bias="none",
@@ -52,8 +52,11 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
     return model
 
 
-def _target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
-    """Module names as PEFT matches them: a layer's last name, or more of its path."""
+def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
+    """What the adapter is on, as PEFT matches names: a layer's last name, or more of its path.
+
+    A target is a layer that is quantized; `base` may be without memory. UserError for any other.
+    """
     names = list(quantized_layers(base))
     if adapter.target_modules == "all-linear":
         return sorted({name.rpartition(".")[2] for name in names})
@@ -61,7 +64,8 @@ def _target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
             raise UserError(
-                f"adapter.targetModules: {wanted!r} is none of the model's quantized linear layers; there are: {known}"
+                f"spec.adapter.targetModules: {wanted!r} is no linear layer of the model that can have an "
+                f"adapter; choose of {known}, or all-linear"
             )
     return list(adapter.target_modules)
 

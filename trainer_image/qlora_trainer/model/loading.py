@@ -66,7 +66,7 @@ def load_base(
     base.requires_grad_(False)
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
-    _refuse_unquantized(base)
+    refuse_unquantized(base)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # dense weights have left pages behind; see `sizing/memory/fragmentation`
     gib = sum(parameter.nbytes for parameter in base.parameters()) / 2**30
@@ -78,7 +78,7 @@ def _checkpoint_base(
     folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device, cached: ReadAhead
 ) -> tuple[PreTrainedModel, str]:
     """The base and how it was had. What had to be quantized is kept at once, while nothing else needs card or disk."""
-    base = _cached_base(cached, folder, config, implementation, device)
+    base = _cached_base(cached, folder, config, device)
     if base is not None:
         return base, "from the cache of quantized weights"
     base = _quantized_base(folder, config, implementation, device)
@@ -106,12 +106,15 @@ def _quantized_base(
 
 
 def _cached_base(
-    cached: ReadAhead, folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+    cached: ReadAhead, folder: Path, config: PreTrainedConfig, device: torch.device
 ) -> PreTrainedModel | None:
     tensors = cached.take()
     if tensors is None:
         return None
-    base, quantizer = _weightless_base(folder, config, implementation, device)
+    base, quantizer = weightless_base(config, device)
+    base.config.name_or_path = str(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     try:
         fill(base, tensors)
         if any(parameter.is_meta for parameter in base.parameters()):
@@ -127,20 +130,17 @@ def _cached_base(
     return base
 
 
-def _weightless_base(
-    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
-) -> tuple[PreTrainedModel, HfQuantizer]:
-    """What `from_pretrained` builds before it reads weights, and the rest of what it leaves on a model."""
+def weightless_base(config: PreTrainedConfig, device: torch.device) -> tuple[Any, HfQuantizer]:
+    """What `from_pretrained` builds before it reads weights: the linear layers are replaced, nothing takes memory."""
     # Not `torch.device("meta")`: to compute on tensors without memory, as for buffers and first weights, imports sympy.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=COMPUTE_DTYPE, attn_implementation=attention_implementation(config)
+        )
         quantizer = quantization.Quantizer(_quantization())
         quantizer.preprocess_model(base, device_map={"": str(device)})
     base.config.quantization_config = quantizer.quantization_config
-    base.config.name_or_path = str(folder)
     base.hf_quantizer = quantizer
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return base.eval(), quantizer
 
 
@@ -163,13 +163,14 @@ def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def _refuse_unquantized(base: PreTrainedModel) -> None:
-    """What is left in 16 bits is why a model would not fit where it should."""
+def refuse_unquantized(base: PreTrainedModel) -> None:
+    """UserError if much of the base would stay in 16 bits, which is why it would not fit where it should."""
     if reason := quantization.refusal(base):
         raise UserError(f"{type(base).__name__} cannot be trained here: {reason}; choose another model")
     matrix = base.config.get_text_config().hidden_size ** 2  # smaller ones, such as convolutions, do not matter
     for name, parameter in base.named_parameters():
-        if parameter.dim() >= 3 and parameter.is_floating_point() and parameter.numel() >= matrix:
+        large = parameter.dim() >= 3 and parameter.is_floating_point() and parameter.numel() >= matrix
+        if large and not quantization.holds(base, name):
             raise UserError(
                 f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that cannot "
                 "be quantized to NF4; choose a model of linear layers"

@@ -77,8 +77,9 @@ def refusal(model: Any) -> str | None:
 
 
 def holds(model: Module, name: str) -> bool:
-    """Whether a parameter is one of experts."""
-    return _is_experts(model.get_submodule(name.rpartition(".")[0]))
+    """Whether a parameter is one of experts, which are quantized although they have three dimensions."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return _is_experts(module) or isinstance(module, NF4Experts)
 
 
 def _is_experts(module: Module) -> bool:

@@ -1,12 +1,12 @@
-"""Where the base model comes from, and whether this trainer can tune it.
+"""Where the base model comes from: its files, what they say of it, and those that cannot be used.
 
 `describe_model` reads the config, the tokenizer files and the headers of the weights, but never the weights;
-`load_tokenizer` and `check_architecture` then say no before a GPU is taken. `resolve_model` gives the whole
-model. Rules:
+`resolve_model` gives the whole model. Rules:
 
 - Only safetensors are read, and no code that comes with a model is run.
 - `file://` and `pvc://` models are used where they lie. `s3://` models are copied to `$QLORA_MODEL_CACHE`, each version
   of the bucket's content into a folder of its own. `hf://` models live in the hub's cache.
+- Both read the same files of weights: one file, or the shards of an index; a folder with both is refused.
 - What is wrong with a model is a UserError that names the file or field; a source that does not answer is Transient.
 """
 
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 
-from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import ModelFacts
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
@@ -46,7 +46,10 @@ DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_HEADER_BYTES = 100_000_000
 """The format's own bound on a safetensors header."""
-UNUSABLE_DTYPES = ("F8", "F6", "F4")
+STRETCHING_ROPE_TYPES = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has left in place of a large one."""
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class TensorShape:
     """One tensor of a safetensors file, from its header."""
 
     dtype: str
-    elements: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +70,8 @@ class ModelDescription:
     """Holds config and tokenizer; for `file://` and `pvc://` the model itself."""
     revision: str
     """The commit of a hub model, or the digest of a folder's config and tensor index."""
-    parameters: int | None
-    """How many numbers the weights' files hold; None where random weights stand in for them."""
+    tensors: Mapping[str, TensorShape] | None
+    """What the weights' files hold, by name; None where random weights stand in for them."""
 
 
 def resolve_model(source: str, revision: str) -> Path:
@@ -84,12 +87,12 @@ def describe_model(source: str, revision: str) -> ModelDescription:
         location = _locate(source, revision)
         headers = {name: location.read_header(name) for name in _weight_names(location)}
         _check_index(location, headers)
-        tensors = [shape for header in headers.values() for shape in header.tensors.values()]
-        _refuse_unusable_dtypes(source, tensors)
+        folder = location.fetch(location.description_names())
+        _refuse_pointers(source, folder)
         return ModelDescription(
-            folder=location.fetch(location.description_names()),
+            folder=folder,
             revision=location.commit or _content_digest(location, headers),
-            parameters=sum(shape.elements for shape in tensors) if headers else None,
+            tensors=_all_tensors(source, headers) if headers else None,
         )
 
 
@@ -124,9 +127,8 @@ def load_tokenizer(folder: Path, source: str, chat_template: str | None) -> Any:
 
 def read_facts(description: ModelDescription, source: str) -> ModelFacts:
     """The model's shape, as its transformers class reads the config (which may leave defaults out)."""
-    config = _read_config(description.folder, source)
-    _refuse_quantized(source, config)
-    resolved = _known_config(description.folder, source, config)
+    _refuse_quantized(source, _read_config(description.folder, source))
+    resolved = known_config(description.folder, source)
     try:
         return ModelFacts.from_config(resolved.to_dict(), description.revision)
     except ValueError as error:
@@ -135,20 +137,24 @@ def read_facts(description: ModelDescription, source: str) -> ModelFacts:
 
 
 def context_length(description: ModelDescription, source: str) -> int | None:
-    """The largest number of positions that the model was made for, where its config tells."""
-    config = _known_config(description.folder, source, _read_config(description.folder, source))
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    """The largest number of positions that the model was made for, where its config tells.
+
+    Rotary embeddings may be stretched to a factor of the original length (linear: Chen et al., 2023; YaRN: Peng et al.,
+    2023; LongRoPE: Ding et al., 2024), and many a config leaves max_position_embeddings as it was.
+    """
+    config = known_config(description.folder, source).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length <= 0:
+        return None
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [each for each in rope.values() if isinstance(each, dict)]
+    return max(length, *(_stretched(each, length) for each in by_layer_type or [rope]))
 
 
-def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> None:
-    """Build the model without memory and refuse what training could not do."""
-    config = _known_config(description.folder, source, _read_config(description.folder, source))
-    _refuse_not_causal(source, config)
-    model = _weightless_model(source, config)
-    _refuse_unquantizable(source, model)
-    _refuse_missing_targets(source, model, adapter)
-    _refuse_missing_weights(source, model, description.parameters)
+def _stretched(rope: Mapping[str, Any], length: int) -> int:
+    if rope.get("rope_type", "default") not in STRETCHING_ROPE_TYPES:
+        return length
+    return int((rope.get("factor") or 1.0) * (rope.get("original_max_position_embeddings") or length))
 
 
 # --- where it lies
@@ -179,10 +185,20 @@ class _Location:
             raise UserError(f"there is no model folder at {self.source}; check spec.model.source") from error
         return {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
 
+    def refuse_adapter(self) -> None:
+        """An adapter is not a model, although it lies in a folder like one."""
+        if ADAPTER_CONFIG_NAME in self.files and CONFIG_NAME not in self.files:
+            base = _named_base(self.read(ADAPTER_CONFIG_NAME))
+            raise UserError(
+                f"{self.source} holds an adapter ({ADAPTER_CONFIG_NAME}), not a model; give {base} as "
+                "spec.model.source, or the model that the adapter was merged into"
+            )
+
     def description_names(self) -> list[str]:
         if CONFIG_NAME not in self.files:
             raise UserError(f"{self.source} holds no {CONFIG_NAME}; give the folder of a Hugging Face model")
-        return [name for name in sorted(self.files) if _matches(name, DESCRIPTION_PATTERNS)]
+        names = [name for name in sorted(self.files) if _matches(name, DESCRIPTION_PATTERNS)]
+        return [name for name in names if name != ADAPTER_CONFIG_NAME]  # transformers would load that adapter
 
     def read(self, name: str) -> bytes:
         return self._file_system.cat_file(f"{self._root}/{name}")
@@ -191,7 +207,10 @@ class _Location:
         """The header of a safetensors file, which must also be as long as its header says."""
         size = int(self.files[name]["size"])
         with self._file_system.open(f"{self._root}/{name}", "rb", block_size=1 << 20) as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == POINTER[:8]:
+                raise _pointer_refusal(self.source, name)
+            length = int.from_bytes(start, "little")
             raw = file.read(length) if size >= 8 and length <= min(MAX_HEADER_BYTES, size - 8) else b""
         try:
             return _Header(raw=raw, tensors=_parse_header(raw, size))
@@ -209,8 +228,31 @@ class _Folder(_Location):
     """`file://` and `pvc://`."""
 
     def __init__(self, source: str, path: Path) -> None:
-        super().__init__(source, fsspec.filesystem("file"), str(path))
         self._path = path
+        super().__init__(source, fsspec.filesystem("file"), str(path))
+
+    def _list(self) -> dict[str, Mapping[str, Any]]:
+        """Links are what they point at, as in the snapshots of the hub's cache."""
+        try:
+            paths = sorted(self._path.iterdir())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"there is no model folder at {self.source}; check spec.model.source") from error
+        for path in paths:
+            if path.is_symlink() and not path.exists():
+                raise UserError(
+                    f"{self.source}: {path.name} is a link to {path.readlink()}, which is not there; copy the model "
+                    "with the files that its links point at"
+                )
+            _refuse_outside_claim(self.source, path)
+        return {path.name: {"size": path.stat().st_size} for path in paths if path.is_file()}
+
+    def refuse_adapter(self) -> None:
+        super().refuse_adapter()
+        if ADAPTER_CONFIG_NAME in self.files:
+            raise UserError(
+                f"{self.source}: {ADAPTER_CONFIG_NAME} lies beside the model's config.json, so the folder would be "
+                "loaded as an adapter; remove that file, or merge the adapter into the model first"
+            )
 
     def fetch(self, names: Iterable[str]) -> Path:  # noqa: ARG002 - they are all there
         return self._path
@@ -280,14 +322,28 @@ def _locate(source: str, revision: str) -> _Location:
     return _Bucket(source) if path is None else _Folder(source, path)
 
 
+def _refuse_outside_claim(source: str, path: Path) -> None:
+    """On a claim, links must stay there: what lies elsewhere in the pod is nobody's model."""
+    if source.startswith("pvc://") and path.is_symlink():
+        claim = local_path(f"pvc://{urlsplit(source).netloc}/")
+        if claim is not None and not path.resolve().is_relative_to(claim.resolve()):
+            raise UserError(f"{source}: {path.name} is a link that leaves its claim; copy the file it points at")
+
+
 # --- its files
 
 
 def _weight_names(location: _Location) -> list[str]:
     """The files that hold the weights, all of them there."""
     files = location.files
+    location.refuse_adapter()
     if INDEX_NAME in files:
         names = sorted(set(_weight_map(location).values()))
+        if SINGLE_FILE_NAME in files and names != [SINGLE_FILE_NAME]:
+            raise UserError(
+                f"{location.source} holds two sets of weights, {SINGLE_FILE_NAME} and the {len(names)} files of "
+                f"{INDEX_NAME}; remove the one that is not meant"
+            )
         missing = [name for name in names if name not in files]
         if missing:
             raise UserError(
@@ -333,6 +389,39 @@ def _check_index(location: _Location, headers: Mapping[str, _Header]) -> None:
         )
 
 
+def _all_tensors(source: str, headers: Mapping[str, _Header]) -> dict[str, TensorShape]:
+    """The tensors of all files, each of them in one."""
+    places: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.tensors:
+            if name in places:
+                raise UserError(f"{source}: {places[name]} and {file} both hold {name}; copy the whole model anew")
+            places[name] = file
+    return {name: shape for header in headers.values() for name, shape in header.tensors.items()}
+
+
+def _refuse_pointers(source: str, folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _matches(path.name, DESCRIPTION_PATTERNS):
+            with path.open("rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    raise _pointer_refusal(source, path.name)
+
+
+def _pointer_refusal(source: str, name: str) -> UserError:
+    return UserError(
+        f"{source}: {name} is a Git LFS pointer, not the file itself; run `git lfs pull` where the model was cloned"
+    )
+
+
+def _named_base(adapter_config: bytes) -> str:
+    try:
+        name = json.loads(adapter_config)["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        name = None
+    return f"its base model, {name}," if name else "its base model"
+
+
 def _parse_header(raw: bytes, file_bytes: int) -> dict[str, TensorShape]:
     """See https://github.com/huggingface/safetensors: 8 bytes of length, that much JSON, then the data."""
     if not raw:
@@ -342,16 +431,7 @@ def _parse_header(raw: bytes, file_bytes: int) -> dict[str, TensorShape]:
     end = 8 + len(raw) + max((field["data_offsets"][1] for field in tensors.values()), default=0)
     if end != file_bytes:
         raise ValueError(f"{file_bytes} bytes long instead of {end}")
-    return {
-        name: TensorShape(dtype=field["dtype"], elements=_product(field["shape"])) for name, field in tensors.items()
-    }
-
-
-def _product(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+    return {name: TensorShape(dtype=field["dtype"], shape=tuple(field["shape"])) for name, field in tensors.items()}
 
 
 def _content_digest(location: _Location, headers: Mapping[str, _Header]) -> str:
@@ -359,12 +439,6 @@ def _content_digest(location: _Location, headers: Mapping[str, _Header]) -> str:
     for name, header in headers.items():
         digest.update(f"\n{name}\n".encode() + hashlib.sha256(header.raw).digest())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _refuse_unusable_dtypes(source: str, tensors: Iterable[TensorShape]) -> None:
-    unusable = sorted({shape.dtype for shape in tensors if shape.dtype.startswith(UNUSABLE_DTYPES)})
-    if unusable:
-        raise UserError(f"{source} holds weights in {', '.join(unusable)}; give the model's 16-bit weights")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -394,11 +468,13 @@ def _refuse_quantized(source: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _known_config(folder: Path, source: str, config: Mapping[str, Any]) -> Any:
+def known_config(folder: Path, source: str) -> Any:
+    """The config as transformers' own class for the model type reads it."""
     import transformers
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    config = _read_config(folder, source)
     if config["model_type"] not in CONFIG_MAPPING_NAMES:
         if config.get("auto_map"):
             raise UserError(
@@ -412,66 +488,3 @@ def _known_config(folder: Path, source: str, config: Mapping[str, Any]) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the config provokes, it is the user's to mend
         raise UserError(f"{source}: {CONFIG_NAME} is not valid: {type(error).__name__}: {error}") from error
-
-
-def _refuse_not_causal(source: str, config: Any) -> None:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    classes = (causal,) if isinstance(causal, str) else tuple(causal)
-    architecture = config.architectures[0]
-    bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if architecture not in classes or bidirectional or getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{source} is a {architecture}, not a causal language model; choose a model that generates text from left "
-            "to right"
-        )
-
-
-def _weightless_model(source: str, config: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
-    except Exception as error:  # a config that the class cannot be built from, in any of its ways
-        raise UserError(f"{source}: {config.architectures[0]} cannot be built from its config: {error}") from error
-
-
-def _refuse_unquantizable(source: str, model: Any) -> None:
-    from qlora_trainer.model import quantization
-
-    if reason := quantization.refusal(model):
-        raise UserError(f"{source}: {type(model).__name__} cannot be trained here: {reason}; choose another model")
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 3 and not quantization.holds(model, name):
-            raise UserError(
-                f"{source}: {type(model).__name__} keeps weights in {parameter.dim()}-dimensional parameters ({name}), "
-                "which cannot be quantized to NF4 and would stay in 16 bits; choose a model of linear layers"
-            )
-
-
-def _refuse_missing_targets(source: str, model: Any, adapter: AdapterSpec) -> None:
-    if adapter.target_modules == "all-linear":
-        return
-    names = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
-    for target in adapter.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-            raise UserError(
-                f"spec.adapter.targetModules: {source} has no linear layer {target!r}; choose of {known}, or all-linear"
-            )
-
-
-def _refuse_missing_weights(source: str, model: Any, found: int | None) -> None:
-    """transformers would fill what is missing with random numbers and a warning."""
-    needed = sum(parameter.numel() for parameter in model.parameters())
-    if found is not None and found < needed:
-        raise UserError(
-            f"{source} holds {found} parameters where {type(model).__name__} has {needed}: some of its weights are "
-            "missing; copy the whole model"
-        )
