@@ -344,10 +344,10 @@ def same_bits(peft_model: PeftModel, attention: PackedAttention, lengths: Sequen
     first, again = loss_and_gradients(full, batch), loss_and_gradients(full, batch)
     offloaded = loss_and_gradients(training_model(peft_model, attention, ALL_LAYERS, ("activations",)), batch)
     equal = {"twice": same(first, again), "activations offloaded": same(first, offloaded)}
-    return equal | (replayed_bits(peft_model, attention, batch) if CudaGraphs.takes(batch) else {})
+    return equal | (graph_bits(peft_model, attention, batch) if CudaGraphs.takes(batch) else {})
 
 
-def replayed_bits(peft_model: PeftModel, attention: PackedAttention, batch: MicroBatch) -> dict[str, bool]:
+def graph_bits(peft_model: PeftModel, attention: PackedAttention, batch: MicroBatch) -> dict[str, bool]:
     """Whether a CUDA graph gives the bits of the padded micro-batch without one, and another seed others."""
     model = training_model(peft_model, attention, 0)
     model.train()

@@ -91,7 +91,7 @@ def test_what_is_left_is_told_at_the_end() -> None:
     assert [name for name, *_ in api.told] == ["one", "two"]
 
 
-def test_an_event_that_cannot_be_sent_is_lost_and_the_lane_goes_on() -> None:
+def test_an_event_that_cannot_be_sent_is_lost_and_the_sender_goes_on() -> None:
     api = PaperApi()
     api.error = StoreUnavailable("away")
     with recorder(api, delay_seconds=0.0, jobs_per_second=100) as telling:

@@ -185,7 +185,7 @@ def test_a_tracking_server_that_hangs_stops_no_job(world: World) -> None:
     wait_for(lambda: len(world.actor.runs()) == 2)
 
 
-def test_a_call_that_hangs_in_one_lane_leaves_the_others_free(tmp_path: Path) -> None:
+def test_a_call_that_hangs_in_one_worker_leaves_the_others_free(tmp_path: Path) -> None:
     world = World(tmp_path, Bounds(mlflow_workers=2))
     slow, quick = world.job("slow"), world.job("quick")
     world.tracking.held = "slow"

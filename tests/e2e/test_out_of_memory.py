@@ -1,4 +1,4 @@
-"""Sized too small, on purpose: the job steps up by itself, plan by plan and then to the next class, and loses nothing.
+"""Sized too small, on purpose: the job escalates by itself, plan by plan and then to the next class, and loses nothing.
 
 Everything is real but the lack of memory (`short_of_memory`): service, stages, trainer, MLflow.
 """
@@ -69,7 +69,7 @@ def undisturbed(client: Client) -> JobHandle:
 
 
 @pytest.fixture(scope="module")
-def stepped_up(client: Client) -> JobHandle:
+def escalated(client: Client) -> JobHandle:
     return finished(client, job_document("short"))
 
 
@@ -79,8 +79,8 @@ def finished(client: Client, document: Document) -> JobHandle:
     return handle
 
 
-def test_it_walks_down_the_plans_and_then_up_to_the_next_class(stepped_up: JobHandle) -> None:
-    status = stepped_up.status()
+def test_it_walks_down_the_plans_and_then_up_to_the_next_class(escalated: JobHandle) -> None:
+    status = escalated.status()
     attempts = [attempt for attempt in status.attempts if attempt.stage == "train"]
     walked = [(a.gpu_class, a.plan.micro_batch_size, a.plan.recompute_layers, a.plan.offload) for a in attempts]
     assert tuple(walked) == LADDER, status.summary
@@ -88,29 +88,29 @@ def test_it_walks_down_the_plans_and_then_up_to_the_next_class(stepped_up: JobHa
     assert [a.reason for a in attempts] == [Reason.OUT_OF_MEMORY] * (len(LADDER) - 1) + [Reason.SUCCEEDED]
 
 
-def test_status_and_events_say_so(stepped_up: JobHandle) -> None:
-    status = stepped_up.status()
+def test_status_and_events_say_so(escalated: JobHandle) -> None:
+    status = escalated.status()
     assert (status.step_ups, status.failures_total) == (len(LADDER) - 1, len(LADDER) - 1)
     assert status.condition(ConditionType.FINISHED).reason is Reason.SUCCEEDED
-    told = [e.message for _, e in stepped_up.events() if e.message.startswith("out of memory under")]
+    told = [e.message for _, e in escalated.events() if e.message.startswith("out of memory under")]
     assert len(told) == len(LADDER) - 1
     assert sum(m.endswith("on 48Gi") for m in told) == 1
 
 
 def test_the_losses_are_those_of_a_run_with_room_enough(
-    settings: Settings, undisturbed: JobHandle, stepped_up: JobHandle
+    settings: Settings, undisturbed: JobHandle, escalated: JobHandle
 ) -> None:
-    expected, found = losses(settings, undisturbed), losses(settings, stepped_up)
+    expected, found = losses(settings, undisturbed), losses(settings, escalated)
     assert [step for step, _ in found] == list(range(1, STEPS + 1)), "each step once, none missing"
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], abs=ROUNDING)
-    assert stepped_up.result().eval_loss == pytest.approx(undisturbed.result().eval_loss, abs=ROUNDING)
+    assert escalated.result().eval_loss == pytest.approx(undisturbed.result().eval_loss, abs=ROUNDING)
 
 
 def test_the_adapter_is_there_and_the_run_shows_every_plan(
-    settings: Settings, stepped_up: JobHandle, tmp_path: Path
+    settings: Settings, escalated: JobHandle, tmp_path: Path
 ) -> None:
-    assert (stepped_up.adapter(tmp_path / "adapter") / "adapter_model.safetensors").exists()
-    run = MlflowClient(settings.tracking_uri).get_run(stepped_up.status().mlflow.run_id)
+    assert (escalated.adapter(tmp_path / "adapter") / "adapter_model.safetensors").exists()
+    run = MlflowClient(settings.tracking_uri).get_run(escalated.status().mlflow.run_id)
     plans = [json.loads(value) for key, value in sorted(run.data.tags.items()) if key.startswith("qlora.dev/plan/")]
     assert [plan["microBatchSize"] for plan in plans] == [size for _, size, _, _ in LADDER]
 

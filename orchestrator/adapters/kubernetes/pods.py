@@ -134,11 +134,11 @@ class KubernetesPods:
         progress: Mapping[str, ProgressReport] = {} if self.channel is None else self.channel.progress()
         facts = {
             key: stage_fact(found, _leaving(found, nodes, now), progress.get(key), self._bounds, now)
-            for key, found in self._remembered(pods).items()
+            for key, found in self._known(pods).items()
         }
         return {**self._refused, **facts}
 
-    def _remembered(self, pods: Mapping[str, StagePod]) -> Mapping[str, StagePod]:
+    def _known(self, pods: Mapping[str, StagePod]) -> Mapping[str, StagePod]:
         """The pods that are there, and those that ended and are not; without those that were forgotten."""
         uids = {found.uid for found in pods.values()}
         with self._lock:
