@@ -15,6 +15,7 @@ import fsspec  # type: ignore[import-untyped]  # it has no types
 
 from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
+from qlora_trainer.storage.trouble import is_away
 
 SCRATCH_FOLDER = ".partial"
 STORE_BACKOFF = Backoff(tries=6, first_pause_seconds=0.5)
@@ -24,15 +25,6 @@ T = TypeVar("T")
 
 class DamagedFolder(Exception):
     """A file of a folder is missing or is not the one that the manifest vouches for."""
-
-
-def is_unavailable(error: Exception) -> bool:
-    # s3fs translates answers to OSErrors, but lets its client's own errors (no connection, no DNS) through.
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("botocore", "aiohttp", "aiobotocore")
-
-
-def lacks_credentials(error: Exception) -> bool:
-    return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
 
 
 class Backend(Protocol):
@@ -218,9 +210,9 @@ class ObjectStore:
 
     def _retrying(self, call: Callable[[], T]) -> T:
         """Try again while the store does not answer."""
-        return retry(call, self._backoff, what=f"{self._uri} does not answer", may_pass=_may_pass)
-
-
-def _may_pass(error: Exception) -> bool:
-    lasting = isinstance(error, PermissionError | FileNotFoundError | FileExistsError | NotADirectoryError)
-    return is_unavailable(error) and not lasting and not lacks_credentials(error)
+        return retry(
+            call,
+            self._backoff,
+            what=f"{self._uri} does not answer",
+            may_pass=is_away,
+        )

@@ -8,7 +8,7 @@ Nothing else of the trainer touches the job's folder. Its rules:
 - A manifest vouches for the size and SHA-256 of every file; what does not match is a `DamagedFolder`, never data.
 - The store belongs to the highest attempt that has taken the fence. Take it first, check it before every manifest.
 - A store that may not be written to is a user's error; one that does not answer is asked again a few times, then
-  the attempt ends as transient; so does a full disk.
+  the attempt ends as transient; so it does where credentials have expired and where the disk is full.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ from qlora_trainer.storage.backends import (
     DamagedFolder,
     FileSystem,
     ObjectStore,
-    is_unavailable,
-    lacks_credentials,
 )
 from qlora_trainer.storage.backoff import Backoff
+from qlora_trainer.storage.trouble import Trouble, trouble
 from qlora_trainer.storage.uri import local_path
 
 log = logging.getLogger(__name__)
@@ -203,17 +202,21 @@ class JobStore:
         if code in (errno.ENOSPC, errno.EDQUOT):
             free = f"{self._backend.free_bytes()} bytes are free"
             return Transient(f"{what}: the disk is full ({free}); free some space or give the job a larger volume")
-        if isinstance(error, PermissionError) or code in (errno.EROFS, errno.EPERM):
+        if code in (errno.EROFS, errno.EPERM):
             return UserError(f"{what}: {error}; give the job a store that it may read and write")
         if isinstance(error, NotADirectoryError | FileExistsError):
             return UserError(f"{what}: {error}; spec.store.uri must name a folder, not a file")
-        if isinstance(error, FileNotFoundError):
-            return self._backend.vanished(f"{what}: {error}")
-        if lacks_credentials(error):
-            return UserError(f"{what}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        if is_unavailable(error):
-            return Transient(f"{what}: the store does not answer ({type(error).__name__}: {error})")
-        return None
+        match trouble(error):
+            case Trouble.AWAY:
+                return Transient(f"{what}: the store does not answer ({type(error).__name__}: {error})")
+            case Trouble.STALE_CREDENTIALS:
+                return Transient(f"{what}: it takes its credentials no longer ({error}); a new attempt reads them anew")
+            case Trouble.REFUSED:
+                return UserError(f"{what}: {error}; give the job a store and credentials that may read and write it")
+            case Trouble.MISSING:
+                return self._backend.vanished(f"{what}: {error}")
+            case None:
+                return None
 
 
 def describe_durably(path: Path) -> FileEntry:

@@ -1,18 +1,12 @@
-"""What it means when a model or a dataset cannot be read: the sources' errors as the stage's.
-
-Clients' errors are told by name, because the clients (huggingface_hub, botocore) are imported only where a source needs
-them.
-"""
+"""What it means when a model or a dataset cannot be read: the sources' errors as the stage's."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from qlora_trainer.outcome import StageError, Transient, UserError
-
-CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "botocore", "aiohttp", "aiobotocore")
+from qlora_trainer.storage.trouble import Trouble, names_in_chain, trouble
 
 
 @contextmanager
@@ -32,8 +26,13 @@ def translated(source: str, *, field: str) -> Generator[None]:
 
 
 def _meaning(error: Exception, source: str, field: str) -> StageError | None:
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "GatedRepoError" in kinds or "DisabledRepoError" in kinds:
+    found = trouble(error)
+    if found is Trouble.AWAY:
+        return Transient(f"{source} does not answer ({type(error).__name__}: {error})")
+    if found is Trouble.STALE_CREDENTIALS:
+        return Transient(f"{source} takes its credentials no longer ({error}); a new attempt reads them anew")
+    kinds = names_in_chain(error)
+    if kinds & {"GatedRepoError", "DisabledRepoError"}:
         return UserError(
             f"{source} is gated: accept its terms on the hub, and give a token of that account through HF_TOKEN"
         )
@@ -41,12 +40,8 @@ def _meaning(error: Exception, source: str, field: str) -> StageError | None:
         return UserError(f"{source} has no such revision; check spec.model.revision")
     if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
         return UserError(f"{source} is not on the hub, or is private; check its name, or give a token through HF_TOKEN")
-    if kinds & {"PermissionError", "NoCredentialsError", "PartialCredentialsError"}:
+    if found is Trouble.REFUSED:
         return UserError(f"{source} may not be read: {error}; give the job credentials that may")
-    if kinds & {"FileNotFoundError", "NotADirectoryError", "IsADirectoryError", "DatasetNotFoundError"}:
+    if found is Trouble.MISSING:
         return UserError(f"{source} cannot be read: {error}; check {field}")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return None  # the frame says itself where there is no space left
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS:
-        return Transient(f"{source} does not answer ({type(error).__name__}: {error})")
     return None

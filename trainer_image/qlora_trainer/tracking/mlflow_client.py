@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from orchestrator.api.task import TRACKING_URI_VARIABLE
 from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
+from qlora_trainer.storage.trouble import Trouble, is_away, trouble
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,32 +38,27 @@ def open_client() -> MlflowClient:
 def insist(action: str, call: Callable[[MlflowClient], T], backoff: Backoff = PUBLISH_BACKOFF) -> T:
     """Do something in MLflow, again and again while it is away; Transient if it stays away."""
     try:
-        return retry(lambda: call(open_client()), backoff, what=f"MLflow is away, cannot {action}", may_pass=_may_pass)
+        return retry(
+            lambda: call(open_client()),
+            backoff,
+            what=f"MLflow is away, cannot {action}",
+            may_pass=is_away,
+        )
     except StageError:
         raise
     except Exception as error:
-        if _is_refused(error):
-            raise UserError(f"MLflow refuses to {action}: {first_line(error)}; check its credentials") from error
-        if _may_pass(error):
-            raise Transient(f"MLflow is away, cannot {action}: {first_line(error)}") from error
-        raise
-
-
-def _is_refused(error: Exception) -> bool:
-    return _http_status(error) in (401, 403) or isinstance(error, PermissionError)
-
-
-def _may_pass(error: Exception) -> bool:
-    status = _http_status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("botocore", "boto3", "urllib3")
-
-
-def _http_status(error: Exception) -> int | None:
-    from mlflow.exceptions import MlflowException
-
-    return error.get_http_status_code() if isinstance(error, MlflowException) else None
+        match trouble(error):
+            case Trouble.AWAY:
+                raise Transient(f"MLflow is away, cannot {action}: {first_line(error)}") from error
+            case Trouble.STALE_CREDENTIALS:
+                raise Transient(
+                    f"MLflow takes its credentials no longer, cannot {action}: {first_line(error)}; "
+                    "a new attempt reads them anew"
+                ) from error
+            case Trouble.REFUSED:
+                raise UserError(f"MLflow refuses to {action}: {first_line(error)}; check its credentials") from error
+            case _:
+                raise
 
 
 def first_line(error: Exception) -> str:
