@@ -9,11 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from qlora_trainer import __main__ as frame
-from qlora_trainer.outcome import DivergedError, FencedError, OutOfMemory, Preempted, StageError, Transient, UserError
+from qlora_trainer.outcome import (
+    BrokenGpu,
+    DivergedError,
+    FencedError,
+    OutOfMemory,
+    Preempted,
+    StageError,
+    Transient,
+    UserError,
+)
 from qlora_trainer.outcome import write_result as write
 
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
@@ -111,6 +121,7 @@ def test_a_password_in_a_url_is_hidden() -> None:
         (DivergedError("x"), 83),
         (FencedError("x"), 84),
         (Preempted(), 85),
+        (BrokenGpu("x"), 86),
         (StageError("x"), 1),
         (ValueError("x"), 1),
         (OSError(errno.ENOSPC, "No space left on device", "/data/file"), 81),
@@ -128,6 +139,62 @@ def test_each_error_has_its_exit_code(error: Exception, code: int) -> None:
 def test_torchs_out_of_memory_is_out_of_memory() -> None:
     torch = pytest.importorskip("torch")
     assert frame.verdict(torch.cuda.OutOfMemoryError("tried to allocate"))[0] is ExitCode.OUT_OF_MEMORY
+
+
+BROKEN = (
+    "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: an uncorrectable NVLink error was detected during the execution",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA error: all CUDA-capable devices are busy or unavailable",
+    "CUDA error: no CUDA-capable device is detected",
+    "CUDA error: initialization error",
+    "CUDA error: unknown error",
+    "CUDA driver initialization failed, you might not have a CUDA gpu.",
+    "No CUDA GPUs are available",
+    "Found no NVIDIA driver on your system.",
+    "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized: CUDA unknown error",
+)
+OURS = (
+    "CUDA error: device-side assert triggered",
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: unspecified launch failure",
+    "CUDA error: invalid configuration argument",
+    "mat1 and mat2 shapes cannot be multiplied (busy or unavailable)",
+)
+
+
+def in_a_library(text: str) -> Exception:
+    """As a library wraps what torch says."""
+    error = ValueError("could not load the model")
+    error.__cause__ = RuntimeError(text)
+    return error
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_card_is_no_fault_of_ours(text: str) -> None:
+    for error in (RuntimeError(text), in_a_library(text)):
+        code, result = frame.verdict(error)
+        assert code is ExitCode.BROKEN_GPU
+        assert result.failure is not None
+        assert result.failure.reason is Reason.BROKEN_GPU
+        assert f"is broken: {text.splitlines()[0]}" in result.failure.message
+
+
+@pytest.mark.parametrize("text", OURS)
+def test_a_faulty_kernel_is_no_broken_card(text: str) -> None:
+    assert frame.verdict(RuntimeError(text))[0] is ExitCode.INTERNAL_ERROR
+
+
+def test_a_card_that_does_not_come_up_is_broken_and_no_reason_for_the_cpu(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("the card of this machine comes up")
+    runtime = import_module("qlora_trainer.training.runtime")
+    assert runtime.set_up(threads=1, deterministic=False, device_files=tmp_path).type == "cpu"
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(RuntimeError) as caught:
+        runtime.set_up(threads=1, deterministic=False, device_files=tmp_path)
+    assert frame.verdict(caught.value)[0] is ExitCode.BROKEN_GPU
 
 
 def test_a_full_disk_is_named() -> None:

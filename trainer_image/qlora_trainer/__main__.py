@@ -35,6 +35,17 @@ SECRET_VARIABLES = (
 )
 MAX_MESSAGE_CHARACTERS = 2048  # the bound of orchestrator.api.base.Sentence
 
+GPU_FAULTS = re.compile(
+    r"uncorrectable (ECC|NVLink) error|device\(?s?\)? is/are busy or unavailable|devices are busy or unavailable"
+    r"|No CUDA GPUs are available|no CUDA-capable device is detected|CUDA driver initialization failed"
+    r"|CUDA error: (initialization error|unknown error|system not yet initialized|invalid device ordinal)"
+    r"|CUDA unknown error|Found no NVIDIA driver|GPU (is lost|has fallen off the bus)|Driver/library version mismatch"
+    r"|hardware error|GPU requires reset",
+    re.IGNORECASE,
+)
+"""What CUDA and its driver say of a card that is lost, busy or damaged, whatever runs on it. What a faulty kernel of
+ours leads to (device-side assert, illegal memory access, launch failure) is none of these."""
+
 log = logging.getLogger("qlora_trainer")
 
 
@@ -124,6 +135,8 @@ def _judge(error: Exception) -> tuple[ExitCode, str]:
         return error.exit_code, error.message
     if _is_out_of_gpu_memory(error):
         return ExitCode.OUT_OF_MEMORY, f"the GPU's memory is full: {error}"
+    if (fault := _gpu_fault(error)) is not None:
+        return ExitCode.BROKEN_GPU, f"{_gpu_name()} is broken: {fault}; the node's driver log says more (dmesg, Xid)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "the disk that was being written to"
         return ExitCode.TRANSIENT_ERROR, f"no space left on {where}: free some, or give the job a larger volume"
@@ -134,6 +147,23 @@ def _is_out_of_gpu_memory(error: Exception) -> bool:
     # bitsandbytes' paged memory and CUDA libraries report exhaustion as a plain RuntimeError.
     named = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
     return named or (isinstance(error, RuntimeError) and bool(re.search(r"CUDA.*out of memory", str(error), re.DOTALL)))
+
+
+def _gpu_fault(error: BaseException | None) -> str | None:
+    """The first line of what CUDA says about a card that is broken, if that is what an error comes of."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and GPU_FAULTS.search(str(error)):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _gpu_name() -> str:
+    """What the card is called, if it still says so."""
+    try:
+        return str(import_module("torch.cuda").get_device_name())
+    except Exception:  # noqa: BLE001 - it is broken
+        return "the GPU"
 
 
 def _stop(_signal_number: int, _frame: FrameType | None) -> None:

@@ -6,7 +6,8 @@
     |-- OutOfMemory     82  the plan does not fit the card
     |-- DivergedError   83  the loss is not a number any more
     |-- FencedError     84  a newer attempt owns the job's store
-    `-- Preempted       85  stopped on request; for train it carries how far training came
+    |-- Preempted       85  stopped on request; for train it carries how far training came
+    `-- BrokenGpu       86  the card or its driver failed: another card may do
 
 An error's exit code is the stage's verdict. Every message says what happened, where, and what to do about it.
 """
@@ -81,6 +82,12 @@ class Preempted(StageError):
     def __init__(self, result: TrainResult | None = None, message: str = "stopped on request") -> None:
         super().__init__(message)
         self.result = result
+
+
+class BrokenGpu(StageError):
+    """The card, or its driver, failed; the job can do nothing about it, and another card may do."""
+
+    exit_code = ExitCode.BROKEN_GPU
 
 
 def write_result(result: StageResult) -> None:

@@ -6,14 +6,18 @@ It is set up before a model is loaded.
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+DEVICE_FILES = Path("/dev")
+
 log = logging.getLogger(__name__)
 
 
-def set_up(*, threads: int, deterministic: bool) -> torch.device:
+def set_up(*, threads: int, deterministic: bool, device_files: Path = DEVICE_FILES) -> torch.device:
     """The GPU if there is one, else the CPU, with a fixed number of threads."""
     torch.set_num_threads(threads)  # the order of sums on the CPU depends on it
     if torch.get_num_interop_threads() != 1:
@@ -26,8 +30,18 @@ def set_up(*, threads: int, deterministic: bool) -> torch.device:
     deterministic_settings.fill_uninitialized_memory = False
     # What bitsandbytes says when it is imported on a CPU, about kernels that it would like to download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device(device_files)
     log.info(
         "training on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} CPU threads"
     )
     return device
+
+
+def _device(device_files: Path) -> torch.device:
+    """The GPU, or the CPU where there is none. A GPU that does not come up is an error, not a reason for the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and any(device_files.glob("nvidia[0-9]*")):
+        torch.cuda.init()  # raises what is wrong with it
+    return torch.device("cpu")
