@@ -137,8 +137,8 @@ def _error_code(error: BaseException) -> str:
     response = getattr(error, "response", None)
     if not isinstance(response, dict):
         return ""
-    details = cast("dict[str, Any]", response).get("Error")  # Any: botocore's parsed answer
-    return str(details.get("Code", "")) if isinstance(details, dict) else ""
+    details: Any = cast("dict[str, Any]", response).get("Error", {})  # Any: botocore's parsed answer
+    return str(details.get("Code", ""))
 
 
 def _http_status(error: BaseException) -> int | None:
