@@ -13,10 +13,19 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StringConstraints
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+)
 from pydantic.alias_generators import to_camel
 
-from orchestrator.api.words import BLANKS, CONTROL, DIRECTION, LINES, UNSEEN
+from orchestrator.api.words import BLANKS, CONTROL, DIRECTION, LINES, UNSEEN, on_one_line
 
 API_VERSION: Literal["qlora.dev/v1alpha1"] = "qlora.dev/v1alpha1"
 
@@ -54,8 +63,24 @@ JobName = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length
 SourceUri = Annotated[str, StringConstraints(pattern=URI_PATTERN, max_length=1024)]
 StoreUri = Annotated[str, StringConstraints(pattern=STORE_URI_PATTERN, max_length=1024)]
 Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN, max_length=71)]
-ShortText = Annotated[str, StringConstraints(max_length=256)]
-Sentence = Annotated[str, StringConstraints(max_length=2048)]
+MAX_SHORT_CHARACTERS, MAX_SENTENCE_CHARACTERS = 256, 2048
+
+
+def _short(text: str) -> str:
+    return on_one_line(text)[:MAX_SHORT_CHARACTERS]
+
+
+def _sentence(text: str) -> str:
+    return on_one_line(text)[:MAX_SENTENCE_CHARACTERS]
+
+
+ShortText = Annotated[str, StringConstraints(max_length=MAX_SHORT_CHARACTERS), AfterValidator(_short)]
+Sentence = Annotated[
+    str,
+    StringConstraints(max_length=MAX_SENTENCE_CHARACTERS),
+    AfterValidator(_sentence),
+]
+"""Words of whoever wrote them, fit to be shown."""
 
 MAX_COUNT = 2**53 - 1  # above it a JSON reader that knows floats alone is no longer exact
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]

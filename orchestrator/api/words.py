@@ -39,6 +39,13 @@ def in_lines(text: str) -> str:
     return _HARMFUL_BUT_LINES.sub(_escaped, text)
 
 
+def in_json(text: str) -> str:
+    """JSON that says the same, with what is harmful in its own escapes."""
+    if text.isascii():
+        return text
+    return _HARMFUL_BUT_LINES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

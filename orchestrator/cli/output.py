@@ -11,6 +11,7 @@ from rich.text import Text
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.words import in_json, in_lines
 from orchestrator.cli.console import answers
 from orchestrator.cli.formats import DataFormat
 
@@ -20,13 +21,13 @@ MIN_FLEXIBLE_WIDTH = 12
 
 def print_data(data: object, form: DataFormat) -> None:
     """JSON types as JSON or YAML on stdout."""
-    print_text(_as_yaml(data) if form is DataFormat.YAML else json.dumps(data, indent=2, ensure_ascii=False))
+    print_text(_as_yaml(data) if form is DataFormat.YAML else in_json(json.dumps(data, indent=2, ensure_ascii=False)))
 
 
 def print_text(text: str) -> None:
-    """Text as it is, without markup, wrapping or color."""
+    """Text without markup, wrapping or color; what would harm a terminal is escaped."""
     console = answers()
-    console.file.write(text.rstrip("\n") + "\n")
+    console.file.write(in_lines(text.rstrip("\n")) + "\n")
     console.file.flush()
 
 
@@ -44,7 +45,8 @@ def wire(item: QLoRAJob | QLoRAQueue) -> dict[str, object]:
 def _as_yaml(data: object) -> str:
     import yaml  # here, because most commands never need it
 
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return text if in_lines(text) == text else yaml.safe_dump(data, sort_keys=False, width=120)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import sys
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 
+from orchestrator.api.words import in_json
 from orchestrator.settings import Settings
 
 CONTEXT = ("job", "attempt")
@@ -27,7 +28,7 @@ class JsonFormatter(logging.Formatter):
         line |= {name: getattr(record, name) for name in CONTEXT if hasattr(record, name)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return in_json(json.dumps(line, ensure_ascii=False))
 
 
 def log_to_file(settings: Settings, program: str) -> None:

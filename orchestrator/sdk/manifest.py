@@ -238,7 +238,7 @@ def _without_service_fields(data: Mapping[str, object]) -> dict[str, object]:
         annotations = kept.get("annotations")
         if isinstance(annotations, dict):
             named = cast(dict[str, object], annotations)
-            kept["annotations"] = {k: v for k, v in named.items() if k != CANCEL_ANNOTATION}
+            kept["annotations"] = {k: v for k, v in named.items() if k != CANCEL_ANNOTATION or not isinstance(v, str)}
         wire["metadata"] = kept
     return wire
 

@@ -15,6 +15,7 @@ from typing import Literal
 from orchestrator.api.job import Attempt, Condition, QLoRAJobStatus
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.api.words import on_one_line
 from orchestrator.core.job.state_machine import JobState, state_of
 
 ConditionStatus = Literal["True", "False", "Unknown"]
@@ -25,7 +26,8 @@ _ORDER = {kind: index for index, kind in enumerate(ConditionType)}
 
 
 def clip(text: str) -> str:
-    """A text that fits the contract's bound on sentences."""
+    """A text that fits the contract's bound on sentences, and that can be shown."""
+    text = on_one_line(text)
     return text if len(text) <= MAX_SENTENCE_CHARACTERS else text[: MAX_SENTENCE_CHARACTERS - 3] + "..."
 
 
