@@ -9,7 +9,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 # What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
-TIERS := check test-core test-trainer test-api test-service test-chart test-kills test-scale test-e2e
+TIERS := check test-core test-strangers test-trainer test-api test-service test-chart test-kills test-scale test-e2e
 # Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
 # the longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
@@ -60,6 +60,9 @@ test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real clust
 
 test-core: $(VENV)/.synced ## The pure packages' tests, contract, sizing and core: seconds
 	$(BIN)/python -m pytest -q tests/core tests/sizing
+
+test-strangers: $(VENV)/.synced ## What strangers send: poison objects, words, a seeded fuzz (QLORA_FUZZ=100000 for a long one)
+	$(BIN)/python -m pytest -q tests/strangers
 
 check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
 	$(BIN)/ruff format --check .
