@@ -99,14 +99,17 @@ class EndlessTurn(ValueError):
 class ChatRenderer:
     """Renders conversations with the chat template of one tokenizer."""
 
-    def __init__(self, tokenizer: Any, train_on: TrainOn, *, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: Any, train_on: TrainOn, *, warn: Callable[[str], None], exact_turns: int = EXACT_TURNS
+    ) -> None:
         """`warn` gets a sentence for each way in which the template's prompts and turns disagree."""
+        self._exact_turns = exact_turns
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._warn = warn
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special_tokens = _longest_first(special.union(tokenizer.all_special_tokens))
-        self._added_tokens = _longest_first(tokenizer.get_added_vocab())
+        self._added_tokens = _longest_first({*tokenizer.get_added_vocab(), *self._special_tokens})
         self._has_marks = bool(re.search(r"\{%-?\s*generation\b", tokenizer.chat_template or ""))
         self._written: set[tuple[str, str]] = set()
 
@@ -186,13 +189,13 @@ class ChatRenderer:
     # --- turns
 
     def _turns(self, chat: Conversation, text: str, indexes: Sequence[int], room: int | None) -> Iterator[_Turn]:
-        layout = self._layout(chat, text) if len(indexes) > EXACT_TURNS or room is not None else None
+        layout = self._layout(chat, text) if len(indexes) > self._exact_turns or room is not None else None
         known: dict[_Kind, _Surroundings | None] = {}
         for count, index in enumerate(indexes):
             if room is not None and self._begins_after(chat, index, text, room, layout):
                 return
             kind = _kind_of_turn(chat, index)
-            found = count >= EXACT_TURNS and layout and layout.find(text, index, known.get(kind))
+            found = count >= self._exact_turns and layout and layout.find(text, index, known.get(kind))
             turn = found or self._turn(chat, index, text)
             if layout is not None and kind not in known:
                 known[kind] = layout.surroundings(text, turn)
@@ -215,7 +218,7 @@ class ChatRenderer:
         if prompt is not None and prompt != before:
             written, start, shift = self._after_prompt(chat, index, prompt, before or "", whole)
         else:
-            written, start, shift = whole, self._after_messages(chat, index, before, whole), 0
+            written, start, shift = self._after_messages(chat, index, before, whole)
         complete, end = self._ended(chat, index, whole, written)
         if not start < end:
             raise _Untold(index)
@@ -229,6 +232,9 @@ class ChatRenderer:
         """The text of a prompt and the turn after it, where the turn begins, and how far it was moved for that."""
         if whole.startswith(prompt):
             return whole, len(prompt), 0
+        begins = self._after_previous(chat, index, prompt, whole)
+        if begins is not None:
+            return prompt + whole[begins:], len(prompt), len(prompt) - begins
         content = chat.messages[index]["content"].strip()
         begins, said = self._after_header(index, prompt, before, whole, content)
         opened = prompt[len(whole[:begins].rstrip()) :].strip()
@@ -254,17 +260,37 @@ class ChatRenderer:
             raise _Untold(index)
         return begins, said
 
-    def _after_messages(self, chat: Conversation, index: int, before: str | None, whole: str) -> int:
-        """Where a turn begins that the template writes no prompt for: with its content, or after the message before."""
-        at_least = len(before) if before is not None and whole.startswith(before) else None
+    def _after_messages(self, chat: Conversation, index: int, before: str | None, whole: str) -> tuple[str, int, int]:
+        """The same of a turn that the template writes no prompt for: it begins with its content, or behind the last."""
+        written, at_least, shift = whole, None, 0
+        if before is not None and whole.startswith(before):
+            at_least = len(before)
+        elif before is not None and (begins := self._after_previous(chat, index, before, whole)) is not None:
+            written, at_least, shift = before + whole[begins:], len(before), len(before) - begins
         message = chat.messages[index]
         says_more = any(message.get(name) for name in ("tool_calls", *REASONING_FIELDS))
         if at_least is not None and (says_more or not message["content"].strip()):
-            return at_least
+            return written, at_least, shift
         content = self._content_start(chat, index, whole)
         if content is None:
             raise _Untold(index)
-        return max(len(whole[:content].rstrip(" ")), at_least or 0)  # blanks are often part of the first token
+        start = max(
+            len(written[: content + shift].rstrip(" ")), at_least or 0
+        )  # blanks are often part of a first token
+        return written, start, shift
+
+    def _after_previous(self, chat: Conversation, index: int, prompt: str, whole: str) -> int | None:
+        """Where a turn begins in a text that has the messages before it otherwise than their prompt has them.
+
+        It is as far behind the content before it as the prompt's end is.
+        """
+        previous = chat.messages[index - 1]
+        marked = [*chat.messages[: index - 1], {**previous, "content": _with_marks(previous["content"])}]
+        asked = (self._attempt(chat, marked, prompt=True) or "").split(MARK)
+        written = (self._attempt(chat, [*marked, chat.messages[index]]) or "").split(MARK)
+        if not (len(asked) == len(written) == 3 and "".join(asked) == prompt and "".join(written) == whole):
+            return None
+        return len(whole) - len(written[2]) + len(asked[2]) if written[2].startswith(asked[2]) else None
 
     def _content_start(self, chat: Conversation, index: int, whole: str) -> int | None:
         """Where a content begins: put marks around it and see where they come out."""
@@ -282,13 +308,27 @@ class ChatRenderer:
         stripped = written.rstrip()
         for tokens in (self._special_tokens, self._added_tokens):
             if stripped.endswith(tokens):
-                return written, len(stripped)
+                return written, self._first_end(chat, index, whole, written)
             end = self._end_between_turns(chat, index, whole, tokens)
             if end is not None:
                 kept, token = end
                 complete = written[: len(written) - (len(whole) - kept)] + token
                 return complete, len(complete)
         raise EndlessTurn(index)
+
+    def _first_end(self, chat: Conversation, index: int, whole: str, written: str) -> int:
+        """After the token that ends a turn, of which a template may write another where the conversation ends."""
+        last = len(written.rstrip())
+        token = next(token for token in self._added_tokens if written.endswith(token, 0, last))
+        earlier = len(written[: last - len(token)].rstrip())
+        if not written.endswith(self._added_tokens, 0, earlier):
+            return last
+        moved = len(written) - len(whole)
+        for follower in self._followers(chat, index):
+            longer = self._attempt(chat, [*chat.messages[: index + 1], follower])
+            if longer is not None and earlier <= _shared_prefix(whole, longer) + moved < last:
+                return earlier
+        return last
 
     def _end_between_turns(
         self, chat: Conversation, index: int, whole: str, tokens: Sequence[str]
