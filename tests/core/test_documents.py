@@ -17,10 +17,13 @@ DOCUMENTS = sorted(
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_PATH = re.compile(
-    r"`((?:orchestrator|trainer_image|qlora_trainer|benchmarks|docs|examples|tests|manifests|helm)/[\w./-]*)`"
+    r"`((?:orchestrator|trainer_image|qlora_trainer|benchmarks|docs|examples|tests|manifests|helm)/[\w./-]*|[\w/]+/\w+\.py)`"
 )
 MODULE = re.compile(r"python -m ((?:orchestrator|benchmarks|docs|examples|tests)(?:\.\w+)*)")
-ROOTS = (REPOSITORY, REPOSITORY / "trainer_image", REPOSITORY / "orchestrator")
+ROOTS = tuple(
+    REPOSITORY / name
+    for name in (".", "trainer_image", "trainer_image/qlora_trainer", "orchestrator", "orchestrator/core")
+)
 
 
 def prose(path: Path) -> str:
@@ -60,6 +63,13 @@ def absent_names(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_every_link_and_name_exists(document: Path) -> None:
     assert [*dead_links(document), *absent_names(document)] == []
+
+
+def test_the_glossary_has_every_term_once() -> None:
+    glossary = (REPOSITORY / "docs" / "glossary.md").read_text().partition("<!-- history:begin -->")[0]
+    terms = [term for row in re.findall(r"^\| ([^|]+) \|", glossary, flags=re.MULTILINE) for term in row.split(", ")]
+
+    assert sorted({term for term in terms if terms.count(term) > 1 and term != "term"}) == []
 
 
 def test_a_dead_link_an_absent_anchor_and_a_moved_file_are_found(tmp_path: Path) -> None:
