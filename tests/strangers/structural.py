@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from jsonschema import Draft202012Validator
 
@@ -36,12 +36,14 @@ def server_refuses(item: object) -> str:
     """Why a server would refuse a new object; empty where it would take it."""
     if not isinstance(item, dict):
         return "no object"
-    kind = item.get("kind")
-    if item.get("apiVersion") != "qlora.dev/v1alpha1" or not isinstance(kind, str) or kind not in SCHEMAS:
+    document = cast(Json, item)
+    kind = document.get("kind")
+    if document.get("apiVersion") != "qlora.dev/v1alpha1" or not isinstance(kind, str) or kind not in SCHEMAS:
         return "no such resource"
     schema = SCHEMAS[kind]
-    wire = _defaulted(_without_nulls({k: v for k, v in item.items() if k != "status"}, schema), schema)
-    error = next(VALIDATORS[kind].iter_errors(wire), None)
+    wire = _defaulted(_without_nulls({k: v for k, v in document.items() if k != "status"}, schema), schema)
+    validator: Any = VALIDATORS[kind]  # its errors have no types
+    error = next(validator.iter_errors(wire), None)
     return (
         f"{error.json_path}: {error.message}"[:300] if error is not None else next(_metadata(wire.get("metadata")), "")
     )
@@ -51,22 +53,24 @@ def _metadata(meta: object) -> Iterator[str]:
     if not isinstance(meta, dict):
         yield "metadata is no object"
         return
-    if unknown := meta.keys() - SERVED_METADATA:
+    fields = cast(Json, meta)
+    if unknown := fields.keys() - SERVED_METADATA:
         yield f"metadata: unknown {unknown}"
-    name, namespace = meta.get("name"), meta.get("namespace", "default")
+    name, namespace = fields.get("name"), fields.get("namespace", "default")
     if not isinstance(name, str) or len(name) > MAX_NAME or not LABEL.fullmatch(name):
         yield "metadata.name"
     if not isinstance(namespace, str) or len(namespace) > 63 or not LABEL.fullmatch(namespace):
         yield "metadata.namespace"
     for field in ("labels", "annotations"):
-        found = meta.get(field, {})
-        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        found: Any = fields.get(field, {})
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in cast(Json, found).values()):
             yield f"metadata.{field}: no texts"
             return
-    for key, value in meta.get("labels", {}).items():
+    labels: dict[str, str] = fields.get("labels", {})
+    for key, value in labels.items():
         if not _is_qualified(key) or len(value) > 63 or not (value == "" or QUALIFIED.fullmatch(value)):
             yield f"metadata.labels: {key}"
-    annotations: dict[str, str] = meta.get("annotations", {})
+    annotations: dict[str, str] = fields.get("annotations", {})
     yield from (f"metadata.annotations: {key}" for key in annotations if not _is_qualified(key.lower()))
     if sum(len(key.encode()) + len(value.encode()) for key, value in annotations.items()) > MAX_ANNOTATIONS_BYTES:
         yield "metadata.annotations: too long"
@@ -83,24 +87,26 @@ def _without_nulls(value: Any, schema: Json) -> Any:
     if isinstance(value, dict):
         known, more = schema.get("properties", {}), schema.get("additionalProperties", {})
         kept: Json = {}
-        for key, item in value.items():
+        for key, item in cast(Json, value).items():
             inner = known.get(key, more)
             if item is not None or inner.get("nullable"):
                 kept[key] = _without_nulls(item, inner)
         return kept
     if isinstance(value, list):
-        return [_without_nulls(item, schema.get("items", {})) for item in value]
+        return [_without_nulls(item, schema.get("items", {})) for item in cast("list[Any]", value)]
     return value
 
 
 def _defaulted(value: Any, schema: Json) -> Any:
-    if isinstance(value, dict):
-        for name, inner in schema.get("properties", {}).items():
-            if name not in value and "default" in inner:
-                value[name] = copy.deepcopy(inner["default"])
-            if name in value:
-                value[name] = _defaulted(value[name], inner)
-    return value
+    if not isinstance(value, dict):
+        return value
+    fields = cast(Json, value)
+    for name, inner in schema.get("properties", {}).items():
+        if name not in fields and "default" in inner:
+            fields[name] = copy.deepcopy(inner["default"])
+        if name in fields:
+            fields[name] = _defaulted(fields[name], inner)
+    return fields
 
 
 def _json_schema(node: Json, *, closed: bool) -> Json:
