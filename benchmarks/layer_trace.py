@@ -16,10 +16,10 @@ import json
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from qlora_trainer.model.training_model import set_recompute
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from benchmarks.architectures import CONFIGS
@@ -111,6 +112,11 @@ class Event:
     name: str = ""
 
 
+def _key(storage: Any) -> int:
+    """Where a storage is, the same for every view of it."""
+    return storage._cdata
+
+
 class Recorder(TorchDispatchMode):
     """Writes down when storages come to be and when they go."""
 
@@ -122,7 +128,7 @@ class Recorder(TorchDispatchMode):
 
     def ignore(self, tensor: Tensor) -> None:
         """It is there already, and so is whatever views it."""
-        self._numbers[tensor.untyped_storage()._cdata] = -1
+        self._numbers[_key(tensor.untyped_storage())] = -1
 
     def mark(self, name: str) -> None:
         """A place in the list of events."""
@@ -130,13 +136,13 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(found):
+        for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
                 self._see(tensor.untyped_storage(), str(func))
         return found
 
     def _see(self, storage: Any, name: str) -> None:
-        key = storage._cdata
+        key = _key(storage)
         if key in self._numbers:
             return
         self._numbers[key] = self._count
@@ -222,7 +228,7 @@ class _AttentionFunction(torch.autograd.Function):
 
 
 @contextmanager
-def _traced_experts(recorder: Recorder) -> Iterator[None]:
+def _traced_experts(recorder: Recorder) -> Generator[None]:
     """`NF4Experts`: what they give. What they take by the way is `sizing/memory/experts`'s."""
 
     def mix(_: Any, x: Tensor, *__: Tensor) -> Tensor:
@@ -265,7 +271,7 @@ class _Dropout(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(_: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
         return torch.empty_like(grads[0])
 
 
@@ -275,7 +281,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: TracedLinear) -> Tensor:
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        own: Any = layer.bias
+        bias = None if own is None else own.to(x.dtype)
         scales = layer.scales(), layer.scales()  # as they were kept, and with their mean: `_dequant_linear_fallback`
         weights = torch.empty(layer.out_features, layer.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
         output = torch.nn.functional.linear(x, weights, bias)
@@ -324,12 +331,14 @@ def _base(config: Any) -> Any:
     head = base.get_output_embeddings()
     for name, module in list(base.named_modules()):
         if isinstance(module, torch.nn.Linear) and module is not head:
+            own: Any = module.bias
             layer = TracedLinear(
-                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=COMPUTE_DTYPE,
+                module.in_features, module.out_features, bias=own is not None, compute_dtype=COMPUTE_DTYPE,
                 quant_type="nf4", device="meta",
             )  # fmt: skip
-            if layer.bias is not None:
-                layer.bias.data = layer.bias.data.to(COMPUTE_DTYPE)  # as it is read from a checkpoint
+            bias: Any = layer.bias
+            if bias is not None:
+                bias.data = bias.data.to(COMPUTE_DTYPE)  # as it is read from a checkpoint
             base.set_submodule(name, layer)
     base.requires_grad_(False)
     base.is_loaded_in_4bit = True
@@ -348,7 +357,7 @@ def _move_to_card(base: Any) -> None:
 
 
 def _config(model: str, widths: Widths) -> Any:
-    own = {
+    own: dict[str, Any] = {
         **CONFIGS[model],
         "num_hidden_layers": LAYERS,
         "hidden_size": _hidden(model, widths),
@@ -376,16 +385,20 @@ def _expert_sizes(own: dict[str, Any], widths: Widths) -> dict[str, Any]:
 def _mark_layers(decoder: Any, recorder: Recorder) -> None:
     for index in range(LAYERS):
         layer = decoder.layers[index]
-        layer.register_forward_pre_hook(lambda *_, i=index: recorder.mark(f"forward {i}"))
-        layer.register_forward_hook(lambda _m, _a, out, i=index: _on_gradient(out, recorder, f"backward {i}"))
+        layer.register_forward_pre_hook(partial(_mark, recorder, f"forward {index}"))
+        layer.register_forward_hook(partial(_mark_gradient, recorder, f"backward {index}"))
     norm = [module for name, module in decoder.named_children() if "norm" in name][-1]
-    norm.register_forward_pre_hook(lambda *_: recorder.mark("end"))
+    norm.register_forward_pre_hook(partial(_mark, recorder, "end"))
 
 
-def _on_gradient(out: Any, recorder: Recorder, name: str) -> None:
-    tensor = out[0] if isinstance(out, tuple) else out
+def _mark(recorder: Recorder, name: str, *_: Any) -> None:
+    recorder.mark(name)
+
+
+def _mark_gradient(recorder: Recorder, name: str, _module: Any, _inputs: Any, out: Any) -> None:
+    tensor: Any = out[0] if isinstance(out, tuple) else out
     if tensor.requires_grad:
-        tensor.register_hook(lambda _: recorder.mark(name))
+        tensor.register_hook(partial(_mark, recorder, name))
 
 
 # --- from sizes to products of widths

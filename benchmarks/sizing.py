@@ -309,7 +309,7 @@ class Bench:
         job.leave()
         del job
         self._fresh()
-        table = base.get_input_embeddings()
+        table: Any = base.get_input_embeddings()
         table.weight.data = table.weight.data.to(self._device)  # where the case had moved it to the host
         return figures
 
@@ -321,7 +321,7 @@ class Bench:
     def _fresh(self) -> None:
         gc.collect()
         if self._device.type == "cuda":
-            torch._C._cuda_clearCublasWorkspaces()
+            _forget_workspaces()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -375,7 +375,7 @@ class Job:
         while sum(seconds for seconds, _ in steps[1:]) < timed_seconds:
             steps.append(self._step())
         return {
-            "fused": self._model._fused is not None,
+            "fused": self._model.fused is not None,
             "with_adapter_bytes": built,
             "after_check_bytes": checked,
             "between_steps_bytes": _allocated(self._device),
@@ -434,13 +434,13 @@ class SixteenBitJob:
 
     def measure(self, _timed_seconds: float) -> dict[str, object]:
         """Three steps under bf16 autocast, as transformers' Trainer runs them."""
-        self._build()
+        model = self._build()
         optimizer = bnb.optim.PagedAdamW32bit(self._parameters, lr=1e-4)
-        self._peft_model.train()
-        steps = [self._step(optimizer) for _ in range(3)]
+        model.train()
+        steps = [self._step(model, optimizer) for _ in range(3)]
         return {"step_seconds": round(median(steps[1:]), 5)}
 
-    def _build(self) -> None:
+    def _build(self) -> PeftModel:
         torch.manual_seed(0)
         adapter, base = self._case.adapter, self._base
         settings = LoraConfig(
@@ -450,13 +450,15 @@ class SixteenBitJob:
             lora_dropout=float(adapter.dropout),
             target_modules="all-linear",
         )
-        self._peft_model = get_peft_model(base, settings)
+        model: Any = get_peft_model(base, settings)
+        self._peft_model = model
         if self._case.plan.recompute_layers:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         else:
             base.gradient_checkpointing_disable()
-        self._parameters = [p for p in self._peft_model.parameters() if p.requires_grad]
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        return model
 
     def leave(self) -> None:
         """Give the base back as it was."""
@@ -464,13 +466,13 @@ class SixteenBitJob:
             self._peft_model.unload()
         self._base.__dict__.pop("peft_config", None)
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> float:
+    def _step(self, model: PeftModel, optimizer: torch.optim.Optimizer) -> float:
         began = time.perf_counter()
         for _ in range(self._case.plan.accumulation_steps):
             shape = (self._case.plan.micro_batch_size, self._case.training.sequence_length)
             ids = torch.randint(5, self._base.config.vocab_size, shape, device=self._device)
             with torch.autocast(self._device.type, dtype=torch.bfloat16):
-                loss = self._peft_model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 0.3)
         optimizer.step()
@@ -478,6 +480,12 @@ class SixteenBitJob:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
+
+
+def _forget_workspaces() -> None:
+    """cuBLAS' own: torch has no public name for that."""
+    private: Any = torch
+    private._C._cuda_clearCublasWorkspaces()
 
 
 def _allocated(device: torch.device) -> int:
