@@ -53,6 +53,8 @@ JOB_CASES: list[tuple[str, object, bool]] = [
     ("dataset", {"source": "s3://b/t", "evalSource": "s3://b/e"}, True),
     ("dataset", {"source": "s3://b/t", "evalSource": "s3://b/e", "evalFraction": "0.00"}, True),
     ("dataset", {"source": "s3://b/t", "evalSource": "s3://b/e", "evalFraction": "0.1"}, False),
+    ("dataset", {"source": "hf://a/b", "config": "main", "evalSource": "hf://a/b", "evalSplit": "test"}, True),
+    ("dataset", {"source": "hf://a/b", "evalSplit": "test"}, False),
     ("adapter.rank", 1, True),
     ("adapter.rank", 0, False),
     ("adapter.rank", 512, True),

@@ -290,3 +290,28 @@ def test_as_a_process_it_answers_with_facts_or_with_the_line_to_mend(tmp_path: P
     assert code == 80
     assert answer.failure is not None
     assert "bad.jsonl: 1 of 1 records cannot be used: line 1 has an empty field `messages`" in answer.failure.message
+
+
+def test_what_is_likely_to_be_wrong_is_in_the_result_and_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = {"messages": [{"role": "user", "content": "¿a?"}, {"role": "assistant", "content": "b"}]}
+    source = write_dataset(tmp_path / "a.jsonl", [record] * 50)
+    dataset = {"source": source, "evalSource": None, "evalFraction": "0.1"}
+    with caplog.at_level("INFO", logger="qlora_trainer"):
+        result = prepare.run(make_task(tmp_path / "store", dataset=dataset))
+    few, overlapping = result.warnings
+    assert few.startswith(f"few steps: 3 epochs of {result.train_sequences} sequences in batches of 16 are ")
+    assert "lower spec.training.globalBatchSize to 1 or raise spec.training.epochs" in few
+    assert f"{result.eval_records} of {result.eval_records} evaluation records are training records" in overlapping
+    assert set(result.warnings) <= {record.message for record in caplog.records if record.levelname == "WARNING"}
+    said = "\n".join(record.message for record in caplog.records)
+    assert f"⟦b{EOS}⟧" in said
+    assert f"{result.steps} steps, 1 of them warm-up" in said
+
+
+def test_a_template_is_taken_by_its_name(tmp_path: Path) -> None:
+    result = prepare.run(make_task(tmp_path, model_fields={"chatTemplate": "chatml"}))
+    template = (folder_of(result) / "chat_template.jinja").read_text()
+    assert "<|im_start|>" in template
+    assert template != (tiny_model() / "chat_template.jinja").read_text()

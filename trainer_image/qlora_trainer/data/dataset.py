@@ -96,11 +96,11 @@ class EncodedRecords(Sequence[EncodedRecord]):
 
     def supervised(self) -> int:
         """Tokens that carry loss."""
-        return sum(self._supervised)
+        return self._supervised.count(1)
 
     def largest_token(self) -> int:
         """The largest token id; 0 where there are no tokens."""
-        return max(self._ids, default=0)
+        return int(np.array(self._ids, dtype=np.int32).max()) if self._ids else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,10 @@ CHARACTERS_PER_TOKEN = 8
 """So much of a long text is tokenised at first for every token of a sequence; then four times as much."""
 UNSETTLED_TOKENS = 64
 """At the end of a part of a text, tokens that the whole text may have otherwise."""
+SEVERAL_CONTEXTS = (
+    "the chat template writes earlier turns of the assistant otherwise than the last one, so that they are trained as "
+    "records of their own, each with the messages before it; spec.dataset.trainOn: completion trains the last one alone"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +136,8 @@ class Encoder:
             _record(*self._labelled(tokens, context.spans))
             for tokens, context in zip(tokenised, rendered.contexts, strict=True)
         ]
+        if len(records) > 1:
+            self._warn(SEVERAL_CONTEXTS)
         complete = whole.complete and rendered.complete and all(tokens.complete for tokens in tokenised)
         return _joined_records(records or [_record(*self._labelled(whole, []))], complete=complete)
 
