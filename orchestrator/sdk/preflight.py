@@ -41,6 +41,11 @@ def _check_model(model: ModelSource) -> None:
         model_config.read_config(model)
     except (NotFound, InvalidObject) as error:
         raise InvalidObject(f"{field}: {error}") from error
+    if (folder / "adapter_config.json").exists():
+        raise InvalidObject(
+            f"{field}: adapter_config.json lies in {folder}, which would be loaded as an adapter; give the "
+            "adapter's base model, or remove that file from a whole model"
+        )
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):

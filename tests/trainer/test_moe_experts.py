@@ -176,7 +176,7 @@ def in_float32(model: TrainingModel) -> TrainingModel:
     for module in model.base.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
-    return TrainingModel(model.peft_model, model._plan, model._attention, 0.0)
+    return TrainingModel(model.peft_model, model._plan, model.attention, 0.0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it

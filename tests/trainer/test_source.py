@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ import pytest
 import torch
 from fake_hub import COMMIT, Repository, serve
 from qlora_trainer.model.architecture import check_architecture
+from qlora_trainer.model.rehearsal import rehearse
 from qlora_trainer.model.source import (
     context_length,
     describe_model,
@@ -35,6 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import build_tiny_model, tiny_model
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import ModelFacts
@@ -438,6 +441,71 @@ def test_a_target_that_training_could_not_take_is_refused_with_those_it_can(targ
 def test_a_model_that_looks_ahead_is_not_causal(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Gemma3ForCausalLM, not a causal language model"):
         check(build_tiny_model(tmp_path / "model", "gemma3_text", use_bidirectional_attention=True))
+
+
+# --- a step of training on a small copy
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "gpt2", "opt", "gpt_neox", "qwen3_moe"]
+)
+def test_known_families_train_packed(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    rehearse(config_of(family), family, AdapterSpec())
+    assert "record by record" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("granite_swa", "its attention takes s_aux, which is not known here"),
+        ("bloom", "records of a packed row see each other"),
+        ("mpt", "records of a packed row see each other"),
+        ("biogpt", "records of a packed row see each other"),
+        ("gptj", "is longer than its 48 positions"),
+        ("gpt_neo", "is longer than its 48 positions"),
+    ],
+)
+def test_what_cannot_be_packed_is_trained_record_by_record_and_said(
+    family: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rehearse(config_of(family), family, AdapterSpec())
+    assert "is trained record by record, with transformers' own attention: " in caplog.text
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("falcon", "FalconForCausalLM has no linear layer that can be quantized to NF4"),
+        ("modernbert-decoder", "ModernBertDecoderForCausalLM has no decoder that transformers can name"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_prepare(family: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"^{family}: {reason}"):
+        rehearse(config_of(family), family, AdapterSpec())
+
+
+def test_a_large_model_is_tried_in_seconds_by_a_small_copy() -> None:
+    config = config_of(
+        "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    )  # fmt: skip
+    began = time.perf_counter()
+    rehearse(config, "large", AdapterSpec(rank=64, target_modules=("model.layers.79.mlp.down_proj", "q_proj")))
+    assert time.perf_counter() - began < 60
+
+
+def test_an_adapter_that_peft_refuses_is_refused_in_prepare(model: Path) -> None:
+    with pytest.raises(UserError, match=r"adapter: PEFT refuses it for this model"):
+        rehearse(config_of("mamba"), "mamba", AdapterSpec(target_modules=("out_proj",)))
+
+
+def config_of(family: str, **fields: Any) -> Any:
+    config = CONFIG_MAPPING[family](**fields)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    return config
 
 
 # --- its positions

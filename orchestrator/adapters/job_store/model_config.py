@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from orchestrator.api import trainer_facts
 from orchestrator.api.job import ModelSource
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, PermanentError, StoreUnavailable
 
 CONFIG_NAME = "config.json"
+NOT_CAUSAL_SUFFIXES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 MAX_CONFIG_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 15
@@ -24,6 +26,8 @@ READ_TIMEOUT_SECONDS = 15
 def read_facts(model: ModelSource) -> ModelFacts:
     """The shape of the model behind a source; raises NotFound, InvalidObject, StoreUnavailable."""
     config = read_config(model)
+    if (reason := _obstacle(config)) is not None:
+        raise InvalidObject(f"{model.source}: {reason}")
     try:
         return ModelFacts.from_config(config, model.revision)
     except ValueError as error:
@@ -31,6 +35,27 @@ def read_facts(model: ModelSource) -> ModelFacts:
         raise InvalidObject(
             f"{model.source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}"
         ) from error
+
+
+def _obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why prepare will refuse the model, as far as its config tells."""
+    text: Mapping[str, Any] = config.get("text_config") or config
+    architecture = str(next(iter(config.get("architectures") or ()), ""))
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "an unnamed method")
+        return f"the model is already quantized ({method}); give its 16-bit weights, training quantizes them to NF4"
+    if (
+        architecture.endswith(NOT_CAUSAL_SUFFIXES)
+        or config.get("is_encoder_decoder")
+        or text.get("use_bidirectional_attention")
+    ):
+        return (
+            f"the model is a {architecture}, not a causal language model; choose a model that generates text from left "
+            "to right"
+        )
+    reason = trainer_facts.UNTRAINABLE_TYPES.get(str(config.get("model_type")))
+    return None if reason is None else f"{architecture} cannot be trained: {reason}; choose another model"
 
 
 def read_config(model: ModelSource) -> Mapping[str, Any]:

@@ -35,6 +35,17 @@ LARGEST_COMMON_HEAD = 192
 FLASH_HEAD_MULTIPLE = 8
 
 
+HARMLESS_ARGUMENTS = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+     "output_router_logits", "logits_to_keep", "num_items_in_batch", "past_key_values"}
+)  # fmt: skip
+"""What models hand on to their attention function, and no attention depends on."""
+
+
+class UnknownAttention(Exception):
+    """A model whose attention is another than the one computed here."""
+
+
 class PackedAttention:
     """An attention function for transformers (`AttentionInterface`), for one row of records."""
 
@@ -58,7 +69,7 @@ class PackedAttention:
 
     def __call__(
         self,
-        _module: torch.nn.Module,
+        module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -67,10 +78,15 @@ class PackedAttention:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
-        """Query, key and value are [1, heads, tokens, size]; the output is [1, tokens, heads, size]."""
-        assert attention_mask is None, "packed attention knows the records' boundaries and takes no mask"
+        """Query, key and value are [1, heads, tokens, size]; the output is [1, tokens, heads, size].
+
+        Raises UnknownAttention if the model asks for more than causal attention with a window and softcapped scores.
+        """
+        _refuse_unknown(module, others)
+        if attention_mask is not None:  # the records' boundaries are known, so transformers makes none
+            raise UnknownAttention("it gives its attention a mask of its own")
         assert len(query) == 1, "a micro-batch is one packed row"
         assert query.shape[2] == key.shape[2] == self._boundaries[-1], "this is not the row that was announced"
         window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
@@ -157,6 +173,14 @@ class PackedAttention:
         own = window if window is not None and window < self._longest_record else None
         left = -1 if own is None else own - 1
         return {"is_causal": own is None, "scale": scaling, "window_size_left": left, "window_size_right": 0}
+
+
+def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
+    unknown = {name for name, value in others.items() if value is not None} - HARMLESS_ARGUMENTS - {"is_causal"}
+    if unknown:
+        raise UnknownAttention(f"its attention takes {', '.join(sorted(unknown))}, which is not known here")
+    if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnknownAttention("its attention sees the text to its right")
 
 
 def _fits_flash(query: Tensor, value: Tensor) -> bool:

@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import quantization
 from qlora_trainer.model.adapter import target_modules
 from qlora_trainer.model.loading import refuse_unquantized, weightless_base
+from qlora_trainer.model.rehearsal import rehearse
 from qlora_trainer.model.source import ModelDescription, TensorShape, known_config
 from qlora_trainer.outcome import UserError
 
@@ -46,11 +48,12 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
         _refuse_other_weights(source, config, description.tensors)
     PackedAttention().register()
     try:
-        base, _ = weightless_base(config, torch.device("cpu"))
+        base, _ = weightless_base(deepcopy(config), torch.device("cpu"))
     except Exception as error:  # a config that the class cannot be built from, in any of its ways
         raise UserError(f"{source}: {config.architectures[0]} cannot be built from its config: {error}") from error
     _refuse_unquantizable(source, base)
     target_modules(base, adapter)
+    rehearse(config, source, adapter)
 
 
 def _refuse_unquantizable(source: str, base: Any) -> None:

@@ -155,6 +155,12 @@ def attention_implementation(config: PreTrainedConfig) -> str:
     layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
     if architecture._supports_attention_backend and layer_types <= CHECKED_LAYER_TYPES:
         return PACKED_ATTENTION
+    return own_attention_implementation(config)
+
+
+def own_attention_implementation(config: PreTrainedConfig) -> str:
+    """The name of transformers' own attention that the architecture is made for."""
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "sdpa" if architecture._supports_sdpa else "eager"  # it may look its attention up in a table of its own
 
 

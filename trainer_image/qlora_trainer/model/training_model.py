@@ -12,9 +12,11 @@ Rules:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,11 +33,12 @@ from qlora_trainer.data.micro_batch import MicroBatch, StepInputs, collate
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.host_offload import HostEmbedding, InputStore
 from qlora_trainer.kernels.moe_experts import NF4Experts
-from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
+from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
 from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
 from qlora_trainer.model.cuda_graphs import CudaGraphs
-from qlora_trainer.model.loading import quantized_layers
+from qlora_trainer.model.loading import own_attention_implementation, quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
 from qlora_trainer.outcome import UserError
 
@@ -57,9 +60,15 @@ class TrainingModel:
         self.peft_model = peft_model
         self.base: Any = peft_model.get_base_model()
         self._decoder: Any = self.base.get_decoder()
+        if not isinstance(self._decoder, PreTrainedModel):
+            raise UserError(f"{type(self.base).__name__} has no decoder that transformers can name; choose another")
         self._head = _head(self.base)
         self.device = self._head.weight.device  # the embeddings may be on the host
-        self._attention = packed_attention
+        self.attention = packed_attention
+        self.separate = False
+        """Whether records are computed one by one, with transformers' own attention; `check` decides it."""
+        self._packs = self.attention_implementation == PACKED_ATTENTION
+        self._positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._plan = plan
         self._neftune_alpha = neftune_alpha
         self._saved = saved_parameters(peft_model)
@@ -75,6 +84,11 @@ class TrainingModel:
             self._go_without_fused_layers()
         self._host_embedding = self._offloaded_embedding() if "embeddings" in plan.offload else None
         self.cuda_graphs = self._make_cuda_graphs()
+
+    @property
+    def attention_implementation(self) -> str:
+        """The name, in transformers, of what computes attention where layers are not taken over."""
+        return self.base.config._attn_implementation
 
     def train(self) -> None:
         """Dropout and noise on."""
@@ -154,7 +168,7 @@ class TrainingModel:
 
     def _hidden(self, inputs: StepInputs) -> Tensor:
         batch, on_device = inputs.host, inputs.batch
-        self._attention.expect(batch, on_device.record_starts)
+        self.attention.expect(batch, on_device.record_starts)
         if self.fused is not None:
             self.fused.begin(inputs.seed)
         noisy = self._neftune_alpha > 0 and self.peft_model.training
@@ -163,8 +177,22 @@ class TrainingModel:
             tokens = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
         else:
             tokens = {"input_ids": on_device.input_ids}
-        output = self._decoder(**tokens, position_ids=on_device.position_ids, use_cache=False)
-        return output.last_hidden_state.to(self._head.weight.dtype)  # some architectures end in float32
+        if not self.separate and not self._packs and batch.tokens > self._positions:
+            self._go_separately(f"a row of {batch.tokens} tokens is longer than its {self._positions} positions")
+        if self.separate:
+            states = self._record_by_record(tokens, batch)
+        else:
+            output = self._decoder(**tokens, position_ids=on_device.position_ids, use_cache=False)
+            states = output.last_hidden_state
+        return states.to(self._head.weight.dtype)  # some architectures end in float32
+
+    def _record_by_record(self, tokens: Mapping[str, Tensor], batch: MicroBatch) -> Tensor:
+        """The hidden states of records that never meet: positions begin anew, whatever table holds them."""
+        states: list[Tensor] = []
+        for start, end in pairwise(batch.record_starts.tolist()):
+            record = {name: each[:, start:end] for name, each in tokens.items()}
+            states.append(self._decoder(**record, use_cache=False).last_hidden_state)
+        return torch.cat(states, dim=1)
 
     def _embedded(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
         if self._host_embedding is not None:
@@ -205,15 +233,18 @@ class TrainingModel:
     def check(self) -> None:
         """Compare loss path and packing with the model's own logits on a few tokens; raise UserError if they differ."""
         self.eval()
-        first, other, second = (_probe(tokens) for tokens in (range(1, 6), range(21, 26), range(6, 13)))
-        with self._silent_experts():
-            after_first, after_other = (self._logits(collate([record, second]))[5:] for record in (first, other))
         name = type(self.base).__name__
-        if not torch.equal(after_first, after_other):  # the same shapes, so the same sums: not a bit may differ
-            raise UserError(f"{name} lets records of one packed row see each other, so it cannot be trained here")
-        if self.fused is not None:
-            with self._silent_experts():  # for a rounding, a token would go to another expert
-                self._check_fused_layers(self.fused, collate([first, second]))
+        first, second = _probe(range(1, 6)), _probe(range(6, 13))
+        try:
+            if self.fused is not None:
+                with self._silent_experts():  # for a rounding, a token would go to another expert
+                    self._check_fused_layers(self.fused, collate([first, second]))
+            if not self._records_are_apart():
+                self._go_separately("records of a packed row see each other")
+        except UnknownAttention as error:
+            self._go_separately(str(error))
+        if not self._records_are_apart():
+            raise UserError(f"{name} lets records see each other, so it cannot be trained here")
         batch = collate([first])
         with self.fused.bypassed() if self.fused is not None else nullcontext():
             ours, embedded = self._logits(batch), self._embedded(batch, batch.to(self.device))
@@ -222,6 +253,24 @@ class TrainingModel:
             raise UserError(
                 f"{name} makes its logits in a way that the trainer does not know, so its loss would be wrong"
             )
+
+    def _records_are_apart(self) -> bool:
+        """Whether a record's logits are the same whatever record stands before it."""
+        first, other, second = (_probe(tokens) for tokens in (range(1, 6), range(21, 26), range(6, 13)))
+        with self._silent_experts():
+            after_first, after_other = (self._logits(collate([record, second]))[5:] for record in (first, other))
+        return torch.equal(after_first, after_other)  # the same shapes, so the same sums: not a bit may differ
+
+    def _go_separately(self, reason: str) -> None:
+        """From here on each record is computed alone, which is slower and right whatever the architecture does."""
+        log.warning(
+            "%s is trained record by record, with transformers' own attention: %s", type(self.base).__name__, reason
+        )
+        if self.fused is not None:
+            self.fused.give_back()
+            self._go_without_fused_layers()
+        self.base.set_attn_implementation(own_attention_implementation(self.base.config))
+        self.separate = True
 
     def _check_fused_layers(self, fused: FusedDecoder, batch: MicroBatch) -> None:
         """Hold each layer against the untouched one; go back to those if one is off."""
