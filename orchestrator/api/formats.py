@@ -1,6 +1,7 @@
 """What lies in a job's store, and how it is laid out.
 
     <job>/fence.json                      the highest attempt that has taken the store
+    <job>/attempts.json                   what each train attempt says of itself: its plan, libraries and card
     <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, tokenizer files
     <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
                                           state.json, journal.jsonl, best_adapter.safetensors (when it is not this one)
@@ -24,6 +25,7 @@ from orchestrator.api.results import PrepareResult
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
 FENCE_NAME = "fence.json"
+ATTEMPTS_NAME = "attempts.json"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
@@ -79,6 +81,13 @@ def _finite(metrics: object) -> object:
         return metrics
     found = cast(dict[object, object], metrics)
     return {k: v for k, v in found.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
+
+
+class AttemptLog(Model):
+    """What the train attempts of a job say of themselves, as the tags that their MLflow run is to have."""
+
+    tags: dict[str, dict[str, str]] = {}
+    """By attempt number."""
 
 
 class JournalRecord(Model):

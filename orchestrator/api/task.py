@@ -1,11 +1,14 @@
 """StageTask: all that a stage is told, in one JSON document.
 
-The controller writes it into the stage's environment (`QLORA_TASK`), the trainer reads it and nothing else of the
-job. The other variables below say where the stage's surroundings are.
+It travels in the stage's environment, in `QLORA_TASK` and, because Linux takes no variable of more than 128 KiB, the
+rest of a long one in `QLORA_TASK_2` and so on. The trainer reads it and nothing else of the job. The other variables
+below say where the stage's surroundings are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import count, takewhile
 from typing import Annotated
 
 from pydantic import Field, StringConstraints
@@ -17,6 +20,8 @@ from orchestrator.api.results import PrepareResult
 from orchestrator.api.stage_name import StageKind, StageName
 
 TASK_VARIABLE = "QLORA_TASK"
+MAX_VARIABLE_CHARACTERS = 30_000
+"""At most 120,000 bytes as UTF-8; Linux takes 131,071 of name and value together."""
 TERMINATION_LOG_VARIABLE = "QLORA_TERMINATION_LOG"
 """Path of the termination log; default `/dev/termination-log`, as in a pod."""
 AGENT_SOCKET_VARIABLE = "QLORA_AGENT_SOCKET"
@@ -56,3 +61,19 @@ class StageTask(Model):
     def stage_name(self) -> str:
         """`<job>-<stage>-<attempt>`."""
         return str(StageName(job=self.job, stage=self.stage, attempt=self.attempt))
+
+
+def task_variables(text: str) -> dict[str, str]:
+    """The environment variables that hold a task's JSON."""
+    parts = [text[start : start + MAX_VARIABLE_CHARACTERS] for start in range(0, len(text), MAX_VARIABLE_CHARACTERS)]
+    return {_variable(number): part for number, part in enumerate(parts, start=1)}
+
+
+def task_text(environment: Mapping[str, str]) -> str | None:
+    """The JSON that `task_variables` has spread over an environment; None where there is none."""
+    numbers = takewhile(lambda number: _variable(number) in environment, count(1))
+    return "".join(environment[_variable(number)] for number in numbers) or None
+
+
+def _variable(number: int) -> str:
+    return TASK_VARIABLE if number == 1 else f"{TASK_VARIABLE}_{number}"

@@ -23,7 +23,7 @@ from qlora_trainer.storage.checkpoint import (
     Snapshot,
     TrainingState,
 )
-from qlora_trainer.storage.final_adapter import adapter_config
+from qlora_trainer.storage.final_adapter import OLDEST_FIELDS, adapter_config
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.tensors import on_host
 from safetensors.torch import load_file
@@ -378,6 +378,23 @@ def test_the_adapters_configuration_does_not_depend_on_pythons_hashes(store: Job
     ]
     assert runs[0].stderr != runs[1].stderr, "the seeds must order the set differently for this to show anything"
     assert runs[0].stdout == runs[1].stdout
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_older_peft_knows_every_field_of_the_adapters_configuration(store: JobStore, use_dora: bool) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj"], use_dora=use_dora)
+    written = adapter_config(config, make_task(Path("/models/base"), store))
+    assert written.keys() - OLDEST_FIELDS == ({"use_dora"} if use_dora else set())
+    assert (written["r"], written["lora_alpha"], written["lora_dropout"], written["inference_mode"]) == (
+        4,
+        8,
+        0.1,
+        True,
+    )
+    read = LoraConfig(**{key: value for key, value in written.items() if key != "peft_type"}).to_dict()
+    assert {**read, "inference_mode": False, "base_model_name_or_path": None} == config.to_dict()
 
 
 def test_the_order_of_tensors_does_not_change_the_file(store: JobStore, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from qlora_trainer.outcome import write_result as write
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import Failure, StageResult, TrainResult
-from orchestrator.api.task import StageTask
+from orchestrator.api.task import StageTask, task_text, task_variables
 
 SECRET = "not-to-be-seen-s3cr3t"
 
@@ -94,6 +94,20 @@ def test_a_wrong_start_is_a_users_error(tmp_path: Path, stage: str, task: str | 
     assert code == ExitCode.USER_ERROR
     assert result.failure is not None
     assert complaint in result.failure.message
+
+
+def test_the_largest_template_that_is_accepted_reaches_the_trainer(tmp_path: Path) -> None:
+    task = make_task(tmp_path / "store")
+    model = ModelSource(source="file:///models/base", chat_template="模" * 49_152)
+    spec = task.spec.model_copy(update={"model": model})
+    text = task.model_copy(update={"spec": spec}).model_dump_json(by_alias=True)
+    variables = task_variables(text)
+    assert len(text.encode()) > 131_071, "one variable would do"
+    code, result, _ = run_trainer(tmp_path, "publish", variables.pop("QLORA_TASK"), **variables)
+    assert code == ExitCode.USER_ERROR
+    assert result.failure is not None
+    assert "holds no finished adapter" in result.failure.message
+    assert task_text(task_variables(text)) == text
 
 
 def test_secrets_never_reach_the_log_or_the_message(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_the_registry_holds_the_adapter_with_tags_alias_card_and_signature(
     folder = Path(download_artifacts("models:/terms@candidate", dst_path=str(tmp_path / "downloaded")))
     assert (folder / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes() == weights.read_bytes()
     signature = Model.load(str(folder)).signature
-    assert [column.name for column in signature.inputs] == ["messages", "prompt"]
+    assert [column.name for column in signature.inputs] == ["messages", "tools", "prompt"]
     requirements = (folder / "requirements.txt").read_text().split()
     assert {"torch==2.13.0", "peft==0.21.2"} <= set(requirements)
     assert all("==" in line for line in requirements)
@@ -219,6 +219,51 @@ def test_publishing_needs_neither_torch_nor_transformers(client: MlflowClient, t
     assert versions(client, "medical-es") == ["1"]
 
 
+def test_a_deleted_run_and_experiment_are_restored_and_the_adapter_registered(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    task = make_task(client, store)
+    client.update_run(task.run_id, name="tidied up")
+    client.delete_run(task.run_id)
+    client.delete_experiment(client.get_run(task.run_id).info.experiment_id)
+    publish.run(task)
+    run = client.get_run(task.run_id)
+    assert run.info.lifecycle_stage == "active"
+    assert client.get_experiment(run.info.experiment_id).lifecycle_stage == "active"
+    assert [metric.step for metric in client.get_metric_history(task.run_id, "eval/loss")] == [0, 1]
+    assert versions(client, "medical-es") == ["1"]
+
+
+def test_a_run_that_is_gone_for_good_is_made_anew_once(client: MlflowClient, tmp_path: Path) -> None:
+    task = make_task(client, make_store(tmp_path), uid="u-2").model_copy(update={"run_id": "0" * 32, "uid": "u-3"})
+    publish.run(task)
+    publish.run(task)
+    experiment = client.get_experiment_by_name("team-a")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`qlora.dev/job-uid` = 'u-3'")
+    assert run.info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "eval/loss")] == [0, 1]
+    assert client.get_model_version("medical-es", "1").run_id == run.info.run_id
+    assert versions(client, "medical-es") == ["1"]
+
+
+def test_what_attempts_said_of_themselves_is_in_the_run_though_mlflow_was_away(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    store.record_attempt(1, {"qlora.dev/plan/1": "out of memory", "qlora.dev/card": "small"})
+    store.take_fence(2)
+    store.record_attempt(2, {"qlora.dev/plan/2": "fits", "qlora.dev/card": "large"})
+    task = make_task(client, store)
+    publish.run(task)
+    data = client.get_run(task.run_id).data
+    assert data.tags["qlora.dev/plan/1"] == "out of memory"
+    assert data.tags["qlora.dev/plan/2"] == "fits"
+    assert data.tags["qlora.dev/card"] == "large"
+    assert data.params["training.learningRate"] == "3e-4"
+
+
 KILLS = """
 import os, signal, sys
 from mlflow import MlflowClient
@@ -280,7 +325,7 @@ def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_mo
     client: MlflowClient, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path)
-    instants = 26
+    instants = 34
     tasks = [make_task(client, store, uid=f"u-{kill}", registered_model=f"m-{kill}") for kill in range(instants + 1)]
     lines = "\n".join(task.model_dump_json(by_alias=True) for task in tasks)
     elsewhere = (f"sqlite:///{tmp_path}/warm-up.db", (tmp_path / "warm-up").as_uri())

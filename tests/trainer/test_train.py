@@ -141,6 +141,18 @@ def test_a_loss_that_is_no_number_ends_the_job_with_its_step_and_keeps_the_check
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize(
+    ("eval_rows", "message"),
+    [(0, r"adapter weights are not finite after step 1"), (4, r"the held-out loss after step 1 is nan")],
+)
+def test_what_is_no_number_after_the_last_step_ends_the_job_too(tmp_path: Path, eval_rows: int, message: str) -> None:
+    # Adam's first step is the learning rate, which is a float32 and more than bfloat16 holds.
+    task = make_task(tmp_path, steps=1, training={"learning_rate": "3.4e38"}, eval_rows=eval_rows)
+    with pytest.raises(DivergedError, match=message):
+        train.run(task)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_the_plan_changes_nothing_that_is_learned_beyond_rounding(tmp_path: Path) -> None:
     losses = []
     for folder, micro_batch_size, recompute_layers in (("a", 1, 0), ("b", 2, 2), ("c", 4, 1)):

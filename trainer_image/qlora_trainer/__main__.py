@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import Failure, PrepareResult, PublishResult, StageResult, TrainResult
-from orchestrator.api.task import TASK_VARIABLE, StageTask
+from orchestrator.api.task import TASK_VARIABLE, StageTask, task_text
 from qlora_trainer.outcome import Preempted, StageError, UserError, write_result
 
 STAGES = ("prepare", "train", "publish")
@@ -80,7 +80,7 @@ def read_task(stage: str) -> StageTask:
     """The task from the environment; it must be one for the stage of the command line."""
     if stage not in STAGES:
         raise UserError(f"usage: python -m qlora_trainer {' | '.join(STAGES)}")
-    text = os.environ.get(TASK_VARIABLE)
+    text = task_text(os.environ)
     if text is None:
         raise UserError(f"{TASK_VARIABLE} is not set; it must hold the stage's task as JSON")
     try:

@@ -40,11 +40,13 @@ def run(task: StageTask) -> PublishResult:
     store.take_fence(task.attempt)
     with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
         adapter = fetch_adapter(store, Path(scratch) / "stored")
-        mlflow_run.reconcile(task.run_id, adapter.journal)
-        log.info("the run %s has all %d records of the journal", task.run_id, len(adapter.journal))
+        run_id = mlflow_run.ensure_run(task)
+        mlflow_run.describe(task, run_id, store.attempt_tags())
+        mlflow_run.reconcile(run_id, adapter.journal)
+        log.info("the run %s has all %d records of the journal", run_id, len(adapter.journal))
         card = model_card(task, adapter)
         registration = registry.Registration(
-            task=task, run_id=task.run_id, adapter_digest=adapter.digest, description=without_front_matter(card)
+            task=task, run_id=run_id, adapter_digest=adapter.digest, description=without_front_matter(card)
         )
         store.check_fence(task.attempt)
         version = registry.register(
@@ -93,16 +95,26 @@ def save_model(adapter: FinalAdapter, card: str, folder: Path, mlflow_model: Any
 
 
 def signature() -> Any:
-    """Rows of `messages` or `prompt` in, one text a row out."""
+    """Rows of `messages` (with `tools`, if there are any) or `prompt` in, one text a row out."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array, Object, Property
+    from mlflow.types.schema import AnyType, Array, Object, Property
 
-    message = Object([Property("role", DataType.string), Property("content", DataType.string)])
+    optional = {
+        **dict.fromkeys(("name", "reasoning_content", "tool_call_id"), DataType.string),
+        **dict.fromkeys(("content", "tool_calls"), AnyType()),  # a text or parts of one; JSON text or a list
+    }
+    message = Object(
+        [
+            Property("role", DataType.string),
+            *(Property(name, kind, required=False) for name, kind in optional.items()),
+        ]
+    )
     return ModelSignature(
         inputs=Schema(
             [
                 ColSpec(Array(message), "messages", required=False),
+                ColSpec(AnyType(), "tools", required=False),
                 ColSpec(DataType.string, "prompt", required=False),
             ]
         ),

@@ -39,6 +39,7 @@ from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adap
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.journal import losses
 from qlora_trainer.storage.versions import library_versions
+from qlora_trainer.tracking.mlflow_run import RunLogger, attempt_tags
 from qlora_trainer.training.stop import AgentClient, Stop, StopNow
 
 if TYPE_CHECKING:
@@ -92,19 +93,22 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         # 3. The libraries; quantized weights that are cached go to the card meanwhile.
         device, cached = _load_libraries(task, folder)
 
+        store.record_attempt(task.attempt, attempt_tags(task))
+
         # 4. Base in NF4 with double quantization, adapter in bfloat16.
         model = _load_model(task, plan, folder, device, cached)
 
         # 5. Optimizer, and the state of the last checkpoint if there is one.
         from qlora_trainer.data.micro_batch import PreparedRows
-        from qlora_trainer.tracking.mlflow_run import RunLogger
+        from qlora_trainer.training.generation import generation_config
         from qlora_trainer.training.loop import Loop
 
         checkpointer = _checkpointer(task, prepared, store, model)
+        rows = PreparedRows(data / TRAIN_FILE)
         training = Loop(
             task=task,
             model=model,
-            train_rows=PreparedRows(data / TRAIN_FILE),
+            train_rows=rows,
             eval_rows=PreparedRows(data / EVAL_FILE) if prepared.eval_sequences else None,
             checkpointer=checkpointer,
             resumed=checkpointer.latest(),
@@ -121,10 +125,15 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         log.info("seconds by phase: %s", {name: round(spent, 1) for name, spent in training.clock.seconds.items()})
 
         # 7. The last state is made durable before the adapter, so that a kill in between costs no step.
+        final = training.final_adapter()
         training.report("storing the adapter")
         training.save_durably()
         adapter = checkpointer.publish_adapter(
-            training.result(complete=True).step, training.final_adapter(), training.journal.records(), data
+            training.result(complete=True).step,
+            final,
+            training.journal.records(),
+            tokenizer=data,
+            generation=generation_config(model, rows, data),
         )
         return training.result(complete=True).model_copy(
             update={"adapter_uri": adapter.uri, "adapter_digest": adapter.digest}

@@ -32,10 +32,10 @@ from orchestrator.api.base import API_VERSION
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.api.task import (
     AGENT_SOCKET_VARIABLE,
-    TASK_VARIABLE,
     TERMINATION_LOG_VARIABLE,
     TRACKING_URI_VARIABLE,
     StageTask,
+    task_variables,
 )
 from orchestrator.sizing.hardware import memory_range_mib
 
@@ -215,7 +215,8 @@ def _trainer_env(task: StageTask, policy: PodPolicy) -> Iterator[Manifest]:
 
 def _environment(task: StageTask, policy: PodPolicy) -> Iterator[tuple[str, str]]:
     yield "HOME", SCRATCH_PATH
-    yield TASK_VARIABLE, task.model_dump_json(by_alias=True, exclude=FOR_THE_POD)  # with nulls: some are choices
+    text = task.model_dump_json(by_alias=True, exclude=FOR_THE_POD)  # with nulls: some are choices
+    yield from task_variables(text).items()
     yield TERMINATION_LOG_VARIABLE, TERMINATION_LOG
     yield TRACKING_URI_VARIABLE, policy.tracking_uri
     yield "OMP_NUM_THREADS", str(task.threads)  # not what the node has: the order of sums depends on it

@@ -46,10 +46,10 @@ from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import ProgressReport, StageResult
 from orchestrator.api.task import (
     AGENT_SOCKET_VARIABLE,
-    TASK_VARIABLE,
     TERMINATION_LOG_VARIABLE,
     TRACKING_URI_VARIABLE,
     StageTask,
+    task_variables,
 )
 from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import TransientError
@@ -279,7 +279,7 @@ class LocalStages:
 
     def _trainer_environment(self, stage: Stage, task: StageTask, slot: Slot | None) -> dict[str, str]:
         return {
-            TASK_VARIABLE: task.model_dump_json(by_alias=True),
+            **task_variables(task.model_dump_json(by_alias=True)),
             TERMINATION_LOG_VARIABLE: str(stage.folder / TERMINATION_NAME),
             AGENT_SOCKET_VARIABLE: str(self.socket_path(stage)),
             TRACKING_URI_VARIABLE: self._settings.tracking_uri,

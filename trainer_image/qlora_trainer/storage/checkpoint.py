@@ -37,6 +37,7 @@ from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    GENERATION_CONFIG_NAME,
     TOKENIZER_NAMES,
     Json,
     StoredAdapter,
@@ -176,12 +177,22 @@ class Checkpointer:
         return None
 
     def publish_adapter(
-        self, step: int, adapter: Tensors, journal: Sequence[JournalRecord], tokenizer: Path
+        self,
+        step: int,
+        adapter: Tensors,
+        journal: Sequence[JournalRecord],
+        tokenizer: Path,
+        generation: Json | None = None,
     ) -> StoredAdapter:
-        """Store the final adapter in PEFT's layout, with the tokenizer of the folder `tokenizer` and the journal."""
+        """Store the final adapter in PEFT's layout, with the tokenizer of the folder `tokenizer` and the journal.
+
+        `generation` is the content of generation_config.json.
+        """
         self.finish()
         with self._store.scratch_folder() as folder:
             self._write_adapter(adapter, journal, folder)
+            if generation is not None:
+                (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2, sort_keys=True))
             for path in (tokenizer / name for name in TOKENIZER_NAMES):
                 if path.is_file():
                     (folder / path.name).write_bytes(path.read_bytes())

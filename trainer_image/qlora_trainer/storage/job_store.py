@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -29,10 +29,12 @@ from pydantic import ValidationError
 from orchestrator.api.base import Model
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
+    ATTEMPTS_NAME,
     CHECKPOINTS_FOLDER,
     FENCE_NAME,
     MANIFEST_NAME,
     PREPARED_FOLDER,
+    AttemptLog,
     Fence,
     FileEntry,
 )
@@ -85,6 +87,25 @@ class JobStore:
         if found > attempt:
             raise FencedError(f"attempt {found} owns {self.uri}; attempt {attempt} stops without writing")
         return found
+
+    # --- attempts
+
+    def record_attempt(self, attempt: int, tags: Mapping[str, str]) -> None:
+        """Keep what an attempt says of itself, however it ends. For the fence's holder."""
+        self.check_fence(attempt)
+        with self._trying("record the attempt in"), self._backend.locked():
+            known = AttemptLog(tags={**self._attempts().tags, str(attempt): dict(tags)})
+            self._backend.write(ATTEMPTS_NAME, known.model_dump_json(by_alias=True).encode())
+
+    def attempt_tags(self) -> dict[str, str]:
+        """What the attempts said of themselves, the last word of each tag."""
+        with self._trying("read the attempts of"):
+            known = self._attempts().tags
+        return {name: value for number in sorted(known, key=int) for name, value in known[number].items()}
+
+    def _attempts(self) -> AttemptLog:
+        data = self._backend.read(ATTEMPTS_NAME)
+        return AttemptLog.model_validate_json(data) if data else AttemptLog()
 
     # --- folders
 

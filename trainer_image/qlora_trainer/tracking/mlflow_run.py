@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from threading import Event, Thread
 from time import monotonic
@@ -27,8 +27,11 @@ from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, in
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 log = logging.getLogger(__name__)
 
+DELETED = "deleted"
+"""MLflow's lifecycle stage of what its UI has deleted and can restore."""
 JOB_UID_TAG = "qlora.dev/job-uid"
 BATCH_METRICS = 1000
 """MLflow's bound on the metrics of one call."""
@@ -76,11 +79,17 @@ def plan_tags(task: StageTask) -> dict[str, str]:
     return {f"qlora.dev/plan/{task.attempt}": task.plan.model_dump_json(by_alias=True)}
 
 
+def attempt_tags(task: StageTask) -> dict[str, str]:
+    """What a train attempt says of itself: its plan, its libraries and its card."""
+    versions = {f"qlora.dev/version/{name}": version for name, version in library_versions().items()}
+    return {**versions, **plan_tags(task), "qlora.dev/card": _card()}
+
+
 def find_run(client: MlflowClient, task: StageTask) -> str | None:
     """The id of the job's run: as the task says, or found by the job's uid."""
     if task.run_id is not None:
         return task.run_id
-    experiment = client.get_experiment_by_name(task.spec.tracking.experiment or task.namespace)
+    experiment = client.get_experiment_by_name(_experiment_name(task))
     if experiment is None:
         return None
     found = client.search_runs([experiment.experiment_id], f"tags.`{JOB_UID_TAG}` = '{task.uid}'", max_results=1)
@@ -200,10 +209,7 @@ class RunLogger:
         if run_id is None:
             return None
         mirror = RunMirror(client, run_id)
-        versions = {f"qlora.dev/version/{name}": version for name, version in library_versions().items()}
-        mirror.describe(
-            parameters(self._task), {**tags(self._task), **versions, **plan_tags(self._task), "qlora.dev/card": _card()}
-        )
+        mirror.describe(parameters(self._task), {**tags(self._task), **attempt_tags(self._task)})
         return mirror
 
     def _note_absence(self, error: Exception) -> None:
@@ -221,6 +227,77 @@ def _card() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def ensure_run(task: StageTask, backoff: Backoff = PUBLISH_BACKOFF) -> str:
+    """The id of the job's run, alive: what people deleted meanwhile is restored, and what is gone is made anew."""
+    return insist("find the run", lambda client: _live_run(client, task), backoff)
+
+
+def _live_run(client: MlflowClient, task: StageTask) -> str:
+    run = _present_run(client, task.run_id) or _run_of_job(client, task)
+    if run is None:
+        return _make_run(client, task)
+    if client.get_experiment(run.info.experiment_id).lifecycle_stage == DELETED:
+        client.restore_experiment(run.info.experiment_id)
+        run = client.get_run(run.info.run_id)
+    if run.info.lifecycle_stage == DELETED:
+        client.restore_run(run.info.run_id)
+        log.warning("somebody deleted the run %s; it is restored", run.info.run_id)
+    return run.info.run_id
+
+
+def _present_run(client: MlflowClient, run_id: str | None) -> Run | None:
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _run_of_job(client: MlflowClient, task: StageTask) -> Run | None:
+    """The oldest run with the job's uid, deleted ones included."""
+    from mlflow.entities import ViewType
+
+    experiment = client.get_experiment_by_name(_experiment_name(task))
+    if experiment is None:
+        return None
+    condition = f"tags.`{JOB_UID_TAG}` = '{task.uid}'"
+    order = ["attributes.start_time ASC"]
+    found = client.search_runs([experiment.experiment_id], condition, ViewType.ALL, max_results=1, order_by=order)
+    return found[0] if found else None
+
+
+def _make_run(client: MlflowClient, task: StageTask) -> str:
+    """A run in place of one that is gone for good. Training is over, and so is the run, but for what is added to it."""
+    name = _experiment_name(task)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None and experiment.lifecycle_stage == DELETED:
+        client.restore_experiment(experiment.experiment_id)
+    experiment_id = experiment.experiment_id if experiment is not None else client.create_experiment(name)
+    made = client.create_run(experiment_id, tags=tags(task), run_name=task.job)
+    # Somebody else may have made one meanwhile: the oldest is the job's.
+    run = _run_of_job(client, task) or made
+    if run.info.run_id != made.info.run_id:
+        client.delete_run(made.info.run_id)
+    client.set_terminated(run.info.run_id)
+    log.warning("the run of the job is gone; %s takes its place", run.info.run_id)
+    return run.info.run_id
+
+
+def _experiment_name(task: StageTask) -> str:
+    return task.spec.tracking.experiment or task.namespace
+
+
+def describe(task: StageTask, run_id: str, attempts: Mapping[str, str], backoff: Backoff = PUBLISH_BACKOFF) -> None:
+    """Give the run the job's parameters, its tags and those of its attempts, as far as it lacks them."""
+    own = {**attempts, **tags(task)}
+    insist("describe the run", lambda client: RunMirror(client, run_id).describe(parameters(task), own), backoff)
 
 
 def reconcile(run_id: str, records: Sequence[JournalRecord], backoff: Backoff = PUBLISH_BACKOFF) -> None:

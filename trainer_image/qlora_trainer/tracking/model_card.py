@@ -78,10 +78,14 @@ With PEFT:
 ```python
 import mlflow
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder = mlflow.artifacts.download_artifacts("{uri}") + "/artifacts/adapter"
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ends = GenerationConfig.from_pretrained(folder)  # with the token that ends an answer
+inputs = tokenizer.apply_chat_template([...], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+model.generate(**inputs, generation_config=ends, max_new_tokens=64)
 ```"""
 
 

@@ -5,6 +5,7 @@ project, and the heavy libraries only when the model is loaded.
 
     model = mlflow.pyfunc.load_model("models:/name@candidate")
     model.predict([{"messages": [{"role": "user", "content": "..."}]}])   # a chat, through the chat template
+    model.predict([{"messages": [...], "tools": [...]}])                   # with tools, as JSON text or a list
     model.predict([{"prompt": "..."}], params={"max_new_tokens": 64})     # plain text, continued as it is
 
 The rows of one call are all chats or all prompts. The base is the one that adapter_config.json names; where it lies
@@ -53,6 +54,7 @@ class AdapterModel(_pyfunc.PythonModel):
         )
         self.model: Any = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(adapter)
+        self.ends = _ends(adapter)
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:  # noqa: ARG002
         """One text for each row with `messages` or `prompt`; `context` was used for loading."""
@@ -64,15 +66,18 @@ class AdapterModel(_pyfunc.PythonModel):
     del predict.__annotations__["model_input"]  # MLflow takes it for a signature, and warns that it is none
 
     def _encode(self, row: dict[str, Any]) -> Any:
-        messages, prompt = row.get("messages"), row.get("prompt")
+        messages, prompt, tools = (_given(row.get(name)) for name in ("messages", "prompt", "tools"))
         if (messages is None) == (prompt is None):
             raise ValueError("give each row either `messages` (a chat) or `prompt` (text to continue)")
-        if messages is not None:
-            messages = [dict(message) for message in messages]
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        return self.tokenizer(prompt, return_tensors="pt")
+        if messages is None:
+            return self.tokenizer(prompt, return_tensors="pt")
+        return self.tokenizer.apply_chat_template(
+            [_message(dict(message)) for message in messages],
+            tools=_parsed(tools) or None,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
 
     def _generate(self, encoded: Any, params: dict[str, Any]) -> str:
         torch: Any = import_module("torch")
@@ -86,11 +91,45 @@ class AdapterModel(_pyfunc.PythonModel):
             generated = self.model.generate(
                 **inputs,
                 **sampling,
+                **self.ends,
                 max_new_tokens=int(params["max_new_tokens"]),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )
         continuation = generated[0, inputs["input_ids"].shape[1] :]
         return self.tokenizer.decode(continuation, skip_special_tokens=True).strip()
+
+
+def _message(given: dict[str, Any]) -> dict[str, Any]:
+    """A message as it was trained: nulls are absent, the content is a text, tool arguments are objects."""
+    message = {key: value for key, value in given.items() if _given(value) is not None}
+    content = message.get("content", "")
+    message["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if calls := _parsed(message.pop("tool_calls", None)):
+        message["tool_calls"] = [_tool_call(dict(call)) for call in calls]
+    return message
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = dict(call.get("function", call))
+    function["arguments"] = _parsed(function.get("arguments")) or {}
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _parsed(value: Any) -> Any:
+    """The value behind JSON text; anything else is a value already."""
+    return json.loads(value) if isinstance(value, str) and value.strip() else value
+
+
+def _given(value: Any) -> Any:
+    """None for what a table has in place of a value."""
+    return None if isinstance(value, float) and value != value else value
+
+
+def _ends(adapter: Path) -> dict[str, Any]:
+    """The tokens that generation ends with."""
+    file = adapter / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return {"eos_token_id": ids} if ids else {}
 
 
 def _base_model(adapter: Path, model_config: dict[str, Any]) -> tuple[str, str | None]:

@@ -187,14 +187,15 @@ class Loop:
         return learning_rate(self._position.step, self.steps, self._spec.training)
 
     def _refuse_to_diverge(self, step: int, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._divergence(f"training diverged in step {step + 1}: loss {loss}, gradient norm {norm}")
+
+    def _divergence(self, what: str) -> DivergedError:
         self._checkpointer.finish()  # the one that is being written is kept too, and the message is to name it
         last = self._checkpointer.last
         kept = f"the checkpoint of step {last.step} is kept at {last.uri}" if last else "there is no checkpoint yet"
-        raise DivergedError(
-            f"training diverged in step {step + 1}: loss {loss}, gradient norm {norm}; {kept}; "
-            "lower training.learningRate, raise warmupRatio, or look for broken records in the dataset"
+        return DivergedError(
+            f"{what}; {kept}; lower training.learningRate, raise warmupRatio, or look for broken records in the dataset"
         )
 
     def _evaluate_if_due(self) -> None:
@@ -205,6 +206,8 @@ class Loop:
         self.clock.enter("evaluation")
         loss = evaluate(self._model, self._eval_rows, self._plan.micro_batch_size, between=self._stop_if_asked)
         self.clock.close()
+        if not math.isfinite(loss):
+            raise self._divergence(f"the held-out loss after step {step} is {loss}")
         with self._lock:
             self.journal.record(step, {Metric.EVAL_LOSS: loss})
             if step > 0:  # the untouched base is what is to be beaten, not a result
@@ -331,8 +334,16 @@ class Loop:
     # --- results
 
     def final_adapter(self) -> dict[str, Tensor]:
-        """What the job ends with: the last step's adapter, or the best evaluation's where the spec says so."""
-        return self._position.best_adapter or on_host(self._model.adapter())
+        """What the job ends with: the last step's adapter, or the best evaluation's where the spec says so.
+
+        Raises DivergedError where a weight is not finite: the last update is followed by no loss that would show it.
+        """
+        adapter = self._position.best_adapter or on_host(self._model.adapter())
+        broken = [name for name, tensor in adapter.items() if not tensor.isfinite().all()]
+        if broken:
+            step = self._position.step
+            raise self._divergence(f"{len(broken)} adapter weights are not finite after step {step}: {broken[0]}")
+        return adapter
 
     def result(self, *, complete: bool) -> TrainResult:
         """How far training came."""
