@@ -23,12 +23,22 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.api.base import API_VERSION, MAX_COUNT
+from orchestrator.api.base import API_VERSION, MAX_COUNT, Model
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.words import on_one_line
 from orchestrator.errors import InvalidObject
-from orchestrator.sdk.problems import FieldPath, Problem, WrittenFloat, closest, cut, problems_of, shown
+from orchestrator.sdk.problems import (
+    FieldPath,
+    Problem,
+    WrittenFloat,
+    closest,
+    cut,
+    model_in,
+    problems_of,
+    shown,
+    wire_fields,
+)
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_VALUES = 100_000
@@ -206,6 +216,7 @@ def _to_object(data: object, origin: _Origin) -> UserObject:
         )
     wire = _without_service_fields(cast(dict[str, object], plain))
     kind = _kind_of(wire, origin)
+    wire = _without_nulls(wire, kind)
     for path in _URI_FIELDS:
         _resolve(wire, path, origin)
     text = json.dumps(wire)
@@ -227,6 +238,25 @@ def _kind_of(wire: Mapping[str, object], origin: _Origin) -> type[QLoRAJob] | ty
         advice = f"did you mean {near}?" if near else f"write one of {', '.join(KINDS)}"
         raise origin.error(Problem(path=("kind",), message=f"{found}; {advice}"))
     return KINDS[kind]
+
+
+def _without_nulls(data: Mapping[str, object], model: type[Model] | None, path: FieldPath = ()) -> dict[str, object]:
+    """The object without the nulls of fields that exist: those are unset, where null is no choice of its own."""
+    known = wire_fields(model) if model is not None else data
+    found: dict[str, object] = {}
+    for name, value in data.items():
+        inner, field = model_in(known.get(name)) if model is not None else None, (*path, name)
+        if isinstance(value, dict):
+            found[name] = _without_nulls(cast(dict[str, object], value), inner, field)
+        elif isinstance(value, list) and inner is not None:
+            items = cast(list[object], value)
+            found[name] = [
+                _without_nulls(cast(dict[str, object], item), inner) if isinstance(item, dict) else item
+                for item in items
+            ]
+        elif value is not None or name not in known or field in NULL_IS_A_CHOICE:
+            found[name] = value
+    return found
 
 
 def _without_service_fields(data: Mapping[str, object]) -> dict[str, object]:
@@ -269,7 +299,7 @@ def _resolve(wire: dict[str, object], path: FieldPath, origin: _Origin) -> None:
 
 @dataclass(slots=True)
 class _Plain:
-    """Reads what YAML or Python made into JSON's types, anew: no alias is left, and no null that means unset."""
+    """Reads what YAML or Python made into JSON's types, anew, so that no alias is left."""
 
     origin: _Origin
     values: int = 0
@@ -292,9 +322,7 @@ class _Plain:
         found: dict[str, object] = {}
         for key, item in value.items():
             name = self._key(key, path)
-            inner = (*path, name)
-            if item is not None or inner in NULL_IS_A_CHOICE:
-                found[name] = self.read(item, inner)
+            found[name] = self.read(item, (*path, name))
         return found
 
     def _key(self, key: object, path: FieldPath) -> str:

@@ -186,7 +186,7 @@ def _by_type(error_type: str, context: Mapping[str, Any]) -> str:
 def _unknown_field(kind: type[Model], path: FieldPath) -> str:
     name = str(path[-1])
     parent = _model_at(kind, path[:-1])
-    known = _wire_fields(parent) if parent is not None else {}
+    known = wire_fields(parent) if parent is not None else {}
     elsewhere = [field_name(p) for p in _all_paths(kind) if p[-1] == name]
     if elsewhere:
         return f"unknown field here; it belongs in {' or '.join(elsewhere)}"
@@ -299,7 +299,7 @@ def _in_wire_names(text: str, kind: type[Model], path: FieldPath) -> str:
     return text
 
 
-def _wire_fields(model: type[Model]) -> dict[str, Any]:
+def wire_fields(model: type[Model]) -> dict[str, Any]:
     """A model's fields' types by wire name."""
     return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
 
@@ -309,26 +309,26 @@ def _model_at(kind: type[Model], path: FieldPath) -> type[Model] | None:
     for part in path:
         if isinstance(part, int) or model is None:
             continue
-        model = _model_in(_wire_fields(model).get(part))
+        model = model_in(wire_fields(model).get(part))
     return model
 
 
-def _model_in(annotation: Any) -> type[Model] | None:
+def model_in(annotation: Any) -> type[Model] | None:
     """The contract model inside a type: itself, an optional's or a tuple's."""
     if isinstance(annotation, type) and issubclass(annotation, Model):
         return annotation
-    return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
+    return next(filter(None, map(model_in, typing.get_args(annotation))), None)
 
 
 def _all_paths(kind: type[Model]) -> list[FieldPath]:
     """The wire paths of all fields under `spec`, shallow ones first."""
-    pending: list[tuple[FieldPath, type[Model]]] = [(("spec",), cast(type[Model], _wire_fields(kind)["spec"]))]
+    pending: list[tuple[FieldPath, type[Model]]] = [(("spec",), cast(type[Model], wire_fields(kind)["spec"]))]
     paths: list[FieldPath] = []
     while pending:
         prefix, model = pending.pop(0)
-        for name, annotation in _wire_fields(model).items():
+        for name, annotation in wire_fields(model).items():
             paths.append((*prefix, name))
-            inner = _model_in(annotation)
+            inner = model_in(annotation)
             if inner is not None:
                 pending.append(((*prefix, name), inner))
     return paths

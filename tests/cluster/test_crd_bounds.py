@@ -39,9 +39,9 @@ QUOTA: Json = {"gpuClass": "24Gi", "nominal": 1}
 # Tried on every field, whatever its type.
 VALUES: list[object] = ["", "a", "A b", "a\u00a0b", "0", "1", "0.5", "1e-9", "01", "-1", "48Gi", True, 7, -1, 7.5]
 VALUES += [[], ["a"], ["a b"], [""], [7], ["a"] * 17, ["a"] * 65, ["é" * 129], {}, {"a": "b"}, {"uri": "s3://b/k"}]
-VALUES += [["a" * 128], ["a" * 129]]
+VALUES += [["a" * 128], ["a" * 129], "{{ a }}", "chatml", ".", "..", "a?b", " a"]
 # What a text of a given length is made of: each fits the pattern of some field.
-FILLERS = ("a", "é", "7", "hf://a", "s3://a", "s3://\u2003", "0.", "v")
+FILLERS = ("a", "é", "7", "{{ a", "hf://a", "s3://a", "s3://\u2003", "0.", "v")
 # Where a double is not the decimal: comparisons must come out alike for both readers.
 DECIMALS = ("0.5", "5e-1", "0.500000000001", "5000000000.000000001e-10", "0e9", "1E-99", "0.000000000001e-99", "1.0e0")
 DECIMALS += ("0.999999999999", "9999999999.99999999e-10", "9999999999.999999999e-10", "10e-1", "9.5e-1", "0.0")
@@ -127,7 +127,8 @@ QUEUE_FIELDS = dict(leaves(QLoRAQueueSpec))
 
 @pytest.mark.parametrize("path", JOB_FIELDS)
 def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> None:
-    agree_on_all(api, QLoRAJob, SPEC, path, JOB_FIELDS[path])
+    needed = {"dataset": {**SPEC["dataset"], "evalSource": "s3://b/e"}} if path == "dataset.evalSplit" else {}
+    agree_on_all(api, QLoRAJob, {**SPEC, **needed}, path, JOB_FIELDS[path])
 
 
 @pytest.mark.parametrize("path", QUEUE_FIELDS)
@@ -148,7 +149,9 @@ def rule_breakers() -> list[tuple[str, object]]:
     """Something that only it forbids, for every rule of a job's spec."""
     both = {"source": "s3://b/t", "evalSource": "s3://b/e", "evalFraction": "0.1"}
     found: list[tuple[str, object]] = [("dataset.evalFraction", "0.6"), ("dataset", both)]
-    found += [("adapter.dropout", "1"), ("tracking.alias", "v1")]
+    found += [("adapter.dropout", "1"), ("tracking.alias", "v1"), ("tracking.registeredModel", "..")]
+    found += [("dataset.evalSplit", "test"), ("training.epochs", "1000001")]
+    found += [("model.chatTemplate", "templates/chat.jinja"), ("model.chatTemplate", "{{ '模' }}" + "模" * 20_000)]
     aliases = {
         name: field.alias for name, field in type(QLoRAJobSpec.model_fields["training"].default).model_fields.items()
     }

@@ -53,7 +53,11 @@ def _metadata(meta: object) -> Iterator[str]:
     if not isinstance(meta, dict):
         yield "metadata is no object"
         return
-    fields = cast(Json, meta)
+    fields = {
+        key: _without_null_values(value)
+        for key, value in cast(Json, meta).items()
+        if value is not None or key not in SERVED_METADATA
+    }
     if unknown := fields.keys() - SERVED_METADATA:
         yield f"metadata: unknown {unknown}"
     name, namespace = fields.get("name"), fields.get("namespace", "default")
@@ -76,6 +80,10 @@ def _metadata(meta: object) -> Iterator[str]:
         yield "metadata.annotations: too long"
 
 
+def _without_null_values(value: Any) -> Any:
+    return {k: v for k, v in cast(Json, value).items() if v is not None} if isinstance(value, dict) else value
+
+
 def _is_qualified(key: str) -> bool:
     prefix, slash, name = key.rpartition("/")
     fits = len(name) <= 63 and QUALIFIED.fullmatch(name) is not None
@@ -89,7 +97,8 @@ def _without_nulls(value: Any, schema: Json) -> Any:
         kept: Json = {}
         for key, item in cast(Json, value).items():
             inner = known.get(key, more)
-            if item is not None or inner.get("nullable"):
+            is_unknown = key not in known and not more  # which `kubectl apply` has the server refuse, null or not
+            if item is not None or inner.get("nullable") or is_unknown:
                 kept[key] = _without_nulls(item, inner)
         return kept
     if isinstance(value, list):
