@@ -20,7 +20,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,9 +46,9 @@ from benchmarks.architectures import CONFIGS
 from benchmarks.report import argument_parser
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD, Moment, Polynomial, TableKey
 from orchestrator.api.model_facts import MIXTURES
 from orchestrator.api.package_data import TRACED_LAYERS_NAME
-from orchestrator.sizing.memory.traced_layer import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD
 
 FAMILIES = {
     "phi3": "phi-3-mini-3.8b",
@@ -69,9 +69,7 @@ FAMILIES = {
 }
 """Model types that are traced, and a model of each."""
 FEW_TARGETS = {"phi3": ("qkv_proj",), "gpt_neox": ("query_key_value",)}
-"""What "few" of `ADAPTERS` means where queries and values have no matrices of their own."""
-ADAPTERS = ("all", "few", "all dora", "few dora")
-"""Adapters on every linear layer, or on those of queries and values alone; without and with DoRA."""
+"""Targets of few adapters where queries and values have no matrices of their own."""
 AT_WORK = (ATTENTION, EXPERTS_FORWARD, EXPERTS_BACKWARD)
 LAYERS, MIDDLE = 3, 1
 TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "api" / TRACED_LAYERS_NAME
@@ -154,7 +152,7 @@ class Recorder(TorchDispatchMode):
         self.events.append(Event(kind="drop", number=self._numbers.pop(key)))
 
 
-def trace(family: str, widths: Widths, *, adapters: str, recomputes: bool, dropout: bool) -> list[Event]:
+def trace(family: str, widths: Widths, key: TableKey) -> list[Event]:
     """The events of a training step."""
     model = FAMILIES[family]
     config = _config(model, widths)
@@ -163,9 +161,9 @@ def trace(family: str, widths: Widths, *, adapters: str, recomputes: bool, dropo
     base = _base(config)
     adapter = AdapterSpec(
         rank=widths.rank,
-        dropout="0.05" if dropout else "0",
-        target_modules=FEW_TARGETS.get(family, ("q_proj", "v_proj")) if adapters.startswith("few") else "all-linear",
-        use_dora=adapters.endswith("dora"),
+        dropout="0.05" if key.drops else "0",
+        target_modules=FEW_TARGETS.get(family, ("q_proj", "v_proj")) if key.few else "all-linear",
+        use_dora=key.dora,
     )
     with warnings.catch_warnings(), mock.patch.object(dora.DoraLinearLayer, "update_layer", _add_magnitudes):
         warnings.simplefilter("ignore")
@@ -176,7 +174,7 @@ def trace(family: str, widths: Widths, *, adapters: str, recomputes: bool, dropo
         _move_to_card(base)
         peft_model.train()
         decoder = base.get_decoder()
-        set_recompute(decoder, LAYERS if recomputes else 0)
+        set_recompute(decoder, LAYERS if key.recomputes else 0)
         _mark_layers(decoder, recorder)
         for tensor in (*peft_model.parameters(), *peft_model.buffers()):
             recorder.ignore(tensor)
@@ -404,8 +402,6 @@ def _mark_gradient(recorder: Recorder, name: str, _module: Any, _inputs: Any, ou
 # --- from sizes to products of widths
 
 
-Polynomial = dict[str, float]
-"""Bytes for each product of widths: `{"th": 2}` is 2 bytes x tokens x hidden size."""
 PRODUCTS = (
     *("th", "ti", "tq", "tk", "tp", "tr", "ttn", "tt", "tn", "tm", "td", "t"),
     *("ii", "qq", "kk", "hi", "hh", "hq", "hk", "hp", "rh", "ri", "rq", "rk", "rp", "h", "i", "q", "k", "p", "r", ""),
@@ -452,9 +448,9 @@ def _values(model: str, widths: Widths) -> dict[str, int]:
     return {name: int(np.prod([symbols[letter] for letter in name], dtype=np.int64)) for name in PRODUCTS}
 
 
-def table(family: str, *, adapters: str, recomputes: bool, dropout: bool) -> dict[str, Any]:
+def table(family: str, key: TableKey) -> dict[str, Any]:
     """What a layer keeps, the first one too, and the instants of both passes that can be its peak."""
-    traces = [trace(family, widths, adapters=adapters, recomputes=recomputes, dropout=dropout) for widths in SAMPLES]
+    traces = [trace(family, widths, key) for widths in SAMPLES]
     assert len({len(events) for events in traces}) == 1, "the widths change what is computed"
     takes = [[event for event in events if event.kind == "take"] for events in traces]
     sizes = {events[0].number: tuple(e.size for e in events) for events in zip(*takes, strict=True)}
@@ -487,10 +483,6 @@ def _embeddings_drop(events: list[Event], polynomials: dict[int, Polynomial]) ->
     made = [event.number for event in before if event.kind == "take" and polynomials[event.number] == {"th": 2.0}]
     between = events[names.index("end") : names.index("loss")]
     return next((event for event in between if event.kind == "drop" and event.number in made), None)
-
-
-Moment = tuple[str, Polynomial]
-"""What is at work that takes bytes of its own, if anything is, and what is alive."""
 
 
 def _segment(
@@ -550,12 +542,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tables: dict[str, Any] = {}
     for family in arguments.families:
-        tables[family] = {
-            f"{adapters}, {'recomputed' if recomputes else 'kept'}, {'dropped' if dropout else 'whole'}": table(
-                family, adapters=adapters, recomputes=recomputes, dropout=dropout
-            )
-            for adapters, recomputes, dropout in product(ADAPTERS, (False, True), (False, True))
-        }
+        tables[family] = {str(key): table(family, key) for key in TableKey.every()}
         print(family, {key: len(entry["backward"]) for key, entry in tables[family].items()}, file=sys.stderr)
     lines = (f'"{family}": {json.dumps(entry)}' for family, entry in tables.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"

@@ -6,10 +6,6 @@ adapters with extras (DoRA). What such a layer takes is not written down here bu
 that can be the peak, a sum of products of widths. What attention and routed experts take by the way is
 `sizing/memory/attention`'s and `sizing/memory/experts`' business. For an architecture that is not in there Llama's
 table stands in, and `sizing/guess` says what that may be wrong by.
-
-Letters: t tokens, h hidden size, i inner size (of a mixture: of what is shared), q and k widths of all query and all
-key heads, p q + 2 k, n query heads, m key heads, d head size, r rank, e experts, s experts of a token; `th: 2` is
-2 bytes x t x h.
 """
 
 from __future__ import annotations
@@ -21,6 +17,15 @@ from math import prod
 from operator import mul
 from typing import Any
 
+from orchestrator.api.layer_tables import (
+    ATTENTION,
+    EXPERTS_BACKWARD,
+    EXPERTS_FORWARD,
+    Moment,
+    Polynomial,
+    TableKey,
+    few_targets,
+)
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.package_data import traced_layers
 from orchestrator.sizing.memory.attention import Attention
@@ -29,15 +34,8 @@ from orchestrator.sizing.memory.handwritten_layer import LayerBytes
 from orchestrator.sizing.memory.linear_layers import Linear
 from orchestrator.sizing.memory.timeline import BF16_BYTES, allocated
 
-FEW_TARGETS = frozenset({"q_proj", "v_proj", "qkv_proj", "query_key_value"})
-"""Adapters on no more than these were traced apart; on more, a layer is sized as if all its matrices had one."""
 NEAREST = "llama"
 """The table that stands in for that of a model type which was never traced: a guess (`sizing/guess`)."""
-
-Moment = tuple[str, Mapping[str, float]]
-"""What is at work that takes bytes of its own, if anything is, and bytes for each product of widths."""
-ATTENTION, EXPERTS_FORWARD, EXPERTS_BACKWARD = "attention workspace", "experts forward", "experts backward"
-"""What can be at work: attention's backward pass with its workspace, and either pass of routed experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ class TracedLayer:
     attention: Attention
 
     def values(self) -> dict[str, int]:
-        """The widths by letter."""
+        """The widths by the letters of `api/layer_tables`."""
         query, key = self.attention.query_width, self.attention.key_width
         mixture = self.facts.mixture
         return {
@@ -99,12 +97,12 @@ class _Table:
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> _Table:
         """The table with the file's sparse polynomials."""
-        single: dict[str, Mapping[str, float]] = {name: table[name] for name in ("kept", "first", "released", "loss")}
+        single: dict[str, Polynomial] = {name: table[name] for name in ("kept", "first", "released", "loss")}
         several: dict[str, list[Moment]] = {name: table[name] for name in ("forward", "backward", "norm")}
         polynomials = (*single.values(), *(moment[1] for each in several.values() for moment in each))
         products = tuple(sorted({product for polynomial in polynomials for product in polynomial}))
 
-        def dense(polynomial: Mapping[str, float]) -> Coefficients:
+        def dense(polynomial: Polynomial) -> Coefficients:
             return tuple(polynomial.get(product, 0) for product in products)
 
         def moments(name: str) -> tuple[tuple[str, Coefficients], ...]:
@@ -133,18 +131,15 @@ def is_traced(model_type: str) -> bool:
 
 
 def _table(layer: TracedLayer, recomputes: bool) -> _Table:
-    few = {linear.name for linear in layer.adapted} <= FEW_TARGETS
-    adapters = ("few" if few else "all") + (" dora" if layer.dora else "")
-    return _read(layer.facts.model_type, adapters, recomputes, layer.drops)
+    few = few_targets(linear.name for linear in layer.adapted)
+    key = TableKey(few=few, dora=layer.dora, recomputes=recomputes, drops=layer.drops)
+    return _read(layer.facts.model_type, key)
 
 
 @cache
-def _read(model_type: str, adapters: str, recomputes: bool, drops: bool) -> _Table:
+def _read(model_type: str, key: TableKey) -> _Table:
     tables = traced_layers()
-    family = tables.get(model_type) or tables[NEAREST]
-    return _Table.read(
-        family[f"{adapters}, {'recomputed' if recomputes else 'kept'}, {'dropped' if drops else 'whole'}"]
-    )
+    return _Table.read((tables.get(model_type) or tables[NEAREST])[str(key)])
 
 
 def traced_layer_bytes(layer: TracedLayer, *, recomputes: bool) -> LayerBytes:
