@@ -105,6 +105,7 @@ def _watching(settings: ClusterSettings, metrics: Metrics, stop: threading.Event
     store = KubernetesStore(api, namespaces=settings.namespaces, reporter=settings.pod_name, changes=changes)
     bounds = RuntimeBounds(gpu_classes=settings.gpu_classes)
     runtime = KubernetesPods(api, changes, settings.pod_policy(), bounds, namespaces=settings.namespaces)
+    metrics.read_uncounted_gpus = runtime.uncounted_gpus
     while not stop.is_set():
         try:
             runtime.start()

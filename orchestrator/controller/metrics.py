@@ -51,6 +51,7 @@ OTHER = "other"
 FAST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 WAIT_BUCKETS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 24 * 3600.0, 72 * 3600.0)
 
+ReadUncounted = Callable[[], Mapping[str, int]]
 ReadRequests = Callable[[], Mapping[tuple[str, str], int]]
 
 
@@ -75,10 +76,13 @@ class Metrics:
         GCCollector(registry=self.registry)
         self.registry.register(_Jobs(self))
         self.registry.register(_ApiRequests(self))
+        self.registry.register(_UncountedGpus(self))
         self.snapshot: Snapshot | None = None
         """The last round's; gauges are worked out from it."""
         self.read_requests: ReadRequests = dict
         """Requests to the API server so far, by verb and resource; the program on Kubernetes sets it."""
+        self.read_uncounted_gpus: ReadUncounted = dict
+        """GPUs that are there and that no job gets, by why not; the program on Kubernetes sets it."""
         self._history = _History(self.registry)
         self._rounds = Counter("qlora_rounds", "Rounds of the control loop", ["outcome"], registry=self.registry)
         self._decisions = Counter("qlora_decisions", "Commands decided", ["command"], registry=self.registry)
@@ -304,6 +308,21 @@ class _ApiRequests(Collector):
         for (verb, resource), count in sorted(self._metrics.read_requests().items()):
             family.add_metric([verb, resource], count)
         yield family
+
+
+class _UncountedGpus(Collector):
+    """GPUs that do not count, as the runtime tells of them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: known once there are some."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        samples = {(why,): float(count) for why, count in self._metrics.read_uncounted_gpus().items()}
+        yield _gauge("qlora_gpus_not_counted", "GPUs that no job gets, by why not", ("reason",), samples)
 
 
 States = Sequence[tuple[QLoRAJob, JobState]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,31 @@ def test_what_a_plan_moves_to_the_host_is_asked_for() -> None:
 
     plain, moved = request(make_plan()), request(make_plan("activations"))
     assert 0 <= moved - plain - 10 * 2048 * 8192 * 2 <= MIB  # ten layers' inputs of 2048 tokens in bf16
+
+
+def test_more_host_memory_is_asked_for_after_it_ran_out() -> None:
+    def request(factor: float) -> int:
+        task = make_task(model=LLAMA_3_70B).model_copy(update={"host_memory_factor": factor})
+        made: Manifest = pod(task, "80Gi", POLICY)
+        return mebibytes(trainer(made)["resources"]["requests"]["memory"])
+
+    assert 0 <= request(2) - 2 * request(1) + MIB <= MIB
+
+
+def test_nodes_to_avoid_are_kept_off_by_name_in_every_way_that_a_node_may_fit() -> None:
+    task = make_task().model_copy(update={"avoid_nodes": ("gpu-7", "gpu-9")})
+    made: Manifest = pod(task, "24Gi", POLICY)
+    required = made["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    terms = required["nodeSelectorTerms"]
+    assert terms
+    avoided = [{"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in ("gpu-7", "gpu-9")]
+    assert all(term["matchFields"] == avoided for term in terms)
+
+
+def test_what_concerns_only_the_pod_is_not_told_to_the_trainer() -> None:
+    task = make_task().model_copy(update={"avoid_nodes": ("gpu-7",), "host_memory_factor": 2.0})
+    sent = json.loads(environment(pod(task, "24Gi", POLICY))["QLORA_TASK"])
+    assert not {"avoidNodes", "hostMemoryFactor"} & sent.keys()
 
 
 # --- GPUs --------------------

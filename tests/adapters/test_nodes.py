@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.adapters.kubernetes.nodes import Node, count_gpus
+from orchestrator.adapters.kubernetes.api import Json
+from orchestrator.adapters.kubernetes.nodes import Node, count_gpus, gpus_of_others, read_node
+from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.settings import Settings
 from orchestrator.sizing.hardware import GpuClass, find_card, gpu_class, priced
 
@@ -38,6 +40,78 @@ def test_what_an_autoscaler_may_bring_is_not_known_by_name() -> None:
 def test_a_node_that_cannot_take_pods_counts_what_is_held_there() -> None:
     assert count_gpus([node("a", "NVIDIA-L40S", usable=False)], {}, {}) == ()
     assert only(count_gpus([node("a", "NVIDIA-L40S", usable=False)], {"a": 1}, {})).capacity == 1
+
+
+POLICY = PodPolicy(trainer_image="t", tracking_uri="http://m")
+A10G = {"nvidia.com/gpu.product": "NVIDIA-A10G", "nvidia.com/gpu.memory": "23028", "nvidia.com/gpu.count": "1"}
+
+
+def of_the_api(*, gpus: int = 1, spec: Json | None = None, ready: bool = True, **labels: str) -> Json:
+    status = {
+        "conditions": [{"type": "Ready", "status": str(ready)}],
+        "allocatable": {"nvidia.com/gpu": str(gpus)},
+    }
+    named = {f"nvidia.com/{key.replace('_', '.')}": value for key, value in labels.items()}
+    return {"metadata": {"name": "n", "labels": {**A10G, **named}}, "spec": spec or {}, "status": status}
+
+
+def someones_pod(*, gpus: int, node: str = "n", phase: str = "Running", **labels: str) -> Json:
+    container = {"resources": {"limits": {"nvidia.com/gpu": str(gpus)}}} if gpus else {}
+    spec = {"nodeName": node, "containers": [{}, container]}
+    return {"metadata": {"labels": labels}, "spec": spec, "status": {"phase": phase}}
+
+
+SHARED = {
+    "time-slicing": {"gpu_replicas": "4"},
+    "time-slicing by the product's name": {"gpu_product": "NVIDIA-A10G-SHARED"},
+    "slices": {"gpu_product": "NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"},
+}
+
+
+@pytest.mark.parametrize("labels", SHARED.values(), ids=SHARED)
+def test_a_card_that_is_handed_out_in_parts_does_not_count_and_says_why(labels: dict[str, str]) -> None:
+    assert count_gpus([read_node(of_the_api(), POLICY)], {}, {}) != ()
+    found = read_node(of_the_api(gpus=4, **labels), POLICY)
+    assert count_gpus([found], {}, {}) == ()
+    assert found.not_whole
+
+
+def test_slices_that_are_asked_for_as_slices_count() -> None:
+    policy = PodPolicy(trainer_image="t", tracking_uri="http://m", gpu_mode="mig")
+    assert read_node(of_the_api(gpu_product="NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"), policy).not_whole == ""
+
+
+AWAY = {
+    "cordoned": of_the_api(spec={"unschedulable": True}),
+    "not ready": of_the_api(ready=False),
+    "tainted": of_the_api(spec={"taints": [{"key": "team", "value": "other", "effect": "NoSchedule"}]}),
+    "draining": of_the_api(spec={"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}),
+}
+
+
+@pytest.mark.parametrize("item", AWAY.values(), ids=AWAY)
+def test_a_node_that_takes_no_pods_has_no_free_gpus(item: Json) -> None:
+    assert count_gpus([read_node(item, POLICY)], {}, {}) == ()
+
+
+def test_gpus_that_pods_of_others_ask_for_are_taken() -> None:
+    nodes = [node("a", "NVIDIA-L40S", gpus=8)]
+    assert only(count_gpus(nodes, {"a": 2}, {}, {"a": 5})).capacity == 3
+    assert only(count_gpus(nodes, {"a": 2}, {}, {"a": 8})).capacity == 2, "what is ours stays on the books"
+    assert count_gpus(nodes, {}, {}, {"a": 8}) == ()
+
+
+def test_what_a_pod_of_others_takes_is_what_it_asks_for_while_it_is_there() -> None:
+    assert gpus_of_others(someones_pod(gpus=2), POLICY) == ("n", 2)
+    assert gpus_of_others(someones_pod(gpus=2, phase="Succeeded"), POLICY) is None
+    assert gpus_of_others(someones_pod(gpus=2, node=""), POLICY) is None
+    assert gpus_of_others(someones_pod(gpus=0), POLICY) is None
+    ours = {"app.kubernetes.io/managed-by": "qlora-orchestrator"}
+    assert gpus_of_others(someones_pod(gpus=1, **ours), POLICY) is None
+    dra = PodPolicy(trainer_image="t", tracking_uri="http://m", gpu_mode="dra")
+    claiming = someones_pod(gpus=0)
+    claiming["spec"]["resourceClaims"] = [{"name": "gpu", "resourceClaimName": "theirs"}]
+    assert gpus_of_others(claiming, dra) == ("n", 1)
 
 
 def test_prices_come_from_the_setting_and_reach_decisions(monkeypatch: pytest.MonkeyPatch) -> None:

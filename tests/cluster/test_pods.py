@@ -252,7 +252,7 @@ def test_a_pod_that_the_server_refuses_is_a_stage_that_could_not_start(api: Kube
     pods = runtimes(replace(POLICY, model_cache="hostpath:///srv/models"))
     pods.ensure(make_task(namespace=RESTRICTED), "24Gi")
     fact = pods.observe()[f"{RESTRICTED}/{NAME}"]
-    assert (fact.phase, fact.exit_code, fact.disruption) == (StagePhase.EXITED, None, Reason.START_FAILED)
+    assert (fact.phase, fact.exit_code, fact.disruption) == (StagePhase.EXITED, None, Reason.ADMISSION_REFUSED)
     assert "hostPath" in message(fact)
     pods.delete(RESTRICTED, NAME)
     assert pods.observe() == {}
@@ -266,7 +266,7 @@ def test_a_full_quota_sends_the_job_back_to_the_queue(api: KubeApi, pods: Kubern
     try:
         eventually(lambda: _refused(pods))
         fact = pods.observe()[f"{NARROW}/{NAME}"]
-        assert fact.disruption is Reason.UNSCHEDULABLE
+        assert fact.disruption is Reason.QUOTA_EXCEEDED
         assert "exceeded quota" in message(fact)
     finally:
         api.delete(f"{quota}/none")
@@ -276,7 +276,7 @@ def _refused(pods: KubernetesPods) -> bool:
     """The quota's view is kept by a watch of the server's own."""
     pods.delete(NARROW, NAME)
     pods.ensure(make_task(namespace=NARROW), "24Gi")
-    return pods.observe()[f"{NARROW}/{NAME}"].disruption is Reason.UNSCHEDULABLE
+    return pods.observe()[f"{NARROW}/{NAME}"].disruption is Reason.QUOTA_EXCEEDED
 
 
 def test_another_jobs_pod_of_the_name_is_left_and_waited_for(api: KubeApi, pods: KubernetesPods) -> None:
@@ -538,7 +538,7 @@ def test_an_image_that_cannot_be_pulled_is_a_failed_start(api: KubeApi, runtimes
         agent = {"name": "ray-agent", "image": "c", "imageID": "", "ready": False, "restartCount": 0, "state": no_image}
         report(api, initializing, phase="Pending", initContainerStatuses=[agent])
     fact = until(pods, is_ended)
-    assert (fact.exit_code, fact.disruption) == (None, Reason.START_FAILED)
+    assert (fact.exit_code, fact.disruption) == (None, Reason.IMAGE_UNAVAILABLE)
     assert "no such image" in message(fact)
     pods.delete(NAMESPACE, NAME)
     assert api.get(PATH)["metadata"]["deletionGracePeriodSeconds"] == 1

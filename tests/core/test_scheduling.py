@@ -223,6 +223,48 @@ def test_a_borrower_moves_nobody_of_another_queue() -> None:
     assert victims(world(*jobs, gpu_classes=gpus(_24Gi=2), queues=COHORT)) == {"urgent": "mine"}
 
 
+# --- guarantees ------------------------------------------------------------------------------------------------------
+
+OWNER = (make_queue("owner", {"24Gi": 1}),)
+
+
+def test_no_priority_takes_what_a_queue_is_guaranteed() -> None:
+    seen = world(running("theirs", spec={"queue": "owner"}), waiting("urgent", priority=1_000_000), queues=OWNER)
+    assert victims(seen) == {}
+    assert refusal(seen, "urgent")[0] is Reason.WAITING_FOR_GPU
+
+
+def test_a_queues_own_priorities_still_count_within_its_guarantee() -> None:
+    jobs = (running("theirs", spec={"queue": "owner"}), waiting("urgent", priority=1, queue="owner"))
+    assert victims(world(*jobs, queues=OWNER)) == {"urgent": "theirs"}
+
+
+@pytest.mark.parametrize("queue", ["default", "deleted"])
+def test_an_owner_reclaims_from_a_queue_without_a_quota_and_from_one_that_is_gone(queue: str) -> None:
+    jobs = (running("guest", spec={"queue": queue, "priority": 9}), waiting("owner", queue="owner"))
+    [preemption] = schedule(world(*jobs, queues=OWNER)).preemptions
+    assert (preemption.victim.key, preemption.reason) == ("default/guest", Reason.QUOTA_RECLAIMED)
+
+
+def test_an_owner_reclaims_from_a_queue_whose_quota_was_lowered() -> None:
+    queues = (*OWNER, make_queue("shrunk", {"24Gi": 1}))
+    guests = [running(f"guest-{n}", spec={"queue": "shrunk"}, ran_seconds=400 + n) for n in range(2)]
+    seen = world(*guests, waiting("owner", queue="owner"), gpu_classes=gpus(_24Gi=2), queues=queues)
+    assert victims(seen) == {"owner": "guest-0"}
+
+
+def test_a_guaranteed_gpu_that_is_free_goes_to_its_owner_before_any_priority() -> None:
+    jobs = (waiting("urgent", priority=1_000_000), waiting("owner", queue="owner"))
+    assert placed(world(*jobs, queues=OWNER)) == {"owner": "24Gi"}
+
+
+def test_beyond_its_guarantee_a_queue_yields_to_priority() -> None:
+    queues = (make_queue("owner", {"24Gi": (1, 1)}, cohort="c"), make_queue("lender", {"24Gi": 1}, cohort="c"))
+    holders = [running(f"theirs-{n}", spec={"queue": "owner"}, ran_seconds=400 + n) for n in range(2)]
+    seen = world(*holders, waiting("urgent", priority=5), gpu_classes=gpus(_24Gi=2), queues=queues)
+    assert victims(seen) == {"urgent": "theirs-0"}
+
+
 # --- victims ---------------------------------------------------------------------------------------------------------
 
 URGENT = waiting("urgent", priority=5)

@@ -338,7 +338,8 @@ class World:
                 could = self._could_use(other, attempt.gpu_class) and self._may_hold_more(
                     other, attempt.gpu_class, held
                 )
-                assert not (waits and higher and could), f"{key} got {attempt.gpu_class} before {other.key}"
+                owns = self._is_guaranteed(self.jobs[key], attempt.gpu_class, held)
+                assert owns or not (waits and higher and could), f"{key} got {attempt.gpu_class} before {other.key}"
 
     @staticmethod
     def _waits_for_gpu(status: QLoRAJobStatus) -> bool:
@@ -366,6 +367,12 @@ class World:
             return True
         nominal = {quota.gpu_class: quota.nominal for quota in queue.spec.quotas}
         return held[job.spec.queue, gpu_class] < nominal.get(gpu_class or "", 0)
+
+    def _is_guaranteed(self, job: QLoRAJob, gpu_class: str | None, held: Counter[tuple[str, str | None]]) -> bool:
+        """Whether the GPU that it got is within its queue's nominal quota, which comes before any priority."""
+        queue = next((queue for queue in self.queues if queue.metadata.name == job.spec.queue), None)
+        nominal = {quota.gpu_class: quota.nominal for quota in queue.spec.quotas} if queue is not None else {}
+        return held[job.spec.queue, gpu_class] <= nominal.get(gpu_class or "", 0)
 
     def _could_use(self, job: QLoRAJob, gpu_class: str | None) -> bool:
         """By what the tests know of their models, not by the formula; a job that resumes keeps its class."""

@@ -139,7 +139,12 @@ def node_affinity(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> 
 def _class_terms(gpu_class: str, gpu_resource: str) -> Iterator[Term]:
     """Ways in which a node may say that its cards are of the class; one is enough."""
     lower, upper = memory_range_mib(gpu_class)
-    yield _between(f"{gpu_resource}.memory", lower, upper)
+    whole: Manifest = {
+        "key": f"{gpu_resource}.sharing-strategy",
+        "operator": "NotIn",
+        "values": ["mps", "time-slicing"],
+    }
+    yield [*_between(f"{gpu_resource}.memory", lower, upper), whole]
     if gpu_resource != "nvidia.com/gpu":
         return
     unmeasured: Manifest = {"key": f"{gpu_resource}.memory", "operator": "DoesNotExist"}

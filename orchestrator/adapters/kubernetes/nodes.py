@@ -6,8 +6,10 @@ Rules:
   that the pods do not tolerate. A GPU that one of our pods holds counts as long as it is held, whatever becomes of its
   node: the books have it on both sides.
 - What an autoscaler can bring up counts as if it were there (`GPU_CLASSES`): a pod that waits is what brings it up.
-- Pods of others are not counted, since watching them all would cost more than it is worth: the scheduler leaves a pod
-  of ours pending, which ends as UNSCHEDULABLE and puts the job back into the queue. Keep the cards apart with taints.
+- GPUs that pods of others ask for are taken (`others`), as far as the controller may see those pods. Where it may not,
+  the scheduler leaves a pod of ours pending, which ends as UNSCHEDULABLE: the job goes on elsewhere.
+- A card that is handed out in parts (time-slicing, MPS, MIG) is no card of its class, and does not count; why is on
+  the node (`not_whole`). Slices that an operator asks for by their own resource are another matter.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.node_placement import SPOT_LABELS, node_class, takes_pods
+from orchestrator.adapters.kubernetes.pod_manifest import MANAGED_BY_LABEL, MANAGER
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, GpuClass, gpu_class
@@ -39,6 +43,9 @@ LEAVING_TAINTS = frozenset(
     }
 )
 """Put on nodes that are being taken away, by autoscalers and by those who hear of a spot machine's end."""
+SHARING_LABELS = ("cloud.google.com/gke-max-shared-clients-per-gpu",)
+"""By which clouds say how often they hand out each card, besides GPU Feature Discovery's own label."""
+PARTITION_LABEL = "cloud.google.com/gke-gpu-partition-size"
 READINESS_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"})
 """They follow the condition, which is looked at itself."""
 
@@ -58,6 +65,8 @@ class Node:
     """Whether its machine may be taken away at any time, by the label that its cloud gives it."""
     leaving: str = ""
     """Why it is about to go, in words; empty if nothing is known."""
+    not_whole: str = ""
+    """Why its GPUs are no whole cards, in words; empty where they are."""
     out_of_service: bool = False
     """Whether an operator vouches for it that nothing runs there any more."""
 
@@ -70,8 +79,10 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
     labels: dict[str, str] = meta.get("labels") or {}
     taints: list[dict[str, str]] = spec.get("taints") or []
     leaving = _leaving(meta, taints)
+    not_whole = _not_whole(labels, policy)
     usable = (
         _is_ready(status)
+        and not not_whole
         and not spec.get("unschedulable", False)
         and not leaving
         and takes_pods(labels, [taint for taint in taints if taint["key"] not in READINESS_TAINTS], policy.template)
@@ -84,18 +95,28 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
         usable=usable,
         spot=any(labels.get(key) == value for key, value in SPOT_LABELS.items()),
         leaving=leaving,
+        not_whole=not_whole,
         out_of_service=any(taint["key"] == OUT_OF_SERVICE for taint in taints),
     )
 
 
-def count_gpus(nodes: Iterable[Node], held: Mapping[str, int], reachable: Mapping[str, int]) -> tuple[GpuClass, ...]:
-    """The classes that there are, small ones first. `held`: GPUs of ours by node; `reachable`: what may come up."""
+def count_gpus(
+    nodes: Iterable[Node],
+    held: Mapping[str, int],
+    reachable: Mapping[str, int],
+    others: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[GpuClass, ...]:
+    """The classes that there are, small ones first.
+
+    `held`: GPUs of ours by node; `reachable`: what an autoscaler may bring up; `others`: GPUs of other people's pods.
+    """
     counts: Counter[str] = Counter()
     on_spot: Counter[str] = Counter()
     products: defaultdict[str, set[str]] = defaultdict(set)
     for node in nodes:
         if node.gpu_class is not None:
-            gpus = node.gpus if node.usable else min(node.gpus, held.get(node.name, 0))
+            ours = min(node.gpus, held.get(node.name, 0))
+            gpus = max(ours, node.gpus - others.get(node.name, 0)) if node.usable else ours
             counts[node.gpu_class] += gpus
             on_spot[node.gpu_class] += gpus if node.spot else 0
             products[node.gpu_class].add(node.product)
@@ -129,6 +150,45 @@ def list_gpu_classes(api: KubeApi, gpu_resource: str = "nvidia.com/gpu") -> Sequ
         nodes += [read_node(item, policy) for item in page["items"]]
         if not (token := page["metadata"].get("continue", "")):
             return count_gpus(nodes, {}, {})
+
+
+def gpus_of_others(item: Json, policy: PodPolicy) -> tuple[str, int] | None:
+    """The node of a pod that is not ours, and the GPUs that it asks for; None where it has none."""
+    spec: Json = item.get("spec", {})
+    status: Json = item.get("status", {})
+    labels: Json = item["metadata"].get("labels") or {}
+    node: str = spec.get("nodeName") or ""
+    if not node or labels.get(MANAGED_BY_LABEL) == MANAGER or status.get("phase") in ("Succeeded", "Failed"):
+        return None
+    claims: list[Json] = spec.get("resourceClaims") or []
+    if policy.gpu_mode == "dra":
+        return (node, len(claims)) if claims else None
+    containers: list[Json] = spec.get("containers") or []
+    before: list[Json] = spec.get("initContainers") or []
+    together = sum(_asked(container, policy) for container in containers)
+    first = max((_asked(container, policy) for container in before), default=0)
+    count = max(together, first)
+    return (node, count) if count else None
+
+
+def _asked(container: Json, policy: PodPolicy) -> int:
+    resources: Json = container.get("resources") or {}
+    limits: Json = resources.get("limits") or {}
+    text = str(limits.get(policy.gpu_resource, "0"))
+    return int(text) if text.isdecimal() else 0
+
+
+def _not_whole(labels: Mapping[str, str], policy: PodPolicy) -> str:
+    """Why a node's GPUs are parts of cards; empty where they are whole, or where parts are what is asked for."""
+    if policy.gpu_mode == "mig":
+        return ""
+    product = labels.get(f"{policy.gpu_resource}.product", "")
+    shares = {name: labels.get(name, "1") for name in (f"{policy.gpu_resource}.replicas", *SHARING_LABELS)}
+    if product.endswith("-SHARED") or any(text.isdecimal() and int(text) > 1 for text in shares.values()):
+        return "each card is handed out several times (time-slicing or MPS)"
+    if "-MIG-" in product or PARTITION_LABEL in labels:
+        return "cards are handed out in MIG slices; ask for those by their own resource (QLORA_GPU_MODE=mig)"
+    return ""
 
 
 def _is_ready(status: Json) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -38,21 +39,28 @@ from orchestrator.core.snapshot import StageFact, StagePhase
 
 log = logging.getLogger(__name__)
 
-CANNOT_START = frozenset(
+IMAGE_PROBLEMS = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "ErrImageNeverPull",
+    "InvalidImageName",
+    "ImageInspectError",
+    "RegistryUnavailable",
+    "SignatureValidationFailed",
+)
+CANNOT_START: Mapping[str, Reason] = MappingProxyType(
     {
-        "ErrImagePull",
-        "ImagePullBackOff",
-        "ErrImageNeverPull",
-        "InvalidImageName",
-        "ImageInspectError",
-        "RegistryUnavailable",
-        "SignatureValidationFailed",
-        "CreateContainerConfigError",
-        "CreateContainerError",
-        "RunContainerError",
+        **dict.fromkeys(IMAGE_PROBLEMS, Reason.IMAGE_UNAVAILABLE),
+        "CreateContainerConfigError": Reason.CONFIG_MISSING,
+        "CreateContainerError": Reason.START_FAILED,
+        "RunContainerError": Reason.START_FAILED,
     }
 )
-"""Why the kubelet says that a container waits, where waiting alone does not help."""
+"""Why the kubelet says that a container waits, where waiting alone does not help, and what that is."""
+INIT_LOOP = "CrashLoopBackOff"
+"""How it says that what has to run before the trainer ends again and again."""
+CLAIM_PROBLEM = "persistentvolumeclaim"
+"""In the scheduler's words about a pod whose claim is missing or not bound."""
 NEVER_RAN = frozenset({"StartError", "ContainerCannotRun"})
 """Why it says that a container ended which the container runtime could not start."""
 UNKNOWN_END = "ContainerStatusUnknown"
@@ -68,7 +76,9 @@ class RuntimeBounds:
     unschedulable_seconds: float = 900.0
     """A pod that no node has taken for so long goes back to the queue; autoscalers need minutes for a GPU."""
     start_failure_seconds: float = 300.0
-    """An image, volume or secret may be missing for so long after a node took the pod."""
+    """An image or secret may be missing, or what runs before the trainer fail, for so long on a node."""
+    volume_seconds: float = 300.0
+    """A volume claim may be missing or unbound for so long."""
     start_seconds: float = 3600.0
     """So long after a node took the pod the trainer runs, whatever the image weighs."""
     acknowledge_seconds: float = 5.0
@@ -121,7 +131,8 @@ class StagePod:
     trouble: Trouble | None
     waiting: str
     """Why it does not run, in the platform's words."""
-    cannot_start: bool
+    problem: Reason | None
+    """What keeps it from starting, where waiting alone does not help."""
 
     @property
     def key(self) -> str:
@@ -144,6 +155,7 @@ def read_pod(item: Json) -> StagePod | None:
     conditions: dict[str, Json] = {condition["type"]: condition for condition in listed}
     scheduled: Json = conditions.get("PodScheduled", {})
     waiting = _waiting(status, state)
+    why = str(waiting.get("reason", ""))
     return StagePod(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -161,7 +173,7 @@ def read_pod(item: Json) -> StagePod | None:
         end=_end(status, terminated),
         trouble=_trouble(status, conditions, terminated, _memory_limit(spec)),
         waiting=_said(waiting) or _said(scheduled),
-        cannot_start=waiting.get("reason") in CANNOT_START,
+        problem=Reason.INIT_FAILED if why == INIT_LOOP else CANNOT_START.get(why),
     )
 
 
@@ -183,10 +195,18 @@ def _start_time(state: Json) -> datetime | None:
 
 
 def _waiting(status: Json, trainer: Json) -> Json:
-    """What the trainer waits for: its agent's image may be what is missing."""
-    agent: Json | None = _state(status, "initContainerStatuses", AGENT).get("waiting")
+    """What the trainer waits for: its agent's image may be what is missing, or the agent what does not stay up."""
+    listed: list[Json] = status.get("initContainerStatuses") or []
+    states: list[Json] = [container.get("state") or {} for container in listed]
     waiting: Json | None = trainer.get("waiting")
-    return agent if agent is not None and agent.get("reason") in CANNOT_START else waiting or {}
+    if waiting is None:  # it runs, or has ended
+        return {}
+    first = next((state["waiting"] for state in states if _is_stuck(state.get("waiting"))), None)
+    return first or waiting
+
+
+def _is_stuck(waiting: Json | None) -> bool:
+    return waiting is not None and waiting.get("reason") in {*CANNOT_START, INIT_LOOP}
 
 
 def _end(status: Json, terminated: Json | None) -> End | None:
@@ -270,15 +290,17 @@ def given_up(pod: StagePod, bounds: RuntimeBounds, now: datetime) -> Trouble | N
         return None
     if not pod.node:
         waited_seconds = (now - pod.created_time).total_seconds()
-        if waited_seconds <= bounds.unschedulable_seconds:
+        no_volume = CLAIM_PROBLEM in pod.waiting
+        if waited_seconds <= (bounds.volume_seconds if no_volume else bounds.unschedulable_seconds):
             return None
         message = f"no node took the pod in {waited_seconds:.0f} s: {pod.waiting or 'no scheduler looked at it'}"
-        return Trouble(reason=Reason.UNSCHEDULABLE, message=message)
+        reason = Reason.VOLUME_UNAVAILABLE if no_volume else Reason.UNSCHEDULABLE
+        return Trouble(reason=reason, message=message)
     waited_seconds = (now - (pod.scheduled_time or pod.created_time)).total_seconds()
-    if waited_seconds <= (bounds.start_failure_seconds if pod.cannot_start else bounds.start_seconds):
+    if waited_seconds <= (bounds.start_seconds if pod.problem is None else bounds.start_failure_seconds):
         return None
     message = f"the pod did not start in {waited_seconds:.0f} s on node {pod.node}: {pod.waiting or 'no reason given'}"
-    return Trouble(reason=Reason.START_FAILED, message=message)
+    return Trouble(reason=pod.problem or Reason.START_FAILED, message=message)
 
 
 def _present_trouble(pod: StagePod, leaving: str, bounds: RuntimeBounds, now: datetime) -> Trouble | None:

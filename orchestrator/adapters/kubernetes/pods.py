@@ -21,14 +21,14 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import get_args
 
 from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
-from orchestrator.adapters.kubernetes.nodes import NODES, Node, count_gpus, parse_gpu_classes, read_node
+from orchestrator.adapters.kubernetes.nodes import NODES, Node, count_gpus, gpus_of_others, parse_gpu_classes, read_node
 from orchestrator.adapters.kubernetes.objects import Parser
 from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, StagePod, given_up, read_pod, stage_fact
 from orchestrator.adapters.kubernetes.pod_manifest import MANAGED_BY_LABEL, MANAGER, claim_template, pod
@@ -105,6 +105,17 @@ class KubernetesPods:
             selector=f"{MANAGED_BY_LABEL}={MANAGER}",
             on_deleted=self._last_seen,
         )
+        # Changes of its own: what other people's pods do wakes nobody, and is looked at in the next round.
+        self._others: Cache[tuple[str, int]] = Cache(
+            api,
+            "v1",
+            PODS,
+            partial(gpus_of_others, policy=policy),
+            Changes(changes.relist_seconds),
+            namespaces=namespaces,
+            selector=f"{MANAGED_BY_LABEL}!={MANAGER}",
+        )
+        self._told_not_whole: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # never held while a cache is asked
         self._ends: dict[str, StagePod] = {}
         self._forgotten: set[str] = set()
@@ -115,6 +126,7 @@ class KubernetesPods:
         """Complete views from here on, which watches keep up to date."""
         self._nodes.start()
         self._pods.start()
+        self._others.start()
 
     def refresh(self) -> None:
         """See everything that anybody wrote before this call."""
@@ -123,6 +135,7 @@ class KubernetesPods:
 
     def close(self) -> None:
         """Watch no more; the pods go on."""
+        self._others.close()
         self._pods.close()
         self._nodes.close()
 
@@ -164,7 +177,27 @@ class KubernetesPods:
     def gpu_classes(self) -> Sequence[GpuClass]:
         """What the nodes have, and what an autoscaler can add."""
         held = Counter(found.node for found in self._pods.values().values() if found.on_gpu and found.end is None)
-        return count_gpus(self._nodes.values().values(), held, self._reachable)
+        others: Counter[str] = Counter()
+        for node, count in self._others.values().values():
+            others[node] += count
+        nodes = self._nodes.values().values()
+        self._tell_not_whole(nodes)
+        return count_gpus(nodes, held, self._reachable, others)
+
+    def uncounted_gpus(self) -> Mapping[str, int]:
+        """GPUs that no job gets because they are parts of cards, by the reason in words."""
+        counts: Counter[str] = Counter()
+        for node in self._nodes.values().values():
+            if node.not_whole:
+                counts[node.not_whole] += node.gpus
+        return counts
+
+    def _tell_not_whole(self, nodes: Iterable[Node]) -> None:
+        """Say once of each node why its GPUs do not count."""
+        found = {node.name: node.not_whole for node in nodes if node.not_whole}
+        for name in sorted(found.keys() - self._told_not_whole):
+            log.warning("the GPUs of node %s do not count: %s", name, found[name])
+        self._told_not_whole = frozenset(found)
 
     # start
 
@@ -206,7 +239,7 @@ class KubernetesPods:
         return found
 
     def _refuse(self, task: StageTask, name: str, message: str) -> None:
-        reason = Reason.UNSCHEDULABLE if QUOTA_EXCEEDED in message else Reason.START_FAILED
+        reason = Reason.QUOTA_EXCEEDED if QUOTA_EXCEEDED in message else Reason.ADMISSION_REFUSED
         failure = Failure(reason=reason, message=clip(f"the API server refused the pod: {message}"))
         fact = StageFact(
             namespace=task.namespace,

@@ -2,18 +2,25 @@
 
 Every job takes one GPU, so there is nothing to backfill around: the claims are walked in order, each takes the first of
 its classes with room, and a claim that finds none leaves nothing behind that it could have used. Claims within their
-queue's quota go first, borrowers second: whoever owns a quota need not wait for someone who borrows it.
+queue's guarantee, its nominal quota, go first; then those of queues without any quota, and borrowers last: whoever owns
+a quota need not wait for someone who uses it meanwhile, whatever the priority.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec, Quota
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.scheduling.ordering import Claim
+
+Ground = Literal["guarantee", "no quota", "loan"]
+"""What a queue takes a GPU on: its nominal quota, that nothing bounds it, or what its cohort does not use."""
+GROUNDS: tuple[Ground, ...] = ("guarantee", "no quota", "loan")
+"""In the order in which they are served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +54,12 @@ class Ledger:
         """The same books, to be changed independently."""
         return Ledger(capacity=self.capacity, queues=self.queues, used=dict(self.used), taken=dict(self.taken))
 
+    def has_room_for(self, queue: str, gpu_class: str, ground: Ground) -> bool:
+        """Whether the queue may take a GPU of the class now, on that ground."""
+        if ground == "guarantee" and not self.is_within_nominal(queue, gpu_class):
+            return False
+        return self.has_room(queue, gpu_class, borrow=ground == "loan")
+
     def has_room(self, queue: str, gpu_class: str, *, borrow: bool) -> bool:
         """Whether the queue may take a GPU of the class now."""
         return self.has_gpu(gpu_class) and self.has_quota(queue, gpu_class, borrow=borrow)
@@ -70,11 +83,11 @@ class Ledger:
             return False
         return self._cohort_has_room(spec.cohort, gpu_class)
 
-    def is_borrowing(self, queue: str, gpu_class: str) -> bool:
-        """Whether the queue has more GPUs of the class than its own quota."""
+    def is_over_guarantee(self, queue: str, gpu_class: str) -> bool:
+        """Whether the queue has more GPUs of the class than are its own; without a quota, or gone, it owns none."""
         spec = self.queues.get(queue)
         quota = quota_of(spec, gpu_class) if spec else None
-        return quota is not None and self.used.get((queue, gpu_class), 0) > quota.nominal
+        return quota is None or self.used.get((queue, gpu_class), 0) > quota.nominal
 
     def is_within_nominal(self, queue: str, gpu_class: str) -> bool:
         """Whether one more GPU of the class would still be the queue's own."""
@@ -105,10 +118,10 @@ def place(claims: Sequence[Claim], ledger: Ledger) -> tuple[Placement, ...]:
     """Give free GPUs to claims in order; the ledger then holds them."""
     placements: list[Placement] = []
     left = list(claims)
-    for borrow in (False, True):
+    for ground in GROUNDS:
         blocked: list[Claim] = []
         for claim in left:
-            estimate = first_with_room(claim, ledger, borrow=borrow)
+            estimate = first_with_room(claim, ledger, ground)
             if estimate is None:
                 blocked.append(claim)
                 continue
@@ -118,9 +131,9 @@ def place(claims: Sequence[Claim], ledger: Ledger) -> tuple[Placement, ...]:
     return tuple(placements)
 
 
-def first_with_room(claim: Claim, ledger: Ledger, *, borrow: bool) -> Estimate | None:
+def first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate | None:
     """The claim's preferred class among those with room for it."""
-    return next((e for e in claim.estimates if ledger.has_room(claim.queue, e.gpu_class, borrow=borrow)), None)
+    return next((e for e in claim.estimates if ledger.has_room_for(claim.queue, e.gpu_class, ground)), None)
 
 
 def why_blocked(claim: Claim, ledger: Ledger) -> Refusal:

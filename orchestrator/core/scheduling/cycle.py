@@ -324,7 +324,8 @@ def _eviction_sentence(preemption: Preemption, victim: Holding) -> str:
     claim = preemption.claim
     if preemption.reason is Reason.QUOTA_RECLAIMED:
         return (
-            f"queue {claim.queue} needs the {victim.gpu_class} GPU that queue {victim.queue} borrows, for {claim.key}"
+            f"queue {claim.queue} needs the {victim.gpu_class} GPU that queue {victim.queue} has beyond its own, for "
+            f"{claim.key}"
         )
     return f"makes way on {victim.gpu_class} for {claim.key}: priority {claim.priority} over {victim.priority}"
 

@@ -1,9 +1,9 @@
 """Who has to make way: victims for claims that found no room.
 
-Choosing changes nothing: asking a victim to stop comes later. A victim has a lower priority than the claim,
-or its queue borrows what the claim's queue owns (reclaim, whatever the priority). Every job takes one GPU, so one
-victim is always enough. GPUs whose stage is already stopping count as coming free, and no new victim is taken while
-enough of them are.
+Choosing changes nothing: asking a victim to stop comes later. A victim has a lower priority than the claim, or its
+queue has more than its guarantee while the claim's has less (reclaim, whatever the priority). What a queue holds within
+its guarantee, its nominal quota, is moved by nobody but its own jobs. Every job takes one GPU, so one victim is always
+enough. GPUs whose stage is already stopping count as coming free, and no new victim is taken while enough of them are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import datetime
 from orchestrator.api.job import QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
-from orchestrator.core.scheduling.admission import Ledger, first_with_room
+from orchestrator.core.scheduling.admission import GROUNDS, Ledger, first_with_room
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
@@ -88,9 +88,9 @@ def choose_victims(
 def _reserve_coming_free(blocked: Sequence[Claim], books: Ledger) -> Iterator[Preemption]:
     """Hand out what is coming free just as placement will."""
     served: set[str] = set()
-    for borrow in (False, True):
+    for ground in GROUNDS:
         for claim in blocked:
-            estimate = first_with_room(claim, books, borrow=borrow) if claim.key not in served else None
+            estimate = first_with_room(claim, books, ground) if claim.key not in served else None
             if estimate is not None:
                 served.add(claim.key)
                 books.take(claim.queue, estimate.gpu_class)
@@ -134,14 +134,13 @@ def _may_evict(claim: Claim, holding: Holding, books: Ledger) -> Reason | None:
     spec = books.queues.get(claim.queue)
     if spec is None:
         return None
+    is_foreign = holding.queue != claim.queue
+    if is_foreign and not books.is_over_guarantee(holding.queue, holding.gpu_class):
+        return None
     if spec.preemption == "LowerPriority" and holding.priority < claim.priority:
         return Reason.PREEMPTED
-    lender = books.queues.get(holding.queue)
-    same_cohort = lender is not None and spec.cohort is not None and lender.cohort == spec.cohort
     owns = books.is_within_nominal(claim.queue, holding.gpu_class)
-    if same_cohort and holding.queue != claim.queue and owns:
-        return Reason.QUOTA_RECLAIMED if books.is_borrowing(holding.queue, holding.gpu_class) else None
-    return None
+    return Reason.QUOTA_RECLAIMED if is_foreign and owns else None
 
 
 def _makes_room(claim: Claim, holding: Holding, books: Ledger) -> bool:
