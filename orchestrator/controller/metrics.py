@@ -3,7 +3,7 @@
 Rules:
 
 - Names begin with `qlora_` and end with their unit; what only grows ends with `_total`.
-- Labels are bounded: enums, the cards that exist, and at most QUEUES_LIMIT queues that an object describes.
+- Labels are bounded: enums, the cards and nodes that exist, and at most QUEUES_LIMIT queues that an object describes.
 - Counters are differences between what two rounds found stored, so what came before this process is not counted
   again, and a decision whose write failed is not counted at all.
 - Gauges are worked out when they are asked for, from the last round's snapshot.
@@ -37,6 +37,7 @@ from prometheus_client.registry import Collector
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.commands import Command
+from orchestrator.core.job.outages import current_outages
 from orchestrator.core.job.state_machine import GPU_STATES, JobState, state_of
 from orchestrator.core.scheduling.ordering import DEFAULT_QUEUE
 from orchestrator.core.snapshot import Snapshot
@@ -182,6 +183,7 @@ class _History:
             registry=registry,
         )
         self._ended = Counter("qlora_attempts_ended", "Attempts at stages", ["stage", "reason"], registry=registry)
+        self._broken = Counter("qlora_broken_gpus", "Attempts that a broken card ended", ["node"], registry=registry)
         self._finished = Counter("qlora_jobs_finished", "Jobs that came to an end", ["state"], registry=registry)
         self._used = Counter(
             "qlora_gpu_used_seconds",
@@ -227,6 +229,8 @@ class _History:
     def _count_end(self, job: QLoRAJob, attempt: Attempt, labels: _Labels) -> None:
         reason = attempt.reason or Reason.LOST
         self._ended.labels(attempt.stage, reason).inc()
+        if reason is Reason.BROKEN_GPU:
+            self._broken.labels(attempt.node or OTHER).inc()
         if attempt.stage != "train" or attempt.start_time is None or attempt.finish_time is None:
             return
         used_seconds = (attempt.finish_time - attempt.start_time).total_seconds()
@@ -288,6 +292,9 @@ class _Jobs(Collector):
         yield _gauge(
             "qlora_jobs_refused", "Jobs that nothing can come of: no status, or no stage, is taken", (), refused
         )
+        told = ((job, job.status) for job in snapshot.jobs)
+        outages = Tally((cause.reason.value, cause.stage) for cause in current_outages(told, snapshot))
+        yield _gauge("qlora_outages", "Causes that many jobs fail for together", ("reason", "stage"), outages)
         capacity = {(c.name,): float(c.capacity) for c in snapshot.gpu_classes}
         yield _gauge("qlora_gpus", "GPUs that exist", ("gpu_class",), capacity)
         yield _gauge("qlora_gpus_in_use", "GPUs held by jobs", ("queue", "gpu_class"), _in_use(states, labels))

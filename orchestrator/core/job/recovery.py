@@ -16,6 +16,7 @@ from orchestrator.api.reasons import ConditionType, Reason, Recovery, Refusal
 from orchestrator.api.results import PrepareResult, ProgressReport, PublishResult, TrainResult
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding, clip, plan_words
+from orchestrator.core.job.outages import hits_others
 from orchestrator.core.job.progress import record_checkpoint
 from orchestrator.core.job.setbacks import (
     WAITED_FOR_EVER,
@@ -203,8 +204,9 @@ def _wait(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot) 
     count = known.count + 1 if known is not None else 1
     pause = outage_pause_seconds(policy, count, draft.job.metadata.uid, attempt.number)
     tried = min(max(0.0, (draft.now - attempt.created_time).total_seconds()), policy.backoff_max_seconds)
-    is_shared = attempt.stage == "publish" or reason in WAITED_FOR_EVER
-    spent = with_setback(draft.status, reason, 0.0 if is_shared else tried + pause)
+    is_free = attempt.stage == "publish" or reason in WAITED_FOR_EVER
+    is_free = is_free or hits_others(draft.job, attempt, reason, snapshot)
+    spent = with_setback(draft.status, reason, 0.0 if is_free else tried + pause)
     draft = draft.amend(setbacks=spent, retry_after=_after(draft.now, pause)).tell(_warning(verdict))
     now_known, limit = setback(draft.status, reason), outage_limit_seconds(draft.job, policy)
     if now_known is None or now_known.seconds <= limit:

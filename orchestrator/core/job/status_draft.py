@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event, WriteStatus
 from orchestrator.core.job.conditions import Finding, clip, set_condition, summarize
 from orchestrator.core.job.state_machine import (
@@ -106,7 +107,8 @@ class Draft:
     def _with_word(self, word: Finding) -> Draft:
         before = self.status.condition(word.kind)
         said = self.amend(word)
-        if before is not None and before.reason is word.reason:
+        is_known = before is not None and before.reason is word.reason
+        if is_known or word.reason is Reason.OUTAGE:  # an outage is told once, not once by each job
             return said
         return said.tell(Event(reason=word.reason, message=word.message))
 

@@ -14,9 +14,11 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
 from orchestrator.core.job.lifecycle import is_ready, reconcile, wait
+from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_back
 from orchestrator.core.job.recovery import fail
 from orchestrator.core.job.setbacks import avoided_classes, broken_nodes
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
@@ -32,8 +34,7 @@ from orchestrator.core.scheduling.ordering import (
     queue_specs,
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
-from orchestrator.core.snapshot import Snapshot, StagePhase
-from orchestrator.sizing.hardware import GpuClass
+from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
 from orchestrator.sizing.margins import DEFAULT, Margins, learned
 from orchestrator.sizing.plan_search import candidates
 from orchestrator.sizing.step_time import Work
@@ -60,9 +61,13 @@ def schedule(snapshot: Snapshot) -> Schedule:
     drafts |= _start_cpu_stages(drafts.values(), snapshot)  # 2. prepare and publish
 
     queues = queue_specs(snapshot.queues)
+    outages = current_outages(((draft.job, draft.status) for draft in drafts.values()), snapshot)
+    drafts |= _told_of_outages(drafts, outages, snapshot)
     claims, refusals, failed = _claims(drafts.values(), queues, snapshot)  # 3. who wants a GPU
     drafts |= failed
     line = _line(claims, drafts.values(), queues, snapshot)  # 4. in which order
+    line, held = _without_held(line, drafts, outages, snapshot.policy)
+    refusals |= held
     holdings = _holdings(drafts.values(), snapshot)
     ledger = _ledger(holdings, queues, snapshot)
     placements = place(line, ledger)  # 5. who gets one now
@@ -220,6 +225,40 @@ def _line(
 ) -> list[Claim]:
     shares = queue_shares(drafts, queues, snapshot.gpu_classes, snapshot.policy)
     return in_order(claims, shares, next_shares(claims, queues, snapshot.gpu_classes, snapshot.policy))
+
+
+def _without_held(
+    line: list[Claim], drafts: Mapping[str, Draft], outages: Mapping[Cause, Outage], policy: Policy
+) -> tuple[list[Claim], dict[str, Refusal]]:
+    """The line without those that an outage would stop; of each outage the first in line tries whether it is over."""
+    probed = {cause for cause, outage in outages.items() if outage.probe is not None}
+    kept: list[Claim] = []
+    held: dict[str, Refusal] = {}
+    for claim in line:
+        outage = holds_back(outages, drafts[claim.key].job, "train", policy)
+        if outage is not None and outage.cause in probed:
+            held[claim.key] = Refusal(reason=Reason.OUTAGE, message=outage.sentence)
+            continue
+        if outage is not None:
+            probed.add(outage.cause)
+        kept.append(claim)
+    return kept, held
+
+
+def _told_of_outages(
+    drafts: Mapping[str, Draft], outages: Mapping[Cause, Outage], snapshot: Snapshot
+) -> dict[str, Draft]:
+    """One event for each outage that has just begun, at the first of its jobs."""
+    if not outages:
+        return {}
+    known = current_outages(((job, job.status) for job in snapshot.jobs), snapshot)
+    changed: dict[str, Draft] = {}
+    for cause, outage in outages.items():
+        if cause not in known:
+            key = outage.jobs[0]
+            told = Event(reason=Reason.OUTAGE, message=outage.sentence, warning=True)
+            changed[key] = changed.get(key, drafts[key]).tell(told)
+    return changed
 
 
 def _holdings(drafts: Iterable[Draft], snapshot: Snapshot) -> tuple[Holding, ...]:
