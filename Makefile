@@ -9,7 +9,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 # What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
-TIERS := check test-core test-strangers test-trainer test-api test-service test-chart test-kills test-scale test-e2e
+TIERS := check test-core test-outages test-strangers test-trainer test-api test-service test-chart test-kills test-scale test-e2e
 # Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
 # the longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
@@ -57,6 +57,9 @@ test-scale: $(VENV)/.synced $(VENV)/.go ## A hundred GPUs on paper and 1,000 job
 
 test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m tests.e2e_cluster
+
+test-outages: $(VENV)/.synced ## A thousand bad days of a cluster (QLORA_SEEDS=10000: ten times that), in virtual time: about a minute
+	QLORA_SEEDS=$${QLORA_SEEDS:-1000} $(BIN)/python -m pytest -q tests/sim
 
 test-core: $(VENV)/.synced ## The pure packages' tests, contract, sizing and core: seconds
 	$(BIN)/python -m pytest -q tests/core tests/sizing

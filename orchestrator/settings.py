@@ -118,6 +118,11 @@ class ServiceSettings(BaseSettings):
     tracking_start_seconds: Seconds = 90.0
     """How long MLflow may take to load, and to make the tables of a new database, before the controller goes on."""
 
+    @property
+    def has_agents(self) -> bool:
+        """Whether somebody beside each trainer passes its reports on."""
+        return True
+
     def policy(self) -> Policy:
         """What decisions depend on."""
         return Policy(**{field.name: getattr(self, field.name) for field in fields(Policy)})

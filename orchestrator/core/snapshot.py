@@ -117,6 +117,8 @@ class Policy:
     """A stage that trains is never taken for stuck before so long without a step."""
     stall_start_seconds: float = 14_400.0
     """The same before its first step: the model is fetched and loaded."""
+    has_agents: bool = True
+    """Whether stages can be heard at all; where they cannot, silence says nothing."""
     stall_steps: int = 20
     """A stage is stuck after so many times a step's length, and an evaluation's, without a step."""
     host_memory_factor_max: float = 4.0

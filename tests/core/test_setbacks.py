@@ -245,9 +245,17 @@ def test_slow_steps_and_a_start_have_the_time_they_need() -> None:
     assert status_after(starting, fact).active_attempt.stop_reason is None
 
 
-def test_a_stage_of_which_nothing_is_heard_is_left_alone() -> None:
+def test_a_stage_of_which_nothing_is_heard_any_more_is_left_alone() -> None:
     job, fact = silent(50_000)
     assert status_after(job, replace(fact, progress=None)).active_attempt.stop_reason is None
+
+
+@pytest.mark.parametrize("has_agents", [True, False])
+def test_a_stage_that_has_never_reported_is_stopped_where_it_could_have(has_agents: bool) -> None:
+    policy = replace(POLICY, has_agents=has_agents)
+    job = make_job(status=running_status(ran_seconds=POLICY.stall_start_seconds + 1))
+    status = status_after(job, stage(job), policy=policy)
+    assert (status.active_attempt.stop_reason is Reason.NO_PROGRESS) is has_agents
 
 
 # --- clocks ----------------------------------------------------------------------------------------------------------

@@ -121,6 +121,11 @@ class ClusterSettings(ServiceSettings):
         return self
 
     @property
+    def has_agents(self) -> bool:
+        """Whether somebody beside each trainer passes its reports on: Ray's agent."""
+        return bool(self.ray_address)
+
+    @property
     def namespaces(self) -> tuple[str, ...]:
         """The namespaces of jobs; one that is empty is all of them."""
         return tuple(self.watch_namespaces.split(","))

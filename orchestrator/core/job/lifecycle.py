@@ -15,7 +15,7 @@ from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, says_the_same
-from orchestrator.core.job.progress import between, fold_progress, stalled
+from orchestrator.core.job.progress import between, fold_progress, never_heard, stalled
 from orchestrator.core.job.recovery import end_attempt, fail
 from orchestrator.core.job.setbacks import (
     WAITED_FOR_EVER,
@@ -134,10 +134,10 @@ def _while_it_runs(draft: Draft, fact: StageFact, policy: Policy) -> Draft:
     """The draft with what keeps the stage from going on: its machine goes away, or it is stuck."""
     if fact.disruption is not None:
         return request_stop(draft, fact.disruption, _why_disrupted(fact))
-    if fact.progress is not None and fact.phase is StagePhase.RUNNING:
-        why = stalled(draft, fact.progress, policy)
-        return request_stop(draft, Reason.NO_PROGRESS, why) if why else draft
-    return draft
+    if fact.phase is not StagePhase.RUNNING:
+        return draft
+    why = never_heard(draft, policy) if fact.progress is None else stalled(draft, fact.progress, policy)
+    return request_stop(draft, Reason.NO_PROGRESS, why) if why else draft
 
 
 def _is_told(attempt: Attempt, fact: StageFact, snapshot: Snapshot) -> bool:

@@ -65,7 +65,6 @@ def stalled(draft: Draft, report: ProgressReport, policy: Policy) -> str:
     """Why a stage that trains and reports this is taken for stuck, in a sentence; empty while it is not.
 
     The bound is its own: a number of its steps, an evaluation twice, and `stall_seconds` for a checkpoint on its way.
-    Only what a stage reports can tell, so one of which nothing is heard is left alone.
     """
     attempt, known = draft.attempt, draft.status.progress
     if attempt is None or attempt.start_time is None or attempt.stage != "train" or attempt.stop_time is not None:
@@ -81,6 +80,24 @@ def stalled(draft: Draft, report: ProgressReport, policy: Policy) -> str:
         f"no progress: step {report.step} was its last {silent_seconds:.0f} s ago, and by its own step times "
         f"{bound_seconds:.0f} s are long; it is stopped and resumed"
     )
+
+
+def never_heard(draft: Draft, policy: Policy) -> str:
+    """Why a stage that trains and has never reported is taken for stuck; empty while it is not.
+
+    One whose reports are lost on their way saves a checkpoint when it is stopped, so it loses no more than a start.
+    """
+    attempt = draft.attempt
+    if attempt is None or attempt.start_time is None or attempt.stage != "train" or not policy.has_agents:
+        return ""
+    silent_seconds = (draft.now - attempt.start_time).total_seconds()
+    if (
+        attempt.progress_time is not None
+        or attempt.stop_time is not None
+        or silent_seconds <= policy.stall_start_seconds
+    ):
+        return ""
+    return f"no progress: nothing was heard of it in {silent_seconds:.0f} s; it is stopped and resumed"
 
 
 def _patience_seconds(draft: Draft, report: ProgressReport, policy: Policy) -> float:

@@ -35,6 +35,7 @@ from orchestrator.core.scheduling.ordering import (
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
 from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
+from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins, learned
 from orchestrator.sizing.plan_search import candidates
 from orchestrator.sizing.step_time import Work
