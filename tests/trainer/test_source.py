@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,11 @@ from tiny_model import build_tiny_model, tiny_model
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from orchestrator.api.job import AdapterSpec
+from orchestrator.adapters.job_store import model_config
+from orchestrator.api import trainer_facts
+from orchestrator.api.job import AdapterSpec, ModelSource
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.errors import InvalidObject
 
 FAMILIES = (
     *("bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gptj"),
@@ -483,6 +487,28 @@ def test_what_cannot_be_packed_is_trained_record_by_record_and_said(
 def test_what_cannot_be_trained_is_refused_in_prepare(family: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"^{family}: {reason}"):
         rehearse(config_of(family), family, AdapterSpec())
+
+
+@pytest.mark.parametrize("family", trainer_facts.UNTRAINABLE_TYPES)
+def test_what_a_plan_refuses_by_its_type_is_refused_for_the_same_reason(family: str) -> None:
+    with pytest.raises(UserError, match=re.escape(trainer_facts.UNTRAINABLE_TYPES[family].removeprefix("it "))):
+        rehearse(config_of(family), family, AdapterSpec())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
+        ({"use_bidirectional_attention": True}, "not a causal language model"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
+        ({"model_type": "falcon"}, "no linear layer that can be quantized"),
+    ],
+    ids=str,
+)
+def test_a_plan_refuses_what_the_config_alone_tells(model: Path, fields: dict[str, Any], reason: str) -> None:
+    edit_config(model, **fields)
+    with pytest.raises(InvalidObject, match=reason):
+        model_config.read_facts(ModelSource(source=source_of(model)))
 
 
 def test_a_large_model_is_tried_in_seconds_by_a_small_copy() -> None:
