@@ -98,11 +98,12 @@ def test_a_wrong_start_is_a_users_error(tmp_path: Path, stage: str, task: str | 
 
 def test_the_largest_template_that_is_accepted_reaches_the_trainer(tmp_path: Path) -> None:
     task = make_task(tmp_path / "store")
-    model = ModelSource(source="file:///models/base", chat_template="模" * 49_152)
+    model = ModelSource(source="file:///models/base", chat_template='"' * 49_152)
     spec = task.spec.model_copy(update={"model": model})
     text = task.model_copy(update={"spec": spec}).model_dump_json(by_alias=True)
     variables = task_variables(text)
-    assert len(text.encode()) > 131_071, "one variable would do"
+    assert len(variables) > 1, "one variable would do"
+    assert all(len(f"{name}={part}".encode()) < 131_072 for name, part in task_variables("模" * 65_536).items())
     code, result, _ = run_trainer(tmp_path, "publish", variables.pop("QLORA_TASK"), **variables)
     assert code == ExitCode.USER_ERROR
     assert result.failure is not None
