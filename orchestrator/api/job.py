@@ -124,8 +124,6 @@ class ModelSource(Model):
     def _chat_template_fits(cls, value: str | None) -> str | None:
         if value is not None and len(value.encode()) > MAX_CHAT_TEMPLATE_BYTES:
             raise ValueError(f"chatTemplate must have at most {MAX_CHAT_TEMPLATE_BYTES} bytes")
-        if value is not None and not ("{{" in value or "{%" in value or value in CHAT_TEMPLATE_NAMES):
-            raise ValueError(f"chatTemplate must be {CHAT_TEMPLATE_RULE}")
         return value
 
 
@@ -461,6 +459,15 @@ class QLoRAJob(Model):
     metadata: ObjectMeta
     spec: QLoRAJobSpec
     status: QLoRAJobStatus = QLoRAJobStatus()
+
+    @field_validator("spec")
+    @classmethod
+    def _chat_template_is_one(cls, spec: QLoRAJobSpec) -> QLoRAJobSpec:
+        """At submission, where a file's name is told from a template; a stage looks at what the template writes."""
+        template = spec.model.chat_template
+        if template is not None and not ("{{" in template or "{%" in template or template in CHAT_TEMPLATE_NAMES):
+            raise ValueError(f"model.chatTemplate must be {CHAT_TEMPLATE_RULE}")
+        return spec
 
     @property
     def key(self) -> str:

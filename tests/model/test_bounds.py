@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.api.formats import JournalRecord
-from orchestrator.api.job import QLoRAJobSpec, QLoRAJobStatus, TrackingSpec
+from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus, TrackingSpec
 from orchestrator.api.model_facts import MAX_LAYERS, ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult, ProgressReport, StageResult
@@ -145,7 +145,12 @@ def test_an_alias_that_mlflow_refuses_is_refused(alias: str) -> None:
 )
 def test_a_template_that_is_none_or_that_no_task_can_carry_is_refused(template: str) -> None:
     with pytest.raises(ValidationError, match="chatTemplate"):
-        QLoRAJobSpec.model_validate({**SOURCES, "model": {"source": "hf://o/n", "chatTemplate": template}})
+        QLoRAJob.model_validate(
+            {
+                "metadata": {"name": "a"},
+                "spec": {**SOURCES, "model": {"source": "hf://o/n", "chatTemplate": template}},
+            }
+        )
 
 
 LARGEST = ["{{ x }}" + character * (48 * 1024 - 7) for character in ('"', "\n", "x")]
