@@ -153,7 +153,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        pairs: Any = node.value if type(cast(object, node)) is yaml.MappingNode else ()  # a tag may claim it of a text
+        for key, _ in pairs:
             text = str(key.value)
             if text in seen and text != "<<":
                 words = f"the key {cut(text)} stands twice"

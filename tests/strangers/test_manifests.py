@@ -31,6 +31,8 @@ POISON = {
     "a day": (JOB + "  queue: !!timestamp 2020-12-04\n", "spec.queue: holds a value that JSON cannot express (date)"),
     "bytes": (JOB + "  queue: !!binary aGVsbG8=\n", "spec.queue: holds a value that JSON cannot express (bytes)"),
     "a set": (JOB + "  queue: !!set {a}\n", "spec.queue: holds a value that JSON cannot express (set)"),
+    "a text that is said to be a mapping": (JOB + "  queue: !!map x\n", "expected a mapping node"),
+    "a text that is said to be a set": (JOB + "  queue: !!set x\n", "expected a mapping node"),
     "a list as a key": (JOB + "  ? [a, b]\n  : 1\n", "not valid YAML"),
     "a mapping as a key": (JOB + "  ? {a: b}\n  : 1\n", "not valid YAML"),
     "a tuple as a key": (JOB + "  ? !!python/tuple [a, b]\n  : 1\n", "not valid YAML"),
