@@ -98,7 +98,7 @@ def test_a_wrong_start_is_a_users_error(tmp_path: Path, stage: str, task: str | 
 
 def test_the_largest_template_that_is_accepted_reaches_the_trainer(tmp_path: Path) -> None:
     task = make_task(tmp_path / "store")
-    model = ModelSource(source="file:///models/base", chat_template='"' * 49_152)
+    model = ModelSource(source="file:///models/base", chat_template="{{ x }}" + '"' * 49_145)
     spec = task.spec.model_copy(update={"model": model})
     text = task.model_copy(update={"spec": spec}).model_dump_json(by_alias=True)
     variables = task_variables(text)
