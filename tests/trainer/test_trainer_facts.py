@@ -9,7 +9,7 @@ import pytest
 import torch
 from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels import takeover, tiled_attention
-from qlora_trainer.model.cuda_graphs import Replay
+from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.training import telemetry
 
 from orchestrator.api import data_sheets, trainer_facts
@@ -60,12 +60,13 @@ def cublas_bytes() -> int:
 
 
 def score_tiles() -> int:
-    return len(list(tiled_attention._score_tiles(torch.zeros(4, TOKENS, 8), None)))
+    options = tiled_attention.ScoreOptions(scaling=1.0, window=None, softcap=None)
+    return len(list(tiled_attention._score_tiles(torch.zeros(4, TOKENS, 8), options)))
 
 
 SHARED: Iterable[tuple[str, object, Callable[[], object], Callable[[], object]]] = [
-    ("CUDA_GRAPH_TOKENS", TOKENS - 1, lambda: Replay.takes(batch()), training_bytes),
-    ("CUDA_GRAPH_TOKENS", TOKENS - 1, lambda: Replay.takes(batch()), step_seconds),
+    ("CUDA_GRAPH_TOKENS", TOKENS - 1, lambda: CudaGraphs.takes(batch()), training_bytes),
+    ("CUDA_GRAPH_TOKENS", TOKENS - 1, lambda: CudaGraphs.takes(batch()), step_seconds),
     ("SCORES_BYTES", 1 << 20, score_tiles, lambda: attention().traced_workspace_bytes),
     ("CUBLAS_WORKSPACE_BYTES", 16 << 20, trainer_facts.cublas_workspace_config, cublas_bytes),
 ]

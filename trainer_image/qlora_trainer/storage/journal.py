@@ -53,7 +53,7 @@ class Journal:
         return len(self._records)
 
     def to_bytes(self) -> bytes:
-        """JSON lines. Python's JSON keeps every float exactly, and `NaN` and `Infinity` too."""
+        """JSON lines. Python's JSON keeps every float exactly; a record holds finite ones alone."""
         return b"".join(json.dumps(record.model_dump(by_alias=True)).encode() + b"\n" for record in self._records)
 
     @classmethod
