@@ -115,8 +115,9 @@ def test_the_adapter_is_there_and_the_run_shows_every_plan(
     assert [plan["microBatchSize"] for plan in plans] == [size for _, size, _, _ in LADDER]
 
 
-def test_the_ladder_is_bounded_by_the_backoff_limit(client: Client) -> None:
-    job: QLoRAJob = client.submit(job_document("short-tempered", backoffLimit=1)).wait(timeout_seconds=300)
+def test_the_ladder_is_bounded_by_the_backoff_limit_while_no_checkpoint_comes(client: Client) -> None:
+    document = job_document("short-tempered", backoffLimit=1, checkpoint={"everySeconds": 3600, "everySteps": 1000})
+    job: QLoRAJob = client.submit(document).wait(timeout_seconds=300)
     finish = job.status.condition(ConditionType.FINISHED)
     assert (finish.reason, job.status.failures_total) == (Reason.BACKOFF_LIMIT_EXCEEDED, 2)
     assert "out of memory" in finish.message.lower()
