@@ -74,6 +74,7 @@ check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/python -m benchmarks.targets --check
+	$(BIN)/python -m tests.collected
 
 fmt: $(VENV)/.synced ## Format, and fix what can be fixed
 	$(BIN)/ruff format .

@@ -148,7 +148,7 @@ def test_a_tables_nulls_are_absent_at_every_depth(tmp_path: Path, tokenizer: Any
     [
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16 and not UTF-8; save it as UTF-8"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "is UTF-16 and not UTF-8; save it as UTF-8"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), "holds gzip data; give it a name that ends in .gz"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0), "holds gzip data; give it a name that ends in .gz"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "Git LFS pointer.*git lfs pull"),
         ("a.json", b"[" * 200_000, "a.json is nested too deeply"),
         ("a.json", b'[{"text": NaN}]', "a.json is not valid JSON: NaN is no value of JSON"),

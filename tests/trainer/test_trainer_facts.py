@@ -72,7 +72,10 @@ SHARED: Iterable[tuple[str, object, Callable[[], object], Callable[[], object]]]
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "trainer", "sizing"), SHARED, ids=[f"{n}: {s}" for n, _, _, s in SHARED])
+# Their places tell them apart: a function's own name would hold its address, which differs from process to process.
+@pytest.mark.parametrize(
+    ("name", "value", "trainer", "sizing"), SHARED, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(SHARED)]
+)
 def test_both_sides_follow(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
