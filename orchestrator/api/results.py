@@ -71,6 +71,8 @@ class PublishResult(Model):
     registered_model: ShortText
     model_version: ShortText
     model_uri: Uri
+    run_id: ShortText | None = None
+    """The job's MLflow run; another one than the task names where that one was gone for good and made anew."""
 
 
 class Failure(Model):

@@ -134,15 +134,16 @@ def _begun(write: WriteStatus, policy: Policy) -> Iterator[EnsureStage]:
 
 
 def _run_commands(job: QLoRAJob, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun]:
-    """A run for every job that has begun, and its last status once the job has finished.
+    """A run for every job whose data are prepared, and its last status once the job has finished.
 
-    It is asked for even if the job is over by now: a controller that was killed may have opened it.
+    A job that ends before has nothing to show. It is asked for even if the job is over by now: a controller that was
+    killed may have opened it.
     """
     if owes_run_its_end(job):
         yield FinishRun(job=job, run_status=LAST_RUN_STATUS[state_of(job.status)])
         return
     is_known = job.status.mlflow.run_id is not None or job.metadata.uid in snapshot.runs
-    if not is_known and job.status.attempts_total > 0:
+    if not is_known and job.status.prepared is not None:
         yield EnsureRun(job=job)
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.adapters.job_store import stored_adapter
-from orchestrator.api.formats import JournalRecord, Metric
+from orchestrator.api.formats import JournalRecord
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.losses import losses
 from orchestrator.api.stage_name import StageKind
 from orchestrator.core.commands import Event
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
@@ -44,10 +45,11 @@ class JobResult:
     model_version: str | None
     steps: int
     train_loss: float | None
+    """Mean of the last ten steps."""
     eval_loss_before: float | None
     """Held-out loss of the untouched base model; absent where nothing was held out."""
     eval_loss: float | None
-    """Held-out loss of the last evaluation."""
+    """Held-out loss of this adapter: of the last evaluation, or of the best where evaluation.keepBest is set."""
 
     @property
     def model_uri(self) -> str | None:
@@ -159,6 +161,7 @@ class JobHandle:
         status = job.status
         assert status.adapter_uri is not None, "a succeeded job has an adapter"
         records = _journal(status.adapter_uri)
+        found = losses(records, keep_best=job.spec.evaluation.keep_best)
         return JobResult(
             adapter_uri=status.adapter_uri,
             adapter_digest=status.adapter_digest,
@@ -167,9 +170,9 @@ class JobHandle:
             registered_model=status.mlflow.registered_model,
             model_version=status.mlflow.model_version,
             steps=max((record.step for record in records), default=0),
-            train_loss=_last(records, Metric.TRAIN_LOSS),
-            eval_loss_before=_last(records[:1] if records and records[0].step == 0 else (), Metric.EVAL_LOSS),
-            eval_loss=_last(records, Metric.EVAL_LOSS),
+            train_loss=found.train_loss,
+            eval_loss_before=found.eval_loss_before,
+            eval_loss=found.eval_loss,
         )
 
     def adapter(self, into: Path | str) -> Path:
@@ -266,7 +269,3 @@ def _journal(uri: str) -> tuple[JournalRecord, ...]:
         return stored_adapter.read_journal(uri)
     except NotFound:
         return ()
-
-
-def _last(records: Sequence[JournalRecord], metric: Metric) -> float | None:
-    return next((record.metrics[metric] for record in reversed(records) if metric in record.metrics), None)

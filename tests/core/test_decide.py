@@ -239,18 +239,26 @@ def test_a_prepared_job_without_a_run_asks_for_one_and_trains_all_the_same() -> 
     assert state_of(written(commands)) is JobState.STARTING
 
 
-def test_a_run_is_asked_for_with_the_first_attempt_and_recorded_with_the_next_write() -> None:
+def test_a_run_is_asked_for_when_there_is_something_to_show_and_recorded_with_the_next_write() -> None:
     job = preparing(run_id=None)
     going = stage(job)
-    assert decide(snapshot(job, stages=(going,)))[0] == EnsureRun(job=job)
-    runs = (RunFact(job=job, mlflow=RUN),)
+    assert EnsureRun(job=job) not in decide(snapshot(job, stages=(going,))), "the data may turn out to be unfit"
     before = make_job(status=decide_one(job, going))
-    assert decide(snapshot(before, stages=(going,), runs=runs)) == ()
-    prepared = exited(before, 0, StageResult(prepare=prepare_result()))
-    commands = decide(snapshot(before, stages=(prepared,), gpu_classes=GPUS, runs=runs))
+    prepared = make_job(status=decide_one(before, exited(before, 0, StageResult(prepare=prepare_result()))))
+    assert EnsureRun(job=prepared) in decide(snapshot(prepared))
+    waiting = make_job(status=prepared_status(run_id=None))
+    runs = (RunFact(job=waiting, mlflow=RUN),)
+    commands = decide(snapshot(waiting, gpu_classes=GPUS, runs=runs))
     assert [type(command) for command in commands] == [WriteStatus, EnsureStage]
     assert written(commands).mlflow == RUN
     assert stage_command(commands).task.run_id == "run"
+
+
+def test_a_job_whose_data_are_refused_never_has_a_run() -> None:
+    job = preparing(run_id=None, start_time=after(-20))
+    over = make_job(status=decide_one(job, exited(job, 80, failure(Reason.USER_ERROR, "line 7"))))
+    assert state_of(over.status) is JobState.FAILED
+    assert outside(decide(snapshot(over))) == []
 
 
 def test_a_run_that_comes_late_is_recorded_at_once() -> None:
@@ -260,7 +268,7 @@ def test_a_run_that_comes_late_is_recorded_at_once() -> None:
 
 
 def test_a_run_that_comes_when_the_job_is_over_is_ended() -> None:
-    job = preparing(run_id=None, start_time=after(-20))
+    job = make_job(status=running_status().model_copy(update={"mlflow": MlflowStatus()}))
     bad = exited(job, 80, failure(Reason.USER_ERROR, "line 7"))
     over = make_job(status=decide_one(job, bad))
     assert outside(decide(snapshot(over))) == [EnsureRun(job=over)]
@@ -303,6 +311,14 @@ def test_publish_waits_for_a_run_and_holds_no_gpu() -> None:
     assert says(waiting, ConditionType.PUBLISHED) == ("False", Reason.TRACKING_UNAVAILABLE)
     assert waiting.active_attempt is None
     assert state_of(written(commands, "other")) is JobState.STARTING
+
+
+def test_a_run_that_publish_had_to_make_anew_takes_the_place_of_the_one_that_is_gone() -> None:
+    job = publishing()
+    assert PUBLISHED.publish is not None
+    anew = StageResult(publish=PUBLISHED.publish.model_copy(update={"run_id": "another"}))
+    assert decide_one(job, exited(job, 0, anew)).mlflow.run_id == "another"
+    assert decide_one(job, exited(job, 0, PUBLISHED)).mlflow.run_id == job.status.mlflow.run_id
 
 
 def test_a_published_job_has_succeeded_and_its_run_is_finished_until_the_job_is_released() -> None:

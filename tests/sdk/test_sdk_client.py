@@ -331,7 +331,7 @@ def test_the_result_says_where_everything_is_and_how_good_it_became(service: Pap
     service.train()
     service.succeed()
     result = handle.result()
-    assert (result.eval_loss_before, result.eval_loss, result.train_loss) == (3.5, 1.75, 1.5)
+    assert (result.eval_loss_before, result.eval_loss, result.train_loss) == (3.5, 1.75, (3.25 + 1.5) / 2)
     assert (result.steps, result.run_id, result.model_uri) == (STEPS, "run-1", "models:/medical/3")
 
 
@@ -353,6 +353,19 @@ def test_the_adapter_arrives_whole(service: PaperService, handle: JobHandle, tmp
     assert names == {"adapter_model.safetensors", "adapter_config.json", "journal.jsonl", "manifest.json"}
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert service.job().status.adapter_digest == f"sha256:{digest}"
+
+
+def test_an_adapter_that_is_here_already_is_left_as_it_is(
+    service: PaperService, handle: JobHandle, tmp_path: Path
+) -> None:
+    service.succeed()
+    folder = handle.adapter(tmp_path / "adapter")
+    before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    assert handle.adapter(tmp_path / "adapter") == folder
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
+    (folder / "adapter_config.json").write_text("[1]")
+    with pytest.raises(PermanentError, match="holds something else"):
+        handle.adapter(tmp_path / "adapter")
 
 
 def test_a_damaged_adapter_is_not_delivered(service: PaperService, handle: JobHandle, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from orchestrator.api.formats import (
     CheckpointManifest,
     PreparedManifest,
 )
+from orchestrator.api.losses import losses
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import Failure, PrepareResult, StageResult, TrainResult
@@ -37,7 +38,6 @@ from qlora_trainer.outcome import Preempted, Transient, UserError, write_result
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore
-from qlora_trainer.storage.journal import losses
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking.mlflow_run import RunLogger, attempt_tags
 from qlora_trainer.training.stop import AgentClient, Stop, StopNow

@@ -42,11 +42,16 @@ def read_journal(uri: str) -> tuple[JournalRecord, ...]:
 
 
 def download(uri: str, into: Path, digest: str | None) -> Path:
-    """The adapter folder as the new folder `into`, every file verified, and the weights against `digest` too."""
-    if into.exists() and (not into.is_dir() or any(into.iterdir())):
-        raise PermanentError(f"{into} is not an empty folder; name a new one")
+    """The adapter folder as the new folder `into`, every file verified, and the weights against `digest` too.
+
+    A folder that holds exactly this adapter already is left as it is.
+    """
     manifest = read_manifest(uri)
     _check_digest(uri, manifest, digest)
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        if _holds(into, manifest):
+            return into
+        raise PermanentError(f"{into} is not an empty folder, and holds something else; name a new one")
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
@@ -63,6 +68,18 @@ def download(uri: str, into: Path, digest: str | None) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return into
+
+
+def _holds(folder: Path, manifest: CheckpointManifest) -> bool:
+    """Whether a folder has every file of the manifest, as it is there."""
+    return folder.is_dir() and all(_is(folder / entry.name, entry) for entry in manifest.files)
+
+
+def _is(file: Path, entry: FileEntry) -> bool:
+    if not file.is_file() or file.stat().st_size != entry.bytes:
+        return False
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == entry.sha256
 
 
 def _check_digest(uri: str, manifest: CheckpointManifest, digest: str | None) -> None:

@@ -140,8 +140,13 @@ def _last_progress(draft: Draft, verdict: Verdict, result: TrainResult) -> Progr
 
 def _published(draft: Draft, verdict: Verdict, result: PublishResult) -> Draft:
     where = f"{result.registered_model} version {result.model_version}"
-    mlflow: MlflowStatus = draft.status.mlflow.model_copy(
-        update={"registered_model": result.registered_model, "model_version": result.model_version}
+    known = draft.status.mlflow
+    mlflow: MlflowStatus = known.model_copy(
+        update={
+            "run_id": result.run_id or known.run_id,
+            "registered_model": result.registered_model,
+            "model_version": result.model_version,
+        }
     )
     draft = draft.move(
         JobEvent.PUBLISHED,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from orchestrator.api.losses import losses
 from orchestrator.api.task import StageTask
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
-from qlora_trainer.storage.journal import losses
 from qlora_trainer.tracking.mlflow_run import parameters
 
 CARD_NAME = "README.md"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.api.formats import Metric
+from orchestrator.api.losses import losses
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import TrainResult
 from orchestrator.api.task import StageTask
@@ -37,7 +38,7 @@ from qlora_trainer.storage.checkpoint import (
     Snapshot,
     TrainingState,
 )
-from qlora_trainer.storage.journal import Journal, latest, losses
+from qlora_trainer.storage.journal import Journal, latest
 from qlora_trainer.storage.tensors import on_host
 from qlora_trainer.storage.versions import memory_versions
 from qlora_trainer.training.evaluation import evaluate, is_due
