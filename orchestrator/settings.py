@@ -94,7 +94,14 @@ class ServiceSettings(BaseSettings):
     """Dollars for an hour of a GPU, by class, such as `24Gi=0.5,48Gi=0.8`: what a job will cost, and which class is the
     cheapest that makes its deadline."""
     cpu_stages_limit: int = Field(default=4, ge=1, le=1024)
-    """Prepare and publish stages that may run at one time."""
+    """Prepare and publish stages that may run at one time, and one more of a namespace that has none."""
+    cpu_start_seconds: Seconds = 60.0
+    """A prepare or publish stage that has not started after so long (its claim is missing, no node takes it) holds no
+    slot while it waits."""
+    prepare_deadline_seconds: Seconds = 21_600.0
+    """A prepare stage that runs for longer is stopped, and its job fails."""
+    publish_deadline_seconds: Seconds = 21_600.0
+    """A publish stage that runs for longer is stopped, and tried again within `spec.backoffLimit`."""
     progress_interval_seconds: float = Field(default=1.0, ge=0, le=3600)
     """A running job's progress is recorded at most so often; the end of a stage always is."""
     tick_seconds: Seconds = 1.0

@@ -31,8 +31,10 @@ API_VERSION: Literal["qlora.dev/v1alpha1"] = "qlora.dev/v1alpha1"
 
 DECIMAL_PATTERN = r"^(0|[1-9][0-9]{0,9})(\.[0-9]{1,12})?([eE]-?[0-9]{1,2})?$"
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-URI_PATTERN = r"^(hf|pvc|s3|file)://[^\s]+$"
-STORE_URI_PATTERN = r"^(pvc|s3|file)://[^\s]+$"
+_URI_REST = r'([!"$-.0->@-Z\\^-~]+([/?#][^\s]*)?|[/?#][^\s]*)'
+"""An authority of visible ASCII without brackets, which mean an IPv6 address, then anything: it can be split."""
+URI_PATTERN = f"^(hf|pvc|s3|file)://{_URI_REST}$"
+STORE_URI_PATTERN = f"^(pvc|s3|file)://{_URI_REST}$"
 DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
 
 

@@ -133,6 +133,12 @@ class Policy:
     """Attempts kept in a job's status."""
     cpu_stages_limit: int = 4
     """Prepare and publish stages that may run at one time."""
+    cpu_start_seconds: float = 60.0
+    """One that has not started after so long holds no slot while it waits."""
+    prepare_deadline_seconds: float = 21_600.0
+    """A prepare stage that runs for longer is stopped, and its job fails."""
+    publish_deadline_seconds: float = 21_600.0
+    """A publish stage that runs for longer is stopped, and tried again."""
     trainer_threads: int = 1
     progress_interval_seconds: float = 1.0
     """A running stage's progress is written to the status at most this often."""

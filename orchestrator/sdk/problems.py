@@ -267,6 +267,8 @@ def _uri_rule(text: str, is_store: bool) -> str:
         return "must not contain spaces"
     if text.startswith(("http://", "https://")):
         return "nothing is fetched from the web: give a local copy as file:///path, or s3://bucket/key"
+    if re.match(r"[a-z0-9]+://[^/?#]*[^!-Z\\^-~]", text):
+        return "must name bucket, claim or owner in letters, digits and signs of ASCII, without brackets"
     if is_store:
         return "must be one of file:///path, s3://bucket/prefix, pvc://claim/path"
     return "must be one of file:///path, s3://bucket/key, pvc://claim/path, hf://owner/name"

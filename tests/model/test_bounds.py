@@ -6,10 +6,14 @@ import json
 import math
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
-from pydantic import ValidationError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
+from orchestrator.api.base import SourceUri
 from orchestrator.api.formats import JournalRecord
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus, TrackingSpec
 from orchestrator.api.model_facts import MAX_LAYERS, ModelFacts
@@ -176,3 +180,18 @@ def test_the_largest_template_fits_the_variable_that_carries_it(template: str) -
         prepared=prepare_result(),
     )
     assert len(f"{TASK_VARIABLE}={task.model_dump_json(by_alias=True)}\0".encode()) < 128 * 1024
+
+
+@settings(max_examples=300)
+@given(
+    scheme=st.sampled_from(("hf", "pvc", "s3", "file")),
+    rest=st.one_of(st.text(max_size=20), st.text("[]@:/?#a.\\%ａ／", max_size=12)),
+)
+@example(scheme="s3", rest="[a/b")
+@example(scheme="pvc", rest="a＃b/c")
+def test_a_uri_that_is_accepted_can_be_split(scheme: str, rest: str) -> None:
+    try:
+        uri = TypeAdapter(SourceUri).validate_python(f"{scheme}://{rest}")
+    except ValidationError:
+        return
+    assert urlsplit(uri).scheme == scheme

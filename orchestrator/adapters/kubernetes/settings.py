@@ -92,7 +92,7 @@ class ClusterSettings(ServiceSettings):
     trainer_threads: int = Field(default=4, ge=1, le=1024)
     """CPU threads of each stage; part of what makes results repeatable."""
     cpu_stages_limit: int = Field(default=64, ge=1, le=100_000)
-    """Prepare and publish stages that may run at one time."""
+    """Prepare and publish stages that may run at one time, and one more of a namespace that has none."""
     progress_interval_seconds: float = Field(default=30.0, ge=0, le=3600)
     """A running job's progress is recorded at most so often; the end of a stage always is."""
     relist_seconds: Seconds = 600.0

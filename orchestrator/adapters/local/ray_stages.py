@@ -31,6 +31,7 @@ from orchestrator.adapters.local.stages import PROGRESS_NAME, LocalStages, Stage
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport
 from orchestrator.api.task import StageTask
+from orchestrator.core.scheduling.cpu_slots import GUARANTEED_SLOTS
 from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import RuntimeLost
 from orchestrator.settings import Settings
@@ -147,7 +148,7 @@ class RayStages:
 
     def _resources(self) -> dict[str, float]:
         by_class = {_resource(known.name): float(known.capacity) for known in self._slots.classes}
-        return {**by_class, CPU_STAGE_RESOURCE: float(self._settings.cpu_stages_limit)}
+        return {**by_class, CPU_STAGE_RESOURCE: float(self._settings.cpu_stages_limit + GUARANTEED_SLOTS)}
 
     def _hold_all(self, unfinished: set[str]) -> None:
         """One live holder for each unfinished stage. Those of ended stages end by themselves."""

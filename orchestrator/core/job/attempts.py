@@ -13,7 +13,7 @@ from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.stage_name import StageKind
 from orchestrator.core.commands import Event
-from orchestrator.core.job.conditions import Finding, plan_words
+from orchestrator.core.job.conditions import Finding, clip, plan_words
 from orchestrator.core.job.state_machine import JobEvent
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Policy
@@ -68,7 +68,7 @@ def request_stop(draft: Draft, reason: Reason, message: str) -> Draft:
     attempt = draft.attempt
     if attempt is None or attempt.stop_time is not None:
         return draft
-    attempts = draft.change_attempt(stop_time=draft.now, stop_reason=reason)
+    attempts = draft.change_attempt(stop_time=draft.now, stop_reason=reason, message=clip(message))
     told = Event(reason=reason, message=message, warning=reason is Reason.NO_PROGRESS)
     if attempt.stage != "train":
         return draft.amend(attempts=attempts).tell(told)

@@ -136,8 +136,26 @@ def _while_it_runs(draft: Draft, fact: StageFact, policy: Policy) -> Draft:
         return request_stop(draft, fact.disruption, _why_disrupted(fact))
     if fact.phase is not StagePhase.RUNNING:
         return draft
+    attempt = draft.attempt
+    if attempt is not None and attempt.stage not in STAGES_ON_GPU:
+        return _within_deadline(draft, attempt, fact, policy)
     why = never_heard(draft, policy) if fact.progress is None else stalled(draft, fact.progress, policy)
     return request_stop(draft, Reason.NO_PROGRESS, why) if why else draft
+
+
+def _within_deadline(draft: Draft, attempt: Attempt, fact: StageFact, policy: Policy) -> Draft:
+    """A CPU stage is stopped at its deadline. What prepare does it would do again, so its job fails; a publish may have
+    waited for a store or registry that hangs, and is tried again."""
+    is_prepare = attempt.stage == "prepare"
+    limit_seconds = policy.prepare_deadline_seconds if is_prepare else policy.publish_deadline_seconds
+    started = attempt.start_time or between(attempt.created_time, fact.start_time or draft.now, draft.now)
+    if (draft.now - started).total_seconds() < limit_seconds:
+        return draft
+    message = (
+        f"{attempt.stage} attempt {attempt.number} ran for longer than QLORA_{attempt.stage.upper()}_DEADLINE_SECONDS, "
+        f"{limit_seconds:.0f} s; see its log for what it was at"
+    )
+    return request_stop(draft, Reason.DEADLINE_EXCEEDED if is_prepare else Reason.NO_PROGRESS, message)
 
 
 def _is_told(attempt: Attempt, fact: StageFact, snapshot: Snapshot) -> bool:

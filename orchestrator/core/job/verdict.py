@@ -100,7 +100,7 @@ def _message(attempt: Attempt, exit_code: int | None, reason: Reason, result: St
     if result.failure is not None and attempt.stop_reason is not reason:
         return result.failure.message
     if attempt.stop_reason is reason:
-        return f"{name} stopped: {reason.value}"
+        return f"{name} stopped: {attempt.message or reason.value}"
     if exit_code is None:
         return f"{name} vanished before anyone saw its end: {reason.value}"
     if exit_code == 0:

@@ -14,6 +14,7 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.api.stage_name import StageKind
 from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
@@ -24,6 +25,7 @@ from orchestrator.core.job.setbacks import avoided_classes, broken_nodes
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
+from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
 from orchestrator.core.scheduling.ordering import (
     Claim,
     created,
@@ -99,28 +101,30 @@ def _reconciled(job: QLoRAJob, snapshot: Snapshot) -> Draft:
 
 
 def _start_cpu_stages(drafts: Iterable[Draft], snapshot: Snapshot) -> dict[str, Draft]:
-    """Start prepare and publish stages within their bound: by priority, then age, then uid."""
+    """Start prepare and publish stages within their bound, each namespace in its turn."""
     policy, everyone = snapshot.policy, list(drafts)
-    running = sum(1 for d in everyone if d.state in (JobState.PREPARING, JobState.PUBLISHING))
-    ready = [d for d in everyone if is_ready(d, policy) and d.state in (JobState.NEW, JobState.TRAINED)]
+    ready = [d for d in everyone if d.state in (JobState.NEW, JobState.TRAINED) and is_ready(d, policy)]
     changed: dict[str, Draft] = {}
-    for draft in sorted(ready, key=_cpu_turn):
-        stage = "prepare" if draft.state is JobState.NEW else "publish"
-        if stage == "publish" and draft.status.mlflow.run_id is None:
+    runnable: list[Draft] = []
+    for draft in ready:
+        if draft.state is JobState.TRAINED and draft.status.mlflow.run_id is None:
             message = "the adapter is safe in the store; waits for MLflow to give the job a run"
             changed[draft.job.key] = wait(draft, Reason.TRACKING_UNAVAILABLE, message)
-        elif running < policy.cpu_stages_limit:
-            running += 1
-            changed[draft.job.key] = contained(draft, snapshot, partial(start_cpu_stage, stage=stage, policy=policy))
         else:
-            reason = Reason.PREPARING if stage == "prepare" else Reason.PUBLISHING
-            message = f"all {policy.cpu_stages_limit} slots for prepare and publish stages are in use; waits for one"
-            changed[draft.job.key] = wait(draft, reason, message)
+            runnable.append(draft)
+    slots = CpuSlots.of(everyone, snapshot)
+    for draft in in_turn(runnable, everyone, slots):
+        changed[draft.job.key] = _in_cpu_slot(draft, slots, snapshot)
     return changed
 
 
-def _cpu_turn(draft: Draft) -> tuple[int, object, str]:
-    return -draft.job.spec.priority, created(draft.job, draft.now), draft.job.metadata.uid
+def _in_cpu_slot(draft: Draft, slots: CpuSlots, snapshot: Snapshot) -> Draft:
+    """The job with its next CPU stage begun, or with why it waits."""
+    stage: StageKind = "prepare" if draft.state is JobState.NEW else "publish"
+    why = slots.take(draft.job.metadata.namespace)
+    if why:
+        return wait(draft, Reason.PREPARING if stage == "prepare" else Reason.PUBLISHING, why)
+    return contained(draft, snapshot, partial(start_cpu_stage, stage=stage, policy=snapshot.policy))
 
 
 # --- train: who wants a GPU, who has one ------------------------------------------------------------------------
