@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from orchestrator.adapters.mlflow.tracking import MlflowTracking
+from orchestrator.settings import Settings
 from tests.cluster.control_plane import ControlPlane, control_plane
 from tests.cluster.resources import furnish, require
 
@@ -17,3 +20,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     with control_plane(tmp_path_factory.mktemp("cluster")) as plane:
         furnish(plane.api())
         yield plane
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, which take it long to make."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    settings = Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db", tracking_start_seconds=300)
+    MlflowTracking(settings).connect()
+    return folder / "mlflow.db"

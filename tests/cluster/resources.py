@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, Json, KubeApi, path_of
 from orchestrator.api.base import API_VERSION
 from orchestrator.errors import AlreadyExists, NotFound, OrchestratorError
 from tests.cluster.binaries import MissingProgramError, program
@@ -55,6 +55,15 @@ def clear(api: KubeApi) -> None:
                 api.delete(path)
     for item in api.get(path_of(API_VERSION, "qloraqueues"))["items"]:
         api.delete(path_of(API_VERSION, "qloraqueues", name=item["metadata"]["name"]))
+
+
+def add_gpu_node(api: KubeApi, name: str, memory_mib: int) -> None:
+    """A node with one GPU, ready for pods that nobody runs."""
+    labels = {"nvidia.com/gpu.memory": str(memory_mib)}
+    api.create(path_of("v1", "nodes"), {"metadata": {"name": name, "labels": labels}})
+    have = {"nvidia.com/gpu": "1", "cpu": "8", "memory": "64Gi", "pods": "10"}
+    status = {"allocatable": have, "capacity": have, "conditions": [{"type": "Ready", "status": "True"}]}
+    api.patch(f"{path_of('v1', 'nodes', name=name)}/status", {"status": status}, STRATEGIC_PATCH)
 
 
 def apply_crd(api: KubeApi, document: Json) -> None:

@@ -7,98 +7,30 @@ started then. MLflow is a real database; pods are played by a kubelet on paper.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, KubeApi, path_of
+from orchestrator.adapters.kubernetes.api import KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
-from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.api.job import RELEASE_FINALIZER, QLoRAJob
 from orchestrator.api.reasons import ConditionType
 from orchestrator.errors import OrchestratorError
-from orchestrator.settings import Settings
 from tests.builders import submitted_job
-from tests.cluster.control_plane import ControlPlane, free_ports
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.controller_program import Program
 from tests.cluster.fault_proxy import Faults, Proxy, fault_proxy
 from tests.cluster.kubelet import PaperKubelet
-from tests.cluster.resources import clear
+from tests.cluster.resources import add_gpu_node, clear
 
 FINISH_SECONDS = 300.0
 MIN_KILLS = 10
 """Two jobs take some twenty writes; fewer kills than this would mean that the proxy was not asked."""
 NODES = {"gpu-1": 24_564, "gpu-2": 24_564}
-SETTINGS = {
-    "QLORA_NAMESPACE": "default",
-    "QLORA_POD_NAME": "controller-0",
-    "QLORA_STORE_URI": "s3://adapters/jobs",
-    "QLORA_TRAINER_IMAGE": "trainer:1",
-    "QLORA_LEASE_DURATION_SECONDS": "3",
-    "QLORA_LEASE_RENEW_SECONDS": "2",
-    "QLORA_LEASE_RETRY_SECONDS": "0.3",
-    "QLORA_TICK_SECONDS": "0.5",
-    "QLORA_COMMAND_BACKOFF_BASE_SECONDS": "0.1",
-    "QLORA_COMMAND_BACKOFF_MAX_SECONDS": "1",
-    "QLORA_BACKOFF_BASE_SECONDS": "0.2",
-    "QLORA_RELIST_SECONDS": "3",
-    "QLORA_MINIMUM_RUN_SECONDS": "0",
-    "QLORA_PREEMPTION_COOLDOWN_SECONDS": "0",
-}
-
-
-@pytest.fixture(scope="session")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, which take it long to make."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    settings = Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db", tracking_start_seconds=300)
-    MlflowTracking(settings).connect()
-    return folder / "mlflow.db"
-
-
-class Program:
-    """The controller's process, started again whenever it is gone."""
-
-    def __init__(self, kubeconfig: Path, folder: Path) -> None:
-        self._folder = folder
-        health, metrics = free_ports(2)
-        self._environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "MLFLOW_"))},
-            **SETTINGS,
-            "KUBECONFIG": str(kubeconfig),
-            "QLORA_KUBE_CONTEXT": "test",
-            "QLORA_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-            "QLORA_ARTIFACT_ROOT": str(folder / "artifacts"),
-            "QLORA_HEALTH_PORT": str(health),
-            "QLORA_METRICS_PORT": str(metrics),
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def log(self) -> Path:
-        """All that it said."""
-        return self._folder / "controller.log"
-
-    def keep_running(self) -> None:
-        """Start it if it is not there, as a kubelet would."""
-        if self.process is None or self.process.poll() is not None:
-            with self.log.open("ab") as log:
-                command = [sys.executable, "-m", "orchestrator.controller.cluster"]
-                self.process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        if self.process is not None:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.fixture
@@ -115,11 +47,7 @@ def api(cluster: ControlPlane) -> Iterator[KubeApi]:
     with contextlib.suppress(OrchestratorError):
         api.delete("/apis/coordination.k8s.io/v1/namespaces/default/leases/qlora-orchestrator")
     for name, memory_mib in NODES.items():
-        labels = {"nvidia.com/gpu.memory": str(memory_mib)}
-        api.create(path_of("v1", "nodes"), {"metadata": {"name": name, "labels": labels}})
-        have = {"nvidia.com/gpu": "1", "cpu": "8", "memory": "64Gi", "pods": "10"}
-        status = {"allocatable": have, "capacity": have, "conditions": [{"type": "Ready", "status": "True"}]}
-        api.patch(f"{path_of('v1', 'nodes', name=name)}/status", {"status": status}, STRATEGIC_PATCH)
+        add_gpu_node(api, name, memory_mib)
     yield api
     clear(api)
     api.close()

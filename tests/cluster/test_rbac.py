@@ -15,22 +15,20 @@ import pytest
 
 from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
 from orchestrator.api.base import API_VERSION
+from tests.cluster.accounts import HOMES, RBAC, ROLE, account, acting_as, binding, create, roles_and_accounts
 from tests.cluster.control_plane import ControlPlane, control_plane
 from tests.cluster.resources import furnish, require
-from tests.deploy.render import NAMESPACE, RELEASE, documents, rendered
+from tests.deploy.render import NAMESPACE, documents
 
-RBAC = "rbac.authorization.k8s.io/v1"
 CLUSTER = "cluster"
 """Stands for what is in no namespace."""
 PLACES = ("team-a", "team-b", NAMESPACE, CLUSTER)
 VERBS = ("create", "delete", "deletecollection", "get", "list", "patch", "update", "watch")
 LOOK = "get list watch"
 CHANGE = "create delete get list patch update watch"
-WRITE = "get patch update"
 ASKED_FOR_ONLY = (("qlora.dev", "qlorajobs/finalizers", True), ("qlora.dev", "qloraqueues/finalizers", False))
 """Not served, but asked for of whoever names an owner that blocks its deletion."""
 AGGREGATION_SECONDS = 60.0
-ROLE = f"{NAMESPACE}-{RELEASE}"
 
 Rights = Mapping[tuple[str, str], str]
 """(place, resource) -> verbs."""
@@ -38,39 +36,34 @@ Rights = Mapping[tuple[str, str], str]
 RIGHTS: Mapping[str, Rights] = {
     "submitter": {
         ("team-a", "qlorajobs.qlora.dev"): CHANGE,
-        ("team-a", "qlorajobs/status.qlora.dev"): LOOK,
-        ("team-a", "events"): LOOK,
+        ("team-a", "events"): "list watch",
+        ("team-a", "events.events.k8s.io"): "list",
         ("team-a", "pods"): LOOK,
-        ("team-a", "pods/log"): LOOK,
+        ("team-a", "pods/log"): "get",
     },
     "viewer": {
         ("team-a", "qlorajobs.qlora.dev"): LOOK,
-        ("team-a", "qlorajobs/status.qlora.dev"): LOOK,
     },
     "queue-admin": {
         (CLUSTER, "qloraqueues.qlora.dev"): CHANGE,
         **{(place, "qlorajobs.qlora.dev"): LOOK for place in PLACES if place != CLUSTER},
-        **{(place, "qlorajobs/status.qlora.dev"): LOOK for place in PLACES if place != CLUSTER},
     },
     "controller": {
-        (CLUSTER, "nodes"): LOOK,
-        (CLUSTER, "qloraqueues.qlora.dev"): LOOK,
-        ("team-a", "qlorajobs.qlora.dev"): "delete get list patch update watch",
-        ("team-a", "qlorajobs/finalizers.qlora.dev"): WRITE,
-        ("team-a", "qlorajobs/status.qlora.dev"): WRITE,
-        ("team-a", "pods"): "create delete get list patch watch",
-        ("team-a", "events"): "create patch",
-        ("team-a", "events.events.k8s.io"): "create patch",
-        (NAMESPACE, "leases.coordination.k8s.io"): "create get patch update",
+        (CLUSTER, "nodes"): "list watch",
+        (CLUSTER, "qloraqueues.qlora.dev"): "list watch",
+        ("team-a", "qlorajobs.qlora.dev"): "delete get list patch watch",
+        ("team-a", "qlorajobs/finalizers.qlora.dev"): "update",
+        ("team-a", "qlorajobs/status.qlora.dev"): "update",
+        ("team-a", "pods"): "create delete get list watch",
+        ("team-a", "events.events.k8s.io"): "create",
+        (NAMESPACE, "leases.coordination.k8s.io"): "create",
     },
 }
 OURS: Mapping[str, Rights] = {
-    "edit": {("team-a", "qlorajobs.qlora.dev"): CHANGE, ("team-a", "qlorajobs/status.qlora.dev"): LOOK},
-    "view": {("team-a", "qlorajobs.qlora.dev"): LOOK, ("team-a", "qlorajobs/status.qlora.dev"): LOOK},
+    "edit": {("team-a", "qlorajobs.qlora.dev"): CHANGE},
+    "view": {("team-a", "qlorajobs.qlora.dev"): LOOK},
 }
 """What the cluster's own roles may do in our group, with the chart's added."""
-HOMES = {"controller": (NAMESPACE, RELEASE)}
-"""Account -> (namespace, name), where it is not one of team-a's."""
 
 
 @pytest.fixture(scope="module")
@@ -85,39 +78,12 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
             create(api, document)
         for name in (*RIGHTS, *OURS, "nobody"):
             if name not in HOMES:
-                create(api, {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": in_team(name)})
+                create(api, account(name))
         for name, role in {"submitter": f"{ROLE}-submitter", "viewer": f"{ROLE}-viewer", "edit": "edit"}.items():
             create(api, binding("RoleBinding", name, role))
         create(api, binding("RoleBinding", "view", "view"))
         create(api, binding("ClusterRoleBinding", "queue-admin", f"{ROLE}-queue-admin"))
         yield plane
-
-
-def roles_and_accounts() -> str:
-    parts = ("rbac/controller", "rbac/users", "controller/service-account")
-    chosen = [word for part in parts for word in ("--show-only", f"templates/{part}.yaml")]
-    return rendered(None, "--set", "jobs.namespaces={team-a}", *chosen)
-
-
-def create(api: KubeApi, document: Mapping[str, Any]) -> None:
-    kind = str(document["kind"]).lower() + "s"
-    namespace = document["metadata"].get("namespace", "")
-    api.create(path_of(str(document["apiVersion"]), kind, namespace), dict(document))
-
-
-def in_team(name: str) -> Json:
-    return {"name": name, "namespace": "team-a"}
-
-
-def binding(kind: str, name: str, role: str) -> Json:
-    metadata = in_team(name) if kind == "RoleBinding" else {"name": name}
-    return {
-        "apiVersion": RBAC,
-        "kind": kind,
-        "metadata": metadata,
-        "roleRef": {"apiGroup": RBAC.partition("/")[0], "kind": "ClusterRole", "name": role},
-        "subjects": [{"kind": "ServiceAccount", **in_team(name)}],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +178,6 @@ def queue(name: str) -> Json:
 
 def pod(name: str) -> Json:
     return {"metadata": {"name": name}, "spec": {"containers": [{"name": "main", "image": "none"}]}}
-
-
-def acting_as(plane: ControlPlane, name: str) -> KubeApi:
-    """A connection with the account's own token."""
-    namespace, account = HOMES.get(name, ("team-a", name))
-    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
-    token = plane.api().create(path, {"spec": {"expirationSeconds": 3600}})["status"]["token"]
-    return KubeApi(kubeconfig=str(plane.kubeconfig_for(token, name=name)))
 
 
 def rights_of(api: KubeApi, name: str, only_group: str | None = None) -> Rights:
