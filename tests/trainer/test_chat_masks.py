@@ -247,7 +247,7 @@ def test_what_carries_loss_is_what_the_model_has_to_write(
     if not expected:
         return
     encoded = Encoder(tokenizer, "assistant").encode(read_sample(record, "messages"))
-    assert supervised(tokenizer, encoded) == expected
+    assert sorted(supervised(tokenizer, encoded)) == sorted(expected)  # contexts may hold turns that are not neighbors
 
 
 @pytest.mark.parametrize("name", FAMILIES)

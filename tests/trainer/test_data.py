@@ -159,7 +159,7 @@ def test_an_answer_that_cannot_be_told_exactly_is_refused(byte_level: Any) -> No
 
 def test_an_answer_that_the_template_leaves_out_is_refused(byte_level: Any) -> None:
     template = "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    with pytest.raises(ValueError, match="cannot be told exactly"):
+    with pytest.raises(ValueError, match=r"message 3 .*`content`, which the chat template does not write"):
         encode_chat(byte_level, template, TURNS, "assistant")
 
 

@@ -46,7 +46,7 @@ from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.job_store import JobStore
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it when the same inputs would give other data than before."""
 TRAIN_NAME = "train.parquet"
 EVAL_NAME = "eval.parquet"

@@ -9,15 +9,18 @@ Rules:
   between turns is appended; where it writes none at all, the conversation is refused.
 - `{% generation %}` marks narrow down what of a turn is supervised.
 - What cannot be told exactly is a ValueError, never a guess; so is a field that the template does not write.
+- Templates that write the date get a fixed one: the text depends on the messages and the template alone.
 - Rendering costs time in proportion to the turns: what is written around a turn is asked for once per kind of turn, and
   then found again.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -34,6 +37,10 @@ EXACT_TURNS = 4
 OPEN_TAG = re.compile(r"(<\w+>|\[[A-Z]+\])\s*\Z")
 """What ends a prompt that leaves the model inside a thought."""
 END_OF_THOUGHT = re.compile(r"</think>|\[/THINK\]")
+CLOCK = datetime(2026, 1, 1, tzinfo=UTC)
+"""The time that templates see."""
+STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>[^'"\n]*)(?P=quote)\s*\)""")
+"""How templates ask transformers for the time."""
 TEMPLATE_FIELD = "spec.model.chatTemplate"
 
 
@@ -110,8 +117,12 @@ class ChatRenderer:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special_tokens = _longest_first(special.union(tokenizer.all_special_tokens))
         self._added_tokens = _longest_first({*tokenizer.get_added_vocab(), *self._special_tokens})
-        self._has_marks = bool(re.search(r"\{%-?\s*generation\b", tokenizer.chat_template or ""))
-        self._written: set[tuple[str, str]] = set()
+        self._added = re.compile(rf"\s*(?:(?:{'|'.join(map(re.escape, self._added_tokens))})\s*)*")
+        self._eos: str | None = tokenizer.eos_token
+        self._template = _with_fixed_date(tokenizer.chat_template or "", warn)
+        self._has_marks = bool(re.search(r"\{%-?\s*generation\b", self._template))
+        self._written: set[tuple[tuple[Any, ...], bool]] = set()
+        """Kinds of messages, without tools and beside them, all of whose fields the template writes."""
 
     def text(self, chat: Conversation) -> str:
         """The whole conversation as the template writes it."""
@@ -153,7 +164,11 @@ class ChatRenderer:
 
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tools=chat.tools, tokenize=False, add_generation_prompt=prompt
+                list(messages),
+                tools=chat.tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                chat_template=self._template,
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
@@ -180,7 +195,7 @@ class ChatRenderer:
         _, spans = library.render_jinja_template(
             conversations=[list(chat.messages[:count])],
             tools=chat.tools,
-            chat_template=self._tokenizer.chat_template,
+            chat_template=self._template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
@@ -267,6 +282,8 @@ class ChatRenderer:
             at_least = len(before)
         elif before is not None and (begins := self._after_previous(chat, index, before, whole)) is not None:
             written, at_least, shift = before + whole[begins:], len(before), len(before) - begins
+        elif before is not None and not whole.startswith(before.rstrip()):
+            raise _Untold(index)
         message = chat.messages[index]
         says_more = any(message.get(name) for name in ("tool_calls", *REASONING_FIELDS))
         if at_least is not None and (says_more or not message["content"].strip()):
@@ -285,12 +302,14 @@ class ChatRenderer:
         It is as far behind the content before it as the prompt's end is.
         """
         previous = chat.messages[index - 1]
-        marked = [*chat.messages[: index - 1], {**previous, "content": _with_marks(previous["content"])}]
+        content = _with_marks(previous["content"])
+        # Its equals are marked as well: some templates compare messages to find the last question.
+        marked = [{**each, "content": content} if each == previous else each for each in chat.messages[:index]]
         asked = (self._attempt(chat, marked, prompt=True) or "").split(MARK)
         written = (self._attempt(chat, [*marked, chat.messages[index]]) or "").split(MARK)
-        if not (len(asked) == len(written) == 3 and "".join(asked) == prompt and "".join(written) == whole):
+        if not (1 < len(asked) == len(written) and "".join(asked) == prompt and "".join(written) == whole):
             return None
-        return len(whole) - len(written[2]) + len(asked[2]) if written[2].startswith(asked[2]) else None
+        return len(whole) - len(written[-1]) + len(asked[-1]) if written[-1].startswith(asked[-1]) else None
 
     def _content_start(self, chat: Conversation, index: int, whole: str) -> int | None:
         """Where a content begins: put marks around it and see where they come out."""
@@ -319,6 +338,10 @@ class ChatRenderer:
     def _first_end(self, chat: Conversation, index: int, whole: str, written: str) -> int:
         """After the token that ends a turn, of which a template may write another where the conversation ends."""
         last = len(written.rstrip())
+        if self._eos and self._eos in written:
+            eos = written.rindex(self._eos) + len(self._eos)
+            if eos < last and self._added.fullmatch(written, eos, last):
+                return eos  # what follows is the next turn's header, which some templates write unasked
         token = next(token for token in self._added_tokens if written.endswith(token, 0, last))
         earlier = len(written[: last - len(token)].rstrip())
         if not written.endswith(self._added_tokens, 0, earlier):
@@ -343,7 +366,21 @@ class ChatRenderer:
             for token in tokens:
                 if rest.startswith(token):
                     return kept, longer[kept : len(longer) - len(rest)] + token
-        return None
+        return self._end_without_thought(chat, index, whole, tokens)
+
+    def _end_without_thought(
+        self, chat: Conversation, index: int, whole: str, tokens: Sequence[str]
+    ) -> tuple[int, str] | None:
+        """The same of a turn whose thought goes when another message follows: it ends as it would without."""
+        message = chat.messages[index]
+        bare = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
+        bare["content"] = END_OF_THOUGHT.split(message["content"])[-1]
+        messages = [*chat.messages[:index], bare, *chat.messages[index + 1 :]]
+        shorter = None if bare == message else self._attempt(chat, messages[: index + 1])
+        if shorter is None:
+            return None
+        end = self._end_between_turns(replace(chat, messages=messages), index, shorter, tokens)
+        return None if end is None else (len(whole) - (len(shorter) - end[0]), end[1])
 
     def _followers(self, chat: Conversation, index: int) -> Iterator[Message]:
         """The messages that may come after a turn; how the template goes on tells how it ends the turn."""
@@ -371,9 +408,14 @@ class ChatRenderer:
 
     def _narrowed(self, chat: Conversation, turns: Sequence[_Turn]) -> tuple[Span, ...]:
         """What the template marks of the turns, and the tokens that end them: some close their mark before."""
-        last = turns[-1]
-        marks = [(start + last.shift, end + last.shift) for start, end in self._marks(chat, last.index + 1)]
-        return tuple(span for turn in turns for span in _marked_part(turn, marks))
+        if turns[-1].shift == 0:  # the context is what the template writes of these messages, with all their marks
+            marks = self._marks(chat, turns[-1].index + 1)
+            return tuple(span for turn in turns for span in _marked_part(turn, marks))
+        return tuple(span for turn in turns for span in _marked_part(turn, self._moved_marks(chat, turn)))
+
+    def _moved_marks(self, chat: Conversation, turn: _Turn) -> list[Span]:
+        """The marks up to a turn, as far on as the turn's own."""
+        return [(start + turn.shift, end + turn.shift) for start, end in self._marks(chat, turn.index + 1)]
 
     def _marked_context(self, chat: Conversation, text: str, indexes: Sequence[int]) -> Context:
         """Answers that nothing but the marks tells."""
@@ -381,10 +423,18 @@ class ChatRenderer:
         turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(marks) != len(turns):
             raise ValueError(f"has {len(turns)} answers, of which the chat template marks {len(marks)}")
-        spans = [(start, self._with_end(text, end)) for start, end in marks]
+        self._warn(
+            "the chat template's prompts for answers are not how it writes answers; they are trained as its "
+            f"{{% generation %}} marks them. Set {TEMPLATE_FIELD} to one whose prompts and turns agree"
+        )
+        spans = [(start, self._with_end(text, start, end)) for start, end in marks]
         return Context(text=text, spans=tuple(span for turn, span in zip(turns, spans, strict=True) if turn in indexes))
 
-    def _with_end(self, text: str, end: int) -> int:
+    def _with_end(self, text: str, start: int, end: int) -> int:
+        """Where a marked turn ends: with the token that stops it, within the mark or right behind it."""
+        said = text[start:end].rstrip()
+        if said.endswith(self._special_tokens):
+            return start + len(said)
         token = next((token for token in self._special_tokens if text.startswith(token, end)), "")
         return end + len(token)
 
@@ -397,19 +447,29 @@ class ChatRenderer:
                 f"has a field `tools`, which the chat template does not write; remove it or mend {TEMPLATE_FIELD}"
             )
         for index, message in enumerate(chat.messages):
-            for name in ("tool_calls", *REASONING_FIELDS, *(("name",) if message["role"] != "tool" else ())):
-                if message.get(name) and (message["role"], name) not in self._written:
+            kind = (_kind_of_message(message), bool(chat.tools))
+            if kind in self._written:
+                continue
+            for name in ("tool_calls", *REASONING_FIELDS, "content", *(("name",) if message["role"] != "tool" else ())):
+                if message.get(name, "").strip() if name == "content" else message.get(name):
                     self._check_field(chat, index, name)
-                    self._written.add((message["role"], name))
+            self._written.add(kind)
 
     def _check_field(self, chat: Conversation, index: int, name: str) -> None:
         message = chat.messages[index]
-        without = {key: value for key, value in message.items() if key != name}
+        without = {**message, name: ""} if name == "content" else _without(message, name)
         before = chat.messages[:index]
-        if self._attempt(chat, [*before, without]) == self._attempt(chat, [*before, message]):
+        after = (
+            chat.messages[1:2] if message["role"] == "system" else ()
+        )  # templates may want, or write it into, another
+        written = self._attempt(chat, [*before, message, *after])
+        if written is not None and written == self._attempt(chat, [*before, without, *after]):
+            instead = "remove it" if name == "content" else "write it into `content`"
+            beside = f" of role {message['role']!r}" if name == "content" else ""
+            beside += " beside `tool_calls`" if name == "content" and message.get("tool_calls") else ""
             raise ValueError(
-                f"has a message {index + 1} with `{name}`, which the chat template does not write; write it into "
-                f"`content`, or mend {TEMPLATE_FIELD}"
+                f"has a message {index + 1}{beside} with `{name}`, which the chat template does not write; {instead}, "
+                f"or mend {TEMPLATE_FIELD}"
             )
 
     def _check_thought(self, message: Message, index: int, said: str) -> None:
@@ -477,6 +537,21 @@ def _marked_part(turn: _Turn, marks: Sequence[Span]) -> list[Span]:
     if re.fullmatch(r"\S*", last):
         spans[-1] = (spans[-1][0], turn.end)
     return spans
+
+
+def _with_fixed_date(template: str, warn: Callable[[str], None]) -> str:
+    """The template with the date of `CLOCK` for today's."""
+    dated = STRFTIME_NOW.sub(lambda call: json.dumps(CLOCK.strftime(call["form"])), template)
+    if dated != template:
+        warn(
+            f"the chat template writes today's date; all records are written as of {CLOCK:%Y-%m-%d}, so that the same "
+            f"data give the same tokens on any day. To write another, set {TEMPLATE_FIELD}"
+        )
+    return dated
+
+
+def _without(message: Message, name: str) -> Message:
+    return {key: value for key, value in message.items() if key != name}
 
 
 def _longest_first(tokens: Iterable[str]) -> tuple[str, ...]:

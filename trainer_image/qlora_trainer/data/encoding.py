@@ -82,6 +82,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, train_on: TrainOn, *, most_tokens: int | None = None) -> None:
         """Texts of more than `most_tokens` come out longer than that, but not whole."""
+        self.warnings: list[str] = []
+        """What is to be known about the chat template, once each."""
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._most_tokens = most_tokens
@@ -91,8 +93,6 @@ class Encoder:
             self._fast.no_padding()
         self._chats = ChatRenderer(tokenizer, train_on, warn=self._warn)
         self._begins_with_bos = tokenizer.bos_token_id is not None and self._adds_bos()
-        self.warnings: list[str] = []
-        """What is to be known about the chat template, once each."""
 
     def encode(self, sample: Sample) -> EncodedRecord:
         """The tokens of a sample; raises ValueError saying why there is no exact answer."""
