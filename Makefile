@@ -26,7 +26,7 @@ export QLORA_SCALE ?= 0.1
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.synced $(MODEL)/model.safetensors ## Tune SmolLM2 on Spanish medical terms, end to end, and compare before and after
+demo: $(VENV)/.synced $(MODEL)/model.safetensors ## Teach SmolLM2 to fill in a form from clinical notes, end to end, and count what is right before and after
 	$(BIN)/python -m examples.demo --model $(MODEL)
 
 demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: the urgent one moves the first out of the way

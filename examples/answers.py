@@ -9,7 +9,7 @@ Imports nothing of the orchestrator: this is all that it takes to use what a job
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
 from typing import Any
 
 import mlflow
@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def compare(
-    base: str, model_uri: str, questions: list[str], *, max_new_tokens: int = 56
-) -> Iterator[tuple[str, str, str]]:
-    """(question, the base model's answer, the tuned model's answer), greedy.
+    base: str, model_uri: str, questions: list[str], *, max_new_tokens: int = 48
+) -> tuple[list[str], list[str]]:
+    """The base model's answers and the tuned model's, greedy, one a question.
 
-    `base` is a Hugging Face folder or id, `model_uri` a registered model such as `models:/medical-es@candidate`.
+    `base` is a Hugging Face folder or id, `model_uri` a registered model such as `models:/notes-es@candidate`.
     """
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -31,21 +31,27 @@ def compare(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.bfloat16)
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    # Through four bits, as it was trained on; then unpacked once, for a CPU would do so at every token.
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.bfloat16).dequantize()
+    # What is generated stands at the right end of every row, so that shorter questions are filled up at the left.
+    tokenizer: Any = AutoTokenizer.from_pretrained(base, padding_side="left")
     folder = mlflow.artifacts.download_artifacts(model_uri)
-    tuned = PeftModel.from_pretrained(model, f"{folder}/artifacts/adapter").eval()
-    for question in questions:
-        with tuned.disable_adapter():
-            before = answer(tuned, tokenizer, question, max_new_tokens)
-        yield question, before, answer(tuned, tokenizer, question, max_new_tokens)
+    with warnings.catch_warnings():
+        # PEFT still asks for `is_gradient_checkpointing`, which transformers has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        tuned = PeftModel.from_pretrained(model, f"{folder}/artifacts/adapter").eval()
+    with tuned.disable_adapter():
+        before = answers(tuned, tokenizer, questions, max_new_tokens)
+    return before, answers(tuned, tokenizer, questions, max_new_tokens)
 
 
-def answer(model: PeftModel, tokenizer: Any, question: str, max_new_tokens: int) -> str:
-    """One greedy answer to one question."""
+def answers(model: PeftModel, tokenizer: Any, questions: list[str], max_new_tokens: int) -> list[str]:
+    """One greedy answer a question, all at once."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
     inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     ).to(model.device)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]

@@ -1,7 +1,7 @@
 """The example dataset `examples/medical-es` keeps the promises of its README.
 
 The files are data that no code generates, so this reads them with the standard library alone, line by line.
-Held-out loss is the demo's evidence that training generalizes: no held-out term may occur anywhere in the training
+Held-out loss is evidence that training generalizes: no held-out term may occur anywhere in the training
 file.
 """
 
