@@ -8,7 +8,6 @@ retried by itself, without a GPU.
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 import warnings
 from importlib import import_module
@@ -21,7 +20,7 @@ from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import FinalAdapter, fetch_final_adapter
-from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.job_store import JobStore, copy_verified
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking import mlflow_run, registry
 from qlora_trainer.tracking.model_card import CARD_NAME, model_card, without_front_matter
@@ -78,7 +77,7 @@ def save_model(adapter: FinalAdapter, card: str, folder: Path, mlflow_model: Any
         peft_folder.mkdir()
         for entry in adapter.manifest.files:
             if entry.name not in (JOURNAL_NAME, MANIFEST_NAME):
-                shutil.copyfile(adapter.folder / entry.name, peft_folder / entry.name)
+                copy_verified(adapter.folder / entry.name, entry, peft_folder / entry.name)
         (peft_folder / CARD_NAME).write_text(card)
         with warnings.catch_warnings():
             # MLflow asks for type hints and an example to infer a signature from; this one is stated.

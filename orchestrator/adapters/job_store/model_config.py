@@ -10,8 +10,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote, urlsplit
 
 from orchestrator.api import trainer_facts
+from orchestrator.api.contained_files import Contained, LinkRefused
 from orchestrator.api.job import ModelSource
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, PermanentError, StoreUnavailable
@@ -76,14 +78,13 @@ def read_config(model: ModelSource) -> Mapping[str, Any]:
 
 
 def _from_folder(source: str) -> bytes:
-    import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
-
-    options = _S3_OPTIONS if source.startswith("s3://") else {}
     try:
-        with cast(Any, fsspec).open(f"{source.rstrip('/')}/{CONFIG_NAME}", "rb", **options) as stream:
+        with _opened(source) as stream:
             return cast(bytes, stream.read(MAX_CONFIG_BYTES))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"{source}: there is no {CONFIG_NAME}; give the folder of a Hugging Face model") from error
+    except LinkRefused as error:
+        raise InvalidObject(f"{source}: {error}") from error
     except PermissionError as error:
         raise PermanentError(
             f"{source}: may not be read: {error}; check its permissions or your credentials"
@@ -92,6 +93,15 @@ def _from_folder(source: str) -> bytes:
         raise PermanentError(f"{source}: {error}") from error
     except Exception as error:
         raise StoreUnavailable(f"{source}: could not be read: {error}; check the endpoint and try again") from error
+
+
+def _opened(source: str) -> Any:
+    if source.startswith("file://"):
+        return Contained.of(Path(unquote(urlsplit(source).path))).open(CONFIG_NAME)
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
+
+    options = _S3_OPTIONS if source.startswith("s3://") else {}
+    return cast(Any, fsspec).open(f"{source.rstrip('/')}/{CONFIG_NAME}", "rb", **options)
 
 
 _S3_OPTIONS: dict[str, Any] = {

@@ -13,9 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
 
+from orchestrator.api.contained_files import Contained, LinkRefused
 from orchestrator.api.formats import JOURNAL_NAME, MANIFEST_NAME, CheckpointManifest, FileEntry, JournalRecord
 from orchestrator.errors import InvalidObject, NotFound, PermanentError, StoreUnavailable
 
@@ -108,16 +110,24 @@ def _chunks(uri: str, name: str) -> Iterator[bytes]:
     """A file of the store, piece by piece; errors of any backend leave as ours."""
     if uri.startswith("pvc://"):
         raise PermanentError(f"{uri} lies on a claim, which only the cluster can read; fetch the adapter from MLflow")
-    import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
-
     address = f"{uri.rstrip('/')}/{name}"
     try:
-        with cast(Any, fsspec).open(address, "rb") as stream:
+        with _opened(uri, name) as stream:
             while chunk := cast(bytes, stream.read(CHUNK_BYTES)):
                 yield chunk
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"{address} does not exist; the store was emptied, or the adapter is not complete") from error
+    except LinkRefused as error:
+        raise PermanentError(f"{uri}: {error}") from error
     except ImportError as error:
         raise PermanentError(f"{address}: {error}") from error
     except Exception as error:
         raise StoreUnavailable(f"{address} could not be read: {error}; check credentials and endpoint") from error
+
+
+def _opened(uri: str, name: str) -> Any:
+    if uri.startswith("file://"):
+        return Contained.of(Path(unquote(urlsplit(uri).path))).open(name)
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
+
+    return cast(Any, fsspec).open(f"{uri.rstrip('/')}/{name}", "rb")

@@ -11,19 +11,21 @@ import csv
 import gzip
 import hashlib
 import json
+import weakref
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import fsspec as untyped_fsspec  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 
+from orchestrator.api.contained_files import Contained, open_regular
 from qlora_trainer.data.formats import parse_json
 from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.source_errors import translated
-from qlora_trainer.storage.uri import local_path
+from qlora_trainer.storage.uri import claim_path, local_path
 
 fsspec: Any = untyped_fsspec
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
@@ -55,11 +57,13 @@ class BadRecord:
 
 
 class RecordFile:
-    """A file of records."""
+    """A file of records, held open: what its digest is of is what is read, whatever becomes of its name."""
 
     def __init__(self, source: str, scratch: Path) -> None:
         self.source = source
-        self._path = _local_file(source, scratch)
+        file = _opened_file(source, scratch)
+        weakref.finalize(self, file.close)
+        self._path = Path(f"/proc/self/fd/{file.fileno()}")
 
     def digest(self) -> str:
         """SHA-256 of the file as it is stored."""
@@ -160,7 +164,7 @@ class Records:
             yield from self._records.read()
 
 
-def _local_file(source: str, scratch: Path) -> Path:
+def _opened_file(source: str, scratch: Path) -> BinaryIO:
     if not source.lower().endswith(SUFFIXES):
         raise UserError(f"{source} is not of a known kind; give a file that ends in {', '.join(SUFFIXES)}")
     path = local_path(source)
@@ -168,9 +172,11 @@ def _local_file(source: str, scratch: Path) -> Path:
         path = scratch / hashlib.sha256(source.encode()).hexdigest()
         file_system, remote = fsspec.core.url_to_fs(source)
         file_system.get_file(remote, str(path))
-    if not path.is_file():
-        raise UserError(f"there is no file {source}; check its path")
-    return path
+        return open_regular(path)
+    try:
+        return Contained.of(path.parent, claim_path(source)).open(path.name)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"there is no file {source}; check its path") from error
 
 
 def _refuse_misnamed(path: Path, name: str, source: str) -> None:

@@ -4,14 +4,16 @@
 `resolve_model` gives the whole model. Rules:
 
 - Only safetensors are read, and no code that comes with a model is run.
-- `file://` and `pvc://` models are used where they lie. `s3://` models are copied to `$QLORA_MODEL_CACHE`, each version
-  of the bucket's content into a folder of its own. `hf://` models live in the hub's cache.
+- The weights of `file://` and `pvc://` models are used where they lie, and no link leads out of there. `s3://` models
+  are copied to `$QLORA_MODEL_CACHE`, each version of the bucket's content into a folder of its own. `hf://` models live
+  in the hub's cache.
 - Both read the same files of weights: one file, or the shards of an index; a folder with both is refused.
 - What is wrong with a model is a UserError that names the file or field; a source that does not answer is Transient.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -23,14 +25,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 
+from orchestrator.api.contained_files import Contained
 from orchestrator.api.model_facts import ModelFacts
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
-from qlora_trainer.storage.uri import local_path
+from qlora_trainer.storage.uri import claim_path, local_path
 
 MODEL_CACHE_VARIABLE = "QLORA_MODEL_CACHE"
 DEFAULT_MODEL_CACHE = "~/.cache/qlora/models"
@@ -66,7 +68,7 @@ class ModelDescription:
     """A model without its weights."""
 
     folder: Path
-    """Holds config and tokenizer; for `file://` and `pvc://` the model itself."""
+    """Holds config and tokenizer."""
     revision: str
     """The commit of a hub model, or the digest of a folder's config and tensor index."""
     tensors: Mapping[str, TensorShape] | None
@@ -202,10 +204,13 @@ class _Location:
     def read(self, name: str) -> bytes:
         return self._file_system.cat_file(f"{self._root}/{name}")
 
+    def _open(self, name: str) -> Any:
+        return self._file_system.open(f"{self._root}/{name}", "rb", block_size=1 << 20)
+
     def read_header(self, name: str) -> _Header:
         """The header of a safetensors file, which must also be as long as its header says."""
         size = int(self.files[name]["size"])
-        with self._file_system.open(f"{self._root}/{name}", "rb", block_size=1 << 20) as file:
+        with self._open(name) as file:
             start = file.read(8)
             if start == POINTER[:8]:
                 raise _pointer_refusal(self.source, name)
@@ -219,31 +224,29 @@ class _Location:
             ) from error
 
     def fetch(self, names: Iterable[str]) -> Path:
-        """A local folder that holds these files."""
+        """A local folder with these files, which nobody else changes."""
         raise NotImplementedError
 
 
 class _Folder(_Location):
-    """`file://` and `pvc://`."""
+    """`file://` and `pvc://`, of which nothing is read that a link leads out of them to."""
 
-    def __init__(self, source: str, path: Path) -> None:
-        self._path = path
-        super().__init__(source, fsspec.filesystem("file"), str(path))
+    def __init__(self, source: str, path: Path, claim: Path | None) -> None:
+        try:
+            self._contained = Contained.of(path, claim)
+            self._listed = self._contained.files()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"there is no model folder at {source}; check spec.model.source") from error
+        super().__init__(source, None, str(path))
 
     def _list(self) -> dict[str, Mapping[str, Any]]:
-        """Links are what they point at, as in the snapshots of the hub's cache."""
-        try:
-            paths = sorted(self._path.iterdir())
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"there is no model folder at {self.source}; check spec.model.source") from error
-        for path in paths:
-            if path.is_symlink() and not path.exists():
-                raise UserError(
-                    f"{self.source}: {path.name} is a link to {path.readlink()}, which is not there; copy the model "
-                    "with the files that its links point at"
-                )
-            _refuse_outside_claim(self.source, path)
-        return {path.name: {"size": path.stat().st_size} for path in paths if path.is_file()}
+        return {name: {"size": status.st_size} for name, status in self._listed.items()}
+
+    def read(self, name: str) -> bytes:
+        return self._contained.read(name)
+
+    def _open(self, name: str) -> Any:
+        return self._contained.open(name)
 
     def refuse_adapter(self) -> None:
         super().refuse_adapter()
@@ -253,8 +256,25 @@ class _Folder(_Location):
                 "loaded as an adapter; remove that file, or merge the adapter into the model first"
             )
 
-    def fetch(self, names: Iterable[str]) -> Path:  # noqa: ARG002 - they are all there
-        return self._path
+    def fetch(self, names: Iterable[str]) -> Path:
+        return _own_folder(self._contained, names)
+
+
+def _own_folder(contained: Contained, names: Iterable[str]) -> Path:
+    """A folder of this process: copies of what is small and may be published, and names for the weights.
+
+    The libraries open files by their names, so what they find must not change its meaning after it was looked at.
+    """
+    own = Path(tempfile.mkdtemp(prefix="qlora-model-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    for name in names:
+        with contained.open(name) as file:
+            if _matches(name, DESCRIPTION_PATTERNS) and name != INDEX_NAME:
+                with (own / name).open("xb") as copy:
+                    shutil.copyfileobj(file, copy)
+            else:
+                (own / name).symlink_to(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    return own
 
 
 class _Bucket(_Location):
@@ -271,7 +291,7 @@ class _Bucket(_Location):
         if not target.is_dir():
             cache.mkdir(parents=True, exist_ok=True)
             self._download(names, target)
-        return target
+        return _own_folder(Contained.of(target), names)
 
     def _version(self, names: list[str]) -> str:
         """A name for what the bucket holds now: where, which files, how long, which versions."""
@@ -308,25 +328,18 @@ class _HubModel(_Location):
     def fetch(self, names: Iterable[str]) -> Path:
         from huggingface_hub import snapshot_download
 
+        names = sorted(names)
         folder = snapshot_download(
-            self._repository, revision=self.commit, allow_patterns=sorted(names), ignore_patterns=["*/*"]
+            self._repository, revision=self.commit, allow_patterns=names, ignore_patterns=["*/*"]
         )
-        return Path(folder)
+        return _own_folder(Contained.of(Path(folder)), names)
 
 
 def _locate(source: str, revision: str) -> _Location:
     if source.startswith("hf://"):
         return _HubModel(source, revision)
     path = local_path(source)
-    return _Bucket(source) if path is None else _Folder(source, path)
-
-
-def _refuse_outside_claim(source: str, path: Path) -> None:
-    """On a claim, links must stay there: what lies elsewhere in the pod is nobody's model."""
-    if source.startswith("pvc://") and path.is_symlink():
-        claim = local_path(f"pvc://{urlsplit(source).netloc}/")
-        if claim is not None and not path.resolve().is_relative_to(claim.resolve()):
-            raise UserError(f"{source}: {path.name} is a link that leaves its claim; copy the file it points at")
+    return _Bucket(source) if path is None else _Folder(source, path, claim_path(source))
 
 
 # --- its files

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -13,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import fsspec  # type: ignore[import-untyped]  # it has no types
 
+from orchestrator.api.contained_files import open_file, open_folder, refuse_link
 from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
 from qlora_trainer.storage.trouble import is_away
@@ -44,81 +47,126 @@ class Backend(Protocol):
 
 
 class FileSystem:
-    """A folder of a POSIX file system: fsync, then rename."""
+    """A folder of a POSIX file system: fsync, then rename.
 
-    def __init__(self, root: Path) -> None:
+    Nothing in it is a link: what would be reached through one is neither read nor written nor deleted.
+    """
+
+    def __init__(self, root: Path, within: Path | None = None) -> None:
+        """The folders above the job's own two, which operators set up, may be links that stay `within`."""
         self._root = root
+        self._within = within
+
+    @contextmanager
+    def _opened(self, name: str = "", *, make: bool = False) -> Generator[int]:
+        """A descriptor of a folder of the store; raises FileNotFoundError where there is none."""
+        base, own = self._root.parent.parent, self._root.parts[len(self._root.parent.parent.parts) :]
+        with open_folder(base, *own, *PurePosixPath(name).parts, make=make, within=self._within) as folder:
+            yield folder
+
+    @contextmanager
+    def _parent(self, name: str, *, make: bool = False) -> Generator[tuple[int, str]]:
+        """A descriptor of the folder that something lies in, and its name there."""
+        path = PurePosixPath(name)
+        with self._opened(str(path.parent), make=make) as folder:
+            yield folder, path.name
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        self._root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._root, os.O_RDONLY)
-        try:
+        with self._opened(make=True) as folder:
             with suppress(OSError):  # network file systems without locks rely on `check_fence`, as object stores do
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(folder, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(descriptor)
 
     def read(self, name: str) -> bytes | None:
         try:
-            return (self._root / name).read_bytes()
+            with self._parent(name) as (folder, leaf), open_file(folder, leaf, self._root / name) as file:
+                return file.read()
         except FileNotFoundError:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        folder = self.new_scratch_folder()
-        temporary = folder / "file"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        target = self._root / name
-        temporary.replace(target)
-        sync_folder(target.parent)
-        folder.rmdir()
+        scratch = self.new_scratch_folder()
+        with self._opened(self._name(scratch)) as source, self._parent(name) as (folder, leaf):
+            descriptor = os.open("file", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=source)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace("file", leaf, src_dir_fd=source, dst_dir_fd=folder)
+            os.fsync(folder)
+        self.remove(self._name(scratch))
 
     def exists(self, name: str) -> bool:
-        return (self._root / name).exists()
+        try:
+            with self._parent(name) as (folder, leaf):
+                refuse_link(folder, leaf, self._root / name)
+                os.lstat(leaf, dir_fd=folder)
+        except FileNotFoundError:
+            return False
+        return True
 
     def remove(self, name: str) -> None:
-        path = self._root / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
-        else:
+        try:
+            with self._parent(name) as (folder, leaf):
+                refuse_link(folder, leaf, self._root / name)
+                if stat.S_ISDIR(os.lstat(leaf, dir_fd=folder).st_mode):
+                    shutil.rmtree(leaf, dir_fd=folder)  # which follows no link either
+                else:
+                    os.unlink(leaf, dir_fd=folder)
+                os.fsync(folder)
+        except FileNotFoundError:
             return
-        sync_folder(path.parent)
 
     def folders(self, prefix: str) -> list[str]:
-        parent = self._root / prefix
-        if not parent.is_dir():
+        try:
+            with self._opened(prefix) as folder:
+                names = sorted(os.listdir(folder))
+                for name in names:
+                    refuse_link(folder, name, self._root / prefix / name)
+                return [f"{prefix}/{name}" for name in names if _is_folder(folder, name)]
+        except FileNotFoundError:
             return []
-        return sorted(f"{prefix}/{path.name}" for path in parent.iterdir() if path.is_dir())
 
     def new_scratch_folder(self) -> Path:
-        parent = self._root / SCRATCH_FOLDER
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=parent))
+        name = f"{SCRATCH_FOLDER}/{secrets.token_hex(8)}"
+        with self._opened(name, make=True):
+            return self._root / name
 
     def place(self, local: Path, file_names: list[str], name: str) -> None:
-        staged = self.new_scratch_folder()
-        staged.chmod(0o755)
-        own = local.resolve().is_relative_to((self._root / SCRATCH_FOLDER).resolve())
-        for file_name in file_names:
-            if own:
-                (local / file_name).replace(staged / file_name)
-            else:
-                _copy_durably(local / file_name, staged / file_name)
-        sync_folder(staged)
-        target = self._root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged.rename(target)
-        sync_folder(target.parent)
-        sync_folder(self._root)
+        staged = self._name(self.new_scratch_folder())
+        with self._opened(staged) as target, self._source(local) as (source, own):
+            os.fchmod(target, 0o755)
+            for file_name in file_names:
+                refuse_link(source, file_name, local / file_name)
+                if own:
+                    os.replace(file_name, file_name, src_dir_fd=source, dst_dir_fd=target)
+                else:
+                    _copy_durably(source, target, file_name, local / file_name)
+            os.fsync(target)
+        with self._parent(staged) as (scratch, leaf), self._parent(name, make=True) as (parent, final):
+            os.rename(leaf, final, src_dir_fd=scratch, dst_dir_fd=parent)
+            os.fsync(parent)
+        with self._opened() as root:
+            os.fsync(root)
+
+    @contextmanager
+    def _source(self, local: Path) -> Generator[tuple[int, bool]]:
+        """A descriptor of the folder that is to be placed, and whether it is scratch of this store."""
+        if local.is_relative_to(self._root / SCRATCH_FOLDER):
+            with self._opened(self._name(local)) as folder:
+                yield folder, True
+        else:
+            with open_folder(local) as folder:
+                yield folder, False
 
     def fetch(self, name: str, file_names: list[str], into: Path) -> Path:  # noqa: ARG002 - needs no copy
+        try:
+            with self._opened(name) as folder:
+                for file_name in file_names:
+                    refuse_link(folder, file_name, self._root / name / file_name)
+        except FileNotFoundError as error:
+            raise DamagedFolder(f"{self._root / name} is missing") from error
         return self._root / name
 
     def free_bytes(self) -> int | None:
@@ -129,11 +177,24 @@ class FileSystem:
         # Missing folders are made, so this one was there a moment ago: a volume that went, or a later attempt's sweep.
         return Transient(f"{message}; it went away while it was in use")
 
+    def _name(self, folder: Path) -> str:
+        return str(folder.relative_to(self._root))
 
-def _copy_durably(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+
+def _is_folder(parent: int, name: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _copy_durably(source: int, target: int, name: str, where: Path) -> None:
+    with open_file(source, name, where) as file:
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=target)
+        with os.fdopen(descriptor, "wb") as copy:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,12 +18,14 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import file_digest
 from pathlib import Path
 from time import perf_counter
 
 from orchestrator.api.base import Digest
+from orchestrator.api.contained_files import open_regular
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -193,9 +195,9 @@ class Checkpointer:
             self._write_adapter(adapter, journal, folder)
             if generation is not None:
                 (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2, sort_keys=True))
-            for path in (tokenizer / name for name in TOKENIZER_NAMES):
-                if path.is_file():
-                    (folder / path.name).write_bytes(path.read_bytes())
+            for name in TOKENIZER_NAMES:
+                with suppress(FileNotFoundError), open_regular(tokenizer / name) as file:
+                    (folder / name).write_bytes(file.read())
             with (folder / ADAPTER_NAME).open("rb") as file:
                 digest = "sha256:" + file_digest(file, "sha256").hexdigest()
             uri = self._store.publish_folder(folder, ADAPTER_FOLDER, lambda files: self._manifest(step, files, True))

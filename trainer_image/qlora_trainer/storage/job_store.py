@@ -27,6 +27,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from orchestrator.api.base import Model
+from orchestrator.api.contained_files import LinkRefused, open_regular
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
     ATTEMPTS_NAME,
@@ -49,7 +50,7 @@ from qlora_trainer.storage.backends import (
 )
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.trouble import Trouble, trouble
-from qlora_trainer.storage.uri import local_path
+from qlora_trainer.storage.uri import claim_path, local_path
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ class JobStore:
         """`backoff` is for object stores; a file system is not asked again."""
         self.uri = uri.rstrip("/")
         path = local_path(self.uri)
-        self._backend: Backend = ObjectStore(self.uri, backoff) if path is None else FileSystem(path)
+        self._backend: Backend = (
+            ObjectStore(self.uri, backoff) if path is None else FileSystem(path, claim_path(self.uri))
+        )
 
     # --- the fence
 
@@ -219,6 +222,8 @@ class JobStore:
 
     def _translated(self, error: Exception, what: str) -> StageError | None:
         """The stage's error behind a file system's; None for what is none of the store's business."""
+        if isinstance(error, LinkRefused):
+            return UserError(f"{what}: {error}")
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT):
             free = f"{self._backend.free_bytes()} bytes are free"
@@ -241,20 +246,28 @@ class JobStore:
 
 
 def describe_durably(path: Path) -> FileEntry:
-    """Make a file durable and describe it."""
-    with path.open("rb") as file:
+    """Make a file durable and describe it. Raises LinkRefused."""
+    with open_regular(path) as file:
         os.fsync(file.fileno())
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return FileEntry(name=path.name, bytes=file.tell(), sha256=sha256)
 
 
+def copy_verified(path: Path, entry: FileEntry, target: Path) -> None:
+    """Copy the file that a manifest vouches for, not what may have taken its name since. Raises DamagedFolder."""
+    with open_regular(path) as file, target.open("xb") as copy:
+        shutil.copyfileobj(file, copy)
+    _verify(target, entry, str(path.parent))
+
+
 def _verify(path: Path, entry: FileEntry, where: str) -> None:
-    if not path.is_file():
-        raise DamagedFolder(f"{where}: {entry.name} is missing")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise DamagedFolder(f"{where}: {entry.name} has {size} bytes instead of {entry.bytes}")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                raise DamagedFolder(f"{where}: {entry.name} has {size} bytes instead of {entry.bytes}")
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DamagedFolder(f"{where}: {entry.name} is missing") from error
     if sha256 != entry.sha256:
         raise DamagedFolder(f"{where}: {entry.name} has the SHA-256 {sha256} instead of {entry.sha256}")

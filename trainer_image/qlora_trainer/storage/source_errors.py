@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from orchestrator.api.contained_files import LinkRefused
 from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.trouble import Trouble, names_in_chain, trouble
 
@@ -16,6 +17,8 @@ def translated(source: str, *, field: str) -> Generator[None]:
         yield
     except StageError:
         raise
+    except LinkRefused as error:
+        raise UserError(f"{source}: {error}") from error
     except ImportError as error:
         raise UserError(f"{source} needs a package that this trainer image lacks: {error}") from error
     except Exception as error:
