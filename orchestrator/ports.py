@@ -112,7 +112,10 @@ class Tracking(Protocol):
     """The MLflow side that belongs to the controller: the run's existence and its last status."""
 
     def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
-        """The job's one run, found by its tag or created; sets it RUNNING. Raises TrackingUnavailable."""
+        """The job's one run, found by its tag or created; sets it RUNNING.
+
+        Raises TrackingUnavailable, and InvalidObject for an experiment that is not the namespace's.
+        """
         ...
 
     def finish_run(self, job: QLoRAJob, run_status: str) -> None:

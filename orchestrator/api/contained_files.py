@@ -18,8 +18,8 @@ import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # a pipe without a writer must not hold us
@@ -53,7 +53,7 @@ class Contained:
             raise LinkRefused(f"{folder} is a link that leaves its claim; copy the folder that it points at")
         return cls(real, (root,), claim=True)
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> BufferedReader:
         """A regular file by its name in the folder, for reading. Raises OSError, LinkRefused."""
         descriptor = os.open(self.folder / name, _READ)
         try:
@@ -140,7 +140,7 @@ def _inner(folder: int, name: str, where: Path, make: bool) -> int:
     raise FileNotFoundError(errno.ENOENT, "removed as often as it is made", str(where))
 
 
-def open_file(folder: int, name: str, where: Path) -> BinaryIO:
+def open_file(folder: int, name: str, where: Path) -> BufferedReader:
     """A regular file of an open folder, for reading; `where` is its path, for messages. Raises OSError, LinkRefused."""
     try:
         descriptor = os.open(name, _READ | os.O_NOFOLLOW, dir_fd=folder)
@@ -155,7 +155,7 @@ def open_file(folder: int, name: str, where: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """A regular file in a folder that may be named by a link, for reading. Raises OSError, LinkRefused."""
     with open_folder(path.parent) as folder:
         return open_file(folder, path.name, path)

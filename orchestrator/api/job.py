@@ -255,11 +255,11 @@ class TrackingSpec(Model):
     """Where metrics and the adapter go in MLflow."""
 
     experiment: Annotated[str, StringConstraints(pattern=NAME_PATTERN, min_length=1, max_length=256)] | None = None
-    """Default: the job's namespace."""
+    """Default: the job's namespace, to which it belongs: one of another namespace is refused."""
     registered_model: (
         Annotated[str, StringConstraints(pattern=REGISTERED_MODEL_PATTERN, min_length=1, max_length=256)] | None
     ) = None
-    """Default: the job's name."""
+    """Default: `<namespace>-<job>`. It belongs to the job's namespace: one of another is refused."""
     alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)] | None = "candidate"
     """Moved to the new version; MLflow reserves `latest` and `v<number>`."""
 

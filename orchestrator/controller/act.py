@@ -89,8 +89,8 @@ class Actor:
         return self._mlflow_workers.runs()
 
     def refused(self) -> Mapping[str, str]:
-        """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
-        return dict(self._refused)
+        """Why nothing can come of a job, by its uid: its status is not taken, or no stage of it, or no run."""
+        return {**self._mlflow_workers.refused(), **self._refused}
 
     def act(self, commands: Sequence[Command], looked_seconds: float = 0.0) -> None:
         """Carry out one decision, which took so long to make. Raises RuntimeLost: the process must start over."""

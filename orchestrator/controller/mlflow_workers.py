@@ -16,13 +16,14 @@ from orchestrator.controller.logs import about
 from orchestrator.controller.throttle import Backoff
 from orchestrator.core.commands import EnsureRun, FinishRun
 from orchestrator.core.snapshot import RunFact
-from orchestrator.errors import NotFound, OrchestratorError
+from orchestrator.errors import InvalidObject, NotFound, OrchestratorError
 from orchestrator.ports import Store, Tracking
 
 log = logging.getLogger(__name__)
 
 WAITING_LIMIT = 1000
 """Commands that wait for MLflow; what finds no room is decided again later."""
+REFUSALS_KNOWN = 1000
 
 
 class MlflowWorkers:
@@ -36,6 +37,7 @@ class MlflowWorkers:
         self._waiting: queue.Queue[tuple[str, EnsureRun | FinishRun]] = queue.Queue(WAITING_LIMIT)
         self._in_hand: set[str] = set()
         self._runs: dict[str, RunFact] = {}
+        self._refused: dict[str, str] = {}
         for number in range(workers):
             threading.Thread(target=self._drive, name=f"mlflow worker {number}", daemon=True).start()
 
@@ -43,6 +45,11 @@ class MlflowWorkers:
         """Runs that no status has on record yet, by the uid of their job."""
         with self._lock:
             return dict(self._runs)
+
+    def refused(self) -> Mapping[str, str]:
+        """Why jobs can have no run, by their uid."""
+        with self._lock:
+            return dict(self._refused)
 
     def recorded(self, uid: str) -> None:
         """The job's status has its run on record."""
@@ -65,6 +72,9 @@ class MlflowWorkers:
             context = about(command.job.key)
             try:
                 self._carry_out(command)
+            except InvalidObject as error:
+                self._note_refusal(command.job.metadata.uid, str(error))
+                log.warning("%s waits %.1f s: %s", key, self._backoff.failed(key), error, extra=context)
             except OrchestratorError as error:
                 log.warning("%s waits %.1f s: %s", key, self._backoff.failed(key), error, extra=context)
             except Exception:
@@ -74,6 +84,12 @@ class MlflowWorkers:
             finally:
                 with self._lock:
                     self._in_hand.discard(command.job.metadata.uid)
+
+    def _note_refusal(self, uid: str, message: str) -> None:
+        with self._lock:
+            self._refused[uid] = message
+            while len(self._refused) > REFUSALS_KNOWN:
+                self._refused.pop(next(iter(self._refused)))
 
     def _carry_out(self, command: EnsureRun | FinishRun) -> None:
         job = command.job

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus, TrackingSpec
-from orchestrator.errors import TrackingUnavailable
+from orchestrator.errors import InvalidObject, TrackingUnavailable
 from orchestrator.settings import Settings
 from tests.builders import submitted_job
 
@@ -63,6 +63,30 @@ def test_a_job_has_one_run_however_often_it_is_asked_for(settings: Settings) -> 
     assert found[0].data.tags["qlora.dev/job"] == "medical"
     assert found[0].data.tags["qlora.dev/namespace"] == "team-a"
     assert found[0].data.tags["qlora.dev/queue"] == "default"
+
+
+@pytest.mark.parametrize("tags", [{"qlora.dev/namespace": "team-b"}, {}])
+def test_a_team_gets_no_run_in_another_teams_experiment(settings: Settings, tags: dict[str, str]) -> None:
+    client, name = MlflowClient(settings.tracking_uri), f"theirs-{len(tags)}"
+    client.create_run(client.create_experiment(name, tags=tags))
+    tracking = MlflowTracking(settings)
+    for _ in range(2):
+        with pytest.raises(
+            InvalidObject, match=rf"the experiment {name} (belongs|holds).*set spec\.tracking\.experiment"
+        ):
+            tracking.ensure_run(job("u-thief", tracking=TrackingSpec(experiment=name)))
+    assert len(runs(settings, name)) == 1
+
+
+def test_what_one_team_may_write_to_is_not_remembered_for_another(settings: Settings) -> None:
+    tracking = MlflowTracking(settings)
+    tracking.ensure_run(job("u-own", tracking=TrackingSpec(experiment="shared")))
+    other = submitted_job("medical", "team-b", meta={"uid": "u-b"}, tracking=TrackingSpec(experiment="shared"))
+    with pytest.raises(InvalidObject, match="belongs to namespace team-a, not to team-b"):
+        tracking.ensure_run(other)
+    found = MlflowClient(settings.tracking_uri).get_experiment_by_name("shared")
+    assert found is not None
+    assert found.tags["qlora.dev/namespace"] == "team-a"
 
 
 FIRST_CALLS = """

@@ -27,7 +27,7 @@ from orchestrator.core.commands import (
     StopStage,
     WriteStatus,
 )
-from orchestrator.errors import RuntimeLost, StoreUnavailable, TrackingUnavailable
+from orchestrator.errors import InvalidObject, RuntimeLost, StoreUnavailable, TrackingUnavailable
 from orchestrator.settings import Settings
 from tests.builders import make_task, submitted_job
 from tests.controller.fakes import FakeRuntime, FakeTracking
@@ -209,6 +209,15 @@ def test_what_mlflow_refused_is_tried_again_after_the_wait(world: World) -> None
     world.now = 2.0
     world.actor.act([EnsureRun(job=job)])
     wait_for(world.actor.runs)
+
+
+def test_a_job_that_may_not_have_a_run_is_a_fact(world: World) -> None:
+    job = world.job()
+    world.tracking.error = InvalidObject("the experiment theirs belongs to namespace b, not to a")
+    world.actor.act([EnsureRun(job=job)])
+    wait_for(world.actor.refused)
+    assert world.actor.refused() == {job.metadata.uid: "the experiment theirs belongs to namespace b, not to a"}
+    assert world.actor.runs() == {}
 
 
 def test_a_run_gets_its_last_status_and_then_the_job_is_released(world: World) -> None:

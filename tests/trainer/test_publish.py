@@ -291,7 +291,7 @@ def interruptible(method):
 # Before and after each call that changes or asks MLflow is an instant to be killed at.
 for name in ("get_run", "get_metric_history", "log_batch", "search_logged_models", "create_logged_model",
              "log_model_artifacts", "finalize_logged_model", "search_model_versions", "create_registered_model",
-             "create_model_version", "set_registered_model_alias"):
+             "create_model_version", "set_registered_model_alias", "get_registered_model"):
     setattr(MlflowClient, name, interruptible(getattr(MlflowClient, name)))
 mlflow.pyfunc.save_model = interruptible(mlflow.pyfunc.save_model)
 
@@ -325,7 +325,7 @@ def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_mo
     client: MlflowClient, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path)
-    instants = 34
+    instants = 40
     tasks = [make_task(client, store, uid=f"u-{kill}", registered_model=f"m-{kill}") for kill in range(instants + 1)]
     lines = "\n".join(task.model_dump_json(by_alias=True) for task in tasks)
     elsewhere = (f"sqlite:///{tmp_path}/warm-up.db", (tmp_path / "warm-up").as_uri())

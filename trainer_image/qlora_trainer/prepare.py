@@ -45,6 +45,7 @@ from qlora_trainer.model.source import (
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.tracking.names import refuse_foreign_names
 
 FORMAT_VERSION = 3
 """Raise it when the same inputs would give other data than before."""
@@ -93,10 +94,12 @@ def run(task: StageTask) -> PrepareResult:
         model = _open_model(task.spec)
         digest = inputs_digest(task.spec, datasets, model)
         found = _find_prepared(store, digest, Path(scratch) / "prepared")
+        splits = None if found is not None else _read(task.spec, datasets, model)
+        refuse_foreign_names(task)
         if found is not None:
             log.info("%s is prepared already", found.uri)
             return _with_steps(found.model_copy(update={"model": model.facts}), task.spec.training)
-        splits = _read(task.spec, datasets, model)
+    assert splits is not None, "what is not prepared has been read"
     return _publish(task, store, digest, model, splits)
 
 

@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
-from orchestrator.errors import TrackingUnavailable
+from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
+from orchestrator.errors import InvalidObject, TrackingUnavailable
 
 log = logging.getLogger(__name__)
 
-JOB_TAG, NAMESPACE_TAG, UID_TAG, QUEUE_TAG = (
-    "qlora.dev/job",
-    "qlora.dev/namespace",
-    "qlora.dev/job-uid",
-    "qlora.dev/queue",
-)
+JOB_TAG, UID_TAG, QUEUE_TAG = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/queue"
 HTTP_RETRIES = 1  # the caller tries again, with a backoff
 EXPERIMENTS_KNOWN = 1000
+RUNS_LOOKED_AT = 1000
 RUNNING = "RUNNING"
 Answer = TypeVar("Answer")
 
@@ -70,8 +67,8 @@ class MlflowTracking:
         self._client: Any = None  # Any: mlflow is imported late
         self._connecting = threading.Lock()
         self._free = threading.BoundedSemaphore(settings.mlflow_workers)
-        self._experiments: dict[str, str] = {}
-        """Ids by name, of experiments that were there when they were last used."""
+        self._experiments: dict[tuple[str, str], str] = {}
+        """Ids by namespace and name, of experiments that were there, and the namespace's, when they were last used."""
 
     @property
     def is_new(self) -> bool:
@@ -86,7 +83,7 @@ class MlflowTracking:
         )
 
     def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
-        """The job's one run, set RUNNING."""
+        """The job's one run, set RUNNING. Raises InvalidObject for an experiment that is not the namespace's."""
         return self._answered(lambda: self._ensure_run(job))
 
     def finish_run(self, job: QLoRAJob, run_status: str) -> None:
@@ -100,7 +97,7 @@ class MlflowTracking:
             try:
                 run = self._connected().create_run(experiment_id, run_name=job.metadata.name, tags=_tags(job))
             except Exception:
-                self._experiments.pop(_experiment_name(job), None)  # somebody may have deleted it
+                self._experiments.pop(_experiment_key(job), None)  # somebody may have deleted it
                 raise
             log.info("created MLflow run %s for job %s", run.info.run_id, job.key)
         elif run.info.status != RUNNING:
@@ -138,32 +135,43 @@ class MlflowTracking:
         return found[0] if found else None
 
     def _ensure_experiment(self, job: QLoRAJob) -> str:
-        name = _experiment_name(job)
-        if name not in self._experiments:
-            self._experiments[name] = self._find_or_create_experiment(name, job)
+        key = _experiment_key(job)
+        if key not in self._experiments:
+            self._experiments[key] = self._find_or_create_experiment(job)
             while len(self._experiments) > EXPERIMENTS_KNOWN:
                 self._experiments.pop(next(iter(self._experiments)), None)
-        return self._experiments[name]
+        return self._experiments[key]
 
-    def _find_or_create_experiment(self, name: str, job: QLoRAJob) -> str:
-        found = self._connected().get_experiment_by_name(name)
-        if found is None:
-            return self._create_experiment(name)
+    def _find_or_create_experiment(self, job: QLoRAJob) -> str:
+        name = _experiment_name(job)
+        found = self._connected().get_experiment_by_name(name) or self._create_experiment(name, job)
+        self._own_experiment(found, job.metadata.namespace)
         if found.lifecycle_stage == "deleted":
             log.warning("MLflow experiment %s was deleted; job %s needs it and restores it", name, job.key)
             self._connected().restore_experiment(found.experiment_id)
         return found.experiment_id
 
-    def _create_experiment(self, name: str) -> str:
+    def _create_experiment(self, name: str, job: QLoRAJob) -> Any:
         client = self._connected()
         exceptions: Any = importlib.import_module("mlflow.exceptions")
+        tags = {NAMESPACE_TAG: job.metadata.namespace}
         try:
-            return client.create_experiment(name, artifact_location=self._artifact_location(name))
+            client.create_experiment(name, artifact_location=self._artifact_location(name), tags=tags)
         except exceptions.MlflowException:
-            found = self._connected().get_experiment_by_name(name)  # somebody else was faster
-            if found is None:
+            if client.get_experiment_by_name(name) is None:  # otherwise somebody else was faster
                 raise
-            return found.experiment_id
+        return client.get_experiment_by_name(name)
+
+    def _own_experiment(self, found: Any, namespace: str) -> None:
+        """Raise InvalidObject for somebody else's; one without an owner in which all is the namespace's becomes its."""
+        if belongs_to(found.tags, namespace):
+            return
+        client = self._connected()
+        runs = client.search_runs([found.experiment_id], max_results=RUNS_LOOKED_AT)
+        if NAMESPACE_TAG in found.tags or not all(belongs_to(run.data.tags, namespace) for run in runs):
+            raise InvalidObject(refusal(EXPERIMENT, found.name, found.tags, namespace))
+        if found.lifecycle_stage == "active":
+            client.set_experiment_tag(found.experiment_id, NAMESPACE_TAG, namespace)
 
     def _artifact_location(self, name: str) -> str | None:
         """Where an experiment's artifacts go; a server knows that itself."""
@@ -206,12 +214,18 @@ class MlflowTracking:
             return answer.result(seconds)
         except TimeoutError as error:
             raise TrackingUnavailable(f"MLflow at {where} did not answer within {seconds:g} s") from error
+        except InvalidObject:
+            raise
         except Exception as error:
             raise TrackingUnavailable(f"MLflow at {where} failed: {error}; check MLFLOW_TRACKING_URI") from error
 
 
 def _experiment_name(job: QLoRAJob) -> str:
-    return job.spec.tracking.experiment or job.metadata.namespace
+    return experiment_name(job.spec.tracking, job.metadata.namespace)
+
+
+def _experiment_key(job: QLoRAJob) -> tuple[str, str]:
+    return job.metadata.namespace, _experiment_name(job)
 
 
 def _tags(job: QLoRAJob) -> dict[str, str]:

@@ -19,7 +19,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from orchestrator.api.formats import JournalRecord
+from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
+from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
 from qlora_trainer.storage.versions import library_versions
@@ -27,7 +29,7 @@ from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, in
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 log = logging.getLogger(__name__)
 
 DELETED = "deleted"
@@ -38,6 +40,7 @@ BATCH_METRICS = 1000
 BATCH_PARAMETERS = 100
 """MLflow's bound on the parameters, and on the tags, of one call."""
 MAX_VALUE_CHARACTERS = 500
+MAX_RUNS_LOOKED_AT = 1000
 MIRROR_BACKOFF = Backoff(first_pause_seconds=1.0)
 
 T = TypeVar("T")
@@ -61,7 +64,7 @@ def tags(task: StageTask) -> dict[str, str]:
     """What a run, logged model or version says about where it comes from."""
     found = {
         "qlora.dev/job": task.job,
-        "qlora.dev/namespace": task.namespace,
+        NAMESPACE_TAG: task.namespace,
         JOB_UID_TAG: task.uid,
         "qlora.dev/queue": task.spec.queue,
         "qlora.dev/base-model": task.spec.model.source,
@@ -89,7 +92,7 @@ def find_run(client: MlflowClient, task: StageTask) -> str | None:
     """The id of the job's run: as the task says, or found by the job's uid."""
     if task.run_id is not None:
         return task.run_id
-    experiment = client.get_experiment_by_name(_experiment_name(task))
+    experiment = client.get_experiment_by_name(experiment_name(task.spec.tracking, task.namespace))
     if experiment is None:
         return None
     found = client.search_runs([experiment.experiment_id], f"tags.`{JOB_UID_TAG}` = '{task.uid}'", max_results=1)
@@ -264,7 +267,7 @@ def _run_of_job(client: MlflowClient, task: StageTask) -> Run | None:
     """The oldest run with the job's uid, deleted ones included."""
     from mlflow.entities import ViewType
 
-    experiment = client.get_experiment_by_name(_experiment_name(task))
+    experiment = client.get_experiment_by_name(experiment_name(task.spec.tracking, task.namespace))
     if experiment is None:
         return None
     condition = f"tags.`{JOB_UID_TAG}` = '{task.uid}'"
@@ -275,11 +278,14 @@ def _run_of_job(client: MlflowClient, task: StageTask) -> Run | None:
 
 def _make_run(client: MlflowClient, task: StageTask) -> str:
     """A run in place of one that is gone for good. Training is over, and so is the run, but for what is added to it."""
-    name = _experiment_name(task)
-    experiment = client.get_experiment_by_name(name)
+    name = experiment_name(task.spec.tracking, task.namespace)
+    experiment = refuse_foreign_experiment(client, task)
     if experiment is not None and experiment.lifecycle_stage == DELETED:
         client.restore_experiment(experiment.experiment_id)
-    experiment_id = experiment.experiment_id if experiment is not None else client.create_experiment(name)
+    if experiment is not None:
+        experiment_id = experiment.experiment_id
+    else:
+        experiment_id = client.create_experiment(name, tags={NAMESPACE_TAG: task.namespace})
     made = client.create_run(experiment_id, tags=tags(task), run_name=task.job)
     # Somebody else may have made one meanwhile: the oldest is the job's.
     run = _run_of_job(client, task) or made
@@ -290,8 +296,15 @@ def _make_run(client: MlflowClient, task: StageTask) -> str:
     return run.info.run_id
 
 
-def _experiment_name(task: StageTask) -> str:
-    return task.spec.tracking.experiment or task.namespace
+def refuse_foreign_experiment(client: MlflowClient, task: StageTask) -> Experiment | None:
+    """The experiment of the job's run, if there is one; raises UserError where it is not the namespace's."""
+    experiment = client.get_experiment_by_name(experiment_name(task.spec.tracking, task.namespace))
+    if experiment is None or belongs_to(experiment.tags, task.namespace):
+        return experiment
+    runs = client.search_runs([experiment.experiment_id], max_results=MAX_RUNS_LOOKED_AT)
+    if NAMESPACE_TAG in experiment.tags or not all(belongs_to(run.data.tags, task.namespace) for run in runs):
+        raise UserError(refusal(EXPERIMENT, experiment.name, experiment.tags, task.namespace))
+    return experiment
 
 
 def describe(task: StageTask, run_id: str, attempts: Mapping[str, str], backoff: Backoff = PUBLISH_BACKOFF) -> None:

@@ -1,7 +1,8 @@
 """The registry: the adapter as a logged model and a registered version, once.
 
 Whatever is created carries the job's uid and the adapter's digest from the start, and is looked up by them before it is
-created: a repeat finds it.
+created: a repeat finds it. A registered model is its namespace's (`api/ownership`); whose it is, is asked before every
+write.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.base import Digest
+from orchestrator.api.ownership import NAMESPACE_TAG, REGISTERED_MODEL, belongs_to, refusal, registered_model_name
 from orchestrator.api.task import StageTask
+from qlora_trainer.outcome import UserError
 from qlora_trainer.tracking.mlflow_client import insist
 from qlora_trainer.tracking.mlflow_run import JOB_UID_TAG, tags
 
@@ -27,6 +30,7 @@ ADAPTER_DIGEST_TAG = "qlora.dev/adapter-digest"
 LOGGED_MODEL_NAME = "adapter"
 MAX_DESCRIPTION_CHARACTERS = 5000
 """What MLflow's SQL store keeps of a version's description."""
+MAX_VERSIONS_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +45,7 @@ class Registration:
     @property
     def registered_model(self) -> str:
         """The name in the registry."""
-        return self.task.spec.tracking.registered_model or self.task.job
+        return registered_model_name(self.task.spec.tracking, self.task.namespace, self.task.job)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -58,15 +62,32 @@ class Registration:
 def register(registration: Registration, save_model: Callable[[Path, Any], None], scratch: Path) -> str:
     """The adapter's version in the registry, made if there is none yet, with the alias on it.
 
-    `save_model(folder, mlflow_model)` writes the model's artifact; it is called only when MLflow lacks it.
+    `save_model(folder, mlflow_model)` writes the model's artifact; it is called only when MLflow lacks it. Raises
+    UserError for a registered model that is not the namespace's.
     """
+    insist("look at the registered model", lambda client: refuse_foreign_model(client, registration.task))
     model_id = insist("log the model", lambda client: _logged_model(client, registration, save_model, scratch))
     version = insist("register the model", lambda client: _model_version(client, registration, model_id))
     alias = registration.task.spec.tracking.alias
     if alias is not None:
-        name = registration.registered_model
-        insist("move the alias", lambda client: client.set_registered_model_alias(name, alias, version))
+        insist("move the alias", lambda client: _move_alias(client, registration.task, alias, version))
     return version
+
+
+def refuse_foreign_model(client: MlflowClient, task: StageTask) -> Any | None:
+    """The job's registered model, if there is one; raises UserError where it is not the namespace's."""
+    model = _registered_model(client, registered_model_name(task.spec.tracking, task.namespace, task.job))
+    if model is None or belongs_to(model.tags, task.namespace):
+        return model
+    if NAMESPACE_TAG in model.tags or not _is_ours(client, model, task.namespace):
+        raise UserError(refusal(REGISTERED_MODEL, model.name, model.tags, task.namespace))
+    return model
+
+
+def _move_alias(client: MlflowClient, task: StageTask, alias: str, version: str) -> None:
+    name = registered_model_name(task.spec.tracking, task.namespace, task.job)
+    _own_registered_model(client, task)
+    client.set_registered_model_alias(name, alias, version)
 
 
 def _logged_model(
@@ -108,7 +129,7 @@ def _model_version(client: MlflowClient, registration: Registration, model_id: s
     name = registration.registered_model
     if (found := _find_version(client, registration)) is not None:
         return str(found.version)
-    _ensure_registered_model(client, name)
+    _own_registered_model(client, registration.task)
     version = client.create_model_version(
         name,
         source=f"models:/{model_id}",
@@ -127,11 +148,39 @@ def _find_version(client: MlflowClient, registration: Registration) -> ModelVers
     return next((version for version in found if version.name == registration.registered_model), None)
 
 
-def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+def _own_registered_model(client: Any, task: StageTask) -> None:
+    """Make the registered model if there is none, with its owner's tag; raises UserError where it is another's."""
+    from mlflow.exceptions import MlflowException
+
+    name = registered_model_name(task.spec.tracking, task.namespace, task.job)
+    model = refuse_foreign_model(client, task)
+    if model is None:
+        try:
+            client.create_registered_model(name, tags={NAMESPACE_TAG: task.namespace})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            refuse_foreign_model(client, task)  # somebody else was faster
+    elif NAMESPACE_TAG not in model.tags:
+        client.set_registered_model_tag(name, NAMESPACE_TAG, task.namespace)
+        refuse_foreign_model(client, task)  # somebody else may have been slower
+
+
+def _registered_model(client: Any, name: str) -> Any | None:  # Any: mlflow's registered models have no types
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name)
+        return client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _is_ours(client: MlflowClient, model: Any, namespace: str) -> bool:
+    """Whether a registered model without an owner has only versions of the namespace's jobs."""
+    if "'" in model.name:  # for which MLflow's filters have no escape
+        versions: list[ModelVersion] = list(model.latest_versions or ())
+    else:
+        versions = client.search_model_versions(f"name = '{model.name}'", max_results=MAX_VERSIONS_LOOKED_AT)
+    return all(belongs_to(version.tags, namespace) for version in versions)
