@@ -95,6 +95,10 @@ class StageRuntime(Protocol):
         """All stages that exist, ended ones included, by `namespace/name`."""
         ...
 
+    def taken_names(self) -> frozenset[str]:
+        """`namespace/name` of what is no stage, and keeps one of the name from being made."""
+        ...
+
     def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
         """Ask for a checkpoint and an end within the grace period, then kill. Idempotent; unknown names are ignored."""
         ...

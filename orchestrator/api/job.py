@@ -355,6 +355,9 @@ class Attempt(Model):
     """Machines that it is not put on, because a card broke there lately."""
     seen_time: Time | None = None
     """When its stage was first seen to exist; from then on, a stage that is missing has ended."""
+    stage_uid: ShortText | None = None
+    """The uid of its stage's pod, which no user can choose: from then on, what any other pod of the name says is not
+    believed."""
     progress_time: Time | None = None
     """When its last step was seen, by the controller's clock."""
     predicted_bytes: Count | None = None

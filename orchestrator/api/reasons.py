@@ -91,6 +91,8 @@ class Reason(StrEnum):
     """The API server, or a webhook of its, refused the pod."""
     QUOTA_EXCEEDED = "QuotaExceeded"
     """The namespace's ResourceQuota has no room for the pod."""
+    NAME_TAKEN = "NameTaken"
+    """Something that the controller would not create stands under the name of the stage's pod."""
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     """The image cannot be pulled: it is missing, refused, or its registry is away."""
     VOLUME_UNAVAILABLE = "VolumeUnavailable"
@@ -129,6 +131,7 @@ _RECOVERIES = {
     Reason.START_FAILED: Recovery.WAIT,
     Reason.ADMISSION_REFUSED: Recovery.WAIT,
     Reason.QUOTA_EXCEEDED: Recovery.WAIT,
+    Reason.NAME_TAKEN: Recovery.WAIT,
     Reason.IMAGE_UNAVAILABLE: Recovery.WAIT,
     Reason.VOLUME_UNAVAILABLE: Recovery.WAIT,
     Reason.CONFIG_MISSING: Recovery.WAIT,

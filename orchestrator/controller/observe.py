@@ -31,6 +31,7 @@ def observe(
         jobs=tuple(jobs),
         queues=tuple(store.list_queues()),
         stages=stages,
+        taken_names=runtime.taken_names(),
         gpu_classes=priced(runtime.gpu_classes(), policy.gpu_prices),
         runs={uid: fact for uid, fact in runs.items() if fact.job.key not in alone},
         refused=refused or {},

@@ -46,6 +46,14 @@ class StageFact:
     """The uid of the job that the stage was made for; empty where the runtime does not keep it."""
     node: str = ""
     """The machine it was put on; empty before that, and where there is only one."""
+    stage_uid: str = ""
+    """What tells it from others of its name; empty where the runtime alone makes stages."""
+    vouched: bool = True
+    """Whether the runtime knows by itself that it made this stage; otherwise a status has to name its `stage_uid`."""
+    gpus: int = 0
+    """GPUs that it keeps from others, where the runtime counts them."""
+    gpu_class: str | None = None
+    """The class of those."""
 
     @property
     def key(self) -> str:
@@ -159,6 +167,8 @@ class Snapshot:
     queues: tuple[QLoRAQueue, ...] = ()
     stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])
     """Every stage there is, by `namespace/name`: one that is not here does not exist."""
+    taken_names: frozenset[str] = frozenset()
+    """`namespace/name` of what is no stage, and keeps one of the name from being made."""
     gpu_classes: tuple[GpuClass, ...] = ()
     runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
     """MLflow runs by the job's uid; may be lost at any time, since asking for a run again finds the same one."""

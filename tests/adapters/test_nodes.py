@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.adapters.kubernetes.api import Json
-from orchestrator.adapters.kubernetes.nodes import Node, count_gpus, gpus_of_others, read_node
+from orchestrator.adapters.kubernetes.nodes import Node, count_gpus, gpus_held, read_node
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.settings import Settings
 from orchestrator.sizing.hardware import GpuClass, find_card, gpu_class, priced
@@ -102,16 +102,14 @@ def test_gpus_that_pods_of_others_ask_for_are_taken() -> None:
 
 
 def test_what_a_pod_of_others_takes_is_what_it_asks_for_while_it_is_there() -> None:
-    assert gpus_of_others(someones_pod(gpus=2), POLICY) == ("n", 2)
-    assert gpus_of_others(someones_pod(gpus=2, phase="Succeeded"), POLICY) is None
-    assert gpus_of_others(someones_pod(gpus=2, node=""), POLICY) is None
-    assert gpus_of_others(someones_pod(gpus=0), POLICY) is None
-    ours = {"app.kubernetes.io/managed-by": "qlora-orchestrator"}
-    assert gpus_of_others(someones_pod(gpus=1, **ours), POLICY) is None
+    assert gpus_held(someones_pod(gpus=2), POLICY) == 2
+    assert gpus_held(someones_pod(gpus=2, phase="Succeeded"), POLICY) == 0
+    assert gpus_held(someones_pod(gpus=2, node=""), POLICY) == 0
+    assert gpus_held(someones_pod(gpus=0), POLICY) == 0
     dra = PodPolicy(trainer_image="t", tracking_uri="http://m", gpu_mode="dra")
     claiming = someones_pod(gpus=0)
     claiming["spec"]["resourceClaims"] = [{"name": "gpu", "resourceClaimName": "theirs"}]
-    assert gpus_of_others(claiming, dra) == ("n", 1)
+    assert gpus_held(claiming, dra) == 1
 
 
 def test_prices_come_from_the_setting_and_reach_decisions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ import pytest
 
 from orchestrator.adapters.kubernetes.api import Json
 from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, read_pod, stage_fact
+from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.api.reasons import Reason
 from orchestrator.core.snapshot import StageFact, StagePhase
 from tests.builders import NOW, after
 
+POLICY = PodPolicy(trainer_image="t", tracking_uri="http://m")
 BOUNDS = RuntimeBounds(unschedulable_seconds=900, start_failure_seconds=300, volume_seconds=200, start_seconds=3600)
 LABELS = {"qlora.dev/job": "medical", "qlora.dev/job-uid": "1", "qlora.dev/attempt": "2", "qlora.dev/stage": "train"}
 ON_A_NODE = {"type": "PodScheduled", "status": "True", "lastTransitionTime": after(0).isoformat()}
@@ -34,8 +36,7 @@ def pending(*, trainer: Json | None = None, agent: Json | None = None, unschedul
 
 
 def told(item: Json, seconds: float) -> StageFact:
-    found = read_pod(item)
-    assert found is not None
+    found = read_pod(item, POLICY)
     return stage_fact(found, "", None, BOUNDS, NOW + timedelta(seconds=seconds))
 
 

@@ -226,8 +226,10 @@ def run_on_node(api: KubeApi, pods: KubernetesPods, task: StageTask | None = Non
 
 def test_a_stage_is_one_pod_however_often_it_is_asked_for(api: KubeApi, pods: KubernetesPods) -> None:
     pods.ensure(make_task(), "24Gi")
-    assert pods.observe()[KEY] == StageFact(namespace=NAMESPACE, name=NAME, phase=StagePhase.PENDING, uid=UID)
     first = api.get(PATH)
+    assert pods.observe()[KEY] == StageFact(
+        namespace=NAMESPACE, name=NAME, phase=StagePhase.PENDING, uid=UID, stage_uid=first["metadata"]["uid"]
+    )
     pods.ensure(make_task(), "24Gi")
     assert api.get(PATH)["metadata"]["uid"] == first["metadata"]["uid"]
     assert first["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -279,10 +281,15 @@ def _refused(pods: KubernetesPods) -> bool:
     return pods.observe()[f"{NARROW}/{NAME}"].disruption is Reason.QUOTA_EXCEEDED
 
 
-def test_another_jobs_pod_of_the_name_is_left_and_waited_for(api: KubeApi, pods: KubernetesPods) -> None:
-    pods.ensure(make_task(uid="of-an-older-job"), "24Gi")
-    with pytest.raises(TransientError, match="not this job's"):
-        pods.ensure(make_task(), "24Gi")
+def test_another_jobs_pod_of_the_name_is_left_and_told_of(api: KubeApi, runtimes: Runtimes) -> None:
+    runtimes().ensure(make_task(uid="of-an-older-job"), "24Gi")
+    pods = runtimes()
+    assert pods.observe()[KEY].uid == "of-an-older-job"
+    pods.ensure(make_task(), "24Gi")
+    fact = pods.observe()[KEY]
+    assert (fact.phase, fact.disruption, fact.uid) == (StagePhase.EXITED, Reason.NAME_TAKEN, UID)
+    assert 'metadata.labels.qlora.dev/job-uid is "of-an-older-job"' in message(fact)
+    pods.delete(NAMESPACE, NAME, recorded=True)
     assert pods.observe()[KEY].uid == "of-an-older-job"
 
 

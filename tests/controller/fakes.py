@@ -82,6 +82,9 @@ class FakeRuntime:
             raise error
         return dict(self.stages)
 
+    def taken_names(self) -> frozenset[str]:
+        return frozenset()
+
     def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
         self._note(f"stop {name}")
 

@@ -111,6 +111,12 @@ class KubeApi:
         """A new object in the collection `path`."""
         return self._json("POST", path, {}, body)
 
+    def rehearse(self, path: str, body: Json) -> Json:
+        """The object as `create` would store it, under another name; nothing is stored."""
+        meta: Json = body["metadata"]
+        unnamed = {**{key: value for key, value in meta.items() if key != "name"}, "generateName": f"{meta['name']}-"}
+        return self._json("POST", path, {"dryRun": "All"}, {**body, "metadata": unnamed})
+
     def replace(self, path: str, body: Json) -> Json:
         """PUT; with `metadata.resourceVersion` only if the object is still at it."""
         return self._json("PUT", path, {}, body)

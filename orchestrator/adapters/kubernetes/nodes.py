@@ -21,7 +21,6 @@ from types import MappingProxyType
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.node_placement import SPOT_LABELS, node_class, takes_pods
-from orchestrator.adapters.kubernetes.pod_manifest import MANAGED_BY_LABEL, MANAGER
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, GpuClass, gpu_class
@@ -152,23 +151,20 @@ def list_gpu_classes(api: KubeApi, gpu_resource: str = "nvidia.com/gpu") -> Sequ
             return count_gpus(nodes, {}, {})
 
 
-def gpus_of_others(item: Json, policy: PodPolicy) -> tuple[str, int] | None:
-    """The node of a pod that is not ours, and the GPUs that it asks for; None where it has none."""
+def gpus_held(item: Json, policy: PodPolicy) -> int:
+    """The GPUs that a pod keeps from others: those that it asks for, from when a node takes it until it has ended."""
     spec: Json = item.get("spec", {})
     status: Json = item.get("status", {})
-    labels: Json = item["metadata"].get("labels") or {}
-    node: str = spec.get("nodeName") or ""
-    if not node or labels.get(MANAGED_BY_LABEL) == MANAGER or status.get("phase") in ("Succeeded", "Failed"):
-        return None
-    claims: list[Json] = spec.get("resourceClaims") or []
+    if not spec.get("nodeName") or status.get("phase") in ("Succeeded", "Failed"):
+        return 0
     if policy.gpu_mode == "dra":
-        return (node, len(claims)) if claims else None
+        claims: list[Json] = spec.get("resourceClaims") or []
+        return len(claims)
     containers: list[Json] = spec.get("containers") or []
     before: list[Json] = spec.get("initContainers") or []
     together = sum(_asked(container, policy) for container in containers)
     first = max((_asked(container, policy) for container in before), default=0)
-    count = max(together, first)
-    return (node, count) if count else None
+    return max(together, first)
 
 
 def _asked(container: Json, policy: PodPolicy) -> int:

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from pydantic import ValidationError
 
 from orchestrator.adapters.kubernetes.api import Json
+from orchestrator.adapters.kubernetes.nodes import gpus_held
 from orchestrator.adapters.kubernetes.pod_manifest import (
     AGENT,
     ATTEMPT_LABEL,
@@ -30,9 +31,10 @@ from orchestrator.adapters.kubernetes.pod_manifest import (
     STAGE_LABEL,
     TRAINER,
 )
+from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.api.reasons import Reason, exit_reason
 from orchestrator.api.results import Failure, ProgressReport, StageResult
-from orchestrator.api.stage_name import STAGES_ON_GPU
+from orchestrator.api.stage_name import StageName
 from orchestrator.core.job.conditions import clip
 from orchestrator.core.job.verdict import STOPPED
 from orchestrator.core.snapshot import StageFact, StagePhase
@@ -118,7 +120,10 @@ class StagePod:
     job: str
     job_uid: str
     attempt: int
-    on_gpu: bool
+    claimed: bool
+    """Whether labels and name say that it is the attempt's. Anybody can write that: it proves nothing."""
+    gpus: int
+    """GPUs that it keeps from others now."""
     has_agent: bool
     created_time: datetime
     scheduled_time: datetime | None
@@ -140,15 +145,14 @@ class StagePod:
         return f"{self.namespace}/{self.name}"
 
 
-def read_pod(item: Json) -> StagePod | None:
-    """A pod of the API; None for one that is not a stage's."""
+def read_pod(item: Json, policy: PodPolicy) -> StagePod:
+    """A pod of the API."""
     meta: Json = item["metadata"]
     spec: Json = item.get("spec", {})
     status: Json = item.get("status", {})
     labels: dict[str, str] = meta.get("labels") or {}
-    number = labels.get(ATTEMPT_LABEL, "")
-    if not labels.get(JOB_LABEL) or not labels.get(JOB_UID_LABEL) or not number.isdecimal():
-        return None
+    told = [labels.get(label, "") for label in (JOB_LABEL, STAGE_LABEL, ATTEMPT_LABEL)]
+    name = StageName.parse(meta["name"])
     state = _state(status, "containerStatuses", TRAINER)
     terminated: Json | None = state.get("terminated")
     listed: list[Json] = status.get("conditions") or []
@@ -160,10 +164,11 @@ def read_pod(item: Json) -> StagePod | None:
         namespace=meta["namespace"],
         name=meta["name"],
         uid=meta["uid"],
-        job=labels[JOB_LABEL],
-        job_uid=labels[JOB_UID_LABEL],
-        attempt=int(number),
-        on_gpu=labels.get(STAGE_LABEL) in STAGES_ON_GPU,
+        job=name.job if name is not None else "",
+        job_uid=labels.get(JOB_UID_LABEL, ""),
+        attempt=name.attempt if name is not None else 0,
+        claimed=name is not None and "-".join(told) == meta["name"] and bool(labels.get(JOB_UID_LABEL)),
+        gpus=gpus_held(item, policy),
         has_agent=AGENT in _names(spec.get("initContainers")),
         created_time=datetime.fromisoformat(meta["creationTimestamp"]),
         scheduled_time=_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
@@ -281,6 +286,8 @@ def stage_fact(
         result=_with_trouble(_result(end.text) if end and end.exit_code is not None else None, trouble),
         disruption=trouble.reason if trouble else None,
         progress=progress if pod.start_time is not None else None,
+        stage_uid=pod.uid,
+        gpus=pod.gpus,
     )
 
 

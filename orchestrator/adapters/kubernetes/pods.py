@@ -2,7 +2,12 @@
 
 `pod_manifest` says what a pod looks like, `pod_facts` what one says about its stage. Rules:
 
-- A name is an attempt: creating a pod that exists is done. A pod is only touched if it has the uid that was looked at.
+- A name is an attempt. A pod is only touched if it has the uid that was looked at.
+- Whoever may create pods may give one any name, label and owner, so none of these is believed. A pod is vouched for if
+  this process created it, or found it just as it would have created it; of the others, one counts whose uid a job's
+  status names. Where anything else has the name of an attempt, the attempt ends as NAME_TAKEN, in words.
+- What says that it is ours (label, owner and name agree) and that no status explains is ended. Pods that only have such
+  a name are left alone; their names are passed over, and their GPUs are taken.
 - No finalizers. The end of a pod is kept in memory from the moment it is seen until `delete`, so that one that is
   taken away at once does not take its last words along. A pod that vanished without an end is absent, and the core
   resumes its job.
@@ -22,16 +27,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import get_args
 
 from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
-from orchestrator.adapters.kubernetes.nodes import NODES, Node, count_gpus, gpus_of_others, parse_gpu_classes, read_node
+from orchestrator.adapters.kubernetes.comparison import difference
+from orchestrator.adapters.kubernetes.nodes import NODES, Node, count_gpus, gpus_held, parse_gpu_classes, read_node
 from orchestrator.adapters.kubernetes.objects import Parser
 from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, StagePod, given_up, read_pod, stage_fact
-from orchestrator.adapters.kubernetes.pod_manifest import MANAGED_BY_LABEL, MANAGER, claim_template, pod
+from orchestrator.adapters.kubernetes.pod_manifest import (
+    MANAGED_BY_LABEL,
+    MANAGER,
+    claim_template,
+    claim_template_name,
+    pod,
+)
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.adapters.kubernetes.store import JOBS
 from orchestrator.adapters.kubernetes.watch import EVERYWHERE, STALE_SECONDS, Cache, Changes
@@ -42,7 +54,7 @@ from orchestrator.api.stage_name import StageKind, StageName
 from orchestrator.api.task import StageTask
 from orchestrator.core.job.conditions import clip
 from orchestrator.core.snapshot import StageFact, StagePhase
-from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, TransientError
+from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, PermanentError, TransientError
 from orchestrator.ports import AgentChannel
 from orchestrator.sizing.hardware import GpuClass
 
@@ -58,6 +70,8 @@ LAST_GRACE_SECONDS = 1
 """For a trainer that was told to stop and has not ended by its deadline."""
 ENDS_LIMIT = 10_000
 """Ends that are kept in memory; a replica that stands by forgets none of them by itself."""
+VOUCHED_LIMIT = 16_384
+"""Uids that are kept in memory: far more than pods are created before their jobs' statuses name them."""
 QUOTA_EXCEEDED = "exceeded quota"
 STAGES: tuple[StageKind, ...] = get_args(StageKind)
 
@@ -71,6 +85,10 @@ class Asked:
     at_seconds: float
     """Monotonic."""
     grace_seconds: int
+
+
+class NameTaken(PermanentError):
+    """Under a name that is needed stands what would not have been created there."""
 
 
 class KubernetesPods:
@@ -110,7 +128,7 @@ class KubernetesPods:
             api,
             "v1",
             PODS,
-            partial(gpus_of_others, policy=policy),
+            self._read_other,
             Changes(changes.relist_seconds),
             namespaces=namespaces,
             selector=f"{MANAGED_BY_LABEL}!={MANAGER}",
@@ -119,6 +137,7 @@ class KubernetesPods:
         self._lock = threading.Lock()  # never held while a cache is asked
         self._ends: dict[str, StagePod] = {}
         self._forgotten: set[str] = set()
+        self._vouched: dict[str, None] = {}
         self._refused: dict[str, StageFact] = {}
         self._asked: dict[str, Asked] = {}
 
@@ -145,25 +164,38 @@ class KubernetesPods:
         """What is known of every stage, by `namespace/name`."""
         pods, nodes, now = self._pods.values(), self._nodes.values(), datetime.now(UTC)
         progress: Mapping[str, ProgressReport] = {} if self.channel is None else self.channel.progress()
-        facts = {
-            key: stage_fact(found, _leaving(found, nodes, now), progress.get(key), self._bounds, now)
-            for key, found in self._known(pods).items()
-        }
-        return {**self._refused, **facts}
+        with self._lock:
+            vouched = frozenset(self._vouched)
+        facts: dict[str, StageFact] = {}
+        for key, found in self._known(pods, vouched).items():
+            fact = stage_fact(found, _leaving(found, nodes, now), progress.get(key), self._bounds, now)
+            node = nodes.get(f"/{found.node}")
+            facts[key] = replace(fact, vouched=found.uid in vouched, gpu_class=node.gpu_class if node else None)
+        refused = {key: fact for key, fact in self._refused.items() if key not in facts or not facts[key].vouched}
+        return {**facts, **refused}
 
-    def _known(self, pods: Mapping[str, StagePod]) -> Mapping[str, StagePod]:
-        """The pods that are there, and those that ended and are not; without those that were forgotten."""
+    def taken_names(self) -> frozenset[str]:
+        """Names of attempts that pods have which do not even say that they are ours."""
+        strangers = {key for key, found in self._pods.values().items() if not found.claimed}
+        return frozenset(key for key in {*strangers, *self._others.values()} if _is_stages(key))
+
+    def _known(self, pods: Mapping[str, StagePod], vouched: frozenset[str]) -> Mapping[str, StagePod]:
+        """The pods that are there, and those that ended and are not; without those that were forgotten.
+
+        The end of a pod of ours stays known whatever takes its place.
+        """
         uids = {found.uid for found in pods.values()}
         with self._lock:
             self._forgotten &= uids
             self._asked = {uid: asked for uid, asked in self._asked.items() if uid in uids}
-            shown = {key: found for key, found in pods.items() if found.uid not in self._forgotten}
-            return {**{key: ended for key, ended in self._ends.items() if key not in pods}, **shown}
+            shown = {key: found for key, found in pods.items() if found.claimed and found.uid not in self._forgotten}
+            ends = {key: ended for key, ended in self._ends.items() if key not in pods or ended.uid in vouched}
+            return {**shown, **ends}
 
-    def _read(self, item: Json) -> StagePod | None:
+    def _read(self, item: Json) -> StagePod:
         """A pod for the view, whose end is kept beyond it."""
-        found = read_pod(item)
-        if found is not None and found.end is not None:
+        found = read_pod(item, self._policy)
+        if found.claimed and found.end is not None:
             with self._lock:
                 if found.uid not in self._forgotten:
                     self._ends[found.key] = found
@@ -171,13 +203,25 @@ class KubernetesPods:
                     self._ends.pop(next(iter(self._ends)))
         return found
 
+    def _read_other(self, item: Json) -> tuple[str, int] | None:
+        """Where a pod of somebody else's is, and the GPUs that it keeps; None for one that is in nobody's way."""
+        gpus = gpus_held(item, self._policy)
+        if not gpus and not _is_stages(item["metadata"]["name"]):
+            return None
+        return item["spec"].get("nodeName") or "", gpus
+
     def _last_seen(self, item: Json) -> None:
         self._read(item)
 
     def gpu_classes(self) -> Sequence[GpuClass]:
         """What the nodes have, and what an autoscaler can add."""
-        held = Counter(found.node for found in self._pods.values().values() if found.on_gpu and found.end is None)
+        held: Counter[str] = Counter()
         others: Counter[str] = Counter()
+        for found in self._pods.values().values():
+            if not found.claimed:
+                others[found.node] += found.gpus
+            elif found.end is None:
+                held[found.node] += found.gpus
         for node, count in self._others.values().values():
             others[node] += count
         nodes = self._nodes.values().values()
@@ -203,47 +247,86 @@ class KubernetesPods:
 
     def ensure(self, task: StageTask, gpu_class: str | None) -> None:
         """Create the attempt's pod. What the server refuses for good becomes a fact: the stage could not start."""
-        name = task.stage_name
         try:
             if gpu_class is not None and self._policy.gpu_mode == "dra":
                 self._ensure_claim_template(task.namespace, gpu_class)
-            created = self._api.create(path_of("v1", PODS, task.namespace), pod(task, gpu_class, self._policy))
-        except AlreadyExists:
-            created = self._existing(task, name)
-        except (Forbidden, InvalidObject) as error:
-            self._refuse(task, name, str(error))
+            made = self._created_or_found(path_of("v1", PODS, task.namespace), pod(task, gpu_class, self._policy))
+        except NameTaken as error:
+            self._refuse(task, Reason.NAME_TAKEN, str(error))
             return
-        self._pods.put(created, self._read(created))
+        except (Forbidden, InvalidObject) as error:
+            reason = Reason.QUOTA_EXCEEDED if QUOTA_EXCEEDED in str(error) else Reason.ADMISSION_REFUSED
+            self._refuse(task, reason, f"the API server refused the pod: {error}")
+            return
+        self._refused.pop(f"{task.namespace}/{task.stage_name}", None)
+        self._pods.put(made, self._read(made))
 
     def _ensure_claim_template(self, namespace: str, gpu_class: str) -> None:
+        """Its spec cannot be changed, so one that was looked at once is known by its uid."""
+        template = claim_template(namespace, gpu_class)
+        collection = path_of(CLAIM_TEMPLATES_VERSION, CLAIM_TEMPLATES, namespace)
         try:
-            self._api.create(
-                path_of(CLAIM_TEMPLATES_VERSION, CLAIM_TEMPLATES, namespace), claim_template(namespace, gpu_class)
-            )
-        except AlreadyExists:
-            return
+            found = self._api.get(f"{collection}/{claim_template_name(gpu_class)}")
+        except NotFound:
+            self._created_or_found(collection, template)
+        else:
+            self._require_equal(collection, template, found)
 
-    def _existing(self, task: StageTask, name: str) -> Json:
-        """The pod of this name, if it is the one that is wanted; raises TransientError while another is in the way."""
-        key = f"{task.namespace}/{name}"
+    def _created_or_found(self, collection: str, wanted: Json) -> Json:
+        """The object as it is on the server, vouched for.
+
+        Raises NameTaken where another has its name, TransientError while that is about to go.
+        """
         try:
-            found = self._api.get(path_of("v1", PODS, task.namespace, name))
+            made = self._api.create(collection, wanted)
+        except AlreadyExists:
+            return self._found(collection, wanted)
+        self._vouch(made["metadata"]["uid"])
+        return made
+
+    def _found(self, collection: str, wanted: Json) -> Json:
+        key = f"{wanted['metadata']['namespace']}/{wanted['metadata']['name']}"
+        try:
+            found = self._api.get(f"{collection}/{wanted['metadata']['name']}")
         except NotFound as error:
             self._pods.drop(key)
-            raise TransientError(f"pod {key} has just gone; it is created anew") from error
-        known = read_pod(found)
-        if known is None or known.job_uid != task.uid:
-            raise TransientError(f"pod {key} is not this job's, but perhaps an earlier one's; it is waited for")
-        if known.deletion_time is not None and known.end is None:
-            raise TransientError(f"pod {key} is being deleted; it is created anew once it is gone")
+            raise TransientError(f"{wanted['kind']} {key} has just gone; it is created anew") from error
+        if found["metadata"].get("deletionTimestamp") and read_pod(found, self._policy).end is None:
+            raise TransientError(f"{wanted['kind']} {key} is being deleted; it is created anew once it is gone")
+        self._require_equal(collection, wanted, found)
         return found
 
-    def _refuse(self, task: StageTask, name: str, message: str) -> None:
-        reason = Reason.QUOTA_EXCEEDED if QUOTA_EXCEEDED in message else Reason.ADMISSION_REFUSED
-        failure = Failure(reason=reason, message=clip(f"the API server refused the pod: {message}"))
+    def _require_equal(self, collection: str, wanted: Json, found: Json) -> None:
+        """Raises NameTaken for what is not just as it would be created now."""
+        uid: str = found["metadata"]["uid"]
+        with self._lock:
+            if uid in self._vouched:
+                return
+        kind, meta = wanted["kind"], wanted["metadata"]
+        try:
+            differs = difference(self._api.rehearse(collection, wanted), found)
+        except (Forbidden, InvalidObject) as error:
+            differs = f"it cannot be told, because the server refuses to rehearse the creation: {error}"
+        if differs:
+            raise NameTaken(
+                f"the {kind} {meta['namespace']}/{meta['name']} is there already and is not what the controller "
+                f"creates: {differs}. Nothing of it is believed; delete it if nobody needs it, and see who may create "
+                "such objects in this namespace"
+            )
+        self._vouch(uid)
+
+    def _vouch(self, uid: str) -> None:
+        with self._lock:
+            self._vouched[uid] = None
+            while len(self._vouched) > VOUCHED_LIMIT:
+                self._vouched.pop(next(iter(self._vouched)))
+
+    def _refuse(self, task: StageTask, reason: Reason, message: str) -> None:
+        log.warning("%s/%s: %s", task.namespace, task.stage_name, message)
+        failure = Failure(reason=reason, message=clip(message))
         fact = StageFact(
             namespace=task.namespace,
-            name=name,
+            name=task.stage_name,
             uid=task.uid,
             phase=StagePhase.EXITED,
             result=StageResult(failure=failure),
@@ -256,7 +339,7 @@ class KubernetesPods:
     def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
         """Ask for a checkpoint and an end, through the agent or by a signal. Called again until the stage has ended."""
         found = self._pods.find(f"{namespace}/{name}")
-        if found is None or found.end is not None:
+        if found is None or not found.claimed or found.end is not None:
             return
         if reason is Reason.FENCED:
             self._require_unwanted(found)
@@ -318,11 +401,12 @@ class KubernetesPods:
     def delete(self, namespace: str, name: str, *, recorded: bool = False) -> None:
         """Forget an ended stage. Older ones of the job are deleted if too many stay, and what never started at once."""
         key = f"{namespace}/{name}"
-        self._refused.pop(key, None)
+        if self._refused.pop(key, None) is not None:
+            return
         found = self._pods.find(key)
         with self._lock:
             ended = self._ends.get(key) if found is None else found
-        if ended is None:
+        if ended is None or not ended.claimed:
             return
         if not recorded:
             self._require_unwanted(ended)
@@ -353,6 +437,10 @@ class KubernetesPods:
             self._delete(found, LAST_GRACE_SECONDS)
         else:
             self._force_out_if_stranded(found, found.deletion_time)
+
+
+def _is_stages(key: str) -> bool:
+    return StageName.parse(key.rpartition("/")[2]) is not None
 
 
 def _leaving(found: StagePod, nodes: Mapping[str, Node], now: datetime) -> str:

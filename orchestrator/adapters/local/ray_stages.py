@@ -130,6 +130,10 @@ class RayStages:
         self._answered(lambda: self._hold_all(unfinished))
         return facts
 
+    def taken_names(self) -> frozenset[str]:
+        """None: nobody else makes stages in this home."""
+        return frozenset()
+
     def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:
         """Ask the stage to end, by a file and a signal; its holder passes the request on over the socket, too."""
         self._stages.stop(self._stages.get(namespace, name), grace_seconds, reason)

@@ -124,7 +124,9 @@ def _note_existence(draft: Draft, attempt: Attempt, fact: StageFact, snapshot: S
     """The draft with what became known of where the stage is."""
     news: dict[str, object] = {}
     if attempt.seen_time is None and _is_told(attempt, fact, snapshot):
-        news["seen_time"] = draft.now
+        news |= {"seen_time": draft.now, "stage_uid": fact.stage_uid or None}
+    elif attempt.stage_uid is None and fact.stage_uid and attempt.seen_time is not None:
+        news["stage_uid"] = fact.stage_uid
     if fact.node and fact.node != attempt.node and _is_told(attempt, fact, snapshot):
         news["node"] = fact.node
     return draft.amend(attempts=draft.change_attempt(**news)) if news else draft

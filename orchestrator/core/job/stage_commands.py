@@ -20,14 +20,22 @@ from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase, 
 
 
 def stage_of(job: QLoRAJob, attempt: Attempt, snapshot: Snapshot) -> StageFact | None:
-    """What the runtime knows of an attempt's stage; None where it does not exist."""
-    fact = snapshot.stages.get(f"{job.metadata.namespace}/{job.stage_name(attempt)}")
-    return fact if fact is not None and _belongs(fact, job) else None
+    """What the runtime knows of an attempt's stage; None where it does not exist, or another has its name."""
+    fact = snapshot.stages.get(_key(job, attempt))
+    return fact if fact is not None and _belongs(fact, job, attempt) else None
 
 
-def _belongs(fact: StageFact, job: QLoRAJob) -> bool:
-    """Whether the stage is of this job, and not of a deleted one of the same name."""
-    return not fact.uid or fact.uid == job.metadata.uid
+def _key(job: QLoRAJob, attempt: Attempt) -> str:
+    return f"{job.metadata.namespace}/{job.stage_name(attempt)}"
+
+
+def _belongs(fact: StageFact, job: QLoRAJob, attempt: Attempt) -> bool:
+    """Whether the stage is the attempt's: not a deleted job's of the same name, and nothing that a stranger made."""
+    if fact.uid and fact.uid != job.metadata.uid:
+        return False
+    if attempt.stage_uid is not None:
+        return fact.stage_uid == attempt.stage_uid
+    return fact.vouched or attempt.seen_time is not None  # it was seen by a version that kept no uid
 
 
 def stage_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureStage | StopStage]:
@@ -93,7 +101,7 @@ def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
     Those are ended attempts, whose end the status records, and stages of jobs that are gone. A stage is created only
     after its attempt was stored, so an observer that lists stages before jobs never shows a wanted one here.
     """
-    wanted, recorded = _wanted_stages(snapshot), _recorded_stages(snapshot)
+    wanted, recorded = _wanted_stages(snapshot) | _awaited_stages(snapshot), _recorded_stages(snapshot)
     unreadable = {job.key: job for job in snapshot.unreadable}
     for key in sorted(snapshot.stages):
         fact = snapshot.stages[key]
@@ -128,6 +136,36 @@ def release_commands(snapshot: Snapshot) -> Iterator[ReleaseUnreadable]:
     for job in snapshot.unreadable:
         if job.deleted and job.held and job.key not in with_stages:
             yield ReleaseUnreadable(namespace=job.namespace, name=job.name, uid=job.uid)
+
+
+def unexplained_holders(snapshot: Snapshot) -> Iterator[StageFact]:
+    """Stages with GPUs that no status accounts for: jobs that are gone left them, or a stranger made them."""
+    jobs = {job.key: job for job in snapshot.jobs}
+    unreadable = {f"{job.namespace}/{job.stage}" for job in snapshot.unreadable}
+    for key, fact in snapshot.stages.items():
+        if fact.gpus == 0 or fact.gpu_class is None or key in unreadable:
+            continue
+        job = jobs.get(job_key_of(fact.namespace, fact.name))
+        if job is None or not any(_accounts_for(job, attempt, fact) for attempt in job.status.attempts):
+            yield fact
+
+
+def _accounts_for(job: QLoRAJob, attempt: Attempt, fact: StageFact) -> bool:
+    """Whether the attempt's own entry in the books is the stage's, or for what is about to stand in its place."""
+    return job.stage_name(attempt) == fact.name and (attempt.active or fact.stage_uid == (attempt.stage_uid or ""))
+
+
+def _awaited_stages(snapshot: Snapshot) -> frozenset[str]:
+    """Of stages about to be created, those of which the runtime has yet to tell whether they are what stands there."""
+    return frozenset(
+        _key(job, attempt)
+        for job in snapshot.jobs
+        if (attempt := job.status.active_attempt) is not None
+        and attempt.seen_time is None
+        and attempt.stop_time is None
+        and (fact := snapshot.stages.get(_key(job, attempt))) is not None
+        and fact.uid == job.metadata.uid
+    )
 
 
 def _recorded_stages(snapshot: Snapshot) -> frozenset[str]:

@@ -22,6 +22,7 @@ from orchestrator.core.job.lifecycle import is_ready, reconcile, wait
 from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_back
 from orchestrator.core.job.recovery import fail
 from orchestrator.core.job.setbacks import avoided_classes, broken_nodes
+from orchestrator.core.job.stage_commands import unexplained_holders
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
@@ -41,6 +42,9 @@ from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins, learned
 from orchestrator.sizing.plan_search import candidates
 from orchestrator.sizing.step_time import Work
+
+NO_QUEUE = ""
+"""On whose account GPUs are that no queue has given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +128,7 @@ def _in_cpu_slot(draft: Draft, slots: CpuSlots, snapshot: Snapshot) -> Draft:
     why = slots.take(draft.job.metadata.namespace)
     if why:
         return wait(draft, Reason.PREPARING if stage == "prepare" else Reason.PUBLISHING, why)
-    return contained(draft, snapshot, partial(start_cpu_stage, stage=stage, policy=snapshot.policy))
+    return contained(draft, snapshot, partial(start_cpu_stage, stage=stage, snapshot=snapshot))
 
 
 # --- train: who wants a GPU, who has one ------------------------------------------------------------------------
@@ -296,6 +300,9 @@ def _ledger(holdings: Iterable[Holding], queues: Mapping[str, QLoRAQueueSpec], s
         fact = snapshot.stages.get(f"{job.namespace}/{job.stage}")
         if fact is not None and fact.phase is not StagePhase.EXITED and job.gpu_class is not None:
             ledger.take(job.queue, job.gpu_class)
+    for fact in unexplained_holders(snapshot):
+        for _ in range(fact.gpus):
+            ledger.take(NO_QUEUE, fact.gpu_class or "")
     return ledger
 
 
@@ -340,7 +347,7 @@ def _worth_a_victim(
 
 def _storable_admission(draft: Draft, estimate: Estimate, snapshot: Snapshot) -> Draft:
     nodes = broken_nodes(snapshot.jobs, draft.now, snapshot.policy)
-    admitted = admit(draft, estimate, snapshot.policy, nodes)
+    admitted = admit(draft, estimate, snapshot, nodes)
     admitted.close()
     return admitted
 
