@@ -52,6 +52,7 @@ RELEASE_FINALIZER = "qlora.dev/release"
 IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
 TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
+MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
 MAX_LABELS = 1024
 MAX_ANNOTATIONS_BYTES = 1 << 18
 """Of keys and values together: the API server's bound."""
@@ -299,7 +300,7 @@ class QLoRAJobSpec(Model):
     training: TrainingSpec = TrainingSpec()
     resources: ResourcesSpec = ResourcesSpec()
     queue: DnsLabel = "default"
-    priority: int = Field(default=0, ge=-1_000_000, le=1_000_000)
+    priority: int = Field(default=0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     """Higher goes first and may preempt lower."""
     store: StoreSpec | None = None
     """Default: the service's own store."""

@@ -1,7 +1,8 @@
 """QLoRAQueue: how much of the GPUs a team may use, and whom its jobs may move.
 
 A queue that no object describes has no quota: the `default` queue works without any set-up. Queues are
-cluster-wide names; a job names one in spec.queue.
+cluster-wide names; a job names one in spec.queue. Which namespaces may do so is a list and no selector of labels: to
+read those takes a right on all namespaces, and who may label a namespace would decide whose GPUs it gets.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from orchestrator.api.base import API_VERSION, DnsLabel, Model
-from orchestrator.api.job import GpuClassName, ObjectMeta
+from orchestrator.api.job import MAX_PRIORITY, MIN_PRIORITY, GpuClassName, ObjectMeta
 
 
 class Quota(Model):
@@ -36,6 +37,10 @@ class QLoRAQueueSpec(Model):
     """Whether this queue's jobs may evict others of lower priority."""
     hold: bool = False
     """Admit nothing; running jobs go on."""
+    namespaces: Annotated[tuple[DnsLabel, ...], Field(max_length=256)] = ()
+    """Whose jobs may use the queue; empty means any namespace's. Jobs of others wait, whatever their priority."""
+    max_priority: int | None = Field(default=None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
+    """Jobs of a higher priority wait until theirs is lowered; absent: no bound."""
 
     @model_validator(mode="after")
     def _one_quota_a_class(self) -> QLoRAQueueSpec:

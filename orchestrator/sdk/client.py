@@ -19,7 +19,9 @@ from typing import TypeVar, cast
 from orchestrator.adapters.job_store import model_config
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, ServiceNotRunning
+from orchestrator.api.reasons import Reason
+from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
+from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, PermanentError, ServiceNotRunning
 from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.handle import JobHandle
 from orchestrator.sdk.manifest import load_manifest, parse_object
@@ -59,6 +61,7 @@ class Client:
                 f"job {checked.key} exists already; choose another metadata.name, "
                 f"or remove it first: qlora delete {checked.metadata.name} -n {checked.metadata.namespace}"
             )
+        self._check_queue(checked)
         if self.connection.is_local:
             check_files(checked, self.settings.store_uri)
             self._check_size(checked)
@@ -101,6 +104,17 @@ class Client:
 
     def _handle(self, job: QLoRAJob) -> JobHandle:
         return JobHandle(self.connection, job, settings=self.settings)
+
+    def _check_queue(self, job: QLoRAJob) -> None:
+        """Refuse a queue that is there and not for this job, where queues may be read."""
+        try:
+            queues = self.connection.store.list_queues()
+        except PermanentError:
+            return
+        refusal = permission_refusal(job, queue_specs(queues))
+        if refusal is not None:
+            field = "spec.queue" if refusal.reason is Reason.QUEUE_NOT_ALLOWED else "spec.priority"
+            raise InvalidObject(f"{field}: {refusal.message}")
 
     def _check_size(self, job: QLoRAJob) -> None:
         """Refuse what can never run here, as far as that is known without fetching anything."""

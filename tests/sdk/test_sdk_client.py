@@ -222,6 +222,18 @@ def test_queues_are_created_and_replaced(service: PaperService) -> None:
     assert [(queue.metadata.name, queue.spec.weight) for queue in service.client.list_queues()] == [("team-a", 3)]
 
 
+def test_a_queue_that_is_not_for_the_job_is_refused_before_it_is_stored(service: PaperService) -> None:
+    queue = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAQueue", "metadata": {"name": "research"}}
+    service.client.apply_queue({**queue, "spec": {"namespaces": ["team-a"], "maxPriority": 5}})
+    with pytest.raises(InvalidObject, match=r"^spec\.queue: queue research is not for jobs of namespace default"):
+        service.client.submit(job_document(queue="research"))
+    theirs = Client(service.client.settings, namespace="team-a", connection=service.client.connection)
+    with pytest.raises(InvalidObject, match=r"^spec\.priority: queue research takes no priority above 5"):
+        theirs.submit(job_document(queue="research", priority=6))
+    assert service.store.list_jobs() == []
+    assert theirs.check(job_document(queue="research", priority=5)).spec.queue == "research"
+
+
 # --- following ----------------------------------------------------------------------------------------------------
 
 

@@ -28,13 +28,17 @@ from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
 from orchestrator.core.scheduling.ordering import (
+    NO_QUEUE,
     Claim,
+    account,
     created,
     in_order,
     next_shares,
+    permission_refusal,
     queue_refusal,
     queue_shares,
     queue_specs,
+    standing,
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
 from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
@@ -42,9 +46,6 @@ from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins, learned
 from orchestrator.sizing.plan_search import candidates
 from orchestrator.sizing.step_time import Work
-
-NO_QUEUE = ""
-"""On whose account GPUs are that no queue has given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +66,9 @@ def schedule(snapshot: Snapshot) -> Schedule:
     """Reconcile each job, then start, evict and refuse."""
     jobs = sorted(snapshot.jobs, key=lambda job: job.key)
     drafts = {job.key: _reconciled(job, snapshot) for job in jobs}  # 1. each job by itself
-    drafts |= _start_cpu_stages(drafts.values(), snapshot)  # 2. prepare and publish
-
     queues = queue_specs(snapshot.queues)
+    drafts |= _start_cpu_stages(drafts.values(), queues, snapshot)  # 2. prepare and publish
+
     outages = current_outages(((draft.job, draft.status) for draft in drafts.values()), snapshot)
     drafts |= _told_of_outages(drafts, outages, snapshot)
     claims, refusals, failed = _claims(drafts.values(), queues, snapshot)  # 3. who wants a GPU
@@ -75,7 +76,7 @@ def schedule(snapshot: Snapshot) -> Schedule:
     line = _line(claims, drafts.values(), queues, snapshot)  # 4. in which order
     line, held = _without_held(line, drafts, outages, snapshot.policy)
     refusals |= held
-    holdings = _holdings(drafts.values(), snapshot)
+    holdings = _holdings(drafts.values(), queues, snapshot)
     ledger = _ledger(holdings, queues, snapshot)
     placements = place(line, ledger)  # 5. who gets one now
     placed = {placement.claim.key for placement in placements}
@@ -104,14 +105,22 @@ def _reconciled(job: QLoRAJob, snapshot: Snapshot) -> Draft:
 # --- prepare and publish ----------------------------------------------------------------------------------------
 
 
-def _start_cpu_stages(drafts: Iterable[Draft], snapshot: Snapshot) -> dict[str, Draft]:
-    """Start prepare and publish stages within their bound, each namespace in its turn."""
+def _start_cpu_stages(
+    drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot
+) -> dict[str, Draft]:
+    """Start prepare and publish stages within their bound, each namespace in its turn.
+
+    Nothing is prepared for a queue that the job may not use; what is trained is published all the same.
+    """
     policy, everyone = snapshot.policy, list(drafts)
     ready = [d for d in everyone if d.state in (JobState.NEW, JobState.TRAINED) and is_ready(d, policy)]
     changed: dict[str, Draft] = {}
     runnable: list[Draft] = []
     for draft in ready:
-        if draft.state is JobState.TRAINED and draft.status.mlflow.run_id is None:
+        refusal = permission_refusal(draft.job, queues) if draft.state is JobState.NEW else None
+        if refusal is not None:
+            changed[draft.job.key] = wait(draft, refusal.reason, refusal.message)
+        elif draft.state is JobState.TRAINED and draft.status.mlflow.run_id is None:
             message = "the adapter is safe in the store; waits for MLflow to give the job a run"
             changed[draft.job.key] = wait(draft, Reason.TRACKING_UNAVAILABLE, message)
         else:
@@ -146,7 +155,7 @@ def _claims(
         if draft.state is not JobState.QUEUED or not is_ready(draft, snapshot.policy):
             continue
         try:
-            found = queue_refusal(draft.job.spec.queue, queues) or _estimates(draft, snapshot, margins)
+            found = queue_refusal(draft.job, queues) or _estimates(draft, snapshot, margins)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
@@ -270,20 +279,20 @@ def _told_of_outages(
     return changed
 
 
-def _holdings(drafts: Iterable[Draft], snapshot: Snapshot) -> tuple[Holding, ...]:
+def _holdings(drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> tuple[Holding, ...]:
     """The GPUs that train stages have: admitted, running, or stopping."""
-    return tuple(_holding(draft, snapshot) for draft in drafts if draft.state in GPU_STATES)
+    return tuple(_holding(draft, queues, snapshot) for draft in drafts if draft.state in GPU_STATES)
 
 
-def _holding(draft: Draft, snapshot: Snapshot) -> Holding:
+def _holding(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Holding:
     attempt, job = draft.attempt, draft.job
     assert attempt is not None, "a GPU is held by an attempt"
     since = attempt.start_time or attempt.created_time
     return Holding(
         key=job.key,
         uid=job.metadata.uid,
-        queue=job.spec.queue,
-        priority=job.spec.priority,
+        queue=account(job.metadata.namespace, job.spec.queue, queues),
+        priority=standing(job, queues),
         gpu_class=attempt.gpu_class or "",
         stopping=attempt.stop_time is not None,
         run_seconds=max(0.0, (snapshot.now - since).total_seconds()),
@@ -299,7 +308,7 @@ def _ledger(holdings: Iterable[Holding], queues: Mapping[str, QLoRAQueueSpec], s
     for job in snapshot.unreadable:
         fact = snapshot.stages.get(f"{job.namespace}/{job.stage}")
         if fact is not None and fact.phase is not StagePhase.EXITED and job.gpu_class is not None:
-            ledger.take(job.queue, job.gpu_class)
+            ledger.take(account(job.namespace, job.queue, queues), job.gpu_class)
     for fact in unexplained_holders(snapshot):
         for _ in range(fact.gpus):
             ledger.take(NO_QUEUE, fact.gpu_class or "")

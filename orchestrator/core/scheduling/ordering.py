@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import MIN_PRIORITY, QLoRAJob
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
@@ -20,6 +20,8 @@ from orchestrator.core.snapshot import Policy
 from orchestrator.sizing.hardware import GpuClass
 
 DEFAULT_QUEUE = "default"
+NO_QUEUE = ""
+"""On whose account GPUs are that no queue has given."""
 UNKNOWN_CLASS_GIB = 1  # weight of GPU time on a class that is not here any more
 
 
@@ -41,17 +43,63 @@ def queue_specs(queues: Iterable[QLoRAQueue]) -> Mapping[str, QLoRAQueueSpec]:
     return {DEFAULT_QUEUE: QLoRAQueueSpec(), **{queue.metadata.name: queue.spec for queue in queues}}
 
 
-def queue_refusal(name: str, queues: Mapping[str, QLoRAQueueSpec]) -> Refusal | None:
-    """Why a queue admits nothing, if so."""
+def queue_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec]) -> Refusal | None:
+    """Why the job's queue does not admit it, if so."""
+    name = job.spec.queue
     spec = queues.get(name)
     if spec is None:
         return Refusal(
             reason=Reason.QUEUE_NOT_FOUND,
             message=f"there is no queue {name}; create it or set spec.queue to one of {', '.join(sorted(queues))}",
         )
-    if spec.hold:
+    refusal = permission_refusal(job, queues)
+    if refusal is None and spec.hold:
         return Refusal(reason=Reason.QUEUE_HELD, message=f"queue {name} is held; set its spec.hold to false")
+    return refusal
+
+
+def permission_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec]) -> Refusal | None:
+    """Why the job may not use the queue that it names, if that is there and so strict."""
+    name, namespace, priority = job.spec.queue, job.metadata.namespace, job.spec.priority
+    spec = queues.get(name)
+    if spec is None:
+        return None
+    if not _is_open_to(namespace, spec):
+        others = ", ".join(sorted(other for other, its in queues.items() if _is_open_to(namespace, its)))
+        return Refusal(
+            reason=Reason.QUEUE_NOT_ALLOWED,
+            message=(
+                f"queue {name} is not for jobs of namespace {namespace}; "
+                + (f"set spec.queue to one of {others}, or " if others else "")
+                + f"have {namespace} added to the queue's spec.namespaces"
+            ),
+        )
+    if spec.max_priority is not None and priority > spec.max_priority:
+        return Refusal(
+            reason=Reason.PRIORITY_TOO_HIGH,
+            message=f"queue {name} takes no priority above {spec.max_priority}; lower spec.priority from {priority}",
+        )
     return None
+
+
+def account(namespace: str, queue: str, queues: Mapping[str, QLoRAQueueSpec]) -> str:
+    """The queue on whose account a GPU of the namespace's is: none where it names one that is not for it."""
+    spec = queues.get(queue)
+    return queue if spec is None or _is_open_to(namespace, spec) else NO_QUEUE
+
+
+def standing(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec]) -> int:
+    """The priority with which a job holds its GPU: no higher than its queue allows, and the least in a queue that is
+    not for it. Queue and priority may be changed while it runs."""
+    if account(job.metadata.namespace, job.spec.queue, queues) == NO_QUEUE:
+        return MIN_PRIORITY
+    spec = queues.get(job.spec.queue)
+    bound = spec.max_priority if spec is not None else None
+    return job.spec.priority if bound is None else min(job.spec.priority, bound)
+
+
+def _is_open_to(namespace: str, spec: QLoRAQueueSpec) -> bool:
+    return not spec.namespaces or namespace in spec.namespaces
 
 
 def in_order(claims: Sequence[Claim], shares: Mapping[str, float], next_share: Mapping[str, float]) -> list[Claim]:
@@ -76,7 +124,7 @@ def queue_shares(
     gib = {gpu_class.name: gpu_class.marketed_gib for gpu_class in classes}
     shares: dict[str, float] = {}
     for draft in drafts:
-        name = draft.job.spec.queue
+        name = account(draft.job.metadata.namespace, draft.job.spec.queue, queues)
         shares[name] = shares.get(name, 0.0) + _gib_seconds(draft, gib, policy) / _weight(name, queues)
     return shares
 
