@@ -52,7 +52,8 @@ class Proxy:
     faults: Faults
     writes: int = 0
     on_write: Callable[[int, str], None] = lambda _number, _moment: None
-    """Told `before` and `after` each write, which is passed on and answered in between. A lease's do not count."""
+    """Told `before` and `after` each write, which is passed on and answered in between. A lease's do not count, nor do
+    dry runs, which store nothing."""
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def _handler(upstream: str, proxy: Proxy, chance: random.Random) -> type[BaseHTT
             if happens(proxy.faults.errors):
                 self._refuse()
                 return
-            counts = "/leases" not in self.path
+            counts = "/leases" not in self.path and "dryRun=" not in self.path
             with lock:
                 proxy.writes += counts
                 number = proxy.writes

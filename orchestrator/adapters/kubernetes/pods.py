@@ -250,7 +250,9 @@ class KubernetesPods:
         try:
             if gpu_class is not None and self._policy.gpu_mode == "dra":
                 self._ensure_claim_template(task.namespace, gpu_class)
-            made = self._created_or_found(path_of("v1", PODS, task.namespace), pod(task, gpu_class, self._policy))
+            is_there = self._pods.find(f"{task.namespace}/{task.stage_name}") is not None
+            make = self._found if is_there else self._created_or_found
+            made = make(path_of("v1", PODS, task.namespace), pod(task, gpu_class, self._policy))
         except NameTaken as error:
             self._refuse(task, Reason.NAME_TAKEN, str(error))
             return
