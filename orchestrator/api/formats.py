@@ -2,7 +2,7 @@
 
     <job>/fence.json                      the highest attempt that has taken the store
     <job>/attempts.json                   what each train attempt says of itself: its plan, libraries and card
-    <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, tokenizer files
+    <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, shown.json, tokenizer files
     <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
                                           state.json, journal.jsonl, best_adapter.safetensors (when it is not this one)
                                           and, written last, manifest.json
@@ -29,6 +29,8 @@ ATTEMPTS_NAME = "attempts.json"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
+SHOWN_NAME = "shown.json"
+MAX_SHOWN_RECORDS = 100
 
 
 def checkpoint_folder(step: int) -> str:
@@ -67,6 +69,28 @@ class PreparedManifest(Model):
     """Digest over the spec fields and source files that the data came from."""
     result: PrepareResult
     files: Files
+
+
+class ShownPart(Model):
+    """A piece of a record's text, all of which carries loss or none of it."""
+
+    text: str
+    supervised: bool
+
+
+class ShownRecord(Model):
+    """A training record as it will be trained, to be looked at; long parts are cut in their middle."""
+
+    tokens: Count
+    supervised_tokens: Count
+    parts: tuple[ShownPart, ...]
+
+
+class ShownRecords(Model):
+    """The first training records of a data set, and what there is to be warned of."""
+
+    records: Annotated[tuple[ShownRecord, ...], Field(max_length=MAX_SHOWN_RECORDS)]
+    warnings: tuple[str, ...] = ()
 
 
 class Fence(Model):

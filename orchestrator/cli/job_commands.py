@@ -200,6 +200,32 @@ def plan(
         raise typer.Exit(ExitStatus.INVALID)
 
 
+def prepare(
+    job: Annotated[str, typer.Argument(metavar="SPEC.YAML|NAME", help="A manifest, or a job that is prepared.")],
+    show: Annotated[int, typer.Option("--show", metavar="RECORDS", min=1, max=100, help="How many to read.")] = 3,
+    namespace: Namespace = None,
+    output: Output = None,
+) -> None:
+    """Show records as they are trained: what carries loss, what is context. Starts nothing."""
+    from orchestrator.cli.console import answers, say
+    from orchestrator.cli.output import print_data
+    from orchestrator.cli.records_view import legend, show_records
+
+    client, path = connect(namespace), Path(job)
+    if job == "-" or path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        shown = client.records(only_job(load(path, namespace), path), show)
+    else:
+        shown = client.handle(job).records()
+        shown = shown.model_copy(update={"records": shown.records[:show]})
+    if output is not None:
+        print_data(shown.to_wire(), output)
+        return
+    say(legend(answers()), style="quiet")
+    show_records(answers(), shown)
+    for warning in shown.warnings:
+        say(f"warning: {warning}", style="waiting")
+
+
 def calibration(
     as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
     output: Output = None,

@@ -18,7 +18,7 @@ from orchestrator.cli.exits import ExitStatus, status_of
 from orchestrator.errors import OrchestratorError
 
 COMMANDS = {
-    "One job, start to finish": (service_commands.run, job_commands.plan),
+    "One job, start to finish": (service_commands.run, job_commands.plan, job_commands.prepare),
     "Jobs and queues": (
         job_commands.submit,
         job_commands.get,

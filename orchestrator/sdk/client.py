@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
 from orchestrator.adapters.job_store import model_config
+from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
@@ -27,6 +28,7 @@ from orchestrator.sdk.handle import JobHandle
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, local_path
+from orchestrator.sdk.shown import records_of_spec
 from orchestrator.settings import Settings
 from orchestrator.sizing import margins
 
@@ -73,6 +75,10 @@ class Client:
         facts = model_config.read_facts(checked.spec.model)
         known = Known(prices=self.settings.gpu_prices, margins=margins.learned(self.connection.store.list_jobs()))
         return plan_job(checked, facts, self.connection.gpu_classes(), known)
+
+    def records(self, job: JobLike, count: int = 3) -> ShownRecords:
+        """The first training records with their masks, read on this machine as prepare would; changes nothing."""
+        return records_of_spec(self._in_namespace(_one(job, QLoRAJob)), count)
 
     def calibration(self) -> Sequence[margins.Bound]:
         """What finished jobs of all namespaces have taught about the memory model."""

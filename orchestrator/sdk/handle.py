@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.adapters.job_store import stored_adapter
-from orchestrator.api.formats import JournalRecord
+from orchestrator.api.formats import JournalRecord, ShownRecords
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.losses import losses
 from orchestrator.api.stage_name import StageKind
@@ -22,6 +22,7 @@ from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation, explain_job
 from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, LogQuery, follow_lines, read_lines
+from orchestrator.sdk.shown import records_of_job
 from orchestrator.settings import Settings
 
 CHANGE_POLL_SECONDS = 1.0
@@ -153,6 +154,10 @@ class JobHandle:
     def explain(self) -> Explanation:
         """Why the job is where it is, and what would change that."""
         return explain_job(self.object(), self._connection, self._settings.policy())
+
+    def records(self) -> ShownRecords:
+        """The first training records with their masks, as prepare kept them; raises NotFound before it has ended."""
+        return records_of_job(self.object())
 
     def result(self) -> JobResult:
         """Where the adapter is, and how good it became; raises JobFailed unless the job has succeeded."""

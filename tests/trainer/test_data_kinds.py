@@ -12,10 +12,11 @@ import pytest
 from pyarrow import parquet
 from qlora_trainer.data.chat_templates import NAMED_TEMPLATES, named_template, refuse_useless_template
 from qlora_trainer.data.dataset import ReadDataset, arrange, read_dataset
-from qlora_trainer.data.encoding import Encoder
+from qlora_trainer.data.encoding import EncodedRecord, Encoder
 from qlora_trainer.data.formats import read_sample
 from qlora_trainer.data.reader import Records
-from qlora_trainer.data.report import data_warnings, shown
+from qlora_trainer.data.report import data_warnings, in_brackets
+from qlora_trainer.data.report import shown as shown_record
 from qlora_trainer.outcome import UserError
 from tiny_model import EOS, save_tokenizer
 
@@ -47,6 +48,10 @@ def read(
     dataset = DatasetSource.model_validate({"source": f"file://{path}", **fields})
     records = Records(dataset.source, split="train", scratch=path.parent, field="spec.dataset.source")
     return read_dataset(records, tokenizer, dataset, training or TrainingSpec())
+
+
+def shown(tokenizer: Any, record: EncodedRecord) -> str:
+    return in_brackets(shown_record(tokenizer, record))
 
 
 def texts(tokenizer: Any, found: ReadDataset) -> list[str]:

@@ -1,5 +1,7 @@
 """`python -m qlora_trainer prepare | train | publish`: one attempt at one stage of one job.
 
+`python -m qlora_trainer show N` prints the first N records of a prepare task as they would be trained.
+
 The frame around a stage: its task, its environment, its log, and its verdict, which is the exit code and the
 termination message and nothing else. Nothing heavy is imported before the stage that needs it.
 """
@@ -55,6 +57,8 @@ class Stopped(BaseException):
 
 def main(arguments: list[str]) -> ExitCode:
     """Run the stage that the command line names; the exit code is the verdict."""
+    if arguments[:1] == ["show"]:
+        return show(arguments[1:])
     stage = arguments[0] if len(arguments) == 1 else ""
     start_logging(stage=stage)
     try:
@@ -74,6 +78,22 @@ def main(arguments: list[str]) -> ExitCode:
     write_result(result)
     log.info("the stage ended with %s (%d)", exit_code.name, exit_code)
     return exit_code
+
+
+def show(arguments: list[str]) -> ExitCode:
+    """Print the first records of prepare's task as JSON, or what is wrong with them; nothing is written."""
+    try:
+        task = read_task("prepare")
+        set_environment(task)
+        start_logging(stage="show")
+        logging.getLogger().setLevel(logging.WARNING)
+        shown = import_module("qlora_trainer.prepare").show(task, int(arguments[0]))
+    except Exception as error:  # noqa: BLE001 - the frame: whatever comes out becomes the answer
+        exit_code, result = verdict(error)
+        print(result.model_dump_json(), flush=True)  # noqa: T201 - the answer
+        return exit_code
+    print(shown.model_dump_json(), flush=True)  # noqa: T201 - the answer
+    return ExitCode.OK
 
 
 def read_task(stage: str) -> StageTask:

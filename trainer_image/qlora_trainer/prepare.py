@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.api.base import decimal
-from orchestrator.api.formats import PREPARED_FOLDER, FileEntry, PreparedManifest
+from orchestrator.api.formats import PREPARED_FOLDER, SHOWN_NAME, FileEntry, PreparedManifest, ShownRecords
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.data.chat_templates import named_template
-from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read_dataset, write_rows
+from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read_dataset, read_first, write_rows
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
     FEW_STEPS,
     bounded,
     counts,
     data_warnings,
+    in_brackets,
     optimizer_steps,
     shown,
     steps_warning,
@@ -52,7 +53,7 @@ FORMAT_VERSION = 3
 TRAIN_NAME = "train.parquet"
 EVAL_NAME = "eval.parquet"
 SHOWN_RECORDS = 3
-"""So many of the first records are logged with their masks."""
+"""So many of the first records are logged and kept with their masks."""
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,16 @@ def run(task: StageTask) -> PrepareResult:
             return _with_steps(found.model_copy(update={"model": model.facts}), task.spec.training)
     assert splits is not None, "what is not prepared has been read"
     return _publish(task, store, digest, model, splits)
+
+
+def show(task: StageTask, count: int) -> ShownRecords:
+    """The first records as they would be trained; reads no more of the data set and writes nothing."""
+    with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+        datasets = _open_datasets(task.spec, Path(scratch))
+        model = _open_model(task.spec)
+        read = read_first(count, datasets.train, model.tokenizer, task.spec.dataset, task.spec.training)
+    records = tuple(shown(model.tokenizer, record) for record in read.train.records[:count])
+    return ShownRecords(records=records, warnings=read.warnings)
 
 
 def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
@@ -236,8 +247,9 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
         dropped_records=train.dropped + evaluation.dropped,
     )
     log.info("%s", counts(result, training))
-    for number, record in enumerate(train.records[:SHOWN_RECORDS], start=1):
-        log.info("record %d, what carries loss in brackets: %r", number, shown(model.tokenizer, record))
+    first = tuple(shown(model.tokenizer, record) for record in train.records[:SHOWN_RECORDS])
+    for number, record in enumerate(first, start=1):
+        log.info("record %d, what carries loss in brackets: %r", number, in_brackets(record))
     result = _warned(result, training, splits.warnings)
 
     def make_manifest(files: tuple[FileEntry, ...]) -> PreparedManifest:
@@ -248,5 +260,6 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
         write_rows(folder / TRAIN_NAME, train, train_rows)
         write_rows(folder / EVAL_NAME, evaluation, eval_rows)
         model.tokenizer.save_pretrained(folder)
+        (folder / SHOWN_NAME).write_text(ShownRecords(records=first, warnings=result.warnings).model_dump_json())
         store.publish_folder(folder, _folder(digest), make_manifest)
     return result

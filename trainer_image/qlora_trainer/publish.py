@@ -14,7 +14,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from orchestrator.api.formats import ADAPTER_FOLDER, JOURNAL_NAME, MANIFEST_NAME
+from pydantic import ValidationError
+
+from orchestrator.api.formats import (
+    ADAPTER_FOLDER,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PREPARED_FOLDER,
+    SHOWN_NAME,
+    PreparedManifest,
+    ShownRecords,
+)
 from orchestrator.api.results import PublishResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
@@ -24,6 +34,7 @@ from qlora_trainer.storage.job_store import JobStore, copy_verified
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking import mlflow_run, registry
 from qlora_trainer.tracking.model_card import CARD_NAME, model_card, without_front_matter
+from qlora_trainer.tracking.records_page import records_page
 
 log = logging.getLogger(__name__)
 SERVING_MODEL = Path(__file__).parent / "tracking" / "serving_model.py"
@@ -42,6 +53,7 @@ def run(task: StageTask) -> PublishResult:
         run_id = mlflow_run.ensure_run(task)
         mlflow_run.describe(task, run_id, store.attempt_tags())
         mlflow_run.reconcile(run_id, adapter.journal)
+        _show_records(store, task, run_id)
         log.info("the run %s has all %d records of the journal", run_id, len(adapter.journal))
         card = model_card(task, adapter)
         registration = registry.Registration(
@@ -55,6 +67,31 @@ def run(task: StageTask) -> PublishResult:
         )
     name = registration.registered_model
     return PublishResult(registered_model=name, model_version=version, model_uri=f"models:/{name}/{version}")
+
+
+def _show_records(store: JobStore, task: StageTask, run_id: str) -> None:
+    """The records that prepare kept, on the run; without them the adapter is published all the same."""
+    shown = read_shown(store, task)
+    if shown is not None:
+        mlflow_run.show_records(run_id, records_page(shown))
+
+
+def read_shown(store: JobStore, task: StageTask) -> ShownRecords | None:
+    """The records that prepare kept to be looked at; None where it is gone, or of an older version."""
+    if task.prepared is None:
+        return None
+    folder = f"{PREPARED_FOLDER}/{task.prepared.uri.rsplit('/', 1)[-1]}"
+    manifest = store.read_manifest(folder, PreparedManifest)
+    files = [entry for entry in manifest.files if entry.name == SHOWN_NAME] if manifest else []
+    if not files:
+        return None
+    with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+        try:
+            content = (store.fetch_folder(folder, files, Path(scratch) / "shown") / SHOWN_NAME).read_text()
+            return ShownRecords.model_validate_json(content)
+        except (DamagedFolder, ValidationError) as error:
+            log.warning("the records to show are damaged: %s", error)
+            return None
 
 
 def fetch_adapter(store: JobStore, into: Path) -> FinalAdapter:

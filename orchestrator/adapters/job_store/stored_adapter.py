@@ -43,6 +43,11 @@ def read_journal(uri: str) -> tuple[JournalRecord, ...]:
         raise InvalidObject(f"{uri}/{JOURNAL_NAME} is damaged: {error.errors()[0]['msg']}") from error
 
 
+def read_file(uri: str, name: str) -> bytes:
+    """A small file of a folder of the job's store; raises NotFound, StoreUnavailable."""
+    return b"".join(_chunks(uri, name))
+
+
 def download(uri: str, into: Path, digest: str | None) -> Path:
     """The adapter folder as the new folder `into`, every file verified, and the weights against `digest` too.
 

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any, overload
@@ -170,6 +170,20 @@ def read_dataset(records: Records, tokenizer: Any, dataset: DatasetSource, train
     return ReadDataset(
         train=Split(records=train, truncated=reader.truncated, dropped=reader.dropped),
         evaluation=Split(records=held_out),
+        warnings=(*encoder.warnings, *reader.unknown_fields()),
+    )
+
+
+def read_first(
+    count: int, records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec
+) -> ReadDataset:
+    """The same of the first records alone, of which none is held out."""
+    encoder = Encoder(tokenizer, dataset.train_on, most_tokens=training.sequence_length)
+    reader = _Reader(source=records.source, dataset=dataset, sequence_length=training.sequence_length)
+    encoded = reader.read(islice(records.read(), count), encoder)
+    return ReadDataset(
+        train=Split(records=encoded, truncated=reader.truncated, dropped=reader.dropped),
+        evaluation=Split(records=EncodedRecords()),
         warnings=(*encoder.warnings, *reader.unknown_fields()),
     )
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.api.base import decimal
+from orchestrator.api.formats import ShownPart, ShownRecord
 from orchestrator.api.job import TrainingSpec
 from orchestrator.api.results import MAX_WARNING_CHARACTERS, MAX_WARNINGS, PrepareResult
 from qlora_trainer.data.dataset import Split
@@ -21,7 +22,9 @@ LEAST_SUPERVISED = Fraction(1, 100)
 FEW_STEPS = "few steps"
 """How the one warning begins that depends on more than the data."""
 SHOWN_CHARACTERS = 1000
-"""How much of a record is shown, from its start and its end."""
+"""How much of a part of a record is shown, from its start and its end."""
+SHOWN_PARTS = 40
+"""How many parts of a record are shown, half of them from its start."""
 
 
 def optimizer_steps(training: TrainingSpec, train_sequences: int) -> int:
@@ -97,13 +100,25 @@ def _overlapping(train: Split, evaluation: Split) -> int:
     return sum(hash(record.input_ids.tobytes()) in trained for record in evaluation.records)
 
 
-def shown(tokenizer: Any, record: EncodedRecord) -> str:
-    """The text of a record, what carries loss between ⟦ and ⟧."""
-    text = ""
-    for supervised, group in groupby(
-        zip(record.input_ids, record.labels, strict=True), lambda pair: pair[1] != IGNORED_LABEL
-    ):
-        part: str = tokenizer.decode([int(token) for token, _ in group])
-        text += f"⟦{part}⟧" if supervised else part
+def shown(tokenizer: Any, record: EncodedRecord) -> ShownRecord:
+    """A record as text, where what carries loss is told from what does not."""
+    pairs = zip(record.input_ids, record.labels, strict=True)
+    parts = [
+        ShownPart(text=_shortened(tokenizer.decode([int(token) for token, _ in group])), supervised=supervised)
+        for supervised, group in groupby(pairs, lambda pair: bool(pair[1] != IGNORED_LABEL))
+    ]
+    if len(parts) > SHOWN_PARTS:
+        left_out = ShownPart(text=f" [... {len(parts) - SHOWN_PARTS} parts ...] ", supervised=False)
+        parts = [*parts[: SHOWN_PARTS // 2], left_out, *parts[-SHOWN_PARTS // 2 :]]
+    return ShownRecord(tokens=len(record.input_ids), supervised_tokens=record.supervised, parts=tuple(parts))
+
+
+def _shortened(text: str) -> str:
     half = SHOWN_CHARACTERS // 2
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+    cut = len(text) - SHOWN_CHARACTERS
+    return text if cut <= 0 else f"{text[:half]} [... {cut} characters ...] {text[-half:]}"
+
+
+def in_brackets(record: ShownRecord) -> str:
+    """The text of a record, what carries loss between ⟦ and ⟧."""
+    return "".join(f"⟦{part.text}⟧" if part.supervised else part.text for part in record.parts)

@@ -26,6 +26,7 @@ from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, insist, open_client
+from qlora_trainer.tracking.records_page import PAGE_PATH
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,6 +73,9 @@ def tags(task: StageTask) -> dict[str, str]:
     if task.prepared is not None:
         found["qlora.dev/base-revision"] = task.prepared.model.revision
         found["qlora.dev/dataset-digest"] = task.prepared.digest
+        found |= {
+            f"qlora.dev/warning/{number}": warning for number, warning in enumerate(task.prepared.warnings, start=1)
+        }
     return {key: value[:MAX_VALUE_CHARACTERS] for key, value in found.items()}
 
 
@@ -311,6 +315,11 @@ def describe(task: StageTask, run_id: str, attempts: Mapping[str, str], backoff:
     """Give the run the job's parameters, its tags and those of its attempts, as far as it lacks them."""
     own = {**attempts, **tags(task)}
     insist("describe the run", lambda client: RunMirror(client, run_id).describe(parameters(task), own), backoff)
+
+
+def show_records(run_id: str, page: str, backoff: Backoff = PUBLISH_BACKOFF) -> None:
+    """Give the run the page of training records with their masks."""
+    insist("show the records", lambda client: client.log_text(run_id, page, PAGE_PATH), backoff)
 
 
 def reconcile(run_id: str, records: Sequence[JournalRecord], backoff: Backoff = PUBLISH_BACKOFF) -> None:
