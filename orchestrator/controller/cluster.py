@@ -26,7 +26,7 @@ from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
-from orchestrator.adapters.ray_fabric.channel import FabricChannel
+from orchestrator.adapters.ray_fabric.channel import FabricChannel, NamespacedChannel
 from orchestrator.controller.health import Health, served
 from orchestrator.controller.logs import log_to_stderr
 from orchestrator.controller.loop import Controller, Ports
@@ -153,7 +153,9 @@ def _lead(settings: ClusterSettings, view: View, health: Health, metrics: Metric
     tracking = MlflowTracking(settings)
     threading.Thread(target=_connect, args=(tracking,), daemon=True).start()
     with ExitStack() as stack:
-        if settings.ray_address:
+        if settings.heads:
+            view.runtime.channel = stack.enter_context(NamespacedChannel(settings.ray_fabric_socket, settings.heads))
+        elif settings.ray_address:
             view.runtime.channel = stack.enter_context(FabricChannel(settings.ray_fabric_socket))
         ports = Ports(store=view.store, runtime=view.runtime, tracking=tracking)
         controller = Controller(settings, ports, decide, metrics, health, writers=settings.writers)

@@ -445,3 +445,13 @@ def test_the_agent_is_a_sidecar_of_train_stages_alone() -> None:
         without: Manifest = pod(make_task(stage), None, policy)
         assert "initContainers" not in without["spec"]
         assert "QLORA_AGENT_SOCKET" not in environment(without)
+
+
+def test_an_agent_joins_the_head_of_its_own_namespace() -> None:
+    addresses = {"team-a": "ray:6379", "team-b": "ray:6400"}
+    policy = PodPolicy(trainer_image="t", controller_image="c", tracking_uri="http://m", ray_addresses=addresses)
+    assert policy.ray_address_for("team-b") == "ray:6400"
+    assert policy.ray_address_for("team-c") == ""
+    spec: Any = pod(make_task("train"), "24Gi", policy)["spec"]
+    [agent] = spec["initContainers"]
+    assert {"name": "QLORA_RAY_ADDRESS", "value": "ray:6379"} in agent["env"]

@@ -28,8 +28,11 @@ from orchestrator.ports import AgentChannel
 SOCKET_STAGE = "team-a/socket-train-1"
 CLIENT_STAGE = "team-a/client-train-1"
 INTRUDER_STAGE = "team-a/intruder-train-1"
+OTHER_STAGE = "team-b/other-train-1"
+OTHER_HEAD = "head of team-b"
 TRAINER = Path(__file__).with_name("fabric_trainer.py")
-TOKEN = "a-token-that-only-this-cluster-knows"
+TOKEN = "a-token-that-only-this-namespace-knows"
+OTHER_TOKEN = "a-token-that-only-the-next-namespace-knows"
 TIMEOUT_SECONDS = 240.0
 PREEMPTED = 85
 
@@ -73,9 +76,11 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.fabric_socket = folder / "fabric.sock"
+        self.other_fabric_socket = folder / "other.sock"
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self.head_port, *node_ports = free_ports(5)
-        self._node_ports = dict(zip(("head", SOCKET_STAGE, CLIENT_STAGE, INTRUDER_STAGE), node_ports, strict=True))
+        self.head_port, self.other_head_port, *node_ports = free_ports(8)
+        names = ("head", OTHER_HEAD, SOCKET_STAGE, CLIENT_STAGE, INTRUDER_STAGE, OTHER_STAGE)
+        self._node_ports = dict(zip(names, node_ports, strict=True))
 
     def agent_socket(self, stage: str) -> Path:
         return self.folder / f"{stage.rpartition('/')[2]}.sock"
@@ -83,9 +88,13 @@ class World:
     def start_head(self) -> None:
         self._start_program("head", {"PORT": str(self.head_port), "FABRIC_SOCKET": str(self.fabric_socket)})
 
-    def start_agent(self, stage: str, token: str = TOKEN) -> None:
+    def start_other_head(self) -> None:
+        environment = {"PORT": str(self.other_head_port), "FABRIC_SOCKET": str(self.other_fabric_socket)}
+        self._start_program(OTHER_HEAD, environment, OTHER_TOKEN)
+
+    def start_agent(self, stage: str, token: str = TOKEN, head_port: int = 0) -> None:
         environment = {
-            "ADDRESS": f"localhost:{self.head_port}",
+            "ADDRESS": f"localhost:{head_port or self.head_port}",
             "STAGE": stage,
             "SILENCE_SECONDS": "6",
             "RETRY_MAX_SECONDS": "2",
@@ -127,7 +136,7 @@ class World:
     def _start_program(self, name: str, environment: dict[str, str], token: str = TOKEN) -> None:
         port = self._node_ports[name]
         known = {"FOLDER": str(self.folder / str(port)), "NODE_PORT": str(port), **environment}
-        module = "orchestrator.adapters.ray_fabric." + ("head" if name == "head" else "agent")
+        module = "orchestrator.adapters.ray_fabric." + ("head" if name.startswith("head") else "agent")
         variables = {f"QLORA_RAY_{key}": value for key, value in known.items() if key != "AGENT_SOCKET"}
         if "AGENT_SOCKET" in known:
             variables["QLORA_AGENT_SOCKET"] = known["AGENT_SOCKET"]
@@ -145,7 +154,7 @@ class World:
         return self._running[name]
 
     def _log_path(self, name: str) -> Path:
-        return self.folder / f"{name.replace('/', '.')}.log"
+        return self.folder / f"{name.replace('/', '.').replace(' ', '-')}.log"
 
 
 @pytest.fixture(scope="module")
@@ -248,13 +257,32 @@ def test_the_trainers_own_client_obeys(whole: AgentChannel, world: World, client
 
 
 def test_a_node_with_another_token_is_refused(whole: AgentChannel, world: World) -> None:
-    world.start_agent(INTRUDER_STAGE, token=TOKEN[::-1])
+    world.start_agent(INTRUDER_STAGE, token=OTHER_TOKEN)
     intruder = SocketTrainer(world.agent_socket(INTRUDER_STAGE))
     wait_for(lambda: "InvalidAuthToken" in world.log(INTRUDER_STAGE), "the refusal")
     assert INTRUDER_STAGE not in whole.progress()
     assert not intruder.broken  # its trainer is served all the same
     intruder.close()
     world.terminate(INTRUDER_STAGE)
+
+
+def test_a_namespaces_token_opens_its_own_head_alone(whole: AgentChannel, world: World) -> None:
+    """Two heads of one pod, as beside a controller: neither takes the other's token, and both serve."""
+    world.start_other_head()
+    wait_for(world.other_fabric_socket.exists, "the other head's socket")
+    with FabricChannel(world.other_fabric_socket, namespace="team-b") as other:
+        world.start_agent(OTHER_STAGE, OTHER_TOKEN, world.other_head_port)
+        theirs = SocketTrainer(world.agent_socket(OTHER_STAGE))
+        wait_for(lambda: OTHER_STAGE in other.progress(), "the other namespace's stage")
+        world.start_agent(INTRUDER_STAGE, TOKEN, world.other_head_port)
+        refusals = world.log(INTRUDER_STAGE).count("InvalidAuthToken")
+        wait_for(lambda: world.log(INTRUDER_STAGE).count("InvalidAuthToken") > refusals, "the refusal")
+        assert set(other.progress()) == {OTHER_STAGE}
+        assert OTHER_STAGE not in whole.progress()
+        theirs.close()
+        for name in (INTRUDER_STAGE, OTHER_STAGE):
+            world.terminate(name)
+    world.terminate(OTHER_HEAD)
 
 
 def test_a_program_that_is_asked_to_end_leaves_nothing_behind(

@@ -6,17 +6,18 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from orchestrator.adapters.ray_fabric.settings import PORTS_PER_NODE
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.metrics import Metrics
 from tests.cluster.binaries import KUBERNETES_VERSION
-from tests.deploy.render import NAMESPACE, documents, generated, rendered
+from tests.deploy.render import NAMESPACE, RELEASE, documents, generated, rendered
 from tests.deploy.schemas import write_schemas
 from tests.deploy.tools import CHART, ROOT, checkov, run, tool
 
@@ -132,6 +133,39 @@ def test_every_container_keeps_to_the_restricted_standard_and_has_bounds(values:
                 variable for variable in container.get("env", []) if "secretKeyRef" in variable.get("valueFrom", {})
             ]
             assert secrets == []
+
+
+def test_no_two_namespaces_share_a_token_a_port_or_a_volume_of_a_head() -> None:
+    rendered_for_three = documents(rendered(None, "--set", "jobs.namespaces={team-a,team-b,team-c}"))
+    [pod] = [
+        pod_of(document)
+        for document in rendered_for_three
+        if document["kind"] == "Deployment"  # the controller's
+    ]
+    heads = pod["initContainers"]
+    assert len(heads) == 3
+    mounted = [mount["name"] for head in heads for mount in head["volumeMounts"]]
+    assert len(set(mounted)) == len(mounted) == 9
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert len(set(secrets.values())) == 3
+    ports = [port for head in heads for port in ports_of(head)]
+    assert len(set(ports)) == len(ports) == 3 * 21
+    made: dict[str, Any] = {
+        f"{meta['namespace']}/{meta['name']}": document["data"]
+        for document in rendered_for_three
+        if document["kind"] == "Secret"
+        for meta in [cast(Any, document["metadata"])]
+    }
+    tokens = [made[f"{NAMESPACE}/{name}"]["token"] for name in secrets.values()]
+    assert len(set(tokens)) == 3
+    assert [made[f"{team}/{RELEASE}-ray-token"]["token"] for team in ("team-a", "team-b", "team-c")] == tokens
+
+
+def ports_of(head: Mapping[str, Any]) -> list[int]:
+    """All that a head listens on."""
+    known = {variable["name"]: variable.get("value") for variable in head["env"]}
+    first = int(known["QLORA_RAY_NODE_PORT"])
+    return [int(known["QLORA_RAY_PORT"]), *range(first, first + PORTS_PER_NODE)]
 
 
 def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:

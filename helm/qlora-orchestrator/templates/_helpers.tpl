@@ -221,6 +221,20 @@ imagePullSecrets:
       {{- include "qlora.trainerLabels" . | nindent 6 }}
 {{- end -}}
 
+{{/* Those that a head serves: (dict "root" $ "head" $head). */}}
+{{- define "qlora.headPeers" -}}
+{{- if .head.namespace -}}
+- namespaceSelector:
+    matchLabels:
+      kubernetes.io/metadata.name: {{ .head.namespace }}
+  podSelector:
+    matchLabels:
+      {{- include "qlora.trainerLabels" .root | nindent 6 }}
+{{- else -}}
+{{- include "qlora.trainerPeers" .root -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Names that MLflow answers to; a browser elsewhere must not reach it by a name of its own making (DNS rebinding). */}}
 {{- define "qlora.mlflow.allowedHosts" -}}
 {{- $name := printf "%s-mlflow" (include "qlora.fullname" .) -}}
@@ -231,9 +245,31 @@ imagePullSecrets:
 {{- concat $hosts .Values.mlflow.allowedHosts | join "," -}}
 {{- end -}}
 
-{{/* What a Ray node listens on: 20 ports from ray.nodePort on. */}}
+{{/*
+Ray's heads, as a JSON list: one for each namespace of jobs, or one for all whose namespace is empty. Who has a head's token
+can run code in it, so heads share neither token, volumes nor ports. A namespace's place in jobs.namespaces says its ports.
+*/}}
+{{- define "qlora.rayHeads" -}}
+{{- $heads := list -}}
+{{- $secret := include "qlora.raySecret" . -}}
+{{- $namespaces := .Values.jobs.namespaces | default (list .Release.Namespace) | uniq -}}
+{{- if not .Values.ray.enabled -}}
+{{- else if or .Values.jobs.allNamespaces (not .Values.ray.perNamespace) -}}
+{{- $heads = list (dict "namespace" "" "name" "ray-head" "volume" "fabric" "scratch" "ray-scratch" "token" "ray-token" "portName" "ray" "port" .Values.ray.port "nodePort" .Values.ray.nodePort "secret" $secret) -}}
+{{- else if gt (len $namespaces) 16 -}}
+{{- fail (printf "ray.perNamespace takes a head beside each controller for every namespace of jobs, and here are %d: at most 16. Set it to false, and see docs/operators/security.md for what then shares a token" (len $namespaces)) -}}
+{{- else -}}
+{{- range $i, $namespace := $namespaces -}}
+{{- $own := ternary $secret (printf "%s-%s" $secret $namespace) (eq $namespace $.Release.Namespace) -}}
+{{- $heads = append $heads (dict "namespace" $namespace "name" (printf "ray-head-%d" $i) "volume" (printf "fabric-%d" $i) "scratch" (printf "ray-scratch-%d" $i) "token" (printf "ray-token-%d" $i) "portName" (printf "ray-%d" $i) "port" (add $.Values.ray.port (mul 21 $i)) "nodePort" (add $.Values.ray.nodePort (mul 21 $i)) "secret" $own) -}}
+{{- end -}}
+{{- end -}}
+{{- $heads | toJson -}}
+{{- end -}}
+
+{{/* What a Ray node listens on: 20 ports from this one on. */}}
 {{- define "qlora.rayNodePorts" -}}
-- endPort: {{ add .Values.ray.nodePort 19 }}
-  port: {{ .Values.ray.nodePort }}
+- endPort: {{ add . 19 }}
+  port: {{ int . }}
   protocol: TCP
 {{- end -}}

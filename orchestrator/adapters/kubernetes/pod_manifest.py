@@ -160,7 +160,7 @@ def _spec(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> Manifest
 
 
 def _has_agent(task: StageTask, policy: PodPolicy) -> bool:
-    return bool(policy.ray_address) and task.stage in STAGES_ON_GPU
+    return bool(policy.ray_address_for(task.namespace)) and task.stage in STAGES_ON_GPU
 
 
 def _pod_security() -> Manifest:
@@ -285,7 +285,7 @@ def _agent(task: StageTask, policy: PodPolicy) -> Manifest:
     stage = f"{task.namespace}/{task.stage_name}"
     env: list[Manifest] = [
         {"name": "HOME", "value": SCRATCH_PATH},
-        {"name": "QLORA_RAY_ADDRESS", "value": policy.ray_address},
+        {"name": "QLORA_RAY_ADDRESS", "value": policy.ray_address_for(task.namespace)},
         {"name": "QLORA_RAY_STAGE", "value": stage},
         {"name": "QLORA_RAY_NODE_PORT", "value": str(policy.ray_node_port)},
         {"name": "QLORA_RAY_NODE_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},

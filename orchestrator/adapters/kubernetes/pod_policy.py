@@ -62,6 +62,8 @@ class PodPolicy:
     gpu_mode: Literal["device-plugin", "mig", "dra"] = "device-plugin"
     ray_address: str = ""
     """`host:port` of Ray's head; empty means no agent."""
+    ray_addresses: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The same for the namespaces that have a head of their own."""
     ray_auth_secret: str = ""
     ray_node_port: int = 6380
     model_cache: str = ""
@@ -70,3 +72,7 @@ class PodPolicy:
     """Host memory of a train stage on top of what its model and plan ask for."""
     cpu_stage_memory_bytes: int = 2 * GIB
     template: PodTemplate = PodTemplate()
+
+    def ray_address_for(self, namespace: str) -> str:
+        """`host:port` of the head of a namespace's stages; empty means no agent."""
+        return self.ray_addresses.get(namespace, self.ray_address)

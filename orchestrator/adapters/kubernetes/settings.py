@@ -5,6 +5,7 @@ Every field is the environment variable `QLORA_<FIELD>`. They are read once, whe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from orchestrator.sizing.hardware import GIB
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Parts = Annotated[list[dict[str, Any]], Field(max_length=64)]  # Any: Kubernetes' own objects, which the server checks
 Words = Annotated[dict[str, str], Field(max_length=64)]
+RAY_ADDRESSES_PATTERN = r"^([a-z0-9-]+=[^,=]+:[0-9]{1,5}(,[a-z0-9-]+=[^,=]+:[0-9]{1,5})*)?$"
 TEMPLATE_BYTES = 256 * 2**10
 
 
@@ -68,11 +70,13 @@ class ClusterSettings(ServiceSettings):
     controller_image: str = ""
     """The image of Ray's agent beside a trainer: the controller's own."""
     ray_address: Annotated[str, StringConstraints(pattern=r"^(.+:[0-9]{1,5})?$")] = ""
-    """`host:port` of Ray's head for the agents; empty means no agents."""
+    """`host:port` of Ray's head for the agents of all namespaces; without it and the next one there are no agents."""
+    ray_addresses: Annotated[str, StringConstraints(pattern=RAY_ADDRESSES_PATTERN)] = ""
+    """`namespace=host:port` of the head of each namespace that has one of its own, separated by commas."""
     ray_auth_secret: str = ""
     """The Secret with Ray's token, in the namespaces of jobs."""
     ray_fabric_socket: Path = Path("/var/run/qlora/fabric.sock")
-    """Where the head beside the controller listens for it."""
+    """Where the head beside the controller listens for it; that of a namespace in a folder of the namespace's name."""
     gpu_resource: str = "nvidia.com/gpu"
     """The extended resource that is one GPU."""
     gpu_mode: Literal["device-plugin", "mig", "dra"] = "device-plugin"
@@ -123,7 +127,12 @@ class ClusterSettings(ServiceSettings):
     @property
     def has_agents(self) -> bool:
         """Whether somebody beside each trainer passes its reports on: Ray's agent."""
-        return bool(self.ray_address)
+        return bool(self.ray_address or self.ray_addresses)
+
+    @property
+    def heads(self) -> Mapping[str, str]:
+        """`host:port` of Ray's head by the namespace that it serves alone."""
+        return dict(each.split("=", 1) for each in self.ray_addresses.split(",") if each)
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -139,6 +148,7 @@ class ClusterSettings(ServiceSettings):
             gpu_resource=self.gpu_resource,
             gpu_mode=self.gpu_mode,
             ray_address=self.ray_address,
+            ray_addresses=self.heads,
             ray_auth_secret=self.ray_auth_secret,
             model_cache=self.model_cache,
             train_memory_bytes=self.train_memory_bytes,

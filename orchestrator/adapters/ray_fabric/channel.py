@@ -3,6 +3,9 @@
 One thread keeps a connection to the head's container and keeps what the stages said last. Calls only read what
 is kept, or hand an order to the socket's buffer. All of it may be lost at any time: progress is missing for a
 while, and preemption is not acknowledged, so that the runtime falls back on the signal.
+
+Whoever has a head's token can run code in it, and so can say anything here. A head that serves one namespace is
+therefore believed about stages of that namespace alone, and what is kept of any head is bounded.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,8 @@ FRESH_SECONDS = 20.0
 """A stage of which nothing was heard for so long is missing."""
 RESEND_SECONDS = 3.0
 """An order to preempt that was not acknowledged is repeated no sooner."""
+HEARD_LIMIT = 10_000
+"""Stages that one head may tell of at one time."""
 FORGET_SECONDS = 3600.0
 """After its deadline an order to preempt is kept no longer."""
 
@@ -54,10 +59,12 @@ class Preemption:
 
 
 class FabricChannel:
-    """One for a controller while it leads: to connect is what starts the head. A context manager."""
+    """One for a controller and a head while it leads: to connect is what starts the head. A context manager."""
 
-    def __init__(self, path: Path, fresh_seconds: float = FRESH_SECONDS) -> None:
+    def __init__(self, path: Path, fresh_seconds: float = FRESH_SECONDS, *, namespace: str = "") -> None:
+        """A head of the stages of one namespace, or of all."""
         self._path = path
+        self._namespace = namespace
         self._fresh_seconds = fresh_seconds
         self._lock = threading.Lock()
         self._head: socket.socket | None = None
@@ -171,8 +178,48 @@ class FabricChannel:
         except ValidationError as error:
             log.warning("a word of the fabric makes no sense and is ignored: %s", error)
             return
+        if self._namespace and not word.key.startswith(f"{self._namespace}/"):
+            log.warning("the head of namespace %s spoke of stage %s, which is none of its", self._namespace, word.key)
+            return
         with self._lock:
+            if word.key not in self._heard and len(self._heard) >= HEARD_LIMIT:
+                self._heard.pop(next(iter(self._heard)))
             self._heard[word.key] = Heard(progress=word.answer.progress, at=time.monotonic())
             order = self._preemptions.get(word.key)
             if order is not None and isinstance(word.request, Preempt) and word.answer.heard:
                 order.told = True
+
+
+class NamespacedChannel:
+    """`ports.AgentChannel` over a head for each namespace, which share nothing. A context manager."""
+
+    def __init__(self, path: Path, namespaces: Iterable[str]) -> None:
+        """Each head listens at the path's name in a folder of the namespace's, beside it."""
+        self._channels = {
+            namespace: FabricChannel(path.parent / namespace / path.name, namespace=namespace)
+            for namespace in namespaces
+        }
+
+    def __enter__(self) -> NamespacedChannel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for channel in self._channels.values():
+            channel.close()
+
+    def progress(self) -> Mapping[str, ProgressReport]:
+        """The latest figures of each stage that was heard of lately."""
+        return {key: report for channel in self._channels.values() for key, report in channel.progress().items()}
+
+    def request_checkpoint(self, key: str) -> None:
+        """Ask for a checkpoint, if the stage's namespace has a head."""
+        if (channel := self._of(key)) is not None:
+            channel.request_checkpoint(key)
+
+    def preempt(self, key: str, deadline_seconds: float) -> bool:
+        """Ask to checkpoint and exit, if the stage's namespace has a head."""
+        channel = self._of(key)
+        return channel is not None and channel.preempt(key, deadline_seconds)
+
+    def _of(self, key: str) -> FabricChannel | None:
+        return self._channels.get(key.partition("/")[0])
