@@ -26,6 +26,10 @@ VALUES = sorted((HERE / "values").glob("*.yaml"))
 ALL_VALUES = [None, *VALUES]
 PRODUCTION = HERE / "values" / "production.yaml"
 EXAMPLES = sorted((ROOT / "manifests" / "examples").glob("*.yaml"))
+OPTIONAL_CHECKS = ("container-seccomp-profile", "container-ports-check")
+"""All of kube-score's but those that want limits to equal requests, which leave no room for a burst."""
+METADATA = {"169.254.0.0/16", "fe80::/10"}
+TRAINER_LABELS = {"app.kubernetes.io/component": "trainer", "app.kubernetes.io/part-of": "qlora-orchestrator"}
 # What Prometheus adds to a name for the kinds of metrics that have several series.
 SERIES_SUFFIX = re.compile(r"_(total|bucket|sum|count)$")
 
@@ -66,7 +70,8 @@ def test_a_misspelled_field_would_be_found(schemas: str) -> None:
 
 @pytest.mark.parametrize("values", [None, PRODUCTION], ids=named)
 def test_kube_score_finds_nothing(values: Path | None) -> None:
-    command = [tool("kube-score"), "score", "-", "--output-format", "json", "--kubernetes-version"]
+    more = [word for check in OPTIONAL_CHECKS for word in ("--enable-optional-test", check)]
+    command = [tool("kube-score"), "score", "-", "--output-format", "json", *more, "--kubernetes-version"]
     done = run([*command, f"v{KUBERNETES_VERSION.rpartition('.')[0]}"], text=rendered(values))
     grades = [
         (item["object_name"], check["check"]["name"], check["comments"])
@@ -133,6 +138,31 @@ def test_every_container_keeps_to_the_restricted_standard_and_has_bounds(values:
                 variable for variable in container.get("env", []) if "secretKeyRef" in variable.get("valueFrom", {})
             ]
             assert secrets == []
+
+
+@pytest.mark.parametrize("values", [None, PRODUCTION], ids=named)
+def test_every_pod_is_under_a_policy_and_jobs_keep_from_metadata(values: Path | None) -> None:
+    """Every way out names a port or a place, and none leads to where a cloud hands out a node's credentials."""
+    objects: list[dict[str, Any]] = documents(rendered(values))
+    policies = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    for policy in policies:
+        assert policy["spec"]["policyTypes"] == ["Egress", "Ingress"]
+        for rule in policy["spec"]["egress"]:
+            assert rule.get("ports") or rule.get("to")
+            for peer in rule.get("to", []):
+                assert "ipBlock" not in peer or METADATA & set(peer["ipBlock"]["except"])
+    for workload in objects:
+        if pod_of(workload):
+            labels, place = workload["spec"]["template"]["metadata"]["labels"], workload["metadata"]["namespace"]
+            over = [p for p in policies if p["metadata"]["namespace"] == place and selects(p, labels)]
+            assert over, f"{workload['kind']} {workload['metadata']['name']}"
+    jobs = [item for item in policies if item["spec"]["podSelector"]["matchLabels"] == TRAINER_LABELS]
+    assert {item["metadata"]["namespace"] for item in jobs} == ({"team-a", "team-b"} if values else {NAMESPACE})
+
+
+def selects(policy: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether a policy is over pods with these labels."""
+    return policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
 
 
 def test_no_two_namespaces_share_a_token_a_port_or_a_volume_of_a_head() -> None:

@@ -204,6 +204,20 @@ imagePullSecrets:
       protocol: UDP
 {{- end -}}
 
+{{/* To the MLflow that the chart brings. */}}
+{{- define "qlora.mlflowEgress" -}}
+- ports:
+    - port: {{ .Values.mlflow.port }}
+      protocol: TCP
+  to:
+    - namespaceSelector:
+        matchLabels:
+          kubernetes.io/metadata.name: {{ .Release.Namespace }}
+      podSelector:
+        matchLabels:
+          {{- include "qlora.selectorLabels" (dict "root" . "component" "mlflow") | nindent 10 }}
+{{- end -}}
+
 {{/* The jobs' pods as peers of a NetworkPolicy. */}}
 {{- define "qlora.trainerPeers" -}}
 - namespaceSelector:
