@@ -14,7 +14,7 @@ from tests.deploy.render import NAMESPACE, RELEASE, rendered
 
 RBAC = "rbac.authorization.k8s.io/v1"
 ROLE = f"{NAMESPACE}-{RELEASE}"
-HOMES = {"controller": (NAMESPACE, RELEASE)}
+HOMES = {"controller": (NAMESPACE, RELEASE), "collector": ("kube-system", "generic-garbage-collector")}
 """Account -> (namespace, name), where it is not one of team-a's."""
 AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",

@@ -48,11 +48,21 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
         create(api, account("tenant"))
         everything: Json = {"apiVersion": RBAC, "kind": "ClusterRole", "metadata": {"name": "everything"}}
         create(api, everything | {"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]})
+        api.create(
+            "/api/v1/namespaces/kube-system/serviceaccounts", {"metadata": {"name": "generic-garbage-collector"}}
+        )
+        create(api, everywhere("generic-garbage-collector", "kube-system"))
         for namespace in ("team-a", "team-b"):
             bound = binding("RoleBinding", "tenant", "everything")
             create(api, {**bound, "metadata": {"name": "tenant", "namespace": namespace}})
         wait_until_in_force(acting_as(plane, "tenant"))
         yield plane
+
+
+def everywhere(name: str, namespace: str) -> Json:
+    """Binds an account to everything in all namespaces."""
+    subject = {"kind": "ServiceAccount", "name": name, "namespace": namespace}
+    return {**binding("ClusterRoleBinding", name, "everything"), "subjects": [subject]}
 
 
 def wait_until_in_force(tenant: KubeApi) -> None:
@@ -117,6 +127,13 @@ def test_a_stages_pod_keeps_its_marks_and_images_whoever_writes_to_it(tenant: Ku
     assert (
         tenant.patch(stage, {"metadata": {"annotations": {"seen": "yes"}}})["metadata"]["annotations"]["seen"] == "yes"
     )
+
+
+def test_a_job_may_be_deleted_without_its_pods(plane: ControlPlane, stage: str) -> None:
+    """The server's garbage collector takes the owner off then, under an account of its own."""
+    collector = acting_as(plane, "collector")
+    left = collector.patch(stage, {"metadata": {"ownerReferences": None}})
+    assert "ownerReferences" not in left["metadata"]
 
 
 def test_other_pods_and_other_namespaces_are_none_of_its_business(tenant: KubeApi) -> None:
