@@ -14,18 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.pod_logs import PodLogs
 from orchestrator.adapters.kubernetes.pod_manifest import pod
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.adapters.kubernetes.pods import KubernetesPods, RuntimeBounds
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import PublishResult, StageResult
 from orchestrator.api.stage_name import StageKind
@@ -115,6 +117,13 @@ def wanted(task: StageTask) -> Json:
 def ensured(pods: KubernetesPods, task: StageTask) -> StageFact:
     pods.ensure(task, "24Gi" if task.stage == "train" else None)
     return pods.observe()[f"{NAMESPACE}/{task.stage_name}"]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not done():
+        assert time.monotonic() < deadline, "it did not come in time"
+        time.sleep(0.002)
 
 
 def is_refused(fact: StageFact) -> bool:
@@ -354,12 +363,41 @@ def test_a_pod_is_adopted_only_if_the_server_stores_it_just_like_ours(api: KubeA
         if made["metadata"].get("finalizers"):
             api.patch(path, {"metadata": {"finalizers": None}})
         api.delete(path, {"gracePeriodSeconds": 0})
-        gone_by = time.monotonic() + WAIT_SECONDS
-        while f"{NAMESPACE}/{task.stage_name}" in pods.observe():
-            assert time.monotonic() < gone_by
-            time.sleep(0.002)
+        wait_until(lambda: f"{NAMESPACE}/{task.stage_name}" not in pods.observe())
     assert refused > 100
     assert adopted > 5, "what is a default may be left out"
+
+
+def test_a_pod_is_created_and_heard_by_one_request(cluster: ControlPlane, api: KubeApi) -> None:
+    """To know ours from others' costs nothing where nobody is in the way."""
+    own = cluster.api()
+    pods = KubernetesPods(own, Changes(), POLICY, BOUNDS)
+    pods.start()
+    before = own.requests.copy()
+    assert ensured(pods, make_task()).vouched
+    fake_an_end(api, "victim-train-2", "train")
+    wait_until(lambda: pods.observe()[f"{NAMESPACE}/victim-train-2"].phase is StagePhase.EXITED)
+    pods.delete(NAMESPACE, "victim-train-2", recorded=True)
+    asked = own.requests - before
+    pods.close()
+    own.close()
+    assert {what: count for what, count in asked.items() if what[0] != "WATCH"} == {("POST", "pods"): 1}
+
+
+def test_logs_are_those_of_the_pod_that_the_status_names(cluster: ControlPlane, api: KubeApi) -> None:
+    store = KubernetesStore(cluster.api())
+    job = store.create_job(submitted_job(name="victim"))
+    api.create(PODS, forged(job, "train", 2, labelled=True))
+    fake_an_end(api, "victim-train-2", "train")
+    uid = api.get(f"{PODS}/victim-train-2")["metadata"]["uid"]
+    ran = Attempt(
+        stage="train", number=2, created_time=datetime.now(UTC), seen_time=datetime.now(UTC), stage_uid="ours"
+    )
+    job = store.update_status(job, QLoRAJobStatus(attempts=(ran,), attempts_total=2))
+    assert PodLogs(api).attempts(NAMESPACE, "victim") == []
+    named = ran.model_copy(update={"stage_uid": uid})
+    store.update_status(job, QLoRAJobStatus(attempts=(named,), attempts_total=2))
+    assert [str(log.name) for log in PodLogs(api).attempts(NAMESPACE, "victim")] == ["victim-train-2"]
 
 
 # --- GPUs and claims --------------------

@@ -7,10 +7,11 @@ before each line, at most once in POLL_SECONDS.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.pod_manifest import JOB_LABEL, TRAINER
+from orchestrator.api.base import API_VERSION
 from orchestrator.errors import InvalidObject, NotFound
 from orchestrator.ports import StageLog
 
@@ -25,10 +26,22 @@ class PodLogs:
         self._api = api
 
     def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
-        """The job's pods that exist and have started."""
+        """The job's pods that exist and have started; none that the job's status says is another's."""
         items: list[Json] = self._api.get(path_of("v1", "pods", namespace), labelSelector=f"{JOB_LABEL}={job}")["items"]
-        found = (StageLog.of(namespace, job, item["metadata"]["name"]) for item in items if _has_started(item))
+        started = {item["metadata"]["name"]: item["metadata"]["uid"] for item in items if _has_started(item)}
+        uids: Mapping[str, str] = self._uids(namespace, job) if started else {}
+        found = (StageLog.of(namespace, job, name) for name, uid in started.items() if uids.get(name, uid) == uid)
         return [log for log in found if log is not None]
+
+    def _uids(self, namespace: str, job: str) -> Mapping[str, str]:
+        """The uids of the job's pods by their names, as far as its status names them."""
+        try:
+            found = self._api.get(path_of(API_VERSION, "qlorajobs", namespace, job))
+        except NotFound:
+            return {}
+        attempts: list[Json] = found.get("status", {}).get("attempts") or []
+        named = (attempt for attempt in attempts if attempt.get("stageUid"))
+        return {f"{job}-{each['stage']}-{each['number']}": each["stageUid"] for each in named}
 
     def tail(self, log: StageLog) -> PodTail:
         """One of them, from its beginning."""
