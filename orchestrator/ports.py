@@ -96,7 +96,7 @@ class StageRuntime(Protocol):
         ...
 
     def taken_names(self) -> frozenset[str]:
-        """`namespace/name` of what is no stage, and keeps one of the name from being made."""
+        """`namespace/name` of whatever keeps a stage of the name from being made, forgotten stages included."""
         ...
 
     def stop(self, namespace: str, name: str, grace_seconds: int, reason: Reason) -> None:

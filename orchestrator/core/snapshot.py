@@ -168,7 +168,7 @@ class Snapshot:
     stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])
     """Every stage there is, by `namespace/name`: one that is not here does not exist."""
     taken_names: frozenset[str] = frozenset()
-    """`namespace/name` of what is no stage, and keeps one of the name from being made."""
+    """`namespace/name` of whatever else keeps a stage of the name from being made."""
     gpu_classes: tuple[GpuClass, ...] = ()
     runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
     """MLflow runs by the job's uid; may be lost at any time, since asking for a run again finds the same one."""

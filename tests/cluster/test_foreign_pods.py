@@ -214,6 +214,36 @@ class Kubelet(PaperKubelet):
             self._api.delete(f"{PODS}/{item['metadata']['name']}", {"gracePeriodSeconds": 0})
 
 
+def test_the_name_of_a_strangers_pod_stays_taken_when_the_pod_is_forgotten(api: KubeApi, runtimes: Runtimes) -> None:
+    api.create(PODS, wanted(make_task(7)))
+    fake_an_end(api, "victim-train-7", "train")
+    pods = runtimes()
+    assert pods.observe()[f"{NAMESPACE}/victim-train-7"].phase is StagePhase.EXITED
+    pods.delete(NAMESPACE, "victim-train-7")
+    assert pods.observe() == {}
+    assert pods.taken_names() == {f"{NAMESPACE}/victim-train-7"}
+
+
+def test_a_strangers_finalizer_is_no_reason_to_delete_the_pod_again_and_again(
+    cluster: ControlPlane, api: KubeApi
+) -> None:
+    manifest = wanted(make_task(7))
+    manifest["metadata"]["finalizers"] = ["example.com/for-ever"]
+    api.create(PODS, manifest)
+    own = cluster.api()
+    pods = KubernetesPods(own, Changes(), POLICY, replace(BOUNDS, stranded_seconds=0.0))
+    pods.start()
+    try:
+        for _ in range(40):
+            pods.stop(NAMESPACE, "victim-train-7", 1, Reason.FENCED)
+            time.sleep(0.05)
+        assert own.requests["DELETE", "pods"] <= 2
+        assert own.requests["GET", "qlorajobs"] <= 2
+    finally:
+        pods.close()
+        api.patch(f"{PODS}/victim-train-7", {"metadata": {"finalizers": None}})
+
+
 @pytest.mark.parametrize("stage", ["prepare", "train", "publish"])
 def test_what_comes_between_the_record_and_the_creation_costs_an_attempt_and_no_more(
     api: KubeApi, runtimes: Runtimes, stage: StageKind

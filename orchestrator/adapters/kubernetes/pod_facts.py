@@ -129,6 +129,8 @@ class StagePod:
     scheduled_time: datetime | None
     deletion_time: datetime | None
     """When its grace is over, once it has been deleted."""
+    finalizing: bool
+    """Whether it has been deleted for good, and only waits for somebody's finalizer."""
     node: str
     """Empty until a node takes it."""
     start_time: datetime | None
@@ -173,6 +175,7 @@ def read_pod(item: Json, policy: PodPolicy) -> StagePod:
         created_time=datetime.fromisoformat(meta["creationTimestamp"]),
         scheduled_time=_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
         deletion_time=_time(meta.get("deletionTimestamp")),
+        finalizing=bool(meta.get("deletionTimestamp")) and meta.get("deletionGracePeriodSeconds") == 0,
         node=spec.get("nodeName") or "",
         start_time=_start_time(state),
         end=_end(status, terminated),

@@ -175,9 +175,8 @@ class KubernetesPods:
         return {**facts, **refused}
 
     def taken_names(self) -> frozenset[str]:
-        """Names of attempts that pods have which do not even say that they are ours."""
-        strangers = {key for key, found in self._pods.values().items() if not found.claimed}
-        return frozenset(key for key in {*strangers, *self._others.values()} if _is_stages(key))
+        """Names that pods have, whoever made them: those that are forgotten are still there."""
+        return frozenset({*self._pods.values(), *(key for key in self._others.values() if _is_stages(key))})
 
     def _known(self, pods: Mapping[str, StagePod], vouched: frozenset[str]) -> Mapping[str, StagePod]:
         """The pods that are there, and those that ended and are not; without those that were forgotten.
@@ -343,11 +342,11 @@ class KubernetesPods:
         found = self._pods.find(f"{namespace}/{name}")
         if found is None or not found.claimed or found.end is not None:
             return
-        if reason is Reason.FENCED:
-            self._require_unwanted(found)
         if found.deletion_time is not None:
             self._force_out_if_stranded(found, found.deletion_time)
             return
+        if reason is Reason.FENCED:
+            self._require_unwanted(found)
         left_seconds = self._ask(found, grace_seconds)
         if left_seconds is not None:
             self._delete(found, left_seconds)
@@ -368,6 +367,8 @@ class KubernetesPods:
     def _force_out_if_stranded(self, found: StagePod, deletion_time: datetime) -> None:
         """Delete for good a pod whose kubelet will never say that it ended, if nothing of it can be running."""
         overdue_seconds = (datetime.now(UTC) - deletion_time).total_seconds()
+        if found.finalizing:
+            return
         node = self._nodes.find(f"/{found.node}")
         if overdue_seconds <= self._bounds.stranded_seconds or (node is not None and not node.out_of_service):
             return
