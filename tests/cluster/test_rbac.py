@@ -100,6 +100,18 @@ def test_an_account_has_the_rights_that_it_needs_and_no_other(
     assert {key: verbs for key, verbs in found.items() if everybody.get(key) != verbs} == RIGHTS[name]
 
 
+def test_who_is_bound_to_nothing_or_not_known_has_no_right_to_anything_of_ours(
+    plane: ControlPlane, everybody: Rights
+) -> None:
+    assert [key for key in everybody if key[1].endswith("qlora.dev")] == []
+    anonymous = {"user": "system:anonymous", "groups": ["system:unauthenticated"]}
+    for resource in ("qlorajobs", "qloraqueues", "qlorajobs/status"):
+        for verb in VERBS:
+            main, _, part = resource.partition("/")
+            asked = {"verb": verb, "group": "qlora.dev", "resource": main, "subresource": part}
+            assert not allowed(plane.api(), {**anonymous, "resourceAttributes": {**asked, "namespace": "team-a"}})
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_the_clusters_own_roles_know_our_resources(plane: ControlPlane, name: str) -> None:
     api = plane.api()
@@ -208,12 +220,12 @@ def may(api: KubeApi, name: str, verb: str, place: str, group: str, resource: st
     namespace, account = HOMES.get(name, ("team-a", name))
     groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
     asked = {"verb": verb, "group": group, "resource": resource, "subresource": part}
-    review = {
-        "spec": {
-            "user": f"system:serviceaccount:{namespace}:{account}",
-            "groups": groups,
-            "resourceAttributes": {**asked, "namespace": "" if place == CLUSTER else place},
-        }
-    }
+    attributes = {**asked, "namespace": "" if place == CLUSTER else place}
+    user = f"system:serviceaccount:{namespace}:{account}"
+    return allowed(api, {"user": user, "groups": groups, "resourceAttributes": attributes})
+
+
+def allowed(api: KubeApi, spec: Json) -> bool:
+    """The authorizer's word, as it says it."""
     path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-    return bool(api.create(path, review)["status"]["allowed"])
+    return bool(api.create(path, {"spec": spec})["status"]["allowed"])
