@@ -8,15 +8,14 @@ plan does that was sized too small: torch's own error, from within a forward pas
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
-from qlora_trainer.__main__ import main
+from qlora_trainer.__main__ import main, read_task
 from qlora_trainer.model.training_model import TrainingModel
 from torch import OutOfMemoryError, Tensor
 
-from orchestrator.api.task import TASK_VARIABLE, StageTask
+from orchestrator.api.task import StageTask
 
 FIRST_TRAIN_ATTEMPT = 2
 
@@ -40,5 +39,5 @@ def run_short(task: StageTask, attempts: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    run_short(StageTask.model_validate_json(os.environ[TASK_VARIABLE]), int(sys.argv[1]), int(sys.argv[2]))
+    run_short(read_task(sys.argv[3]), int(sys.argv[1]), int(sys.argv[2]))
     sys.exit(main(sys.argv[3:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus, Trackin
 from orchestrator.api.model_facts import MAX_LAYERS, ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult, ProgressReport, StageResult
-from orchestrator.api.task import TASK_VARIABLE, StageTask
+from orchestrator.api.task import TASK_VARIABLE, StageTask, task_text, task_variables
 from tests.builders import NOW, prepare_result
 
 SOURCES = {"model": {"source": "hf://owner/model"}, "dataset": {"source": "hf://owner/data"}}
@@ -195,3 +196,11 @@ def test_a_uri_that_is_accepted_can_be_split(scheme: str, rest: str) -> None:
     except ValidationError:
         return
     assert urlsplit(uri).scheme == scheme
+
+
+@pytest.mark.parametrize("letter", ["a", "\N{MATHEMATICAL BOLD SMALL A}"], ids=["one-byte", "four-bytes"])
+def test_a_task_as_large_as_the_largest_object_of_a_server_reaches_a_process(letter: str) -> None:
+    """An API server takes 1.5 MiB, and Linux 128 KiB a variable and 2 MiB of all."""
+    text = letter * (3 * 2**19 // len(letter.encode()))
+    printed = subprocess.run(["env", "-0"], env=task_variables(text), capture_output=True, check=True).stdout.decode()
+    assert task_text(dict(line.split("=", 1) for line in printed.split("\0") if line)) == text

@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from qlora_trainer.data.chat import ChatRenderer
 from qlora_trainer.data.chat_templates import NAMED_TEMPLATES, named_template, refuse_useless_template
 from qlora_trainer.data.dataset import ReadDataset, arrange, read_dataset
 from qlora_trainer.data.encoding import EncodedRecord, Encoder
 from qlora_trainer.data.formats import read_sample
-from qlora_trainer.data.reader import Records
+from qlora_trainer.data.reader import BadRecord, Records
 from qlora_trainer.data.report import data_warnings, in_brackets
 from qlora_trainer.data.report import shown as shown_record
 from qlora_trainer.outcome import UserError
@@ -215,9 +216,11 @@ def test_each_message_is_rendered_a_bounded_number_of_times(tokenizer: Any) -> N
     for turns in (20, 800):
         counting = CountingTokenizer(tokenizer)
         sample = read_sample(chat(*(f"turn {number}" for number in range(2 * turns))), "messages")
-        encoded = Encoder(counting, "assistant").encode(sample)
-        assert shown(tokenizer, encoded.split()[-1]).endswith(f"⟦turn {2 * turns - 1}{EOS}⟧\n")
-        assert counting.rendered < 8 * 2 * turns
+        renderer = ChatRenderer(counting, "assistant", warn=pytest.fail)  # the one that LimitedRenderer runs elsewhere
+        text = renderer.text(sample)
+        start, end = renderer.render(sample, text).contexts[-1].spans[-1]
+        assert text[start:end] == f"turn {2 * turns - 1}{EOS}"
+        assert 0 < counting.rendered < 8 * 2 * turns
 
 
 # --- templates
@@ -315,3 +318,47 @@ def test_data_that_can_hardly_be_learnt_from_is_warned_of(tmp_path: Path, tokeni
     )
     (few,) = data_warnings(masked.train, masked.evaluation)
     assert "of the tokens carry loss" in few
+
+
+# --- what is read is bounded, whatever its size compressed
+
+
+def gzipped(path: Path, pieces: int, piece: bytes) -> Path:
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(pieces):
+            file.write(piece)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.jsonl.gz", r"a\.jsonl\.gz: line 1 is longer than 64 MiB; split its record"),
+        ("a.csv.gz", r"a\.csv\.gz: line 1 is longer than 64 MiB"),
+        ("a.json.gz", r"a\.json\.gz: line 1 is longer than 512 MiB"),
+    ],
+)
+def test_a_small_file_that_unpacks_without_end_is_refused(tmp_path: Path, name: str, expected: str) -> None:
+    bomb = gzipped(tmp_path / name, 600, b"x" * (1 << 20))
+    assert bomb.stat().st_size < 4 << 20
+    records = Records(f"file://{bomb}", split="train", scratch=tmp_path, field="spec.dataset.source")
+    with pytest.raises(UserError, match=expected):
+        list(records.read())
+
+
+def test_an_array_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
+    bomb = gzipped(tmp_path / "a.json.gz", 600, b" " * ((1 << 20) - 1) + b"\n")
+    records = Records(f"file://{bomb}", split="train", scratch=tmp_path, field="spec.dataset.source")
+    with pytest.raises(UserError, match=r"longer than 512 MiB, and an array is read as one; write one object a line"):
+        list(records.read())
+
+
+def test_a_million_nested_lists_are_a_sentence(tmp_path: Path) -> None:
+    line, array = tmp_path / "a.jsonl", tmp_path / "a.json"
+    for path in (line, array):
+        path.write_bytes(b"[" * 10**6 + b"]" * 10**6)
+    [bad] = Records(f"file://{line}", split="train", scratch=tmp_path, field="spec.dataset.source").read()
+    assert isinstance(bad, BadRecord)
+    assert bad.problem == "is nested too deeply to be read"
+    with pytest.raises(UserError, match="nested too deeply to be read"):
+        list(Records(f"file://{array}", split="train", scratch=tmp_path, field="spec.dataset.source").read())

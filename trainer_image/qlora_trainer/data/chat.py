@@ -97,6 +97,7 @@ class EndlessTurn(ValueError):
     """A turn after which the template writes nothing that is a token of the tokenizer's own."""
 
     def __init__(self, index: int) -> None:
+        self.turn = index
         super().__init__(
             f"has an answer (message {index + 1}) after which the chat template writes no token that ends it, so that "
             f"the model would not learn to stop; write one, such as eos_token, in {TEMPLATE_FIELD}"

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_trainer.data.chat import TEMPLATE_FIELD as FIELD
-from qlora_trainer.data.chat import ChatRenderer, EndlessTurn
+from qlora_trainer.data.chat import EndlessTurn
 from qlora_trainer.data.formats import Conversation
+from qlora_trainer.data.rendering import LimitedRenderer
 from qlora_trainer.outcome import UserError
 
 NAMED_TEMPLATES: Mapping[str, str] = {
@@ -70,7 +71,7 @@ def refuse_useless_template(tokenizer: Any) -> None:
     """Refuse, once for all records, a template that does not write what is said, or never ends a turn."""
     said = [{"role": role, "content": word} for role, word in zip(("user", "assistant"), PROBES, strict=True)]
     chat = Conversation(messages=said)
-    renderer = ChatRenderer(tokenizer, "assistant", warn=lambda _: None)
+    renderer = LimitedRenderer(tokenizer, "assistant", warn=lambda _: None)
     try:
         text = renderer.text(chat)
         useless = not all(word in text for word in PROBES)

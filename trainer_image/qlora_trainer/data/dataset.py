@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import islice, pairwise
 from pathlib import Path
@@ -28,9 +28,10 @@ from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
 from qlora_trainer.data.chat_templates import refuse_useless_template
 from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord, Encoder
-from qlora_trainer.data.formats import CHAT_FORMATS, read_sample, unknown_fields
+from qlora_trainer.data.formats import CHAT_FORMATS, Sample, read_sample, unknown_fields
 from qlora_trainer.data.packing import Row, one_a_row, pack
 from qlora_trainer.data.reader import BadRecord, Record, Records
+from qlora_trainer.data.rendering import RenderLimit, characters_of
 from qlora_trainer.outcome import UserError
 
 Numbers = NDArray[np.int32]
@@ -43,6 +44,10 @@ MAX_UNKNOWN_FIELDS = 64
 MAX_PROBLEM_CHARACTERS = 400
 """Of what is wrong with one record: a template's own words may be long."""
 PROGRESS_SECONDS = 10.0
+BATCH_RECORDS = 64
+"""Rendered ahead at a time, in the process that renders."""
+BATCH_CHARACTERS = 1 << 18
+"""Or fewer records, of so many characters together."""
 ROWS_PER_GROUP = 256
 """Rows in a row group of the Parquet files: what a reader holds at a time."""
 
@@ -188,6 +193,16 @@ def read_first(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A record and the sample that it stands for, or else what is wrong with it."""
+
+    where: str
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sample: Sample | None = None
+    problem: str = ""
+
+
 class _Reader:
     """Encodes records and keeps count of what is wrong with them."""
 
@@ -208,12 +223,14 @@ class _Reader:
         """Every usable record; raises UserError naming what is wrong."""
         kept = EncodedRecords()
         progress = _Progress(self._source)
-        for index, record in enumerate(records):
-            self._seen = index + 1
-            encoded = self._encoded(record, encoder)
-            for fitting in () if encoded is None else self._fitting(record.where, encoded):
-                kept.append(fitting, index)
-            progress.report(self._seen, kept.tokens)
+        for batch in self._batches(records):
+            encoder.expect(it.sample for it in batch if it.sample is not None)
+            for it in batch:
+                encoded = self._encoded(it, encoder)
+                for fitting in () if encoded is None else self._fitting(it.where, encoded):
+                    kept.append(fitting, self._seen)
+                self._seen += 1
+                progress.report(self._seen, kept.tokens)
         self._refuse_bad()
         self._refuse_too_long()
         if not kept:
@@ -227,19 +244,45 @@ class _Reader:
             more = f" and {len(self._unknown) - NAMED_FIELDS} more" if len(self._unknown) > NAMED_FIELDS else ""
             yield f"fields that the format {self._dataset.format} does not have are not trained on: {names}{more}"
 
-    def _encoded(self, record: Record | BadRecord, encoder: Encoder) -> EncodedRecord | None:
+    def _batches(self, records: Iterable[Record | BadRecord]) -> Iterator[list[_Read]]:
+        """Records that are rendered ahead together: not many, and few where they are long."""
+        batch: list[_Read] = []
+        characters = 0
+        for record in records:
+            batch.append(self._parsed(record))
+            characters += characters_of(record.value) if isinstance(record, Record) else 0
+            if len(batch) >= BATCH_RECORDS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _parsed(self, record: Record | BadRecord) -> _Read:
         if isinstance(record, BadRecord):
-            return self._note(record)
+            return _Read(where=record.where, problem=record.problem)
         try:
-            encoded = encoder.encode(read_sample(record.value, self._dataset.format))
+            sample = read_sample(record.value, self._dataset.format)
         except ValueError as error:
-            return self._note(BadRecord(where=record.where, problem=str(error)[:MAX_PROBLEM_CHARACTERS]))
+            return _Read(where=record.where, problem=str(error)[:MAX_PROBLEM_CHARACTERS])
         except RecursionError:
-            return self._note(BadRecord(where=record.where, problem="is nested too deeply"))
+            return _Read(where=record.where, problem="is nested too deeply")
+        return _Read(where=record.where, fields=record.value, sample=sample)
+
+    def _encoded(self, read: _Read, encoder: Encoder) -> EncodedRecord | None:
+        if read.sample is None:
+            return self._note(BadRecord(where=read.where, problem=read.problem))
+        try:
+            encoded = encoder.encode(read.sample)
+        except ValueError as error:
+            return self._note(BadRecord(where=read.where, problem=str(error)[:MAX_PROBLEM_CHARACTERS]))
+        except RecursionError:
+            return self._note(BadRecord(where=read.where, problem="is nested too deeply"))
+        except RenderLimit as error:
+            raise UserError(f"{self._source}: {read.where}: {error}") from error
         if encoded.supervised == 0 and encoded.complete:
-            return self._note(BadRecord(where=record.where, problem="has no token to train on"))
+            return self._note(BadRecord(where=read.where, problem="has no token to train on"))
         if len(self._unknown) <= MAX_UNKNOWN_FIELDS:
-            self._unknown.update(unknown_fields(record.value, self._dataset.format))
+            self._unknown.update(unknown_fields(read.fields, self._dataset.format))
         return encoded
 
     def _note(self, bad: BadRecord) -> None:

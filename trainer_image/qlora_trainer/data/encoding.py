@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_trainer.data.chat import ChatRenderer, Span, TrainOn
+from qlora_trainer.data.chat import Span, TrainOn
 from qlora_trainer.data.formats import Completion, Conversation, Sample, Text
+from qlora_trainer.data.rendering import LimitedRenderer
 from qlora_trainer.outcome import UserError
 
 IGNORED_LABEL = -100
@@ -91,8 +92,17 @@ class Encoder:
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
-        self._chats = ChatRenderer(tokenizer, train_on, warn=self._warn)
+        self._chats = LimitedRenderer(tokenizer, train_on, warn=self._warn, whole_below=self._first_room)
         self._begins_with_bos = tokenizer.bos_token_id is not None and self._adds_bos()
+
+    @property
+    def _first_room(self) -> int | None:
+        """Characters of a text that are tokenised at first; None where it is all of them."""
+        return None if self._most_tokens is None else CHARACTERS_PER_TOKEN * (self._most_tokens + UNSETTLED_TOKENS)
+
+    def expect(self, samples: Iterable[Sample]) -> None:
+        """Have the conversations among these rendered ahead; they are to be encoded next, in this order."""
+        self._chats.expect([sample for sample in samples if isinstance(sample, Conversation)])
 
     def encode(self, sample: Sample) -> EncodedRecord:
         """The tokens of a sample; raises ValueError saying why there is no exact answer."""
@@ -151,7 +161,7 @@ class Encoder:
             half = f"U+{ord(text[error.start]):04X}"
             raise ValueError(f"holds half of a surrogate pair ({half}), which is no character") from error
         most = self._most_tokens
-        room = len(text) if most is None else CHARACTERS_PER_TOKEN * (most + UNSETTLED_TOKENS)
+        room = self._first_room or len(text)
         while room < len(text):
             part = self._tokens(text[:room], complete=False)
             if most is not None and len(part.ids) > most + UNSETTLED_TOKENS:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import weakref
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,10 @@ from qlora_trainer.storage.uri import claim_path, local_path
 fsspec: Any = untyped_fsspec
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
+MAX_LINE_BYTES = 64 << 20
+"""Of a text file, however small it is compressed."""
+MAX_JSON_BYTES = 512 << 20
+"""Of a file that holds one JSON array, which is read as a whole."""
 MAX_CELL_CHARACTERS = 64 << 20
 """Bound on one cell of a CSV file; Python's own of 128 KiB is too small for a conversation."""
 ROWS_AT_A_TIME = 1024
@@ -212,9 +216,16 @@ def _opened(path: Path, *, compressed: bool) -> Generator[IO[bytes]]:
 # --- text
 
 
-def _decoded(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
+def _decoded(
+    file: IO[bytes], source: str, most_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
     """The lines of a UTF-8 file with their numbers; a line that is none comes as the reason."""
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(most_bytes + 1), b""), start=1):
+        if len(line) > most_bytes:
+            raise UserError(
+                f"{source}: line {number} is longer than {most_bytes >> 20} MiB; split its record, or check that the "
+                "file is what its name says"
+            )
         content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         try:
             yield number, content.decode("utf-8")
@@ -227,8 +238,8 @@ def _not_utf8(number: int, error: UnicodeDecodeError) -> BadRecord:
     return BadRecord(where=f"line {number}", problem=f"is not UTF-8 (byte 0x{byte:02x} at position {error.start + 1})")
 
 
-def _json_lines(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:  # noqa: ARG001 - as all readers
-    for number, line in _decoded(file):
+def _json_lines(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
+    for number, line in _decoded(file, source):
         if isinstance(line, UnicodeDecodeError):
             yield _not_utf8(number, line)
         elif line.strip():
@@ -250,9 +261,16 @@ def _json_line(number: int, line: str) -> Record | BadRecord:
 
 def _json_array(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
     lines: list[str] = []
-    for number, line in _decoded(file):
+    left = MAX_JSON_BYTES
+    for number, line in _decoded(file, source, MAX_JSON_BYTES):
         if isinstance(line, UnicodeDecodeError):
             raise UserError(f"{source}: {_not_utf8(number, line).where} {_not_utf8(number, line).problem}")
+        left -= len(line)
+        if left < 0:
+            raise UserError(
+                f"{source} is longer than {MAX_JSON_BYTES >> 20} MiB, and an array is read as one; write one object a "
+                "line, and call the file .jsonl"
+            )
         lines.append(line)
     try:
         values = parse_json("".join(lines))
@@ -285,7 +303,7 @@ def _csv(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
     bad_lines: list[BadRecord] = []
 
     def text() -> Iterator[str]:
-        for number, line in _decoded(file):
+        for number, line in _decoded(file, source):
             if isinstance(line, UnicodeDecodeError):
                 bad_lines.append(_not_utf8(number, line))
                 yield line.object.decode("utf-8", errors="replace")
