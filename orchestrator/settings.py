@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import stat
 import sys
 import tempfile
 from dataclasses import fields
@@ -22,6 +23,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from orchestrator.api.base import StoreUri
 from orchestrator.core.snapshot import Policy
 
+MAX_RUNTIME_CHARACTERS = 16
+"""Of XDG_RUNTIME_DIR, `/run/user/1000` as a rule: Ray's sockets lie deep below it."""
 ENVIRONMENT_PREFIX = "QLORA_"
 GPU_PRICES_PATTERN = r"^([1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?(,[1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?)*)?$"
 GPU_CLASSES_PATTERN = r"^((cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4}(,(cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4})*)?$"
@@ -38,6 +41,18 @@ def _absolute_uri(uri: str) -> str:
     if scheme == "sqlite" and separator and not rest.startswith("/"):
         return f"sqlite:///{Path(rest).absolute()}"
     return uri if ":" in uri else Path(uri).absolute().as_uri()
+
+
+def _user_runtime_folder() -> Path | None:
+    """The folder of XDG_RUNTIME_DIR, where it is there and this user's: `sudo` may hand on another's."""
+    named = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not named.startswith("/") or len(named) > MAX_RUNTIME_CHARACTERS:
+        return None
+    try:
+        found = Path(named).stat()
+    except OSError:
+        return None
+    return Path(named) if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() else None
 
 
 def _usable_cpus() -> int:
@@ -207,9 +222,12 @@ class Settings(ServiceSettings):
 
     @property
     def runtime_folder(self) -> Path:
-        """Sockets, and Ray's session folders; short, because a unix socket's path has at most 107 bytes."""
+        """Sockets, and Ray's session folders; short, because a unix socket's path has at most 107 bytes.
+
+        In XDG_RUNTIME_DIR, which nobody sweeps while its user is logged in, or else in the temporary folder.
+        """
         digest = hashlib.sha256(bytes(self.home)).hexdigest()[:8]
-        return Path(tempfile.gettempdir()) / f"qlora-{os.getuid()}-{digest}"
+        return (_user_runtime_folder() or Path(tempfile.gettempdir())) / f"qlora-{os.getuid()}-{digest}"
 
     @property
     def sockets_folder(self) -> Path:

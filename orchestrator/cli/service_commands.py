@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -96,7 +97,7 @@ def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = DEFAULT_UI_PORT,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command; start nothing.")] = False,
 ) -> None:
-    """Serve the MLflow UI of the local tracking store on loopback, until Ctrl-C."""
+    """Serve the MLflow UI of the local tracking store on loopback, behind a password, until Ctrl-C."""
     from orchestrator.cli.output import print_text
     from orchestrator.cli.tracking_ui import serve, server_command
 
@@ -104,11 +105,10 @@ def ui(
     if settings.tracking_uri.startswith(("http://", "https://")):
         print_text(settings.tracking_uri)
         return
-    command = server_command(settings, port)
     if dry_run:
-        print_text(" ".join(command))
+        print_text(" ".join(server_command(settings, Path("SOCKET"))))
         return
-    raise typer.Exit(serve(command, port, UI_START_SECONDS))
+    raise typer.Exit(serve(settings, port, UI_START_SECONDS))
 
 
 def version(output: Output = None) -> None:

@@ -16,6 +16,7 @@ import threading
 import time
 from types import FrameType
 
+from orchestrator.adapters.local.home import make_private, private_files
 from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.local.ray_stages import LOST_EXIT_CODE, RayStages
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
@@ -37,6 +38,8 @@ READY_NAME = "controller.json"
 def main() -> int:
     """Lead and loop; the exit code."""
     settings = Settings()
+    private_files()
+    make_private(settings.home)
     log_to_file(settings, "controller")
     if not _take_lead(settings):
         log.warning("another controller leads %s", settings.home)

@@ -18,14 +18,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from orchestrator.adapters.local.home import make_private, private_files
 from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.local.stages import LocalStages
 from orchestrator.api.reasons import Reason
+from orchestrator.api.words import on_one_line
 from orchestrator.controller.logs import log_to_file
 from orchestrator.core.snapshot import StagePhase
 from orchestrator.errors import ServiceNotRunning
@@ -36,6 +39,12 @@ log = logging.getLogger(__name__)
 LOCK_NAME, RECORD_NAME = "supervisor.lock", "supervisor.json"
 CONTROLLER_RECORD_NAME = "controller.json"
 SETTINGS_EXIT_CODE = 78  # the controller's word for: trying again gives the same answer
+OUTPUT_NAME = "service.out"
+OUTPUT_TAIL_BYTES = 4096
+START_ATTEMPTS = 5
+"""Controllers that may end in a row, without one that has ever decided anything, before the service gives up."""
+CLOCK_SECONDS = 1.0
+"""Logs keep milliseconds, and clocks are set now and then."""
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5
 KILL_SECONDS = 5.0
@@ -65,20 +74,22 @@ class ProcessRecord(BaseModel, frozen=True):
 
 def start(settings: Settings) -> ServiceStatus:
     """Bring the service up, unless it is, and wait for its first decision; raises ServiceNotRunning."""
+    began = time.time()
     if not status(settings).running:
         _start_supervisor(settings)
     _wait(lambda: status(settings).ready or not status(settings).running, settings.start_timeout_seconds)
     found = status(settings)
     if not found.ready:
         raise ServiceNotRunning(
-            f"the service of {settings.home} did not start: {_last_error(settings)}; see {settings.logs_folder}"
+            f"the service of {settings.home} did not start: {_last_error(settings, began)}; see {settings.logs_folder}"
         )
     return found
 
 
 def _start_supervisor(settings: Settings) -> None:
-    settings.logs_folder.mkdir(parents=True, exist_ok=True)
-    with (settings.logs_folder / "service.out").open("ab") as output:
+    make_private(settings.home)
+    settings.logs_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (settings.logs_folder / OUTPUT_NAME).open("ab") as output:
         started = subprocess.run(
             [sys.executable, "-m", "orchestrator.controller.supervisor"],
             stdin=subprocess.DEVNULL,
@@ -89,7 +100,9 @@ def _start_supervisor(settings: Settings) -> None:
             check=False,
         )
     if started.returncode != 0:
-        raise ServiceNotRunning(f"the service of {settings.home} could not be started; see {output.name}")
+        raise ServiceNotRunning(
+            f"the service of {settings.home} could not be started: {_last_output(settings)}; see {output.name}"
+        )
 
 
 def stop(settings: Settings, *, keep_stages: bool = False) -> None:
@@ -154,13 +167,31 @@ def _wait(condition: Callable[[], bool], timeout_seconds: float) -> bool:
     return answer
 
 
-def _last_error(settings: Settings) -> str:
-    """The last error that a process of the service logged."""
+def _last_error(settings: Settings, since_seconds: float) -> str:
+    """The last error that a process of the service logged since then, or the last that it wrote."""
     messages: list[str] = []
     for line in _log_lines(settings.logs_folder / "controller.jsonl"):
-        if line.get("level") == "ERROR":
+        if line.get("level") == "ERROR" and _time_seconds(line) >= since_seconds - CLOCK_SECONDS:
             messages.append(str(line.get("traceback") or line.get("message")).strip().splitlines()[-1])
-    return messages[-1] if messages else "no error was logged"
+    return messages[-1] if messages else _last_output(settings)
+
+
+def _time_seconds(line: dict[str, object]) -> float:
+    try:
+        return datetime.fromisoformat(str(line.get("time"))).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _last_output(settings: Settings) -> str:
+    """What a process of the service wrote last before it ended, having logged nothing."""
+    try:
+        with (settings.logs_folder / OUTPUT_NAME).open("rb") as output:
+            output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_TAIL_BYTES))
+            lines = output.read().decode(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        lines = []
+    return on_one_line(lines[-1]) if lines else "no error was logged"
 
 
 def _log_lines(path: Path) -> Iterator[dict[str, object]]:
@@ -178,6 +209,8 @@ def _log_lines(path: Path) -> Iterator[dict[str, object]]:
 def main() -> None:
     """Detach, and keep the controller running until SIGTERM."""
     settings = Settings()
+    private_files()
+    make_private(settings.home)
     unsettled = _detach(settings)
     log_to_file(settings, "supervisor")
     lock = os.open(settings.home / LOCK_NAME, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -186,6 +219,7 @@ def main() -> None:
     except BlockingIOError:
         return  # somebody else was faster
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    (settings.home / CONTROLLER_RECORD_NAME).unlink(missing_ok=True)
     write_durably(settings.home / RECORD_NAME, {"process": Process.current()})
     os.close(unsettled)
     _keep_running(settings)
@@ -208,7 +242,7 @@ def _detach(settings: Settings) -> int:
 
 
 def _keep_running(settings: Settings) -> None:
-    failures = 0
+    failures, was_ready = 0, False
     for number in count(1):
         began = time.monotonic()
         exit_code = _run_controller(settings)
@@ -217,11 +251,22 @@ def _keep_running(settings: Settings) -> None:
         if exit_code == SETTINGS_EXIT_CODE:
             log.error("controller %d ended with %d: trying again would not help", number, exit_code)
             return
+        was_ready = was_ready or _has_been_ready(settings)
+        if not was_ready and number >= START_ATTEMPTS:
+            log.error(
+                "controller %d ended with %d, as all before it: none of them came to a decision", number, exit_code
+            )
+            return
         failures = 0 if time.monotonic() - began > settings.restart_backoff_max_seconds else failures + 1
         pause_seconds = _pause_seconds(settings, failures)
         log.warning("controller %d ended with %d; the next starts in %.1f s", number, exit_code, pause_seconds)
         if _asked_to_stop(pause_seconds):
             return
+
+
+def _has_been_ready(settings: Settings) -> bool:
+    """Whether the last controller came to a decision: its record is taken away when the next one starts."""
+    return (settings.home / CONTROLLER_RECORD_NAME).exists()
 
 
 def _pause_seconds(settings: Settings, failures: int) -> float:

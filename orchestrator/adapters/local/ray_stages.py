@@ -22,9 +22,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from orchestrator.adapters.local.listening import listening_elsewhere
 from orchestrator.adapters.local.processes import Process, child_processes
 from orchestrator.adapters.local.slots import Slot, find_slots
 from orchestrator.adapters.local.stages import PROGRESS_NAME, LocalStages, Stage, clean_environment
@@ -33,7 +35,7 @@ from orchestrator.api.results import ProgressReport
 from orchestrator.api.task import StageTask
 from orchestrator.core.scheduling.cpu_slots import GUARANTEED_SLOTS
 from orchestrator.core.snapshot import StageFact, StagePhase
-from orchestrator.errors import RuntimeLost
+from orchestrator.errors import PermanentError, RuntimeLost
 from orchestrator.settings import Settings
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.stage_agent import StageAgent
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 RAY_NAMESPACE = "qlora"
 CPU_STAGE_RESOURCE = "cpu_stage"
 RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: all of this Ray listens on loopback alone
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nothing is packaged and sent: it is this machine
     "RAY_worker_niceness": "0",  # by default 15, which trainers would inherit
@@ -114,7 +118,8 @@ class RayStages:
         self._stages.sweep()
         self._holders: dict[str, Any] = {}  # Any: Ray's references are untyped
         self._environment = clean_environment(os.environ)
-        self._ray = _start_ray(settings, self._resources())
+        self._folder = _prepare_folders(settings)
+        self._ray = _start_ray(settings, self._folder, self._resources())
         self._processes = _ray_processes()
         self._hold: Any = self._ray.remote(num_cpus=0, max_retries=0)(hold)
 
@@ -190,6 +195,9 @@ class RayStages:
         gone = [name for name, process in self._processes.items() if not process.alive]
         if gone:
             raise RuntimeLost(f"Ray's {', '.join(gone)} ended; the controller starts over, running stages go on")
+        lost = [path for path in (self._folder, self._settings.sockets_folder) if not path.is_dir()]
+        if lost:
+            raise RuntimeLost(f"{lost[0]} is gone, swept away by somebody; the controller starts over with a new one")
 
     def _answered(self, call: Callable[[], None]) -> None:
         """Carry out a call to Ray, which may never return when Ray is ill, within its time."""
@@ -214,9 +222,10 @@ def _resource(gpu_class: str) -> str:
     return f"vram_{gpu_class.removesuffix('Gi')}"
 
 
-def _start_ray(settings: Settings, resources: dict[str, float]) -> Any:
+def _start_ray(settings: Settings, folder: Path, resources: dict[str, float]) -> Any:
     """A Ray of this process's own, which ends with it. Returns the module."""
-    folder = _prepare_folders(settings)
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]  # a shell's wishes, such as RAY_AUTH_MODE=disabled, are for other Rays
     os.environ.update(RAY_ENVIRONMENT)
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # nobody else on this machine may use it
     too_late = threading.Timer(settings.ray_start_seconds, _give_up_starting, args=(settings.ray_start_seconds,))
@@ -234,10 +243,20 @@ def _start_ray(settings: Settings, resources: dict[str, float]) -> Any:
         log_to_driver=False,
         logging_level=logging.WARNING,
         _temp_dir=str(folder),
-        _node_ip_address="127.0.0.1",
     )
     too_late.cancel()
+    _refuse_open_ports()
     return ray
+
+
+def _refuse_open_ports() -> None:
+    """Whoever reaches Ray can ask it for more than it should give; what it was told is checked against the kernel."""
+    found = listening_elsewhere(os.getpid())
+    if found:
+        raise PermanentError(
+            f"the service must be reached from this machine alone, but {', '.join(found)} can be reached from others: "
+            f"ray {version('ray')} does not do as it is told; install another version"
+        )
 
 
 def _give_up_starting(seconds: float) -> None:
@@ -252,11 +271,12 @@ def _prepare_folders(settings: Settings) -> Path:
     found = runtime.lstat()
     if runtime.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise RuntimeLost(f"{runtime} is not a folder that belongs to this user alone; remove it")
-    settings.sockets_folder.mkdir(exist_ok=True)
+    settings.sockets_folder.mkdir(mode=0o700, exist_ok=True)
     folder = runtime / "ray"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     link = settings.home / "ray"
-    if not link.is_symlink():
+    if not link.is_symlink() or link.readlink() != folder:
+        link.unlink(missing_ok=True)
         link.symlink_to(folder)
     sessions = sorted(path for path in folder.glob("session_*") if not path.is_symlink())
     for session in sessions[: -settings.ray_sessions_limit]:

@@ -69,7 +69,7 @@ class SqliteStore:
         self._local = threading.local()
         self._reported: dict[tuple[str, str, str], int] = {}
         with self._answers():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._connection().executescript(SCHEMA)
 
     # jobs
