@@ -21,6 +21,7 @@ from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orchestrator.api.base import StoreUri
+from orchestrator.core.job.addresses import AddressRules
 from orchestrator.core.snapshot import Policy
 
 MAX_RUNTIME_CHARACTERS = 16
@@ -144,6 +145,11 @@ class ServiceSettings(BaseSettings):
     def has_agents(self) -> bool:
         """Whether somebody beside each trainer passes its reports on."""
         return True
+
+    @property
+    def addresses(self) -> AddressRules:
+        """Which URIs jobs may name: on one's own machine, any."""
+        return AddressRules()
 
     def policy(self) -> Policy:
         """What decisions depend on."""

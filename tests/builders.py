@@ -287,6 +287,13 @@ def written(commands: tuple[Command, ...], name: str = "job") -> QLoRAJobStatus:
 # --- as a user submits them, for stores and runtimes
 
 
+ON_THE_HUB: dict[str, Any] = {
+    "model": ModelSource(source="hf://acme/tiny"),
+    "dataset": DatasetSource(source="hf://acme/chats"),
+}
+"""Sources that a job on a cluster may name."""
+
+
 def submitted_job(
     name: str = "medical", namespace: str = "team-a", *, meta: dict[str, Any] | None = None, **spec: Any
 ) -> QLoRAJob:

@@ -15,6 +15,7 @@ from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport, StageResult
+from orchestrator.core.job.addresses import AddressRules
 from orchestrator.sizing.hardware import GpuClass
 
 
@@ -154,6 +155,8 @@ class Policy:
     """Jobs of which one decision says something new while nothing else about them changes."""
     gpu_prices: str = ""
     """Dollars for an hour of a GPU, by class: `24Gi=0.5,48Gi=0.8`."""
+    addresses: AddressRules = field(default_factory=AddressRules)
+    """Which URIs jobs may name."""
     gpu_classes_are_fixed: bool = False
     """Whether no other GPU can ever appear here: a job that fits none of them then fails instead of waiting."""
 

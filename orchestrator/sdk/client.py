@@ -21,6 +21,7 @@ from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
+from orchestrator.core.job.addresses import refused_file
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
 from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, PermanentError, ServiceNotRunning
 from orchestrator.sdk.connection import Connection, connect, read_settings
@@ -67,6 +68,8 @@ class Client:
         if self.connection.is_local:
             check_files(checked, self.settings.store_uri)
             self._check_size(checked)
+        elif (refusal := refused_file(checked.spec)) is not None:
+            raise InvalidObject(refusal)
         return checked
 
     def plan(self, job: JobLike) -> JobPlan:

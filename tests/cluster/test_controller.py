@@ -20,7 +20,7 @@ from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.job import RELEASE_FINALIZER, QLoRAJob
 from orchestrator.api.reasons import ConditionType
 from orchestrator.errors import OrchestratorError
-from tests.builders import submitted_job
+from tests.builders import ON_THE_HUB, submitted_job
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.controller_program import Program
 from tests.cluster.fault_proxy import Faults, Proxy, fault_proxy
@@ -114,7 +114,7 @@ def check(api: KubeApi, kubelet: PaperKubelet, jobs: dict[str, QLoRAJob], folder
 
 def submit_two(store: KubernetesStore) -> list[str]:
     for name in ("first", "second"):
-        store.create_job(submitted_job(name))
+        store.create_job(submitted_job(name, **ON_THE_HUB))
     return ["first", "second"]
 
 

@@ -54,6 +54,7 @@ VALUES = {
     "jobs": {"namespaces": [TEAM]},
     "store": {
         "type": "s3",
+        "allowed": ["pvc://store/undisturbed"],
         "s3": {
             "uri": f"s3://{BUCKET}/jobs",
             "endpointUrl": S3,

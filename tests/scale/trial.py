@@ -26,7 +26,7 @@ from orchestrator.adapters.kubernetes.objects import Parser, job_wire
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import QLoRAJob, ResourcesSpec
 from orchestrator.api.reasons import ConditionType, Reason
-from tests.builders import submitted_job
+from tests.builders import ON_THE_HUB, submitted_job
 from tests.cluster.control_plane import ControlPlane, control_plane
 from tests.cluster.resources import furnish
 from tests.scale.fleet import CLASSES, WRITERS, create_nodes, kwok_configuration, node_names
@@ -143,7 +143,7 @@ class Trial:
         for number in range(self.size.singles):
             name = f"ok-single-{number}"
             applied[name] = time.monotonic()
-            self._submit(submitted_job(name))
+            self._submit(submitted_job(name, **ON_THE_HUB))
             time.sleep(LATENCY_PAUSE_SECONDS)
         self.observer.wait(
             lambda: applied.keys() <= self.observer.first_pods().keys(), LATENCY_SECONDS, "a pod for every single job"
@@ -213,7 +213,7 @@ class Trial:
     def _finish(self) -> Json:
         began, bound = time.monotonic(), self._bound()
         for number in range(self.size.urgent):
-            kind = submitted_job(f"ok-urgent-{number}", queue=LONE_QUEUE, priority=URGENT_PRIORITY)
+            kind = submitted_job(f"ok-urgent-{number}", queue=LONE_QUEUE, priority=URGENT_PRIORITY, **ON_THE_HUB)
             self._submit(kind)
         succeed = self.size.singles + self._mass - sum(1 for job in mass_jobs(self.size.jobs) if kind_of(job) == "bad")
         self._wait_for_ends("publish", succeed, FINISH_SECONDS)
@@ -300,13 +300,16 @@ def mass_jobs(count: int) -> Iterator[QLoRAJob]:
         # The class must not hang together with the fate or the queue, or some of them would never meet.
         gpu_class = CLASSES[number // LONE_SHARE % len(CLASSES)]
         queue = LONE_QUEUE if number % LONE_SHARE == 0 else COHORT_QUEUES[number % len(COHORT_QUEUES)]
-        yield submitted_job(f"{fate}-{number}", queue=queue, resources=ResourcesSpec(gpu_classes=(gpu_class,)))
+        yield submitted_job(
+            f"{fate}-{number}", queue=queue, resources=ResourcesSpec(gpu_classes=(gpu_class,)), **ON_THE_HUB
+        )
 
 
 def suspended_jobs(count: int) -> Iterator[QLoRAJob]:
     """Jobs that are only there."""
     return (
-        submitted_job(f"ok-suspended-{number}", namespace=SUSPENDED_NAMESPACE, suspend=True) for number in range(count)
+        submitted_job(f"ok-suspended-{number}", namespace=SUSPENDED_NAMESPACE, suspend=True, **ON_THE_HUB)
+        for number in range(count)
     )
 
 

@@ -94,6 +94,13 @@ def test_nothing_is_stored_while_nobody_would_run_it(service: PaperService) -> N
     assert service.store.list_jobs() == []
 
 
+def test_a_job_for_a_cluster_names_no_file_of_this_machine(service: PaperService) -> None:
+    client = Client(service.settings, connection=replace(service.connection, is_local=False))
+    with pytest.raises(InvalidObject, match=r"spec\.model\.source: file:///.* is a file of one machine, .*pvc://"):
+        client.submit(job_document())
+    assert service.store.list_jobs() == []
+
+
 def test_a_name_is_taken_once(service: PaperService, handle: JobHandle) -> None:
     with pytest.raises(AlreadyExists, match="qlora delete medical"):
         service.client.submit(job_document())

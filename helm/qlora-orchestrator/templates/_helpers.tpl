@@ -37,6 +37,15 @@
 {{- default (printf "%s-mlflow" (include "qlora.fullname" .)) .Values.mlflow.storage.existingClaim -}}
 {{- end -}}
 
+{{/* Claims that no job may name, as a JSON array. */}}
+{{- define "qlora.reservedClaims" -}}
+{{- $reserved := .Values.admissionPolicy.reservedClaims -}}
+{{- if include "qlora.bundlesMlflow" . -}}
+{{- $reserved = prepend $reserved (include "qlora.mlflow.claim" .) -}}
+{{- end -}}
+{{- $reserved | toJson -}}
+{{- end -}}
+
 {{/* Labels: (dict "root" $ "component" "controller"). */}}
 {{- define "qlora.selectorLabels" -}}
 app.kubernetes.io/component: {{ .component }}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -15,6 +16,7 @@ from pydantic.alias_generators import to_camel
 
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.api.base import StoreUri
+from orchestrator.core.job.addresses import AddressRules
 from orchestrator.errors import InvalidObject
 from orchestrator.settings import GpuClassesText, Seconds, ServiceSettings
 from orchestrator.sizing.hardware import GIB
@@ -23,6 +25,7 @@ Port = Annotated[int, Field(ge=1, le=65_535)]
 Parts = Annotated[list[dict[str, Any]], Field(max_length=64)]  # Any: Kubernetes' own objects, which the server checks
 Words = Annotated[dict[str, str], Field(max_length=64)]
 RAY_ADDRESSES_PATTERN = r"^([a-z0-9-]+=[^,=]+:[0-9]{1,5}(,[a-z0-9-]+=[^,=]+:[0-9]{1,5})*)?$"
+STORE_URIS_PATTERN = r"^((pvc|s3)://[^\s,]+(,(pvc|s3)://[^\s,]+)*)?$"
 TEMPLATE_BYTES = 256 * 2**10
 
 
@@ -61,6 +64,10 @@ class ClusterSettings(ServiceSettings):
     """Namespaces of jobs, separated by commas; empty is all of them."""
     store_uri: StoreUri
     """Where jobs that name no store keep their data."""
+    store_uris: Annotated[str, StringConstraints(pattern=STORE_URIS_PATTERN)] = ""
+    """Stores that jobs may name besides that, separated by commas; any other is refused."""
+    reserved_claims: Annotated[str, StringConstraints(pattern=r"^([a-z0-9.-]+(,[a-z0-9.-]+)*)?$")] = ""
+    """Claims that no job may name, separated by commas, such as MLflow's; the model cache's is one anyway."""
     tracking_uri: str = Field(min_length=1)
     """The MLflow tracking and registry URI."""
     artifact_root: Path | None = None
@@ -133,6 +140,17 @@ class ClusterSettings(ServiceSettings):
     def heads(self) -> Mapping[str, str]:
         """`host:port` of Ray's head by the namespace that it serves alone."""
         return dict(each.split("=", 1) for each in self.ray_addresses.split(",") if each)
+
+    @property
+    def addresses(self) -> AddressRules:
+        """Which URIs jobs may name."""
+        cache = urlsplit(self.model_cache)
+        claims = {*self.reserved_claims.split(","), cache.netloc if cache.scheme == "pvc" else ""}
+        return AddressRules(
+            restricted=True,
+            stores=tuple(filter(None, self.store_uris.split(","))),
+            reserved_claims=frozenset(claims - {""}),
+        )
 
     @property
     def namespaces(self) -> tuple[str, ...]:

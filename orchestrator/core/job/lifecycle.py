@@ -13,6 +13,7 @@ from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import ConditionType, Reason, Recovery
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.core.commands import Event
+from orchestrator.core.job.addresses import refused_address
 from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, says_the_same
 from orchestrator.core.job.progress import between, fold_progress, never_heard, stalled
@@ -46,6 +47,8 @@ def reconcile(job: QLoRAJob, snapshot: Snapshot) -> Draft:
         draft = _observe(draft, snapshot)  # 1. what happened outside
     if draft.state not in TERMINAL_STATES:
         draft = _obey(draft)  # 2. what the user wants
+    if draft.state is JobState.NEW:
+        draft = _refuse_address(draft, snapshot.policy)  # before anything of the job's is read or written
     if draft.state in WAITING_CONDITION:
         draft = _hold(draft, snapshot.policy)  # 3. what of the job's own keeps it from going on
     # A run that comes while a job is prepared needs no write of its own: the end of that stage is the next one.
@@ -223,6 +226,11 @@ def _is_over_deadline(draft: Draft) -> bool:
 
 
 # --- 3. what of the job's own keeps it from going on ------------------------------------------------------------
+
+
+def _refuse_address(draft: Draft, policy: Policy) -> Draft:
+    refusal = refused_address(draft.job, policy.store_uri, policy.addresses)
+    return draft if refusal is None else fail(draft, Reason.USER_ERROR, refusal)
 
 
 def _hold(draft: Draft, policy: Policy) -> Draft:
