@@ -24,7 +24,7 @@ from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.base import API_VERSION
 from orchestrator.errors import NotFound
-from tests.builders import submitted_job
+from tests.builders import ON_THE_HUB, submitted_job
 from tests.cluster.accounts import (
     ROLE,
     Request,
@@ -98,10 +98,10 @@ def test_the_controller_uses_each_of_its_rights_and_asks_for_no_other(
 def run_a_job_that_expires_and_one_that_is_suspended(api: KubeApi, program: Program) -> None:
     store = KubernetesStore(api)
     with PaperKubelet(api, "gpu-1", train_seconds=0.2) as kubelet:
-        store.create_job(submitted_job("brief", ttl_seconds_after_finished=1))
+        store.create_job(submitted_job("brief", ttl_seconds_after_finished=1, **ON_THE_HUB))
         wait_for(program, lambda: is_gone(store, "brief"))
     with PaperKubelet(api, "gpu-1", train_seconds=PATIENCE_SECONDS) as kubelet:
-        held = store.create_job(submitted_job("held"))
+        held = store.create_job(submitted_job("held", **ON_THE_HUB))
         wait_for(program, lambda: bool(kubelet.books.running.get(held.metadata.uid)))
         api.patch(path_of(API_VERSION, "qlorajobs", "team-a", "held"), {"spec": {"suspend": True}})
         wait_for(program, lambda: not kubelet.books.running[held.metadata.uid])

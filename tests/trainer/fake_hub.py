@@ -84,13 +84,14 @@ class _Handler(BaseHTTPRequestHandler):
         revision = rest[1] if len(rest) > 1 else "main"
         if revision not in ("main", COMMIT):
             return self._refuse(404, "RevisionNotFound")
-        files = sorted(path for path in repository.folder.iterdir() if path.is_file())
+        files = {str(path.relative_to(repository.folder)): path for path in sorted(repository.folder.rglob("*"))}
+        files = {name: path for name, path in files.items() if path.is_file()}
         if rest[:1] == ["tree"]:
-            return self._json([self._entry(path) for path in files])
+            return self._tree(files, unquote("/".join(rest[2:])))
         if rest[:1] == ["paths-info"]:
             wanted = self._wanted_paths()
-            return self._json([self._entry(path) for path in files if path.name in wanted])
-        siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in files]
+            return self._json([self._entry(name, path) for name, path in files.items() if name in wanted])
+        siblings = [{"rfilename": name, "size": path.stat().st_size} for name, path in files.items()]
         return self._json({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
 
     def _wanted_paths(self) -> list[str]:
@@ -98,8 +99,20 @@ class _Handler(BaseHTTPRequestHandler):
             return json.loads(self._body)["paths"]
         return parse_qs(self._body.decode()).get("paths", [])
 
-    def _entry(self, path: Path) -> dict[str, Any]:
-        return {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": _etag(path)[:40]}
+    def _tree(self, files: Mapping[str, Path], under: str) -> None:
+        """What lies in a folder; with `recursive`, also below it."""
+        prefix = f"{under}/" if under else ""
+        inside = [name for name in files if name.startswith(prefix)]
+        folders = {prefix + name.removeprefix(prefix).split("/")[0] for name in inside if "/" in name[len(prefix) :]}
+        if "recursive=True" in self.path or "recursive=true" in self.path:
+            folders = {str(parent) for name in inside for parent in Path(name).parents} - {".", *Path(under).parts}
+        else:
+            inside = [name for name in inside if "/" not in name[len(prefix) :]]
+        entries = [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)]
+        self._json([*entries, *(self._entry(name, files[name]) for name in inside)])
+
+    def _entry(self, name: str, path: Path) -> dict[str, Any]:
+        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)[:40]}
 
     def _answer_file(self, repository: Repository, revision: str, name: str) -> None:
         path = repository.folder / name

@@ -11,11 +11,12 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import weakref
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -23,7 +24,8 @@ import fsspec as untyped_fsspec  # pyright: ignore[reportMissingTypeStubs]  # it
 
 from orchestrator.api.contained_files import Contained, open_regular
 from qlora_trainer.data.formats import parse_json
-from qlora_trainer.outcome import StageError, Transient, UserError
+from qlora_trainer.data.hub_files import CARD_NAME, MAX_CARD_BYTES, Wanted, files_of_split
+from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.uri import claim_path, local_path
 
@@ -63,9 +65,11 @@ class BadRecord:
 class RecordFile:
     """A file of records, held open: what its digest is of is what is read, whatever becomes of its name."""
 
-    def __init__(self, source: str, scratch: Path) -> None:
+    def __init__(self, source: str, file: BinaryIO, reader: str | None = None) -> None:
+        """`reader` is how it is read, where its name does not tell."""
         self.source = source
-        file = _opened_file(source, scratch)
+        self._name = source.rsplit("/", 1)[-1].lower()
+        self._reader = reader or self._name.removesuffix(".gz").rsplit(".", 1)[-1]
         weakref.finalize(self, file.close)
         self._path = Path(f"/proc/self/fd/{file.fileno()}")
 
@@ -76,68 +80,84 @@ class RecordFile:
 
     def read(self) -> Iterator[Record | BadRecord]:
         """The records in their order."""
-        name = self.source.rsplit("/", 1)[-1].lower()
-        _refuse_misnamed(self._path, name, self.source)
+        _refuse_misnamed(self._path, self._name, self.source)
         try:
-            if name.endswith(".parquet"):
+            if self._reader == "parquet":
                 yield from _parquet(self._path, self.source)
                 return
-            with _opened(self._path, compressed=name.endswith(".gz")) as file:
-                yield from _READERS[name.removesuffix(".gz").rsplit(".", 1)[-1]](file, self.source)
+            with _opened(self._path, compressed=self._name.endswith(".gz")) as file:
+                yield from _READERS[self._reader](file, self.source)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{self.source} is not a whole gzip file ({error}); write it again") from error
 
 
 class HubDataset:
-    """One split of `hf://owner/name`, at the commit that its main branch names now."""
+    """One split of `hf://owner/name`, at the commit that its main branch names now.
 
-    def __init__(self, source: str, split: str, config: str | None, field: str) -> None:
+    What is read are files that the hub lists at that commit, by the readers below: a card says which of them, and
+    nothing else (`hub_files`).
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
         from huggingface_hub import HfApi
 
-        self.source = source
-        self._name = source.removeprefix("hf://").rstrip("/")
-        self._split = split
-        self._config = config
-        self._field = field
-        self._commit = str(HfApi().dataset_info(self._name).sha)
+        self._wanted = wanted
+        self._name = wanted.source.removeprefix("hf://").rstrip("/")
+        info = HfApi().dataset_info(self._name)
+        self._commit = str(info.sha)
+        self._paths = [sibling.rfilename for sibling in info.siblings or ()]
 
     def digest(self) -> str:
         """Digest over the commit, the configuration and the split, which name the content."""
-        config = f"/{self._config}" if self._config else ""
-        return f"sha256:{hashlib.sha256(f'{self._name}@{self._commit}{config}#{self._split}'.encode()).hexdigest()}"
+        config = f"/{self._wanted.config}" if self._wanted.config else ""
+        text = f"{self._name}@{self._commit}{config}#{self._wanted.split}"
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
     def read(self) -> Iterator[Record | BadRecord]:
         """The records in their order."""
-        import datasets as untyped_datasets  # pyright: ignore[reportMissingTypeStubs]  # its types are half unknown
+        names = files_of_split(self._paths, self._card(), self._wanted)
+        for name in names:
+            of = f" of {name}" if len(names) > 1 else ""
+            for record in self._file(name).read():
+                if isinstance(record, BadRecord):
+                    yield replace(record, where=record.where + of)
+                else:
+                    yield Record(where=record.where + of, value=_without_nulls(record.value))
 
-        datasets: Any = untyped_datasets
+    def _card(self) -> str:
+        if CARD_NAME not in self._paths:
+            return ""
+        with self._fetched(CARD_NAME) as file:
+            return file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
+
+    def _file(self, name: str) -> RecordFile:
+        file, reader = self._fetched(name), None
+        if name.lower().removesuffix(".gz").endswith(".json"):
+            reader = _json_reader(file, compressed=name.lower().endswith(".gz"))
+        elif name.lower().removesuffix(".gz").endswith(".ndjson"):
+            reader = "jsonl"
+        return RecordFile(f"{self._wanted.source}/{name}", file, reader)
+
+    def _fetched(self, name: str) -> BinaryIO:
+        """A file of the commit, in the hub's cache; its link there may lead to a blob of this data set alone."""
+        import huggingface_hub
+
+        hub: Any = huggingface_hub  # Any: its types are half unknown
+        path = Path(hub.hf_hub_download(self._name, name, repo_type="dataset", revision=self._commit))
+        return Contained.of(path.parent).open(path.name)
+
+
+def _json_reader(file: BinaryIO, *, compressed: bool) -> str:
+    """Hubs call both a JSON array and one object a line `.json`; the first character tells."""
+    with os.fdopen(os.dup(file.fileno()), "rb") as raw:
+        raw.seek(0)
+        content: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
         try:
-            rows = datasets.load_dataset(self._name, self._config, revision=self._commit, split=self._split)
-        except Exception as error:
-            meaning = self._meaning(error)
-            if meaning is None:
-                raise
-            raise meaning from error
-        for number, row in enumerate(rows, start=1):
-            yield Record(where=f"row {number}", value=_without_nulls(row))
-
-    def _meaning(self, error: Exception) -> StageError | None:
-        """What the errors mean that `datasets` raises about the data set's files, told by name as they move."""
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        cause = error.__cause__
-        if "DatasetGenerationError" in kinds and isinstance(cause, OSError):
-            return Transient(f"{self.source} cannot be read whole ({type(cause).__name__}: {cause})")
-        broken = {"DatasetGenerationError", "DataFilesNotFoundError", "EmptyDatasetError"}
-        if kinds & broken or "ArrowException" in kinds:
-            return UserError(
-                f"{self.source} cannot be made into a table ({cause or error}); mend its files, or give one of them as "
-                f"{self._field}"
-            )
-        if isinstance(error, ValueError | RuntimeError | KeyError | TypeError):
-            split = "spec.dataset.evalSplit" if self._field.endswith("evalSource") else "spec.dataset.split"
-            wanted = "set spec.dataset.config" if "config" in str(error).lower() else f"check {self._field} and {split}"
-            return UserError(f"{self.source}: {error}; {wanted}")
-        return None
+            start = content.read(SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+        except (OSError, EOFError, zlib.error):
+            start = b""  # the reader says what is wrong
+        raw.seek(0)
+    return "json" if start.startswith(b"[") else "jsonl"
 
 
 class Records:
@@ -154,7 +174,9 @@ class Records:
             raise UserError(f"{source} is a file, which has no configurations; remove spec.dataset.config")
         with translated(source, field=field):
             self._records = (
-                HubDataset(source, split, config, field) if source.startswith("hf://") else RecordFile(source, scratch)
+                HubDataset(Wanted(source=source, config=config, split=split, field=field))
+                if source.startswith("hf://")
+                else RecordFile(source, _opened_file(source, scratch))
             )
 
     def digest(self) -> str:
