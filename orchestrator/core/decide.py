@@ -157,8 +157,11 @@ def _runs_of_gone_jobs(snapshot: Snapshot) -> Iterator[FinishRun]:
 
 def _expired(drafts: list[Draft], snapshot: Snapshot) -> Iterator[DeleteJob]:
     """Finished jobs that are to go, once nothing outside is left to settle."""
+    named = {attempt.stage_uid for job in snapshot.jobs for attempt in job.status.attempts}
     with_stages = {
-        (fact.namespace, name.job) for fact in snapshot.stages.values() if (name := StageName.parse(fact.name))
+        (fact.namespace, name.job)
+        for fact in snapshot.stages.values()
+        if (name := StageName.parse(fact.name)) and (fact.vouched or fact.stage_uid in named)
     }
     for draft in drafts:
         job = draft.job

@@ -12,12 +12,13 @@ from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import StageResult
 from orchestrator.api.stage_name import StageKind
-from orchestrator.core.commands import Command, EnsureStage, StopStage, WriteStatus
+from orchestrator.core.commands import Command, DeleteJob, EnsureStage, StopStage, WriteStatus
 from orchestrator.core.decide import decide
 from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.snapshot import StageFact, StagePhase
 from tests.builders import (
     PUBLISHED,
+    after,
     exited,
     failure,
     gpus,
@@ -148,6 +149,18 @@ def test_the_gpu_of_an_attempt_is_not_booked_twice_before_its_pod_is_vouched_for
     started = [command.task.job for command in of_kind(commands, EnsureStage)]
     assert sorted(started) == ["job", "waiting"]
     assert not of_kind(commands, StopStage)
+
+
+def test_a_strangers_pod_does_not_keep_a_finished_job_from_going() -> None:
+    ended = make_attempt("publish", 3, finish_time=after(-100), stage_uid="ours")
+    status = prepared_status(attempts=(ended,), attempts_total=3, finish_time=after(-100), run_id=None)
+    job = make_job(status=status, ttl_seconds_after_finished=1)
+    strangers = StageFact(
+        namespace="default", name="job-train-9", uid="uid-job", phase=StagePhase.RUNNING, vouched=False, stage_uid="x"
+    )
+    ours = replace(strangers, stage_uid="ours")
+    assert of_kind(decide(snapshot(job, stages=(strangers,))), DeleteJob)
+    assert not of_kind(decide(snapshot(job, stages=(ours,))), DeleteJob)
 
 
 def test_what_calls_itself_ours_and_is_nobodys_is_ended() -> None:
