@@ -8,6 +8,7 @@ Reading one asks no server. Rules:
   (Resource versions of one resource are numbers that grow: etcd's revisions.)
 - Our own writes are put into it from the server's answers, so whoever wrote reads what was written. Where the watch
   is further than that answer, and the object is not here, it may have told of the object's end: the answer is dropped.
+- An object that cannot be read is left out, and logged once a version: whoever may write one must not stop everybody.
 - Events only update the cache and wake the loop; no decision hangs on one event, and what a faulty connection
   swallowed is found by the list that is made every `relist_seconds`, or by the conflict that it leads to (`correct`).
 
@@ -234,6 +235,16 @@ class Feed(Generic[Value]):
         if dropped is not None:
             self._changes.note()
 
+    def _read(self, item: Json) -> Value | None:
+        """The object; one that cannot be read is left out, and does not keep anybody from seeing the others."""
+        try:
+            return self._parse(item)
+        except MemoryError:
+            raise
+        except Exception:
+            log.exception("%s of %s cannot be read and is left out", key_of(item), self._path)
+            return None
+
     def _is_news(self, item: Json) -> bool:
         """Whether it is newer than what is here; an answer and the watch tell of every write of ours twice."""
         return version_of(item) > self._items.get(key_of(item), (0, None))[0]
@@ -297,7 +308,7 @@ class Feed(Generic[Value]):
                 raise StoreUnavailable(f"a list of {self._path} at {version} is older than {self._seen_version}")
             with self._lock:
                 for item in filter(self._is_news, page["items"]):
-                    self._take(item, self._parse(item))
+                    self._take(item, self._read(item))
             found.update(map(key_of, page["items"]))
             if not (token := page["metadata"].get("continue")):
                 break
@@ -331,7 +342,7 @@ class Feed(Generic[Value]):
             if version >= self._seen_version and kind == "DELETED":
                 changed = self._items.pop(key_of(item), None) is not None
             elif version >= self._seen_version and kind != "BOOKMARK" and self._is_news(item):
-                changed = self._take(item, self._parse(item))
+                changed = self._take(item, self._read(item))
             self._seen_version = max(self._seen_version, version)
         if kind == "DELETED" and changed:
             self._on_deleted(item)

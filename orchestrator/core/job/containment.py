@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from orchestrator.api.job import QLoRAJob
-from orchestrator.api.reasons import Reason
+from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.words import on_one_line
+from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import request_stop
+from orchestrator.core.job.conditions import Finding, clip, set_condition
 from orchestrator.core.job.recovery import fail, give_up_attempt
 from orchestrator.core.job.stage_commands import stage_of
-from orchestrator.core.job.state_machine import TERMINAL_STATES
+from orchestrator.core.job.state_machine import TERMINAL_STATES, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Snapshot, StagePhase
 
@@ -37,7 +39,13 @@ def contained(draft: Draft, snapshot: Snapshot, step: Callable[[Draft], Draft]) 
 def failed_by_defect(job: QLoRAJob, snapshot: Snapshot, error: Exception) -> Draft:
     """The job's draft where an exception came of it: its stage is stopped, and then it fails."""
     draft = replace(Draft.open(job, snapshot.now), defect="".join(traceback.format_exception(error)))
-    return abandon(draft, snapshot, f"the controller cannot go on with this job: {_in_words(error)}")
+    message = f"the controller cannot go on with this job: {_in_words(error)}"
+    try:
+        return abandon(draft, snapshot, message)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - a status of no state that the machine knows a way out of; nobody of ours wrote it
+        return _broken_off(draft, snapshot, message)
 
 
 def abandon(draft: Draft, snapshot: Snapshot, message: str) -> Draft:
@@ -50,6 +58,30 @@ def abandon(draft: Draft, snapshot: Snapshot, message: str) -> Draft:
             return request_stop(draft, Reason.INTERNAL_ERROR, message)
         draft = give_up_attempt(draft, Reason.INTERNAL_ERROR, message)
     return fail(draft, Reason.INTERNAL_ERROR, message)
+
+
+def _broken_off(draft: Draft, snapshot: Snapshot, message: str) -> Draft:
+    """The same without the state machine, for a status that it does not know: what is there stops, then all ends."""
+    message, attempts = clip(message), draft.status.attempts
+    if (attempt := draft.attempt) is not None:
+        fact = stage_of(draft.job, attempt, snapshot)
+        if fact is not None and fact.phase is not StagePhase.EXITED:
+            if attempt.stop_time is not None:
+                return draft
+            asked = draft.change_attempt(stop_time=draft.now, stop_reason=Reason.INTERNAL_ERROR)
+            return _with_status(draft, attempts=asked)
+        attempts = draft.change_attempt(finish_time=draft.now, reason=Reason.INTERNAL_ERROR, message=message)
+    finding = Finding(kind=ConditionType.FINISHED, status="True", reason=Reason.INTERNAL_ERROR, message=message)
+    conditions = set_condition(
+        draft.status.conditions, finding, now=draft.now, generation=draft.job.metadata.generation
+    )
+    ended = _with_status(draft, attempts=attempts, conditions=conditions, finish_time=draft.now, retry_after=None)
+    return ended.tell(Event(reason=Reason.INTERNAL_ERROR, message=message, warning=True))
+
+
+def _with_status(draft: Draft, **changes: object) -> Draft:
+    status = draft.status.model_copy(update=changes)
+    return replace(draft, status=status, state=state_of(status), words_only=False)
 
 
 def _in_words(error: Exception) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
+from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.job import CANCEL_ANNOTATION, RELEASE_FINALIZER
 from orchestrator.api.stage_name import STAGES_ON_GPU, StageName
 from orchestrator.core.snapshot import UnreadableJob
@@ -24,7 +25,7 @@ def read_leniently(item: object, *, namespace: str, name: str) -> UnreadableJob:
     cancelled = _mapping(meta, "annotations").get(CANCEL_ANNOTATION) == "true"
     attempt = _active_attempt(status)
     stage, number, gpu_class = attempt.get("stage"), attempt.get("number"), attempt.get("gpuClass")
-    known = stage in _STAGES and isinstance(number, int)
+    known = stage in _STAGES and _is_count(number)
     finalizers = meta.get("finalizers")
     return UnreadableJob(
         namespace=namespace,
@@ -57,9 +58,14 @@ def _active_attempt(status: Mapping[str, object]) -> Mapping[str, object]:
 
 def _seconds_left(spec: Mapping[str, object], status: Mapping[str, object]) -> float | None:
     deadline, spent = spec.get("activeDeadlineSeconds"), status.get("activeSeconds", 0)
-    if isinstance(deadline, int) and isinstance(spent, int | float):
-        return deadline - spent
+    if _is_count(deadline) and (_is_count(spent) or isinstance(spent, float)):
+        return cast(int, deadline) - cast(float, spent)
     return None
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a number as the contract has them: any other is taken for no number, whatever its digits."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_COUNT
 
 
 def _mapping(item: object, name: str) -> Mapping[str, object]:
