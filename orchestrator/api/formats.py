@@ -110,7 +110,7 @@ def _finite(metrics: object) -> object:
 class AttemptLog(Model):
     """What the train attempts of a job say of themselves, as the tags that their MLflow run is to have."""
 
-    tags: dict[str, dict[str, str]] = {}
+    tags: dict[Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,15}$")], dict[str, str]] = {}
     """By attempt number."""
 
 

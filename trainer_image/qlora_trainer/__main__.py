@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import Failure, PrepareResult, PublishResult, StageResult, TrainResult
 from orchestrator.api.task import TASK_VARIABLE, StageTask, task_text
+from orchestrator.api.words import in_json
 from qlora_trainer.outcome import Preempted, StageError, UserError, write_result
 
 STAGES = ("prepare", "train", "publish")
@@ -217,7 +218,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = redact(self.formatException(record.exc_info))
-        return json.dumps(line, ensure_ascii=False)
+        return in_json(json.dumps(line, ensure_ascii=False))
 
 
 def start_logging(**fields: str | int) -> None:

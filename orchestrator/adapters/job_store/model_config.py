@@ -6,7 +6,6 @@ only be read inside the cluster. Nothing but the config is fetched, and it is bo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from orchestrator.api import trainer_facts
 from orchestrator.api.contained_files import Contained, LinkRefused
 from orchestrator.api.job import ModelSource
+from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, PermanentError, StoreUnavailable
 
@@ -41,11 +41,15 @@ def read_facts(model: ModelSource) -> ModelFacts:
 
 def _obstacle(config: Mapping[str, Any]) -> str | None:
     """Why prepare will refuse the model, as far as its config tells."""
-    text: Mapping[str, Any] = config.get("text_config") or config
-    architecture = str(next(iter(config.get("architectures") or ()), ""))
+    nested = config.get("text_config")
+    text = cast(Mapping[str, Any], nested) if isinstance(nested, dict) else config
+    names = config.get("architectures")
+    architecture = str(cast("list[object]", names)[0]) if isinstance(names, list) and names else ""
     quantization = config.get("quantization_config") or text.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "an unnamed method")
+        named = cast(object, quantization)
+        method = cast(Mapping[str, Any], named).get("quant_method") if isinstance(named, dict) else None
+        method = method or "an unnamed method"
         return f"the model is already quantized ({method}); give its 16-bit weights, training quantizes them to NF4"
     if (
         architecture.endswith(NOT_CAUSAL_SUFFIXES)
@@ -69,7 +73,7 @@ def read_config(model: ModelSource) -> Mapping[str, Any]:
         )
     content = _from_hub(model) if scheme == "hf" else _from_folder(model.source)
     try:
-        config: object = json.loads(content)
+        config = read_json(content)
     except ValueError as error:
         raise InvalidObject(f"{model.source}: {CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -23,13 +23,17 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.contained_files import Contained
+from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.words import on_one_line
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.uri import claim_path, local_path
@@ -46,6 +50,15 @@ DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Everything of a model that is small: config, index, tokenizer, templates."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_HEADER_BYTES = 100_000_000
+MAX_NAME_SHOWN = 200
+"""Characters of a stranger's name in a message."""
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+"""Bytes of an element, by what safetensors calls its type."""
 """The format's own bound on a safetensors header."""
 STRETCHING_ROPE_TYPES = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -384,7 +397,8 @@ def _what_instead_of_weights(files: Iterable[str]) -> str:
 
 def _weight_map(location: _Location) -> Mapping[str, str]:
     try:
-        weight_map = json.loads(location.read(INDEX_NAME))["weight_map"]
+        index: Any = read_json(location.read(INDEX_NAME))
+        weight_map = index["weight_map"]
         return {str(tensor): str(name) for tensor, name in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{location.source}: {INDEX_NAME} is damaged ({error!r}); copy it again") from error
@@ -428,22 +442,47 @@ def _pointer_refusal(source: str, name: str) -> UserError:
 
 def _named_base(adapter_config: bytes) -> str:
     try:
-        name = json.loads(adapter_config)["base_model_name_or_path"]
+        config: Any = read_json(adapter_config)
+        name = config["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         name = None
-    return f"its base model, {name}," if name else "its base model"
+    return f"its base model, {_shown(name)}," if isinstance(name, str) and name else "its base model"
 
 
 def _parse_header(raw: bytes, file_bytes: int) -> dict[str, TensorShape]:
     """See https://github.com/huggingface/safetensors: 8 bytes of length, that much JSON, then the data."""
     if not raw:
         raise ValueError(f"no header in {file_bytes} bytes")
-    fields = json.loads(raw)
-    tensors = {name: field for name, field in fields.items() if name != "__metadata__"}
-    end = 8 + len(raw) + max((field["data_offsets"][1] for field in tensors.values()), default=0)
+    fields = read_json(raw)
+    if not isinstance(fields, dict):
+        raise ValueError("a header that is no object")
+    tensors = {name: _parse_tensor(name, field) for name, field in fields.items() if name != "__metadata__"}
+    end = 8 + len(raw) + max((end for _, end in tensors.values()), default=0)
     if end != file_bytes:
         raise ValueError(f"{file_bytes} bytes long instead of {end}")
-    return {name: TensorShape(dtype=field["dtype"], shape=tuple(field["shape"])) for name, field in tensors.items()}
+    return {name: shape for name, (shape, _) in tensors.items()}
+
+
+def _parse_tensor(name: str, field: Any) -> tuple[TensorShape, int]:
+    """A header's entry, and where its data ends; raises ValueError where it is none that a reader can follow."""
+    known = isinstance(field, dict) and {"dtype", "shape", "data_offsets"} <= field.keys()
+    if not known or not isinstance(field["dtype"], str):
+        raise ValueError(f"the entry of {_shown(name)} has no dtype, shape and data_offsets")
+    shape, offsets = field["shape"], field["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"shape or data_offsets of {_shown(name)} are no sizes")
+    size = ITEM_BYTES.get(field["dtype"])
+    if size is not None and prod(shape) * size != offsets[1] - offsets[0]:
+        raise ValueError(f"{_shown(name)} has {offsets[1] - offsets[0]} bytes, which is not what its shape takes")
+    return TensorShape(dtype=field["dtype"], shape=tuple(shape)), offsets[1]
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_COUNT for value in values)
+
+
+def _shown(name: str) -> str:
+    return on_one_line(name)[:MAX_NAME_SHOWN]
 
 
 def _content_digest(location: _Location, headers: Mapping[str, _Header]) -> str:
@@ -462,7 +501,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _read_config(folder: Path, source: str) -> Mapping[str, Any]:
     try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        config: Any = read_json((folder / CONFIG_NAME).read_bytes())
     except ValueError as error:
         raise UserError(f"{source}: {CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -471,10 +510,12 @@ def _read_config(folder: Path, source: str) -> Mapping[str, Any]:
 
 
 def _refuse_quantized(source: str, config: Mapping[str, Any]) -> None:
-    text = config.get("text_config") or {}
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else {}
     quantization = config.get("quantization_config") or text.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "an unnamed method")
+        named = quantization if isinstance(quantization, dict) else {}
+        method = _shown(str(named.get("quant_method", "an unnamed method")))
         raise UserError(
             f"{source} is already quantized ({method}); give the model's 16-bit weights, training quantizes them to NF4"
         )

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from hashlib import file_digest
 from pathlib import Path
 from time import perf_counter
+from typing import Any, cast
 
-from orchestrator.api.base import Digest
+from orchestrator.api.base import MAX_COUNT, Digest
 from orchestrator.api.contained_files import open_regular
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
@@ -35,6 +36,7 @@ from orchestrator.api.formats import (
     JournalRecord,
     checkpoint_folder,
 )
+from orchestrator.api.json_text import read_json
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import (
     ADAPTER_CONFIG_NAME,
@@ -80,13 +82,25 @@ class TrainingState:
     @classmethod
     def from_bytes(cls, data: bytes) -> TrainingState:
         """The state behind `to_bytes`; other fields are passed over. Raises KeyError, TypeError or ValueError."""
-        fields = json.loads(data)
+        fields: Any = read_json(data)
         best = fields["best"]
         return cls(
-            step=fields["step"],
-            best=None if best is None else BestEvaluation(**best),
-            evaluations_without_gain=fields["evaluations_without_gain"],
+            step=_count(fields["step"]),
+            best=None if best is None else BestEvaluation(step=_count(best["step"]), loss=_figure(best["loss"])),
+            evaluations_without_gain=_count(fields["evaluations_without_gain"]),
         )
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{STATE_NAME} has {value!r:.40} where a count belongs")
+    return value
+
+
+def _figure(value: object) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{STATE_NAME} has {value!r:.40} where a figure belongs")
+    return float(cast(float, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,17 +273,21 @@ class Checkpointer:
     def _load(self, name: str, manifest: CheckpointManifest) -> Snapshot | None:
         try:
             with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
-                return _read_snapshot(self._store.fetch_folder(name, manifest.files, Path(scratch)))
-        except (DamagedFolder, ValueError, KeyError, TypeError) as error:
+                folder = self._store.fetch_folder(name, manifest.files, Path(scratch))
+                return _read_snapshot(folder, manifest.step)
+        except (DamagedFolder, FileNotFoundError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged, the one before it is tried: %s", name, error)
             self._damaged.add(name)
             return None
 
 
-def _read_snapshot(folder: Path) -> Snapshot:
+def _read_snapshot(folder: Path, step: int) -> Snapshot:
     best = folder / BEST_ADAPTER_NAME
+    state = TrainingState.from_bytes((folder / STATE_NAME).read_bytes())
+    if state.step != step:
+        raise DamagedFolder(f"{STATE_NAME} is of step {state.step}, the manifest of step {step}")
     return Snapshot(
-        state=TrainingState.from_bytes((folder / STATE_NAME).read_bytes()),
+        state=state,
         adapter=read_tensors(folder / ADAPTER_NAME),
         optimizer=read_tensors(folder / OPTIMIZER_NAME),
         journal=Journal.load(folder / JOURNAL_NAME).records(),

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 from orchestrator.api.base import Digest
 from orchestrator.api.formats import ADAPTER_FOLDER, JOURNAL_NAME, CheckpointManifest, JournalRecord
 from orchestrator.api.task import StageTask
+from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.journal import Journal
 from qlora_trainer.storage.uri import local_path
@@ -69,8 +70,14 @@ def fetch_final_adapter(store: JobStore, into: Path) -> FinalAdapter | None:
     if manifest is None or not manifest.complete:
         return None
     folder = store.fetch_folder(ADAPTER_FOLDER, manifest.files, into)
-    sha256 = next(entry.sha256 for entry in manifest.files if entry.name == ADAPTER_NAME)
-    journal = Journal.load(folder / JOURNAL_NAME).records()
+    digests = {entry.name: entry.sha256 for entry in manifest.files}
+    if missing := {ADAPTER_NAME, ADAPTER_CONFIG_NAME, JOURNAL_NAME} - digests.keys():
+        raise DamagedFolder(f"{store.folder_uri(ADAPTER_FOLDER)}: the manifest names no {min(missing)}")
+    sha256 = digests[ADAPTER_NAME]
+    try:
+        journal = Journal.load(folder / JOURNAL_NAME).records()
+    except ValueError as error:
+        raise DamagedFolder(f"{store.folder_uri(ADAPTER_FOLDER)}: {JOURNAL_NAME} is damaged: {error}") from error
     return FinalAdapter(folder=folder, manifest=manifest, digest=f"sha256:{sha256}", journal=journal)
 
 

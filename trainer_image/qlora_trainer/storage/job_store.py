@@ -86,7 +86,13 @@ class JobStore:
 
     def _refuse_if_later_than(self, attempt: int) -> int:
         data = self._backend.read(FENCE_NAME)
-        found = Fence.model_validate_json(data).attempt if data else 0
+        try:
+            found = Fence.model_validate_json(data).attempt if data else 0
+        except ValidationError as error:
+            raise UserError(
+                f"{self.uri}/{FENCE_NAME}, which says who may write there, was changed by somebody else: "
+                f"{error.errors()[0]['msg']}; remove it once no other stage of the job runs"
+            ) from error
         if found > attempt:
             raise FencedError(f"attempt {found} owns {self.uri}; attempt {attempt} stops without writing")
         return found
@@ -108,7 +114,11 @@ class JobStore:
 
     def _attempts(self) -> AttemptLog:
         data = self._backend.read(ATTEMPTS_NAME)
-        return AttemptLog.model_validate_json(data) if data else AttemptLog()
+        try:
+            return AttemptLog.model_validate_json(data) if data else AttemptLog()
+        except ValidationError as error:
+            log.warning("%s/%s does not parse and is begun anew: %s", self.uri, ATTEMPTS_NAME, error)
+            return AttemptLog()
 
     # --- folders
 

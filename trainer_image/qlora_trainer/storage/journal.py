@@ -13,6 +13,7 @@ from pathlib import Path
 from time import time
 
 from orchestrator.api.formats import JournalRecord, Metric
+from orchestrator.api.json_text import read_json
 from orchestrator.api.losses import values
 
 
@@ -56,7 +57,10 @@ class Journal:
     @classmethod
     def from_bytes(cls, data: bytes) -> Journal:
         """The journal behind `to_bytes`; raises ValueError on a broken line."""
-        return cls(JournalRecord.model_validate(json.loads(line)) for line in data.splitlines())
+        try:
+            return cls(JournalRecord.model_validate(read_json(line)) for line in data.splitlines())
+        except AssertionError as error:
+            raise ValueError(f"the journal is out of order: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write the journal as JSON lines."""
