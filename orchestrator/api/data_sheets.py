@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
 Generation = Literal["Turing", "Ampere", "Ada", "Hopper", "Blackwell"]
+PRODUCTS_KEPT = 1024
+"""Names of products, as nodes tell them, whose cards are remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,7 @@ DATA_SHEETS: Mapping[str, DataSheet] = MappingProxyType(
 )
 
 
-@cache
+@lru_cache(maxsize=PRODUCTS_KEPT)
 def find_name(product: str) -> str | None:
     """Which card a product is, as `L40S` for `NVIDIA-L40S`; None if it is none of these."""
     words = frozenset(_WORD.findall(product.upper()))

@@ -3,7 +3,8 @@
 Rules:
 
 - Names begin with `qlora_` and end with their unit; what only grows ends with `_total`.
-- Labels are bounded: enums, the cards and nodes that exist, and at most QUEUES_LIMIT queues that an object describes.
+- Labels are bounded: enums, the cards that exist, at most BROKEN_NODES_LIMIT nodes, and at most QUEUES_LIMIT queues
+  that an object describes.
 - Counters are differences between what two rounds found stored, so what came before this process is not counted
   again, and a decision whose write failed is not counted at all.
 - Gauges are worked out when they are asked for, from the last round's snapshot.
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 ROUNDS_KEPT = 1024
 LOGGED_EVERY_SECONDS = 60.0
 QUEUES_LIMIT = 100
+BROKEN_NODES_LIMIT = 1000
 OTHER = "other"
 """Stands for queues beyond the limit or that no object describes, and for classes whose cards are gone."""
 FAST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -184,6 +186,7 @@ class _History:
         )
         self._ended = Counter("qlora_attempts_ended", "Attempts at stages", ["stage", "reason"], registry=registry)
         self._broken = Counter("qlora_broken_gpus", "Attempts that a broken card ended", ["node"], registry=registry)
+        self._nodes: set[str] = set()
         self._finished = Counter("qlora_jobs_finished", "Jobs that came to an end", ["state"], registry=registry)
         self._used = Counter(
             "qlora_gpu_used_seconds",
@@ -221,6 +224,13 @@ class _History:
         if after.finish_time is not None and before.finish_time is None:
             self._finished.labels(state_of(after)).inc()
 
+    def _node(self, attempt: Attempt) -> str:
+        """Nodes come and go, and a status may name any: the first ones have a series each, the others one together."""
+        if attempt.node is None or (attempt.node not in self._nodes and len(self._nodes) >= BROKEN_NODES_LIMIT):
+            return OTHER
+        self._nodes.add(attempt.node)
+        return attempt.node
+
     def _count_wait(self, job: QLoRAJob, previous: Attempt | None, attempt: Attempt, labels: _Labels) -> None:
         ready = (previous and previous.finish_time) or job.metadata.creation_timestamp or attempt.created_time
         waited_seconds = max(0.0, (attempt.created_time - ready).total_seconds())
@@ -230,7 +240,7 @@ class _History:
         reason = attempt.reason or Reason.LOST
         self._ended.labels(attempt.stage, reason).inc()
         if reason is Reason.BROKEN_GPU:
-            self._broken.labels(attempt.node or OTHER).inc()
+            self._broken.labels(self._node(attempt)).inc()
         if attempt.stage != "train" or attempt.start_time is None or attempt.finish_time is None:
             return
         used_seconds = (attempt.finish_time - attempt.start_time).total_seconds()

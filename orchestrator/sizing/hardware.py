@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType
 
-from orchestrator.api.data_sheets import DATA_SHEETS, Generation, find_name
+from orchestrator.api.data_sheets import DATA_SHEETS, PRODUCTS_KEPT, Generation, find_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ def gpu_class(name: str, capacity: int, products: Iterable[str] = ()) -> GpuClas
     )
 
 
-@cache
+@lru_cache(maxsize=PRODUCTS_KEPT)
 def find_card(product: str) -> Card | None:
     """The card behind a product's name, as `NVIDIA-L40S` or `NVIDIA A100-SXM4-80GB MIG 3g.40gb`; None if unknown."""
     slice_of = _MIG.search(product)

@@ -7,7 +7,7 @@ the classes the smallest that fits and that spec.resources allows, or the cheape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, ResourcesSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import Estimate, MemoryPlan, OffloadTarget
+from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan, OffloadTarget
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
 from orchestrator.sizing.footprint import Footprint, card_matters, is_fused
@@ -108,12 +108,21 @@ def _candidates(
         return _nothing_allowed(resources, classes)
     search = _search(job)
     chosen = ((gpu_class, search.choose(gpu_class)) for gpu_class in allowed)
-    fitting = tuple(search.estimate(plan, gpu_class) for gpu_class, plan in chosen if plan is not None)
+    fitting = _sharing_items(search.estimate(plan, gpu_class) for gpu_class, plan in chosen if plan is not None)
     if not fitting:
         return _does_not_fit(search, max(allowed, key=_size))
     if deadline_seconds is None or resources.gpu_classes or all(each.dollars is None for each in fitting):
         return fitting
     return tuple(sorted(fitting, key=lambda estimate: _price_in_time(estimate, deadline_seconds)))
+
+
+def _sharing_items(estimates: Iterable[Estimate]) -> tuple[Estimate, ...]:
+    """The estimates, with one object for equal items: thousands of results are kept, and most of a result is items."""
+    known: dict[ByteItem, ByteItem] = {}
+    return tuple(
+        each.model_copy(update={"items": tuple(known.setdefault(item, item) for item in each.items)})
+        for each in estimates
+    )
 
 
 def _price_in_time(estimate: Estimate, deadline_seconds: int) -> tuple[bool, float]:

@@ -34,6 +34,8 @@ NOTE_BYTES = 1024
 DELAY_SECONDS = 2.0
 WAITING_LIMIT = 10_000
 """Jobs with events to be told; what finds no room is lost."""
+EVENTS_OF_A_JOB_LIMIT = 100
+"""Events about one job that wait; the oldest ones are lost."""
 JOBS_PER_SECOND = 5.0
 CLOSE_SECONDS = 5.0
 """How long the end may be put off in order to tell what is left."""
@@ -88,7 +90,9 @@ class Recorder:
             return
         with self._lock:
             if len(self._waiting) < WAITING_LIMIT or job.metadata.uid in self._waiting:
-                self._waiting.setdefault(job.metadata.uid, []).append(told)
+                waiting = self._waiting.setdefault(job.metadata.uid, [])
+                waiting.append(told)
+                del waiting[:-EVENTS_OF_A_JOB_LIMIT]
 
     def list(self, job: QLoRAJob) -> Sequence[tuple[str, Event]]:
         """A job's events that the server still has, oldest first."""

@@ -32,6 +32,9 @@ LABELS_KEPT = ANNOTATIONS_KEPT = 64
 ANNOTATION_CHARACTERS_KEPT = 2048
 """Of ours, those that the service reads are a word long; the rest is for people, and the server keeps it."""
 
+NAME_SETS_KEPT = 4096
+"""Sets of fields that are set, of which statuses that the service writes have some hundred."""
+
 Part = TypeVar("Part", bound=BaseModel)
 
 
@@ -120,6 +123,8 @@ class Parser:
 
         Frozen models do not change theirs, and copies get their own.
         """
+        if len(self._names) > NAME_SETS_KEPT:
+            self._names.clear()
         for model in models:
             names = model.model_fields_set
             object.__setattr__(model, "__pydantic_fields_set__", self._names.setdefault(frozenset(names), names))

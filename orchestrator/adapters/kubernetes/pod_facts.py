@@ -33,7 +33,7 @@ from orchestrator.adapters.kubernetes.pod_manifest import (
 )
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.api.reasons import Reason, exit_reason
-from orchestrator.api.results import Failure, ProgressReport, StageResult
+from orchestrator.api.results import MAX_TERMINATION_MESSAGE_BYTES, Failure, ProgressReport, StageResult
 from orchestrator.api.stage_name import StageName
 from orchestrator.core.job.conditions import clip
 from orchestrator.core.job.verdict import STOPPED
@@ -65,6 +65,8 @@ CLAIM_PROBLEM = "persistentvolumeclaim"
 """In the scheduler's words about a pod whose claim is missing or not bound."""
 NEVER_RAN = frozenset({"StartError", "ContainerCannotRun"})
 """Why it says that a container ended which the container runtime could not start."""
+RESULTS_KEPT = 1024
+"""Termination messages that were read and are not read again, of at most 4 KiB each."""
 UNKNOWN_END = "ContainerStatusUnknown"
 """The kubelet found no trace of a container: its exit code is made up."""
 
@@ -223,9 +225,14 @@ def _end(status: Json, terminated: Json | None) -> End | None:
         return End(
             exit_code=terminated["exitCode"] if known else None,
             finish_time=_time(terminated.get("finishedAt")),
-            text=terminated.get("message") or "",
+            text=_kubelets(terminated.get("message") or ""),
         )
     return End(exit_code=None, finish_time=None) if status.get("phase") in ("Failed", "Succeeded") else None
+
+
+def _kubelets(message: str) -> str:
+    """A termination message as a kubelet can have kept it: a longer one is somebody else's, and thousands are kept."""
+    return message if len(message.encode(errors="replace")) <= MAX_TERMINATION_MESSAGE_BYTES else ""
 
 
 def _memory_limit(spec: Json) -> str:
@@ -250,7 +257,7 @@ def _trouble(
     if target.get("status") == "True":
         return Trouble(reason=Reason.DISRUPTED, message=f"the pod is taken away: {_said(target)}")
     if status.get("reason") == "Evicted":  # without that condition it is the pod's own fault: it overran a limit
-        return Trouble(reason=Reason.KILLED, message=f"the pod overran a limit: {status.get('message', '')}")
+        return Trouble(reason=Reason.KILLED, message=clip(f"the pod overran a limit: {status.get('message', '')}"))
     if why == UNKNOWN_END or (terminated is None and status.get("phase") in ("Failed", "Succeeded")):
         return Trouble(reason=Reason.DISRUPTED, message=f"the node gave the pod up: {_said(terminated or status)}")
     return None
@@ -258,7 +265,7 @@ def _trouble(
 
 def _said(part: Json | None) -> str:
     """Reason and message of a part of a status, as far as there are any."""
-    return ": ".join(str(part[name]) for name in ("reason", "message") if part.get(name)) if part else ""
+    return clip(": ".join(str(part[name]) for name in ("reason", "message") if part.get(name))) if part else ""
 
 
 def _time(text: str | None) -> datetime | None:
@@ -334,7 +341,7 @@ def _with_trouble(result: StageResult | None, trouble: Trouble | None) -> StageR
     return (result or StageResult()).model_copy(update={"failure": failure})
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=RESULTS_KEPT)
 def _result(text: str) -> StageResult | None:
     if not text:
         return None

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 JOB, QUEUE = "QLoRAJob", "QLoRAQueue"
 QUEUE_NAMESPACE = ""  # queues are cluster-wide
+REPORTED_KEPT = 10_000
+"""Rows that do not parse of which it is remembered that the log has told."""
 Object = TypeVar("Object", QLoRAJob, QLoRAQueue)
 Row = tuple[Any, ...]  # Any: sqlite3 rows are untyped
 
@@ -301,6 +303,8 @@ class SqliteStore:
             key, body = (kind.__name__, row[0], row[1]), hash(row[2])
             if self._reported.get(key) != body:
                 self._reported[key] = body
+                while len(self._reported) > REPORTED_KEPT:
+                    self._reported.pop(next(iter(self._reported)), None)
                 log.error("%s", _unreadable(kind.__name__, row, error))
             return None
 

@@ -19,7 +19,7 @@ from orchestrator.api.words import on_one_line
 from orchestrator.core.job.state_machine import JobState, state_of
 
 ConditionStatus = Literal["True", "False", "Unknown"]
-WORDS_KEPT = 4096
+WORDS_KEPT, WORDS_KEPT_CHARACTERS = 4096, 512
 MAX_SENTENCE_CHARACTERS = 2048  # the contract's bound on `Sentence`
 _FIGURES = re.compile(r"\b\d+\b")
 _ORDER = {kind: index for index, kind in enumerate(ConditionType)}
@@ -54,8 +54,12 @@ def says_the_same(condition: Condition, finding: Finding, generation: int) -> bo
     )
 
 
-@lru_cache(maxsize=WORDS_KEPT)  # everybody who waits is asked about in every pass, and most wait for the same
 def _words(message: str) -> str:
+    return _known_words(message) if len(message) <= WORDS_KEPT_CHARACTERS else _FIGURES.sub("#", message)
+
+
+@lru_cache(maxsize=WORDS_KEPT)  # everybody who waits is asked about in every pass, and most wait for the same
+def _known_words(message: str) -> str:
     return _FIGURES.sub("#", message)
 
 

@@ -133,13 +133,13 @@ def is_traced(model_type: str) -> bool:
 def _table(layer: TracedLayer, recomputes: bool) -> _Table:
     few = few_targets(linear.name for linear in layer.adapted)
     key = TableKey(few=few, dora=layer.dora, recomputes=recomputes, drops=layer.drops)
-    return _read(layer.facts.model_type, key)
+    return _read(layer.facts.model_type if is_traced(layer.facts.model_type) else NEAREST, key)
 
 
 @cache
 def _read(model_type: str, key: TableKey) -> _Table:
-    tables = traced_layers()
-    return _Table.read((tables.get(model_type) or tables[NEAREST])[str(key)])
+    """One of the package's own tables, of which there are so many: a stranger's model type is none of its keys."""
+    return _Table.read(traced_layers()[model_type][str(key)])
 
 
 def traced_layer_bytes(layer: TracedLayer, *, recomputes: bool) -> LayerBytes:
