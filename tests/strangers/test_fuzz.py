@@ -109,7 +109,9 @@ def mutated(dice: random.Random, item: Json) -> Json:
     """The object with one to three things changed."""
     item = copy.deepcopy(item)
     for _ in range(dice.choice([1, 1, 1, 2, 3])):
-        container, key = dice.choice(places(item) or [(item, "spec")])
+        if not (found := places(item)):
+            break
+        container, key = dice.choice(found)
         match dice.randrange(6):
             case 0:
                 container.pop(key)

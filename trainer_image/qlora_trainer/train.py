@@ -27,6 +27,7 @@ from orchestrator.api.formats import (
     PREPARED_FOLDER,
     CheckpointManifest,
     PreparedManifest,
+    checkpoint_step,
 )
 from orchestrator.api.losses import losses
 from orchestrator.api.plan import MemoryPlan
@@ -268,7 +269,7 @@ def _durable(task: StageTask) -> TrainResult | None:
     if task.prepared is None:
         return None
     store = JobStore(task.store_uri)
-    for name in reversed(store.list_folders(CHECKPOINTS_FOLDER)):
+    for name in sorted(store.list_folders(CHECKPOINTS_FOLDER), key=checkpoint_step, reverse=True):
         manifest = store.read_manifest(name, CheckpointManifest)
         if manifest is not None and manifest.prepared == task.prepared.digest:
             return TrainResult(step=manifest.step, checkpoint_uri=store.folder_uri(name), complete=False)

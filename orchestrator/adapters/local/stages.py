@@ -185,7 +185,7 @@ class Stage:
             return end.finish_time
         # Lost: the last sign of life.
         signs = [path for name in (PROCESS_NAME, PROGRESS_NAME) if (path := self.folder / name).exists()]
-        return datetime.fromtimestamp(max(path.stat().st_mtime for path in signs), tz=UTC)
+        return datetime.fromtimestamp(max(path.stat().st_mtime for path in signs or [self.folder]), tz=UTC)
 
     def _disruption(self, process: ProcessRecord | None, end: ExitRecord | None) -> Reason | None:
         stop = self.stop_request

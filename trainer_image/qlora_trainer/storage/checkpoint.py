@@ -35,6 +35,7 @@ from orchestrator.api.formats import (
     FileEntry,
     JournalRecord,
     checkpoint_folder,
+    checkpoint_step,
 )
 from orchestrator.api.json_text import read_json
 from qlora_trainer.storage.backends import DamagedFolder
@@ -181,7 +182,7 @@ class Checkpointer:
 
     def latest(self) -> Snapshot | None:
         """The newest checkpoint of this data that is whole; None where there is none."""
-        for name in reversed(self._store.list_folders(CHECKPOINTS_FOLDER)):
+        for name in reversed(self._names()):
             manifest = self._store.read_manifest(name, CheckpointManifest)
             if manifest is None:
                 self._damaged.add(name)
@@ -256,13 +257,17 @@ class Checkpointer:
 
     def _delete_superfluous(self, newest: str) -> None:
         """Keep the newest checkpoints that can be resumed; the others, damaged or of other data, go."""
-        names = self._store.list_folders(CHECKPOINTS_FOLDER)
-        usable = [name for name in names if name <= newest and self._is_usable(name)]
+        names, last = self._names(), checkpoint_step(newest)
+        usable = [name for name in names if checkpoint_step(name) <= last and self._is_usable(name)]
         kept = usable[-self._keep :]
         self._store.check_fence(self._provenance.attempt)
         for name in names:
             if name not in kept:
                 self._store.delete_folder(name)
+
+    def _names(self) -> list[str]:
+        """The folders of checkpoints, by their steps."""
+        return sorted(self._store.list_folders(CHECKPOINTS_FOLDER), key=checkpoint_step)
 
     def _is_usable(self, name: str) -> bool:
         manifest = self._store.read_manifest(name, CheckpointManifest)
