@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from orchestrator.api.base import Count, Digest, Measured, Model, PositiveCount, Sentence, ShortText, Time
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import Reason
+from orchestrator.api.words import on_one_line
 
 MAX_TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' bound on a container's termination message
 MAX_WARNINGS = 5
 MAX_WARNING_CHARACTERS = 280
-PrepareWarning = Annotated[str, StringConstraints(max_length=MAX_WARNING_CHARACTERS)]
-Uri = Annotated[str, StringConstraints(max_length=2048)]
+MAX_URI_CHARACTERS = 2048
+
+
+def _warning(text: str) -> str:
+    return on_one_line(text)[:MAX_WARNING_CHARACTERS]
+
+
+def _uri(text: str) -> str:
+    return on_one_line(text)[:MAX_URI_CHARACTERS]
+
+
+PrepareWarning = Annotated[str, StringConstraints(max_length=MAX_WARNING_CHARACTERS), AfterValidator(_warning)]
+Uri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARACTERS), AfterValidator(_uri)]
 
 
 class PrepareResult(Model):

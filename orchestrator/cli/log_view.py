@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import cast
 
+from orchestrator.api.json_text import read_json
+
+_INDENT = " " * 10
 _SHOWN_APART = frozenset({"time", "level", "message", "traceback", "stage", "job", "attempt", "logger"})
 
 
@@ -13,7 +15,7 @@ def log_text(line: str) -> str:
     if not line.startswith("{"):
         return line
     try:
-        fields = cast(dict[str, object], json.loads(line))
+        fields = cast(dict[str, object], read_json(line))
     except ValueError:
         return line
     if "message" not in fields:
@@ -22,5 +24,7 @@ def log_text(line: str) -> str:
     level = str(fields.get("level", ""))
     shown = "" if level in ("", "info") else f"{level.upper()} "
     more = "".join(f"  {name}={value}" for name, value in fields.items() if name not in _SHOWN_APART)
-    text = f"{time}  {shown}{fields['message']}{more}"
+    # What a message has after its first line is set in: nobody's words begin a line that looks like another record.
+    message = str(fields["message"]).replace("\n", f"\n{_INDENT}")
+    text = f"{time}  {shown}{message}{more}"
     return f"{text}\n{fields['traceback']}" if "traceback" in fields else text

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from orchestrator.api.formats import JournalRecord
 from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
+from orchestrator.api.words import in_lines, on_one_line
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
@@ -58,7 +59,7 @@ def _flattened(value: object, name: str) -> Iterator[tuple[str, str]]:
             yield from _flattened(part, f"{name}.{key}" if name else key)
     else:
         text = value if isinstance(value, str) else json.dumps(value)
-        yield name, text[:MAX_VALUE_CHARACTERS]
+        yield name, in_lines(text)[:MAX_VALUE_CHARACTERS]
 
 
 def tags(task: StageTask) -> dict[str, str]:
@@ -76,7 +77,7 @@ def tags(task: StageTask) -> dict[str, str]:
         found |= {
             f"qlora.dev/warning/{number}": warning for number, warning in enumerate(task.prepared.warnings, start=1)
         }
-    return {key: value[:MAX_VALUE_CHARACTERS] for key, value in found.items()}
+    return {key: on_one_line(value)[:MAX_VALUE_CHARACTERS] for key, value in found.items()}
 
 
 def plan_tags(task: StageTask) -> dict[str, str]:

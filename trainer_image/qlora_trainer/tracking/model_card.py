@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 from orchestrator.api.losses import losses
 from orchestrator.api.task import StageTask
+from orchestrator.api.words import on_one_line
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
 from qlora_trainer.tracking.mlflow_run import parameters
 
@@ -19,7 +21,7 @@ def model_card(task: StageTask, adapter: FinalAdapter) -> str:
     name = task.spec.tracking.registered_model or task.job
     sections = (
         front_matter(task, base),
-        f"# {name}\n\nA LoRA adapter for `{base}`, tuned with QLoRA (NF4 base with double quantization).",
+        f"# {_shown(name)}\n\nA LoRA adapter for {_shown(base)}, tuned with QLoRA (NF4 base with double quantization).",
         f"## Results\n\n{results(task, adapter)}",
         f"## Use\n\n{usage(task, name, base)}",
         f"## Hyperparameters\n\n{hyperparameters(task)}",
@@ -69,7 +71,7 @@ def usage(task: StageTask, name: str, base: str) -> str:
 ```python
 import mlflow
 
-model = mlflow.pyfunc.load_model("{uri}")
+model = mlflow.pyfunc.load_model({_quoted(uri)})
 model.predict([{{"messages": [{{"role": "user", "content": "..."}}]}}], params={{"max_new_tokens": 64}})
 ```
 
@@ -80,8 +82,8 @@ import mlflow
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-folder = mlflow.artifacts.download_artifacts("{uri}") + "/artifacts/adapter"
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), folder)
+folder = mlflow.artifacts.download_artifacts({_quoted(uri)}) + "/artifacts/adapter"
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({_quoted(base)}), folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ends = GenerationConfig.from_pretrained(folder)  # with the token that ends an answer
 inputs = tokenizer.apply_chat_template([...], add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -117,8 +119,19 @@ def provenance(task: StageTask, adapter: FinalAdapter) -> str:
 
 
 def _table(left: str, right: str, rows: dict[str, str]) -> str:
-    lines = [f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows.items()]
+    lines = [f"| {_shown(key)} | {_shown(value)} |" for key, value in rows.items()]
     return "\n".join((f"| {left} | {right} |", "|---|---|", *lines))
+
+
+def _shown(text: str) -> str:
+    """Whatever somebody has named something, on one line and without a meaning in Markdown or HTML."""
+    escaped = html.escape(on_one_line(text), quote=False)
+    return "".join(f"&#{ord(character)};" if character in "|[]`\\" else character for character in escaped)
+
+
+def _quoted(text: str) -> str:
+    """As a Python literal that ends where it seems to."""
+    return json.dumps(text)
 
 
 def _number(value: float) -> str:
