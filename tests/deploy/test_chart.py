@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import yaml
 
+from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.adapters.ray_fabric.settings import PORTS_PER_NODE
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
@@ -189,6 +190,32 @@ def test_no_two_namespaces_share_a_token_a_port_or_a_volume_of_a_head() -> None:
     tokens = [made[f"{NAMESPACE}/{name}"]["token"] for name in secrets.values()]
     assert len(set(tokens)) == 3
     assert [made[f"{team}/{RELEASE}-ray-token"]["token"] for team in ("team-a", "team-b", "team-c")] == tokens
+
+
+def test_the_controller_finds_each_head_where_the_chart_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the settings that the controller reads: address, socket, and the ports that agents are told."""
+    objects: list[dict[str, Any]] = documents(
+        rendered(None, "--set", "jobs.namespaces={team-b,team-a},ray.nodePort=7380,ray.port=7379")
+    )
+    [configured] = [o for o in objects if o["kind"] == "ConfigMap" and o["metadata"]["name"].endswith("-settings")]
+    for name, value in {**configured["data"], "QLORA_POD_NAME": "controller-0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("QLORA_POD_TEMPLATE_FILE")
+    settings = ClusterSettings()  # pyright: ignore[reportCallIssue]  # the environment has the required fields
+    [pod] = [pod_of(document) for document in objects if document["kind"] == "Deployment"]
+    heads = {volume_at(head, "/var/run/qlora"): ports_of(head) for head in pod["initContainers"]}
+    assert list(settings.heads) == ["team-b", "team-a"]
+    for namespace, address in settings.heads.items():
+        folder = settings.ray_fabric_socket.parent / namespace
+        assert heads[volume_at(pod["containers"][0], str(folder))][0] == int(address.rpartition(":")[2])
+    policies = [o for o in objects if o["kind"] == "NetworkPolicy" and o["metadata"]["name"].endswith("-trainer")]
+    opened = {rule["ports"][0]["port"] for policy in policies for rule in policy["spec"]["ingress"]}
+    assert opened == {settings.pod_policy().ray_node_port} == {7380}
+
+
+def volume_at(container: Mapping[str, Any], path: str) -> str:
+    """What is mounted there."""
+    return next(str(mount["name"]) for mount in container["volumeMounts"] if mount["mountPath"] == path)
 
 
 def ports_of(head: Mapping[str, Any]) -> list[int]:

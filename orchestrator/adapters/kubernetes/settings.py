@@ -82,6 +82,8 @@ class ClusterSettings(ServiceSettings):
     """`namespace=host:port` of the head of each namespace that has one of its own, separated by commas."""
     ray_auth_secret: str = ""
     """The Secret with Ray's token, in the namespaces of jobs."""
+    ray_node_port: Port = 6380
+    """The first of the ports that an agent's Ray listens on, in the pod of a stage."""
     ray_fabric_socket: Path = Path("/var/run/qlora/fabric.sock")
     """Where the head beside the controller listens for it; that of a namespace in a folder of the namespace's name."""
     gpu_resource: str = "nvidia.com/gpu"
@@ -168,6 +170,7 @@ class ClusterSettings(ServiceSettings):
             ray_address=self.ray_address,
             ray_addresses=self.heads,
             ray_auth_secret=self.ray_auth_secret,
+            ray_node_port=self.ray_node_port,
             model_cache=self.model_cache,
             train_memory_bytes=self.train_memory_bytes,
             cpu_stage_memory_bytes=self.cpu_stage_memory_bytes,
