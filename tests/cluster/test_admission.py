@@ -174,11 +174,11 @@ def test_a_finalizer_stays_while_the_job_holds_something(plane: ControlPlane, te
         ({"store": {"uri": "file:///var/lib/qlora/cache"}}, "file:// names files of one machine"),
         (
             {"dataset": {"source": "pvc://payroll/2026.jsonl"}},
-            "claims that no job may name: qlora-orchestrator-mlflow, payroll",
+            "claims that no job may name: qlora-orchestrator-mlflow, payroll, models",
         ),
         ({"model": {"source": "pvc://qlora-orchestrator-mlflow/artifacts"}}, "claims that no job may name"),
         ({"store": {"uri": "pvc://payroll"}}, "claims that no job may name"),
-        ({"store": {"uri": "pvc://models/mine"}}, "a claim that no job may write to: models"),
+        ({"store": {"uri": "pvc://models/mine"}}, "claims that no job may name: .*, models"),
     ],
     ids=["a machine's model", "a machine's folder", "reserved data", "MLflow's claim", "a reserved store", "the cache"],
 )
@@ -188,7 +188,7 @@ def test_a_job_that_names_what_is_not_its_own_is_refused(tenant: KubeApi, spec: 
 
 
 def test_a_job_that_names_what_is_its_own_is_taken(tenant: KubeApi) -> None:
-    spec = {"model": {"source": "pvc://models/tiny"}, "store": {"uri": "pvc://payroll-of-ours/mine"}}
+    spec = {"model": {"source": "pvc://models-of-ours/tiny"}, "store": {"uri": "pvc://payroll-of-ours/mine"}}
     tenant.create(JOBS, submission("modest", **spec))
     KubernetesStore(tenant, namespaces=("team-a",)).delete_job("team-a", "modest")
 

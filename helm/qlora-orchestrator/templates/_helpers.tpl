@@ -43,6 +43,9 @@
 {{- if include "qlora.bundlesMlflow" . -}}
 {{- $reserved = prepend $reserved (include "qlora.mlflow.claim" .) -}}
 {{- end -}}
+{{- if hasPrefix "pvc://" .Values.modelCache -}}
+{{- $reserved = append $reserved (trimPrefix "pvc://" .Values.modelCache) -}}
+{{- end -}}
 {{- $reserved | toJson -}}
 {{- end -}}
 
