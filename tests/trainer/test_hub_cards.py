@@ -313,8 +313,8 @@ def test_the_rows_are_those_that_the_datasets_library_reads(compared: dict[str, 
     assert ours == theirs
 
 
-@pytest.mark.parametrize("ending", ["arrow", "tar", "zip", "txt", "tsv"])
-def test_files_that_are_not_read_here_are_refused_in_words(ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["arrow", "tar", "zip", "txt", "tsv"])
+def test_files_that_are_not_read_here_are_refused_in_words(suffix: str) -> None:
     wanted = Wanted(source="hf://a/b", config=None, split="train", field="spec.dataset.source")
-    with pytest.raises(UserError, match=rf"its \.{ending} files are not read here; give a copy of them as Parquet"):
-        files_of_split([f"train/1.{ending}", f"train/2.{ending}", "train/more.jsonl"], "", wanted)
+    with pytest.raises(UserError, match=rf"its \.{suffix} files are not read here; give a copy of them as Parquet"):
+        files_of_split([f"train/1.{suffix}", f"train/2.{suffix}", "train/more.jsonl"], "", wanted)

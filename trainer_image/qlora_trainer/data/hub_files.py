@@ -269,7 +269,7 @@ def _of_one_kind(paths: Sequence[str], source: str) -> list[str]:
 
 
 def kind_of(path: str) -> str | None:
-    """How a file is read; its ending where that is not here; None where it is no data."""
+    """How a file is read; its suffix where that is not here; None where it is no data."""
     name = path.lower().removesuffix(".gz")
-    ending = f".{name.rpartition('.')[2]}"
-    return KINDS.get(ending, ending if ending in OTHER_KINDS else None)
+    suffix = f".{name.rpartition('.')[2]}"
+    return KINDS.get(suffix, suffix if suffix in OTHER_KINDS else None)
