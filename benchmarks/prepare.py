@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 DEFAULT_MODEL = Path.home() / ".cache" / "qlora-orchestrator" / "smollm2-135m-instruct"
@@ -85,7 +85,7 @@ def measure(name: str, records: int) -> dict[str, Any]:
             file.writelines(f"{json.dumps(record)}\n" for record in make(records))
         size = path.stat().st_size
         before = _peak_bytes()
-        began = perf_counter()
+        began, cpu = perf_counter(), process_time()
         dataset = DatasetSource.model_validate({"source": f"file://{path}", "tooLong": "drop"})
         training = TrainingSpec(sequence_length=sequence_length)
         source = Records(dataset.source, split="train", scratch=Path(folder), field="spec.dataset.source")
@@ -100,6 +100,7 @@ def measure(name: str, records: int) -> dict[str, Any]:
         "sequences": len(rows),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(split.tokens / seconds),
+        "cpu_seconds": round(process_time() - cpu, 2),
         "peak_mib": round(_peak_bytes() / MIB),
         "peak_mib_before": round(before / MIB),
     }

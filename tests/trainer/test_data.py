@@ -387,7 +387,7 @@ def test_bad_rows_of_a_table_are_named_by_their_number(tmp_path: Path, byte_leve
         ("a.csv", b"text\n", "holds no records"),
         ("a.json", b"[]", "holds no records"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', "line 2 is not valid JSON: Expecting ':' delimiter"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}', "line 2 is not valid JSON: Extra data.*must be called .jsonl"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', "must hold one JSON array of records.*is called .jsonl"),
         ("a.json", b'{"text": "a"}', "must hold one JSON array"),
         ("a.json", b'["\n\xff"]', "line 2 is not UTF-8"),
         ("a.jsonl.gz", b"plain", "is not a whole gzip file"),

@@ -1,31 +1,35 @@
 """Whatever is in a data set's file: it is read, or refused in a sentence that names the file; nothing else comes out.
 
-QLORA_FUZZ_FILES sets how many files are tried; each is made from its number alone.
+QLORA_FUZZ sets how many mutated records are tried; each file of them is made from its number alone.
 """
 
 from __future__ import annotations
 
 import copy
 import csv
+import gzip
 import io
 import json
 import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
-from qlora_trainer.data.dataset import read_dataset
+from qlora_trainer.data.dataset import arrange, read_dataset
 from qlora_trainer.data.reader import Records
+from qlora_trainer.data.report import data_warnings, shown
 from qlora_trainer.outcome import UserError
 from tiny_model import save_tokenizer
 
 from orchestrator.api.job import DatasetSource, TrainingSpec
 
-FILES = int(os.environ.get("QLORA_FUZZ_FILES", "200"))
+RECORDS = int(os.environ.get("QLORA_FUZZ", "2000"))
+MOST_IN_A_FILE = 5
 SHARES = 4
 """The files are tried in so many tests."""
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -52,7 +56,9 @@ JUNK: Sequence[Any] = (
     *(None, True, 0, -1, 2**70, 0.5, float("nan"), float("inf"), "", " ", "x", "\0", "\ud83d", "<|im_end|>", "{{ x }}"),
     *([], {}, [[]], [None], {"a": None}, {"role": "user"}, {"type": "image"}, ["user"], "[1", '{"a": 1}', "é" * 3000),
 )
-SUFFIXES = ("jsonl", "json", "csv", "parquet")
+SUFFIXES = ("jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "csv.gz", "txt")
+SECONDS_OF_A_FILE = 20
+"""A hang, on however busy a machine."""
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -84,6 +90,8 @@ def mutated(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 def content(records: Sequence[dict[str, Any]], suffix: str, rng: random.Random) -> bytes:
     """The records as a file of a kind, now and then with damaged bytes."""
+    if suffix.endswith(".gz"):
+        return damaged(gzip.compress(content(records, suffix.removesuffix(".gz"), rng), mtime=0), rng)
     if suffix == "csv":
         file = io.StringIO()
         writer = csv.writer(file)
@@ -93,7 +101,12 @@ def content(records: Sequence[dict[str, Any]], suffix: str, rng: random.Random) 
         data = file.getvalue().encode("utf-8", "surrogatepass")
     else:
         lines = [json.dumps(record) for record in records]
-        data = ("\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]").encode()
+        data = (f"[{','.join(lines)}]" if suffix == "json" else "\n".join(lines)).encode()
+    return damaged(data, rng)
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """The bytes, one time in four with some of them replaced."""
     if rng.randrange(4) == 0 and data:
         at = rng.randrange(len(data))
         data = data[:at] + rng.choice([b"", b"\xff", b"\0", b'"', b"\r", b"[" * 200_000, data[:at]]) + data[at + 1 :]
@@ -103,7 +116,7 @@ def content(records: Sequence[dict[str, Any]], suffix: str, rng: random.Random) 
 def write(path: Path, records: Sequence[dict[str, Any]], rng: random.Random) -> bool:
     """Whether the records can be written as this kind of file at all."""
     if path.suffix != ".parquet":
-        path.write_bytes(content(records, path.suffix[1:], rng))
+        path.write_bytes(content(records, path.name.split(".", 1)[1], rng))
         return True
     try:
         parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
@@ -122,24 +135,41 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_a_mutated_file_is_read_or_refused_by_name(tmp_path: Path, tokenizer: Any, share: int) -> None:
-    read = 0
-    for number in range(share, FILES, SHARES):
+    read = tried = 0
+    number = share
+    while tried < RECORDS // SHARES:
         rng = random.Random(number)
         form = rng.choice(list(GOOD))
         path = tmp_path / f"{number}.{rng.choice(SUFFIXES)}"
-        if not write(path, [mutated(GOOD[form], rng) for _ in range(rng.randint(1, 3))], rng):
+        records = [mutated(GOOD[form], rng) for _ in range(rng.randint(1, MOST_IN_A_FILE))]
+        number += SHARES
+        if not write(path, records, rng):
             continue
-        fields = {"source": f"file://{path}", "format": form, "trainOn": rng.choice(["assistant", "completion", "all"])}
-        dataset = DatasetSource.model_validate(fields)
-        training = TrainingSpec(sequence_length=rng.choice([16, 2048]))
-        records = Records(dataset.source, split="train", scratch=tmp_path, field="spec.dataset.source")
-        refusal = None
-        try:
-            read_dataset(records, tokenizer, dataset, training)
-            read += 1
-        except UserError as error:
-            refusal = error.message
-        except Exception as error:
-            raise AssertionError(f"file {number}: {type(error).__name__}: {error}") from error
+        tried += len(records)
+        began = process_time()
+        refusal = refused(path, form, tokenizer, rng)
+        read += refusal is None
+        assert process_time() - began < SECONDS_OF_A_FILE, path.name
         assert refusal is None or (path.name in refusal and len(refusal) < 4000), refusal
+        path.unlink()
     assert read, "some are read"
+
+
+def refused(path: Path, form: str, tokenizer: Any, rng: random.Random) -> str | None:
+    """What a user is told of a file that is refused; None if it is read. Whatever else is raised is a fault."""
+    fields = {"source": f"file://{path}", "format": form, "trainOn": rng.choice(["assistant", "completion", "all"])}
+    fields |= {"tooLong": rng.choice(["fail", "truncate", "drop"]), "evalFraction": rng.choice(["0", "0.3"])}
+    dataset = DatasetSource.model_validate(fields)
+    training = TrainingSpec(sequence_length=rng.choice([16, 2048]))
+    try:
+        records = Records(dataset.source, split="train", scratch=path.parent, field="spec.dataset.source")
+        found = read_dataset(records, tokenizer, dataset, training)
+        arrange(found.train, training, fewest_rows=112)
+        list(data_warnings(found.train, found.evaluation))
+        if found.train.records:
+            shown(tokenizer, found.train.records[0])
+    except UserError as error:
+        return error.message
+    except Exception as error:
+        raise AssertionError(f"{path.name}: {type(error).__name__}: {error}") from error
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,7 @@ def gzipped(path: Path, pieces: int, piece: bytes) -> Path:
     [
         ("a.jsonl.gz", r"a\.jsonl\.gz: line 1 is longer than 64 MiB; split its record"),
         ("a.csv.gz", r"a\.csv\.gz: line 1 is longer than 64 MiB"),
-        ("a.json.gz", r"a\.json\.gz: line 1 is longer than 512 MiB"),
+        ("a.json.gz", r"a\.json\.gz: line 1 is not valid JSON"),
     ],
 )
 def test_a_small_file_that_unpacks_without_end_is_refused(tmp_path: Path, name: str, expected: str) -> None:
@@ -347,10 +348,16 @@ def test_a_small_file_that_unpacks_without_end_is_refused(tmp_path: Path, name: 
 
 
 def test_an_array_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
-    bomb = gzipped(tmp_path / "a.json.gz", 600, b" " * ((1 << 20) - 1) + b"\n")
-    records = Records(f"file://{bomb}", split="train", scratch=tmp_path, field="spec.dataset.source")
-    with pytest.raises(UserError, match=r"longer than 512 MiB, and an array is read as one; write one object a line"):
-        list(records.read())
+    """White space is passed over, and a record has the bound of a line."""
+    blank, endless = gzipped(tmp_path / "a.json.gz", 600, b" " * ((1 << 20) - 1) + b"\n"), tmp_path / "b.json.gz"
+    filler = gzipped(tmp_path / "filler.gz", 600, b"x" * (1 << 20))
+    endless.write_bytes(gzip.compress(b'[{"text": "a"},\n{"text": "', mtime=0) + filler.read_bytes())
+    for path, said in ((blank, "line 601 is not valid JSON"), (endless, "record that begins on line 2 is longer than")):
+        tracemalloc.start()
+        with pytest.raises(UserError, match=said):
+            list(Records(f"file://{path}", split="train", scratch=tmp_path, field="spec.dataset.source").read())
+        assert tracemalloc.get_traced_memory()[1] < 400 << 20
+        tracemalloc.stop()
 
 
 def test_a_million_nested_lists_are_a_sentence(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_what_is_likely_to_be_wrong_is_in_the_result_and_in_the_log(
         result = prepare.run(make_task(tmp_path / "store", dataset=dataset))
     few, overlapping = result.warnings
     assert few.startswith(f"few steps: 3 epochs of {result.train_sequences} sequences in batches of 16 are ")
-    assert "lower spec.training.globalBatchSize to 1 or raise spec.training.epochs" in few
+    assert "lower spec.training.globalBatchSize to 7 or raise spec.training.epochs" in few
     assert f"{result.eval_records} of {result.eval_records} evaluation records are training records" in overlapping
     assert set(result.warnings) <= {record.message for record in caplog.records if record.levelname == "WARNING"}
     said = "\n".join(record.message for record in caplog.records)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -365,24 +366,24 @@ def _hold_out(
     """
     if fraction == 0:
         return encoded, EncodedRecords()
-    draws = {sample: _draw(seed, sample) for sample in encoded.samples()}
-    if len(draws) < 2:
+    samples = sorted(set(encoded.samples()))
+    if len(samples) < 2:
         raise UserError(
             f"{source} has a single usable record, of which evalFraction cannot hold out a share; set it to 0"
         )
-    by_draw = sorted(draws, key=lambda sample: (draws[sample], sample))
-    wanted = sum(draw < fraction for draw in draws.values())
-    held_out = set(by_draw[: min(max(wanted, 1), len(draws) - 1)])
+    draws = np.array([_draw(seed, sample) for sample in samples], dtype=np.uint64)
+    wanted = int(np.count_nonzero(draws < np.uint64(math.ceil(fraction * 2**64))))
+    first = np.argsort(draws, kind="stable")[: min(max(wanted, 1), len(samples) - 1)]
+    held_out = {samples[number] for number in first}
     splits = EncodedRecords(), EncodedRecords()
     for sample, record in zip(encoded.samples(), encoded, strict=True):
         splits[sample in held_out].append(record, sample)
     return splits
 
 
-def _draw(seed: int, index: int) -> Decimal:
-    """A number in [0, 1) that depends on the seed and the record's index alone."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    return Decimal(int.from_bytes(digest[:8], "big")) / Decimal(2**64)
+def _draw(seed: int, index: int) -> int:
+    """A number below 2 ** 64 that depends on the seed and the record's index alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big")
 
 
 def check_chat_template(tokenizer: Any, dataset: DatasetSource, model_source: str) -> None:
@@ -396,12 +397,12 @@ def check_chat_template(tokenizer: Any, dataset: DatasetSource, model_source: st
         refuse_useless_template(tokenizer)
 
 
-def arrange(split: Split, training: TrainingSpec) -> list[Row]:
-    """The split's records in rows of at most the sequence length."""
+def arrange(split: Split, training: TrainingSpec, *, fewest_rows: int = 0) -> list[Row]:
+    """The split's records in rows of at most the sequence length, packed no closer than `fewest_rows` allow."""
     lengths = split.records.lengths()
     if not training.packing:
         return one_a_row(lengths)
-    rows = pack(lengths, training.sequence_length, training.seed)
+    rows = pack(lengths, training.sequence_length, training.seed, fewest_rows=fewest_rows)
     return [_in_order(row, split.records.samples()) for row in rows]
 
 

@@ -355,10 +355,11 @@ def _list(record: Fields, name: str) -> list[Any]:
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text; NaN and the infinities, which Python's own reader takes, are none."""
-    return json.loads(text, parse_constant=_refuse_constant)
+    return json.loads(text, parse_constant=refuse_constant)
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Python's reader gives NaN and the infinities to it, which JSON does not have."""
     raise ValueError(f"{name} is no value of JSON")
 
 

@@ -6,6 +6,7 @@ machine and in every version of Python's `random.Random`.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Sequence
 
@@ -18,10 +19,11 @@ def one_a_row(lengths: Sequence[int]) -> list[Row]:
     return [[index] for index in range(len(lengths))]
 
 
-def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> list[Row]:
+def pack(lengths: Sequence[int], row_tokens: int, seed: int, *, fewest_rows: int = 0) -> list[Row]:
     """First-fit decreasing: the longest record first, each into the first row with room; then the rows shuffled.
 
     Needs at most 11/9 of the least number of rows, plus one (Johnson, 1973). Records must not be longer than a row.
+    Where that gives fewer than `fewest_rows`, the records are spread evenly over so many, or one a row.
     """
     assert max(lengths, default=0) <= row_tokens, "a record is longer than a row"
     rows: list[Row] = []
@@ -31,7 +33,23 @@ def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> list[Row]:
         if number == len(rows):
             rows.append([])
         rows[number].append(index)
+    wanted = min(fewest_rows, len(lengths))
+    if len(rows) < wanted:
+        rows = _spread(lengths, wanted, row_tokens) or rows
     random.Random(seed).shuffle(rows)  # noqa: S311 - an order, not a secret
+    return rows
+
+
+def _spread(lengths: Sequence[int], count: int, row_tokens: int) -> list[Row] | None:
+    """The longest record first, each into the shortest row; None where a row would become too long."""
+    rows: list[Row] = [[] for _ in range(count)]
+    shortest = [(0, number) for number in range(count)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        tokens, number = shortest[0]
+        if tokens + lengths[index] > row_tokens:
+            return None
+        heapq.heapreplace(shortest, (tokens + lengths[index], number))
+        rows[number].append(index)
     return rows
 
 

@@ -7,11 +7,13 @@ source that does not answer is Transient.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import json
 import os
+import re
 import weakref
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from typing import IO, Any, BinaryIO, cast
 import fsspec as untyped_fsspec  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 
 from orchestrator.api.contained_files import Contained, open_regular
-from qlora_trainer.data.formats import parse_json
+from qlora_trainer.data.formats import parse_json, refuse_constant
 from qlora_trainer.data.hub_files import CARD_NAME, MAX_CARD_BYTES, Wanted, files_of_split
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
@@ -34,8 +36,6 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
 MAX_LINE_BYTES = 64 << 20
 """Of a text file, however small it is compressed."""
-MAX_JSON_BYTES = 512 << 20
-"""Of a file that holds one JSON array, which is read as a whole."""
 MAX_CELL_CHARACTERS = 64 << 20
 """Bound on one cell of a CSV file; Python's own of 128 KiB is too small for a conversation."""
 ROWS_AT_A_TIME = 1024
@@ -43,6 +43,10 @@ GZIP_MAGIC = b"\x1f\x8b"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 SNIFFED_BYTES = 4096
+LEAST_READ_BYTES = 1 << 16
+LONGEST_WORD = 16
+"""No word of JSON (`-Infinity`, an escape of two halves) is longer, so a value that was cut off fails within it."""
+NO_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,31 +286,107 @@ def _json_line(number: int, line: str) -> Record | BadRecord:
 
 
 def _json_array(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
-    lines: list[str] = []
-    left = MAX_JSON_BYTES
-    for number, line in _decoded(file, source, MAX_JSON_BYTES):
-        if isinstance(line, UnicodeDecodeError):
-            raise UserError(f"{source}: {_not_utf8(number, line).where} {_not_utf8(number, line).problem}")
-        left -= len(line)
-        if left < 0:
+    text = _JsonText(file, source)
+    if text.next_character() != "[":
+        if text.next_character() in set('{"tfn-0123456789'):
             raise UserError(
-                f"{source} is longer than {MAX_JSON_BYTES >> 20} MiB, and an array is read as one; write one object a "
-                "line, and call the file .jsonl"
+                f"{source} must hold one JSON array of records; a file of one object a line is called .jsonl"
             )
-        lines.append(line)
-    try:
-        values = parse_json("".join(lines))
-    except json.JSONDecodeError as error:
-        hint = "; a file of one object a line must be called .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(f"{source}: line {error.lineno} is not valid JSON: {error.msg}{hint}") from error
-    except RecursionError as error:
-        raise UserError(f"{source} is nested too deeply to be read; flatten its records") from error
-    except ValueError as error:  # a number of thousands of digits, NaN
-        raise UserError(f"{source} is not valid JSON: {error}") from error
-    if not isinstance(values, list):
-        raise UserError(f"{source} must hold one JSON array of records; a file of one object a line is called .jsonl")
-    for number, value in enumerate(cast("list[Any]", values), start=1):
-        yield _as_record(f"record {number}", value)
+        raise text.error("Expecting value", text.position)
+    text.position += 1
+    number = 0
+    if text.next_character() == "]":
+        text.position += 1
+    else:
+        while True:
+            number += 1
+            yield _as_record(f"record {number}", text.next_value())
+            after = text.next_character()
+            if after not in {",", "]"}:
+                raise text.error("Expecting ',' delimiter", text.position)
+            text.position += 1
+            if after == "]":
+                break
+    if text.next_character():
+        raise text.error("Extra data; a file of one object a line must be called .jsonl", text.position)
+
+
+class _JsonText:
+    """JSON text that is read piece by piece: no more is held than the value that is being read."""
+
+    def __init__(self, file: IO[bytes], source: str) -> None:
+        self.position = 0
+        """Where in what is held the next character is."""
+        self._file = file
+        self._source = source
+        self._held = ""
+        self._lines = 0
+        """Line ends before what is held."""
+        self._ended = False
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self._values = json.JSONDecoder(parse_constant=refuse_constant)
+
+    def next_character(self) -> str:
+        """The next character that is no white space; an empty text at the end."""
+        while True:
+            found = NO_BLANK.search(self._held, self.position)
+            if found is not None:
+                self.position = found.start()
+                return found[0]
+            self.position = len(self._held)
+            self._forget()
+            if not self._read_more():
+                return ""
+
+    def next_value(self) -> Any:
+        """The next value, whole."""
+        self.next_character()
+        self._forget()
+        while True:
+            try:
+                value, end = self._values.raw_decode(self._held, self.position)
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._held) - LONGEST_WORD
+                if not cut_off or not self._read_more():
+                    raise self.error(error.msg, error.pos) from error
+            except RecursionError as error:
+                raise UserError(f"{self._source} is nested too deeply to be read; flatten its records") from error
+            except ValueError as error:  # a number of thousands of digits, NaN
+                raise UserError(f"{self._source} is not valid JSON: {error}") from error
+            else:
+                if end < len(self._held) or not self._read_more():  # a number may go on
+                    self.position = end
+                    return value
+
+    def error(self, what: str, position: int) -> UserError:
+        """The refusal of what stands at a position of what is held."""
+        line = self._lines + self._held.count("\n", 0, position) + 1
+        return UserError(f"{self._source}: line {line} is not valid JSON: {what}")
+
+    def _forget(self) -> None:
+        self._lines += self._held.count("\n", 0, self.position)
+        self._held = self._held[self.position :]
+        self.position = 0
+
+    def _read_more(self) -> bool:
+        """As much again as is held, at least; False at the end."""
+        if self._ended:
+            return False
+        if len(self._held) - self.position > MAX_LINE_BYTES:
+            line = self._lines + self._held.count("\n", 0, self.position) + 1
+            raise UserError(
+                f"{self._source}: the record that begins on line {line} is longer than {MAX_LINE_BYTES >> 20} MiB; "
+                "split it, or check that the file is what its name says"
+            )
+        piece = self._file.read(max(LEAST_READ_BYTES, len(self._held)))
+        self._ended = not piece
+        try:
+            self._held += self._utf8.decode(piece, final=self._ended)
+        except UnicodeDecodeError as error:
+            before = self._held + error.object[: error.start].decode("utf-8", errors="replace")
+            bad = _not_utf8(self._lines + before.count("\n") + 1, error)
+            raise UserError(f"{self._source}: {bad.where} {bad.problem}") from error
+        return True
 
 
 def _as_record(where: str, value: Any) -> Record | BadRecord:
