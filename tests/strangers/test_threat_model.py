@@ -17,8 +17,9 @@ PEOPLE = (
     "may create pods",
     "reads Secrets",
     "pushes a model",
-    "data",
+    "pushes data",
     "runs inside a trainer's pod",
+    "user of the same machine",
     "operator",
 )
 
