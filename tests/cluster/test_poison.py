@@ -45,6 +45,8 @@ POISON = int(os.environ.get("QLORA_POISON", "200"))
 JOBS = path_of(API_VERSION, "qlorajobs", "team-b")
 WRITERS = 4
 FINISH_SECONDS = 240.0
+SETTINGS = {"QLORA_CPU_STAGES_LIMIT": "4"}
+"""Few pods of poison at one time, which a kubelet on paper plays one after the other; namespaces share them fairly."""
 
 
 def poison_of(dice: random.Random, number: int) -> tuple[Json, Json | None]:
@@ -153,7 +155,7 @@ def test_a_healthy_job_succeeds_beside_poison_and_again_after_a_restart(
     api: KubeApi, cluster: ControlPlane, new_database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copyfile(new_database, tmp_path / "mlflow.db")
-    program = Program(cluster.kubeconfig_for(cluster.token, name="controller"), tmp_path)
+    program = Program(cluster.kubeconfig_for(cluster.token, name="controller"), tmp_path, SETTINGS)
     store, dice = KubernetesStore(api), random.Random(SEED)
     try:
         with PaperKubelet(api, "gpu-1"):
