@@ -47,16 +47,9 @@ _NOT_IN_NAMES = CONTROL + _in_patterns(DIRECTION + LINES + UNSEEN)
 _NOT_AT_ENDS = " " + _in_patterns(BLANKS)
 
 
-def _name_pattern(without: str = "") -> str:
-    """A name that people see: no blanks at its ends, and nothing in it that is harmful or not seen."""
-    inner = f"{_NOT_IN_NAMES}{without}"
-    end = f"[^{_NOT_AT_ENDS}{inner}]"
-    return f"^{end}([^{inner}]*{end})?$"
-
-
-NAME_PATTERN = _name_pattern()
-REGISTERED_MODEL_PATTERN = _name_pattern("/:?")
-"""A name that MLflow can address: it takes `models:/name/version` apart at slashes, colons and question marks."""
+_END = f"[^{_NOT_AT_ENDS}{_NOT_IN_NAMES}]"
+NAME_PATTERN = f"^{_END}([^{_NOT_IN_NAMES}]*{_END})?$"
+"""A name that people see: no blanks at its ends, and nothing in it that is harmful or not seen."""
 
 DecimalString = Annotated[str, StringConstraints(pattern=DECIMAL_PATTERN, max_length=24, strict=True)]
 DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length=1, max_length=63)]

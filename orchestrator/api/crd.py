@@ -112,7 +112,12 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         )
     },
     TrackingSpec: {
-        "_registered_model_is_no_folder": (
+        "_registered_model_has_an_address": (
+            Rule(
+                rule="!has(self.registeredModel) || !self.registeredModel.matches('[/:?]')",
+                message="registeredModel must hold none of / : ?, at which MLflow takes addresses apart",
+                field="registeredModel",
+            ),
             Rule(
                 rule="!has(self.registeredModel) || !(self.registeredModel in ['.', '..'])",
                 message="registeredModel must not be `.` or `..`, which vanish from URLs",

@@ -24,7 +24,6 @@ from pydantic.alias_generators import to_camel
 from orchestrator.api.base import (
     API_VERSION,
     NAME_PATTERN,
-    REGISTERED_MODEL_PATTERN,
     Amount,
     Count,
     DecimalString,
@@ -45,6 +44,7 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport
 from orchestrator.api.stage_name import StageKind, StageName
 
+SEPARATORS_OF_MLFLOW = frozenset("/:?")
 CANCEL_ANNOTATION = "qlora.dev/cancel"
 RELEASE_FINALIZER = "qlora.dev/release"
 """The finalizer of a job for which something outside has to be settled before its object may go."""
@@ -257,9 +257,9 @@ class TrackingSpec(Model):
 
     experiment: Annotated[str, StringConstraints(pattern=NAME_PATTERN, min_length=1, max_length=256)] | None = None
     """Default: the job's namespace, to which it belongs: one of another namespace is refused."""
-    registered_model: (
-        Annotated[str, StringConstraints(pattern=REGISTERED_MODEL_PATTERN, min_length=1, max_length=256)] | None
-    ) = None
+    registered_model: Annotated[str, StringConstraints(pattern=NAME_PATTERN, min_length=1, max_length=256)] | None = (
+        None
+    )
     """Default: `<namespace>-<job>`. It belongs to the job's namespace: one of another is refused."""
     alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)] | None = "candidate"
     """Moved to the new version; MLflow reserves `latest` and `v<number>`."""
@@ -272,7 +272,9 @@ class TrackingSpec(Model):
 
     @field_validator("registered_model")
     @classmethod
-    def _registered_model_is_no_folder(cls, value: str | None) -> str | None:
+    def _registered_model_has_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not SEPARATORS_OF_MLFLOW.isdisjoint(value):
+            raise ValueError("registeredModel must hold none of / : ?, at which MLflow takes addresses apart")
         if value in (".", ".."):
             raise ValueError("registeredModel must not be `.` or `..`, which vanish from URLs")
         return value

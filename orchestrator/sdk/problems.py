@@ -23,7 +23,6 @@ from orchestrator.api.base import (
     DNS_LABEL_PATTERN,
     MAX_COUNT,
     NAME_PATTERN,
-    REGISTERED_MODEL_PATTERN,
     STORE_URI_PATTERN,
     URI_PATTERN,
     Model,
@@ -230,9 +229,8 @@ def _rule_and_fix(text: str, pattern: str, path: FieldPath) -> tuple[str, str | 
     if pattern == DNS_LABEL_PATTERN:
         rule = "may hold lower-case letters, digits and '-', and starts and ends with a letter or digit"
         return rule, re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
-    if pattern in (NAME_PATTERN, REGISTERED_MODEL_PATTERN):
-        rule = "must not begin or end with a blank, nor hold control characters or others that are not seen"
-        return rule + (", nor / : ?" if pattern == REGISTERED_MODEL_PATTERN else ""), None
+    if pattern == NAME_PATTERN:
+        return "must not begin or end with a blank, nor hold control characters or others that are not seen", None
     if pattern == CHAT_TEMPLATE_PATTERN:
         return "must be text without control characters but tabs and line ends", None
     if pattern in (URI_PATTERN, STORE_URI_PATTERN):

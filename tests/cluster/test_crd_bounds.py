@@ -150,6 +150,7 @@ def rule_breakers() -> list[tuple[str, object]]:
     both = {"source": "s3://b/t", "evalSource": "s3://b/e", "evalFraction": "0.1"}
     found: list[tuple[str, object]] = [("dataset.evalFraction", "0.6"), ("dataset", both)]
     found += [("adapter.dropout", "1"), ("tracking.alias", "v1"), ("tracking.registeredModel", "..")]
+    found += [("tracking.registeredModel", "a/b")]
     found += [("dataset.evalSplit", "test"), ("training.epochs", "1000001")]
     found += [("model.chatTemplate", "templates/chat.jinja"), ("model.chatTemplate", "{{ '模' }}" + "模" * 20_000)]
     aliases = {
