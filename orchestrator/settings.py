@@ -217,6 +217,12 @@ class Settings(ServiceSettings):
         return {f"{ENVIRONMENT_PREFIX}{name.upper()}": str(value) for name, value in dumped.items()}
 
     @property
+    def known_tracking_uri(self) -> str | None:
+        """Where this machine finds the results in MLflow; None of a cluster's, unless somebody has said it."""
+        is_said = "tracking_uri" in self.model_fields_set
+        return self.tracking_uri if is_said or not self.context else None
+
+    @property
     def database(self) -> Path:
         """The object database."""
         return self.home / "objects.db"

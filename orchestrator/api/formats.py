@@ -148,4 +148,4 @@ class Metric(StrEnum):
     VRAM_ALLOCATED_BYTES = "system/vram_allocated_bytes"
     VRAM_RESERVED_BYTES = "system/vram_reserved_bytes"
     ENERGY_JOULES = "system/energy_joules"
-    CHECKPOINT_STALL_SECONDS = "checkpoint/stall_seconds"
+    CHECKPOINT_STALL_SECONDS = "system/checkpoint_stall_seconds"

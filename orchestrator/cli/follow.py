@@ -96,6 +96,7 @@ def result_panel(job: QLoRAJob, result: JobResult) -> Panel:
     table.add_row("digest", Text(result.adapter_digest or "-"))
     table.add_row("MLflow run", Text(result.run_id or "-"))
     table.add_row("model version", Text(result.model_uri or "-"))
+    table.add_row("registry", Text(result.tracking_uri or "the cluster's MLflow"))
     return Panel(
         table, title=f"[good]{job.metadata.name} succeeded[/]", title_align="left", border_style="quiet", expand=False
     )
@@ -113,6 +114,7 @@ def result_lines(job: QLoRAJob, result: JobResult) -> str:
         "digest": result.adapter_digest or "-",
         "run": result.run_id or "-",
         "model": result.model_uri or "-",
+        "registry": result.tracking_uri or "-",
     }
     return "\n".join(f"{name}: {value}" for name, value in fields.items())
 

@@ -36,6 +36,7 @@ COMMANDS = {
         service_commands.up,
         service_commands.down,
         service_commands.ui,
+        service_commands.env,
         service_commands.version,
     ),
 }

@@ -111,6 +111,22 @@ def ui(
     raise typer.Exit(serve(settings, port, UI_START_SECONDS))
 
 
+def env() -> None:
+    """Print what other programs need to find the results, as exports: eval "$(qlora env)"."""
+    import shlex
+
+    from orchestrator.cli.output import print_text
+    from orchestrator.errors import PermanentError
+    from orchestrator.sdk.connection import read_settings
+
+    address = read_settings().known_tracking_uri
+    if address is None:
+        raise PermanentError(
+            "the address of that cluster's MLflow is not known here; set MLFLOW_TRACKING_URI to one that works here"
+        )
+    print_text(f"export MLFLOW_TRACKING_URI={shlex.quote(address)}")
+
+
 def version(output: Output = None) -> None:
     """Print the versions of this program and of what it runs jobs with."""
     from importlib.metadata import PackageNotFoundError

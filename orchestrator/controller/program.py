@@ -7,6 +7,7 @@ stages running. When Ray is lost it exits with LOST_EXIT_CODE, without waiting f
 from __future__ import annotations
 
 import fcntl
+import getpass
 import json
 import logging
 import os
@@ -60,8 +61,16 @@ def main() -> int:
     return 0
 
 
+def _person() -> str | None:
+    """Whose service this is, if the system has a name for it."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return None
+
+
 def _work(settings: Settings) -> None:
-    tracking = MlflowTracking(settings)
+    tracking = MlflowTracking(settings, user=_person())
     is_new = tracking.is_new
     connecting = threading.Thread(target=_connect, args=(tracking,), daemon=True)
     connecting.start()  # while Ray starts, which takes as long

@@ -42,6 +42,9 @@ class JobResult:
     """SHA-256 of adapter_model.safetensors."""
     run_id: str | None
     experiment_id: str | None
+    tracking_uri: str | None
+    """Where run and model are: what MLflow must be told before it finds `model_uri`. None of a cluster whose MLflow has
+    no known address here; set MLFLOW_TRACKING_URI."""
     registered_model: str | None
     model_version: str | None
     steps: int
@@ -172,6 +175,7 @@ class JobHandle:
             adapter_digest=status.adapter_digest,
             run_id=status.mlflow.run_id,
             experiment_id=status.mlflow.experiment_id,
+            tracking_uri=self._settings.known_tracking_uri,
             registered_model=status.mlflow.registered_model,
             model_version=status.mlflow.model_version,
             steps=max((record.step for record in records), default=0),

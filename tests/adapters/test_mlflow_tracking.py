@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from mlflow import MlflowClient
 
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus, TrackingSpec
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.reasons import Reason
 from orchestrator.errors import InvalidObject, TrackingUnavailable
 from orchestrator.settings import Settings
-from tests.builders import submitted_job
+from tests.builders import NOW, make_attempt, submitted_job
 
 # MLflow's imports and its database layer warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -44,6 +47,10 @@ def runs(settings: Settings, experiment: str) -> list[Any]:
     found = client.get_experiment_by_name(experiment)
     assert found is not None
     return list(client.search_runs([found.experiment_id]))
+
+
+def make_plan(micro_batch_size: int) -> MemoryPlan:
+    return MemoryPlan(micro_batch_size=micro_batch_size, accumulation_steps=4, recompute_layers=0)
 
 
 def test_a_database_is_new_until_it_has_been_connected_to(settings: Settings, tmp_path: Path) -> None:
@@ -87,6 +94,41 @@ def test_what_one_team_may_write_to_is_not_remembered_for_another(settings: Sett
     found = MlflowClient(settings.tracking_uri).get_experiment_by_name("shared")
     assert found is not None
     assert found.tags["qlora.dev/namespace"] == "team-a"
+
+
+def test_pages_show_who_made_a_run_and_that_its_experiment_is_training(settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    kept = client.create_experiment("kept", tags={"mlflow.experimentKind": "forecasting"})
+    bare = client.create_experiment("bare")
+    for experiment, user in (("kept", None), ("bare", "ana"), ("fresh", None)):
+        wanted = job(f"u-of-{experiment}", tracking=TrackingSpec(experiment=experiment))
+        MlflowTracking(settings, user=user).ensure_run(wanted)
+        (run,) = runs(settings, experiment)
+        assert run.info.user_id == run.data.tags["mlflow.user"] == (user or "team-a")
+        assert run.data.tags["mlflow.source.name"] == "team-a/medical"
+    kinds = [client.get_experiment(each).tags["mlflow.experimentKind"] for each in (kept, bare)]
+    assert kinds == ["forecasting", "custom_model_development"], "a person's choice stays"
+    fresh = client.get_experiment_by_name("fresh")
+    assert fresh is not None
+    assert fresh.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_the_run_of_a_finished_job_says_how_its_attempts_went_though_no_stage_could_tell(settings: Settings) -> None:
+    tracking = MlflowTracking(settings)
+    wanted = job("u-14", tracking=TrackingSpec(experiment="told"))
+    attempts = tuple(
+        make_attempt(number=number, plan=make_plan(size), reason=reason, finish_time=NOW)
+        for number, size, reason in ((2, 4, Reason.OUT_OF_MEMORY), (3, 1, Reason.DIVERGED))
+    )
+    status = QLoRAJobStatus(mlflow=tracking.ensure_run(wanted), attempts=attempts, summary="diverged in step 3")
+    for _ in range(2):
+        tracking.finish_run(wanted.model_copy(update={"status": status}), "FAILED")
+    (run,) = runs(settings, "told")
+    assert run.info.status == "FAILED"
+    plans = [json.loads(run.data.tags[f"qlora.dev/plan/{number}"])["microBatchSize"] for number in (2, 3)]
+    assert plans == [4, 1]
+    ends = [run.data.tags[f"qlora.dev/end{which}"] for which in ("/2", "/3", "")]
+    assert ends == ["OutOfMemory", "Diverged", "diverged in step 3"]
 
 
 FIRST_CALLS = """

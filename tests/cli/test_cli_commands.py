@@ -469,9 +469,21 @@ def test_run_follows_a_job_to_its_result_without_a_terminal(service: PaperServic
     result = dict(line.split(": ", 1) for line in stdout.splitlines())
     assert (result["state"], result["evalLossBefore"], result["evalLoss"]) == ("Succeeded", "3.5000", "1.7500")
     assert result["model"] == "models:/medical/3"
+    assert result["registry"].startswith("sqlite:///")
+    assert qlora("env").stdout == f"export MLFLOW_TRACKING_URI={result['registry']}\n"
     assert "submitted default/medical" in stderr
     assert re.search(r"medical: Training  \d0/40  loss 2\.5000  eval loss 2\.2500  812 tokens/s  ETA 1m15s", stderr)
     assert not CONTROL_CODE.search(stdout + stderr)
+
+
+def test_the_registry_of_a_cluster_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CONTEXT", "far-away")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    unknown = qlora("env")
+    assert unknown.exit_code != ExitStatus.OK
+    assert "set MLFLOW_TRACKING_URI" in unknown.stderr
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example/a b")
+    assert qlora("env").stdout == "export MLFLOW_TRACKING_URI='https://mlflow.example/a b'\n"
 
 
 def test_run_of_a_job_that_fails_is_status_1_and_says_where_to_look(service: PaperService) -> None:

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
+from peft_fields import known_fields
 from qlora_trainer.outcome import FencedError, Transient
 from qlora_trainer.storage.checkpoint import (
     BestEvaluation,
@@ -23,7 +25,7 @@ from qlora_trainer.storage.checkpoint import (
     Snapshot,
     TrainingState,
 )
-from qlora_trainer.storage.final_adapter import OLDEST_FIELDS, adapter_config
+from qlora_trainer.storage.final_adapter import adapter_config
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.tensors import on_host
 from safetensors.torch import load_file
@@ -380,21 +382,79 @@ def test_the_adapters_configuration_does_not_depend_on_pythons_hashes(store: Job
     assert runs[0].stdout == runs[1].stdout
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_an_older_peft_knows_every_field_of_the_adapters_configuration(store: JobStore, use_dora: bool) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "since"),
+    [
+        ({}, "0.4.0"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "0.4.0"),
+        ({"use_rslora": True}, "0.8.0"),
+        ({"use_dora": True}, "0.9.0"),
+    ],
+    ids=["as it comes", "with modules", "rsLoRA", "DoRA"],
+)
+def test_every_peft_that_can_do_it_knows_every_field_of_the_adapters_configuration(
+    store: JobStore, adapter: dict[str, Any], since: str
+) -> None:
+    """Since the first that has LoRA on 4-bit layers, 0.4.0, or has the variant."""
     from peft import LoraConfig
 
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj"], use_dora=use_dora)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj"], **adapter})
     written = adapter_config(config, make_task(Path("/models/base"), store))
-    assert written.keys() - OLDEST_FIELDS == ({"use_dora"} if use_dora else set())
-    assert (written["r"], written["lora_alpha"], written["lora_dropout"], written["inference_mode"]) == (
-        4,
-        8,
-        0.1,
-        True,
-    )
+    versions = known_fields()
+    capable = list(versions)[list(versions).index(since) :]
+    assert capable[0] == since, "the table has the version that the variant came with"
+    assert {version: written.keys() - versions[version] for version in capable} == {
+        version: set[str]() for version in capable
+    }
+    assert since == "0.4.0" or adapter.keys() - versions[list(versions)[list(versions).index(since) - 1]]
+    assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (4, 8, 0.1)
+    assert written["inference_mode"] is True
     read = LoraConfig(**{key: value for key, value in written.items() if key != "peft_type"}).to_dict()
     assert {**read, "inference_mode": False, "base_model_name_or_path": None} == config.to_dict()
+
+
+def test_the_table_of_peft_is_as_new_as_the_peft_that_is_installed() -> None:
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    newest = list(known_fields().values())[-1]
+    installed = {field.name for field in fields(LoraConfig)}
+    assert installed <= newest, "make it anew: python tests/trainer/peft_fields.py"
+
+
+OLD_PEFT = """
+import sys
+import peft, torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, sys.argv[2]))
+stored = load_file(sys.argv[2] + "/adapter_model.safetensors")
+same = loaded.keys() == stored.keys() and all(torch.equal(loaded[key].bfloat16(), stored[key]) for key in stored)
+import json
+print(json.dumps([peft.__version__, same]))
+"""
+
+
+@pytest.mark.skipif("QLORA_OLD_PEFT" not in os.environ, reason="installs old releases; set QLORA_OLD_PEFT=1")
+@pytest.mark.parametrize("version", ["0.4.0", "0.9.0", "0.13.2", "0.17.0", "0.18.0", "0.21.0"])
+def test_releases_of_peft_load_the_final_adapter(store: JobStore, tmp_path: Path, version: str) -> None:
+    """Each beside the transformers that is installed; PEFT's oldest releases know no such layers."""
+    model = tiny_model()
+    uri, _, _ = publish_real_adapter(store, model)
+    releases = tmp_path / "releases"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(releases)]
+    subprocess.run([*pip, f"peft=={version}"], check=True)
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OLD_PEFT, str(model), uri.removeprefix("file://")],
+        env={**os.environ, "PYTHONPATH": str(releases)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert json.loads(ended.stdout.splitlines()[-1]) == [version, True]
 
 
 def test_the_order_of_tensors_does_not_change_the_file(store: JobStore, tmp_path: Path) -> None:

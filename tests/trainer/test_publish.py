@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,15 @@ from qlora_trainer import publish
 from qlora_trainer.outcome import FencedError, UserError
 from qlora_trainer.storage.checkpoint import Checkpointer, Provenance
 from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.journal import Journal
+from qlora_trainer.tracking import mlflow_run
+from qlora_trainer.tracking.run_page import attempt_tags
 from tiny_model import tiny_model
 
 from orchestrator.api.formats import JournalRecord
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrackingSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
 
@@ -140,6 +146,7 @@ def test_the_registry_holds_the_adapter_with_tags_alias_card_and_signature(
     task = make_task(client, store, registered_model="terms", alias="candidate")
     result = publish.run(task)
     assert (result.registered_model, result.model_version, result.model_uri) == ("terms", "1", "models:/terms/1")
+    assert result.run_id == task.run_id
 
     version = client.get_model_version_by_alias("terms", "candidate")
     assert (version.version, version.run_id, version.status) == (1, task.run_id, "READY")
@@ -152,7 +159,8 @@ def test_the_registry_holds_the_adapter_with_tags_alias_card_and_signature(
     folder = Path(download_artifacts("models:/terms@candidate", dst_path=str(tmp_path / "downloaded")))
     assert (folder / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes() == weights.read_bytes()
     signature = Model.load(str(folder)).signature
-    assert [column.name for column in signature.inputs] == ["messages", "tools", "prompt"]
+    columns = ["messages", "tools", "prompt", "instruction", "input", "system", "history"]
+    assert [column.name for column in signature.inputs] == columns
     requirements = (folder / "requirements.txt").read_text().split()
     assert {"torch==2.13.0", "peft==0.21.2"} <= set(requirements)
     assert all("==" in line for line in requirements)
@@ -162,10 +170,40 @@ def test_the_registry_holds_the_adapter_with_tags_alias_card_and_signature(
     assert client.get_run(task.run_id).info.status == "RUNNING"
 
 
+def test_the_runs_page_shows_data_card_and_the_version(client: MlflowClient, tmp_path: Path) -> None:
+    task = make_task(client, make_store(tmp_path), registered_model="terms")
+    publish.run(task)
+    client.set_tag(task.run_id, "mlflow.note.content", "ours, and good")
+    publish.run(task)
+    run = client.get_run(task.run_id)
+    assert run.outputs is not None
+    (output,) = run.outputs.model_outputs
+    assert [output.model_id] == logged_models(client, "u-1")
+    tags = client.get_logged_model(output.model_id).tags
+    assert json.loads(tags["mlflow.modelVersions"]) == [{"name": "terms", "version": "1"}]
+    inputs = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
+    assert sorted(inputs) == ["evaluation", "training"]
+    assert (inputs["training"].name, inputs["training"].digest) == ("data.jsonl", "1" * 36)
+    assert json.loads(inputs["training"].profile) == {"records": 9, "tokens": 99, "steps": 1}
+    assert {file.path for file in client.list_artifacts(task.run_id)} == {"README.md"}
+    assert run.data.tags["mlflow.note.content"] == "ours, and good", "what a person wrote stays"
+
+
+def test_a_run_is_described_by_its_job_and_then_by_its_card(client: MlflowClient, tmp_path: Path) -> None:
+    task = make_task(client, make_store(tmp_path), registered_model="terms")
+    assert task.run_id is not None
+    mlflow_run.describe(task, task.run_id, {})
+    first = client.get_run(task.run_id).data.tags["mlflow.note.content"]
+    assert "9 records with 99 tokens" in first
+    publish.run(task)
+    assert client.get_run(task.run_id).data.tags["mlflow.note.content"].startswith("# terms")
+
+
 def test_the_card_is_a_hub_card_that_tells_what_came_of_it(client: MlflowClient, tmp_path: Path) -> None:
     store = make_store(tmp_path)
     task = make_task(client, store, model="file:///models/base", registered_model="terms")
-    card = publish.model_card(task, publish.fetch_adapter(store, tmp_path / "fetched"))
+    plans = {"qlora.dev/plan/2": '{"microBatchSize":4}', "qlora.dev/plan/10": '{"microBatchSize":1}'}
+    card = publish.model_card(task, publish.fetch_adapter(store, tmp_path / "fetched"), plans)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == "/models/base"
     assert front["library_name"] == "peft"
@@ -174,6 +212,11 @@ def test_the_card_is_a_hub_card_that_tells_what_came_of_it(client: MlflowClient,
     assert "| held-out loss with the adapter | 2.1250 |" in card
     assert "| training.learningRate | 3e-4 |" in card
     assert "| base revision | c0ffee |" in card
+    assert f"| prepared data | {DIGEST} |" in card
+    assert "| what carried loss | the assistant's turns, each with the token that ends it |" in card
+    assert "| chat template | the base's own, saved with the tokenizer |" in card
+    assert '| memory plan | {"microBatchSize":1} |' in card, "that of the last attempt"
+    assert f'mlflow.set_tracking_uri("sqlite:///{tmp_path}/mlflow.db")' in card
     assert 'mlflow.pyfunc.load_model("models:/terms@candidate")' in card
     assert "PeftModel.from_pretrained(" in card
     for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
@@ -237,12 +280,12 @@ def test_a_deleted_run_and_experiment_are_restored_and_the_adapter_registered(
 
 def test_a_run_that_is_gone_for_good_is_made_anew_once(client: MlflowClient, tmp_path: Path) -> None:
     task = make_task(client, make_store(tmp_path), uid="u-2").model_copy(update={"run_id": "0" * 32, "uid": "u-3"})
-    publish.run(task)
-    publish.run(task)
+    found = publish.run(task)
+    assert publish.run(task) == found
     experiment = client.get_experiment_by_name("team-a")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`qlora.dev/job-uid` = 'u-3'")
-    assert run.info.status == "FINISHED"
+    assert (run.info.status, run.info.run_id) == ("FINISHED", found.run_id)
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "eval/loss")] == [0, 1]
     assert client.get_model_version("medical-es", "1").run_id == run.info.run_id
     assert versions(client, "medical-es") == ["1"]
@@ -262,6 +305,30 @@ def test_what_attempts_said_of_themselves_is_in_the_run_though_mlflow_was_away(
     assert data.tags["qlora.dev/plan/2"] == "fits"
     assert data.tags["qlora.dev/card"] == "large"
     assert data.params["training.learningRate"] == "3e-4"
+
+
+def test_an_mlflow_that_never_answered_an_attempt_has_its_plan_and_metrics_in_the_end(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path)
+    task = make_task(client, store)
+    plan = MemoryPlan(micro_batch_size=1, accumulation_steps=16, recompute_layers=0, loss_chunk_tokens=64)
+    attempt = task.model_copy(update={"stage": "train", "attempt": 1, "plan": plan, "run_id": None})
+    with socket.socket() as deaf, monkeypatch.context() as then:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        then.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        then.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        store.record_attempt(1, attempt_tags(attempt))
+        logger = mlflow_run.RunLogger(attempt, Journal(RECORDS), interval_seconds=0.05)
+        started = time.monotonic()
+        assert logger.close(1) == len(RECORDS)
+        assert time.monotonic() - started < 30, "the end of an attempt waits for nobody"
+    publish.run(task)
+    data = client.get_run(task.run_id).data
+    assert json.loads(data.tags["qlora.dev/plan/1"])["microBatchSize"] == 1
+    assert data.tags["qlora.dev/version/torch"]
+    assert [metric.step for metric in client.get_metric_history(task.run_id, "eval/loss")] == [0, 1]
 
 
 KILLS = """
@@ -291,7 +358,8 @@ def interruptible(method):
 # Before and after each call that changes or asks MLflow is an instant to be killed at.
 for name in ("get_run", "get_metric_history", "log_batch", "search_logged_models", "create_logged_model",
              "log_model_artifacts", "finalize_logged_model", "search_model_versions", "create_registered_model",
-             "create_model_version", "set_registered_model_alias", "get_registered_model"):
+             "create_model_version", "set_registered_model_alias", "get_registered_model", "log_inputs", "log_outputs",
+             "log_text", "set_logged_model_tags"):
     setattr(MlflowClient, name, interruptible(getattr(MlflowClient, name)))
 mlflow.pyfunc.save_model = interruptible(mlflow.pyfunc.save_model)
 
@@ -325,7 +393,7 @@ def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_mo
     client: MlflowClient, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path)
-    instants = 40
+    instants = 48
     tasks = [make_task(client, store, uid=f"u-{kill}", registered_model=f"m-{kill}") for kill in range(instants + 1)]
     lines = "\n".join(task.model_dump_json(by_alias=True) for task in tasks)
     elsewhere = (f"sqlite:///{tmp_path}/warm-up.db", (tmp_path / "warm-up").as_uri())

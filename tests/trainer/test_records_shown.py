@@ -16,7 +16,9 @@ from qlora_trainer import prepare, publish
 from qlora_trainer.data.encoding import EncodedRecord
 from qlora_trainer.data.report import SHOWN_CHARACTERS, SHOWN_PARTS, in_brackets, shown
 from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.tracking import mlflow_run
 from qlora_trainer.tracking.records_page import PAGE_PATH, records_page
+from qlora_trainer.tracking.run_page import Results
 from tiny_model import EOS, tiny_model
 from transformers import AutoTokenizer
 
@@ -66,7 +68,8 @@ def test_prepare_keeps_its_first_records_and_publish_puts_them_on_the_run(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = MlflowClient(tracking_uri=uri)
-    run = client.create_run(client.create_experiment("team-a", artifact_location=(tmp_path / "a").as_uri()))
+    own = {"qlora.dev/namespace": "team-a"}
+    run = client.create_run(client.create_experiment("team-a", (tmp_path / "a").as_uri(), own))
     task = make_task(tmp_path, *5 * [json.dumps(CHAT)])
     result = prepare.run(task)
     task = task.model_copy(update={"stage": "publish", "prepared": result, "run_id": run.info.run_id})
@@ -74,10 +77,20 @@ def test_prepare_keeps_its_first_records_and_publish_puts_them_on_the_run(
     assert kept is not None
     assert len(kept.records) == prepare.SHOWN_RECORDS
     assert any("few steps" in warning for warning in kept.warnings)
-    publish._show_records(JobStore(task.store_uri), task, run.info.run_id)  # pyright: ignore[reportPrivateUsage]
+    mlflow_run.describe(task, run.info.run_id, {}, Results(card="# a card", records=kept))
     page = Path(client.download_artifacts(run.info.run_id, PAGE_PATH, str(tmp_path))).read_text()
     assert "<mark>good morning" in page
     assert "few steps" in page
+    tags = client.get_run(run.info.run_id).data.tags
+    (shown,) = json.loads(tags["mlflow.loggedArtifacts"])
+    assert shown["type"] == "table"
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, shown["path"], str(tmp_path))).read_text())
+    text, tokens, supervised = table["data"][0]
+    assert "⟦good morning" in text
+    assert (tokens, supervised) == (kept.records[0].tokens, kept.records[0].supervised_tokens)
+    assert len(table["data"]) == len(kept.records)
+    assert len(table["columns"]) == 3
+    assert tags["mlflow.note.content"] == "# a card"
 
 
 class Tags(HTMLParser):

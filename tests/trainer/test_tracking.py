@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from qlora_trainer.outcome import Transient, UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
-from qlora_trainer.tracking import mlflow_run
+from qlora_trainer.tracking import mlflow_run, run_page
 from qlora_trainer.tracking.mlflow_run import RunLogger
 
 from orchestrator.api.formats import JournalRecord
@@ -143,6 +143,15 @@ def test_parameters_and_tags_say_what_the_job_is(client: MlflowClient, tmp_path:
     assert history(client, run_id) == expected(2)
 
 
+def test_parameters_are_those_that_applied() -> None:
+    by_steps = run_page.parameters(make_task(max_steps=7))
+    assert (by_steps["training.maxSteps"], by_steps.get("training.epochs")) == ("7", None)
+    by_epochs = run_page.parameters(make_task(epochs="2"))
+    assert (by_epochs["training.epochs"], by_epochs.get("training.maxSteps")) == ("2", None)
+    assert not {"dataset.split", "queue", "priority", "suspend", "resources.vram", "tracking.alias"} & by_epochs.keys()
+    assert by_epochs["dataset.source"] == "file:///data.jsonl"
+
+
 def test_the_runs_status_is_left_to_the_controller(client: MlflowClient, tmp_path: Path) -> None:
     run_id = make_run(client, tmp_path)
     make_logger(make_task(run_id), make_journal(1)).close(30)
@@ -156,7 +165,7 @@ def test_long_values_are_cut(client: MlflowClient) -> None:
     task = make_task()
     model = task.spec.model.model_copy(update={"chat_template": "x" * 9000})
     task = task.model_copy(update={"spec": task.spec.model_copy(update={"model": model})})
-    assert max(len(value) for value in mlflow_run.parameters(task).values()) == 500
+    assert max(len(value) for value in run_page.parameters(task).values()) == 500
 
 
 def test_reconcile_fills_every_gap_and_repeats_nothing(client: MlflowClient, tmp_path: Path) -> None:

@@ -78,7 +78,12 @@ def test_every_step_is_in_the_journal_once_and_evaluations_are_where_they_belong
     train.run(make_task(tmp_path, steps=12, evaluation={"every_steps": 5}))
     assert list(metric(tmp_path, "train/loss")) == list(range(1, 13))
     assert list(metric(tmp_path, "eval/loss")) == [0, 5, 10, 12]
-    for name in ("train/learning_rate", "train/grad_norm", "train/tokens_per_second", "checkpoint/stall_seconds"):
+    for name in (
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "system/checkpoint_stall_seconds",
+    ):
         assert list(metric(tmp_path, name)) == list(range(1, 13)), name
     # What a CPU cannot tell is absent.
     names = {name for record in journal_of(tmp_path).records() for name in record.metrics}

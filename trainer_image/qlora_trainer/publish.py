@@ -33,8 +33,8 @@ from qlora_trainer.storage.final_adapter import FinalAdapter, fetch_final_adapte
 from qlora_trainer.storage.job_store import JobStore, copy_verified
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking import mlflow_run, registry
-from qlora_trainer.tracking.model_card import CARD_NAME, model_card, without_front_matter
-from qlora_trainer.tracking.records_page import records_page
+from qlora_trainer.tracking.model_card import model_card, without_front_matter
+from qlora_trainer.tracking.run_page import CARD_NAME, Results
 
 log = logging.getLogger(__name__)
 SERVING_MODEL = Path(__file__).parent / "tracking" / "serving_model.py"
@@ -51,11 +51,13 @@ def run(task: StageTask) -> PublishResult:
     with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
         adapter = fetch_adapter(store, Path(scratch) / "stored")
         run_id = mlflow_run.ensure_run(task)
-        mlflow_run.describe(task, run_id, store.attempt_tags())
+        attempts = store.attempt_tags()
         mlflow_run.reconcile(run_id, adapter.journal)
-        _show_records(store, task, run_id)
         log.info("the run %s has all %d records of the journal", run_id, len(adapter.journal))
-        card = model_card(task, adapter)
+        card = model_card(task, adapter, attempts)
+        mlflow_run.describe(
+            task, run_id, attempts, Results(card=without_front_matter(card), records=read_shown(store, task))
+        )
         registration = registry.Registration(
             task=task, run_id=run_id, adapter_digest=adapter.digest, description=without_front_matter(card)
         )
@@ -66,14 +68,9 @@ def run(task: StageTask) -> PublishResult:
             Path(scratch) / "logged",
         )
     name = registration.registered_model
-    return PublishResult(registered_model=name, model_version=version, model_uri=f"models:/{name}/{version}")
-
-
-def _show_records(store: JobStore, task: StageTask, run_id: str) -> None:
-    """The records that prepare kept, on the run; without them the adapter is published all the same."""
-    shown = read_shown(store, task)
-    if shown is not None:
-        mlflow_run.show_records(run_id, records_page(shown))
+    return PublishResult(
+        registered_model=name, model_version=version, model_uri=f"models:/{name}/{version}", run_id=run_id
+    )
 
 
 def read_shown(store: JobStore, task: StageTask) -> ShownRecords | None:
@@ -131,7 +128,7 @@ def save_model(adapter: FinalAdapter, card: str, folder: Path, mlflow_model: Any
 
 
 def signature() -> Any:
-    """Rows of `messages` (with `tools`, if there are any) or `prompt` in, one text a row out."""
+    """Rows of `messages` (with `tools`, if there are any), `prompt` or `instruction` in, one text a row out."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType, Array, Object, Property
@@ -151,7 +148,11 @@ def signature() -> Any:
             [
                 ColSpec(Array(message), "messages", required=False),
                 ColSpec(AnyType(), "tools", required=False),
-                ColSpec(DataType.string, "prompt", required=False),
+                *(
+                    ColSpec(DataType.string, name, required=False)
+                    for name in ("prompt", "instruction", "input", "system")
+                ),
+                ColSpec(AnyType(), "history", required=False),
             ]
         ),
         outputs=Schema([ColSpec(DataType.string)]),

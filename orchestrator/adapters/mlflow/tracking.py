@@ -17,15 +17,19 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
 from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
+from orchestrator.api.words import on_one_line
 from orchestrator.errors import InvalidObject, TrackingUnavailable
 
 log = logging.getLogger(__name__)
 
 JOB_TAG, UID_TAG, QUEUE_TAG = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/queue"
+PLAN_TAG, END_TAG = "qlora.dev/plan", "qlora.dev/end"
 HTTP_RETRIES = 1  # the caller tries again, with a backoff
 EXPERIMENTS_KNOWN = 1000
 RUNS_LOOKED_AT = 1000
+TAGS_AT_ONCE = 100  # MLflow's bound
 RUNNING = "RUNNING"
 Answer = TypeVar("Answer")
 
@@ -62,8 +66,10 @@ class TrackingSettings(Protocol):
 class MlflowTracking:
     """`ports.Tracking` on an MLflow server or database."""
 
-    def __init__(self, settings: TrackingSettings) -> None:
+    def __init__(self, settings: TrackingSettings, user: str | None = None) -> None:
+        """Runs are shown as made by `user`; by their namespace where there is no one person."""
         self._settings = settings
+        self._user = user
         self._client: Any = None  # Any: mlflow is imported late
         self._connecting = threading.Lock()
         self._free = threading.BoundedSemaphore(settings.mlflow_workers)
@@ -95,7 +101,7 @@ class MlflowTracking:
         run = self._find_run(job, experiment_id)
         if run is None:
             try:
-                run = self._connected().create_run(experiment_id, run_name=job.metadata.name, tags=_tags(job))
+                run = self._connected().create_run(experiment_id, run_name=job.metadata.name, tags=self._tags(job))
             except Exception:
                 self._experiments.pop(_experiment_key(job), None)  # somebody may have deleted it
                 raise
@@ -108,8 +114,16 @@ class MlflowTracking:
         run = self._known_run(job)
         if run is None:
             log.warning("the MLflow run of job %s is gone; it cannot be set to %s", job.key, run_status)
-        elif run.info.status != run_status:
+            return
+        self._say(run, _last_words(job))
+        if run.info.status != run_status:
             self._connected().set_terminated(run.info.run_id, status=run_status)
+
+    def _say(self, run: Any, words: dict[str, str]) -> None:
+        entities: Any = importlib.import_module("mlflow.entities")
+        news = [entities.RunTag(key, value) for key, value in words.items() if run.data.tags.get(key) != value]
+        for start in range(0, len(news), TAGS_AT_ONCE):
+            self._connected().log_batch(run.info.run_id, tags=news[start : start + TAGS_AT_ONCE])
 
     def _known_run(self, job: QLoRAJob) -> Any:
         """The run that the job's status names or else the one with its tag; None where it is gone."""
@@ -125,6 +139,11 @@ class MlflowTracking:
                 raise
             return None
         return run if run.info.lifecycle_stage == "active" else None
+
+    def _tags(self, job: QLoRAJob) -> dict[str, str]:
+        meta = job.metadata
+        own = {JOB_TAG: meta.name, NAMESPACE_TAG: meta.namespace, UID_TAG: meta.uid, QUEUE_TAG: job.spec.queue}
+        return own | run_tags(meta.namespace, meta.name, self._user)
 
     def _find_run(self, job: QLoRAJob, experiment_id: str) -> Any:
         query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
@@ -149,12 +168,15 @@ class MlflowTracking:
         if found.lifecycle_stage == "deleted":
             log.warning("MLflow experiment %s was deleted; job %s needs it and restores it", name, job.key)
             self._connected().restore_experiment(found.experiment_id)
+        for key, value in EXPERIMENT_TAGS.items():
+            if key not in found.tags:  # a person's choice stays
+                self._connected().set_experiment_tag(found.experiment_id, key, value)
         return found.experiment_id
 
     def _create_experiment(self, name: str, job: QLoRAJob) -> Any:
         client = self._connected()
         exceptions: Any = importlib.import_module("mlflow.exceptions")
-        tags = {NAMESPACE_TAG: job.metadata.namespace}
+        tags = {NAMESPACE_TAG: job.metadata.namespace, **EXPERIMENT_TAGS}
         try:
             client.create_experiment(name, artifact_location=self._artifact_location(name), tags=tags)
         except exceptions.MlflowException:
@@ -228,9 +250,12 @@ def _experiment_key(job: QLoRAJob) -> tuple[str, str]:
     return job.metadata.namespace, _experiment_name(job)
 
 
-def _tags(job: QLoRAJob) -> dict[str, str]:
-    meta = job.metadata
-    return {JOB_TAG: meta.name, NAMESPACE_TAG: meta.namespace, UID_TAG: meta.uid, QUEUE_TAG: job.spec.queue}
+def _last_words(job: QLoRAJob) -> dict[str, str]:
+    """What the run of a finished job says of its attempts and its end, whether or not a stage could tell MLflow."""
+    trained = [attempt for attempt in job.status.attempts if attempt.plan is not None]
+    plans = {f"{PLAN_TAG}/{each.number}": each.plan.model_dump_json(by_alias=True) for each in trained if each.plan}
+    ends = {f"{END_TAG}/{each.number}": each.reason.value for each in trained if each.reason is not None}
+    return {**plans, **ends, **({END_TAG: on_one_line(job.status.summary)} if job.status.summary else {})}
 
 
 def _status(job: QLoRAJob, run: Any, run_status: str) -> MlflowStatus:

@@ -9,25 +9,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from threading import Event, Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.api.formats import JournalRecord
+from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
 from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
-from orchestrator.api.words import in_lines, on_one_line
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
-from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, insist, open_client
-from qlora_trainer.tracking.records_page import PAGE_PATH
+from qlora_trainer.tracking.records_page import PAGE_PATH, TABLE_PATH, records_page, records_table
+from qlora_trainer.tracking.run_page import (
+    CARD_NAME,
+    JOB_UID_TAG,
+    Results,
+    attempt_tags,
+    data_sets,
+    page_tags,
+    parameters,
+    tags,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,61 +44,14 @@ log = logging.getLogger(__name__)
 
 DELETED = "deleted"
 """MLflow's lifecycle stage of what its UI has deleted and can restore."""
-JOB_UID_TAG = "qlora.dev/job-uid"
 BATCH_METRICS = 1000
 """MLflow's bound on the metrics of one call."""
 BATCH_PARAMETERS = 100
 """MLflow's bound on the parameters, and on the tags, of one call."""
-MAX_VALUE_CHARACTERS = 500
 MAX_RUNS_LOOKED_AT = 1000
 MIRROR_BACKOFF = Backoff(first_pause_seconds=1.0)
 
 T = TypeVar("T")
-
-
-def parameters(task: StageTask) -> dict[str, str]:
-    """The job's spec as MLflow parameters: `training.learningRate` -> `2e-4`."""
-    return dict(_flattened(task.spec.to_wire(), ""))
-
-
-def _flattened(value: object, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, part in cast("dict[str, Any]", value).items():  # Any: whatever JSON holds
-            yield from _flattened(part, f"{name}.{key}" if name else key)
-    else:
-        text = value if isinstance(value, str) else json.dumps(value)
-        yield name, in_lines(text)[:MAX_VALUE_CHARACTERS]
-
-
-def tags(task: StageTask) -> dict[str, str]:
-    """What a run, logged model or version says about where it comes from."""
-    found = {
-        "qlora.dev/job": task.job,
-        NAMESPACE_TAG: task.namespace,
-        JOB_UID_TAG: task.uid,
-        "qlora.dev/queue": task.spec.queue,
-        "qlora.dev/base-model": task.spec.model.source,
-    }
-    if task.prepared is not None:
-        found["qlora.dev/base-revision"] = task.prepared.model.revision
-        found["qlora.dev/dataset-digest"] = task.prepared.digest
-        found |= {
-            f"qlora.dev/warning/{number}": warning for number, warning in enumerate(task.prepared.warnings, start=1)
-        }
-    return {key: on_one_line(value)[:MAX_VALUE_CHARACTERS] for key, value in found.items()}
-
-
-def plan_tags(task: StageTask) -> dict[str, str]:
-    """The memory plan of this attempt, under a name of its own: a run shows every plan that its job went through."""
-    if task.plan is None:
-        return {}
-    return {f"qlora.dev/plan/{task.attempt}": task.plan.model_dump_json(by_alias=True)}
-
-
-def attempt_tags(task: StageTask) -> dict[str, str]:
-    """What a train attempt says of itself: its plan, its libraries and its card."""
-    versions = {f"qlora.dev/version/{name}": version for name, version in library_versions().items()}
-    return {**versions, **plan_tags(task), "qlora.dev/card": _card()}
 
 
 def find_run(client: MlflowClient, task: StageTask) -> str | None:
@@ -112,15 +73,28 @@ class RunMirror:
         self._run_id = run_id
         self._logged_steps: dict[str, set[int]] = {}
 
-    def describe(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
-        """Add parameters that the run lacks (they can be set once) and set tags."""
+    def describe(self, task: StageTask, attempts: Mapping[str, str], results: Results | None = None) -> None:
+        """Add what the run lacks of parameters, data sets and description, set the tags of job and attempts.
+
+        The results are logged anew each time; a description that a person wrote stays.
+        """
         from mlflow.entities import Param, RunTag
 
-        present = self._client.get_run(self._run_id).data.params
-        missing = [Param(key, value) for key, value in parameters.items() if key not in present]
-        for batch in _batched(missing, BATCH_PARAMETERS):
+        run = self._client.get_run(self._run_id)
+        missing = [Param(key, value) for key, value in parameters(task).items() if key not in run.data.params]
+        for batch in _batched(missing, BATCH_PARAMETERS):  # they can be set once
             self._client.log_batch(self._run_id, params=batch)
-        self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        known_inputs = run.inputs.dataset_inputs if run.inputs else []
+        if not known_inputs and (inputs := data_sets(task)):
+            self._client.log_inputs(self._run_id, inputs)
+        if results is not None:
+            self._client.log_text(self._run_id, results.card, CARD_NAME)
+        if results is not None and results.records is not None:
+            self._client.log_text(self._run_id, records_page(results.records), PAGE_PATH)
+            self._client.log_dict(self._run_id, records_table(results.records), TABLE_PATH)
+        own = {**attempts, **tags(task), **page_tags(task, results, run.data.tags)}
+        for batch in _batched([RunTag(key, value) for key, value in own.items()], BATCH_PARAMETERS):
+            self._client.log_batch(self._run_id, tags=batch)
 
     def log(self, records: Iterable[JournalRecord]) -> None:
         """Log what the run does not have yet."""
@@ -217,7 +191,7 @@ class RunLogger:
         if run_id is None:
             return None
         mirror = RunMirror(client, run_id)
-        mirror.describe(parameters(self._task), {**tags(self._task), **attempt_tags(self._task)})
+        mirror.describe(self._task, attempt_tags(self._task))
         return mirror
 
     def _note_absence(self, error: Exception) -> None:
@@ -229,12 +203,6 @@ class RunLogger:
         if self._away_since is not None:
             log.info("MLflow is back after %.0f s; all metrics are there", monotonic() - self._away_since)
             self._away_since = None
-
-
-def _card() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def ensure_run(task: StageTask, backoff: Backoff = PUBLISH_BACKOFF) -> str:
@@ -290,8 +258,9 @@ def _make_run(client: MlflowClient, task: StageTask) -> str:
     if experiment is not None:
         experiment_id = experiment.experiment_id
     else:
-        experiment_id = client.create_experiment(name, tags={NAMESPACE_TAG: task.namespace})
-    made = client.create_run(experiment_id, tags=tags(task), run_name=task.job)
+        experiment_id = client.create_experiment(name, tags={NAMESPACE_TAG: task.namespace, **EXPERIMENT_TAGS})
+    own = {**tags(task), **run_tags(task.namespace, task.job)}
+    made = client.create_run(experiment_id, tags=own, run_name=task.job)
     # Somebody else may have made one meanwhile: the oldest is the job's.
     run = _run_of_job(client, task) or made
     if run.info.run_id != made.info.run_id:
@@ -312,15 +281,15 @@ def refuse_foreign_experiment(client: MlflowClient, task: StageTask) -> Experime
     return experiment
 
 
-def describe(task: StageTask, run_id: str, attempts: Mapping[str, str], backoff: Backoff = PUBLISH_BACKOFF) -> None:
-    """Give the run the job's parameters, its tags and those of its attempts, as far as it lacks them."""
-    own = {**attempts, **tags(task)}
-    insist("describe the run", lambda client: RunMirror(client, run_id).describe(parameters(task), own), backoff)
-
-
-def show_records(run_id: str, page: str, backoff: Backoff = PUBLISH_BACKOFF) -> None:
-    """Give the run the page of training records with their masks."""
-    insist("show the records", lambda client: client.log_text(run_id, page, PAGE_PATH), backoff)
+def describe(
+    task: StageTask,
+    run_id: str,
+    attempts: Mapping[str, str],
+    results: Results | None = None,
+    backoff: Backoff = PUBLISH_BACKOFF,
+) -> None:
+    """Give the run all that it says of job, attempts and results, as far as it lacks it."""
+    insist("describe the run", lambda client: RunMirror(client, run_id).describe(task, attempts, results), backoff)
 
 
 def reconcile(run_id: str, records: Sequence[JournalRecord], backoff: Backoff = PUBLISH_BACKOFF) -> None:

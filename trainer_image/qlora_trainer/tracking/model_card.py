@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import html
 import json
+import os
+from collections.abc import Mapping
+from urllib.parse import urlsplit, urlunsplit
 
-from orchestrator.api.losses import losses
-from orchestrator.api.task import StageTask
+from orchestrator.api.losses import LOSSES_AVERAGED, losses
+from orchestrator.api.ownership import registered_model_name
+from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
 from orchestrator.api.words import on_one_line
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
-from qlora_trainer.tracking.mlflow_run import parameters
+from qlora_trainer.tracking.run_page import PLAN_TAG, parameters
 
-CARD_NAME = "README.md"
+MASKS = {
+    "assistant": "the assistant's turns, each with the token that ends it",
+    "completion": "the last answer alone, with the token that ends it",
+    "all": "every token",
+}
 
 
-def model_card(task: StageTask, adapter: FinalAdapter) -> str:
-    """README.md as the Hugging Face hub reads it: front matter, then text. It depends on the job alone."""
+def model_card(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, str]) -> str:
+    """README.md as the Hugging Face hub reads it: front matter, then text.
+
+    It depends on the job and the address of the registry alone; `attempts` are the tags of its train attempts.
+    """
     config = json.loads((adapter.folder / ADAPTER_CONFIG_NAME).read_text())
     base = config["base_model_name_or_path"]
-    name = task.spec.tracking.registered_model or task.job
+    name = registered_model_name(task.spec.tracking, task.namespace, task.job)
     sections = (
         front_matter(task, base),
         f"# {_shown(name)}\n\nA LoRA adapter for {_shown(base)}, tuned with QLoRA (NF4 base with double quantization).",
         f"## Results\n\n{results(task, adapter)}",
         f"## Use\n\n{usage(task, name, base)}",
         f"## Hyperparameters\n\n{hyperparameters(task)}",
-        f"## Provenance\n\n{provenance(task, adapter)}",
+        f"## Provenance\n\n{provenance(task, adapter, attempts)}",
     )
     return "\n\n".join(sections) + "\n"
 
@@ -57,7 +68,7 @@ def results(task: StageTask, adapter: FinalAdapter) -> str:
     rows = {
         "held-out loss of the base": found.eval_loss_before,
         "held-out loss with the adapter": found.eval_loss,
-        "training loss at the end": found.train_loss,
+        f"training loss, mean of the last {LOSSES_AVERAGED} steps": found.train_loss,
         "optimizer steps": adapter.manifest.step,
     }
     return _table("measure", "value", {name: _number(value) for name, value in rows.items() if value is not None})
@@ -71,24 +82,65 @@ def usage(task: StageTask, name: str, base: str) -> str:
 ```python
 import mlflow
 
+mlflow.set_tracking_uri({_quoted(registry_address())})
 model = mlflow.pyfunc.load_model({_quoted(uri)})
-model.predict([{{"messages": [{{"role": "user", "content": "..."}}]}}], params={{"max_new_tokens": 64}})
+model.predict([{question(task)}], params={{"max_new_tokens": 64}})
 ```
 
-With PEFT:
+With transformers and PEFT:
 
 ```python
 import mlflow
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+mlflow.set_tracking_uri({_quoted(registry_address())})
 folder = mlflow.artifacts.download_artifacts({_quoted(uri)}) + "/artifacts/adapter"
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({_quoted(base)}), folder)
+nf4 = BitsAndBytesConfig(  # the base as the adapter met it; without, the base in full precision
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+)
+base = AutoModelForCausalLM.from_pretrained({_quoted(base)}, quantization_config=nf4, dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(base, folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)  # with the token that ends an answer
 tokenizer = AutoTokenizer.from_pretrained(folder)
-ends = GenerationConfig.from_pretrained(folder)  # with the token that ends an answer
-inputs = tokenizer.apply_chat_template([...], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-model.generate(**inputs, generation_config=ends, max_new_tokens=64)
+{encoding(task)}
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
+
+
+def question(task: StageTask) -> str:
+    """A row in the form that was trained."""
+    match task.spec.dataset.format:
+        case "messages" | "sharegpt":
+            return '{"messages": [{"role": "user", "content": "..."}]}'
+        case "alpaca":
+            return '{"instruction": "...", "input": ""}'
+        case "prompt-completion" | "text":
+            return '{"prompt": "..."}'
+
+
+def encoding(task: StageTask) -> str:
+    """The line that makes tokens of a question in the form that was trained."""
+    match task.spec.dataset.format:
+        case "messages" | "sharegpt":
+            asked = '[{"role": "user", "content": "..."}]'
+            return (
+                f"inputs = tokenizer.apply_chat_template(\n    {asked}, add_generation_prompt=True, "
+                'return_tensors="pt", return_dict=True\n)'
+            )
+        case "alpaca":
+            return 'inputs = tokenizer("...", return_tensors="pt")  # Stanford Alpaca\'s prompt, up to `### Response:`'
+        case "prompt-completion" | "text":
+            return 'inputs = tokenizer("...", return_tensors="pt")'
+
+
+def registry_address() -> str:
+    """Where the registry is, as this process knows it, without a login that the address may hold."""
+    address = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get(TRACKING_URI_VARIABLE, "...")
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else address
 
 
 def hyperparameters(task: StageTask) -> str:
@@ -101,21 +153,37 @@ def hyperparameters(task: StageTask) -> str:
     return _table("parameter", "value", rows)
 
 
-def provenance(task: StageTask, adapter: FinalAdapter) -> str:
+def provenance(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, str]) -> str:
     """Where it comes from."""
+    plans = {name.rpartition("/")[2]: plan for name, plan in attempts.items() if name.startswith(f"{PLAN_TAG}/")}
     rows = {
         "job": f"{task.namespace}/{task.job}",
         "job uid": task.uid,
         "base model": task.spec.model.source,
         "dataset": task.spec.dataset.source,
+        "what carried loss": MASKS[task.spec.dataset.train_on],
+        "chat template": template(task),
         "SHA-256 of the adapter": adapter.digest.removeprefix("sha256:"),
     }
     if task.prepared is not None:
         rows["base revision"] = task.prepared.model.revision
         rows["prepared data"] = task.prepared.digest
         rows["records, tokens"] = f"{task.prepared.train_records}, {task.prepared.train_tokens}"
+    if plans:
+        rows["memory plan"] = plans[max(plans, key=int)]
     rows |= adapter.manifest.versions
     return _table("what", "value", rows)
+
+
+def template(task: StageTask) -> str:
+    """Whose chat template the adapter carries."""
+    given = task.spec.model.chat_template
+    if task.spec.dataset.format not in ("messages", "sharegpt"):
+        return "none was used"
+    if given is None:
+        return "the base's own, saved with the tokenizer"
+    named = f"`{given}`" if given.isidentifier() else "the job's own"
+    return f"{named}, saved with the tokenizer"
 
 
 def _table(left: str, right: str, rows: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The page of a run that shows training records with their masks."""
+"""The page and the table of a run that show training records with their masks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from orchestrator.api.words import in_lines
 
 PAGE_PATH = "data/records.html"
 """Where it lies among the run's artifacts."""
+TABLE_PATH = "data/records.json"
+"""Where the same lies as a table, which MLflow shows by itself."""
 STYLE = (
     "body{font:14px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
     "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f4f4f4;padding:1em;color:#666}"
@@ -25,6 +27,16 @@ def records_page(shown: ShownRecords) -> str:
         f"<h1>Training records</h1><p>What carries loss is <mark>marked</mark>; the rest is context.</p>"
         f"{f'<ul>{warnings}</ul>' if warnings else ''}{records}</html>"
     )
+
+
+def records_table(shown: ShownRecords) -> dict[str, list[object]]:
+    """The records as MLflow keeps a table: what carries loss stands between brackets."""
+    columns: list[object] = ["record, ⟦what carries loss⟧", "tokens", "of them with loss"]
+    texts = [
+        "".join(f"⟦{part.text}⟧" if part.supervised else part.text for part in each.parts) for each in shown.records
+    ]
+    lines = zip(texts, shown.records, strict=True)
+    return {"columns": columns, "data": [[text, each.tokens, each.supervised_tokens] for text, each in lines]}
 
 
 def _record(number: int, record: ShownRecord) -> str:

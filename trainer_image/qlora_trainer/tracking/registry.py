@@ -7,6 +7,7 @@ write.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from orchestrator.api.ownership import NAMESPACE_TAG, REGISTERED_MODEL, belongs_
 from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
 from qlora_trainer.tracking.mlflow_client import insist
-from qlora_trainer.tracking.mlflow_run import JOB_UID_TAG, tags
+from qlora_trainer.tracking.run_page import JOB_UID_TAG, tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ADAPTER_DIGEST_TAG = "qlora.dev/adapter-digest"
 LOGGED_MODEL_NAME = "adapter"
+VERSIONS_TAG = "mlflow.modelVersions"
+"""What MLflow's pages take a logged model's versions from."""
 MAX_DESCRIPTION_CHARACTERS = 5000
 """What MLflow's SQL store keeps of a version's description."""
 MAX_VERSIONS_LOOKED_AT = 1000
@@ -68,6 +71,8 @@ def register(registration: Registration, save_model: Callable[[Path, Any], None]
     insist("look at the registered model", lambda client: refuse_foreign_model(client, registration.task))
     model_id = insist("log the model", lambda client: _logged_model(client, registration, save_model, scratch))
     version = insist("register the model", lambda client: _model_version(client, registration, model_id))
+    name = registration.registered_model
+    insist("show the version", lambda client: _name_version(client, model_id, name, version))
     alias = registration.task.spec.tracking.alias
     if alias is not None:
         insist("move the alias", lambda client: _move_alias(client, registration.task, alias, version))
@@ -100,6 +105,7 @@ def _logged_model(
     run = client.get_run(registration.run_id)
     found = _find_logged_model(client, run, registration)
     if found is not None and found.status == LoggedModelStatus.READY:
+        _link(client, run, found.model_id)
         return found.model_id
     model = found or client.create_logged_model(
         run.info.experiment_id, LOGGED_MODEL_NAME, source_run_id=run.info.run_id, tags=registration.tags
@@ -115,8 +121,26 @@ def _logged_model(
         save_model(folder, description)
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    _link(client, run, model.model_id)
     log.info("logged the adapter as model %s", model.model_id)
     return model.model_id
+
+
+def _link(client: MlflowClient, run: Run, model_id: str) -> None:
+    """Make the model an output of its run, which is where the run's page finds it and its versions."""
+    from mlflow.entities import LoggedModelOutput
+
+    known = run.outputs.model_outputs if run.outputs else []
+    if model_id not in {output.model_id for output in known}:
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _name_version(client: MlflowClient, model_id: str, name: str, version: str) -> None:
+    """Let the pages of run and logged model say as which version it is registered; a server does not by itself."""
+    known: list[dict[str, Any]] = json.loads(client.get_logged_model(model_id).tags.get(VERSIONS_TAG, "[]"))
+    own = {"name": name, "version": version}
+    if own not in [{key: str(value) for key, value in each.items()} for each in known]:
+        client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([*known, own])})
 
 
 def _find_logged_model(client: MlflowClient, run: Run, registration: Registration) -> Any | None:

@@ -7,8 +7,9 @@ project, and the heavy libraries only when the model is loaded.
     model.predict([{"messages": [{"role": "user", "content": "..."}]}])   # a chat, through the chat template
     model.predict([{"messages": [...], "tools": [...]}])                   # with tools, as JSON text or a list
     model.predict([{"prompt": "..."}], params={"max_new_tokens": 64})     # plain text, continued as it is
+    model.predict([{"instruction": "...", "input": "..."}])                # Stanford Alpaca's fields, in its prompt
 
-The rows of one call are all chats or all prompts. The base is the one that adapter_config.json names; where it lies
+The rows of one call are all of one kind. The base is the one that adapter_config.json names; where it lies
 elsewhere, say so with the environment variable QLORA_BASE_MODEL or with
 `load_model(..., model_config={"base_model": ...})`.
 """
@@ -66,18 +67,32 @@ class AdapterModel(_pyfunc.PythonModel):
     del predict.__annotations__["model_input"]  # MLflow takes it for a signature, and warns that it is none
 
     def _encode(self, row: dict[str, Any]) -> Any:
-        messages, prompt, tools = (_given(row.get(name)) for name in ("messages", "prompt", "tools"))
-        if (messages is None) == (prompt is None):
-            raise ValueError("give each row either `messages` (a chat) or `prompt` (text to continue)")
+        messages, prompt, instruction, tools = (
+            _given(row.get(name)) for name in ("messages", "prompt", "instruction", "tools")
+        )
+        if sum(given is not None for given in (messages, prompt, instruction)) != 1:
+            raise ValueError(
+                "give each row one of `messages` (a chat), `prompt` (text to continue) and `instruction` (of Alpaca)"
+            )
         if messages is None:
-            return self.tokenizer(prompt, return_tensors="pt")
+            return self._continued(prompt if instruction is None else _alpaca({**row, "instruction": instruction}))
         return self.tokenizer.apply_chat_template(
             [_message(dict(message)) for message in messages],
-            tools=_parsed(tools) or None,
+            tools=[_parsed(tool) for tool in _parsed(tools) or ()] or None,
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
         )
+
+    def _continued(self, text: str) -> Any:
+        """A text as it was trained: with the token that begins texts, if there is one, and none that ends them."""
+        begins = self.tokenizer("a")["input_ids"][:1]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        ids = encoded["input_ids"]
+        if begins == [self.tokenizer.bos_token_id] and ids[0, :1].tolist() != begins:
+            torch: Any = import_module("torch")
+            ids = torch.cat([torch.tensor([begins]), ids.long()], dim=1)
+        return {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
 
     def _generate(self, encoded: Any, params: dict[str, Any]) -> str:
         torch: Any = import_module("torch")
@@ -99,9 +114,29 @@ class AdapterModel(_pyfunc.PythonModel):
         return self.tokenizer.decode(continuation, skip_special_tokens=True).strip()
 
 
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
+ALPACA_PAIRED = ", paired with an input that provides further context"
+
+
+def _alpaca(row: dict[str, Any]) -> str:
+    """Stanford's prompt, up to where the answer begins."""
+    context, system = (_given(row.get(name)) or "" for name in ("input", "system"))
+    paired = f"\n\n### Input:\n{context}" if context.strip() else ""
+    start = f"### System:\n{system}\n\n" if system.strip() else ALPACA_PREAMBLE.format(ALPACA_PAIRED if paired else "")
+    rounds = _parsed(_given(row.get("history")) or [])
+    earlier = "".join(f"### Instruction:\n{asked}\n\n### Response:{said}\n\n" for asked, said in rounds)
+    return f"{start}{earlier}### Instruction:\n{row['instruction']}{paired}\n\n### Response:"
+
+
 def _message(given: dict[str, Any]) -> dict[str, Any]:
     """A message as it was trained: nulls are absent, the content is a text, tool arguments are objects."""
-    message = {key: value for key, value in given.items() if _given(value) is not None}
+    message = {key: value for key, value in given.items() if _given(value) is not None and key != "weight"}
+    for name in {"name", "tool_call_id", *REASONING_FIELDS} & message.keys():
+        if not message[name].strip():
+            del message[name]
     content = message.get("content", "")
     message["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
     if calls := _parsed(message.pop("tool_calls", None)):
