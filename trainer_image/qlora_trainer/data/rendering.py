@@ -208,7 +208,7 @@ class LimitedRenderer:
             _serve(theirs, self._tokenizer, self._train_on, self._limits)
         theirs.close()
         self._connection, self._pid = ours, pid
-        self._finalizer = weakref.finalize(self, _kill, ours, pid)
+        self._finalizer = weakref.finalize(self, _kill, parent, ours, pid)
         return ours
 
     def _end(self) -> str:
@@ -253,7 +253,9 @@ def _value(found: T | _Failure) -> T:
     raise {"user": UserError, "limit": RenderLimit, "value": ValueError}[found.kind](found.message)
 
 
-def _kill(connection: Connection, pid: int) -> None:
+def _kill(parent: int, connection: Connection, pid: int) -> None:
+    if os.getpid() != parent:  # another process's copy of the object
+        return
     connection.close()
     try:
         os.kill(pid, signal.SIGKILL)
