@@ -76,7 +76,7 @@ def start(settings: Settings) -> ServiceStatus:
     """Bring the service up, unless it is, and wait for its first decision; raises ServiceNotRunning."""
     began = time.time()
     if not status(settings).running:
-        _start_supervisor(settings)
+        _start_supervisor(settings, began)
     _wait(lambda: status(settings).ready or not status(settings).running, settings.start_timeout_seconds)
     found = status(settings)
     if not found.ready:
@@ -86,7 +86,7 @@ def start(settings: Settings) -> ServiceStatus:
     return found
 
 
-def _start_supervisor(settings: Settings) -> None:
+def _start_supervisor(settings: Settings, began: float) -> None:
     make_private(settings.home)
     settings.logs_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (settings.logs_folder / OUTPUT_NAME).open("ab") as output:
@@ -101,7 +101,7 @@ def _start_supervisor(settings: Settings) -> None:
         )
     if started.returncode != 0:
         raise ServiceNotRunning(
-            f"the service of {settings.home} could not be started: {_last_output(settings)}; see {output.name}"
+            f"the service of {settings.home} could not be started: {_last_output(settings, began)}; see {output.name}"
         )
 
 
@@ -173,7 +173,7 @@ def _last_error(settings: Settings, since_seconds: float) -> str:
     for line in _log_lines(settings.logs_folder / "controller.jsonl"):
         if line.get("level") == "ERROR" and _time_seconds(line) >= since_seconds - CLOCK_SECONDS:
             messages.append(str(line.get("traceback") or line.get("message")).strip().splitlines()[-1])
-    return messages[-1] if messages else _last_output(settings)
+    return messages[-1] if messages else _last_output(settings, since_seconds)
 
 
 def _time_seconds(line: dict[str, object]) -> float:
@@ -183,10 +183,13 @@ def _time_seconds(line: dict[str, object]) -> float:
         return 0.0
 
 
-def _last_output(settings: Settings) -> str:
-    """What a process of the service wrote last before it ended, having logged nothing."""
+def _last_output(settings: Settings, since_seconds: float) -> str:
+    """What a process of the service wrote last since then, before it ended, having logged nothing."""
+    path = settings.logs_folder / OUTPUT_NAME
     try:
-        with (settings.logs_folder / OUTPUT_NAME).open("rb") as output:
+        if path.stat().st_mtime < since_seconds - CLOCK_SECONDS:
+            return "no error was logged"
+        with path.open("rb") as output:
             output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_TAIL_BYTES))
             lines = output.read().decode(errors="replace").strip().splitlines()
     except FileNotFoundError:

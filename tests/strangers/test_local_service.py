@@ -91,8 +91,15 @@ def service_processes(settings: Settings) -> list[psutil.Process]:
     found = supervisor.status(settings)
     assert found.supervisor_pid
     root = psutil.Process(found.supervisor_pid)
-    shims = [p for p in psutil.process_iter() if str(settings.home) in " ".join(p.cmdline()) and p.pid != os.getpid()]
+    shims = [p for p in psutil.process_iter() if str(settings.home) in command_line(p) and p.pid != os.getpid()]
     return [root, *root.children(recursive=True), *shims, *(c for shim in shims for c in shim.children(recursive=True))]
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 def as_nobody(attempt: Callable[[], object]) -> str:
@@ -152,7 +159,7 @@ def test_no_command_line_has_a_secret_and_every_start_has_its_own(settings: Sett
     assert token != KNOWN_TOKEN
     processes = service_processes(settings)
     assert len(processes) > 6
-    assert all(token not in " ".join(process.cmdline()) for process in processes)
+    assert all(token not in command_line(process) for process in processes)
 
 
 @needs_root
@@ -256,7 +263,7 @@ def test_the_page_of_mlflow_asks_every_user_for_the_password_and_ends_with_its_c
         assert found, url
         server = psutil.Process(ui.pid).children(recursive=True)
         assert server
-        assert all(found[1] not in " ".join(process.cmdline()) for process in server)
+        assert all(found[1] not in command_line(process) for process in server)
         listening = [c.laddr for p in server for c in p.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
         assert listening == [], "MLflow itself listens on its socket alone"
         key = base64.b64encode(f"qlora:{found[1]}".encode()).decode()
