@@ -33,7 +33,7 @@ from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels import packed_attention as packed
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.model.adapter import add_adapter
-from qlora_trainer.model.loading import attention_implementation
+from qlora_trainer.model.attention import attention_implementation
 from qlora_trainer.model.quantization import COMPUTE_DTYPE, replace_experts
 from qlora_trainer.model.training_model import set_recompute
 from torch import Tensor

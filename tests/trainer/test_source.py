@@ -466,11 +466,11 @@ def test_known_families_train_packed(family: str, caplog: pytest.LogCaptureFixtu
     ("family", "reason"),
     [
         ("granite_swa", "its attention takes s_aux, which is not known here"),
-        ("bloom", "records of a packed row see each other"),
-        ("mpt", "records of a packed row see each other"),
-        ("biogpt", "records of a packed row see each other"),
-        ("gptj", "is longer than its 48 positions"),
-        ("gpt_neo", "is longer than its 48 positions"),
+        ("bloom", "not all of its layers have an attention that can be exchanged"),
+        ("mpt", "not all of its layers have an attention that can be exchanged"),
+        ("biogpt", "not all of its layers have an attention that can be exchanged"),
+        ("gptj", "not all of its layers have an attention that can be exchanged"),
+        ("gpt_neo", "not all of its layers have an attention that can be exchanged"),
     ],
 )
 def test_what_cannot_be_packed_is_trained_record_by_record_and_said(

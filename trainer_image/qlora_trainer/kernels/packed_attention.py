@@ -50,6 +50,8 @@ class PackedAttention:
     """An attention function for transformers (`AttentionInterface`), for one row of records."""
 
     def __init__(self) -> None:
+        self.unfit_because: str | None = None
+        """Why the model that it was offered keeps its own attention; None where it is packed."""
         self._starts = torch.zeros(1, dtype=torch.int32)
         self._boundaries: list[int] = []
         self._longest_record = 0

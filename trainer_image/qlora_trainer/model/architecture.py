@@ -19,19 +19,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from orchestrator.api.job import AdapterSpec
 from qlora_trainer.kernels.packed_attention import PackedAttention
-from qlora_trainer.model import quantization
 from qlora_trainer.model.adapter import target_modules
 from qlora_trainer.model.loading import refuse_unquantized, weightless_base
 from qlora_trainer.model.rehearsal import rehearse
-from qlora_trainer.model.source import ModelDescription, TensorShape, known_config
+from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, refuse_not_causal
 from qlora_trainer.outcome import UserError
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -43,7 +38,7 @@ NAMED = 3
 def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> None:
     """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets."""
     config = known_config(description.folder, source)
-    _refuse_not_causal(source, config)
+    refuse_not_causal(source, config)
     if description.tensors is not None:
         _refuse_other_weights(source, config, description.tensors)
     PackedAttention().register()
@@ -57,31 +52,10 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
 
 
 def _refuse_unquantizable(source: str, base: Any) -> None:
-    if reason := quantization.refusal(base):
-        raise UserError(f"{source}: {type(base).__name__} cannot be trained here: {reason}; choose another model")
-    for name, parameter in base.named_parameters():
-        if parameter.dim() >= 3 and not quantization.holds(base, name):
-            raise UserError(
-                f"{source}: {type(base).__name__} keeps weights in {parameter.dim()}-dimensional parameters ({name}), "
-                "which cannot be quantized to NF4 and would stay in 16 bits; choose a model of linear layers"
-            )
-    refuse_unquantized(base)
-
-
-def _refuse_not_causal(source: str, config: Any) -> None:
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    classes = (causal,) if isinstance(causal, str) else tuple(causal)
-    architecture = config.architectures[0]
-    bidirectional = (
-        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        or getattr(config, "is_encoder_decoder", False)
-        or getattr(config.get_text_config(), "use_bidirectional_attention", False)
-    )
-    if architecture not in classes or bidirectional:
-        raise UserError(
-            f"{source} is a {architecture}, not a causal language model; choose a model that generates text from left "
-            "to right"
-        )
+    try:
+        refuse_unquantized(base)
+    except UserError as error:
+        raise UserError(f"{source}: {error.message}") from error
 
 
 # --- weights

@@ -7,7 +7,7 @@ Rules, each the answer to a trap:
 - What would stay in 16 bits is refused: it is why a model would not fit where it should.
 - On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
   bypasses the autograd path in training. It is told not to.
-- Attention is packed where the architecture asks for nothing but causal attention with or without a window.
+- Attention is packed where that is the model's own (`attention`), else transformers computes it, record by record.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import quantization
+from qlora_trainer.model.attention import attention_implementation, settle_attention
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.quantized_cache import (
     QUANTIZATION,
@@ -45,8 +44,6 @@ from qlora_trainer.outcome import UserError
 
 log = logging.getLogger(__name__)
 
-CHECKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
 
 def load_base(
     folder: Path,
@@ -54,7 +51,10 @@ def load_base(
     packed_attention: PackedAttention,
     cached: ReadAhead | None = None,
 ) -> PreTrainedModel:
-    """The base of a Hugging Face model folder, frozen and quantized on the device."""
+    """The base of a Hugging Face model folder, frozen and quantized on the device.
+
+    Its attention is the packed one only where that is the model's own; `base.config` names it.
+    """
     began = time.perf_counter()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     packed_attention.register()
@@ -67,6 +67,7 @@ def load_base(
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
     refuse_unquantized(base)
+    settle_attention(base, packed_attention)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # dense weights have left pages behind; see `sizing/memory/fragmentation`
     gib = sum(parameter.nbytes for parameter in base.parameters()) / 2**30
@@ -146,22 +147,6 @@ def weightless_base(config: PreTrainedConfig, device: torch.device) -> tuple[Any
 
 def _quantization() -> quantization.Quantization:
     return quantization.Quantization(**QUANTIZATION)
-
-
-def attention_implementation(config: PreTrainedConfig) -> str:
-    """The name of packed attention where the architecture can use it, else of transformers' own."""
-    text = config.get_text_config()
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
-    if architecture._supports_attention_backend and layer_types <= CHECKED_LAYER_TYPES:
-        return PACKED_ATTENTION
-    return own_attention_implementation(config)
-
-
-def own_attention_implementation(config: PreTrainedConfig) -> str:
-    """The name of transformers' own attention that the architecture is made for."""
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if architecture._supports_sdpa else "eager"  # it may look its attention up in a table of its own
 
 
 def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:

@@ -6,8 +6,7 @@ Rules:
   vocabulary, windows and positions. A probe of several records is longer than all of those windows and positions.
 - It goes the way of the train stage: load and quantize, adapter, `TrainingModel.check`, one step, save, reload.
 - How it attends is held against transformers' own eager attention, in float32, one record at a time.
-- Whatever fails is the user's to know, as a UserError that names the model. A copy that cannot be made small enough is
-  not tried, and a line in the log says so.
+- Whatever fails is the user's to know, as a UserError that names the model; so is a model that no copy can be made of.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
@@ -52,15 +52,18 @@ WIDTHS: Mapping[str, int] = {
     "hidden_size": 64, "word_embed_proj_dim": 64, "intermediate_size": 256, "ffn_dim": 256, "n_inner": 256,
     "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "ffn_hidden_size": 256,
     "num_attention_heads": 4, "head_dim": 16, "rotary_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 """The copy's widths, by the names that transformers has for them."""
 BOUNDS: Mapping[str, int] = {
     "sliding_window": WINDOW, "window_size": WINDOW, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "max_position_embeddings": POSITIONS, "vocab_size": VOCABULARY,
-    "bos_token_id": VOCABULARY - 1, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1,
 }  # fmt: skip
 """What the copy has at most."""
+SCALED = ("hidden_size", "intermediate_size", "num_attention_heads")
+SMALLEST_SCALED = 64
+"""The copy's width where all widths are divided by the same number."""
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 
 log = logging.getLogger(__name__)
@@ -70,11 +73,7 @@ def rehearse(config: Any, source: str, adapter: AdapterSpec) -> None:
     """Train a small copy for a step, and raise UserError if the model cannot be trained as it is."""
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     failure: Exception | None = None
-    try:
-        copies = list(_copies(config))
-    except Exception:  # noqa: BLE001 - a config that has no one text model in it
-        copies = []
-    for copy in copies:
+    for copy in small_copies(config):
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")  # what libraries warn of on a small copy is nobody's concern
@@ -87,8 +86,10 @@ def rehearse(config: Any, source: str, adapter: AdapterSpec) -> None:
         else:
             return
     if failure is None:
-        log.warning("%s: no small copy of %s can be made, so it is first tried when training starts", source, name)
-        return
+        raise UserError(
+            f"{source}: no small copy of {name} can be made to try a step of training on, so it is not known whether "
+            "it can be trained; choose another model"
+        )
     reason = str(failure).splitlines()[0] if str(failure) else "no reason given"
     raise UserError(
         f"{source}: {name} cannot be trained here; a step on a small copy of it fails with "
@@ -110,18 +111,11 @@ def _rehearse(config: Any, adapter: AdapterSpec) -> None:
 # --- the copy
 
 
-def _copies(config: Any) -> Iterator[Any]:
+def small_copies(config: Any) -> Iterator[Any]:
     """Small copies of a config that can be built, the smallest first."""
-    if config.get_text_config() is not config:
-        return
-    for plain_rope in (False, True):
-        values = _shrunk(config, plain_rope=plain_rope)
-        if (copy := _buildable(config, values)) is not None:
+    for change in (_shrunk, _shrunk_with_plain_rope, _scaled_down, _with_fewer_layers):
+        if (copy := _buildable(config, change(config))) is not None:
             yield copy
-    values = {**config.to_dict(), **_fewer_layers(config)}
-    copy = _buildable(config, values)
-    if copy is not None:
-        yield copy
 
 
 def _buildable(config: Any, values: Mapping[str, Any]) -> Any | None:
@@ -134,25 +128,81 @@ def _buildable(config: Any, values: Mapping[str, Any]) -> Any | None:
         return None
 
 
-def _shrunk(config: Any, *, plain_rope: bool) -> dict[str, Any]:
-    values: dict[str, Any] = config.to_dict() | _fewer_layers(config)
+def _shrunk(config: Any) -> dict[str, Any]:
+    """All widths replaced, those of configs inside too."""
+    values = _bounded(config)
     own = config.attribute_map
     heads, key_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     for name, size in WIDTHS.items():
-        if isinstance(values.get(own.get(name, name)), int):
+        if _is_number(values.get(own.get(name, name))):
             values[own.get(name, name)] = size
     for name in KEY_HEADS:
-        if isinstance(values.get(name), int):
+        if _is_number(values.get(name)):
             values[name] = 4 if key_heads == heads else min(values[name], 2)
-    for name, bound in BOUNDS.items():
-        value = values.get(own.get(name, name))
-        if isinstance(value, int) and not isinstance(value, bool):
-            values[own.get(name, name)] = min(value, bound)
-        elif isinstance(value, list):  # several tokens that end a text
-            values[own.get(name, name)] = bound
-    if plain_rope and values.get("rope_parameters"):
+    return values | {name: _shrunk(inner) for name, inner in _inner_configs(config)}
+
+
+def _shrunk_with_plain_rope(config: Any) -> dict[str, Any]:
+    values = _shrunk(config)
+    if values.get("rope_parameters"):
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     return values
+
+
+def _scaled_down(config: Any) -> dict[str, Any]:
+    """All widths divided by a number, because in some models they depend on each other."""
+    values = _bounded(config)
+    own = config.attribute_map
+    names = [own.get(name, name) for name in (*SCALED, *KEY_HEADS)]
+    known = {name: values[name] for name in names if _is_number(values.get(name))}
+    divisor = gcd(*known.values())
+    while divisor > 1 and values[own.get("hidden_size", "hidden_size")] // divisor < SMALLEST_SCALED:
+        divisor //= 2
+    scaled = {name: max(1, size // max(1, divisor)) for name, size in known.items()}
+    return values | scaled | {name: _scaled_down(inner) for name, inner in _inner_configs(config)}
+
+
+def _with_fewer_layers(config: Any) -> dict[str, Any]:
+    """Nothing but fewer layers and tokens."""
+    values = config.to_dict() | _fewer_layers(config)
+    if _is_number(values.get("vocab_size")):
+        values["vocab_size"] = max(VOCABULARY, _tokens(config) + 1)
+    return values | {name: _with_fewer_layers(inner) for name, inner in _inner_configs(config)}
+
+
+def _tokens(config: Any) -> int:
+    """The largest of the special tokens that a config names."""
+    return max(
+        (value for name, value in config.to_dict().items() if _names_token(name) and _is_number(value)), default=0
+    )
+
+
+def _inner_configs(config: Any) -> list[tuple[str, Any]]:
+    found = [(name, getattr(config, name, None)) for name in config.sub_configs]
+    return [(name, inner) for name, inner in found if isinstance(inner, PreTrainedConfig)]
+
+
+def _bounded(config: Any) -> dict[str, Any]:
+    """Fewer layers, experts, positions and tokens, and short windows."""
+    values: dict[str, Any] = config.to_dict() | _fewer_layers(config)
+    own = config.attribute_map
+    for name, bound in BOUNDS.items():
+        value = values.get(own.get(name, name))
+        if _is_number(value):
+            values[own.get(name, name)] = min(value, bound)
+    for name, value in values.items():
+        if _names_token(name) and (_is_number(value) or isinstance(value, list)):
+            # Several tokens may end a text.
+            values[name] = min(value, VOCABULARY - 1) if _is_number(value) else VOCABULARY - 1
+    return values
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names_token(name: str) -> bool:
+    return name.endswith(("_token_id", "_token_index"))
 
 
 def _fewer_layers(config: Any) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def read_facts(description: ModelDescription, source: str) -> ModelFacts:
     """The model's shape, as its transformers class reads the config (which may leave defaults out)."""
     _refuse_quantized(source, _read_config(description.folder, source))
     resolved = known_config(description.folder, source)
+    refuse_not_causal(source, resolved)
     try:
         return ModelFacts.from_config(resolved.to_dict(), description.revision)
     except ValueError as error:
@@ -541,3 +542,39 @@ def known_config(folder: Path, source: str) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the config provokes, it is the user's to mend
         raise UserError(f"{source}: {CONFIG_NAME} is not valid: {type(error).__name__}: {error}") from error
+
+
+def refuse_not_causal(source: str, config: Any) -> None:
+    """UserError for what does not generate text from left to right, or has more than a text model in it."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    architecture = str(next(iter(config.architectures or ()), "a model without `architectures` in its config.json"))
+    text = _text_model(config)
+    if text is not config:
+        raise UserError(
+            f"{source} is a {architecture}, which holds a text model beside others ({', '.join(config.sub_configs)}); "
+            "only text models by themselves are tuned here: choose one, or save the text model alone"
+        )
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    classes = (causal,) if isinstance(causal, str) else tuple(causal)
+    bidirectional = (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        or getattr(config, "is_encoder_decoder", False)
+        or getattr(config, "use_bidirectional_attention", False)
+    )
+    if architecture not in classes or bidirectional:
+        raise UserError(
+            f"{source} is a {architecture}, not a causal language model; choose a model that generates text from left "
+            "to right"
+        )
+
+
+def _text_model(config: Any) -> Any:
+    """The config of the text model inside; None if there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return None

@@ -12,7 +12,6 @@ Rules:
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -37,14 +36,17 @@ from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
 from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
+from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
-from qlora_trainer.model.loading import own_attention_implementation, quantized_layers
+from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
 from qlora_trainer.outcome import UserError
 
 log = logging.getLogger(__name__)
 LOGITS_TOLERANCE = 0.05
 """Largest relative difference between two bfloat16 ways to the same logits; a wrong way is off by far more."""
+LOOKAHEAD_TOLERANCE = 1e-3
+"""Of logits before a token that changes: the same sums, for which a kernel may choose another order."""
 
 
 class TrainingModel:
@@ -65,10 +67,8 @@ class TrainingModel:
         self._head = _head(self.base)
         self.device = self._head.weight.device  # the embeddings may be on the host
         self.attention = packed_attention
-        self.separate = False
-        """Whether records are computed one by one, with transformers' own attention; `check` decides it."""
-        self._packs = self.attention_implementation == PACKED_ATTENTION
-        self._positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.separate_because: str | None = None
+        """Why records are computed one by one, with transformers' own attention; None where rows are packed."""
         self._plan = plan
         self._neftune_alpha = neftune_alpha
         self._saved = saved_parameters(peft_model)
@@ -82,8 +82,15 @@ class TrainingModel:
         )
         if self.fused is None:
             self._go_without_fused_layers()
+        if self.attention_implementation != PACKED_ATTENTION:
+            self._go_separately(packed_attention.unfit_because or f"it attends with {self.attention_implementation}")
         self._host_embedding = self._offloaded_embedding() if "embeddings" in plan.offload else None
         self.cuda_graphs = self._make_cuda_graphs()
+
+    @property
+    def separate(self) -> bool:
+        """Whether records are computed one by one."""
+        return self.separate_because is not None
 
     @property
     def attention_implementation(self) -> str:
@@ -135,6 +142,10 @@ class TrainingModel:
         loss.backward()
         return loss.detach()
 
+    def logits(self, batch: MicroBatch) -> Tensor:
+        """Float32 logits [tokens, vocabulary] of a micro-batch."""
+        return self._head.logits(self._hidden(StepInputs.of(batch, 0, 1.0, self.device))[0])
+
     def linear_weights(self) -> int:
         """Weights that every token is multiplied with: the quantized layers, its experts and the head."""
         layers = sum(layer.in_features * layer.out_features for layer in quantized_layers(self.base).values())
@@ -177,8 +188,6 @@ class TrainingModel:
             tokens = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
         else:
             tokens = {"input_ids": on_device.input_ids}
-        if not self.separate and not self._packs and batch.tokens > self._positions:
-            self._go_separately(f"a row of {batch.tokens} tokens is longer than its {self._positions} positions")
         if self.separate:
             states = self._record_by_record(tokens, batch)
         else:
@@ -239,15 +248,17 @@ class TrainingModel:
             if self.fused is not None:
                 with self._silent_experts():  # for a rounding, a token would go to another expert
                     self._check_fused_layers(self.fused, collate([first, second]))
-            if not self._records_are_apart():
+            if not self.separate and not self._records_are_apart():
                 self._go_separately("records of a packed row see each other")
         except UnknownAttention as error:
             self._go_separately(str(error))
         if not self._records_are_apart():
             raise UserError(f"{name} lets records see each other, so it cannot be trained here")
+        if self._looks_ahead():
+            raise UserError(f"{name} sees the text to its right, so it is no causal language model; choose another")
         batch = collate([first])
         with self.fused.bypassed() if self.fused is not None else nullcontext():
-            ours, embedded = self._logits(batch), self._embedded(batch, batch.to(self.device))
+            ours, embedded = self.logits(batch), self._embedded(batch, batch.to(self.device))
             theirs = self.base(inputs_embeds=embedded, use_cache=False).logits[0].float()
         if not _same(ours, theirs):
             raise UserError(
@@ -258,8 +269,16 @@ class TrainingModel:
         """Whether a record's logits are the same whatever record stands before it."""
         first, other, second = (_probe(tokens) for tokens in (range(1, 6), range(21, 26), range(6, 13)))
         with self._silent_experts():
-            after_first, after_other = (self._logits(collate([record, second]))[5:] for record in (first, other))
+            after_first, after_other = (self.logits(collate([record, second]))[5:] for record in (first, other))
         return torch.equal(after_first, after_other)  # the same shapes, so the same sums: not a bit may differ
+
+    def _looks_ahead(self) -> bool:
+        """Whether the last token changes the logits before it."""
+        one, other = _probe(range(1, 9)), _probe(range(1, 9))
+        other[0][-1] = 20
+        with self._silent_experts():
+            ours, theirs = (self.logits(collate([record]))[:-1] for record in (one, other))
+        return bool((ours - theirs).norm() > LOOKAHEAD_TOLERANCE * ours.norm())
 
     def _go_separately(self, reason: str) -> None:
         """From here on each record is computed alone, which is slower and right whatever the architecture does."""
@@ -270,7 +289,7 @@ class TrainingModel:
             self.fused.give_back()
             self._go_without_fused_layers()
         self.base.set_attn_implementation(own_attention_implementation(self.base.config))
-        self.separate = True
+        self.separate_because = reason
 
     def _check_fused_layers(self, fused: FusedDecoder, batch: MicroBatch) -> None:
         """Hold each layer against the untouched one; go back to those if one is off."""
@@ -286,9 +305,6 @@ class TrainingModel:
             )
             fused.give_back()
             self._go_without_fused_layers()
-
-    def _logits(self, batch: MicroBatch) -> Tensor:
-        return self._head.logits(self._hidden(StepInputs.of(batch, 0, 1.0, self.device))[0])
 
 
 def _probe(tokens: range) -> tuple[Any, Any, Any]:
