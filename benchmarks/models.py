@@ -78,7 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--types", nargs="*", default=list(TYPES))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="try nothing; print the table of docs/models.md")
     options = parser.parse_args()
+    if options.table:
+        print(table(known_rows(options.results)["types"]))
+        return
     disable_progress_bar()
     known: dict[str, Row] = known_rows(options.results)["types"] if options.results.exists() else {}
     for model_type in options.types:
@@ -100,6 +104,17 @@ def _kept(row: Row) -> Row:
 def known_rows(path: Path = RESULTS) -> dict[str, Any]:
     """The outcomes that are kept, and of which libraries they are."""
     return json.loads(path.read_text())
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """The types that train, in Markdown: how, and how far from the truth, beside plain QLoRA."""
+    lines = ["| type | records | layers | gradients off by | plain QLoRA's |", "|---|---|---|---|---|"]
+    for model_type, row in rows.items():
+        if row["verdict"] == "trained":
+            layers = "by hand" if row["hand_written"] else "transformers"
+            ours, theirs = row["off"]["gradients"]
+            lines.append(f"| `{model_type}` | {row['mode']} | {layers} | {ours:.2%} | {theirs:.2%} |")
+    return "\n".join(lines)
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import transformers
 
 from benchmarks import models
 
@@ -19,6 +20,13 @@ SEED = int(os.environ.get("QLORA_TYPES_SEED", "1"))
 def test_a_type_trains_right_or_is_refused_in_prepare(model_type: str) -> None:
     row = models.try_apart(model_type)
     assert row["verdict"] in ("trained", "refused"), row
+
+
+def test_the_documented_types_are_those_that_were_found_to_train() -> None:
+    known = models.known_rows()
+    assert known["versions"]["transformers"] == transformers.__version__
+    assert models.table(known["types"]) in (models.RESULTS.parents[2] / "docs" / "models.md").read_text()
+    assert not {row["verdict"] for row in known["types"].values()} & {"wrong", "crashed"}
 
 
 def test_the_judge_sees_a_wrong_gradient_and_a_wrong_first_token() -> None:

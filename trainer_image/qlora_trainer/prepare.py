@@ -28,10 +28,12 @@ from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
     FEW_STEPS,
+    RECORD_BY_RECORD,
     bounded,
     counts,
     data_warnings,
     in_brackets,
+    mode_warning,
     optimizer_steps,
     shown,
     steps_warning,
@@ -68,6 +70,7 @@ class _Model:
     tokenizer: Any
     tokenizer_digest: str
     context_length: int | None
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +104,7 @@ def run(task: StageTask) -> PrepareResult:
         refuse_foreign_names(task)
         if found is not None:
             log.info("%s is prepared already", found.uri)
-            return _with_steps(found.model_copy(update={"model": model.facts}), task.spec.training)
+            return _with_steps(found, model, task.spec.training)
     assert splits is not None, "what is not prepared has been read"
     return _publish(task, store, digest, model, splits)
 
@@ -139,7 +142,7 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
-    check_architecture(description, source, spec.adapter)
+    separate_because = check_architecture(description, source, spec.adapter)
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_chat_template(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
@@ -148,6 +151,7 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(description.folder),
         context_length=context_length(description, source),
+        warnings=[] if separate_because is None else [mode_warning(separate_because)],
     )
 
 
@@ -172,11 +176,12 @@ def inputs_digest(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> str
     return f"sha256:{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()}"
 
 
-def _with_steps(found: PrepareResult, training: TrainingSpec) -> PrepareResult:
-    """The result of data that is prepared already, for this job's steps."""
-    result = found.model_copy(update={"steps": optimizer_steps(training, found.train_sequences)})
-    about_data = [warning for warning in found.warnings if not warning.startswith(FEW_STEPS)]
-    return _warned(result, training, about_data)
+def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> PrepareResult:
+    """The result of data that is prepared already, for this job's model and steps."""
+    steps = optimizer_steps(training, found.train_sequences)
+    result = found.model_copy(update={"model": model.facts, "steps": steps})
+    about_data = [warning for warning in found.warnings if not warning.startswith((FEW_STEPS, RECORD_BY_RECORD))]
+    return _warned(result, training, [*model.warnings, *about_data])
 
 
 def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]) -> PrepareResult:
@@ -252,7 +257,7 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
     first = tuple(shown(model.tokenizer, record) for record in train.records[:SHOWN_RECORDS])
     for number, record in enumerate(first, start=1):
         log.info("record %d, what carries loss in brackets: %r", number, in_brackets(record))
-    result = _warned(result, training, splits.warnings)
+    result = _warned(result, training, [*model.warnings, *splits.warnings])
 
     def make_manifest(files: tuple[FileEntry, ...]) -> PreparedManifest:
         store.check_fence(task.attempt)

@@ -20,6 +20,7 @@ FEWEST_STEPS = 20
 MOST_TRUNCATED = Fraction(5, 100)
 LEAST_SUPERVISED = Fraction(1, 100)
 FEW_STEPS = "few steps"
+RECORD_BY_RECORD = "record by record"
 """How the one warning begins that depends on more than the data."""
 SHOWN_CHARACTERS = 1000
 """How much of a part of a record is shown, from its start and its end."""
@@ -63,6 +64,14 @@ def steps_warning(result: PrepareResult, training: TrainingSpec) -> Iterator[str
         f"{FEW_STEPS}: {training.epochs} epochs of {result.train_sequences} sequences in batches of "
         f"{training.global_batch_size} are {result.steps} optimizer steps, with which an adapter hardly learns; "
         f"{f'{lower} or {more}' if lower else more}"
+    )
+
+
+def mode_warning(separate_because: str) -> str:
+    """What to know of a model whose records are trained one by one."""
+    return (
+        f"{RECORD_BY_RECORD}: the model's records are computed one at a time, with transformers' own attention, as "
+        f"{separate_because}; that is right, and slower than packed rows where records are short"
     )
 
 

@@ -19,11 +19,14 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.words import on_one_line
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.outcome import UserError
 
 ADAPTER_NAME = "default"
+MAX_REASON_CHARACTERS = 400
+"""Of PEFT's own words, which may show whole modules."""
 
 
 def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> PeftModel:
@@ -45,7 +48,8 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
         try:
             model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
         except ValueError as error:  # modules of an architecture that PEFT knows to be unfit
-            raise UserError(f"adapter: PEFT refuses it for this model; {error}") from error
+            reason = on_one_line(str(error))[:MAX_REASON_CHARACTERS]
+            raise UserError(f"adapter: PEFT refuses it for this model; {reason}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(COMPUTE_DTYPE)

@@ -26,7 +26,7 @@ from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import target_modules
 from qlora_trainer.model.loading import refuse_unquantized, weightless_base
 from qlora_trainer.model.rehearsal import rehearse
-from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, refuse_not_causal
+from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, library_words, refuse_not_causal
 from qlora_trainer.outcome import UserError
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -35,8 +35,11 @@ NAMED = 3
 """So many names stand in a message."""
 
 
-def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> None:
-    """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets."""
+def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> str | None:
+    """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets.
+
+    Returns why its records are trained one by one; None where rows of them are packed.
+    """
     config = known_config(description.folder, source)
     refuse_not_causal(source, config)
     if description.tensors is not None:
@@ -45,10 +48,12 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
     try:
         base, _ = weightless_base(deepcopy(config), torch.device("cpu"))
     except Exception as error:  # a config that the class cannot be built from, in any of its ways
-        raise UserError(f"{source}: {config.architectures[0]} cannot be built from its config: {error}") from error
+        raise UserError(
+            f"{source}: {config.architectures[0]} cannot be built from its config: {library_words(error)}"
+        ) from error
     _refuse_unquantizable(source, base)
     target_modules(base, adapter)
-    rehearse(config, source, adapter)
+    return rehearse(config, source, adapter)
 
 
 def _refuse_unquantizable(source: str, base: Any) -> None:
@@ -108,7 +113,7 @@ def _loaded_without_memory(
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # whatever names, shapes and config provoke, they are the user's to mend
-        raise UserError(f"{source}: its weights do not fit its config.json; {type(error).__name__}: {error}") from error
+        raise UserError(f"{source}: its weights do not fit its config.json; {library_words(error)}") from error
     return info
 
 

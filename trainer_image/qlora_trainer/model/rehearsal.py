@@ -4,7 +4,8 @@ Rules:
 
 - The copy has the very config, but for its widths, its number of layers (at least two, and one of each kind), its
   vocabulary, windows and positions. A probe of several records is longer than all of those windows and positions.
-- It goes the way of the train stage: load and quantize, adapter, `TrainingModel.check`, one step, save, reload.
+- It goes the way of the train stage: load and quantize, adapter, `TrainingModel.check`, one step, save, reload; then it
+  generates two tokens.
 - How it attends is held against transformers' own eager attention, in float32, one record at a time.
 - Whatever fails is the user's to know, as a UserError that names the model; so is a model that no copy can be made of.
 """
@@ -35,6 +36,7 @@ from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
 from qlora_trainer.model.loading import load_base, quantized_layers
+from qlora_trainer.model.source import library_words
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 
@@ -52,8 +54,9 @@ WIDTHS: Mapping[str, int] = {
     "hidden_size": 64, "word_embed_proj_dim": 64, "intermediate_size": 256, "ffn_dim": 256, "n_inner": 256,
     "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "ffn_hidden_size": 256,
     "num_attention_heads": 4, "head_dim": 16, "rotary_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 32,
-    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "lru_width": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 """The copy's widths, by the names that transformers has for them."""
 BOUNDS: Mapping[str, int] = {
@@ -69,35 +72,35 @@ KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 log = logging.getLogger(__name__)
 
 
-def rehearse(config: Any, source: str, adapter: AdapterSpec) -> None:
-    """Train a small copy for a step, and raise UserError if the model cannot be trained as it is."""
+def rehearse(config: Any, source: str, adapter: AdapterSpec) -> str | None:
+    """Train a small copy for a step, and raise UserError if the model cannot be trained as it is.
+
+    Returns why its records are trained one by one; None where rows of them are packed.
+    """
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     failure: Exception | None = None
     for copy in small_copies(config):
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")  # what libraries warn of on a small copy is nobody's concern
-                _rehearse(copy, adapter)
+                return _rehearse(copy, adapter)
         except UserError as error:
             raise UserError(f"{source}: {error.message}") from error
         except Exception as error:  # a copy that was made too small may fail where a larger one does not
             log.debug("a small copy of %s fails", name, exc_info=True)
             failure = error
-        else:
-            return
     if failure is None:
         raise UserError(
             f"{source}: no small copy of {name} can be made to try a step of training on, so it is not known whether "
             "it can be trained; choose another model"
         )
-    reason = str(failure).splitlines()[0] if str(failure) else "no reason given"
     raise UserError(
         f"{source}: {name} cannot be trained here; a step on a small copy of it fails with "
-        f"{type(failure).__name__}: {reason}; choose another model"
+        f"{library_words(failure)}; choose another model"
     ) from failure
 
 
-def _rehearse(config: Any, adapter: AdapterSpec) -> None:
+def _rehearse(config: Any, adapter: AdapterSpec) -> str | None:
     torch.manual_seed(0)
     reference = _drawn(config)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
@@ -106,6 +109,7 @@ def _rehearse(config: Any, adapter: AdapterSpec) -> None:
         model = _trained(folder, adapter)
         _reload(folder, model, Path(scratch) / "adapter")
     _compare_attention(reference, model)
+    return model.separate_because
 
 
 # --- the copy
@@ -269,10 +273,12 @@ def _reload(folder: Path, model: TrainingModel, saved: Path) -> None:
     )
     model.peft_model.peft_config[ADAPTER_NAME].save_pretrained(str(saved))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
-    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, str(saved)), save_embedding_layers=False)
+    reloaded: Any = PeftModel.from_pretrained(base, str(saved))
+    loaded = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
     odd = [name for name, tensor in model.adapter().items() if not torch.equal(loaded[name].to(tensor.dtype), tensor)]
     if odd or len(loaded) != len(model.adapter()):
         raise ValueError(f"PEFT loads another adapter than was saved; {odd[:3]} differ")
+    reloaded.eval().generate(input_ids=_probe().input_ids[:, : LENGTHS[0]], max_new_tokens=2, do_sample=False)
 
 
 # --- attention

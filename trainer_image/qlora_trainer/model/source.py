@@ -50,8 +50,11 @@ DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Everything of a model that is small: config, index, tokenizer, templates."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_HEADER_BYTES = 100_000_000
+"""The format's own bound on a safetensors header."""
 MAX_NAME_SHOWN = 200
 """Characters of a stranger's name in a message."""
+LIBRARY_CHARACTERS = 400
+"""Of a library's own words in a message."""
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -59,7 +62,6 @@ ITEM_BYTES = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 """Bytes of an element, by what safetensors calls its type."""
-"""The format's own bound on a safetensors header."""
 STRETCHING_ROPE_TYPES = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -131,7 +133,7 @@ def load_tokenizer(folder: Path, source: str, chat_template: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the files provoke, they are the user's to mend
-        raise UserError(f"the tokenizer of {source} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(f"the tokenizer of {source} cannot be loaded: {library_words(error)}") from error
     template = chat_template or tokenizer.chat_template
     if isinstance(template, dict):  # some models ship several by name
         template = template.get("default")
@@ -232,7 +234,7 @@ class _Location:
             raw = file.read(length) if size >= 8 and length <= min(MAX_HEADER_BYTES, size - 8) else b""
         try:
             return _Header(raw=raw, tensors=_parse_header(raw, size))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.source}: {name} is damaged or not a safetensors file ({error}); copy it again"
             ) from error
@@ -486,6 +488,12 @@ def _shown(name: str) -> str:
     return on_one_line(name)[:MAX_NAME_SHOWN]
 
 
+def library_words(error: BaseException) -> str:
+    """What a library says is wrong with a file, short enough for a message: it may quote the whole file."""
+    words = on_one_line(f"{type(error).__name__}: {error}")
+    return words if len(words) <= LIBRARY_CHARACTERS else f"{words[:LIBRARY_CHARACTERS]} ..."
+
+
 def _content_digest(location: _Location, headers: Mapping[str, _Header]) -> str:
     digest = hashlib.sha256(location.read(CONFIG_NAME) if CONFIG_NAME in location.files else b"")
     for name, header in headers.items():
@@ -507,6 +515,9 @@ def _read_config(folder: Path, source: str) -> Mapping[str, Any]:
         raise UserError(f"{source}: {CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{source}: {CONFIG_NAME} names no model_type; give the folder of a Hugging Face model")
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise UserError(f"{source}: {CONFIG_NAME}: `architectures` must be a list of class names")
     return config
 
 
@@ -534,14 +545,15 @@ def known_config(folder: Path, source: str) -> Any:
             raise UserError(
                 f"{source} needs the code in its own repository (auto_map), which is never run; choose another"
             )
+        model_type = _shown(config["model_type"])
         raise UserError(
-            f"{source}: transformers {transformers.__version__} does not know the model type {config['model_type']!r}; "
+            f"{source}: transformers {transformers.__version__} does not know the model type {model_type!r}; "
             "choose another model or a newer trainer image"
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the config provokes, it is the user's to mend
-        raise UserError(f"{source}: {CONFIG_NAME} is not valid: {type(error).__name__}: {error}") from error
+        raise UserError(f"{source}: {CONFIG_NAME} is not valid: {library_words(error)}") from error
 
 
 def refuse_not_causal(source: str, config: Any) -> None:
