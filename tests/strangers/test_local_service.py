@@ -7,6 +7,7 @@ who listens where is read by psutil, which the service does not use.
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import os
 import re
@@ -174,9 +175,10 @@ def test_everything_listens_on_loopback_alone(settings: Settings, running: str) 
     assert running
     ports: dict[str, str] = {}
     for process in service_processes(settings):
-        for found in process.net_connections(kind="inet"):
-            if found.status == psutil.CONN_LISTEN:
-                ports[f"{process.name()} {found.laddr.port}"] = found.laddr.ip
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray's helpers come and go
+            for found in process.net_connections(kind="inet"):
+                if found.status == psutil.CONN_LISTEN:
+                    ports[f"{process.name()} {found.laddr.port}"] = found.laddr.ip
     assert any(name.startswith("gcs_server") for name in ports)
     assert {name: ip for name, ip in ports.items() if ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")} == {}
 
