@@ -12,13 +12,14 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator.adapters.kubernetes.api import KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
-from orchestrator.api.job import RELEASE_FINALIZER, QLoRAJob
-from orchestrator.api.reasons import ConditionType
+from orchestrator.api.job import RELEASE_FINALIZER, DatasetSource, ModelSource, QLoRAJob, StoreSpec
+from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.errors import OrchestratorError
 from tests.builders import ON_THE_HUB, submitted_job
 from tests.cluster.control_plane import ControlPlane
@@ -64,7 +65,8 @@ def proxy(cluster: ControlPlane) -> Iterator[Proxy]:
 def program(cluster: ControlPlane, proxy: Proxy, new_database: Path, tmp_path: Path) -> Iterator[Program]:
     """The controller, not started yet."""
     shutil.copyfile(new_database, tmp_path / "mlflow.db")
-    program = Program(cluster.kubeconfig_for(cluster.token, url=proxy.url, name="controller"), tmp_path)
+    settings = {"QLORA_RESERVED_CLAIMS": "mlflow"}
+    program = Program(cluster.kubeconfig_for(cluster.token, url=proxy.url, name="controller"), tmp_path, settings)
     yield program
     program.kill()
 
@@ -126,6 +128,34 @@ def test_two_jobs_come_through_and_every_write_is_counted(
         jobs = run_until_finished(program, store, submit_two(store))
         check(api, kubelet, jobs, tmp_path)
     assert all(kubelet.books.started[job.metadata.uid] == 1 for job in jobs.values())
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "a-file": {"model": ModelSource(source="file:///var/cache/qlora/huggingface/hub/models--acme--secret")},
+    "another-team": {"model": ModelSource(source="s3://adapters/jobs/team-b/medical-1/adapter")},
+    "another-job": {"store": StoreSpec(uri="s3://adapters/jobs/team-b/medical-1")},
+    "reserved": {"dataset": DatasetSource(source="pvc://mlflow/mlflow.csv")},
+}
+
+
+def test_a_job_that_names_what_is_not_its_own_ends_without_a_pod(api: KubeApi, proxy: Proxy, program: Program) -> None:
+    """The controller's own word, where no admission policy stands before it."""
+    store = KubernetesStore(api)
+    for name, spec in FOREIGN.items():
+        store.create_job(submitted_job(name, **{**ON_THE_HUB, **spec}))
+    deadline = time.monotonic() + FINISH_SECONDS
+    while True:
+        program.keep_running()
+        jobs = [store.read_job("team-a", name) for name in FOREIGN]
+        if all(job.status.is_true(ConditionType.FINISHED) for job in jobs):
+            break
+        assert time.monotonic() < deadline, program.log.read_text()[-4000:]
+        time.sleep(0.1)
+    assert {finished.reason for job in jobs if (finished := job.status.condition(ConditionType.FINISHED))} == {
+        Reason.USER_ERROR
+    }
+    assert [job.status.attempts_total for job in jobs] == [0] * len(FOREIGN)
+    assert api.get(path_of("v1", "pods", "team-a"))["items"] == []
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
