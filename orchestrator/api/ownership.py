@@ -33,7 +33,8 @@ def belongs_to(tags: Mapping[str, str], namespace: str) -> bool:
 def refusal(kind: str, name: str, tags: Mapping[str, str], namespace: str) -> str:
     """Why a job of the namespace may not write to an experiment or a registered model, and what to do."""
     field, owner = _FIELDS[kind], tags.get(NAMESPACE_TAG)
-    advice = f"set {field} to a name that is yours, such as {namespace}-{name}"
+    own = f"{namespace}-{'jobs' if name == namespace else name}"
+    advice = f"set {field} to a name that is yours, such as {own}"
     if owner is not None:
         return f"the {kind} {name} belongs to namespace {owner}, not to {namespace}; {advice}"
     return (

@@ -49,7 +49,8 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     client = MlflowClient(tracking_uri=uri)
-    client.create_experiment("team-a", artifact_location=(tmp_path / "artifacts").as_uri())
+    tags = {"qlora.dev/namespace": "team-a"}
+    client.create_experiment("team-a", artifact_location=(tmp_path / "artifacts").as_uri(), tags=tags)
     return client
 
 
@@ -246,7 +247,7 @@ def test_a_damaged_or_missing_adapter_and_a_fenced_attempt_register_nothing(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(UserError, match=r"adapter is damaged.*adapter_model\.safetensors"):
         publish.run(task.model_copy(update={"attempt": 3}))
-    assert versions(client, "medical-es") == []
+    assert versions(client, "team-a-medical-es") == []
 
 
 def test_publishing_needs_neither_torch_nor_transformers(client: MlflowClient, tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_publishing_needs_neither_torch_nor_transformers(client: MlflowClient, t
         "print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)))\n"
     )
     assert run_python(program, task.model_dump_json(by_alias=True)).splitlines()[-1] == "[]"
-    assert versions(client, "medical-es") == ["1"]
+    assert versions(client, "team-a-medical-es") == ["1"]
 
 
 def test_a_deleted_run_and_experiment_are_restored_and_the_adapter_registered(
@@ -275,7 +276,7 @@ def test_a_deleted_run_and_experiment_are_restored_and_the_adapter_registered(
     assert run.info.lifecycle_stage == "active"
     assert client.get_experiment(run.info.experiment_id).lifecycle_stage == "active"
     assert [metric.step for metric in client.get_metric_history(task.run_id, "eval/loss")] == [0, 1]
-    assert versions(client, "medical-es") == ["1"]
+    assert versions(client, "team-a-medical-es") == ["1"]
 
 
 def test_a_run_that_is_gone_for_good_is_made_anew_once(client: MlflowClient, tmp_path: Path) -> None:
@@ -287,8 +288,8 @@ def test_a_run_that_is_gone_for_good_is_made_anew_once(client: MlflowClient, tmp
     (run,) = client.search_runs([experiment.experiment_id], "tags.`qlora.dev/job-uid` = 'u-3'")
     assert (run.info.status, run.info.run_id) == ("FINISHED", found.run_id)
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "eval/loss")] == [0, 1]
-    assert client.get_model_version("medical-es", "1").run_id == run.info.run_id
-    assert versions(client, "medical-es") == ["1"]
+    assert client.get_model_version("team-a-medical-es", "1").run_id == run.info.run_id
+    assert versions(client, "team-a-medical-es") == ["1"]
 
 
 def test_what_attempts_said_of_themselves_is_in_the_run_though_mlflow_was_away(
