@@ -1,8 +1,9 @@
 """How long prepare's data side takes, and what memory: `python -m benchmarks.prepare`.
 
-Prints one JSON object: for each data set its records, tokens, seconds, tokens a second and the process's peak memory in
-MiB. Each runs in a process of its own, on random words, with the tokenizer of the folder that QLORA_BENCH_MODEL names
-(default: the demo's base model). `--only NAME` runs one of them; `--records N` shortens the data set of many records.
+Prints one JSON object: for each data set its records, tokens, seconds, tokens a second, the CPU seconds of the process
+(rendering has one of its own), its peak memory in MiB, and how loaded the machine was. Each runs in a process of its
+own, on random words, with the tokenizer of the folder that QLORA_BENCH_MODEL names (default: the demo's base model).
+`--only NAME` runs one of them; `--records N` shortens the data set of many records.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def measure(name: str, records: int) -> dict[str, Any]:
         "cpu_seconds": round(process_time() - cpu, 2),
         "peak_mib": round(_peak_bytes() / MIB),
         "peak_mib_before": round(before / MIB),
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
