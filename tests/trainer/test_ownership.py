@@ -25,6 +25,7 @@ DIGEST = "sha256:" + "0" * 64
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)  # where MLflow puts the artifacts of an experiment that names no place
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
