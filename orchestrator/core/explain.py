@@ -50,7 +50,10 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
 
 
 def _what(draft: Draft) -> str:
-    write = draft.close()
+    try:
+        write = draft.close()
+    except ValueError:  # a status that only a stranger can have written: whoever decides ends the job
+        return "its status cannot be written, so it fails"
     return (write.status if write is not None else draft.status).summary.rstrip(".") or "nothing has happened yet"
 
 

@@ -14,15 +14,26 @@ from typing import Any
 from prometheus_client import generate_latest
 from pydantic import ValidationError
 
+from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.job import CANCEL_ANNOTATION, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.results import ProgressReport, StageResult
 from orchestrator.controller.metrics import Metrics
-from orchestrator.core.commands import Command, DeleteJob, EnsureStage, WriteStatus
+from orchestrator.core.commands import Command, DeleteJob, EnsureStage, ReportDefect, WriteStatus
 from orchestrator.core.decide import decide
 from orchestrator.core.explain import explain
 from orchestrator.core.job.finalizer import finalizers_with
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase, UnreadableJob
-from tests.builders import LLAMA_3_8B, NOW, gpus, make_job, make_queue, prepared_status, snapshot
+from tests.builders import (
+    LLAMA_3_8B,
+    NOW,
+    exited,
+    gpus,
+    make_attempt,
+    make_job,
+    make_queue,
+    prepared_status,
+    snapshot,
+)
 from tests.strangers.generate import TIMES, instance
 from tests.strangers.harm import harmful
 from tests.strangers.test_fuzz import ROUNDS, SEED
@@ -137,6 +148,15 @@ def test_one_decision_about_everybody_whatever_some_of_them_say() -> None:
         metrics.round_done(found, commands, 0.1, 0.0)
         assert generate_latest(metrics.registry)
     assert {"WriteStatus", "EnsureStage", "StopStage", "DeleteStage", "DeleteJob"} <= set(seen)
+
+
+def test_a_status_that_no_next_one_can_follow_is_explained_in_words() -> None:
+    attempt = make_attempt("prepare", 1, start_time=NOW, created_time=NOW)
+    status = QLoRAJobStatus(attempts=(attempt,), attempts_total=1, failures_total=MAX_COUNT)
+    job = make_job(status=status)
+    found = snapshot(job, stages=(exited(job, 1),))
+    assert "its status cannot be written, so it fails" in explain(found, job.key)[0]
+    assert any(isinstance(command, ReportDefect) for command in decide(found))
 
 
 def test_deleted_jobs_with_others_finalizers_are_let_go() -> None:
