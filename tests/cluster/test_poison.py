@@ -32,7 +32,7 @@ from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import MAX_CHAT_TEMPLATE_BYTES, ModelSource
 from orchestrator.errors import OrchestratorError
-from tests.builders import submitted_job
+from tests.builders import ON_THE_HUB, submitted_job
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.controller_program import Program
 from tests.cluster.kubelet import PaperKubelet
@@ -45,16 +45,19 @@ POISON = int(os.environ.get("QLORA_POISON", "200"))
 JOBS = path_of(API_VERSION, "qlorajobs", "team-b")
 WRITERS = 4
 FINISH_SECONDS = 240.0
-SETTINGS = {"QLORA_CPU_STAGES_LIMIT": "4"}
-"""Few pods of poison at one time, which a kubelet on paper plays one after the other; namespaces share them fairly."""
+SETTINGS = {"QLORA_CPU_STAGES_LIMIT": "1000"}
+"""Who gets the slots of prepare and publish is another test's business."""
+MOST_SECONDS = 60.0
+"""On a busy machine; whatever is held up by poison is held up for minutes, or for ever."""
 
 
 def poison_of(dice: random.Random, number: int) -> tuple[Json, Json | None]:
     """A job, and the status that somebody with rights to it writes."""
-    body: Json = submitted_job(f"poison-{number}", "team-b", priority=-1).model_dump(
+    body: Json = submitted_job(f"poison-{number}", "team-b", priority=-1, **ON_THE_HUB).model_dump(
         mode="json", by_alias=True, exclude_none=True
     )
     body.pop("status")
+    body["spec"]["suspend"] = dice.random() < 0.8  # a kubelet on paper plays pods one after the other
     meta: Json = {"name": f"poison-{number}", "namespace": "team-b"}
     match dice.randrange(6):
         case 0:
@@ -62,7 +65,7 @@ def poison_of(dice: random.Random, number: int) -> tuple[Json, Json | None]:
         case 1:
             head = "{{ x }}"
             template = head + f"{number:08}" + "\u202e" * ((MAX_CHAT_TEMPLATE_BYTES - 100) // 3)
-            body["spec"]["model"] = ModelSource(source="file:///m", chat_template=template).to_wire()
+            body["spec"]["model"] = ModelSource(source="hf://owner/model", chat_template=template).to_wire()
         case 2:
             meta["annotations"] = {f"qlora.dev/{n}": "\u2028" * 20_000 for n in range(4)}
             meta["labels"] = {f"l{n}": "x" * 63 for n in range(300)}
@@ -140,7 +143,7 @@ def api(cluster: ControlPlane) -> Iterator[KubeApi]:
 def seconds_to_finish(program: Program, store: KubernetesStore, name: str) -> float:
     """How long a healthy job takes."""
     began = time.monotonic()
-    store.create_job(submitted_job(name, priority=1_000_000))
+    store.create_job(submitted_job(name, priority=1_000_000, **ON_THE_HUB))
     while not is_over(job := store.read_job("team-a", name)):
         program.keep_running()
         if time.monotonic() - began > FINISH_SECONDS:
@@ -178,4 +181,4 @@ def test_a_healthy_job_succeeds_beside_poison_and_again_after_a_restart(
     assert kinds["with status"] > POISON / 4
     assert kinds["held"] > POISON / 20
     assert "this round failed" not in log
-    assert max(beside, again) < 3 * alone + 20
+    assert max(beside, again) < alone + MOST_SECONDS
