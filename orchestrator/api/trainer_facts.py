@@ -15,6 +15,7 @@ HANDWRITTEN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", 
 """Model types whose decoder layers the trainer computes by hand (`qlora_trainer/kernels/takeover.py`)."""
 UNTRAINABLE_TYPES: Mapping[str, str] = MappingProxyType(
     {
+        "bert-generation": "it sees the text to its right",
         "falcon": "it has no linear layer that can be quantized to NF4",
         "modernbert-decoder": "it has no decoder that transformers can name",
     }

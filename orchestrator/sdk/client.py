@@ -28,7 +28,7 @@ from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.handle import JobHandle
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
-from orchestrator.sdk.preflight import check_files, local_path
+from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
 from orchestrator.sdk.shown import records_of_spec
 from orchestrator.settings import Settings
 from orchestrator.sizing import margins
@@ -75,6 +75,8 @@ class Client:
     def plan(self, job: JobLike) -> JobPlan:
         """What the job would take and where it would run; reads the model's config and changes nothing."""
         checked = self._in_namespace(_one(job, QLoRAJob))
+        if self.connection.is_local:
+            check_planned_model(checked.spec.model)
         facts = model_config.read_facts(checked.spec.model)
         known = Known(prices=self.settings.gpu_prices, margins=margins.learned(self.connection.store.list_jobs()))
         return plan_job(checked, facts, self.connection.gpu_classes(), known)

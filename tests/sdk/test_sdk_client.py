@@ -146,7 +146,7 @@ def _with_empty_dataset(folder: Path) -> None:
         (_with_broken_config, r"spec\.model\.source: .* config\.json is not valid JSON"),
         (_with_an_encoder, r"config\.json does not describe a model that can be trained"),
         (_with_pickled_weights, r"spec\.model\.source: .* only pickled weights, which can run code"),
-        (_without_weights, r"spec\.model\.source: .* holds no \*\.safetensors"),
+        (_without_weights, r"spec\.model\.source: .* holds neither model.safetensors nor"),
         (_without_dataset, r"spec\.dataset\.source: .*train\.jsonl does not exist"),
         (_with_empty_dataset, r"spec\.dataset\.source: .*train\.jsonl is empty"),
     ],

@@ -51,6 +51,11 @@ def _obstacle(config: Mapping[str, Any]) -> str | None:
         method = cast(Mapping[str, Any], named).get("quant_method") if isinstance(named, dict) else None
         method = method or "an unnamed method"
         return f"the model is already quantized ({method}); give its 16-bit weights, training quantizes them to NF4"
+    if text is not config:
+        return (
+            f"the model is a {architecture}, which holds a text model beside others; only text models by themselves "
+            "are tuned here: choose one, or save the text model alone"
+        )
     if (
         architecture.endswith(NOT_CAUSAL_SUFFIXES)
         or config.get("is_encoder_decoder")
