@@ -27,7 +27,7 @@ from orchestrator.adapters.kubernetes.pods import KubernetesPods, RuntimeBounds
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
-from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import Attempt, DatasetSource, ModelSource, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import PublishResult, StageResult
 from orchestrator.api.stage_name import StageKind
@@ -63,6 +63,10 @@ SETTINGS = ClusterSettings(
     backoff_base_seconds=0.2,
 )
 WAIT_SECONDS = 60.0
+ON_A_CLAIM = {
+    "model": ModelSource(source="pvc://models/tiny"),
+    "dataset": DatasetSource(source="pvc://data/tiny.jsonl"),
+}
 UID = "8f2d2f0e-0000-4000-8000-000000000001"
 FAKED: dict[StageKind, StageResult] = {
     "prepare": StageResult(prepare=prepare_result().model_copy(update={"steps": 666})),
@@ -181,7 +185,7 @@ def test_a_job_gets_done_by_its_own_pods_whoever_stands_in_their_names(
     cluster: ControlPlane, api: KubeApi, ends: bool, labelled: bool
 ) -> None:
     store = KubernetesStore(cluster.api())
-    job = store.create_job(submitted_job(name="victim"))
+    job = store.create_job(submitted_job(name="victim", **ON_A_CLAIM))
     strangers: list[str] = []
     for attempt in (1, 2, 3):
         for stage in ("prepare", "train", "publish"):

@@ -40,6 +40,14 @@ actions = st.one_of(
     st.tuples(st.just("cancel"), st.integers(0, 5)),
     st.tuples(st.just("mlflow"), st.booleans()),
     st.tuples(st.just("capacity"), st.sampled_from(("24Gi", "48Gi")), st.integers(0, 3)),
+    st.tuples(st.just("beat"), st.booleans()),
+    st.tuples(
+        st.just("intrude"),
+        st.integers(0, 5),
+        st.sampled_from(("prepare", "train", "publish")),
+        st.integers(0, 3),
+        st.booleans(),
+    ),
     st.tuples(st.just("submit"), st.integers(0, 3), st.sampled_from(("default", "b")), st.booleans()),
 )
 
@@ -80,6 +88,10 @@ def happen(world: World, action: tuple) -> None:
             world.mlflow_away = details[0]
         case "capacity":
             world.set_capacity(*details)
+        case "beat":
+            world.beat(ended=details[0])
+        case "intrude" if keys:
+            world.intrude(keys[details[0] % len(keys)], details[1], details[2], ended=details[3])
         case "submit" if len(keys) < 8:
             submit(world, *details)
 

@@ -23,7 +23,8 @@ from orchestrator.api.job import (
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
-from orchestrator.api.results import StageResult
+from orchestrator.api.results import Failure, PublishResult, StageResult
+from orchestrator.api.stage_name import StageKind, StageName
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import (
     Command,
@@ -44,6 +45,14 @@ from orchestrator.sizing.hardware import GpuClass
 from tests.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
 
 TRAIN_STEPS = 6
+FAKED_STEPS = 666
+FAKED: Mapping[str, StageResult] = {
+    "prepare": StageResult(prepare=prepare_result().model_copy(update={"steps": FAKED_STEPS})),
+    "train": train_result(FAKED_STEPS),
+    "publish": StageResult(
+        publish=PublishResult(registered_model="faked", model_version="faked", model_uri="models:/faked/1")
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -70,6 +79,12 @@ class World:
     runs: dict[str, RunFact] = field(default_factory=dict[str, RunFact])
     """What the controller remembers of them; gone when it is killed."""
     versions: int = 1
+    vouched: set[str] = field(default_factory=set[str])
+    """Stages that the controller knows to have made, by their uid; forgotten when it is killed."""
+    strangers: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
+    """What others have put under names of stages, saying that it is ours."""
+    refused: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
+    """What the controller found there instead of its own."""
 
     # --- the controller -----------------------------------------------------------------------------------------
 
@@ -78,11 +93,33 @@ class World:
             now=self.now,
             jobs=tuple(self.jobs.values()),
             queues=self.queues,
-            stages=dict(self.stages),
+            stages={
+                **self.strangers,
+                **{key: replace(fact, vouched=fact.stage_uid in self.vouched) for key, fact in self.stages.items()},
+                **self.refused,
+            },
             gpu_classes=tuple(self.gpu_classes),
             runs=dict(self.runs),
             policy=self.policy,
         )
+
+    def beat(self, *, ended: bool) -> None:
+        """A pass whose controller is killed once it has written, and a stranger who is faster than the next one."""
+        for command in decide(self.snapshot()):
+            if isinstance(command, WriteStatus):
+                self._act(command)
+        self.forget()
+        for key, job in list(self.jobs.items()):
+            attempt = job.status.active_attempt
+            if attempt is not None and attempt.seen_time is None:
+                self.intrude(key, attempt.stage, 0, ended=ended)
+        self.check()
+
+    def forget(self) -> None:
+        """The controller is killed."""
+        self.runs.clear()
+        self.vouched.clear()
+        self.refused.clear()
 
     def pass_once(self, commands_carried_out: int | None = None) -> tuple[Command, ...]:
         """One pass of the controller; returns what it decided."""
@@ -95,7 +132,7 @@ class World:
         for command in commands[:commands_carried_out]:
             self._act(command)
         if commands_carried_out is not None:
-            self.runs.clear()
+            self.forget()
         self.check()
         return commands
 
@@ -112,6 +149,7 @@ class World:
             case StopStage():
                 if f"{command.namespace}/{command.name}" in self.stages:
                     self.stopping.add(f"{command.namespace}/{command.name}")
+                self.strangers.pop(f"{command.namespace}/{command.name}", None)
             case DeleteStage():
                 self._delete(f"{command.namespace}/{command.name}")
             case EnsureRun():
@@ -161,17 +199,28 @@ class World:
         stored = self.jobs[f"{task.namespace}/{task.job}"].status.active_attempt
         assert stored is not None, "the intent must be stored before the stage is created"
         assert (stored.stage, stored.number) == (task.stage, task.attempt), "the intent must be this attempt"
-        assert key not in self.ever_ended, "an ended stage must never be created again"
+        if key in self.strangers:
+            why = StageResult(failure=Failure(reason=Reason.NAME_TAKEN, message="it is a stranger's"))
+            taken = replace(self.strangers[key], stage_uid="", vouched=True, phase=StagePhase.EXITED, exit_code=None)
+            self.refused[key] = replace(taken, result=why, disruption=Reason.NAME_TAKEN)
+            return
         if key not in self.stages:
+            assert key not in self.ever_ended, "an ended stage must never be created again"
+            assert stored.stop_time is None, "nothing is created that was called off"
+            self.versions += 1
             fact = StageFact(
                 namespace=task.namespace,
                 name=key.split("/")[1],
                 phase=StagePhase.PENDING,
                 uid=task.uid,
+                stage_uid=f"pod-{self.versions}",
             )
             self.stages[key], self.tasks[key], self.classes_of[key] = fact, task, command.gpu_class
+        self.vouched.add(self.stages[key].stage_uid)
 
     def _delete(self, key: str) -> None:
+        if self.refused.pop(key, None) is not None or self.strangers.pop(key, None) is not None:
+            return
         fact = self.stages.pop(key, None)
         assert fact is None or fact.phase is StagePhase.EXITED, "only an ended stage may be forgotten"
         self.stopping.discard(key)
@@ -209,6 +258,27 @@ class World:
 
     def live_stages(self) -> list[str]:
         return [key for key, fact in self.stages.items() if fact.phase is not StagePhase.EXITED]
+
+    def intrude(self, key: str, stage: StageKind, ahead: int, *, ended: bool) -> None:
+        """Somebody makes a pod under the name of one of the job's next attempts, which may end with a faked result."""
+        job = self.jobs[key]
+        name = StageName(job=job.metadata.name, stage=stage, attempt=job.status.attempts_total + ahead)
+        where = f"{job.metadata.namespace}/{name}"
+        if where in self.stages or where in self.refused:
+            return
+        self.versions += 1
+        self.strangers[where] = StageFact(
+            namespace=job.metadata.namespace,
+            name=str(name),
+            phase=StagePhase.EXITED if ended else StagePhase.RUNNING,
+            start_time=self.now,
+            finish_time=self.now if ended else None,
+            exit_code=0 if ended else None,
+            result=FAKED[stage] if ended else None,
+            uid=job.metadata.uid,
+            stage_uid=f"stranger-{self.versions}",
+            vouched=False,
+        )
 
     def run_stage(self, key: str) -> None:
         """Pending becomes running; running gets further, and in the end exits; stopping checkpoints and exits."""
@@ -278,6 +348,16 @@ class World:
         self._check_one_stage_a_job()
         self._check_quotas()
         self._check_reasons()
+        self._check_strangers()
+
+    def _check_strangers(self) -> None:
+        """Nothing that a stranger's pod says is ever taken."""
+        for job in self.jobs.values():
+            status = job.status
+            assert status.prepared is None or status.prepared.steps != FAKED_STEPS
+            assert status.checkpoint is None or status.checkpoint.step != FAKED_STEPS
+            assert status.mlflow.model_version != "faked"
+            assert not [a for a in status.attempts if (a.stage_uid or "").startswith("stranger")]
 
     def _check_gpus(self) -> None:
         """No GPU is given twice: neither in fact nor on record."""

@@ -292,9 +292,9 @@ class KubernetesPods:
         except NotFound as error:
             self._pods.drop(key)
             raise TransientError(f"{wanted['kind']} {key} has just gone; it is created anew") from error
+        self._require_equal(collection, wanted, found)
         if found["metadata"].get("deletionTimestamp") and read_pod(found, self._policy).end is None:
             raise TransientError(f"{wanted['kind']} {key} is being deleted; it is created anew once it is gone")
-        self._require_equal(collection, wanted, found)
         return found
 
     def _require_equal(self, collection: str, wanted: Json, found: Json) -> None:

@@ -25,7 +25,7 @@ from orchestrator.core.job.setbacks import (
     outage_limit_seconds,
     setback,
 )
-from orchestrator.core.job.stage_commands import stage_of
+from orchestrator.core.job.stage_commands import claimant_of, stage_of
 from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobEvent, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.verdict import judge
@@ -105,6 +105,8 @@ def _observe(draft: Draft, snapshot: Snapshot) -> Draft:
 
 def _missing(draft: Draft, attempt: Attempt, snapshot: Snapshot) -> Draft:
     """What an attempt without a stage comes to: it has ended, is still to come, or has not come for too long."""
+    if claimant_of(draft.job, attempt, snapshot) is not None:
+        return draft  # the runtime is asked what that is, and its answer is a fact
     verdict = judge(attempt, None, snapshot.now)
     if _is_gone(attempt):
         return end_attempt(draft, verdict, snapshot)

@@ -25,6 +25,16 @@ def stage_of(job: QLoRAJob, attempt: Attempt, snapshot: Snapshot) -> StageFact |
     return fact if fact is not None and _belongs(fact, job, attempt) else None
 
 
+def claimant_of(job: QLoRAJob, attempt: Attempt, snapshot: Snapshot) -> StageFact | None:
+    """What stands under the name of an attempt that has not been seen, and says that it is its stage.
+
+    To ensure the stage is to be told whether it is: a controller may have been killed between making and seeing it.
+    """
+    fact = snapshot.stages.get(_key(job, attempt))
+    is_open = fact is not None and attempt.seen_time is None and fact.uid == job.metadata.uid
+    return fact if fact is not None and is_open and not _belongs(fact, job, attempt) else None
+
+
 def _key(job: QLoRAJob, attempt: Attempt) -> str:
     return f"{job.metadata.namespace}/{job.stage_name(attempt)}"
 
@@ -45,7 +55,7 @@ def stage_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureStage | S
         return
     fact = stage_of(draft.job, attempt, snapshot)
     if fact is None:
-        if _still_wanted(draft, attempt):
+        if _still_wanted(draft, attempt) or claimant_of(draft.job, attempt, snapshot) is not None:
             yield ensure_stage(draft.job, attempt, snapshot.policy)
     elif fact.phase is not StagePhase.EXITED and attempt.stop_time is not None:
         yield StopStage(
@@ -101,7 +111,7 @@ def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
     Those are ended attempts, whose end the status records, and stages of jobs that are gone. A stage is created only
     after its attempt was stored, so an observer that lists stages before jobs never shows a wanted one here.
     """
-    wanted, recorded = _wanted_stages(snapshot) | _awaited_stages(snapshot), _recorded_stages(snapshot)
+    wanted, recorded = _wanted_stages(snapshot) | _claimed_names(snapshot), _recorded_stages(snapshot)
     unreadable = {job.key: job for job in snapshot.unreadable}
     for key in sorted(snapshot.stages):
         fact = snapshot.stages[key]
@@ -155,16 +165,12 @@ def _accounts_for(job: QLoRAJob, attempt: Attempt, fact: StageFact) -> bool:
     return job.stage_name(attempt) == fact.name and (attempt.active or fact.stage_uid == (attempt.stage_uid or ""))
 
 
-def _awaited_stages(snapshot: Snapshot) -> frozenset[str]:
-    """Of stages about to be created, those of which the runtime has yet to tell whether they are what stands there."""
+def _claimed_names(snapshot: Snapshot) -> frozenset[str]:
+    """Where an attempt's own commands deal with what stands there."""
     return frozenset(
         _key(job, attempt)
         for job in snapshot.jobs
-        if (attempt := job.status.active_attempt) is not None
-        and attempt.seen_time is None
-        and attempt.stop_time is None
-        and (fact := snapshot.stages.get(_key(job, attempt))) is not None
-        and fact.uid == job.metadata.uid
+        if (attempt := job.status.active_attempt) is not None and claimant_of(job, attempt, snapshot) is not None
     )
 
 
