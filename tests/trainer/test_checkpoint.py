@@ -438,10 +438,11 @@ print(json.dumps([peft.__version__, same]))
 """
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.skipif("QLORA_OLD_PEFT" not in os.environ, reason="installs old releases; set QLORA_OLD_PEFT=1")
-@pytest.mark.parametrize("version", ["0.4.0", "0.9.0", "0.13.2", "0.17.0", "0.18.0", "0.21.0"])
+@pytest.mark.parametrize("version", ["0.4.0", "0.9.0", "0.18.0", "0.21.0"])
 def test_releases_of_peft_load_the_final_adapter(store: JobStore, tmp_path: Path, version: str) -> None:
-    """Each beside the transformers that is installed; PEFT's oldest releases know no such layers."""
+    """Each beside the transformers that is installed; releases that it does not let import are not among them."""
     model = tiny_model()
     uri, _, _ = publish_real_adapter(store, model)
     releases = tmp_path / "releases"
