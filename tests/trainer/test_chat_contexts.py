@@ -165,13 +165,18 @@ def _amiss(tokenizer: Any, message: dict[str, Any], thought: str, run: tuple[str
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_a_turn_is_trained_as_inference_meets_it(tmp_path: Path, path: Path) -> None:
     tokenizer, thought = make_tokenizer(path, tmp_path), FIELDS.get(path.stem, "reasoning_content")
+    encoder = Encoder(tokenizer, "assistant")  # one, since each has a process that renders
+    try:
+        refuse_useless_template(tokenizer)
+    except UserError:
+        assert path.parent != OWN
+        return
     for kind, parts in KINDS.items():
         refusals: list[str] = []
         for number in range(CHATS_OF_A_KIND):
             record = make_chat(random.Random(f"{kind} {number}"), parts, thought)
-            encoder = Encoder(tokenizer, "assistant")
+            encoder.warnings.clear()
             try:
-                refuse_useless_template(tokenizer)
                 runs = trained(tokenizer, encoder.encode(read_sample(copy.deepcopy(record), "messages")))
             except (UserError, ValueError) as error:
                 refusals.append(str(error))

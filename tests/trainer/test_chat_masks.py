@@ -169,6 +169,16 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     return made
 
 
+_encoders: dict[int, Encoder] = {}
+
+
+def encoder_of(tokenizer: Any) -> Encoder:
+    """One for all chats of a tokenizer, since each has a process that renders."""
+    if id(tokenizer) not in _encoders:
+        _encoders[id(tokenizer)] = Encoder(tokenizer, "assistant")
+    return _encoders[id(tokenizer)]
+
+
 # --- chats
 
 texts = st.text(min_size=1, max_size=30).filter(lambda text: text.strip())
@@ -246,7 +256,7 @@ def test_what_carries_loss_is_what_the_model_has_to_write(
     expected = wanted(family, record)
     if not expected:
         return
-    encoded = Encoder(tokenizer, "assistant").encode(read_sample(record, "messages"))
+    encoded = encoder_of(tokenizer).encode(read_sample(record, "messages"))
     assert sorted(supervised(tokenizer, encoded)) == sorted(expected)  # contexts may hold turns that are not neighbors
 
 
@@ -258,7 +268,7 @@ def test_arguments_as_text_and_sharegpt_give_the_same_tokens(
 ) -> None:
     family, tokenizer = FAMILIES[name], tokenizers[name]
     record = data.draw(chats(family))
-    encoder = Encoder(tokenizer, "assistant")
+    encoder = encoder_of(tokenizer)
     expected = encoder.encode(read_sample(record, "messages"))
     for message in record["messages"]:
         for call in message.get("tool_calls", ()):
