@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -13,13 +15,18 @@ from mlflow import MlflowClient
 from orchestrator.api.job import QLoRAJob
 from orchestrator.sdk import Client, JobHandle
 from orchestrator.settings import Settings
-from tests.e2e.jobs import EXAMPLE, medical_job
+from tests.e2e.jobs import EXAMPLE, Document, medical_job
 
 pytestmark = pytest.mark.timeout(1800)  # real training, also on a machine that is busy with other things
 
 MARGIN = 0.5
 """Nats by which held-out loss must fall in the few steps of this test; measured falls are about twice that."""
 STEPS = 16
+BASE_STEPS = 24
+"""So many of two packed sequences are enough for a new end of texts to be learned; it is tens of records."""
+LIMIT = 96
+"""Tokens of an answer; the data's are of about half of that."""
+QUESTIONS = 3
 ROUNDING = 0.005
 """How far held-out losses may be apart, in nats: two bfloat16 ways through SmolLM2's thirty layers differ by up to
 0.003, while an adapter of another step or a wrong mask is off by ten times as much."""
@@ -54,6 +61,75 @@ def test_the_registered_adapter_gives_the_trainers_last_loss_in_a_process_that_k
     assert found["has_signature"]
 
 
+@pytest.fixture(scope="module")
+def base(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model as they come: without a chat template, and with an end of text that ends no turn."""
+    folder = tmp_path_factory.mktemp("base")
+    for file in pretrained.iterdir():
+        if file.suffix != ".jinja":
+            (folder / file.name).symlink_to(file)
+    for name in ("config.json", "generation_config.json"):
+        rewrite(folder / name, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    end = "<|endoftext|>"
+    rewrite(folder / "tokenizer_config.json", bos_token=end, eos_token=end, pad_token=end)
+    return folder
+
+
+def rewrite(file: Path, **changes: object) -> None:
+    """Put a changed copy in place of a link to a JSON file."""
+    document = json.loads(file.read_text()) | changes
+    file.unlink()
+    file.write_text(json.dumps(document))
+
+
+def questions() -> list[str]:
+    return [json.loads(line)["messages"][0]["content"] for line in (EXAMPLE / "heldout.jsonl").open()][:QUESTIONS]
+
+
+def answers_of_a_stranger(settings: Settings, model_uri: str, base: Path, rows: list[Document]) -> dict[str, Any]:
+    """What a process finds that can import nothing of this project; nothing of this process's surroundings helps it."""
+    script = Path(__file__).with_name("independent_answers.py")
+    command = [sys.executable, "-I", str(script), settings.tracking_uri, model_uri, str(base), str(LIMIT)]
+    told = "".join(f"{json.dumps(row)}\n" for row in rows)
+    surroundings = {key: value for key, value in os.environ.items() if not key.startswith(("QLORA_", "PYTHON"))}
+    ended = subprocess.run(command, input=told, env=surroundings, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    assert found["project"] == []
+    return found
+
+
+def stops_by_itself(found: dict[str, Any], end: str) -> bool:
+    """Whether both ways of loading end their answers; a model of this size may lose itself in one of them."""
+    ended = sum(tokens < LIMIT for tokens in found["served_tokens"])
+    ended_by_peft = sum(last == end for last in found["peft_ends"])
+    return min(ended, ended_by_peft) >= QUESTIONS - 1
+
+
+def test_the_registered_chat_model_stops_by_itself_where_nobody_knows_of_us(
+    done: JobHandle, settings: Settings, pretrained: Path
+) -> None:
+    rows: list[Document] = [{"messages": [{"role": "user", "content": question}]} for question in questions()]
+    found = answers_of_a_stranger(settings, str(done.result().model_uri), pretrained, rows)
+    assert stops_by_itself(found, "<|im_end|>"), found
+
+
+def test_a_base_model_stops_where_its_completions_ended(
+    client: Client, settings: Settings, base: Path, tmp_path: Path
+) -> None:
+    records = [json.loads(line)["messages"] for line in (EXAMPLE / "train.jsonl").open()]
+    lines = [{"prompt": f"P: {asked['content']}\nR:", "completion": f" {said['content']}"} for asked, said in records]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    job = medical_job("base", base, steps=BASE_STEPS)
+    job["spec"] |= {"dataset": {"source": data.as_uri(), "format": "prompt-completion"}}
+    handle = client.submit(job)
+    handle.wait(timeout_seconds=900)
+    rows: list[Document] = [{"prompt": f"P: {question}\nR:"} for question in questions()]
+    found = answers_of_a_stranger(settings, str(handle.result().model_uri), base, rows)
+    assert stops_by_itself(found, "<|endoftext|>"), found
+
+
 def test_mlflow_shows_one_finished_run_with_every_step_once(done: JobHandle, settings: Settings) -> None:
     mlflow = MlflowClient(settings.tracking_uri)
     experiment = mlflow.get_experiment_by_name("medical")
@@ -68,6 +144,28 @@ def test_the_model_version_has_its_alias_and_card(done: JobHandle, settings: Set
     version = MlflowClient(settings.tracking_uri).get_model_version_by_alias("medical", "candidate")
     assert version.run_id == done.result().run_id
     assert "A LoRA adapter for" in (version.description or "")
+
+
+def test_the_pages_of_the_run_show_what_it_was_made_of_and_what_came_of_it(
+    done: JobHandle, settings: Settings, tmp_path: Path
+) -> None:
+    mlflow = MlflowClient(settings.tracking_uri)
+    run = mlflow.get_run(str(done.result().run_id))
+    assert mlflow.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+    assert [given.dataset.name for given in run.inputs.dataset_inputs] == ["train.jsonl", "heldout.jsonl"]
+    assert run.outputs is not None
+    (output,) = run.outputs.model_outputs
+    tags = mlflow.get_logged_model(output.model_id).tags
+    assert json.loads(tags["mlflow.modelVersions"]) == [{"name": "medical", "version": "1"}]
+    assert run.data.tags["mlflow.note.content"].startswith("# medical")
+    assert (run.data.params["training.maxSteps"], run.data.params.get("training.epochs")) == (str(STEPS), None)
+    table = json.loads(Path(mlflow.download_artifacts(run.info.run_id, "data/records.json", str(tmp_path))).read_text())
+    text, tokens, supervised = table["data"][0]
+    assert text.startswith("<|im_start|>system")
+    assert text.rstrip().endswith("<|im_end|>⟧")
+    assert 0 < supervised < tokens
+    in_training_tab = sorted(name for name in run.data.metrics if not name.startswith("system/"))
+    assert in_training_tab[0] == "eval/loss", "charts are sorted by name, and the first one is a loss"
 
 
 def test_the_adapter_downloads_verified(done: JobHandle, tmp_path: Path) -> None:
