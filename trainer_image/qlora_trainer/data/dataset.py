@@ -373,8 +373,8 @@ def _hold_out(
         )
     draws = np.array([_draw(seed, sample) for sample in samples], dtype=np.uint64)
     wanted = int(np.count_nonzero(draws < np.uint64(math.ceil(fraction * 2**64))))
-    first = np.argsort(draws, kind="stable")[: min(max(wanted, 1), len(samples) - 1)]
-    held_out = {samples[number] for number in first}
+    order: list[int] = np.argsort(draws, kind="stable").tolist()
+    held_out = {samples[number] for number in order[: min(max(wanted, 1), len(samples) - 1)]}
     splits = EncodedRecords(), EncodedRecords()
     for sample, record in zip(encoded.samples(), encoded, strict=True):
         splits[sample in held_out].append(record, sample)
