@@ -98,6 +98,8 @@ def ui(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command; start nothing.")] = False,
 ) -> None:
     """Serve the MLflow UI of the local tracking store on loopback, behind a password, until Ctrl-C."""
+    import shlex
+
     from orchestrator.cli.output import print_text
     from orchestrator.cli.tracking_ui import serve, server_command
 
@@ -106,7 +108,9 @@ def ui(
         print_text(settings.tracking_uri)
         return
     if dry_run:
-        print_text(" ".join(server_command(settings, Path("SOCKET"))))
+        print_text(
+            f"on http://127.0.0.1:{port}, behind a password: {shlex.join(server_command(settings, Path('SOCKET')))}"
+        )
         return
     raise typer.Exit(serve(settings, port, UI_START_SECONDS))
 

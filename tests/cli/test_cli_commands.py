@@ -421,7 +421,8 @@ def test_ui_serves_the_local_store_or_names_the_remote_one(
         pytest.skip("mlflow is not installed")
     command = qlora("ui", "--dry-run", "--port", "5011").stdout
     assert f"--backend-store-uri sqlite:///{service.settings.home}/mlflow.db" in command
-    assert "--host 127.0.0.1 --port 5011" in command
+    assert "--uvicorn-opts '--uds SOCKET'" in command
+    assert "on http://127.0.0.1:5011, behind a password" in command
     monkeypatch.setenv("QLORA_TRACKING_URI", "http://mlflow.example:5000")
     assert qlora("ui").stdout == "http://mlflow.example:5000\n"
 

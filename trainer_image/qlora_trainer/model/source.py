@@ -563,7 +563,12 @@ def refuse_not_causal(source: str, config: Any) -> None:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    architecture = str(next(iter(config.architectures or ()), "a model without `architectures` in its config.json"))
+    if not config.architectures:
+        raise UserError(
+            f"{source}: architectures is missing in config.json, so nobody knows what the model is; take the file from "
+            "where the model was published"
+        )
+    architecture = str(config.architectures[0])
     text = _text_model(config)
     if text is not config:
         raise UserError(
