@@ -15,7 +15,7 @@ from orchestrator.sizing.margins import Bound
 JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE")
 WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")
 QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "HOLD", "RUNNING", "WAITING", "QUOTAS")
-CALIBRATION_HEADER = ("ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
+CALIBRATION_HEADER = ("NAMESPACE", "ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
 _SPEAKS_FOR_ITSELF = frozenset({JobState.PREPARING, JobState.TRAINING, JobState.PUBLISHING, JobState.SUCCEEDED})
 _RUNNING = frozenset({JobState.STARTING, JobState.TRAINING, JobState.STOPPING})
 _WAITING = frozenset({JobState.NEW, JobState.PREPARING, JobState.QUEUED})
@@ -90,6 +90,7 @@ def _wide_cells(job: QLoRAJob) -> list[Cell]:
 def calibration_row(bound: Bound) -> list[Cell]:
     """What is known of one kind of plan, under CALIBRATION_HEADER; shares are of the predicted peak."""
     return [
+        Cell(text=bound.namespace),
         Cell(text=bound.architecture),
         Cell(text=bound.kind),
         Cell(text=str(bound.observations)),

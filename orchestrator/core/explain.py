@@ -96,7 +96,7 @@ def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]
     if preferred not in CLASS_NAMES or prepared is None:
         return
     known = {gpu_class.name: gpu_class for gpu_class in snapshot.gpu_classes}
-    margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
+    margins = learned(snapshot.jobs).get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
     place = CLASS_NAMES.index(preferred)
     for way, index in (("smaller", place - 1), ("larger", place + 1)):
         if not 0 <= index < len(CLASS_NAMES):

@@ -78,7 +78,8 @@ class Client:
         if self.connection.is_local:
             check_planned_model(checked.spec.model)
         facts = model_config.read_facts(checked.spec.model)
-        known = Known(prices=self.settings.gpu_prices, margins=margins.learned(self.connection.store.list_jobs()))
+        taught = self.connection.store.list_jobs(checked.metadata.namespace)
+        known = Known(prices=self.settings.gpu_prices, margins=margins.learned(taught))
         return plan_job(checked, facts, self.connection.gpu_classes(), known)
 
     def records(self, job: JobLike, count: int = 3) -> ShownRecords:
@@ -86,7 +87,7 @@ class Client:
         return records_of_spec(self._in_namespace(_one(job, QLoRAJob)), count)
 
     def calibration(self) -> Sequence[margins.Bound]:
-        """What finished jobs of all namespaces have taught about the memory model."""
+        """What finished jobs have taught about the memory model, each namespace for itself."""
         return margins.bounds(self.connection.store.list_jobs())
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:

@@ -70,14 +70,14 @@ class Known:
 
     prices: str = ""
     """Dollars an hour by class, written as the setting is."""
-    margins: Mapping[str, Margins] = field(default_factory=dict[str, Margins])
-    """What finished jobs have taught, by architecture."""
+    margins: Mapping[tuple[str, str], Margins] = field(default_factory=dict[tuple[str, str], Margins])
+    """What finished jobs have taught, by namespace and architecture."""
 
 
 def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], known: Known | None = None) -> JobPlan:
     """The choice among the classes that exist, beside what every other class would mean."""
     known = known or Known()
-    prices, margins = known.prices, known.margins.get(facts.architecture, DEFAULT)
+    prices, margins = known.prices, known.margins.get((job.metadata.namespace, facts.architecture), DEFAULT)
     classes = hardware.priced(classes, prices)
     choice = plan_search.choose_class(job.spec, facts, classes, margins=margins)
     chosen = choice if isinstance(choice, Estimate) else None

@@ -1,5 +1,7 @@
 """What finished jobs teach about the memory model: measured peaks held against predicted ones, and the margin from it.
 
+A namespace learns from its own jobs: what one team's pods say they measured moves nobody else's margins.
+
 Nothing is stored for it: every attempt in a job's status has what was predicted and what was measured, and a job
 outlives the controller. What is learned is forgotten with the last job that taught it (`ttlSecondsAfterFinished`).
 
@@ -44,6 +46,7 @@ def plan_kind(recompute_layers: int, num_layers: int, offload: Iterable[str]) ->
 class Observation:
     """One attempt's peak."""
 
+    namespace: str
     architecture: str
     kind: Kind
     versions: str
@@ -54,8 +57,9 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """What is known of one kind of plan on one architecture under the versions that trained last."""
+    """What a namespace knows of one kind of plan on one architecture under the versions that trained last."""
 
+    namespace: str
     architecture: str
     kind: Kind
     versions: str
@@ -70,6 +74,7 @@ class Bound:
     def to_wire(self) -> dict[str, object]:
         """JSON types with wire names."""
         return {
+            "namespace": self.namespace,
             "architecture": self.architecture,
             "kind": self.kind,
             "versions": self.versions,
@@ -102,14 +107,18 @@ class Margins:
 DEFAULT = Margins()
 
 
-def learned(jobs: Iterable[QLoRAJob]) -> Mapping[str, Margins]:
-    """The margins by architecture. The controller asks in every pass, and jobs that teach seldom change in between."""
-    return _learned(_Statuses(tuple(job.status for job in jobs if _teaches(job.status))))
+def learned(jobs: Iterable[QLoRAJob]) -> Mapping[tuple[str, str], Margins]:
+    """The margins by namespace and architecture.
+
+    The controller asks in every pass, and jobs that teach seldom change in between.
+    """
+    teaching = [job for job in jobs if _teaches(job.status)]
+    return _learned(_Statuses(tuple(job.status for job in teaching), tuple(job.metadata.namespace for job in teaching)))
 
 
 def bounds(jobs: Iterable[QLoRAJob]) -> tuple[Bound, ...]:
-    """Everything that is known, by architecture and kind."""
-    return _bounds(job.status for job in jobs if _teaches(job.status))
+    """Everything that is known, by namespace, architecture and kind."""
+    return _bounds((job.metadata.namespace, job.status) for job in jobs if _teaches(job.status))
 
 
 def _teaches(status: QLoRAJobStatus) -> bool:
@@ -120,13 +129,16 @@ def _teaches(status: QLoRAJobStatus) -> bool:
 class _Statuses:
     """Statuses as one key, by identity: to compare ten thousand of them by value takes longer than to ask them again.
 
+    A status stays with its job, so that the namespaces need no comparison.
+
     A store that watches gives the same object as long as a job is unchanged.
     """
 
-    __slots__ = ("statuses",)
+    __slots__ = ("namespaces", "statuses")
 
-    def __init__(self, statuses: tuple[QLoRAJobStatus, ...]) -> None:
+    def __init__(self, statuses: tuple[QLoRAJobStatus, ...], namespaces: tuple[str, ...]) -> None:
         self.statuses = statuses
+        self.namespaces = namespaces
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Statuses) or len(self.statuses) != len(other.statuses):
@@ -138,17 +150,17 @@ class _Statuses:
 
 
 @lru_cache(maxsize=1)
-def _learned(known: _Statuses) -> Mapping[str, Margins]:
-    found: defaultdict[str, list[tuple[Kind, float, bool]]] = defaultdict(list)
-    for bound in _bounds(known.statuses):
-        found[bound.architecture].append((bound.kind, bound.share, bound.certain))
-    return {architecture: Margins(shares=tuple(shares)) for architecture, shares in found.items()}
+def _learned(known: _Statuses) -> Mapping[tuple[str, str], Margins]:
+    found: defaultdict[tuple[str, str], list[tuple[Kind, float, bool]]] = defaultdict(list)
+    for bound in _bounds(zip(known.namespaces, known.statuses, strict=True)):
+        found[bound.namespace, bound.architecture].append((bound.kind, bound.share, bound.certain))
+    return {key: Margins(shares=tuple(shares)) for key, shares in found.items()}
 
 
-def _bounds(statuses: Iterable[QLoRAJobStatus]) -> tuple[Bound, ...]:
-    observed: defaultdict[tuple[str, Kind], list[Observation]] = defaultdict(list)
+def _bounds(statuses: Iterable[tuple[str, QLoRAJobStatus]]) -> tuple[Bound, ...]:
+    observed: defaultdict[tuple[str, str, Kind], list[Observation]] = defaultdict(list)
     for observation in _observations(statuses):
-        observed[observation.architecture, observation.kind].append(observation)
+        observed[observation.namespace, observation.architecture, observation.kind].append(observation)
     return tuple(_bound(observed[key]) for key in sorted(observed))
 
 
@@ -159,6 +171,7 @@ def _bound(observed: Sequence[Observation]) -> Bound:
     quantile = conformal_bound(shares, COVERAGE)
     share = max(shares) if quantile is None else quantile
     return Bound(
+        namespace=newest[0].namespace,
         architecture=newest[0].architecture,
         kind=newest[0].kind,
         versions=versions,
@@ -175,12 +188,12 @@ def conformal_bound(shares: Sequence[float], coverage: float) -> float | None:
     return sorted(shares)[place - 1] if place <= len(shares) else None
 
 
-def _observations(statuses: Iterable[QLoRAJobStatus]) -> Iterator[Observation]:
+def _observations(statuses: Iterable[tuple[str, QLoRAJobStatus]]) -> Iterator[Observation]:
     """What the attempts have measured."""
-    for status in statuses:
+    for namespace, status in statuses:
         for attempt in status.attempts:
             if attempt.predicted_bytes and (share := _share(attempt, attempt.predicted_bytes)) is not None:
-                yield from _observation(status, attempt, share)
+                yield from _observation(namespace, status, attempt, share)
 
 
 def _share(attempt: Attempt, predicted_bytes: int) -> float | None:
@@ -192,12 +205,13 @@ def _share(attempt: Attempt, predicted_bytes: int) -> float | None:
     return None
 
 
-def _observation(status: QLoRAJobStatus, attempt: Attempt, share: float) -> Iterator[Observation]:
-    """Nothing where the record lacks what training comes with: one job's status must not spoil everybody's margins."""
+def _observation(namespace: str, status: QLoRAJobStatus, attempt: Attempt, share: float) -> Iterator[Observation]:
+    """Nothing where the record lacks what training comes with: one job's status must not spoil others' margins."""
     prepared, plan, time = status.prepared, attempt.plan, attempt.finish_time
     if prepared is None or plan is None or time is None:
         return
     yield Observation(
+        namespace=namespace,
         architecture=prepared.model.architecture,
         kind=plan_kind(plan.recompute_layers, prepared.model.num_layers, plan.offload),
         versions=attempt.versions or "",

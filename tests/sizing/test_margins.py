@@ -32,7 +32,7 @@ from tests.builders import (
 )
 
 PREDICTED = 10 << 30
-LLAMA = "LlamaForCausalLM"
+NAMESPACE, LLAMA = make_job("any").metadata.namespace, "LlamaForCausalLM"
 NEW, OLD = "torch 2.11.0, bitsandbytes 0.50.2", "torch 2.9.0, bitsandbytes 0.49.0"
 
 
@@ -66,7 +66,9 @@ def many(shares: list[float], **fields: object) -> list[QLoRAJob]:
 def share_of(jobs: list[QLoRAJob], recompute_layers: int = 0) -> float:
     """The margin for a plan on the observed architecture."""
     plan = MemoryPlan(micro_batch_size=1, accumulation_steps=16, recompute_layers=recompute_layers)
-    return learned(jobs).get(LLAMA, DEFAULT).share(plan, LLAMA_3_8B.num_layers, recompute_layers, SLACK_SHARE)
+    return (
+        learned(jobs).get((NAMESPACE, LLAMA), DEFAULT).share(plan, LLAMA_3_8B.num_layers, recompute_layers, SLACK_SHARE)
+    )
 
 
 # --- the bound -----------------------------------------------------------------------------------------------------
@@ -137,6 +139,17 @@ def test_an_attempt_that_ran_out_of_memory_counts_as_what_the_card_offers() -> N
     assert bound.share == 0.25, "more than that is no error of the model"
 
 
+def test_what_one_namespace_measured_moves_no_others_margins() -> None:
+    """Whoever may write what pods say there could have made it up, too high or too low."""
+    theirs = [
+        job.model_copy(update={"metadata": job.metadata.model_copy(update={"namespace": "stranger"})})
+        for job in (*many([-0.4] * 60), finished("worse", 0.2))
+    ]
+    assert share_of(theirs) == share_of([]) == SLACK_SHARE
+    assert learned(theirs)["stranger", LLAMA].shares[0][1] == pytest.approx(0.2)
+    assert share_of([*theirs, finished("ours", 0.04)]) == pytest.approx(0.04)
+
+
 def test_an_attempt_that_was_moved_away_says_nothing() -> None:
     job = finished("moved", 0.0)
     attempts = tuple(each.model_copy(update={"reason": Reason.PREEMPTED}) for each in job.status.attempts)
@@ -186,5 +199,5 @@ def test_the_same_jobs_are_not_worked_out_again_and_a_changed_one_counts_at_once
     assert learned([*jobs, make_job("waiting")]) is before
     worse = [*jobs[:2], finished("job-2", 0.03)]
     assert worse[2].metadata == jobs[2].metadata
-    assert learned(worse)[LLAMA].shares[0][1] == pytest.approx(0.03)
+    assert learned(worse)[NAMESPACE, LLAMA].shares[0][1] == pytest.approx(0.03)
     assert learned(jobs) == before

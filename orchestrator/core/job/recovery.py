@@ -234,7 +234,7 @@ def _escalate(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapsh
     failures = counted_failures(draft.status, verdict.reason)
     if failures > draft.job.spec.backoff_limit:
         return _give_up(draft, verdict, failures)
-    margins = learned(snapshot.jobs).get(prepared.model.architecture, DEFAULT)
+    margins = learned(snapshot.jobs).get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
     chosen = escalate(
         draft.job.spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared), margins=margins
     )

@@ -180,7 +180,9 @@ def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
     )
 
 
-def _estimates(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
+def _estimates(
+    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
+) -> tuple[Estimate, ...] | Refusal:
     """Where the job may train; one that must go on just as it began keeps its class and plan.
 
     A class that failed the job lately is passed over while another fits: a job that ran out of memory goes to none of
@@ -206,7 +208,9 @@ def _estimates(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins])
     return others or found
 
 
-def _fitting(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
+def _fitting(
+    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
+) -> tuple[Estimate, ...] | Refusal:
     """Where the job may train by what it needs."""
     status, spec = draft.status, draft.job.spec
     exact_resume = spec.training.deterministic and status.checkpoint is not None
@@ -217,11 +221,13 @@ def _fitting(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -
     return _sized(draft, snapshot, margins)
 
 
-def _sized(draft: Draft, snapshot: Snapshot, margins: Mapping[str, Margins]) -> tuple[Estimate, ...] | Refusal:
+def _sized(
+    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
+) -> tuple[Estimate, ...] | Refusal:
     """Every class here that the job fits."""
     spec, prepared = draft.job.spec, draft.status.prepared
     assert prepared is not None, "a queued job is prepared"
-    of_model = margins.get(prepared.model.architecture, DEFAULT)
+    of_model = margins.get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
     return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)
 
 
