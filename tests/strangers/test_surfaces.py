@@ -20,6 +20,7 @@ from qlora_trainer import __main__ as trainer
 from qlora_trainer.storage.final_adapter import FinalAdapter
 from qlora_trainer.tracking.mlflow_run import parameters, tags
 from qlora_trainer.tracking.model_card import model_card
+from qlora_trainer.tracking.run_page import PLAN_TAG
 from typer.testing import CliRunner
 
 from orchestrator.adapters.local.processes import Process, write_durably
@@ -163,7 +164,7 @@ def test_tags_parameters_and_the_card_hold_none_and_run_nothing(tmp_path: Path) 
         {**instance(random.Random(SEED), CheckpointManifest), "versions": {MARKDOWN + BAD: MARKDOWN + BAD}}
     )
     adapter = FinalAdapter(folder=tmp_path, manifest=manifest, digest=DIGEST, journal=())
-    card = model_card(task, adapter)
+    card = model_card(task, adapter, {f"{PLAN_TAG}/{MARKDOWN}": MARKDOWN + BAD, f"{PLAN_TAG}/2": MARKDOWN + BAD})
     assert shown(card) == []
     prose = re.sub(r"```python\n.*?```", "", card.split("---\n", 2)[2], flags=re.DOTALL)
     assert not re.search(r"<script|!\[|\]\(|</code>", prose)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit, urlunsplit
 
@@ -155,7 +156,8 @@ def hyperparameters(task: StageTask) -> str:
 
 def provenance(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, str]) -> str:
     """Where it comes from."""
-    plans = {name.rpartition("/")[2]: plan for name, plan in attempts.items() if name.startswith(f"{PLAN_TAG}/")}
+    of_attempt = re.compile(rf"{re.escape(PLAN_TAG)}/(\d{{1,9}})")
+    plans = {int(found[1]): plan for name, plan in attempts.items() if (found := of_attempt.fullmatch(name))}
     rows = {
         "job": f"{task.namespace}/{task.job}",
         "job uid": task.uid,
@@ -170,7 +172,7 @@ def provenance(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, st
         rows["prepared data"] = task.prepared.digest
         rows["records, tokens"] = f"{task.prepared.train_records}, {task.prepared.train_tokens}"
     if plans:
-        rows["memory plan"] = plans[max(plans, key=int)]
+        rows["memory plan"] = plans[max(plans)]
     rows |= adapter.manifest.versions
     return _table("what", "value", rows)
 
