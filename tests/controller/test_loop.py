@@ -201,7 +201,7 @@ def test_rounds_are_timed(tmp_path: Path) -> None:
 
 def test_every_part_of_the_policy_is_a_setting(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
-    derived = {"has_agents"}  # follows from whether there is a Ray, which is a setting
+    derived = {"has_agents", "addresses"}  # follow from whether there is a Ray, and from where stores and claims are
     assert {field.name for field in fields(Policy)} - derived <= set(Settings.model_fields)
     changed = settings.model_copy(update={"minimum_run_seconds": 7.0})
     assert changed.policy().minimum_run_seconds == 7.0
