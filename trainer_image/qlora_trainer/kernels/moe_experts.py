@@ -14,7 +14,8 @@ in, the weighted sum of those experts' outputs out. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,19 @@ class NF4Experts(Module):
         if name not in self._parts:
             self._parts[name] = list(_split(getattr(self, name), self.dense_bytes))
         return self._parts[name]
+
+
+@contextmanager
+def silent_experts(model: Module) -> Generator[None]:
+    """Leave a model's routed experts out: they look at each token alone, but round by how many have chosen them."""
+    modules = [module for module in model.modules() if isinstance(module, NF4Experts)]
+    for module in modules:
+        module.silent = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.silent = False
 
 
 def nf4(weights: Tensor) -> Params4bit:

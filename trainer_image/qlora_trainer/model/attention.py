@@ -24,6 +24,7 @@ from transformers.masking_utils import eager_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_trainer.data.micro_batch import MicroBatch, collate
+from qlora_trainer.kernels.moe_experts import silent_experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
 
@@ -78,7 +79,7 @@ def _difference(base: PreTrainedModel, packed: PackedAttention) -> str | None:
     packed.expect(batch, on_device.record_starts)
     base.set_attn_implementation(COMPARED_ATTENTION)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), silent_experts(base):  # whose roundings would only make the layers' inputs others
             base(input_ids=on_device.input_ids, position_ids=on_device.position_ids, use_cache=False)
     except UnknownAttention as error:
         return str(error)

@@ -12,8 +12,8 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -31,7 +31,7 @@ from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch, StepInputs, collate
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.host_offload import HostEmbedding, InputStore
-from qlora_trainer.kernels.moe_experts import NF4Experts
+from qlora_trainer.kernels.moe_experts import NF4Experts, silent_experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
 from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
@@ -155,18 +155,6 @@ class TrainingModel:
     def _experts(self) -> list[NF4Experts]:
         return [module for module in self.base.modules() if isinstance(module, NF4Experts)]
 
-    @contextmanager
-    def _silent_experts(self) -> Generator[None]:
-        """Leave routed experts out: they look at each token alone, but round by how many have chosen them."""
-        modules = self._experts()
-        for module in modules:
-            module.silent = True
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.silent = False
-
     def _loss(self, inputs: StepInputs) -> Tensor:
         return cross_entropy(
             self._hidden(inputs).flatten(0, 1),
@@ -246,7 +234,7 @@ class TrainingModel:
         first, second = _probe(range(1, 6)), _probe(range(6, 13))
         try:
             if self.fused is not None:
-                with self._silent_experts():  # for a rounding, a token would go to another expert
+                with silent_experts(self.base):  # for a rounding, a token would go to another expert
                     self._check_fused_layers(self.fused, collate([first, second]))
             if not self.separate and not self._records_are_apart():
                 self._go_separately("records of a packed row see each other")
@@ -268,7 +256,7 @@ class TrainingModel:
     def _records_are_apart(self) -> bool:
         """Whether a record's logits are the same whatever record stands before it."""
         first, other, second = (_probe(tokens) for tokens in (range(1, 6), range(21, 26), range(6, 13)))
-        with self._silent_experts():
+        with silent_experts(self.base):
             after_first, after_other = (self.logits(collate([record, second]))[5:] for record in (first, other))
         return torch.equal(after_first, after_other)  # the same shapes, so the same sums: not a bit may differ
 
@@ -276,7 +264,7 @@ class TrainingModel:
         """Whether the last token changes the logits before it."""
         one, other = _probe(range(1, 9)), _probe(range(1, 9))
         other[0][-1] = 20
-        with self._silent_experts():
+        with silent_experts(self.base):
             ours, theirs = (self.logits(collate([record]))[:-1] for record in (one, other))
         return bool((ours - theirs).norm() > LOOKAHEAD_TOLERANCE * ours.norm())
 
