@@ -27,7 +27,7 @@ class Books:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.experiments: dict[str, str] = {}
+        self.experiments: dict[str, Json] = {}
         self.runs: dict[str, Json] = {}
         self.run_of: dict[str, list[str]] = {}
         """Ids of runs by the uid of their job."""
@@ -39,7 +39,10 @@ class Books:
                 case "experiments/get-by-name":
                     return self._experiment(str(asked["experiment_name"]))
                 case "experiments/create":
-                    return {"experiment_id": self.experiments.setdefault(asked["name"], str(len(self.experiments)))}
+                    return {"experiment_id": self._create_experiment(asked)["experiment_id"]}
+                case "experiments/set-experiment-tag":
+                    tagged = next(e for e in self.experiments.values() if e["experiment_id"] == asked["experiment_id"])
+                    return _tag(tagged["tags"], [asked])
                 case "runs/create":
                     return self._create(asked)
                 case "runs/search":
@@ -51,14 +54,19 @@ class Books:
                     info: Json = self.runs[asked["run_id"]]["info"]
                     info |= {key: asked[key] for key in ("status", "end_time") if key in asked}
                     return {"run_info": info}
+                case "runs/log-batch":
+                    return _tag(self.runs[asked["run_id"]]["data"]["tags"], asked.get("tags", []))
                 case _:
                     return None
 
     def _experiment(self, name: str) -> Json | None:
-        if name not in self.experiments:
-            return None
-        experiment = {"experiment_id": self.experiments[name], "name": name, "lifecycle_stage": "active"}
-        return {"experiment": {**experiment, "artifact_location": f"mlflow-artifacts:/{self.experiments[name]}"}}
+        return {"experiment": self.experiments[name]} if name in self.experiments else None
+
+    def _create_experiment(self, asked: Json) -> Json:
+        identity = str(len(self.experiments))
+        new = {"experiment_id": identity, "name": asked["name"], "lifecycle_stage": "active"}
+        new |= {"artifact_location": f"mlflow-artifacts:/{identity}", "tags": list(asked.get("tags", []))}
+        return self.experiments.setdefault(asked["name"], new)
 
     def _create(self, asked: Json) -> Json:
         run_id = f"{len(self.runs):032x}"
@@ -77,6 +85,13 @@ class Books:
         self.runs[run_id] = {"info": info, "data": {"tags": asked["tags"], "metrics": [], "params": []}}
         self.run_of.setdefault(tags[UID_TAG], []).append(run_id)
         return {"run": self.runs[run_id]}
+
+
+def _tag(tags: list[Json], news: list[Json]) -> Json:
+    """Put tags into a list of them; the empty answer of the calls that do so."""
+    known = {tag["key"]: tag["value"] for tag in (*tags, *news)}
+    tags[:] = [{"key": key, "value": value} for key, value in known.items()]
+    return {}
 
 
 def read_runs(port: int) -> list[tuple[str, str]]:
