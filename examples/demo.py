@@ -105,14 +105,14 @@ def right(answers: list[str], forms: list[str]) -> int:
     return sum(answer == form for answer, form in zip(answers, forms, strict=True))
 
 
-def example(note: str, form: str, before: str, after: str) -> Text:
-    """One note with the form that belongs to it and both answers, a line each."""
+def example(note: str, form: str, before: str, after: str) -> Table:
+    """One note with the form that belongs to it and both answers."""
     lines = {"note": note, "form": form, "base model": " ".join(before.split()), "adapter": " ".join(after.split())}
-    text = Text()
+    grid = Table.grid(padding=(0, 1))
     for name, words in lines.items():
-        style = "green" if words == form else ""
-        text.append(f"\n{name:<10} ", "bold").append(words, style)
-    return text
+        grid.add_row(Text(name, "bold"), Text(words, "green" if words == form else ""))
+    grid.add_row()
+    return grid
 
 
 def whereabouts(name: str, result: JobResult, seconds: float) -> Panel:
