@@ -25,7 +25,9 @@ def make_private(home: Path) -> None:
         raise PermanentError(
             f"{home} belongs to user {owner}, and this is user {os.getuid()}: set QLORA_HOME to a folder of your own"
         )
-    for path in (home, *home.iterdir()):
+    if _close(home):
+        log.warning("%s could be read by others; it is closed now", home)
+    for path in home.iterdir():
         _close(path)
 
 
@@ -34,13 +36,14 @@ def private_files() -> None:
     os.umask(OTHERS)
 
 
-def _close(path: Path) -> None:
+def _close(path: Path) -> bool:
+    """Take others' permissions; whether they had any."""
     if path.is_symlink():
-        return
+        return False
     try:
         mode = path.stat().st_mode & 0o7777
         if mode & OTHERS:
             path.chmod(mode & ~OTHERS)
-            log.warning("%s could be read by others (mode %o); it is closed now", path, mode)
     except FileNotFoundError:  # a journal of the database, gone meanwhile
-        return
+        return False
+    return bool(mode & OTHERS)
