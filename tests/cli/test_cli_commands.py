@@ -22,13 +22,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.api.reasons import Reason
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import COMMANDS, app
 from orchestrator.cli.words import gib
 from orchestrator.controller.supervisor import RECORD_NAME
-from tests.sdk.paper_service import STEPS, PaperService, job_document, write_inputs
+from tests.sdk.paper_service import STEPS, PaperService, job_document, service_that_is_up
 
 CONTROL_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 QUEUE = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAQueue", "metadata": {"name": "team-a"}}
@@ -37,15 +36,7 @@ QUEUE = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAQueue", "metadata": {
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PaperService:
     """A service that counts as up for as long as this process lives."""
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("QLORA_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("QLORA_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("QLORA_GPU_CLASSES", "24Gi=1")
-    service = PaperService(tmp_path)
-    write_durably(service.settings.home / RECORD_NAME, {"process": Process.current()})
-    return service
+    return service_that_is_up(tmp_path, monkeypatch)
 
 
 def qlora(*arguments: str, stdin: str | None = None) -> Result:

@@ -41,6 +41,7 @@ from tests.builders import prepare_result, submitted_job, train_result
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubelet import PaperKubelet
 from tests.cluster.resources import clear
+from tests.cluster.runtimes import Runtimes, started_runtimes
 from tests.controller.fakes import FakeTracking
 
 NAMESPACE = "team-a"
@@ -74,8 +75,6 @@ FAKED: dict[StageKind, StageResult] = {
     "publish": StageResult(publish=PublishResult(registered_model="faked", model_version="6", model_uri="models:/f/6")),
 }
 
-Runtimes = Callable[[], KubernetesPods]
-
 
 @pytest.fixture
 def api(cluster: ControlPlane) -> Iterator[KubeApi]:
@@ -91,19 +90,8 @@ def api(cluster: ControlPlane) -> Iterator[KubeApi]:
 @pytest.fixture
 def runtimes(cluster: ControlPlane, api: KubeApi) -> Iterator[Runtimes]:
     """Starts runtimes; one that is new knows nothing of what another created."""
-    opened: list[tuple[KubernetesPods, KubeApi]] = []
-
-    def start() -> KubernetesPods:
-        own = cluster.api()
-        runtime = KubernetesPods(own, Changes(), POLICY, BOUNDS)
-        opened.append((runtime, own))
-        runtime.start()
-        return runtime
-
-    yield start
-    for runtime, own in opened:
-        runtime.close()
-        own.close()
+    with started_runtimes(cluster, POLICY, BOUNDS) as start:
+        yield start
 
 
 def make_task(attempt: int = 2, stage: StageKind = "train", uid: str = UID) -> StageTask:

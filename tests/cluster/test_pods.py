@@ -25,6 +25,7 @@ from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 from tests.builders import submitted_job, train_result
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.resources import clear
+from tests.cluster.runtimes import Runtimes, started_runtimes
 
 NAMESPACE, RESTRICTED, NARROW = "team-a", "restricted", "narrow"
 POLICY = PodPolicy(trainer_image="trainer:1", controller_image="controller:1", tracking_uri="http://mlflow:5000")
@@ -36,8 +37,6 @@ PATH = path_of("v1", "pods", NAMESPACE, NAME)
 WAIT_SECONDS = 15.0
 UID = "8f2d2f0e-0000-4000-8000-000000000001"
 NODE = "gpu-1"
-
-Runtimes = Callable[..., KubernetesPods]
 
 
 class Channel:
@@ -79,19 +78,8 @@ def api(cluster: ControlPlane) -> Iterator[KubeApi]:
 @pytest.fixture
 def runtimes(cluster: ControlPlane, api: KubeApi) -> Iterator[Runtimes]:
     """Starts runtimes, each with a connection of its own."""
-    opened: list[tuple[KubernetesPods, KubeApi]] = []
-
-    def start(policy: PodPolicy = POLICY, bounds: RuntimeBounds = BOUNDS) -> KubernetesPods:
-        own = cluster.api()
-        runtime = KubernetesPods(own, Changes(), policy, bounds)
-        opened.append((runtime, own))
-        runtime.start()
-        return runtime
-
-    yield start
-    for runtime, own in opened:
-        runtime.close()
-        own.close()
+    with started_runtimes(cluster, POLICY, BOUNDS) as start:
+        yield start
 
 
 @pytest.fixture

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.formats import CheckpointManifest, FileEntry, JournalRecord, Metric
 from orchestrator.api.job import Attempt, Condition, MlflowStatus, QLoRAJob, QLoRAJobStatus
@@ -19,6 +23,7 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport
+from orchestrator.controller.supervisor import RECORD_NAME
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import summarize
 from orchestrator.sdk.client import Client
@@ -51,6 +56,19 @@ def write_inputs(folder: Path) -> None:
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
     (model / "model.safetensors").write_bytes(b"stands for weights")
     (folder / "train.jsonl").write_text('{"messages": []}\n')
+
+
+def service_that_is_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PaperService:
+    """A service in an environment of its own, for commands: it counts as up for as long as this process lives."""
+    write_inputs(folder)
+    monkeypatch.chdir(folder)
+    for name in [name for name in os.environ if name.startswith("QLORA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("QLORA_HOME", str(folder / "home"))
+    monkeypatch.setenv("QLORA_GPU_CLASSES", "24Gi=1")
+    service = PaperService(folder)
+    write_durably(service.settings.home / RECORD_NAME, {"process": Process.current()})
+    return service
 
 
 def job_document(name: str = "medical", **spec: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 import unicodedata
@@ -23,7 +22,6 @@ from qlora_trainer.tracking.model_card import model_card
 from qlora_trainer.tracking.run_page import PLAN_TAG
 from typer.testing import CliRunner
 
-from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.api.formats import CheckpointManifest
 from orchestrator.api.job import QLoRAJob, TrackingSpec
 from orchestrator.api.reasons import Reason
@@ -32,12 +30,11 @@ from orchestrator.cli.log_view import log_text
 from orchestrator.cli.main import app
 from orchestrator.controller.logs import JsonFormatter
 from orchestrator.controller.metrics import Metrics
-from orchestrator.controller.supervisor import RECORD_NAME
 from orchestrator.core.commands import Event
 from orchestrator.core.decide import decide
 from orchestrator.sdk.manifest import parse_object
 from tests.builders import DIGEST, gpus, make_task, prepare_result, snapshot, submitted_job
-from tests.sdk.paper_service import PaperService, job_document, write_inputs
+from tests.sdk.paper_service import PaperService, job_document, service_that_is_up, write_inputs
 from tests.strangers.generate import instance
 from tests.strangers.harm import harmful
 from tests.strangers.test_decide import a_status
@@ -58,15 +55,7 @@ def shown(text: str) -> list[str]:
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PaperService:
     """A service on paper, with files whose names and contents are odd."""
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("QLORA_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("QLORA_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("QLORA_GPU_CLASSES", "24Gi=1")
-    service = PaperService(tmp_path)
-    write_durably(service.settings.home / RECORD_NAME, {"process": Process.current()})
-    return service
+    return service_that_is_up(tmp_path, monkeypatch)
 
 
 def poisoned_job(folder: Path, name: str = "medical") -> QLoRAJob:
