@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from qlora_trainer.data.dataset import Split, arrange, read_splits, write_rows
+from qlora_trainer.data.dataset import Split, arrange, read_dataset, write_rows
 from qlora_trainer.data.encoding import EncodedRecord, Encoder
 from qlora_trainer.data.formats import read_sample
 from qlora_trainer.data.packing import pack
@@ -292,7 +292,8 @@ def split_file(path: Path, tokenizer: Any, training: TrainingSpec | None = None,
     tokenizer.chat_template = CHATML
     dataset = dataset_of(path, **fields)
     records = Records(dataset.source, split="train", scratch=path.parent, field="spec.dataset.source")
-    return read_splits(records, tokenizer, dataset, training or TrainingSpec())
+    read = read_dataset(records, tokenizer, dataset, training or TrainingSpec())
+    return read.train, read.evaluation
 
 
 def conversation(number: int) -> dict[str, Any]:

@@ -159,14 +159,6 @@ class ReadDataset:
     """What the chat template and the records' fields give reason to say."""
 
 
-def read_splits(
-    records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec
-) -> tuple[Split, Split]:
-    """The training and the evaluation split of one source (the latter empty unless a fraction is held out)."""
-    read = read_dataset(records, tokenizer, dataset, training)
-    return read.train, read.evaluation
-
-
 def read_dataset(records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec) -> ReadDataset:
     """All of one source; raises UserError naming what is wrong with its records."""
     encoder = Encoder(tokenizer, dataset.train_on, most_tokens=training.sequence_length)
