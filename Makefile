@@ -101,7 +101,7 @@ docs: $(VENV)/.synced ## Write the generated reference pages, and the README's t
 manifests: $(VENV)/.synced ## Render the chart anew: manifests/install.yaml and the tests' golden files
 	$(BIN)/python -m tests.deploy.render
 
-targets: $(VENV)/.synced ## Print every measured promise; fails where one is missed
+targets: $(VENV)/.synced ## Print every measured promise and the known limits; fails where a claim does not hold
 	$(BIN)/python -m benchmarks.targets
 
 lock: $(VENV)/bin/uv ## Resolve the lock files anew

@@ -1,0 +1,1 @@
+"""Jobs' models and stores, read from outside the trainer."""

@@ -1,0 +1,156 @@
+"""Reads a base model's config.json where it lies, without the model: what `plan` needs before prepare has run.
+
+`file://` and `s3://` go through fsspec, `hf://` through huggingface_hub if that is installed; a claim (`pvc://`) can
+only be read inside the cluster. Nothing but the config is fetched, and it is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+from orchestrator.api import trainer_facts
+from orchestrator.api.contained_files import Contained, LinkRefused
+from orchestrator.api.job import ModelSource
+from orchestrator.api.json_text import read_json
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, PermanentError, StoreUnavailable
+
+CONFIG_NAME = "config.json"
+NOT_CAUSAL_SUFFIXES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+MAX_CONFIG_BYTES = 4 << 20
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 15
+
+
+def read_facts(model: ModelSource) -> ModelFacts:
+    """The shape of the model behind a source; raises NotFound, InvalidObject, StoreUnavailable."""
+    config = read_config(model)
+    if (reason := _obstacle(config)) is not None:
+        raise InvalidObject(f"{model.source}: {reason}")
+    try:
+        return ModelFacts.from_config(config, model.revision)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidObject(
+            f"{model.source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}"
+        ) from error
+
+
+def _obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why prepare will refuse the model, as far as its config tells."""
+    nested = config.get("text_config")
+    text = cast(Mapping[str, Any], nested) if isinstance(nested, dict) else config
+    names = config.get("architectures")
+    architecture = str(cast("list[object]", names)[0]) if isinstance(names, list) and names else ""
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    if quantization:
+        named = cast(object, quantization)
+        method = cast(Mapping[str, Any], named).get("quant_method") if isinstance(named, dict) else None
+        method = method or "an unnamed method"
+        return f"the model is already quantized ({method}); give its 16-bit weights, training quantizes them to NF4"
+    if text is not config:
+        return (
+            f"the model is a {architecture}, which holds a text model beside others; only text models by themselves "
+            "are tuned here: choose one, or save the text model alone"
+        )
+    if (
+        architecture.endswith(NOT_CAUSAL_SUFFIXES)
+        or config.get("is_encoder_decoder")
+        or text.get("use_bidirectional_attention")
+    ):
+        return (
+            f"the model is a {architecture}, not a causal language model; choose a model that generates text from left "
+            "to right"
+        )
+    reason = trainer_facts.UNTRAINABLE_TYPES.get(str(config.get("model_type")))
+    return None if reason is None else f"{architecture} cannot be trained: {reason}; choose another model"
+
+
+def read_config(model: ModelSource) -> Mapping[str, Any]:
+    """The parsed config.json."""
+    scheme = model.source.split("://")[0]
+    if scheme == "pvc":
+        raise PermanentError(
+            f"{model.source} lies on a claim, which only the cluster can read: submit the job, and prepare will size it"
+        )
+    content = _from_hub(model) if scheme == "hf" else _from_folder(model.source)
+    try:
+        config = read_json(content)
+    except ValueError as error:
+        raise InvalidObject(f"{model.source}: {CONFIG_NAME} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidObject(f"{model.source}: {CONFIG_NAME} is not a JSON object")
+    return cast(dict[str, Any], config)
+
+
+def _from_folder(source: str) -> bytes:
+    try:
+        with _opened(source) as stream:
+            return cast(bytes, stream.read(MAX_CONFIG_BYTES))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"{source}: there is no {CONFIG_NAME}; give the folder of a Hugging Face model") from error
+    except LinkRefused as error:
+        raise InvalidObject(f"{source}: {error}") from error
+    except PermissionError as error:
+        raise PermanentError(
+            f"{source}: may not be read: {error}; check its permissions or your credentials"
+        ) from error
+    except ImportError as error:
+        raise PermanentError(f"{source}: {error}") from error
+    except Exception as error:
+        raise StoreUnavailable(f"{source}: could not be read: {error}; check the endpoint and try again") from error
+
+
+def _opened(source: str) -> Any:
+    if source.startswith("file://"):
+        return Contained.of(Path(unquote(urlsplit(source).path))).open(CONFIG_NAME)
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
+
+    options = _S3_OPTIONS if source.startswith("s3://") else {}
+    return cast(Any, fsspec).open(f"{source.rstrip('/')}/{CONFIG_NAME}", "rb", **options)
+
+
+_S3_OPTIONS: dict[str, Any] = {
+    "config_kwargs": {
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "read_timeout": READ_TIMEOUT_SECONDS,
+        "retries": {"max_attempts": 2},
+    }
+}
+
+
+def _from_hub(model: ModelSource) -> bytes:
+    try:
+        from huggingface_hub import (
+            hf_hub_download,  # pyright: ignore[reportUnknownVariableType]  an overload of it is untyped
+        )
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError as error:
+        raise PermanentError(
+            f"{model.source}: reading a hub model's config needs huggingface_hub: pip install huggingface_hub"
+        ) from error
+    repository = model.source.removeprefix("hf://")
+    try:
+        path = hf_hub_download(repository, CONFIG_NAME, revision=model.revision, etag_timeout=CONNECT_TIMEOUT_SECONDS)
+        return Path(path).read_bytes()[:MAX_CONFIG_BYTES]
+    except GatedRepoError as error:
+        raise PermanentError(
+            f"{model.source}: access is gated; accept its terms on the hub and set HF_TOKEN"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        raise _hub_not_found(model, error) from error
+    except Exception as error:
+        raise StoreUnavailable(f"{model.source}: the hub did not answer: {error}; try again later") from error
+
+
+def _hub_not_found(model: ModelSource, error: Exception) -> OrchestratorError:
+    what = type(error).__name__.removesuffix("NotFoundError").lower()
+    return NotFound(f"{model.source}: no such {what} at revision {model.revision}; check its name, or set HF_TOKEN")

@@ -1,0 +1,84 @@
+"""A stage's requests and limits: host memory, scratch space, and the claim on a GPU.
+
+Requests are what the stage is expected to take; limits are LIMIT_FACTOR times that.
+"""
+
+from __future__ import annotations
+
+from orchestrator.adapters.kubernetes.pod_policy import Manifest, PodPolicy
+from orchestrator.api import trainer_facts
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.stage_name import STAGES_ON_GPU
+from orchestrator.api.task import StageTask
+from orchestrator.sizing.footprint import adapter_parameters
+from orchestrator.sizing.hardware import GIB, MIB
+from orchestrator.sizing.memory.linear_layers import linears
+from orchestrator.sizing.memory.timeline import BF16_BYTES
+
+GPU_CLAIM = "gpu"
+
+LIMIT_FACTOR = 2
+"""What a stage may take over what it is expected to take, of memory and of scratch space."""
+SCRATCH_BYTES = 2 * GIB
+"""Scratch space for the files a stage makes for itself; a model that is fetched anew comes on top."""
+
+
+def resources(task: StageTask, policy: PodPolicy, gpu_class: str | None) -> Manifest:
+    """The `resources` of the trainer's container."""
+    memory = int(task.host_memory_factor * _memory_bytes(task, policy))
+    scratch = scratch_bytes(task, policy)
+    requests = {
+        "cpu": str(task.threads) if gpu_class is not None else "1",
+        "memory": mebibytes(memory),
+        "ephemeral-storage": mebibytes(scratch),
+    }
+    limits = {
+        "memory": mebibytes(LIMIT_FACTOR * memory),
+        "ephemeral-storage": mebibytes(LIMIT_FACTOR * scratch),
+    }
+    if gpu_class is None:
+        return {"requests": requests, "limits": limits}
+    if policy.gpu_mode == "dra":
+        return {"requests": requests, "limits": limits, "claims": [{"name": GPU_CLAIM}]}
+    return {"requests": requests, "limits": limits | {policy.gpu_resource: "1"}}
+
+
+def _memory_bytes(task: StageTask, policy: PodPolicy) -> int:
+    """Host memory: the process, one matrix on its way to the card, paged optimizer state, what the plan moves out."""
+    if task.stage not in STAGES_ON_GPU or task.prepared is None or task.plan is None:
+        return policy.cpu_stage_memory_bytes
+    facts, spec = task.prepared.model, task.spec
+    largest = max(facts.vocab_size * facts.hidden_size, *(linear.parameters for linear in linears(facts)))
+    paged = spec.training.optimizer.startswith("paged_")
+    state = (
+        adapter_parameters(spec.adapter, facts) * trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer] if paged else 0
+    )
+    tokens = task.plan.micro_batch_size * spec.training.sequence_length
+    return policy.train_memory_bytes + int(
+        2 * largest * BF16_BYTES + state + _offloaded_bytes(task.plan, facts, tokens)
+    )
+
+
+def _offloaded_bytes(plan: MemoryPlan, facts: ModelFacts, tokens: int) -> int:
+    activations = plan.recompute_layers * tokens * facts.hidden_size * BF16_BYTES
+    embeddings = facts.vocab_size * facts.hidden_size * BF16_BYTES
+    return ("activations" in plan.offload) * activations + ("embeddings" in plan.offload) * embeddings
+
+
+def scratch_bytes(task: StageTask, policy: PodPolicy) -> int:
+    """Scratch space: a model that is neither mounted nor cached is fetched into it by the stage that needs weights."""
+    fetched = task.spec.model.source.startswith(("hf://", "s3://")) and not policy.model_cache
+    if not fetched or task.stage not in STAGES_ON_GPU or task.prepared is None:
+        return SCRATCH_BYTES
+    return SCRATCH_BYTES + _parameters(task.prepared.model) * BF16_BYTES
+
+
+def _parameters(facts: ModelFacts) -> int:
+    tables = (1 if facts.tied_embeddings else 2) * facts.vocab_size * facts.hidden_size
+    return tables + facts.num_layers * sum(linear.parameters for linear in linears(facts))
+
+
+def mebibytes(count: int) -> str:
+    """Bytes as a Kubernetes quantity, rounded up to whole MiB."""
+    return f"{-(-count // MIB)}Mi"

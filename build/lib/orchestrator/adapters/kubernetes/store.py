@@ -1,0 +1,314 @@
+"""QLoRAJobs and QLoRAQueues in a Kubernetes API server: `ports.Store` over the CRDs.
+
+Rules:
+
+- Status is written by PUT to its own subresource, spec and metadata by merge patch, both with the resource version that
+  was read: neither touches the other, and a stale write is refused. After a refusal the object is read anew, so that a
+  view that missed something is put right by the write that it misled.
+- RELEASE_FINALIZER keeps a job that holds a GPU, or whose MLflow run waits for its last status (`core/job/finalizer`),
+  so deleting it waits for the controller. It is on before the status says so. Prepare and publish stages need no such
+  care, because the garbage collector ends their pods with the job.
+- `start` turns on caches; before it every read asks the server, which is what a short-lived client wants.
+- An object that does not parse (a newer version wrote it) is reported, fails nobody else, and can still be stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.events import Recorder
+from orchestrator.adapters.kubernetes.objects import Parser, job_wire, metadata_wire, status_wire
+from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
+from orchestrator.api.base import API_VERSION
+from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.core.commands import Event
+from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
+from orchestrator.core.snapshot import UnreadableJob
+from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
+
+log = logging.getLogger(__name__)
+
+JOBS, QUEUES = "qlorajobs", "qloraqueues"
+RELEASE_TRIES = 3
+"""Attempts to take it off a finished job while others write to the job."""
+
+
+class KubernetesStore:
+    """`ports.Store` on one API server; all namespaces, or some."""
+
+    def __init__(
+        self,
+        api: KubeApi,
+        *,
+        namespaces: Sequence[str] = EVERYWHERE,
+        reporter: str = "client",
+        changes: Changes | None = None,
+    ) -> None:
+        self._api = api
+        self._namespaces = namespaces
+        self._changes = changes or Changes()
+        self._parser = Parser()
+        self._recorder = Recorder(api, reporter)
+        self._jobs: Cache[QLoRAJob | UnreadableJob] = Cache(
+            api, API_VERSION, JOBS, self._parser.job_or_unreadable, self._changes, namespaces=namespaces
+        )
+        self._queues: Cache[QLoRAQueue] = Cache(api, API_VERSION, QUEUES, self._parser.queue, self._changes)
+
+    def start(self) -> None:
+        """Read from caches from now on, which watches keep up to date, and send events without waiting for them."""
+        self._queues.start()
+        self._jobs.start()
+        self._recorder.start()
+
+    def refresh(self) -> None:
+        """See everything that anybody wrote before this call, and finish what a controller left that was killed."""
+        self._queues.refresh()
+        self._jobs.refresh()
+        for job in self.list_jobs():
+            if len(finalizers_with(job, job.status)) < len(job.metadata.finalizers):
+                self._release_left(job)
+
+    def _release_left(self, job: QLoRAJob) -> None:
+        """Whoever takes over must not fail for one object that the server takes no write of."""
+        try:
+            self._release_finished(job)
+        except InvalidObject as error:
+            log.warning("the finalizer stays on job %s, of which the server takes no write: %s", job.key, error)
+
+    def close(self) -> None:
+        """Send what is left to tell, and watch no more."""
+        self._recorder.close()
+        self._jobs.close()
+        self._queues.close()
+
+    # jobs
+
+    def list_jobs(self, namespace: str | None = None) -> Sequence[QLoRAJob]:
+        """All jobs that parse, ordered by namespace and name."""
+        found = (job for job in self._all_jobs() if isinstance(job, QLoRAJob))
+        return sorted((job for job in found if namespace in (None, job.metadata.namespace)), key=_place)
+
+    def list_unreadable(self) -> Sequence[UnreadableJob]:
+        """The jobs that do not parse, as far as they can be told; the log says why they do not."""
+        found = (job for job in self._all_jobs() if isinstance(job, UnreadableJob))
+        return sorted(found, key=lambda job: job.key)
+
+    def get_job(self, namespace: str, name: str) -> QLoRAJob:
+        """One job; raises NotFound, or InvalidObject if it does not parse."""
+        if self._jobs.started:
+            known = self._jobs.find(f"{namespace}/{name}")
+            if isinstance(known, QLoRAJob):
+                return known
+        return self.read_job(namespace, name)
+
+    def read_job(self, namespace: str, name: str) -> QLoRAJob:
+        """One job as the server has it now, whatever the view says, which is put right."""
+        try:
+            item = self._api.get(path_of(API_VERSION, JOBS, namespace, name))
+        except NotFound as error:
+            self._jobs.drop(f"{namespace}/{name}")
+            raise NotFound(f"there is no job {namespace}/{name}") from error
+        job = self._parser.job_or_unreadable(item)
+        self._jobs.correct(item, job)
+        return job if isinstance(job, QLoRAJob) else self._parser.job(item)  # which says why it cannot
+
+    def create_job(self, job: QLoRAJob) -> QLoRAJob:
+        """Store a new job; raises AlreadyExists, InvalidObject."""
+        try:
+            return self._took(self._api.create(path_of(API_VERSION, JOBS, job.metadata.namespace), job_wire(job)))
+        except AlreadyExists as error:
+            raise AlreadyExists(
+                f"job {job.key} exists already; choose another name, or delete it first: qlora delete "
+                f"{job.metadata.name}"
+            ) from error
+
+    def update_job(self, job: QLoRAJob) -> QLoRAJob:
+        """Replace spec and our part of the metadata, never the status."""
+        stored = self.read_job(job.metadata.namespace, job.metadata.name)
+        if stored.metadata.resource_version != job.metadata.resource_version:
+            raise Conflict(f"job {job.key} changed since it was read; read it again and repeat the change")
+        _require_mutable(stored, job)
+        meta = metadata_wire(job)
+        # Only what differs: what is kept of the others here may be cut.
+        meta["annotations"] = _changes(stored.metadata.annotations, meta["annotations"])
+        meta["labels"] = _changes(stored.metadata.labels, meta["labels"])
+        meta["resourceVersion"] = job.metadata.resource_version
+        # With nulls, which take a field away; the immutable ones are not sent at all.
+        spec = job.spec.model_dump(mode="json", by_alias=True, exclude=set(IMMUTABLE_SPEC_FIELDS))
+        try:
+            return self._took(self._api.patch(self._path(job), {"metadata": meta, "spec": spec}))
+        except Conflict as error:
+            raise Conflict(f"job {job.key} changed since it was read; read it again and repeat the change") from error
+
+    def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
+        """Replace the status alone."""
+        wanted = finalizers_with(job, status)
+        if len(wanted) > len(job.metadata.finalizers) and job.metadata.deletion_timestamp is None:
+            job = self._set_finalizers(job, wanted)
+        try:
+            written = self._took(self._api.replace(f"{self._path(job)}/status", status_wire(job, status)))
+        except (NotFound, Conflict) as error:
+            raise self._put_right(job, error) from error
+        return self._release_finished(written) if len(wanted) < len(job.metadata.finalizers) else written
+
+    def release(self, job: QLoRAJob) -> None:
+        """Take RELEASE_FINALIZER off a job that owes nothing any more."""
+        current = self.get_job(job.metadata.namespace, job.metadata.name)
+        if current.metadata.uid == job.metadata.uid and RELEASE_FINALIZER in current.metadata.finalizers:
+            self._release_finished(current)
+
+    def release_unreadable(self, namespace: str, name: str, uid: str) -> None:
+        """Take our finalizer off a job that does not parse."""
+        path = path_of(API_VERSION, JOBS, namespace, name)
+        try:
+            meta: Json = self._api.get(path)["metadata"]
+            listed: list[str] = meta.get("finalizers") or []
+            left = [finalizer for finalizer in listed if finalizer != RELEASE_FINALIZER]
+            version = {"uid": uid, "resourceVersion": meta["resourceVersion"]}
+            self._api.patch(path, {"metadata": {"finalizers": left, **version}})
+        except NotFound:
+            self._jobs.drop(f"{namespace}/{name}")
+
+    def delete_job(self, namespace: str, name: str) -> None:
+        """Remove the object; one that is busy is marked, and removed by the call that finds it at rest.
+
+        One that does not parse is marked: the controller lets it go.
+        """
+        try:
+            job = self.read_job(namespace, name)
+        except InvalidObject:
+            self._api.delete(path_of(API_VERSION, JOBS, namespace, name))
+            return
+        is_marked = job.metadata.deletion_timestamp is not None
+        held = RELEASE_FINALIZER in job.metadata.finalizers
+        if not is_at_rest(job):
+            if not is_marked:
+                self._remove(job if held else self._set_finalizers(job, (*job.metadata.finalizers, RELEASE_FINALIZER)))
+            return
+        if held:
+            job = self._set_finalizers(job, released(job))
+        if not is_marked:
+            self._remove(job)
+
+    # queues
+
+    def list_queues(self) -> Sequence[QLoRAQueue]:
+        """All queues, ordered by name."""
+        if self._queues.started:
+            found: Iterable[QLoRAQueue | None] = self._queues.values().values()
+        else:
+            found = [self._parser.queue(item) for item in self._api.get(path_of(API_VERSION, QUEUES))["items"]]
+        return sorted((queue for queue in found if queue is not None), key=lambda queue: queue.metadata.name)
+
+    def apply_queue(self, queue: QLoRAQueue) -> QLoRAQueue:
+        """Create a queue, or replace its spec."""
+        name = queue.metadata.name
+        body: Json = {"apiVersion": API_VERSION, "kind": queue.kind, "metadata": {"name": name}}
+        body["spec"] = queue.spec.to_wire()
+        try:
+            item = self._api.create(path_of(API_VERSION, QUEUES), body)
+        except AlreadyExists:
+            spec = queue.spec.model_dump(mode="json", by_alias=True)  # with nulls, which take a field away
+            item = self._api.patch(path_of(API_VERSION, QUEUES, name=name), {"spec": spec})
+        applied = self._parser.queue(item)
+        self._queues.put(item, applied)
+        if applied is None:
+            raise InvalidObject(f"queue {name} as the server stored it cannot be read by this version")
+        return applied
+
+    # events
+
+    def record_event(self, job: QLoRAJob, event: Event) -> None:
+        """Tell people."""
+        self._recorder.record(job, event)
+
+    def list_events(self, namespace: str, name: str) -> Sequence[tuple[str, Event]]:
+        """A job's events that the server still has, oldest first."""
+        return self._recorder.list(self.get_job(namespace, name))
+
+    def wait_for_change(self, since: str, timeout_seconds: float) -> str:
+        """Block until something that is watched changes."""
+        self._jobs.start()
+        return self._changes.wait(since, timeout_seconds)
+
+    # pieces
+
+    def _all_jobs(self) -> Iterable[QLoRAJob | UnreadableJob]:
+        if self._jobs.started:
+            return self._jobs.values().values()
+        pages = (self._api.get(path_of(API_VERSION, JOBS, namespace))["items"] for namespace in self._namespaces)
+        return [self._parser.job_or_unreadable(item) for page in pages for item in page]
+
+    def _took(self, item: Json) -> QLoRAJob:
+        job = self._parser.job(item)
+        if job.metadata.deletion_timestamp is not None and not job.metadata.finalizers:
+            self._jobs.drop(job.key)  # nothing held it any more, so this write was its end
+        else:
+            self._jobs.put(item, job)
+        return job
+
+    def _path(self, job: QLoRAJob) -> str:
+        return path_of(API_VERSION, JOBS, job.metadata.namespace, job.metadata.name)
+
+    def _remove(self, job: QLoRAJob) -> None:
+        """Delete this very object; the server answers with what is left of it while others hold it."""
+        gone = self._api.delete(self._path(job), {"preconditions": {"uid": job.metadata.uid}})
+        if gone.get("kind") == job.kind and gone["metadata"].get("finalizers"):
+            self._took(gone)
+        else:
+            self._jobs.drop(job.key)
+
+    def _release_finished(self, job: QLoRAJob) -> QLoRAJob:
+        """Take our finalizer off, with which an object that is marked is gone.
+
+        The status is written all the same; where this comes to nothing, it is tried again later.
+        """
+        for _ in range(RELEASE_TRIES):
+            try:
+                return self._set_finalizers(job, released(job))
+            except Conflict:
+                job = self.read_job(job.metadata.namespace, job.metadata.name)
+            except NotFound:
+                break
+        log.info("the finalizer stays on job %s for now", job.key)
+        return job
+
+    def _set_finalizers(self, job: QLoRAJob, finalizers: tuple[str, ...]) -> QLoRAJob:
+        meta = {"finalizers": list(finalizers), "uid": job.metadata.uid}
+        meta["resourceVersion"] = job.metadata.resource_version
+        try:
+            return self._took(self._api.patch(self._path(job), {"metadata": meta}))
+        except (NotFound, Conflict) as error:
+            raise self._put_right(job, error) from error
+
+    def _put_right(self, job: QLoRAJob, error: NotFound | Conflict) -> NotFound | Conflict:
+        """Makes the view hold what the server has of a job whose write was refused; returns the refusal to raise."""
+        if self._jobs.started and isinstance(error, Conflict):
+            self.read_job(job.metadata.namespace, job.metadata.name)
+        elif isinstance(error, NotFound):
+            self._jobs.drop(job.key)
+            return NotFound(f"there is no job {job.key}")
+        return Conflict(f"job {job.key} changed since it was read")
+
+
+def _changes(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str | None]:
+    """What a merge patch says to get from the one to the other."""
+    changed: dict[str, str | None] = {key: value for key, value in wanted.items() if stored.get(key) != value}
+    return changed | {key: None for key in stored if key not in wanted}
+
+
+def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
+    """The API server checks the same; here the field is named in the same words as everywhere."""
+    for field in IMMUTABLE_SPEC_FIELDS:
+        if getattr(stored.spec, field) != getattr(wanted.spec, field):
+            raise InvalidObject(
+                f"spec.{field} of job {wanted.key} cannot be changed, because the work done so far depends on it; "
+                f"submit a new job instead"
+            )
+
+
+def _place(job: QLoRAJob) -> tuple[str, str]:
+    return job.metadata.namespace, job.metadata.name

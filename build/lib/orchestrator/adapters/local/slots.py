@@ -1,0 +1,129 @@
+"""The GPU slots of this machine: which cards there are, by class; the only file that asks NVML.
+
+`QLORA_GPU_CLASSES` decides where it is set. On a machine with cards its entries must be there; on a machine
+without, they stand for cards that are not (to try scheduling out), and trainers run on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InvalidObject
+from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS, MIB, GpuClass, classify, cpu_class, gpu_class
+
+CPU_MEMORY_SHARE = 0.8
+"""The share of the machine's memory that CPU slots may use together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """Room for one train stage."""
+
+    name: str
+    device: str | None = None
+    """The card's UUID, where there is a card."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """All slots, by GPU class."""
+
+    classes: tuple[GpuClass, ...]
+    by_class: Mapping[str, tuple[Slot, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A GPU as NVML shows it."""
+
+    uuid: str
+    total_mib: int
+    name: str
+
+
+def find_slots(wanted: str) -> Slots:
+    """The slots that a `gpu_classes` setting asks for, or those of the cards that are here."""
+    cards = _find_cards()
+    devices: dict[str, list[str]] = defaultdict(list)
+    products: dict[str, set[str]] = defaultdict(set)
+    for card in cards:
+        name = classify(card.total_mib)
+        if name is not None:
+            devices[name].append(card.uuid)
+            products[name].add(card.name)
+    counts = _parse(wanted) or {name: len(found) for name, found in devices.items()} or {CPU_CLASS: 1}
+    by_class = {name: _slots(name, count, devices[name], simulated=not cards) for name, count in counts.items()}
+    return Slots(
+        classes=tuple(_describe(name, count, products[name]) for name, count in counts.items()), by_class=by_class
+    )
+
+
+def _parse(wanted: str) -> dict[str, int]:
+    counts = {name: int(count) for name, count in (entry.split("=") for entry in wanted.split(",") if entry)}
+    for name in counts:
+        if name != CPU_CLASS and name not in CLASS_NAMES:
+            known = ", ".join((*CLASS_NAMES, CPU_CLASS))
+            raise InvalidObject(f"QLORA_GPU_CLASSES names the GPU class {name}, which is none of: {known}")
+    return counts
+
+
+def _slots(name: str, count: int, devices: list[str], *, simulated: bool) -> tuple[Slot, ...]:
+    if name == CPU_CLASS or simulated:
+        return tuple(Slot(name=f"{name}-{number}") for number in range(count))
+    if count > len(devices):
+        raise InvalidObject(
+            f"QLORA_GPU_CLASSES asks for {count} cards of class {name}, but this machine has {len(devices)}; "
+            f"lower the number, or leave the setting empty to use what is there"
+        )
+    return tuple(Slot(name=device, device=device) for device in devices[:count])
+
+
+def _describe(name: str, count: int, products: set[str]) -> GpuClass:
+    if name == CPU_CLASS:
+        return cpu_class(int(_memory_bytes() * CPU_MEMORY_SHARE) // max(1, count), count)
+    return gpu_class(name, count, products)
+
+
+def _memory_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemTotal"].split()[0]) * 1024
+
+
+def _find_cards() -> list[Card]:
+    """The cards that this process may use."""
+    try:
+        pynvml: Any = importlib.import_module("pynvml")  # Any: it has no types
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, no card
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        cards = [
+            Card(
+                uuid=pynvml.nvmlDeviceGetUUID(handle),
+                total_mib=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // MIB,
+                name=str(pynvml.nvmlDeviceGetName(handle)),
+            )
+            for handle in handles
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+    return visible(cards)
+
+
+def visible(cards: list[Card]) -> list[Card]:
+    """Those that CUDA_VISIBLE_DEVICES, by index or UUID, leaves."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return cards
+    chosen = {entry.strip() for entry in listed.split(",") if entry.strip()}
+    return [card for index, card in enumerate(cards) if chosen & {str(index), card.uuid}]

@@ -1,0 +1,263 @@
+"""The controller's side of MLflow: a job's one run, found by its tag or created, and the run's last status.
+
+Calls may take long, and are safe from several threads. Only this file of `orchestrator` imports mlflow, which takes
+seconds, so it does that with the first call. Trainers add metrics to the run; they never
+open or end it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
+from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
+from orchestrator.api.words import on_one_line
+from orchestrator.errors import InvalidObject, TrackingUnavailable
+
+log = logging.getLogger(__name__)
+
+JOB_TAG, UID_TAG, QUEUE_TAG = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/queue"
+PLAN_TAG, END_TAG = "qlora.dev/plan", "qlora.dev/end"
+HTTP_RETRIES = 1  # the caller tries again, with a backoff
+EXPERIMENTS_KNOWN = 1000
+RUNS_LOOKED_AT = 1000
+TAGS_AT_ONCE = 100  # MLflow's bound
+RUNNING = "RUNNING"
+Answer = TypeVar("Answer")
+
+
+class TrackingSettings(Protocol):
+    """What it needs to know."""
+
+    @property
+    def tracking_uri(self) -> str:
+        """The tracking and registry URI."""
+        ...
+
+    @property
+    def artifact_root(self) -> Path | None:
+        """Artifacts of experiments that are created here; MLflow's own choice by default."""
+        ...
+
+    @property
+    def tracking_timeout_seconds(self) -> float:
+        """How long MLflow may take to answer."""
+        ...
+
+    @property
+    def tracking_start_seconds(self) -> float:
+        """How long it may take to load, and to make the tables of a new database."""
+        ...
+
+    @property
+    def mlflow_workers(self) -> int:
+        """Calls that it may have to answer at one time."""
+        ...
+
+
+class MlflowTracking:
+    """`ports.Tracking` on an MLflow server or database."""
+
+    def __init__(self, settings: TrackingSettings, user: str | None = None) -> None:
+        """Runs are shown as made by `user`; by their namespace where there is no one person."""
+        self._settings = settings
+        self._user = user
+        self._client: Any = None  # Any: mlflow is imported late
+        self._connecting = threading.Lock()
+        self._free = threading.BoundedSemaphore(settings.mlflow_workers)
+        self._experiments: dict[tuple[str, str], str] = {}
+        """Ids by namespace and name, of experiments that were there, and the namespace's, when they were last used."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the store is a database that nobody has made yet."""
+        scheme, _, path = self._settings.tracking_uri.partition(":///")
+        return scheme == "sqlite" and not Path(path).exists()
+
+    def connect(self) -> None:
+        """Import mlflow and touch the store, which makes the tables of a new database."""
+        self._answered(
+            lambda: self._connected().get_experiment_by_name("Default"), self._settings.tracking_start_seconds
+        )
+
+    def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        """The job's one run, set RUNNING. Raises InvalidObject for an experiment that is not the namespace's."""
+        return self._answered(lambda: self._ensure_run(job))
+
+    def finish_run(self, job: QLoRAJob, run_status: str) -> None:
+        """Give the job's run its last status."""
+        self._answered(lambda: self._finish_run(job, run_status))
+
+    def _ensure_run(self, job: QLoRAJob) -> MlflowStatus:
+        experiment_id = self._ensure_experiment(job)
+        run = self._find_run(job, experiment_id)
+        if run is None:
+            try:
+                run = self._connected().create_run(experiment_id, run_name=job.metadata.name, tags=self._tags(job))
+            except Exception:
+                self._experiments.pop(_experiment_key(job), None)  # somebody may have deleted it
+                raise
+            log.info("created MLflow run %s for job %s", run.info.run_id, job.key)
+        elif run.info.status != RUNNING:
+            self._connected().update_run(run.info.run_id, status=RUNNING)
+        return _status(job, run, RUNNING)
+
+    def _finish_run(self, job: QLoRAJob, run_status: str) -> None:
+        run = self._known_run(job)
+        if run is None:
+            log.warning("the MLflow run of job %s is gone; it cannot be set to %s", job.key, run_status)
+            return
+        self._say(run, _last_words(job))
+        if run.info.status != run_status:
+            self._connected().set_terminated(run.info.run_id, status=run_status)
+
+    def _say(self, run: Any, words: dict[str, str]) -> None:
+        entities: Any = importlib.import_module("mlflow.entities")
+        news = [entities.RunTag(key, value) for key, value in words.items() if run.data.tags.get(key) != value]
+        for start in range(0, len(news), TAGS_AT_ONCE):
+            self._connected().log_batch(run.info.run_id, tags=news[start : start + TAGS_AT_ONCE])
+
+    def _known_run(self, job: QLoRAJob) -> Any:
+        """The run that the job's status names or else the one with its tag; None where it is gone."""
+        if job.status.mlflow.run_id is None:
+            experiment = self._connected().get_experiment_by_name(_experiment_name(job))
+            return None if experiment is None else self._find_run(job, experiment.experiment_id)
+        client = self._connected()  # first, because no two threads may import parts of mlflow at one time
+        exceptions: Any = importlib.import_module("mlflow.exceptions")
+        try:
+            run = client.get_run(job.status.mlflow.run_id)
+        except exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _tags(self, job: QLoRAJob) -> dict[str, str]:
+        meta = job.metadata
+        own = {JOB_TAG: meta.name, NAMESPACE_TAG: meta.namespace, UID_TAG: meta.uid, QUEUE_TAG: job.spec.queue}
+        return own | run_tags(meta.namespace, meta.name, self._user)
+
+    def _find_run(self, job: QLoRAJob, experiment_id: str) -> Any:
+        query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
+        # The oldest, should there ever be two: every caller finds the same one.
+        found = self._connected().search_runs(
+            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
+        )
+        return found[0] if found else None
+
+    def _ensure_experiment(self, job: QLoRAJob) -> str:
+        key = _experiment_key(job)
+        if key not in self._experiments:
+            self._experiments[key] = self._find_or_create_experiment(job)
+            while len(self._experiments) > EXPERIMENTS_KNOWN:
+                self._experiments.pop(next(iter(self._experiments)), None)
+        return self._experiments[key]
+
+    def _find_or_create_experiment(self, job: QLoRAJob) -> str:
+        name = _experiment_name(job)
+        found = self._connected().get_experiment_by_name(name) or self._create_experiment(name, job)
+        self._own_experiment(found, job.metadata.namespace)
+        if found.lifecycle_stage == "deleted":
+            log.warning("MLflow experiment %s was deleted; job %s needs it and restores it", name, job.key)
+            self._connected().restore_experiment(found.experiment_id)
+        for key, value in EXPERIMENT_TAGS.items():
+            if key not in found.tags:  # a person's choice stays
+                self._connected().set_experiment_tag(found.experiment_id, key, value)
+        return found.experiment_id
+
+    def _create_experiment(self, name: str, job: QLoRAJob) -> Any:
+        client = self._connected()
+        exceptions: Any = importlib.import_module("mlflow.exceptions")
+        tags = {NAMESPACE_TAG: job.metadata.namespace, **EXPERIMENT_TAGS}
+        try:
+            client.create_experiment(name, artifact_location=self._artifact_location(name), tags=tags)
+        except exceptions.MlflowException:
+            if client.get_experiment_by_name(name) is None:  # otherwise somebody else was faster
+                raise
+        return client.get_experiment_by_name(name)
+
+    def _own_experiment(self, found: Any, namespace: str) -> None:
+        """Raise InvalidObject for somebody else's; one without an owner in which all is the namespace's becomes its."""
+        if belongs_to(found.tags, namespace):
+            return
+        client = self._connected()
+        runs = client.search_runs([found.experiment_id], max_results=RUNS_LOOKED_AT)
+        if NAMESPACE_TAG in found.tags or not all(belongs_to(run.data.tags, namespace) for run in runs):
+            raise InvalidObject(refusal(EXPERIMENT, found.name, found.tags, namespace))
+        if found.lifecycle_stage == "active":
+            client.set_experiment_tag(found.experiment_id, NAMESPACE_TAG, namespace)
+
+    def _artifact_location(self, name: str) -> str | None:
+        """Where an experiment's artifacts go; a server knows that itself."""
+        root = self._settings.artifact_root
+        if root is None or self._settings.tracking_uri.startswith(("http://", "https://", "databricks")):
+            return None
+        return (root / name.replace("/", "_")).as_uri()
+
+    def _connected(self) -> Any:
+        with self._connecting:
+            return self._connect()
+
+    def _connect(self) -> Any:
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(self._settings.tracking_timeout_seconds)))
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(HTTP_RETRIES))
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            mlflow: Any = importlib.import_module("mlflow")
+            self._client = mlflow.MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
+        return self._client
+
+    def _answered(self, call: Callable[[], Answer], timeout_seconds: float | None = None) -> Answer:
+        """The answer of one of the calls at a time, or TrackingUnavailable once its time is over."""
+        seconds = timeout_seconds or self._settings.tracking_timeout_seconds
+        where = self._settings.tracking_uri
+        if not self._free.acquire(blocking=False):
+            raise TrackingUnavailable(f"MLflow at {where} still owes an answer to earlier calls")
+        answer: Future[Answer] = Future()
+
+        def carry_out() -> None:
+            try:
+                answer.set_result(call())
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it can be handled
+                answer.set_exception(error)
+            finally:
+                self._free.release()
+
+        threading.Thread(target=carry_out, name="mlflow call", daemon=True).start()
+        try:
+            return answer.result(seconds)
+        except TimeoutError as error:
+            raise TrackingUnavailable(f"MLflow at {where} did not answer within {seconds:g} s") from error
+        except InvalidObject:
+            raise
+        except Exception as error:
+            raise TrackingUnavailable(f"MLflow at {where} failed: {error}; check MLFLOW_TRACKING_URI") from error
+
+
+def _experiment_name(job: QLoRAJob) -> str:
+    return experiment_name(job.spec.tracking, job.metadata.namespace)
+
+
+def _experiment_key(job: QLoRAJob) -> tuple[str, str]:
+    return job.metadata.namespace, _experiment_name(job)
+
+
+def _last_words(job: QLoRAJob) -> dict[str, str]:
+    """What the run of a finished job says of its attempts and its end, whether or not a stage could tell MLflow."""
+    trained = [attempt for attempt in job.status.attempts if attempt.plan is not None]
+    plans = {f"{PLAN_TAG}/{each.number}": each.plan.model_dump_json(by_alias=True) for each in trained if each.plan}
+    ends = {f"{END_TAG}/{each.number}": each.reason.value for each in trained if each.reason is not None}
+    return {**plans, **ends, **({END_TAG: on_one_line(job.status.summary)} if job.status.summary else {})}
+
+
+def _status(job: QLoRAJob, run: Any, run_status: str) -> MlflowStatus:
+    found = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "run_status": run_status}
+    return job.status.mlflow.model_copy(update=found)

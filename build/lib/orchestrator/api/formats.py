@@ -1,0 +1,151 @@
+"""What lies in a job's store, and how it is laid out.
+
+    <job>/fence.json                      the highest attempt that has taken the store
+    <job>/attempts.json                   what each train attempt says of itself: its plan, libraries and card
+    <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, shown.json, tokenizer files
+    <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
+                                          state.json, journal.jsonl, best_adapter.safetensors (when it is not this one)
+                                          and, written last, manifest.json
+    <job>/adapter/                        PEFT's layout plus tokenizer files, journal.jsonl and, last, manifest.json
+
+A folder exists when its manifest does. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from enum import StrEnum
+from typing import Annotated, cast
+
+from pydantic import BeforeValidator, Field, FiniteFloat, StringConstraints
+
+from orchestrator.api.base import Count, Digest, Model, PositiveCount, ShortText
+from orchestrator.api.results import PrepareResult
+
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "journal.jsonl"
+FENCE_NAME = "fence.json"
+ATTEMPTS_NAME = "attempts.json"
+ADAPTER_FOLDER = "adapter"
+CHECKPOINTS_FOLDER = "checkpoints"
+PREPARED_FOLDER = "prepared"
+SHOWN_NAME = "shown.json"
+MAX_SHOWN_RECORDS = 100
+
+
+_CHECKPOINT = re.compile(r"step-([0-9]{8,16})")
+
+
+def checkpoint_folder(step: int) -> str:
+    """The folder name of a step's checkpoint. Names sort by step below 10^8; `checkpoint_step` does for all."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_step(folder: str) -> int:
+    """The step of a checkpoint by its folder's name, with or without what the folder lies in; -1 for any other name."""
+    match = _CHECKPOINT.fullmatch(folder.rpartition("/")[2])
+    return int(match[1]) if match is not None else -1
+
+
+class FileEntry(Model):
+    """One file that a manifest vouches for."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
+    bytes: Count
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+Files = Annotated[tuple[FileEntry, ...], Field(max_length=256)]
+
+
+class CheckpointManifest(Model):
+    """Vouches for a checkpoint or for the final adapter."""
+
+    step: Count
+    attempt: PositiveCount
+    prepared: Digest
+    """The prepared data that the steps were made on; a checkpoint of other data is not resumed."""
+    complete: bool = False
+    """Whether this is the final adapter."""
+    versions: dict[ShortText, ShortText]
+    files: Files
+
+
+class PreparedManifest(Model):
+    """Vouches for prepared data."""
+
+    inputs: Digest
+    """Digest over the spec fields and source files that the data came from."""
+    result: PrepareResult
+    files: Files
+
+
+class ShownPart(Model):
+    """A piece of a record's text, all of which carries loss or none of it."""
+
+    text: str
+    supervised: bool
+
+
+class ShownRecord(Model):
+    """A training record as it will be trained, to be looked at; long parts are cut in their middle."""
+
+    tokens: Count
+    supervised_tokens: Count
+    parts: tuple[ShownPart, ...]
+
+
+class ShownRecords(Model):
+    """The first training records of a data set, and what there is to be warned of."""
+
+    records: Annotated[tuple[ShownRecord, ...], Field(max_length=MAX_SHOWN_RECORDS)]
+    warnings: tuple[str, ...] = ()
+
+
+class Fence(Model):
+    """The attempt that owns the store. A trainer that reads a higher one than its own must stop."""
+
+    attempt: PositiveCount
+
+
+def _finite(metrics: object) -> object:
+    """Without what a diverging step makes of its figures."""
+    if not isinstance(metrics, dict):
+        return metrics
+    found = cast(dict[object, object], metrics)
+    return {k: v for k, v in found.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
+
+
+class AttemptLog(Model):
+    """What the train attempts of a job say of themselves, as the tags that their MLflow run is to have."""
+
+    tags: dict[Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,15}$")], dict[str, str]] = {}
+    """By attempt number."""
+
+
+class JournalRecord(Model):
+    """One line of the metrics journal: the metrics of one step, logged to MLflow exactly once.
+
+    `step` 0 holds the evaluation of the untouched base model.
+    """
+
+    step: Count
+    time_ms: Count
+    metrics: Annotated[dict[ShortText, FiniteFloat], BeforeValidator(_finite)]
+    """What is not finite is left out: neither JSON nor MLflow's store has a word for it."""
+
+
+class Metric(StrEnum):
+    """Names of metrics in the journal and in MLflow; the part before the slash groups them in its UI."""
+
+    TRAIN_LOSS = "train/loss"
+    LEARNING_RATE = "train/learning_rate"
+    GRADIENT_NORM = "train/grad_norm"
+    TOKENS_PER_SECOND = "train/tokens_per_second"
+    MFU = "train/mfu"
+    EVAL_LOSS = "eval/loss"
+    VRAM_ALLOCATED_BYTES = "system/vram_allocated_bytes"
+    VRAM_RESERVED_BYTES = "system/vram_reserved_bytes"
+    ENERGY_JOULES = "system/energy_joules"
+    CHECKPOINT_STALL_SECONDS = "system/checkpoint_stall_seconds"

@@ -1,0 +1,496 @@
+"""QLoRAJob: what a user asks for (spec) and what came of it (status).
+
+The spec's defaults are the published QLoRA recipe (Dettmers et al., 2023, section 4 and appendix B): rank 64 and
+alpha 16 on all linear layers, constant learning rate 2e-4, global batch 16, gradient norm 0.3, Adam beta2 0.999.
+Static rules live here, and in CEL in `crd`; one table of cases is tried on both. They compare decimals as floats,
+which is what the trainer and CEL make of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+from uuid import uuid4
+
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+
+from orchestrator.api.base import (
+    API_VERSION,
+    NAME_PATTERN,
+    Amount,
+    Count,
+    DecimalString,
+    Digest,
+    DnsLabel,
+    ExitStatus,
+    JobName,
+    Model,
+    PositiveCount,
+    Sentence,
+    ShortText,
+    SourceUri,
+    StoreUri,
+    Time,
+)
+from orchestrator.api.plan import Estimate, MemoryPlan
+from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.api.results import PrepareResult, ProgressReport
+from orchestrator.api.stage_name import StageKind, StageName
+
+SEPARATORS_OF_MLFLOW = frozenset("/:?")
+CANCEL_ANNOTATION = "qlora.dev/cancel"
+RELEASE_FINALIZER = "qlora.dev/release"
+"""The finalizer of a job for which something outside has to be settled before its object may go."""
+# What the results depend on; a job that should compute something else is another job.
+IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
+TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
+TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
+MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
+MAX_LABELS = 1024
+MAX_ANNOTATIONS_BYTES = 1 << 18
+"""Of keys and values together: the API server's bound."""
+_NAME = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)"
+_PREFIX = r"([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)"
+QualifiedName = Annotated[str, StringConstraints(pattern=f"^{_PREFIX}?{_NAME}$", max_length=317)]
+"""A key of a label or an annotation, as the API server takes it: an optional DNS name, a slash, a name."""
+LabelValue = Annotated[str, StringConstraints(pattern=f"^{_NAME}?$", max_length=63)]
+Labels = Annotated[dict[QualifiedName, LabelValue], Field(max_length=MAX_LABELS)]
+Annotations = Annotated[
+    dict[
+        Annotated[str, StringConstraints(pattern=f"^(?i){_PREFIX}?{_NAME}$", max_length=317)],
+        Annotated[str, StringConstraints(max_length=MAX_ANNOTATIONS_BYTES)],
+    ],
+    Field(max_length=MAX_LABELS),
+]
+MAX_CHAT_TEMPLATE_BYTES = 48 << 10
+"""A stage's task is one variable of its environment, of which Linux takes 128 KiB; there a quote takes two bytes."""
+CHAT_TEMPLATE_NAMES = ("chatml", "gemma", "llama3", "phi3")
+CHAT_TEMPLATE_RULE = f"Jinja text, which has {{{{ or {{% in it, or one of {', '.join(CHAT_TEMPLATE_NAMES)}"
+CHAT_TEMPLATE_PATTERN = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
+"""Text: control characters but for tabs and line ends take six bytes each in the task."""
+MAX_EPOCHS = 1_000_000
+Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", min_length=1, max_length=128)]
+GpuClassName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$", max_length=32)]
+
+
+class ObjectMeta(Model):
+    """The part of Kubernetes object metadata that the service reads; the store fills what it owns."""
+
+    name: JobName
+    namespace: DnsLabel = "default"
+    uid: ShortText = ""
+    resource_version: ShortText = ""
+    generation: Count = 1
+    creation_timestamp: Time | None = None
+    deletion_timestamp: Time | None = None
+    labels: Labels = {}
+    annotations: Annotations = {}
+    finalizers: Annotated[tuple[Annotated[str, StringConstraints(max_length=317)], ...], Field(max_length=1024)] = ()
+
+    @field_validator("annotations")
+    @classmethod
+    def _annotations_fit(cls, value: dict[str, str]) -> dict[str, str]:
+        size = sum(len(key.encode()) + len(text.encode()) for key, text in value.items())
+        if size > MAX_ANNOTATIONS_BYTES:
+            raise ValueError(f"annotations must have at most {MAX_ANNOTATIONS_BYTES} bytes together")
+        return value
+
+
+class ModelSource(Model):
+    """The base model. Only safetensors are read; remote code is never run."""
+
+    source: SourceUri
+    """`hf://owner/name`, `pvc://claim/path`, `s3://bucket/prefix` or `file:///path` of a Hugging Face model folder."""
+    revision: Revision = "main"
+    """Branch, tag or commit of a hub model; recorded as the commit it named at prepare time."""
+    chat_template: (
+        Annotated[
+            str, StringConstraints(pattern=CHAT_TEMPLATE_PATTERN, min_length=1, max_length=MAX_CHAT_TEMPLATE_BYTES)
+        ]
+        | None
+    ) = None
+    """For models that ship none: a Jinja chat template, or the name of one: chatml, gemma, llama3, phi3."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _chat_template_fits(cls, value: str | None) -> str | None:
+        if value is not None and len(value.encode()) > MAX_CHAT_TEMPLATE_BYTES:
+            raise ValueError(f"chatTemplate must have at most {MAX_CHAT_TEMPLATE_BYTES} bytes")
+        return value
+
+
+class DatasetSource(Model):
+    """The training data and how it becomes tokens."""
+
+    source: SourceUri
+    """A .jsonl, .json, .parquet or .csv file (optionally .gz), or `hf://owner/name` for a datasets id."""
+    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"] = "messages"
+    train_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Which tokens carry loss: every assistant turn, only the last one, or all tokens."""
+    eval_source: SourceUri | None = None
+    """Held-out data of the same format; excludes evalFraction."""
+    eval_fraction: DecimalString = "0"
+    """Share of the records held out for evaluation, chosen by seed, at least one where it is above 0."""
+    too_long: Literal["fail", "truncate", "drop"] = "fail"
+    """What happens to a record longer than training.sequenceLength; the number concerned is reported."""
+    split: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)] = "train"
+    """The split of a datasets id."""
+    eval_split: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)] | None = None
+    """The split of evalSource where that is a datasets id; default: split."""
+    config: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    """The configuration of a datasets id that has several, of evalSource too."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> DatasetSource:
+        if float(self.eval_fraction) > 0.5:
+            raise ValueError("evalFraction must be between 0 and 0.5")
+        if self.eval_source is not None and float(self.eval_fraction) != 0:
+            raise ValueError("set evalSource or evalFraction, not both")
+        if self.eval_split is not None and self.eval_source is None:
+            raise ValueError("evalSplit is a split of evalSource: set both")
+        return self
+
+
+class AdapterSpec(Model):
+    """The LoRA adapter, in PEFT's terms."""
+
+    rank: int = Field(default=64, ge=1, le=512)
+    alpha: int = Field(default=16, ge=1, le=4096)
+    dropout: DecimalString = "0.05"
+    target_modules: Literal["all-linear"] | Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = (
+        "all-linear"
+    )
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adaptation (Liu et al., 2024)."""
+
+    @field_validator("dropout")
+    @classmethod
+    def _dropout_is_a_probability(cls, value: DecimalString) -> DecimalString:
+        if float(value) >= 1:
+            raise ValueError("dropout must be at least 0 and below 1")
+        return value
+
+
+class TrainingSpec(Model):
+    """Hyperparameters. The global batch is fixed here; how it is split over micro-batches is the plan's business."""
+
+    epochs: DecimalString = "3"
+    max_steps: int | None = Field(default=None, ge=1, le=10_000_000)
+    """Optimizer steps; overrides epochs."""
+    sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
+    packing: bool = True
+    """Fill sequences with several records; attention and positions never cross a record boundary."""
+    global_batch_size: int = Field(default=16, ge=1, le=65536)
+    """Sequences in one optimizer step."""
+    learning_rate: DecimalString = "2e-4"
+    scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_ratio: DecimalString = "0.03"
+    weight_decay: DecimalString = "0"
+    max_grad_norm: DecimalString = "0.3"
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"] = "paged_adamw_32bit"
+    adam_beta1: DecimalString = "0.9"
+    adam_beta2: DecimalString = "0.999"
+    adam_epsilon: DecimalString = "1e-8"
+    lora_plus_ratio: DecimalString = "1"
+    """Learning rate of B over that of A (LoRA+, Hayou et al., 2024); 1 is plain LoRA."""
+    neftune_alpha: DecimalString = "0"
+    """Noise on the embeddings while training (NEFTune, Jain et al., 2023); 0 is none."""
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    deterministic: bool = True
+    """Bit-exact resume on the same kind of card."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> TrainingSpec:
+        for name in TRAINING_FIELDS_ABOVE_ZERO:
+            if float(getattr(self, name)) <= 0:
+                raise ValueError(f"{to_camel(name)} must be above 0")
+        for name in TRAINING_FIELDS_BELOW_ONE:
+            if float(getattr(self, name)) >= 1:
+                raise ValueError(f"{to_camel(name)} must be below 1")
+        if float(self.epochs) > MAX_EPOCHS:
+            raise ValueError(f"epochs must be at most {MAX_EPOCHS}")
+        return self
+
+
+class ResourcesSpec(Model):
+    """What the train stage may run on."""
+
+    vram: VramQuantity = "auto"
+    """`auto` sizes the job; a quantity such as `48Gi` asks for a card sold as at least that."""
+    gpu_classes: Annotated[tuple[GpuClassName, ...], Field(max_length=16)] = ()
+    """Only these classes, in order of preference; empty means any."""
+    spot: Literal["allowed", "forbidden", "required"] = "allowed"
+
+
+class CheckpointSpec(Model):
+    """How often training state becomes durable, and how much of it is kept."""
+
+    every_seconds: int = Field(default=600, ge=1, le=86_400)
+    every_steps: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Also after so many steps."""
+    keep: int = Field(default=2, ge=1, le=100)
+
+
+class EvaluationSpec(Model):
+    """Held-out evaluation; runs only where the dataset holds something out, and always once at the end."""
+
+    every_steps: int = Field(default=100, ge=1, le=1_000_000)
+    early_stopping_patience: int = Field(default=0, ge=0, le=1000)
+    """Stop after so many evaluations without a better loss; 0 never stops early."""
+    keep_best: bool = False
+    """End with the adapter of the best evaluation instead of the last step's."""
+
+
+class TrackingSpec(Model):
+    """Where metrics and the adapter go in MLflow."""
+
+    experiment: Annotated[str, StringConstraints(pattern=NAME_PATTERN, min_length=1, max_length=256)] | None = None
+    """Default: the job's namespace, to which it belongs: one of another namespace is refused."""
+    registered_model: Annotated[str, StringConstraints(pattern=NAME_PATTERN, min_length=1, max_length=256)] | None = (
+        None
+    )
+    """Default: `<namespace>-<job>`. It belongs to the job's namespace: one of another is refused."""
+    alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)] | None = "candidate"
+    """Moved to the new version; MLflow reserves `latest` and `v<number>`."""
+
+    @model_serializer(mode="wrap")
+    def _keep_null(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Null is a choice here, because the default is another: it must not be dropped with the unset fields."""
+        wire: dict[str, object] = dump(self)
+        return wire if self.alias is not None else {**wire, "alias": None}
+
+    @field_validator("registered_model")
+    @classmethod
+    def _registered_model_has_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not SEPARATORS_OF_MLFLOW.isdisjoint(value):
+            raise ValueError("registeredModel must hold none of / : ?, at which MLflow takes addresses apart")
+        if value in (".", ".."):
+            raise ValueError("registeredModel must not be `.` or `..`, which vanish from URLs")
+        return value
+
+    @field_validator("alias")
+    @classmethod
+    def _alias_is_free(cls, value: str | None) -> str | None:
+        if value is not None and (value.lower() == "latest" or (value[0] in "vV" and value[1:].isdigit())):
+            raise ValueError("alias must not be `latest` or `v<number>`, which MLflow reserves")
+        return value
+
+
+class StoreSpec(Model):
+    """Where prepared data, checkpoints and the adapter are kept."""
+
+    uri: StoreUri
+
+
+class QLoRAJobSpec(Model):
+    """What the user asks for."""
+
+    model: ModelSource
+    dataset: DatasetSource
+    adapter: AdapterSpec = AdapterSpec()
+    training: TrainingSpec = TrainingSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    queue: DnsLabel = "default"
+    priority: int = Field(default=0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
+    """Higher goes first and may preempt lower."""
+    store: StoreSpec | None = None
+    """Default: the service's own store."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    backoff_limit: int = Field(default=3, ge=0, le=100)
+    """Failed attempts for one cause that are tried again before a new checkpoint; what is not the job's own fault, such
+    as preemptions and outages, does not count."""
+    outage_limit_seconds: int | None = Field(default=None, ge=1, le=31_536_000)
+    """How long the surroundings (store, registry, nodes) may keep the job from progress before it fails; waiting for a
+    GPU does not count. Default: the service's."""
+    active_deadline_seconds: int | None = Field(default=None, ge=1, le=31_536_000)
+    """Bound on the seconds spent in stages, summed over attempts."""
+    ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=31_536_000)
+    """Delete the job object so long after it finished; MLflow and the store keep the results."""
+    suspend: bool = False
+    """Hold the job: a running stage checkpoints and stops, and nothing starts until this is false again."""
+
+
+class Condition(Model):
+    """A Kubernetes condition."""
+
+    type: ConditionType
+    status: Literal["True", "False", "Unknown"]
+    reason: Reason
+    message: Sentence = ""
+    last_transition_time: Time
+    observed_generation: Count = 0
+
+
+class Attempt(Model):
+    """One run of one stage. Recorded before anything is created, so that nothing created is ever forgotten."""
+
+    stage: StageKind
+    number: PositiveCount
+    """Counts over all stages of the job, from 1: the fencing token."""
+    gpu_class: ShortText | None = None
+    plan: MemoryPlan | None = None
+    created_time: Time
+    start_time: Time | None = None
+    """When the stage was first seen running."""
+    stop_time: Time | None = None
+    """When it was asked to stop."""
+    stop_reason: Reason | None = None
+    finish_time: Time | None = None
+    exit_code: ExitStatus | None = None
+    reason: Reason | None = None
+    message: Sentence = ""
+    node: ShortText | None = None
+    """Where its stage ran, as far as it is known."""
+    avoid_nodes: Annotated[tuple[ShortText, ...], Field(max_length=8)] = ()
+    """Machines that it is not put on, because a card broke there lately."""
+    seen_time: Time | None = None
+    """When its stage was first seen to exist; from then on, a stage that is missing has ended."""
+    stage_uid: ShortText | None = None
+    """The uid of its stage's pod, which no user can choose: from then on, what any other pod of the name says is not
+    believed."""
+    progress_time: Time | None = None
+    """When its last step was seen, by the controller's clock."""
+    predicted_bytes: Count | None = None
+    """Of train: the allocator's peak that was expected, without the margin."""
+    measured_bytes: Count | None = None
+    """Of train: the allocator's peak, where the stage could tell it."""
+    versions: ShortText | None = None
+    """Of train: the libraries that the peak depends on."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the stage may still exist outside."""
+        return self.finish_time is None
+
+
+class CheckpointStatus(Model):
+    """The last durable checkpoint."""
+
+    step: Count
+    uri: Annotated[str, StringConstraints(max_length=2048)]
+    time: Time
+    attempt: PositiveCount | None = None
+    """The attempt that reported it first."""
+
+
+class Setback(Model):
+    """A cause that has ended attempts since the last durable progress."""
+
+    reason: Reason
+    count: PositiveCount
+    """Attempts that it has ended."""
+    seconds: Amount = 0
+    """Spent on trying again and on the pauses between; not counted while an outage hits other jobs, too."""
+
+
+class MlflowStatus(Model):
+    """Where the job's results are in MLflow."""
+
+    run_id: ShortText | None = None
+    experiment_id: ShortText | None = None
+    registered_model: ShortText | None = None
+    model_version: ShortText | None = None
+    run_status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] | None = None
+    """The last status that the controller gave the run."""
+
+
+class QLoRAJobStatus(Model):
+    """What came of the job. Written by the controller alone; there is no phase: conditions tell."""
+
+    observed_generation: Count = 0
+    summary: Sentence = ""
+    """One line for people: what is going on and what it waits for."""
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
+    prepared: PrepareResult | None = None
+    estimate: Estimate | None = None
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=64)] = ()
+    """The most recent attempts, oldest first; older ones are folded into the counters below."""
+    attempts_total: Count = 0
+    failures_total: Count = 0
+    """Failed attempts that counted against spec.backoffLimit, over the job's whole life."""
+    setbacks: Annotated[tuple[Setback, ...], Field(max_length=32)] = ()
+    """What went wrong since the last durable progress, by cause; a new checkpoint forgets it."""
+    host_memory_escalations: Count = 0
+    """How often the stages' host memory was raised after it had run out."""
+    active_seconds: Amount = 0
+    """Seconds spent in finished attempts."""
+    gpu_seconds: Amount = 0
+    """GPU seconds spent in finished train attempts."""
+    retry_after: Time | None = None
+    """No new attempt before this time."""
+    step_ups: Count = 0
+    """How often the job moved to a fallback plan or a larger class after running out of memory."""
+    progress: ProgressReport | None = None
+    checkpoint: CheckpointStatus | None = None
+    adapter_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None
+    adapter_digest: Digest | None = None
+    mlflow: MlflowStatus = MlflowStatus()
+    evictions: Annotated[dict[ShortText, Count], Field(max_length=16)] = {}
+    """Evictions by reason."""
+    finish_time: Time | None = None
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """The condition of this type, if it has been set."""
+        return next((c for c in self.conditions if c.type is kind), None)
+
+    def is_true(self, kind: ConditionType) -> bool:
+        """Whether the condition has been set and is True."""
+        found = self.condition(kind)
+        return found is not None and found.status == "True"
+
+    @property
+    def active_attempt(self) -> Attempt | None:
+        """The attempt whose stage may exist outside; there is at most one."""
+        return self.attempts[-1] if self.attempts and self.attempts[-1].active else None
+
+
+class QLoRAJob(Model):
+    """A fine-tuning job."""
+
+    api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
+    kind: Literal["QLoRAJob"] = "QLoRAJob"
+    metadata: ObjectMeta
+    spec: QLoRAJobSpec
+    status: QLoRAJobStatus = QLoRAJobStatus()
+
+    @field_validator("spec")
+    @classmethod
+    def _chat_template_is_one(cls, spec: QLoRAJobSpec) -> QLoRAJobSpec:
+        """At submission, where a file's name is told from a template; a stage looks at what the template writes."""
+        template = spec.model.chat_template
+        if template is not None and not ("{{" in template or "{%" in template or template in CHAT_TEMPLATE_NAMES):
+            raise ValueError(f"model.chatTemplate must be {CHAT_TEMPLATE_RULE}")
+        return spec
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`, how the store and the controller address a job."""
+        return f"{self.metadata.namespace}/{self.metadata.name}"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the user has asked to cancel: by annotation, or by deleting the object."""
+        asked = self.metadata.annotations.get(CANCEL_ANNOTATION) == "true"
+        return asked or self.metadata.deletion_timestamp is not None
+
+    def stage_name(self, attempt: Attempt) -> str:
+        """The deterministic name of an attempt's stage: `<job>-<stage>-<attempt>`."""
+        return str(StageName(job=self.metadata.name, stage=attempt.stage, attempt=attempt.number))
+
+
+def new_uid() -> str:
+    """A uid for stores that have no API server to give one."""
+    return str(uuid4())

@@ -1,0 +1,183 @@
+"""A base model's shape, read from its config: what sizing and the trainer must know of an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from pydantic import Field
+
+from orchestrator.api.base import MAX_COUNT, Model, ShortText
+from orchestrator.api.words import on_one_line
+
+MAX_SHOWN_CHARACTERS = 60
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20
+"""Of a layer, an expert or a head, and so many heads or experts: ten times what any known model has."""
+MAX_VOCABULARY = 1 << 24
+
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+
+
+class Mixture(Model):
+    """The experts of a model, the same in every layer."""
+
+    experts: Width
+    """Routed experts of a layer, of which each token chooses some."""
+    experts_per_token: Width
+    expert_size: Width
+    """The width inside one of them."""
+    shared_size: int = Field(default=0, ge=0, le=MAX_WIDTH)
+    """The width inside what every token goes through beside them; 0 where there is no such thing."""
+
+
+class ModelFacts(Model):
+    """The base model's shape, read from its config: what sizing needs and nothing more."""
+
+    model_type: ShortText
+    architecture: ShortText
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    head_dim: Width
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
+    tied_embeddings: bool
+    mixture: Mixture | None = None
+    """Its experts, where it has any."""
+    revision: ShortText
+    """The commit of a hub model, or the digest of a folder's config and tensor index."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object], revision: str) -> ModelFacts:
+        """The facts in a parsed config.json, that of the text model where others are nested beside it.
+
+        Raises ValueError naming the field that is missing or not what it should be.
+        """
+        text = _text_config(config)
+        hidden_size = _count(text, "hidden_size", "n_embd", "d_model")
+        num_attention_heads = _count(text, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        return cls(
+            model_type=_text(config, "model_type"),
+            architecture=_architecture(config),
+            hidden_size=hidden_size,
+            intermediate_size=_count(text, *_INTERMEDIATE_SIZE, default=_default_intermediate_size(text, hidden_size)),
+            num_layers=_count(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers", most=MAX_LAYERS),
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=_key_value_heads(text, num_attention_heads),
+            head_dim=_count(text, "head_dim", default=hidden_size // num_attention_heads),
+            vocab_size=_count({**config, **text}, "vocab_size", most=MAX_VOCABULARY),
+            tied_embeddings=_tied_embeddings(config, text),
+            mixture=_mixture(text),
+            revision=revision,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MixtureFields:
+    """What a family's config calls the sizes of its experts."""
+
+    experts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    size: str = "moe_intermediate_size"
+    shared_size: str | None = None
+
+
+MIXTURES: Mapping[str, _MixtureFields] = {
+    "mixtral": _MixtureFields(size="intermediate_size"),
+    "olmoe": _MixtureFields(size="intermediate_size"),
+    "qwen2_moe": _MixtureFields(shared_size="shared_expert_intermediate_size"),
+    "qwen3_moe": _MixtureFields(),
+}
+"""Model types whose experts' memory is known."""
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _mixture(text: Mapping[str, object]) -> Mixture | None:
+    fields = MIXTURES.get(str(text.get("model_type")))
+    if fields is None:
+        counts = (name for name in _EXPERT_COUNTS if isinstance(count := text.get(name), int) and count > 1)
+        if name := next(counts, None):
+            known = ", ".join(MIXTURES)
+            raise ValueError(f"{name}: how much memory such a mixture of experts takes is not known; known are {known}")
+        return None
+    if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
+        raise ValueError("some layers have experts and others none (mlp_only_layers, decoder_sparse_step)")
+    return Mixture(
+        experts=_count(text, *fields.experts),
+        experts_per_token=_count(text, "num_experts_per_tok"),
+        expert_size=_count(text, fields.size),
+        shared_size=_count(text, fields.shared_size) if fields.shared_size else 0,
+    )
+
+
+_INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_FOUR_TIMES_HIDDEN = frozenset(
+    {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
+)
+"""Families whose MLP is four times as wide as the model unless the config says otherwise."""
+_TIED_BY_DEFAULT = frozenset(
+    {"bloom", "cohere", "cohere2", "ernie4_5", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "lfm2"}
+    | {"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "vaultgemma"}
+    | {"mpt", "opt", "smollm3", "starcoder2"}
+)
+"""Families whose head shares the embeddings' weights unless the config says otherwise (their transformers classes)."""
+
+
+def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    nested = config.get("text_config")
+    return cast(Mapping[str, object], nested) if isinstance(nested, Mapping) else config
+
+
+def _count(config: Mapping[str, object], *names: str, default: int | None = None, most: int = MAX_WIDTH) -> int:
+    """The first of the fields that is set: families name the same thing differently."""
+    found = next((name for name in names if config.get(name) is not None), None)
+    value = default if found is None else config[found]
+    if value is None:
+        raise ValueError(f"{names[0]} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{found or names[0]} must be a positive integer, not {_shown(value)}")
+    if value > most:
+        raise ValueError(f"{found or names[0]} must be at most {most:,}, as in every model that is known here")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value of a stranger's file as it is quoted in a message: one line, bounded, nothing in it but what is seen."""
+    text = on_one_line(repr(value)) if not isinstance(value, int) or abs(value) < MAX_COUNT else "one beyond all bounds"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
+
+
+def _text(config: Mapping[str, object], name: str) -> str:
+    value = config.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} is missing" if value is None else f"{name} must be a text, not {_shown(value)}")
+    return value
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    names = config.get("architectures")
+    if names is None:
+        raise ValueError("architectures is missing")
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"architectures must be a list of class names, not {_shown(cast(object, names))}")
+    return str(cast(list[object], names)[0])
+
+
+def _default_intermediate_size(text: Mapping[str, object], hidden_size: int) -> int | None:
+    return 4 * hidden_size if text.get("model_type") in _FOUR_TIMES_HIDDEN else None
+
+
+def _key_value_heads(text: Mapping[str, object], num_attention_heads: int) -> int:
+    """Multi-query attention keeps one pair of heads (and Falcon's config then counts others); grouped-query some."""
+    if text.get("multi_query") is True and not text.get("new_decoder_architecture"):
+        return 1
+    return _count(text, "num_key_value_heads", "num_kv_heads", default=num_attention_heads)
+
+
+def _tied_embeddings(config: Mapping[str, object], text: Mapping[str, object]) -> bool:
+    for level in (config, text):
+        if isinstance(tied := level.get("tie_word_embeddings"), bool):
+            return tied
+    return config.get("model_type") in _TIED_BY_DEFAULT

@@ -1,0 +1,137 @@
+"""What stages answer: progress while they run, a result in the termination message when they end.
+
+The termination message is JSON of at most 4 KiB, which a pod's status keeps; the controller needs no other
+channel to be right. Progress is for people and may be lost.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints
+
+from orchestrator.api.base import Count, Digest, Measured, Model, PositiveCount, Sentence, ShortText, Time
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.reasons import Reason
+from orchestrator.api.words import on_one_line
+
+MAX_TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' bound on a container's termination message
+MAX_WARNINGS = 5
+MAX_WARNING_CHARACTERS = 280
+MAX_URI_CHARACTERS = 2048
+
+
+def _warning(text: str) -> str:
+    return on_one_line(text)[:MAX_WARNING_CHARACTERS]
+
+
+def _uri(text: str) -> str:
+    return on_one_line(text)[:MAX_URI_CHARACTERS]
+
+
+PrepareWarning = Annotated[str, StringConstraints(max_length=MAX_WARNING_CHARACTERS), AfterValidator(_warning)]
+Uri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARACTERS), AfterValidator(_uri)]
+
+
+class PrepareResult(Model):
+    """What prepare found out and stored."""
+
+    digest: Digest
+    """Identifies the prepared data: same inputs, same digest, and the stage is skipped."""
+    uri: Uri
+    """The folder with the prepared data and its manifest."""
+    model: ModelFacts
+    train_records: PositiveCount
+    train_sequences: PositiveCount
+    train_tokens: PositiveCount
+    supervised_tokens: PositiveCount
+    """Training tokens that carry loss."""
+    eval_records: Count
+    eval_sequences: Count
+    steps: PositiveCount
+    """Optimizer steps of the whole job."""
+    truncated_records: Count = 0
+    dropped_records: Count = 0
+    warnings: Annotated[tuple[PrepareWarning, ...], Field(max_length=MAX_WARNINGS)] = ()
+    """What is likely to be wrong with the data or the step count, each with what to change."""
+
+
+class TrainResult(Model):
+    """How far training came."""
+
+    step: Count
+    """The last step that is durable."""
+    checkpoint_uri: Uri | None = None
+    complete: bool
+    """Whether training is done, as opposed to stopped on request."""
+    adapter_uri: Uri | None = None
+    adapter_digest: Digest | None = None
+    """SHA-256 of adapter_model.safetensors."""
+    train_loss: Measured = None
+    eval_loss: Measured = None
+    eval_loss_before: Measured = None
+    """Held-out loss of the untouched base model."""
+    peak_allocated_bytes: Count | None = None
+    peak_reserved_bytes: Count | None = None
+    versions: ShortText | None = None
+    """The libraries that these peaks depend on."""
+
+
+class PublishResult(Model):
+    """Where the adapter is in the registry."""
+
+    registered_model: ShortText
+    model_version: ShortText
+    model_uri: Uri
+    run_id: ShortText | None = None
+    """The job's MLflow run; another one than the task names where that one was gone for good and made anew."""
+
+
+class Failure(Model):
+    """Why a stage gave up, in words that name what to change."""
+
+    reason: Reason
+    message: Sentence
+
+
+class StageResult(Model):
+    """The termination message: a result, a failure, or (train, when preempted) both result and reason."""
+
+    prepare: PrepareResult | None = None
+    train: TrainResult | None = None
+    publish: PublishResult | None = None
+    failure: Failure | None = None
+
+    def to_termination_message(self) -> str:
+        """The JSON that goes into the termination log; a long failure message is cut to fit, warnings are left out."""
+        text = self.model_dump_json(by_alias=True, exclude_none=True)
+        excess = len(text.encode()) - MAX_TERMINATION_MESSAGE_BYTES
+        if excess > 0 and self.prepare is not None and self.prepare.warnings:
+            fewer = self.prepare.model_copy(update={"warnings": self.prepare.warnings[:-1]})
+            return self.model_copy(update={"prepare": fewer}).to_termination_message()
+        if excess <= 0 or self.failure is None:
+            assert excess <= 0, "a stage's result must fit the termination message"
+            return text
+        # An escaped character is at most six bytes long in JSON, so cutting `excess` characters is enough.
+        shorter = self.failure.message[: max(0, len(self.failure.message) - excess - 3)] + "..."
+        return self.model_copy(
+            update={"failure": Failure(reason=self.failure.reason, message=shorter)}
+        ).to_termination_message()
+
+
+class ProgressReport(Model):
+    """A running stage's latest figures."""
+
+    stage: Literal["prepare", "train", "publish"]
+    step: Count = 0
+    steps: Count = 0
+    """How many steps there are; 0 when unknown."""
+    detail: Sentence = ""
+    """What is being done, in words."""
+    loss: Measured = None
+    eval_loss: Measured = None
+    tokens_per_second: Measured = None
+    eta_seconds: Measured = None
+    checkpoint_step: Count | None = None
+    checkpoint_uri: Uri | None = None
+    time: Time

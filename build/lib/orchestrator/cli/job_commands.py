@@ -1,0 +1,424 @@
+"""The commands that look at jobs and steer them.
+
+Imports of the SDK stand inside the functions: `qlora --help` and shell completion must be quick.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from orchestrator.cli.completion import complete_job_name
+from orchestrator.cli.exits import ExitStatus
+from orchestrator.cli.formats import DataFormat, Kind, Stage, TableFormat
+from orchestrator.cli.options import DryRun, JobName, Manifest, Namespace, Output, Timeout
+
+if TYPE_CHECKING:
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.sdk.client import Client
+    from orchestrator.sdk.handle import JobHandle
+    from orchestrator.sdk.manifest import UserObject
+
+WATCH_STEP_SECONDS = 5.0
+"""`get --watch` draws anew at least so often, so that ages stay right."""
+
+
+def submit(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="SPEC.YAML...", help="Manifests; - reads standard input.")
+    ] = None,
+    filename: Annotated[
+        list[Path] | None, typer.Option("--filename", "-f", help="A manifest; may be repeated.")
+    ] = None,
+    namespace: Namespace = None,
+    dry_run: DryRun = False,
+    output: Output = None,
+) -> None:
+    """Check manifests and hand their jobs and queues to the service."""
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.cli.console import say
+    from orchestrator.cli.output import print_data, print_text, wire
+    from orchestrator.errors import ServiceNotRunning
+
+    paths = [*(files or ()), *(filename or ())]
+    if not paths:
+        raise typer.BadParameter("name at least one manifest")
+    client = connect(namespace)
+    objects = [item for path in paths for item in load(path, namespace)]
+    checked = [client.check(item) if isinstance(item, QLoRAJob) else item for item in objects]  # all, before any
+    _require_distinct(checked)
+    if dry_run:
+        print_dry_run(client, checked, output)
+        return
+    if not client.connection.is_running():
+        raise ServiceNotRunning("the service is not running, so nothing would run the jobs; start it: qlora up")
+    stored = [
+        client.submit(item).object() if isinstance(item, QLoRAJob) else client.apply_queue(item) for item in checked
+    ]
+    if output is not None:
+        print_data([wire(item) for item in stored], output)
+        return
+    for item in stored:
+        verb = "submitted" if isinstance(item, QLoRAJob) else "applied"
+        print_text(f"{_reference(item)} {verb}")
+    last = next((item for item in reversed(stored) if isinstance(item, QLoRAJob)), None)
+    if last is not None and sys.stderr.isatty():
+        say(f"follow it: qlora wait {last.metadata.name}{_in_namespace(last)}", style="quiet")
+
+
+def get(
+    kind: Annotated[Kind, typer.Argument(metavar="jobs|queues", help="What to list.", show_default=True)] = Kind.JOBS,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Only this one.", autocompletion=complete_job_name)
+    ] = None,
+    namespace: Namespace = None,
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Jobs of every namespace.")] = False,
+    output: Annotated[TableFormat, typer.Option("--output", "-o", help="How to answer.")] = TableFormat.TABLE,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show again after every change, until Ctrl-C.")] = False,
+) -> None:
+    """List jobs or queues."""
+    client = connect(namespace)
+    show: Callable[[], None] = lambda: _show_list(client, kind, name, all_namespaces, output)  # noqa: E731  a thunk
+    if not watch:
+        show()
+        return
+    from orchestrator.cli.console import answers
+
+    cursor = ""
+    while True:
+        cursor = client.connection.store.wait_for_change(cursor, WATCH_STEP_SECONDS)
+        if answers().is_terminal:
+            answers().clear()
+        show()
+        time.sleep(0.5)  # changes may come many a second
+
+
+def describe(name: JobName, namespace: Namespace = None, output: Output = None) -> None:
+    """Show one job's whole story: spec, estimate, conditions, attempts, results, events."""
+    from orchestrator.cli.console import answers
+    from orchestrator.cli.describe import show_job, spec_digest
+    from orchestrator.cli.output import print_data, wire
+
+    handle = connect(namespace).handle(name)
+    job, events = handle.object(), handle.events()
+    if output is None:
+        show_job(answers(), job, events, datetime.now(UTC))
+        return
+    told = [
+        {"time": at, "reason": event.reason.value, "message": event.message, "warning": event.warning}
+        for at, event in events
+    ]
+    print_data({"job": wire(job), "specDigest": spec_digest(job), "events": told}, output)
+
+
+def logs(
+    name: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has finished.")] = False,
+    stage: Annotated[Stage | None, typer.Option("--stage", help="Only this stage.")] = None,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Only this attempt.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Lines just as the stages wrote them.")] = False,
+    namespace: Namespace = None,
+) -> None:
+    """Print what the job's stages wrote, every attempt in order."""
+    from orchestrator.cli.console import say
+    from orchestrator.cli.log_view import log_text
+    from orchestrator.cli.output import print_text
+
+    handle = connect(namespace).handle(name)
+    current: tuple[str, int] | None = None
+    for line in handle.logs(follow=follow, stage=stage.value if stage else None, attempt=attempt):
+        if current != (line.stage, line.attempt):
+            current = (line.stage, line.attempt)
+            say(f"--- {line.stage}, attempt {line.attempt} ---", style="quiet")
+        print_text(line.text if raw else log_text(line.text))
+    if current is None:
+        say(f"nothing has been written yet: {handle.status().summary or 'no stage has started'}", style="quiet")
+
+
+def wait(name: JobName, timeout: Timeout = None, namespace: Namespace = None, output: Output = None) -> None:
+    """Follow a job until it has finished; the exit status says how it ended."""
+    finish_following(connect(namespace).handle(name), timeout, output)
+
+
+def cancel(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """End a job for good. Its checkpoints and metrics stay."""
+    _steer(connect(namespace).handle(name), "cancel", dry_run)
+
+
+def suspend(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """Hold a job: a running stage saves a checkpoint and stops."""
+    _steer(connect(namespace).handle(name), "suspend", dry_run)
+
+
+def resume(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """Let a suspended job go on from its checkpoint."""
+    _steer(connect(namespace).handle(name), "resume", dry_run)
+
+
+def delete(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """Remove a job; a running stage is stopped. MLflow and the job's store keep what they have."""
+    from orchestrator.cli.output import print_text
+    from orchestrator.errors import NotFound
+
+    handle = connect(namespace).handle(name)
+    if dry_run:
+        print_text(f"job/{name} would be deleted")
+        return
+    handle.delete()
+    try:
+        handle.object()
+    except NotFound:
+        print_text(f"job/{name} deleted")
+    else:
+        print_text(f"job/{name} marked for deletion; it goes once its stage has stopped")
+
+
+def plan(
+    spec: Manifest,
+    namespace: Namespace = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
+    output: Output = None,
+) -> None:
+    """Say what a job would take and where it would run, before anything runs."""
+    from orchestrator.cli.console import answers
+    from orchestrator.cli.output import print_data
+    from orchestrator.cli.plan_view import show_plan
+
+    answer = connect(namespace).plan(only_job(load(spec, namespace), spec))
+    form = DataFormat.JSON if as_json else output
+    if form is not None:
+        print_data(answer.to_wire(), form)
+    else:
+        show_plan(answers(), answer)
+    if answer.refusal is not None:
+        raise typer.Exit(ExitStatus.INVALID)
+
+
+def prepare(
+    job: Annotated[str, typer.Argument(metavar="SPEC.YAML|NAME", help="A manifest, or a job that is prepared.")],
+    show: Annotated[int, typer.Option("--show", metavar="RECORDS", min=1, max=100, help="How many to read.")] = 3,
+    namespace: Namespace = None,
+    output: Output = None,
+) -> None:
+    """Show records as they are trained: what carries loss, what is context. Starts nothing."""
+    from orchestrator.cli.console import answers, say
+    from orchestrator.cli.output import print_data
+    from orchestrator.cli.records_view import legend, show_records
+
+    client, path = connect(namespace), Path(job)
+    if job == "-" or path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        shown = client.records(only_job(load(path, namespace), path), show)
+    else:
+        shown = client.handle(job).records()
+        shown = shown.model_copy(update={"records": shown.records[:show]})
+    if output is not None:
+        print_data(shown.to_wire(), output)
+        return
+    say(legend(answers()), style="quiet")
+    show_records(answers(), shown)
+    for warning in shown.warnings:
+        say(f"warning: {warning}", style="waiting")
+
+
+def calibration(
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
+    output: Output = None,
+) -> None:
+    """Say how predicted peaks compare with measured ones, and which margins follow."""
+    from orchestrator.cli.output import print_columns, print_data
+    from orchestrator.cli.tables import CALIBRATION_HEADER, calibration_row
+
+    found = connect(None).calibration()
+    form = DataFormat.JSON if as_json else output
+    if form is not None:
+        print_data({"bounds": [bound.to_wire() for bound in found]}, form)
+    else:
+        print_columns(CALIBRATION_HEADER, [calibration_row(bound) for bound in found])
+
+
+def explain(name: JobName, namespace: Namespace = None, output: Output = None) -> None:
+    """Say why a job is where it is, by the code that decides."""
+    from orchestrator.cli.output import print_data, print_text
+
+    explanation = connect(namespace).handle(name).explain()
+    if output is not None:
+        print_data(explanation.to_wire(), output)
+        return
+    for sentence in explanation.sentences:
+        print_text(sentence)
+
+
+def connect(namespace: str | None) -> Client:
+    """A client of the service that was asked for."""
+    from orchestrator.sdk.client import Client
+
+    return Client(namespace=namespace)
+
+
+def load(path: Path, namespace: str | None) -> tuple[UserObject, ...]:
+    """The objects of a manifest or of standard input, in the namespace that was asked for."""
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.errors import InvalidObject
+    from orchestrator.sdk.manifest import load_manifest, parse_manifest
+
+    if str(path) == "-":
+        objects = parse_manifest(sys.stdin.read(), name="standard input", folder=Path.cwd())
+    else:
+        objects = load_manifest(path)
+    for item in objects:
+        written = item.metadata.namespace if "namespace" in item.metadata.model_fields_set else namespace
+        if isinstance(item, QLoRAJob) and namespace not in (None, written):
+            raise InvalidObject(
+                f"{path}: job {item.metadata.name} is in namespace {written}, not {namespace}; "
+                "leave out --namespace, or correct one of them"
+            )
+    return objects
+
+
+def only_job(objects: Sequence[UserObject], path: Path) -> QLoRAJob:
+    """The one job of a manifest."""
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.errors import InvalidObject
+
+    jobs = [item for item in objects if isinstance(item, QLoRAJob)]
+    if len(jobs) != 1:
+        raise InvalidObject(f"{path} holds {len(jobs)} jobs where one is wanted; for several use: qlora submit")
+    return jobs[0]
+
+
+def finish_following(handle: JobHandle, timeout_seconds: float | None, output: DataFormat | None) -> None:
+    """Follow a job to its end, print what came of it, and exit with the status that says so."""
+    from orchestrator.cli.console import answers, say
+    from orchestrator.cli.follow import Interruption, ask_about_interruption, follow, result_lines, result_panel
+    from orchestrator.cli.output import print_data, print_text, wire
+    from orchestrator.sdk.handle import succeeded
+
+    while True:
+        try:
+            job = follow(handle, timeout_seconds)
+            break
+        except KeyboardInterrupt:
+            choice = ask_about_interruption()
+            if choice is Interruption.CANCEL:
+                handle.cancel()
+            elif choice is Interruption.DETACH:
+                back = f"qlora wait {handle.name}{_namespace_option(handle.namespace)}"
+                say(f"detached; the job goes on. Come back: {back}")
+                raise typer.Exit(ExitStatus.INTERRUPTED) from None
+    if output is not None:
+        print_data(wire(job), output)
+    if not succeeded(job):
+        say(f"job {job.key} did not succeed: {job.status.summary}", style="bad")
+        say(f"its logs: qlora logs {job.metadata.name}{_in_namespace(job)}", style="quiet")
+        raise typer.Exit(ExitStatus.JOB_FAILED)
+    if output is None and answers().is_terminal:
+        answers().print(result_panel(job, handle.result()))
+    elif output is None:
+        print_text(result_lines(job, handle.result()))
+
+
+def _show_list(client: Client, kind: Kind, name: str | None, all_namespaces: bool, form: TableFormat) -> None:
+    from orchestrator.cli.console import say
+    from orchestrator.cli.output import print_columns, print_data, print_text, wire
+    from orchestrator.cli.tables import QUEUE_HEADER, job_header, job_row, queue_rows
+
+    items = _jobs(client, name, all_namespaces) if kind is Kind.JOBS else _queues(client, name)
+    if form in (TableFormat.JSON, TableFormat.YAML):
+        data = [wire(item) for item in items]
+        print_data(data[0] if name is not None else data, DataFormat(form.value))
+    elif form is TableFormat.NAME:
+        for item in items:
+            print_text(_reference(item))
+    elif not items:
+        say(f"no {kind.value}{'' if all_namespaces or kind is Kind.QUEUES else f' in namespace {client.namespace}'}")
+    elif kind is Kind.QUEUES:
+        from orchestrator.api.queue import QLoRAQueue
+
+        queues = [item for item in items if isinstance(item, QLoRAQueue)]
+        print_columns(QUEUE_HEADER, queue_rows(queues, client.list(all_namespaces=True)))
+    else:
+        wide, now = form is TableFormat.WIDE, datetime.now(UTC)
+        jobs = cast("list[QLoRAJob]", items)
+        rows = [job_row(job, now, wide=wide, namespaces=all_namespaces) for job in jobs]
+        print_columns(job_header(wide=wide, namespaces=all_namespaces), rows)
+
+
+def _jobs(client: Client, name: str | None, all_namespaces: bool) -> Sequence[UserObject]:
+    if name is not None:
+        return [client.get(name)]
+    return client.list(all_namespaces=all_namespaces)
+
+
+def _queues(client: Client, name: str | None) -> Sequence[UserObject]:
+    from orchestrator.errors import NotFound
+
+    queues = [queue for queue in client.list_queues() if name in (None, queue.metadata.name)]
+    if name is not None and not queues:
+        raise NotFound(f"there is no queue {name}; list them with: qlora get queues")
+    return queues
+
+
+def _steer(handle: JobHandle, verb: str, dry_run: bool) -> None:
+    """Cancel, suspend or resume, and say what that means for this job."""
+    from orchestrator.cli.output import print_text
+    from orchestrator.sdk.handle import is_finished
+
+    past = {"cancel": "cancelled", "suspend": "suspended", "resume": "resumed"}[verb]
+    before = handle.object()
+    if is_finished(before):
+        print_text(f"job/{handle.name} has finished already: {before.status.summary}")
+        return
+    if dry_run:
+        print_text(f"job/{handle.name} would be {past}")
+        return
+    after = {"cancel": handle.cancel, "suspend": handle.suspend, "resume": handle.resume}[verb]()
+    unchanged = after.metadata.resource_version == before.metadata.resource_version
+    asked = "is being " if verb != "resume" and after.status.active_attempt is not None else ""
+    print_text(f"job/{handle.name} {'is already' if unchanged else asked + past}{f' {past}' if unchanged else ''}")
+
+
+def print_dry_run(client: Client, checked: Sequence[UserObject], output: DataFormat | None) -> None:
+    """What would be stored, and what each job would take as far as its model can be read from here."""
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.cli.console import answers, say
+    from orchestrator.cli.output import print_data, print_text, wire
+    from orchestrator.cli.plan_view import show_plan
+    from orchestrator.errors import OrchestratorError
+
+    if output is not None:
+        print_data([wire(item) for item in checked], output)
+        return
+    for item in checked:
+        print_text(f"{_reference(item)} is valid; nothing was changed")
+        if isinstance(item, QLoRAJob):
+            try:
+                show_plan(answers(), client.plan(item))
+            except OrchestratorError as error:
+                say(f"no plan: {error}", style="quiet")
+
+
+def _require_distinct(objects: Sequence[UserObject]) -> None:
+    from orchestrator.errors import AlreadyExists
+
+    keys = [(item.kind, item.metadata.namespace, item.metadata.name) for item in objects]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise AlreadyExists(f"{twice[0]} {twice[2]} stands more than once in the manifests; give each its own name")
+
+
+def _reference(item: UserObject) -> str:
+    return f"{item.kind.removeprefix('QLoRA').lower()}/{item.metadata.name}"
+
+
+def _in_namespace(job: QLoRAJob) -> str:
+    return _namespace_option(job.metadata.namespace)
+
+
+def _namespace_option(namespace: str) -> str:
+    return "" if namespace == "default" else f" -n {namespace}"

@@ -1,0 +1,22 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.completion import complete_job_name
+from orchestrator.cli.formats import DataFormat
+
+JobName = Annotated[str, typer.Argument(metavar="NAME", help="The job's name.", autocompletion=complete_job_name)]
+Manifest = Annotated[Path, typer.Argument(metavar="SPEC.YAML", help="A manifest; - reads standard input.")]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace of the job.", show_default="default")
+]
+Output = Annotated[DataFormat | None, typer.Option("--output", "-o", help="Answer for programs.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; change nothing.")]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up waiting after so long (status 5).")
+]

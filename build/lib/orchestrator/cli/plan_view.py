@@ -1,0 +1,131 @@
+"""`qlora plan` on screen: the bytes item by item, the plan in words, and what every other class would mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import Estimate, MemoryPlan
+from orchestrator.cli.words import NOTHING, dollars, duration, gib
+from orchestrator.sdk.planning import Alternative, JobPlan
+
+BAR_CELLS = 28
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def show_plan(console: Console, plan: JobPlan) -> None:
+    """The whole plan of one job."""
+    console.print(_heading(plan))
+    if plan.chosen is not None:
+        console.print()
+        for line in (*_item_lines(plan.chosen, console), *_choice_lines(plan.chosen)):
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    if plan.guess is not None:
+        console.print()
+        console.print(Text.assemble(("a guess  ", "busy"), plan.guess))
+    if plan.refusal is not None:
+        console.print()
+        console.print(Text.assemble(("cannot run here  ", "bad"), plan.refusal.message))
+    console.print()
+    console.print(_alternatives(plan.alternatives))
+
+
+def bar(share: float, cells: int = BAR_CELLS, *, unicode: bool = True) -> str:
+    """A horizontal bar for a share between 0 and 1."""
+    eighths = round(min(1.0, max(0.0, share)) * cells * 8)
+    if not unicode:
+        return "#" * round(eighths / 8)
+    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+def plan_words(plan: MemoryPlan) -> str:
+    """A memory plan as one line."""
+    offload = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
+    recompute = f"{plan.recompute_layers} layers recomputed" if plan.recompute_layers else "nothing recomputed"
+    micro = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulated"
+    return f"{micro}, {recompute}{offload}"
+
+
+def _heading(plan: JobPlan) -> Text:
+    return Text.assemble((plan.job, "bold"), ("  " + _model_words(plan.facts), "quiet"))
+
+
+def _model_words(facts: ModelFacts) -> str:
+    mixture = facts.mixture
+    experts = f", {mixture.experts_per_token} of {mixture.experts} experts" if mixture else ""
+    shape = f"{facts.num_layers} layers, hidden {facts.hidden_size}{experts}, vocabulary {facts.vocab_size}"
+    return f"{facts.architecture}, {shape}"
+
+
+def _item_lines(estimate: Estimate, console: Console) -> Iterator[Text]:
+    """Each item with its bar; the peak and what the class offers share the scale."""
+    unicode = console.encoding.lower().startswith("utf")
+    scale = max(estimate.usable_bytes, estimate.peak_bytes, 1)
+    rows = [(item.name, item.bytes, "busy") for item in estimate.items if item.bytes]
+    rows += [("peak", estimate.peak_bytes, "good"), (f"usable on {estimate.gpu_class}", estimate.usable_bytes, "quiet")]
+    name_width = max(len(name) for name, _, _ in rows)
+    for name, count, style in rows:
+        strong = "bold" if name == "peak" else ""
+        yield Text.assemble(
+            (f"  {name:<{name_width}}  ", strong),
+            (f"{gib(count):>10}  ", strong),
+            (bar(count / scale, unicode=unicode), style),
+        )
+
+
+def _choice_lines(estimate: Estimate) -> Iterator[Text]:
+    free = estimate.usable_bytes - estimate.peak_bytes
+    yield Text()
+    for label, value in (
+        ("GPU class", f"{estimate.gpu_class}, {gib(free)} to spare"),
+        ("plan", plan_words(estimate.plan)),
+        ("length", length_words(estimate)),
+    ):
+        yield Text.assemble((f"  {label:<10}", "label"), value)
+
+
+def length_words(estimate: Estimate) -> str:
+    """How long the steps take, on which card, and what they cost."""
+    words = [f"{estimate.steps} steps" if estimate.steps else "steps are counted by prepare"]
+    if estimate.step_seconds is not None:
+        words.append(f"{estimate.step_seconds:.3g} s each on {estimate.card}")
+    if estimate.seconds is not None:
+        words.append(f"about {duration(estimate.seconds)} in all")
+    if estimate.dollars is not None:
+        words.append(f"about {dollars(estimate.dollars)}")
+    return ", ".join(words)
+
+
+def _alternatives(alternatives: tuple[Alternative, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="label", collapse_padding=True)
+    table.add_column("  CLASS")
+    for name in ("HERE", "PEAK", "BATCH", "RECOMP.", "TIME", "PRICE"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("WHY", overflow="fold")
+    for alternative in alternatives:
+        estimate = alternative.estimate
+        chosen = alternative.remark == "chosen"
+        style = "good" if chosen else "" if alternative.capacity else "quiet"
+        table.add_row(
+            f"  {alternative.gpu_class}",
+            str(alternative.capacity),
+            gib(estimate.peak_bytes) if estimate is not None else NOTHING,
+            str(estimate.plan.micro_batch_size) if estimate is not None else NOTHING,
+            str(estimate.plan.recompute_layers) if estimate is not None else NOTHING,
+            _time(estimate) if estimate is not None else NOTHING,
+            dollars(estimate.dollars) if estimate is not None else NOTHING,
+            alternative.remark,
+            style=style,
+        )
+    return table
+
+
+def _time(estimate: Estimate) -> str:
+    """The time of all steps, or of one where nobody has counted them yet."""
+    if estimate.seconds is not None or estimate.step_seconds is None:
+        return duration(estimate.seconds)
+    return f"{estimate.step_seconds:.2g}s/step"

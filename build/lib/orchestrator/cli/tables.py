@@ -1,0 +1,101 @@
+"""The rows of `qlora get`: what kubectl's printer columns show, from the same status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from orchestrator.api.job import QLoRAJob
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.cli.output import Cell
+from orchestrator.cli.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
+from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.sizing.margins import Bound
+
+JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE")
+WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")
+QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "HOLD", "RUNNING", "WAITING", "QUOTAS")
+CALIBRATION_HEADER = ("NAMESPACE", "ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
+_SPEAKS_FOR_ITSELF = frozenset({JobState.PREPARING, JobState.TRAINING, JobState.PUBLISHING, JobState.SUCCEEDED})
+_RUNNING = frozenset({JobState.STARTING, JobState.TRAINING, JobState.STOPPING})
+_WAITING = frozenset({JobState.NEW, JobState.PREPARING, JobState.QUEUED})
+
+
+def job_header(*, wide: bool, namespaces: bool) -> tuple[str, ...]:
+    """The columns of a table of jobs."""
+    return (*(("NAMESPACE",) if namespaces else ()), *JOB_HEADER, *(WIDE_HEADER if wide else ()), "MESSAGE")
+
+
+def job_row(job: QLoRAJob, now: datetime, *, wide: bool, namespaces: bool) -> list[Cell]:
+    """One job as a row under `job_header`."""
+    status = job.status
+    estimate = status.estimate
+    active = state_of(status) in (JobState.TRAINING, JobState.PREPARING, JobState.PUBLISHING)
+    eta_seconds = status.progress.eta_seconds if status.progress is not None and active else None
+    cells = [
+        Cell(text=job.metadata.name),
+        Cell(text=job.spec.queue),
+        Cell(text=str(job.spec.priority)),
+        Cell(text=state_word(job), style=state_style(job)),
+        Cell(text=estimate.gpu_class if estimate is not None else NOTHING),
+        Cell(text=progress_word(job)),
+        Cell(text=duration(eta_seconds)),
+        Cell(text=since(job.metadata.creation_timestamp, now)),
+    ]
+    if namespaces:
+        cells.insert(0, Cell(text=job.metadata.namespace))
+    if wide:
+        cells += _wide_cells(job)
+    return [*cells, Cell(text=message(job), style="quiet")]
+
+
+def message(job: QLoRAJob) -> str:
+    """What the state alone does not say: why the job waits, or how it ended."""
+    return "" if state_of(job.status) in _SPEAKS_FOR_ITSELF else job.status.summary
+
+
+def queue_rows(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob]) -> list[list[Cell]]:
+    """One row a queue under QUEUE_HEADER."""
+    everyone = [(job.spec.queue, state_of(job.status)) for job in jobs]
+    rows: list[list[Cell]] = []
+    for queue in queues:
+        name, spec = queue.metadata.name, queue.spec
+        quotas = ", ".join(f"{quota.gpu_class}={quota.nominal}" for quota in spec.quotas)
+        texts = (
+            name,
+            spec.cohort or NOTHING,
+            str(spec.weight),
+            spec.preemption,
+            "yes" if spec.hold else "no",
+            str(sum(1 for of, state in everyone if of == name and state in _RUNNING)),
+            str(sum(1 for of, state in everyone if of == name and state in _WAITING)),
+            quotas or "no limit",
+        )
+        rows.append([Cell(text=text) for text in texts])
+    return rows
+
+
+def _wide_cells(job: QLoRAJob) -> list[Cell]:
+    status = job.status
+    mlflow, progress = status.mlflow, status.progress
+    model = f"{mlflow.registered_model}/{mlflow.model_version}" if mlflow.model_version is not None else NOTHING
+    return [
+        Cell(text=figure(progress.loss if progress is not None else None)),
+        Cell(text=figure(progress.eval_loss if progress is not None else None)),
+        Cell(text=mlflow.run_id or NOTHING),
+        Cell(text=model),
+    ]
+
+
+def calibration_row(bound: Bound) -> list[Cell]:
+    """What is known of one kind of plan, under CALIBRATION_HEADER; shares are of the predicted peak."""
+    return [
+        Cell(text=bound.namespace),
+        Cell(text=bound.architecture),
+        Cell(text=bound.kind),
+        Cell(text=str(bound.observations)),
+        Cell(text=f"{bound.worst_share:+.2%}", style="bad" if bound.worst_share > 0 else ""),
+        Cell(text=f"{bound.share:.2%}"),
+        Cell(text="yes" if bound.certain else "no"),
+        Cell(text=bound.versions or NOTHING, style="quiet"),
+    ]

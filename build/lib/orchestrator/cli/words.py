@@ -1,0 +1,81 @@
+"""Numbers and times as people read them. All functions are pure."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from orchestrator.api.job import QLoRAJob
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
+
+NOTHING = "-"
+
+
+def duration(seconds: float | None) -> str:
+    """`48s`, `3m20s`, `2h05m`, `4d3h`: two units at most."""
+    if seconds is None:
+        return NOTHING
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d{whole % 86_400 // 3600}h"
+
+
+def since(moment: datetime | None, now: datetime) -> str:
+    """How long ago something was."""
+    return duration((now - moment).total_seconds()) if moment is not None else NOTHING
+
+
+def gib(count_bytes: int) -> str:
+    """Bytes in GiB; below 0.1 GiB in MiB, so that small items do not all read 0.00."""
+    if count_bytes < (1 << 30) // 10:
+        return f"{count_bytes / (1 << 20):.1f} MiB"
+    return f"{count_bytes / (1 << 30):.2f} GiB"
+
+
+def dollars(value: float | None) -> str:
+    """A price, to the cent."""
+    return f"${value:,.2f}" if value is not None else NOTHING
+
+
+def figure(value: float | None) -> str:
+    """A loss."""
+    return f"{value:.4f}" if value is not None else NOTHING
+
+
+def state_word(job: QLoRAJob) -> str:
+    """The job's state in one word; a held job says so."""
+    state = state_of(job.status)
+    idle = job.status.active_attempt is None and state not in TERMINAL_STATES
+    if idle and job.metadata.deletion_timestamp is not None:
+        return "Deleting"
+    return "Suspended" if idle and job.spec.suspend else state.value
+
+
+def state_style(job: QLoRAJob) -> str:
+    """The theme's style for the state."""
+    match state_of(job.status):
+        case JobState.SUCCEEDED:
+            return "good"
+        case JobState.FAILED | JobState.CANCELLED:
+            return "bad"
+        case JobState.NEW | JobState.QUEUED | JobState.TRAINED:
+            return "waiting"
+        case _:
+            return "busy"
+
+
+def progress_word(job: QLoRAJob) -> str:
+    """`120/1000` while and after training."""
+    progress = job.status.progress
+    if progress is not None and progress.stage == "train" and progress.steps:
+        return f"{progress.step}/{progress.steps}"
+    prepared = job.status.prepared
+    if prepared is None:
+        return NOTHING
+    if job.status.adapter_uri is not None:
+        return f"{prepared.steps}/{prepared.steps}"
+    return f"{job.status.checkpoint.step if job.status.checkpoint else 0}/{prepared.steps}"

@@ -1,0 +1,1 @@
+"""The shell around the core: observe, decide, act; the Ray program; leadership."""

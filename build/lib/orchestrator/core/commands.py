@@ -1,0 +1,110 @@
+"""The commands that come out of a decision. Each is idempotent: carrying it out again changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
+from orchestrator.api.reasons import Reason
+from orchestrator.api.task import StageTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A decision worth telling the user; becomes a Kubernetes event or a row in the embedded store."""
+
+    reason: Reason
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteStatus:
+    """Record a job's new status, if the job is still at this resource version."""
+
+    job: QLoRAJob
+    status: QLoRAJobStatus
+    events: tuple[Event, ...] = ()
+    words_only: bool = False
+    """Whether nothing changes but what is said about a job that waits; that may come late."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureStage:
+    """Create the stage of an attempt that the status already records; done if it exists."""
+
+    task: StageTask
+    gpu_class: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopStage:
+    """Ask a stage to checkpoint and end within the grace period, then kill it; repeating it changes nothing."""
+
+    namespace: str
+    name: str
+    grace_seconds: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteStage:
+    """Forget a stage whose end the status already records."""
+
+    namespace: str
+    name: str
+    recorded: bool = False
+    """Whether the job's status was seen to say how it ended; otherwise the job is gone, or the view of it is old."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureRun:
+    """Find or create the job's MLflow run; it becomes a fact."""
+
+    job: QLoRAJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishRun:
+    """Give the job's MLflow run its last status, and release the job, which waited for that."""
+
+    job: QLoRAJob
+    run_status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteJob:
+    """Remove a finished job's object after its time to live."""
+
+    job: QLoRAJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportDefect:
+    """Put on record that deciding about a job raised; the job's own commands deal with the job."""
+
+    job: QLoRAJob
+    trace: str
+    """The traceback, for whoever maintains the program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseUnreadable:
+    """Let the object of a deleted job go that does not parse, once nothing of it runs."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+Command = (
+    ReleaseUnreadable
+    | ReportDefect
+    | WriteStatus
+    | EnsureStage
+    | StopStage
+    | DeleteStage
+    | EnsureRun
+    | FinishRun
+    | DeleteJob
+)

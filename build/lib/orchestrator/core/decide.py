@@ -1,0 +1,180 @@
+"""The decision: facts in, commands out.
+
+Level-triggered and pure: the same snapshot gives the same commands, and each of them may be repeated or lost.
+
+1. What a job's status should be is decided for each job, then for all of them together (`core/scheduling/cycle`).
+2. Where that differs from what is stored, it is written: at most one `WriteStatus` a job.
+3. Stages and runs follow the *stored* status, so an intent is always on record before anything comes of it. The stage
+   of an attempt that is decided now comes right after the write that records it: whoever carries commands out goes on
+   with a job only once its status is written.
+4. What is worked out for one job is contained: an exception fails that job, and a `ReportDefect` tells of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from orchestrator.api.job import QLoRAJob
+from orchestrator.api.stage_name import StageName
+from orchestrator.core.commands import (
+    Command,
+    DeleteJob,
+    EnsureRun,
+    EnsureStage,
+    FinishRun,
+    ReportDefect,
+    StopStage,
+    WriteStatus,
+)
+from orchestrator.core.job.containment import failed_by_defect
+from orchestrator.core.job.finalizer import owes_run_its_end
+from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, release_commands, stage_commands
+from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobState, state_of
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.cycle import schedule
+from orchestrator.core.snapshot import Policy, Snapshot
+
+
+def decide(snapshot: Snapshot) -> tuple[Command, ...]:
+    """All that is to be done about a snapshot, in the order in which to do it."""
+    drafts = schedule(snapshot).drafts.values()
+    return tuple(_commands(list(drafts), snapshot))
+
+
+def _commands(drafts: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
+    for draft in drafts:
+        yield from _run_commands(draft.job, snapshot)
+    yield from _runs_of_gone_jobs(snapshot)
+    # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
+    # just now, then figures of jobs that go on as before, and last come words about those who wait.
+    moved: list[Command] = []
+    figures: list[WriteStatus] = []
+    waiting: list[Draft] = []
+    for draft in drafts:
+        if draft.words_only and draft.job.status.active_attempt is None:
+            waiting.append(draft)
+            continue
+        own = _of_job(draft, snapshot)
+        if own.write is None:
+            yield from own.stage
+        elif own.draft.state is state_of(draft.job.status) and not own.stage:
+            figures.append(own.write)
+        else:
+            moved += [own.write, *own.stage, *own.begun]
+        yield from own.defects
+    yield from moved
+    yield from leftover_commands(snapshot)
+    yield from release_commands(snapshot)
+    yield from figures
+    yield from _words(waiting, snapshot)
+    yield from _expired(drafts, snapshot)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfJob:
+    """What is to be done about one job."""
+
+    draft: Draft
+    write: WriteStatus | None
+    stage: tuple[EnsureStage | StopStage, ...] = ()
+    """What its stored attempt asks for."""
+    begun: tuple[EnsureStage, ...] = ()
+    """The stage of the attempt that the write puts on record."""
+
+    @property
+    def defects(self) -> tuple[ReportDefect, ...]:
+        """That deciding about the job raised, if it did."""
+        return (ReportDefect(job=self.draft.job, trace=self.draft.defect),) if self.draft.defect else ()
+
+
+def _of_job(draft: Draft, snapshot: Snapshot) -> _OfJob:
+    """A job's own commands; where they cannot be made, those that end it."""
+    try:
+        return _made(draft, snapshot)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
+        failed = failed_by_defect(draft.job, snapshot, error)
+    try:
+        return _made(failed, snapshot)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - as above
+        return _OfJob(draft=failed, write=None)  # what is stored leaves nothing to write; the report tells of it
+
+
+def _made(draft: Draft, snapshot: Snapshot) -> _OfJob:
+    write = draft.close()
+    return _OfJob(
+        draft=draft,
+        write=write,
+        stage=tuple(stage_commands(draft, snapshot)),
+        begun=tuple(_begun(write, snapshot.policy)) if write is not None else (),
+    )
+
+
+def _words(waiting: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
+    """So many at a time; whoever has been told nothing at all comes first."""
+    news = [draft for draft in waiting if draft.says_something_new]
+    news.sort(key=lambda draft: draft.job.status.observed_generation > 0)
+    for own in (_of_job(draft, snapshot) for draft in news[: snapshot.policy.words_limit]):
+        yield from own.defects
+        if own.write is not None:
+            yield own.write
+
+
+def _begun(write: WriteStatus, policy: Policy) -> Iterator[EnsureStage]:
+    """The stage of an attempt that the write puts on record."""
+    if write.status.attempts_total == write.job.status.attempts_total:
+        return
+    attempt = write.status.active_attempt
+    assert attempt is not None, "an attempt that begins is active"
+    yield ensure_stage(write.job.model_copy(update={"status": write.status}), attempt, policy)
+
+
+def _run_commands(job: QLoRAJob, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun]:
+    """A run for every job whose data are prepared, and its last status once the job has finished.
+
+    A job that ends before has nothing to show. It is asked for even if the job is over by now: a controller that was
+    killed may have opened it.
+    """
+    if owes_run_its_end(job):
+        yield FinishRun(job=job, run_status=LAST_RUN_STATUS[state_of(job.status)])
+        return
+    is_known = job.status.mlflow.run_id is not None or job.metadata.uid in snapshot.runs
+    if not is_known and job.status.prepared is not None:
+        yield EnsureRun(job=job)
+
+
+def _runs_of_gone_jobs(snapshot: Snapshot) -> Iterator[FinishRun]:
+    """Runs whose jobs were deleted before they had them on record."""
+    if snapshot.runs:
+        here = {job.metadata.uid for job in snapshot.jobs}
+        for uid in sorted(snapshot.runs.keys() - here):
+            yield FinishRun(job=snapshot.runs[uid].job, run_status=LAST_RUN_STATUS[JobState.CANCELLED])
+
+
+def _expired(drafts: list[Draft], snapshot: Snapshot) -> Iterator[DeleteJob]:
+    """Finished jobs that are to go, once nothing outside is left to settle."""
+    named = {attempt.stage_uid for job in snapshot.jobs for attempt in job.status.attempts}
+    with_stages = {
+        (fact.namespace, name.job)
+        for fact in snapshot.stages.values()
+        if (name := StageName.parse(fact.name)) and (fact.vouched or fact.stage_uid in named)
+    }
+    for draft in drafts:
+        job = draft.job
+        settled = state_of(job.status) in TERMINAL_STATES and not owes_run_its_end(job)
+        has_stages = (job.metadata.namespace, job.metadata.name) in with_stages
+        if settled and not has_stages and _is_expired(job, snapshot):
+            yield DeleteJob(job=job)
+
+
+def _is_expired(job: QLoRAJob, snapshot: Snapshot) -> bool:
+    if job.metadata.deletion_timestamp is not None:
+        return True
+    ttl_seconds, finished = job.spec.ttl_seconds_after_finished, job.status.finish_time
+    if ttl_seconds is None or finished is None:
+        return False
+    return (snapshot.now - finished).total_seconds() >= ttl_seconds

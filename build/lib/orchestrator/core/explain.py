@@ -1,0 +1,164 @@
+"""Why a job is where it is: the decision of this moment, in sentences.
+
+Nothing is worked out anew: `schedule` decides over the snapshot as for every other purpose, and this puts the outcome
+into words, the plainest first: where the job is, its place in line, what it fits, who has that, what would have to
+happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from orchestrator.api.job import ResourcesSpec
+from orchestrator.api.plan import Estimate
+from orchestrator.api.reasons import Reason, Recovery, Refusal
+from orchestrator.core.job.setbacks import avoided_classes, counted_failures
+from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.cycle import Schedule, schedule
+from orchestrator.core.scheduling.ordering import Claim
+from orchestrator.core.snapshot import Policy, Snapshot
+from orchestrator.sizing.hardware import CLASS_NAMES, GIB, gpu_class, priced
+from orchestrator.sizing.margins import DEFAULT, learned
+from orchestrator.sizing.plan_search import choose_class
+from orchestrator.sizing.step_time import Work
+
+NAMES_TOLD = 3  # of those ahead or in possession; the rest is a number
+
+
+def explain(snapshot: Snapshot, key: str) -> tuple[str, ...]:
+    """Sentences about the job `namespace/name`, in the order in which to read them."""
+    outcome = schedule(snapshot)
+    draft = outcome.drafts.get(key)
+    if draft is None:
+        return (f"There is no job {key}.",)
+    return tuple(_sentences(draft, outcome, snapshot))
+
+
+def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+    key = draft.job.key
+    yield f"{key} is {draft.state.value.lower()}: {_what(draft)}."
+    if draft.state in TERMINAL_STATES:
+        return
+    place = next((i for i, claim in enumerate(outcome.line) if claim.key == key), None)
+    if place is not None:
+        yield from _in_line(outcome.line, place)
+        yield from _wanted(outcome.line[place], outcome, snapshot)
+        yield from _neighbours(draft, outcome.line[place], snapshot)
+    yield from _next(key, outcome)
+    yield from _history(draft, snapshot.policy)
+
+
+def _what(draft: Draft) -> str:
+    try:
+        write = draft.close()
+    except ValueError:  # a status that only a stranger can have written: whoever decides ends the job
+        return "its status cannot be written, so it fails"
+    return (write.status if write is not None else draft.status).summary.rstrip(".") or "nothing has happened yet"
+
+
+def _in_line(line: Sequence[Claim], place: int) -> Iterator[str]:
+    claim = line[place]
+    where = f"priority {claim.priority} in queue {claim.queue}"
+    if place == 0:
+        yield f"It is first of {len(line)} in line for a GPU ({where})."
+        return
+    ahead = _names([f"{other.key} (priority {other.priority}, queue {other.queue})" for other in line[:place]])
+    yield f"It is number {place + 1} of {len(line)} in line for a GPU ({where}); ahead of it: {ahead}."
+
+
+def _wanted(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+    """What it fits, and who has that."""
+    capacity = {gpu_class.name: gpu_class.capacity for gpu_class in snapshot.gpu_classes}
+    for estimate in claim.estimates:
+        name = estimate.gpu_class
+        holders = [d.job.key for d in outcome.drafts.values() if _holds(d, name) and d.job.key != claim.key]
+        yield (
+            f"It needs {estimate.peak_bytes / GIB:.1f} of the {estimate.usable_bytes / GIB:.1f} GiB of {name}; "
+            f"{len(holders)} of {capacity.get(name, 0)} {name} GPUs are held by others"
+            f"{': ' + _names(holders) if holders else ''}.{_time_and_price(estimate)}"
+        )
+
+
+def _time_and_price(estimate: Estimate) -> str:
+    if estimate.seconds is None:
+        return ""
+    price = f" and ${estimate.dollars:.2f}" if estimate.dollars is not None else ""
+    minutes = estimate.seconds / 60
+    took = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} minutes" if minutes >= 2 else "a minute"
+    return f" Its steps take about {took}{price} there."
+
+
+def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]:
+    """What the class below and the class above the preferred one would mean, here or not."""
+    preferred = claim.estimates[0].gpu_class
+    prepared = draft.status.prepared
+    if preferred not in CLASS_NAMES or prepared is None:
+        return
+    known = {gpu_class.name: gpu_class for gpu_class in snapshot.gpu_classes}
+    margins = learned(snapshot.jobs).get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
+    place = CLASS_NAMES.index(preferred)
+    for way, index in (("smaller", place - 1), ("larger", place + 1)):
+        if not 0 <= index < len(CLASS_NAMES):
+            continue
+        name = CLASS_NAMES[index]
+        offered = known.get(name) or priced([gpu_class(name, 0)], snapshot.policy.gpu_prices)[0]
+        spec = draft.job.spec.model_copy(update={"resources": ResourcesSpec()})
+        found = choose_class(spec, prepared.model, (offered,), work=Work.of(prepared), margins=margins)
+        if isinstance(found, Refusal):
+            yield f"The next {way} class, {name}, does not do: it {found.message}."
+        else:
+            here = "fits" if name in known else "would fit, but there is none here"
+            yield f"The next {way} class, {name}, {here}: {found.peak_bytes / GIB:.1f} GiB.{_time_and_price(found)}"
+
+
+def _holds(draft: Draft, gpu_class: str) -> bool:
+    attempt = draft.attempt
+    return draft.state in GPU_STATES and attempt is not None and attempt.gpu_class == gpu_class
+
+
+def _next(key: str, outcome: Schedule) -> Iterator[str]:
+    """What happens now, or what would have to."""
+    placement = next((p for p in outcome.placements if p.claim.key == key), None)
+    if placement is not None:
+        yield f"A {placement.estimate.gpu_class} GPU is free, and it gets it now."
+    for preemption in outcome.preemptions:
+        victim = preemption.victim
+        if preemption.claim.key == key and victim is None:
+            yield f"It gets the {preemption.estimate.gpu_class} GPU of a job that is stopping already."
+        elif preemption.claim.key == key and victim is not None:
+            yield f"{victim.key} makes way for it, which costs {victim.lost_seconds:.0f} GPU-seconds."
+        elif victim is not None and victim.key == key:
+            yield f"It makes way for {preemption.claim.key} and comes back to the queue."
+    refusal = outcome.refusals.get(key)
+    if refusal is not None:
+        yield _what_would_help(refusal)
+
+
+def _what_would_help(refusal: Refusal) -> str:
+    advice = {
+        Reason.WAITING_FOR_GPU: " Until then only a job of lower priority could make way, and none may.",
+        Reason.WAITING_FOR_QUOTA: " No job that would free this quota may be moved.",
+    }
+    return f"{refusal.reason.value}: {refusal.message}.{advice.get(refusal.reason, '')}"
+
+
+def _history(draft: Draft, policy: Policy) -> Iterator[str]:
+    status = draft.status
+    if status.evictions:
+        told = ", ".join(f"{count} x {reason}" for reason, count in sorted(status.evictions.items()))
+        yield f"It was moved before: {told}."
+    for known in status.setbacks:
+        if known.reason.recovery is not Recovery.WAIT:
+            used = counted_failures(status, known.reason)
+            yield f"{used} of {draft.job.spec.backoff_limit} allowed failures for {known.reason.value} are used."
+        else:
+            yield f"{known.reason.value} has ended {known.count} attempts since its last checkpoint."
+    avoided = avoided_classes(status, draft.now, policy)
+    if avoided:
+        yield f"Passed over for now, since they failed it lately: {', '.join(sorted(avoided))}."
+
+
+def _names(names: Sequence[str]) -> str:
+    told, more = names[:NAMES_TOLD], len(names) - NAMES_TOLD
+    return ", ".join(told) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,192 @@
+"""The stages outside: which commands make them what the stored status says.
+
+Commands come from the *stored* status only, never from a draft, so whatever is created, stopped or deleted was written
+down first. Repeating any of these commands changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.api.job import Attempt, QLoRAJob
+from orchestrator.api.reasons import Reason
+from orchestrator.api.stage_name import STAGES_ON_GPU
+from orchestrator.api.task import StageTask
+from orchestrator.core.commands import DeleteStage, EnsureStage, ReleaseUnreadable, StopStage
+from orchestrator.core.job.setbacks import host_memory_factor
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.job.unreadable import job_key_of
+from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase, UnreadableJob
+
+
+def stage_of(job: QLoRAJob, attempt: Attempt, snapshot: Snapshot) -> StageFact | None:
+    """What the runtime knows of an attempt's stage; None where it does not exist, or another has its name."""
+    fact = snapshot.stages.get(_key(job, attempt))
+    return fact if fact is not None and _belongs(fact, job, attempt) else None
+
+
+def claimant_of(job: QLoRAJob, attempt: Attempt, snapshot: Snapshot) -> StageFact | None:
+    """What stands under the name of an attempt that has not been seen, and says that it is its stage.
+
+    To ensure the stage is to be told whether it is: a controller may have been killed between making and seeing it.
+    """
+    fact = snapshot.stages.get(_key(job, attempt))
+    is_open = fact is not None and attempt.seen_time is None and fact.uid == job.metadata.uid
+    return fact if fact is not None and is_open and not _belongs(fact, job, attempt) else None
+
+
+def _key(job: QLoRAJob, attempt: Attempt) -> str:
+    return f"{job.metadata.namespace}/{job.stage_name(attempt)}"
+
+
+def _belongs(fact: StageFact, job: QLoRAJob, attempt: Attempt) -> bool:
+    """Whether the stage is the attempt's: not a deleted job's of the same name, and nothing that a stranger made."""
+    if fact.uid and fact.uid != job.metadata.uid:
+        return False
+    if attempt.stage_uid is not None:
+        return fact.stage_uid == attempt.stage_uid
+    return fact.vouched or attempt.seen_time is not None  # it was seen by a version that kept no uid
+
+
+def stage_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureStage | StopStage]:
+    """What the job's stored active attempt asks of the runtime now."""
+    attempt = draft.job.status.active_attempt
+    if attempt is None:
+        return
+    fact = stage_of(draft.job, attempt, snapshot)
+    if fact is None:
+        if _still_wanted(draft, attempt) or claimant_of(draft.job, attempt, snapshot) is not None:
+            yield ensure_stage(draft.job, attempt, snapshot.policy)
+    elif fact.phase is not StagePhase.EXITED and attempt.stop_time is not None:
+        yield StopStage(
+            namespace=fact.namespace,
+            name=fact.name,
+            grace_seconds=snapshot.policy.grace_seconds,
+            reason=attempt.stop_reason or Reason.CANCELLED,
+        )
+
+
+def _still_wanted(draft: Draft, stored: Attempt) -> bool:
+    """Whether this pass neither ended the attempt, as it does where a stage that ran is gone, nor asked it to stop."""
+    current = draft.attempt
+    return current is not None and current.number == stored.number and current.stop_time is None
+
+
+def ensure_stage(job: QLoRAJob, attempt: Attempt, policy: Policy) -> EnsureStage:
+    """The command that starts an attempt's stage."""
+    return EnsureStage(task=stage_task(job, attempt, policy), gpu_class=attempt.gpu_class)
+
+
+def stage_task(job: QLoRAJob, attempt: Attempt, policy: Policy) -> StageTask:
+    """All that the stage is told."""
+    status, stage = job.status, attempt.stage
+    return StageTask(
+        stage=stage,
+        namespace=job.metadata.namespace,
+        job=job.metadata.name,
+        uid=job.metadata.uid,
+        attempt=attempt.number,
+        spec=job.spec,
+        store_uri=job_store_uri(job, policy),
+        plan=attempt.plan if stage in STAGES_ON_GPU else None,
+        prepared=None if stage == "prepare" else status.prepared,
+        adapter_uri=status.adapter_uri if stage == "publish" else None,
+        run_id=None if stage == "prepare" else status.mlflow.run_id,
+        grace_seconds=policy.grace_seconds,
+        threads=policy.trainer_threads,
+        host_memory_factor=host_memory_factor(status.host_memory_escalations, policy),
+        avoid_nodes=attempt.avoid_nodes,
+    )
+
+
+def job_store_uri(job: QLoRAJob, policy: Policy) -> str:
+    """The job's own folder: `<store>/<namespace>/<job>-<uid>`."""
+    store = job.spec.store.uri if job.spec.store else policy.store_uri
+    return f"{store.rstrip('/')}/{job.metadata.namespace}/{job.metadata.name}-{job.metadata.uid}"
+
+
+def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
+    """Ends and forgets stages that no stored active attempt stands for.
+
+    Those are ended attempts, whose end the status records, and stages of jobs that are gone. A stage is created only
+    after its attempt was stored, so an observer that lists stages before jobs never shows a wanted one here.
+    """
+    wanted, recorded = _wanted_stages(snapshot) | _claimed_names(snapshot), _recorded_stages(snapshot)
+    unreadable = {job.key: job for job in snapshot.unreadable}
+    for key in sorted(snapshot.stages):
+        fact = snapshot.stages[key]
+        if key in wanted:
+            continue
+        owner = unreadable.get(job_key_of(fact.namespace, fact.name))
+        if owner is not None and not _is_over(owner, fact, snapshot):
+            continue
+        if fact.phase is StagePhase.EXITED:
+            yield DeleteStage(namespace=fact.namespace, name=fact.name, recorded=key in recorded)
+        else:
+            yield StopStage(
+                namespace=fact.namespace,
+                name=fact.name,
+                grace_seconds=snapshot.policy.grace_seconds,
+                reason=Reason.FENCED,
+            )
+
+
+def _is_over(job: UnreadableJob, fact: StageFact, snapshot: Snapshot) -> bool:
+    """Whether the stage of a job that does not parse is to end, or to be forgotten: its results wait for a version
+    that reads them, as long as the job is there."""
+    if fact.phase is StagePhase.EXITED:
+        return job.deleted
+    ran_seconds = (snapshot.now - fact.start_time).total_seconds() if fact.start_time is not None else 0.0
+    return job.stop or (job.seconds_left is not None and ran_seconds >= job.seconds_left)
+
+
+def release_commands(snapshot: Snapshot) -> Iterator[ReleaseUnreadable]:
+    """Lets deleted jobs go that do not parse, once they have no stage."""
+    with_stages = {job_key_of(fact.namespace, fact.name) for fact in snapshot.stages.values()}
+    for job in snapshot.unreadable:
+        if job.deleted and job.held and job.key not in with_stages:
+            yield ReleaseUnreadable(namespace=job.namespace, name=job.name, uid=job.uid)
+
+
+def unexplained_holders(snapshot: Snapshot) -> Iterator[StageFact]:
+    """Stages with GPUs that no status accounts for: jobs that are gone left them, or a stranger made them."""
+    jobs = {job.key: job for job in snapshot.jobs}
+    unreadable = {f"{job.namespace}/{job.stage}" for job in snapshot.unreadable}
+    for key, fact in snapshot.stages.items():
+        if fact.gpus == 0 or fact.gpu_class is None or key in unreadable:
+            continue
+        job = jobs.get(job_key_of(fact.namespace, fact.name))
+        if job is None or not any(_accounts_for(job, attempt, fact) for attempt in job.status.attempts):
+            yield fact
+
+
+def _accounts_for(job: QLoRAJob, attempt: Attempt, fact: StageFact) -> bool:
+    """Whether the attempt's own entry in the books is the stage's, or for what is about to stand in its place."""
+    return job.stage_name(attempt) == fact.name and (attempt.active or fact.stage_uid == (attempt.stage_uid or ""))
+
+
+def _claimed_names(snapshot: Snapshot) -> frozenset[str]:
+    """Where an attempt's own commands deal with what stands there."""
+    return frozenset(
+        _key(job, attempt)
+        for job in snapshot.jobs
+        if (attempt := job.status.active_attempt) is not None and claimant_of(job, attempt, snapshot) is not None
+    )
+
+
+def _recorded_stages(snapshot: Snapshot) -> frozenset[str]:
+    """Stages of attempts that a stored status says have ended."""
+    found = (
+        stage_of(job, attempt, snapshot)
+        for job in snapshot.jobs
+        for attempt in job.status.attempts
+        if not attempt.active
+    )
+    return frozenset(fact.key for fact in found if fact is not None)
+
+
+def _wanted_stages(snapshot: Snapshot) -> frozenset[str]:
+    found = (
+        stage_of(job, attempt, snapshot) for job in snapshot.jobs if (attempt := job.status.active_attempt) is not None
+    )
+    return frozenset(fact.key for fact in found if fact is not None)

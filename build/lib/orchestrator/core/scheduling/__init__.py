@@ -1,0 +1,1 @@
+"""All jobs together: who is next, where, and instead of whom."""

@@ -1,0 +1,167 @@
+"""Who gets a free GPU now: admission over the books of GPUs and quotas.
+
+Every job takes one GPU, so there is nothing to backfill around: the claims are walked in order, each takes the first of
+its classes with room, and a claim that finds none leaves nothing behind that it could have used. Claims within their
+queue's guarantee, its nominal quota, go first; then those of queues without any quota, and borrowers last: whoever owns
+a quota need not wait for someone who uses it meanwhile, whatever the priority.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.api.plan import Estimate
+from orchestrator.api.queue import QLoRAQueueSpec, Quota
+from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.core.scheduling.ordering import Claim
+
+Ground = Literal["guarantee", "no quota", "loan"]
+"""What a queue takes a GPU on: its nominal quota, that nothing bounds it, or what its cohort does not use."""
+GROUNDS: tuple[Ground, ...] = ("guarantee", "no quota", "loan")
+"""In the order in which they are served."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A claim and what it got."""
+
+    claim: Claim
+    estimate: Estimate
+
+
+@dataclass(slots=True, kw_only=True)
+class Ledger:
+    """GPUs by class, and who has how many of them. Local to one decision."""
+
+    capacity: Mapping[str, int]
+    queues: Mapping[str, QLoRAQueueSpec]
+    used: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """GPUs taken, by queue and class."""
+    taken: dict[str, int] = field(default_factory=dict[str, int])
+    """GPUs taken, by class."""
+
+    def take(self, queue: str, gpu_class: str) -> None:
+        """A GPU of the class goes to the queue."""
+        self._add(queue, gpu_class, 1)
+
+    def release(self, queue: str, gpu_class: str) -> None:
+        """The queue gives a GPU of the class back."""
+        self._add(queue, gpu_class, -1)
+
+    def copy(self) -> Ledger:
+        """The same books, to be changed independently."""
+        return Ledger(capacity=self.capacity, queues=self.queues, used=dict(self.used), taken=dict(self.taken))
+
+    def has_room_for(self, queue: str, gpu_class: str, ground: Ground) -> bool:
+        """Whether the queue may take a GPU of the class now, on that ground."""
+        if ground == "guarantee" and not self.is_within_nominal(queue, gpu_class):
+            return False
+        return self.has_room(queue, gpu_class, borrow=ground == "loan")
+
+    def has_room(self, queue: str, gpu_class: str, *, borrow: bool) -> bool:
+        """Whether the queue may take a GPU of the class now."""
+        return self.has_gpu(gpu_class) and self.has_quota(queue, gpu_class, borrow=borrow)
+
+    def has_gpu(self, gpu_class: str) -> bool:
+        """Whether a GPU of the class is free."""
+        return self.taken.get(gpu_class, 0) < self.capacity.get(gpu_class, 0)
+
+    def has_quota(self, queue: str, gpu_class: str, *, borrow: bool) -> bool:
+        """Whether the queue's quota, or with `borrow` its cohort's, allows one more GPU of the class."""
+        spec = self.queues.get(queue)
+        if spec is None or not spec.quotas:
+            return True
+        quota = quota_of(spec, gpu_class)
+        if quota is None:
+            return False
+        used = self.used.get((queue, gpu_class), 0)
+        if used < quota.nominal:
+            return spec.cohort is None or self._cohort_has_room(spec.cohort, gpu_class)
+        if not borrow or spec.cohort is None or _at_borrowing_limit(quota, used):
+            return False
+        return self._cohort_has_room(spec.cohort, gpu_class)
+
+    def is_over_guarantee(self, queue: str, gpu_class: str) -> bool:
+        """Whether the queue has more GPUs of the class than are its own; without a quota, or gone, it owns none."""
+        spec = self.queues.get(queue)
+        quota = quota_of(spec, gpu_class) if spec else None
+        return quota is None or self.used.get((queue, gpu_class), 0) > quota.nominal
+
+    def is_within_nominal(self, queue: str, gpu_class: str) -> bool:
+        """Whether one more GPU of the class would still be the queue's own."""
+        spec = self.queues.get(queue)
+        quota = quota_of(spec, gpu_class) if spec else None
+        return quota is not None and self.used.get((queue, gpu_class), 0) < quota.nominal
+
+    def _cohort_has_room(self, cohort: str, gpu_class: str) -> bool:
+        nominal = used = 0
+        for name, spec in self.queues.items():
+            quota = quota_of(spec, gpu_class) if spec.cohort == cohort else None
+            if quota is not None:
+                nominal += quota.nominal
+                used += self.used.get((name, gpu_class), 0)
+        return used < nominal
+
+    def _add(self, queue: str, gpu_class: str, count: int) -> None:
+        self.used[queue, gpu_class] = self.used.get((queue, gpu_class), 0) + count
+        self.taken[gpu_class] = self.taken.get(gpu_class, 0) + count
+
+
+def quota_of(spec: QLoRAQueueSpec, gpu_class: str) -> Quota | None:
+    """The queue's quota for a class, if it has one."""
+    return next((quota for quota in spec.quotas if quota.gpu_class == gpu_class), None)
+
+
+def place(claims: Sequence[Claim], ledger: Ledger) -> tuple[Placement, ...]:
+    """Give free GPUs to claims in order; the ledger then holds them."""
+    placements: list[Placement] = []
+    left = list(claims)
+    for ground in GROUNDS:
+        blocked: list[Claim] = []
+        for claim in left:
+            estimate = first_with_room(claim, ledger, ground)
+            if estimate is None:
+                blocked.append(claim)
+                continue
+            ledger.take(claim.queue, estimate.gpu_class)
+            placements.append(Placement(claim=claim, estimate=estimate))
+        left = blocked
+    return tuple(placements)
+
+
+def first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate | None:
+    """The claim's preferred class among those with room for it."""
+    return next((e for e in claim.estimates if ledger.has_room_for(claim.queue, e.gpu_class, ground)), None)
+
+
+def why_blocked(claim: Claim, ledger: Ledger) -> Refusal:
+    """Why a claim got nothing: its quota allows no class, or no GPU of an allowed class is free."""
+    names = [estimate.gpu_class for estimate in claim.estimates]
+    within_quota = [name for name in names if ledger.has_quota(claim.queue, name, borrow=True)]
+    if not within_quota:
+        return Refusal(reason=Reason.WAITING_FOR_QUOTA, message=_quota_sentence(claim.queue, names, ledger))
+    return Refusal(reason=Reason.WAITING_FOR_GPU, message=_gpu_sentence(within_quota, ledger))
+
+
+def _at_borrowing_limit(quota: Quota, used: int) -> bool:
+    return quota.borrowing_limit is not None and used >= quota.nominal + quota.borrowing_limit
+
+
+def _quota_sentence(queue: str, names: Iterable[str], ledger: Ledger) -> str:
+    spec = ledger.queues[queue]
+    told: list[str] = []
+    for name in names:
+        quota = quota_of(spec, name)
+        told.append(f"{ledger.used.get((queue, name), 0)} of {quota.nominal} {name}" if quota else f"no {name}")
+    cohort = f", and cohort {spec.cohort} has none to lend" if spec.cohort else ""
+    return f"queue {queue} may use and uses {', '.join(told)}{cohort}; waits for one to come free, or raise the quota"
+
+
+def _gpu_sentence(names: Iterable[str], ledger: Ledger) -> str:
+    told: list[str] = []
+    for name in names:
+        capacity = ledger.capacity.get(name, 0)
+        told.append(f"{capacity} of {capacity} {name} GPUs are in use" if capacity else f"there is no {name} GPU now")
+    return f"{'; '.join(told)}; waits for one to come free, or add one"

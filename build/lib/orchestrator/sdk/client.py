@@ -1,0 +1,175 @@
+"""Client: the service's verbs in Python.
+
+    client = Client()
+    job = client.submit("job.yaml")
+    job.wait(timeout_seconds=3600)
+    job.adapter(into="adapter")
+
+Without arguments it is a client of the service that `Settings()` names: the embedded one of this machine, or one on a
+cluster (`QLORA_CONTEXT`). Objects are checked here before they are stored, by the rules of the contract and by what
+this machine can know.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
+
+from orchestrator.adapters.job_store import model_config
+from orchestrator.api.formats import ShownRecords
+from orchestrator.api.job import QLoRAJob
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.reasons import Reason
+from orchestrator.core.job.addresses import refused_file
+from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
+from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, PermanentError, ServiceNotRunning
+from orchestrator.sdk.connection import Connection, connect, read_settings
+from orchestrator.sdk.handle import JobHandle
+from orchestrator.sdk.manifest import load_manifest, parse_object
+from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
+from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
+from orchestrator.sdk.shown import records_of_spec
+from orchestrator.settings import Settings
+from orchestrator.sizing import margins
+
+JobLike = QLoRAJob | Mapping[str, object] | str | os.PathLike[str]
+"""A job built in Python, its wire form, or the path of a manifest that holds exactly one."""
+QueueLike = QLoRAQueue | Mapping[str, object] | str | os.PathLike[str]
+
+
+class Client:
+    """A client of one service; all methods raise OrchestratorError, and may be called from several threads."""
+
+    def __init__(
+        self, settings: Settings | None = None, *, namespace: str | None = None, connection: Connection | None = None
+    ) -> None:
+        self.settings = settings or read_settings()
+        self.connection = connection or connect(self.settings)
+        self.namespace = namespace or self.connection.namespace
+        """Where jobs that name no namespace go, and where names are looked up."""
+
+    def submit(self, job: JobLike) -> JobHandle:
+        """Check and store a job; raises InvalidObject, AlreadyExists, ServiceNotRunning."""
+        checked = self.check(job)
+        if not self.connection.is_running():
+            raise ServiceNotRunning("the service is not running, so nothing would run the job; start it: qlora up")
+        return self._handle(self.connection.store.create_job(checked))
+
+    def check(self, job: JobLike) -> QLoRAJob:
+        """The job as `submit` would store it; raises what `submit` would raise, and changes nothing."""
+        checked = self._in_namespace(_one(job, QLoRAJob))
+        if self._exists(checked):
+            raise AlreadyExists(
+                f"job {checked.key} exists already; choose another metadata.name, "
+                f"or remove it first: qlora delete {checked.metadata.name} -n {checked.metadata.namespace}"
+            )
+        self._check_queue(checked)
+        if self.connection.is_local:
+            check_files(checked, self.settings.store_uri)
+            self._check_size(checked)
+        elif (refusal := refused_file(checked.spec)) is not None:
+            raise InvalidObject(refusal)
+        return checked
+
+    def plan(self, job: JobLike) -> JobPlan:
+        """What the job would take and where it would run; reads the model's config and changes nothing."""
+        checked = self._in_namespace(_one(job, QLoRAJob))
+        if self.connection.is_local:
+            check_planned_model(checked.spec.model)
+        facts = model_config.read_facts(checked.spec.model)
+        taught = self.connection.store.list_jobs(checked.metadata.namespace)
+        known = Known(prices=self.settings.gpu_prices, margins=margins.learned(taught))
+        return plan_job(checked, facts, self.connection.gpu_classes(), known)
+
+    def records(self, job: JobLike, count: int = 3) -> ShownRecords:
+        """The first training records with their masks, read on this machine as prepare would; changes nothing."""
+        return records_of_spec(self._in_namespace(_one(job, QLoRAJob)), count)
+
+    def calibration(self) -> Sequence[margins.Bound]:
+        """What finished jobs have taught about the memory model, each namespace for itself."""
+        return margins.bounds(self.connection.store.list_jobs())
+
+    def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
+        """A handle on a job that exists; raises NotFound."""
+        return self._handle(self.get(name, namespace=namespace))
+
+    def get(self, name: str, *, namespace: str | None = None) -> QLoRAJob:
+        """A job as it is now; raises NotFound."""
+        return self.connection.store.get_job(namespace or self.namespace, name)
+
+    def list(self, *, namespace: str | None = None, all_namespaces: bool = False) -> Sequence[QLoRAJob]:
+        """Jobs, ordered by namespace and name."""
+        return self.connection.store.list_jobs(None if all_namespaces else namespace or self.namespace)
+
+    def delete(self, name: str, *, namespace: str | None = None) -> None:
+        """Remove a job; MLflow and the job's store keep what they have. Raises NotFound."""
+        self.handle(name, namespace=namespace).delete()
+
+    def apply_queue(self, queue: QueueLike) -> QLoRAQueue:
+        """Create or replace a queue; raises InvalidObject."""
+        return self.connection.store.apply_queue(_one(queue, QLoRAQueue))
+
+    def list_queues(self) -> Sequence[QLoRAQueue]:
+        """All queues, ordered by name."""
+        return self.connection.store.list_queues()
+
+    def _handle(self, job: QLoRAJob) -> JobHandle:
+        return JobHandle(self.connection, job, settings=self.settings)
+
+    def _check_queue(self, job: QLoRAJob) -> None:
+        """Refuse a queue that is there and not for this job, where queues may be read."""
+        try:
+            queues = self.connection.store.list_queues()
+        except PermanentError:
+            return
+        refusal = permission_refusal(job, queue_specs(queues))
+        if refusal is not None:
+            field = "spec.queue" if refusal.reason is Reason.QUEUE_NOT_ALLOWED else "spec.priority"
+            raise InvalidObject(f"{field}: {refusal.message}")
+
+    def _check_size(self, job: QLoRAJob) -> None:
+        """Refuse what can never run here, as far as that is known without fetching anything."""
+        classes = self.connection.gpu_classes()
+        if not self.settings.gpu_classes_are_fixed or not classes:
+            return
+        refusal = refuse_resources(job.spec, classes)
+        if refusal is not None:
+            raise InvalidObject(refusal)
+        if local_path(job.spec.model.source) is None:
+            return
+        plan = plan_job(job, model_config.read_facts(job.spec.model), classes)
+        if plan.refusal is not None:
+            raise InvalidObject(f"the job fits no GPU here: {plan.refusal.message}")
+
+    def _in_namespace(self, job: QLoRAJob) -> QLoRAJob:
+        """The job in the client's namespace, unless it names its own."""
+        if "namespace" in job.metadata.model_fields_set:
+            return job
+        metadata = job.metadata.model_copy(update={"namespace": self.namespace})
+        return job.model_copy(update={"metadata": metadata})
+
+    def _exists(self, job: QLoRAJob) -> bool:
+        try:
+            self.connection.store.get_job(job.metadata.namespace, job.metadata.name)
+        except NotFound:
+            return False
+        return True
+
+
+_Kind = TypeVar("_Kind", QLoRAJob, QLoRAQueue)
+
+
+def _one(source: object, kind: type[_Kind]) -> _Kind:
+    """The one object of a kind behind a path, a mapping or an object; raises InvalidObject."""
+    if isinstance(source, str | os.PathLike):
+        path = cast("str | os.PathLike[str]", source)
+        found = load_manifest(os.fspath(path))
+        if len(found) != 1:
+            raise InvalidObject(f"{os.fspath(path)} holds {len(found)} objects where one {kind.__name__} is wanted")
+        item = found[0]
+    else:
+        item = parse_object(cast("QLoRAJob | QLoRAQueue | Mapping[str, object]", source))
+    if not isinstance(item, kind):
+        raise InvalidObject(f"{item.metadata.name} is a {item.kind} where a {kind.__name__} is wanted")
+    return item

@@ -1,0 +1,69 @@
+"""Why a job is where it is, by the very code that decides.
+
+The world is put together from what the store holds: a stage counts as running when its job's status says so.
+`core/explain` then decides as the controller would, and nothing is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from orchestrator.api.job import QLoRAJob
+from orchestrator.core.explain import explain
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
+from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
+from orchestrator.sdk.connection import Connection
+from orchestrator.sizing.hardware import priced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Where a job is, and why."""
+
+    job: str
+    state: JobState
+    sentences: tuple[str, ...]
+    """The reasons, in the order in which to read them."""
+
+    def to_wire(self) -> dict[str, object]:
+        """JSON types with wire names."""
+        return {"job": self.job, "state": self.state.value, "sentences": list(self.sentences)}
+
+
+def explain_job(job: QLoRAJob, connection: Connection, policy: Policy) -> Explanation:
+    """The decision of this moment about the job, in words."""
+    sentences = explain(_snapshot(connection, policy), job.key)
+    state = state_of(job.status)
+    if state not in TERMINAL_STATES and not connection.is_running():
+        sentences = (*sentences, "The service is not running, so nothing happens until it is started: qlora up.")
+    return Explanation(job=job.key, state=state, sentences=sentences)
+
+
+def _snapshot(connection: Connection, policy: Policy) -> Snapshot:
+    jobs = tuple(connection.store.list_jobs())
+    return Snapshot(
+        now=datetime.now(UTC),
+        jobs=jobs,
+        queues=tuple(connection.store.list_queues()),
+        stages=_stages(jobs),
+        gpu_classes=priced(connection.gpu_classes(), policy.gpu_prices),
+        policy=policy,
+    )
+
+
+def _stages(jobs: Iterable[QLoRAJob]) -> Mapping[str, StageFact]:
+    """The stages that the jobs' statuses speak of."""
+    facts = (
+        StageFact(
+            namespace=job.metadata.namespace,
+            name=job.stage_name(attempt),
+            uid=job.metadata.uid,
+            phase=StagePhase.PENDING if attempt.start_time is None else StagePhase.RUNNING,
+            start_time=attempt.start_time,
+        )
+        for job in jobs
+        if (attempt := job.status.active_attempt) is not None
+    )
+    return {fact.key: fact for fact in facts}

@@ -1,0 +1,111 @@
+"""What a job's stages wrote: attempts in order, line by line, from wherever the service keeps it.
+
+`StageLogs` is the place: a folder of the embedded service, or the pods of a cluster. Following goes on to the next
+attempt by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.api.stage_name import StageKind
+from orchestrator.ports import StageLog, StageLogs, Tail
+
+LOG_SUFFIX = ".log"
+FOLLOW_POLL_SECONDS = 0.2
+MAX_LINE_BYTES = 1 << 20
+"""A longer line is cut into several."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """One line of one attempt's log, without its line feed."""
+
+    stage: StageKind
+    attempt: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogQuery:
+    """Whose log is read."""
+
+    namespace: str
+    job: str
+    stage: StageKind | None = None
+    attempt: int | None = None
+
+    def wants(self, log: StageLog) -> bool:
+        """Whether the log is asked for."""
+        return self.stage in (None, log.name.stage) and self.attempt in (None, log.name.attempt)
+
+
+def read_lines(logs: StageLogs, query: LogQuery) -> Iterator[LogLine]:
+    """All lines that are there now."""
+    for line in follow_lines(logs, query, finished=lambda: True):
+        if line is not None:
+            yield line
+
+
+def follow_lines(logs: StageLogs, query: LogQuery, finished: Callable[[], bool]) -> Iterator[LogLine | None]:
+    """Lines as they are written, until the job is `finished` and all is read.
+
+    None means that nothing is new: the caller pauses for FOLLOW_POLL_SECONDS, and may stop there.
+    """
+    tails: dict[StageLog, Tail] = {}
+    while True:
+        at_end = finished()  # asked before reading, so that the last lines are not missed
+        found = [log for log in logs.attempts(query.namespace, query.job) if query.wants(log)]
+        attempts = sorted(found, key=lambda log: log.name.attempt)
+        for log in attempts:
+            tail = tails.setdefault(log, logs.tail(log))
+            for text in tail.new_lines(closed=at_end or log is not attempts[-1]):
+                yield LogLine(stage=log.name.stage, attempt=log.name.attempt, text=text)
+        if at_end:
+            return
+        yield None
+
+
+class LogFolder:
+    """The embedded service's logs: `<folder>/<namespace>/<stage>.log`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
+        """The job's logs that exist."""
+        found = (
+            StageLog.of(namespace, job, path.stem) for path in (self._folder / namespace).glob(f"{job}-*{LOG_SUFFIX}")
+        )
+        return [log for log in found if log is not None]
+
+    def tail(self, log: StageLog) -> Tail:
+        """One of them, from its beginning."""
+        return FileTail(self._folder / log.namespace / f"{log.name}{LOG_SUFFIX}")
+
+
+class FileTail:
+    """A log file that may still grow, or go away."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset_bytes = 0
+
+    def new_lines(self, closed: bool) -> Iterator[str]:
+        """What was written since the last call."""
+        try:
+            stream = self._path.open("rb")
+        except FileNotFoundError:
+            return  # deleted after it was listed
+        with stream:
+            stream.seek(self._offset_bytes)
+            while line := stream.readline(MAX_LINE_BYTES):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES and not closed:
+                    return
+                self._offset_bytes += len(line)
+                yield line.decode(errors="replace").rstrip("\r\n")

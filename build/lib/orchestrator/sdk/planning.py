@@ -1,0 +1,140 @@
+"""What a job would take, and where: the core's own choice, asked before anything runs.
+
+`Client.plan` and `qlora plan` show it, `Client.submit` refuses what it says can never run. The bytes and the choice
+come from `sizing/plan_search`, the very code that decides; here they are only put side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import Estimate
+from orchestrator.api.reasons import Refusal
+from orchestrator.sizing import hardware, plan_search
+from orchestrator.sizing.guess import guess_words
+from orchestrator.sizing.hardware import GpuClass
+from orchestrator.sizing.margins import DEFAULT, Margins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """What a GPU class would mean for the job."""
+
+    gpu_class: str
+    capacity: int
+    """GPUs of the class that exist here."""
+    estimate: Estimate | None
+    """The fastest plan that fits; absent where none does, or where spec.resources rules the class out."""
+    remark: str
+    """Why it is taken, or why not."""
+
+    def to_wire(self) -> dict[str, object]:
+        """JSON types with wire names."""
+        estimate = {"estimate": self.estimate.to_wire()} if self.estimate is not None else {}
+        return {"gpuClass": self.gpu_class, "capacity": self.capacity, "remark": self.remark, **estimate}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """The choice for one job."""
+
+    job: str
+    facts: ModelFacts
+    chosen: Estimate | None
+    """The plan on the classes that exist here; absent where the job cannot run here."""
+    refusal: Refusal | None
+    """Why it cannot run here, and what would change it."""
+    alternatives: tuple[Alternative, ...]
+    """Every class, here or not, smallest first."""
+    guess: str | None = None
+    """Why the bytes are a guess, and how far such guesses were off; absent where they are none."""
+
+    def to_wire(self) -> dict[str, object]:
+        """JSON types with wire names."""
+        wire: dict[str, object] = {"job": self.job, "model": self.facts.to_wire()}
+        if self.chosen is not None:
+            wire["chosen"] = self.chosen.to_wire()
+        if self.refusal is not None:
+            wire["refusal"] = {"reason": self.refusal.reason.value, "message": self.refusal.message}
+        if self.guess is not None:
+            wire["guess"] = self.guess
+        return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the service has been told and has learned, beside what its GPUs are."""
+
+    prices: str = ""
+    """Dollars an hour by class, written as the setting is."""
+    margins: Mapping[tuple[str, str], Margins] = field(default_factory=dict[tuple[str, str], Margins])
+    """What finished jobs have taught, by namespace and architecture."""
+
+
+def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], known: Known | None = None) -> JobPlan:
+    """The choice among the classes that exist, beside what every other class would mean."""
+    known = known or Known()
+    prices, margins = known.prices, known.margins.get((job.metadata.namespace, facts.architecture), DEFAULT)
+    classes = hardware.priced(classes, prices)
+    choice = plan_search.choose_class(job.spec, facts, classes, margins=margins)
+    chosen = choice if isinstance(choice, Estimate) else None
+    present = {gpu_class.name for gpu_class in classes}
+    absent = hardware.priced(
+        (hardware.gpu_class(name, 0) for name in hardware.CLASS_NAMES if name not in present), prices
+    )
+    every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
+    return JobPlan(
+        job=job.key,
+        facts=facts,
+        chosen=chosen,
+        refusal=choice if isinstance(choice, Refusal) else None,
+        guess=guess_words(job.spec.adapter, facts),
+        alternatives=tuple(_alternative(job.spec, facts, gpu_class, chosen, margins) for gpu_class in every),
+    )
+
+
+def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | None:
+    """Why spec.resources can never be met here, whatever the model; nothing where it can."""
+    if not classes or plan_search.allowed_classes(spec, classes):
+        return None
+    present = ", ".join(f"{c.name} ({c.marketed_gib} GiB)" for c in classes)
+    asked = [f"vram {spec.resources.vram}"] if spec.resources.vram != "auto" else []
+    if spec.resources.gpu_classes:
+        asked.append(f"gpuClasses {', '.join(spec.resources.gpu_classes)}")
+    return (
+        f"spec.resources: no GPU here offers {' with '.join(asked)}; here are {present}: ask for less, or leave it out"
+    )
+
+
+def _alternative(
+    spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, chosen: Estimate | None, margins: Margins
+) -> Alternative:
+    choice = plan_search.choose_class(spec, facts, (gpu_class,), margins=margins)
+    estimate = choice if isinstance(choice, Estimate) else None
+    if estimate is not None and chosen is not None and estimate.gpu_class == chosen.gpu_class:
+        remark = "chosen"
+    elif not plan_search.allowed_classes(spec, (gpu_class,)):
+        remark = "ruled out by spec.resources"
+    elif isinstance(choice, Refusal):
+        remark = choice.message
+    elif gpu_class.capacity == 0:
+        remark = "fits; none here"
+    else:
+        remark = f"fits; {_why_not(spec, estimate, chosen)}"
+    return Alternative(gpu_class=gpu_class.name, capacity=gpu_class.capacity, estimate=estimate, remark=remark)
+
+
+def _why_not(spec: QLoRAJobSpec, estimate: Estimate | None, chosen: Estimate | None) -> str:
+    """Why a class that is here and fits is not the chosen one."""
+    if spec.resources.gpu_classes:
+        return "not preferred"
+    deadline_seconds = spec.active_deadline_seconds
+    if deadline_seconds is not None and estimate is not None and chosen is not None:
+        if not plan_search.in_time(estimate, deadline_seconds):
+            return "misses activeDeadlineSeconds"
+        if estimate.dollars is not None and chosen.dollars is not None and estimate.dollars > chosen.dollars:
+            return "dearer"
+    return "larger than needed"

@@ -1,0 +1,585 @@
+"""How many bytes a job takes under a memory plan: the peak of PyTorch's allocator, line by line.
+
+The trainer's own code, walked through instant by instant: what lasts (weights, adapter, optimizer state), and at each
+instant that can be the peak what comes and goes (`sizing/memory/handwritten_layer` for layers that the trainer computes
+by hand, `sizing/memory/traced_layer` for the others). The largest instant is the peak. `sizing/plan_search` chooses
+among plans with it; it is held against measured peaks in tests/sizing/test_sizing_rows.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import ceil
+from typing import NamedTuple
+
+from orchestrator.api import trainer_facts
+from orchestrator.api.base import decimal
+from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import GUESS_ITEM, MARGIN_ITEM, ByteItem, MemoryPlan
+from orchestrator.sizing.guess import HEADROOM, is_guess
+from orchestrator.sizing.margins import DEFAULT, Margins
+from orchestrator.sizing.memoized import memoized
+from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED_TYPES, Attention
+from orchestrator.sizing.memory.cuda_allocator import LARGE_PAGE, SMALL_PAGE
+from orchestrator.sizing.memory.experts import Experts, expert_linears, fusing_bytes
+from orchestrator.sizing.memory.fragmentation import Rehearsed, reserved_bytes
+from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes, layer_bytes
+from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linears, targeted
+from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
+from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
+
+TOKEN_BYTES = 4 * 8
+"""A micro-batch on the card: ids, targets, positions, and where the targets are."""
+NORMALIZED_HEADS, SCALED_EMBEDDINGS = frozenset({"qwen3", "qwen3_moe"}), frozenset({"granite"})
+"""Types with hand-written layers that normalize queries and keys by head, and that multiply looked up embeddings."""
+NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "starcoder2": 4}
+"""Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
+MOST_MULTIPROCESSORS = 148
+"""The most of any card in `sizing/hardware`, where the class is not known."""
+SLACK_SHARE = 0.0075
+SLACK_BYTES = 2 << 20
+HOLES_SHARE = 0.113
+"""Share of a traced layer's backward pass that is reserved beside it and cannot be used. Fitted, the median over the
+architectures that `benchmarks.sizing_report` calls fitted."""
+RESULTS_KEPT = 4096
+
+
+LOADING = "loading"
+"""The instant before training."""
+
+
+class Instant(NamedTuple):
+    """A moment that can be the peak: what it takes beside what lasts."""
+
+    name: str
+    kept_bytes: int
+    """Activations that wait for their backward pass."""
+    gradient_bytes: int
+    working_bytes: int
+
+
+def _total_bytes(instant: tuple[str, int, int, int]) -> int:
+    return instant[1] + instant[2] + instant[3]
+
+
+class Footprint:
+    """A job's bytes under all plans that differ only in how many layers they recompute.
+
+    A search over plans asks for many such numbers on many classes, and one walk through a layer answers all of them.
+    """
+
+    def __init__(
+        self,
+        spec: QLoRAJobSpec,
+        facts: ModelFacts,
+        plan: MemoryPlan,
+        *,
+        multiprocessors: int = MOST_MULTIPROCESSORS,
+        records: int | None = None,
+        margins: Margins = DEFAULT,
+        loaded: bool = False,
+    ) -> None:
+        """`records` is how many a micro-batch packs, where that is known; `loaded`: the base is there already."""
+        self._margins = margins
+        self._is_guess = is_guess(spec.adapter, facts)
+        self._question = _Question(
+            adapter=spec.adapter,
+            optimizer=spec.training.optimizer,
+            sequence_length=spec.training.sequence_length,
+            packing=spec.training.packing,
+            deterministic=spec.training.deterministic,
+            noisy=decimal(spec.training.neftune_alpha) > 0,
+            facts=facts,
+            plan=plan,
+            multiprocessors=multiprocessors,
+            records=records,
+            trainable=adapter_parameters(spec.adapter, facts),
+            loaded=loaded,
+        )
+        self._lasting_bytes = sum(count for _, count in _lasting(self._question))
+        self._layers = _Layers.of(self._question)
+        self._instants = _Instants(self._question, self._layers)
+        self._peaks: dict[int, int] = {}
+
+    def peak_bytes(self, recompute_layers: int) -> int:
+        """The peak where the first so many layers recompute."""
+        if recompute_layers not in self._peaks:
+            found = self._found_bytes(recompute_layers)
+            self._peaks[recompute_layers] = found + self._margin(found, recompute_layers)
+        return self._peaks[recompute_layers]
+
+    def least_recompute(self, room_bytes: int) -> int | None:
+        """How few layers may recompute for the peak to fit; None if it does not even where all do.
+
+        The peak falls with their number, about evenly, so it is soon found by interpolation, and the sooner the more
+        is known from earlier questions.
+        """
+        if self.peak_bytes(0) <= room_bytes:
+            return 0
+        if self.peak_bytes(self._layers.count) > room_bytes:
+            return None
+        low = max(layers for layers, peak in self._peaks.items() if peak > room_bytes)
+        high = min(layers for layers, peak in self._peaks.items() if peak <= room_bytes)
+        while low + 1 < high:
+            most, least = self.peak_bytes(low), self.peak_bytes(high)
+            middle = low - (room_bytes - most) * (high - low) // (most - least)
+            middle = min(max(middle, low + 1), high - 1)
+            if self.peak_bytes(middle) <= room_bytes:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def items(self, recompute_layers: int) -> tuple[ByteItem, ...]:
+        """That peak, by purpose."""
+        peak = self._instants.largest(self._recomputing(recompute_layers))
+        found = (
+            *_lasting(self._question),
+            ("adapter gradients, bf16", peak.gradient_bytes),
+            ("activations kept for the backward pass", peak.kept_bytes),
+            (f"working set: {peak.name}", peak.working_bytes),
+        )
+        margins = self._margin_items(sum(count for _, count in found), recompute_layers)
+        return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, *margins))
+
+    def reserved_bytes(self, recompute_layers: int, *, evaluates: bool = False) -> int:
+        """What the allocator reserves for that peak where there is room, without a margin.
+
+        `evaluates`: before the first step. Takes as long as choosing a plan does.
+        """
+        if isinstance(self._question.shape, FusedLayer) and self._question.facts.mixture is None:
+            return reserved_bytes(self.rehearsed(recompute_layers, evaluates=evaluates))
+        ends = self._layers.ends(recompute_layers)
+        largest = max(self._layers.at(index, recompute_layers).backward_peak for index in ends)
+        return round(self._found_bytes(recompute_layers) + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
+
+    def rehearsed(self, recompute_layers: int, *, evaluates: bool = False) -> Rehearsed:
+        """The job as the allocator sees it, where the trainer computes its layers by hand."""
+        shape = self._question.shape
+        assert isinstance(shape, FusedLayer), "the order of tensors is known for layers written by hand alone"
+        return _rehearsed(self._question, shape, recompute_layers, evaluates)
+
+    def training_bytes(self, recompute_layers: int) -> int:
+        """The peak from the first micro-batch on, without a margin: loading does not count."""
+        instants = self._instants.all(self._recomputing(recompute_layers))
+        return self._lasting_bytes + max(_total_bytes(each) for each in instants if each.name != LOADING)
+
+    def _margin(self, found_bytes: int, recompute_layers: int) -> int:
+        return sum(count for _, count in self._margin_items(found_bytes, recompute_layers))
+
+    def _margin_items(self, found_bytes: int, recompute_layers: int) -> tuple[tuple[str, int], ...]:
+        """The margin of the model, or what finished jobs have taught; on top of that a guess has one of its own."""
+        default = (1 + SLACK_SHARE) * HEADROOM - 1 if self._is_guess else SLACK_SHARE
+        share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, default)
+        if not self._is_guess or share < default:
+            return ((MARGIN_ITEM, round(SLACK_BYTES + share * found_bytes)),)
+        whole, usual = SLACK_BYTES * HEADROOM + share * found_bytes, round(SLACK_BYTES + SLACK_SHARE * found_bytes)
+        return (MARGIN_ITEM, usual), (GUESS_ITEM, ceil(whole) - usual)
+
+    def _found_bytes(self, recompute_layers: int) -> int:
+        return self._lasting_bytes + self._instants.largest_bytes(self._recomputing(recompute_layers))
+
+    def _recomputing(self, recompute_layers: int) -> int:
+        return min(recompute_layers, self._layers.count)
+
+
+def footprint(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    plan: MemoryPlan,
+    *,
+    multiprocessors: int = MOST_MULTIPROCESSORS,
+    records: int | None = None,
+) -> tuple[ByteItem, ...]:
+    """The plan's peak, by purpose. `records` is how many a micro-batch packs, where that is known."""
+    found = Footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records)
+    return found.items(plan.recompute_layers)
+
+
+def peak_bytes(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    plan: MemoryPlan,
+    *,
+    multiprocessors: int = MOST_MULTIPROCESSORS,
+    records: int | None = None,
+) -> int:
+    """The plan's peak."""
+    found = Footprint(spec, facts, plan, multiprocessors=multiprocessors, records=records)
+    return found.peak_bytes(plan.recompute_layers)
+
+
+@memoized(RESULTS_KEPT)
+def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
+    """Trainable parameters: A and B of every targeted matrix, and DoRA's magnitudes."""
+    magnitudes = 1 if adapter.use_dora else 0
+    each = sum(
+        adapter.rank * (linear.inputs + linear.outputs) + magnitudes * linear.outputs
+        for linear in targeted(adapter, linears(facts))
+    )
+    return each * facts.num_layers
+
+
+def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
+    """Whether the trainer computes this model's layers by hand."""
+    return facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not adapter.use_dora
+
+
+def card_matters(adapter: AdapterSpec, facts: ModelFacts) -> bool:
+    """Whether bytes depend on the card: torch's flash attention keeps sums for multiprocessors, our own does not."""
+    return not is_fused(adapter, facts) or facts.head_dim > trainer_facts.LARGEST_TRITON_HEAD
+
+
+# --- the parts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """All that the bytes depend on, but for how many layers the plan recomputes."""
+
+    adapter: AdapterSpec
+    optimizer: str
+    sequence_length: int
+    packing: bool
+    deterministic: bool
+    noisy: bool
+    """NEFTune draws in the forward pass, which a graph cannot."""
+    facts: ModelFacts
+    plan: MemoryPlan
+    multiprocessors: int
+    records: int | None
+    trainable: int
+    """Parameters of the adapter."""
+    loaded: bool
+    """What loading the base takes by the way is not asked for."""
+
+    @cached_property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether micro-batches run as CUDA graphs."""
+        graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and not self.noisy
+        return graphs and self.plan.micro_batch_size * self.sequence_length <= trainer_facts.CUDA_GRAPH_TOKENS
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch, padding counted."""
+        tokens = self.plan.micro_batch_size * self.sequence_length
+        step = trainer_facts.CUDA_GRAPH_TOKENS_STEP if self.uses_cuda_graphs else 1
+        return -(-tokens // step) * step
+
+    @cached_property
+    def stream(self) -> int:
+        """A tensor of [tokens, hidden]."""
+        return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
+
+    @cached_property
+    def shape(self) -> FusedLayer | TracedLayer:
+        """A layer, and the micro-batch that goes through it."""
+        return _shape(self)
+
+    @cached_property
+    def logits_bytes(self) -> int:
+        """What the loss works with."""
+        return _logits_bytes(self)
+
+    @cached_property
+    def final_norms(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Around the loss, and back from it: where the last layer keeps its activations, and where it recomputes."""
+        return _final_norm(self, recomputes=False), _final_norm(self, recomputes=True)
+
+    @cached_property
+    def loading_bytes(self) -> int:
+        """What loading takes on top of what lasts."""
+        return _loading_bytes(self)
+
+
+def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
+    """What stays for as long as training does."""
+    facts, trainable = question.facts, question.trainable
+    yield "base weights, NF4", _weight_bytes(facts)
+    yield (
+        "embeddings, head, norms and routers, bf16" if facts.mixture else "embeddings, head and norms, bf16",
+        _sixteen_bit_bytes(question),
+    )
+    yield "adapter, bf16", trainable * BF16_BYTES
+    yield "optimizer state", round(sum(_state(question)))
+    yield "cuBLAS workspaces", 2 * trainer_facts.CUBLAS_WORKSPACE_BYTES  # of the main thread, and of autograd's
+
+
+@memoized(RESULTS_KEPT)
+def _weight_bytes(facts: ModelFacts) -> int:
+    experts = () if facts.mixture is None else expert_linears(facts.mixture, facts.hidden_size)
+    return facts.num_layers * sum(linear.weight_bytes for linear in (*linears(facts), *experts))
+
+
+def _state(question: _Question) -> tuple[float, ...]:
+    """Tensors of the optimizer in the allocator: what is paged moves out where the allocator wants the room."""
+    count, in_8_bit = question.trainable, question.optimizer.endswith("8bit")
+    paged = question.optimizer.startswith("paged") and count >= trainer_facts.SMALLEST_PAGED
+    moments = () if paged else (count * (1 if in_8_bit else FP32_BYTES),) * 2
+    return (*moments, *((count * FP32_BYTES / trainer_facts.OPTIMIZER_BLOCK,) * 2 if in_8_bit else ()))
+
+
+def _sixteen_bit_bytes(question: _Question) -> int:
+    facts = question.facts
+    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES)
+    tables = 1 if facts.tied_embeddings or "embeddings" in question.plan.offload else 2
+    experts = 0 if facts.mixture is None else facts.mixture.experts
+    routers = facts.num_layers * allocated(experts * facts.hidden_size * BF16_BYTES)
+    return tables * table + _norms(facts) * allocated(facts.hidden_size * BF16_BYTES) + routers
+
+
+def _norms(facts: ModelFacts) -> int:
+    return NORMS.get(facts.model_type, 2) * facts.num_layers + 1
+
+
+def _embeddings_leave(question: _Question) -> bool:
+    return "embeddings" in question.plan.offload and not question.facts.tied_embeddings
+
+
+class _Instants:
+    """Every moment that can be the peak of a question.
+
+    Within a kind of layers bytes grow or fall evenly, so the ends are enough.
+    """
+
+    def __init__(self, question: _Question, layers: _Layers) -> None:
+        self._layers = layers
+        self._gradients = _GradientBytes.of(question, layers)
+        self._held = _held_bytes(question)
+        self._from_host = _from_host_bytes(question)
+        self._forward, self._backward = _shared_bytes(question)
+        self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
+        self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
+        self._loading = question.loading_bytes
+
+    def largest(self, recomputing: int) -> Instant:
+        """The peak where the first so many layers recompute."""
+        return Instant(*max(self._at(recomputing), key=_total_bytes))
+
+    def largest_bytes(self, recomputing: int) -> int:
+        """That peak without what lasts; a search asks for many."""
+        return max(map(_total_bytes, self._at(recomputing)))
+
+    def all(self, recomputing: int) -> tuple[Instant, ...]:
+        """The moments in their order."""
+        return tuple(Instant(*each) for each in self._at(recomputing))
+
+    def _at(self, recomputing: int) -> Iterator[tuple[str, int, int, int]]:
+        """The fields of each moment."""
+        layers, gradients = self._layers, self._gradients
+        for index in layers.ends(recomputing):
+            layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
+            held = (self._held if index else 0) + self._from_host
+            yield "a layer's forward pass", kept, gradients.before, layer.forward_peak + self._forward + held
+            done = gradients.after(index)
+            yield "a layer's backward pass", kept, done, layer.backward_peak + self._backward
+        everything = layers.kept(layers.count, recomputing) - layers.at(0, recomputing).released
+        every_layer = recomputing == layers.count
+        yield "loss", everything, gradients.before, self._loss[every_layer]
+        yield "the last norm's backward pass", everything, gradients.before, self._norm[every_layer]
+        yield "optimizer", 0, gradients.all, gradients.all
+        yield LOADING, 0, 0, self._loading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GradientBytes:
+    """How many bytes the adapters' gradients take as a backward pass goes from the last layer to the first."""
+
+    layer: int
+    layers: int
+    before: int
+    """What is there when the pass begins: sums of earlier micro-batches, or those that graphs add to."""
+    sums_at_once: bool
+    """Whether all layers' gradients are added to the sums together, as a graph does."""
+
+    @classmethod
+    def of(cls, question: _Question, layers: _Layers) -> _GradientBytes:
+        """Those of the question."""
+        each, graphs = layers.recomputed.gradients, question.uses_cuda_graphs
+        before = each * layers.count if question.plan.accumulation_steps > 1 or graphs else 0
+        return cls(layer=each, layers=layers.count, before=before, sums_at_once=graphs)
+
+    @property
+    def all(self) -> int:
+        """Those of every layer."""
+        return self.layer * self.layers
+
+    def after(self, index: int) -> int:
+        """Those that are there when a layer's turn comes."""
+        done = self.layer * (self.layers - 1 - index)
+        if self.sums_at_once:
+            return done + self.before
+        return self.before or done
+
+
+def _shared_bytes(question: _Question) -> tuple[int, int]:
+    """What all layers share, in the forward and in the backward pass: rotary tables, the batch, a workspace."""
+    shared = 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)
+    if isinstance(question.shape, FusedLayer):
+        shared += 2 * allocated(question.shape.span)
+    # Graphs are captured on a stream of their own, in each pass.
+    capturing = trainer_facts.CUBLAS_WORKSPACE_BYTES if question.uses_cuda_graphs else 0
+    return shared + TOKEN_BYTES * question.tokens + capturing, shared + 2 * capturing
+
+
+def _held_bytes(question: _Question) -> int:
+    """The embeddings, which the decoder holds on to where layers' inputs leave the card."""
+    return question.stream if "activations" in question.plan.offload else 0
+
+
+def _from_host_bytes(question: _Question) -> int:
+    """Embeddings as they came from the host, where the decoder works with a multiple of them."""
+    scaled = question.facts.model_type in SCALED_EMBEDDINGS and _embeddings_leave(question)
+    return question.stream if scaled else 0
+
+
+def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
+    """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
+    if isinstance(question.shape, TracedLayer):
+        return final_norm(question.shape, recomputes=recomputes)
+    return 3 * question.stream, 3 * question.stream
+
+
+def _logits_bytes(question: _Question) -> int:
+    """`qlora_trainer/model/loss.py`: a chunk's hidden states or their gradient, and its logits."""
+    chunk = min(question.plan.loss_chunk_tokens or question.tokens, question.tokens)
+    logits = allocated(chunk * question.facts.vocab_size * BF16_BYTES)
+    return logits + allocated(chunk * question.facts.hidden_size * BF16_BYTES)
+
+
+def _loading_bytes(question: _Question) -> int:
+    """PEFT 0.18 makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later.
+
+    The experts of the last layer are fused before there is an adapter.
+    """
+    facts = question.facts
+    table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
+    later = sum(_state(question)) + 2 * trainer_facts.CUBLAS_WORKSPACE_BYTES
+    adapter = question.trainable * (FP32_BYTES - BF16_BYTES)
+    mixture = None if question.loaded else facts.mixture
+    fusing = 0 if mixture is None else fusing_bytes(mixture, facts.hidden_size)
+    return max(0, round(max(adapter, fusing - question.trainable * BF16_BYTES) + table - later))
+
+
+def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, evaluates: bool) -> Rehearsed:
+    facts, plan = question.facts, question.plan
+    return Rehearsed(
+        layer=layer,
+        facts=facts,
+        norms=_norms(facts),
+        recompute_layers=recompute_layers,
+        accumulates=plan.accumulation_steps > 1,
+        uses_cuda_graphs=question.uses_cuda_graphs,
+        offloads_activations="activations" in plan.offload,
+        offloads_embeddings=_embeddings_leave(question),
+        scales_embeddings=facts.model_type in SCALED_EMBEDDINGS,
+        chunk_tokens=plan.loss_chunk_tokens,
+        adapted=targeted(question.adapter, linears(facts)),
+        adapter_bytes=question.trainable * BF16_BYTES,
+        state=_state(question),
+        workspace_bytes=trainer_facts.CUBLAS_WORKSPACE_BYTES,
+        evaluates=evaluates,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layers:
+    """The decoder's layers, the first so many of which recompute."""
+
+    count: int
+    recomputed: LayerBytes
+    whole: LayerBytes
+
+    @classmethod
+    def of(cls, question: _Question) -> _Layers:
+        """The layers of the question."""
+        shape = question.shape
+        if isinstance(shape, FusedLayer):
+            recomputed, whole = layer_bytes(shape, offloaded="activations" in question.plan.offload)
+        else:
+            recomputed, whole = (
+                _traced_layer_bytes(shape, recomputes=True),
+                _traced_layer_bytes(shape, recomputes=False),
+            )
+        return cls(count=question.facts.num_layers, recomputed=recomputed, whole=whole)
+
+    def ends(self, recomputing: int) -> tuple[int, ...]:
+        """The first and the last layer of each kind."""
+        last = self.count - 1
+        if recomputing in (0, self.count):
+            return (0, last) if last else (0,)
+        return tuple(dict.fromkeys((0, recomputing - 1, recomputing, last)))
+
+    def at(self, index: int, recomputing: int) -> LayerBytes:
+        """One layer's bytes."""
+        return self.recomputed if index < recomputing else self.whole
+
+    def kept(self, below: int, recomputing: int) -> int:
+        """What the layers below one keep."""
+        if not below:
+            return 0
+        first = self.recomputed if recomputing else self.whole
+        recomputed = min(below, recomputing)
+        others = recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
+        return others - (first.kept - first.first_kept)
+
+
+_traced_layer_bytes = lru_cache(maxsize=RESULTS_KEPT)(traced_layer_bytes)
+
+
+def _shape(question: _Question) -> FusedLayer | TracedLayer:
+    facts, adapter, tokens, mixture = question.facts, question.adapter, question.tokens, question.facts.mixture
+    attention = _attention(question)
+    drops = decimal(adapter.dropout) > 0
+    if not is_fused(adapter, facts):
+        return TracedLayer(
+            tokens=tokens,
+            facts=facts,
+            adapted=targeted(adapter, linears(facts)),
+            rank=adapter.rank,
+            drops=drops,
+            dora=adapter.use_dora,
+            attention=attention,
+        )
+    return FusedLayer(
+        tokens=tokens,
+        hidden=facts.hidden_size,
+        inner=facts.intermediate_size,
+        rank=adapter.rank,
+        drops=drops,
+        mlp_tile_tokens=trainer_facts.MLP_TILE_TOKENS,
+        normalizes_heads=facts.model_type in NORMALIZED_HEADS,
+        attention=attention,
+        experts=None if mixture is None else Experts(tokens=tokens, hidden=facts.hidden_size, mixture=mixture),
+        **_groups(adapter, facts),
+    )
+
+
+@memoized(RESULTS_KEPT)
+def _groups(adapter: AdapterSpec, facts: ModelFacts) -> dict[str, Group]:
+    """The groups of linear layers of a layer that the trainer computes by hand, by name."""
+    every = linears(facts)
+    adapted = targeted(adapter, every)
+    return {name: group(members, every, adapted) for name, members in GROUPS.items()}
+
+
+def _attention(question: _Question) -> Attention:
+    facts = question.facts
+    least = question.plan.micro_batch_size
+    most = max(least, question.tokens // SHORT_RECORD_TOKENS) if question.packing else least
+    least, most = question.records or least, question.records or most
+    own = not card_matters(question.adapter, facts)  # and then nothing of the row does either, but for its length
+    return Attention(
+        tokens=question.tokens,
+        records=1 if own else least,
+        most_records=1 if own else most,
+        query_heads=facts.num_attention_heads,
+        key_heads=facts.num_key_value_heads,
+        head_size=facts.head_dim,
+        deterministic=question.deterministic and not own,
+        multiprocessors=1 if own else question.multiprocessors,
+        softcaps=facts.model_type in SOFTCAPPED_TYPES,
+    )

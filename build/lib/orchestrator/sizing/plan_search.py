@@ -1,0 +1,478 @@
+"""Which memory plan a job runs under, and on which GPU class.
+
+Every plan learns the same thing: the global batch is fixed, and a plan only says how it is split, what is computed
+twice and what waits in host memory. Among the plans that fit a class the fastest is taken (`sizing/step_time`); among
+the classes the smallest that fits and that spec.resources allows, or the cheapest that makes the job's deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+from orchestrator.api import trainer_facts
+from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, ResourcesSpec, TrainingSpec
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan, OffloadTarget
+from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.sizing import hardware
+from orchestrator.sizing.footprint import Footprint, card_matters, is_fused
+from orchestrator.sizing.guess import guess_words
+from orchestrator.sizing.hardware import GIB, Card, GpuClass
+from orchestrator.sizing.margins import DEFAULT, Margins
+from orchestrator.sizing.memoized import memoized
+from orchestrator.sizing.memory.attention import alike
+from orchestrator.sizing.step_time import StepTime, Work, ordering_card
+
+LOSS_CHUNK_TOKENS = 1024
+MAX_MICRO_BATCH_SIZE = 64
+RESULTS_KEPT = 4096
+JOBS_KEPT = 8
+"""Jobs whose plans are kept: a job's questions follow each other, and more would only be garbage to collect."""
+SHORTEST_SEQUENCE = 16  # the contract's lower bound on training.sequenceLength
+SHORTER_SEQUENCES = 16
+"""A job that fits nothing is told the longest sequence that would fit, in such parts of what it asked for."""
+NONE = -1
+"""Layers that need not recompute, where a plan does not fit even if all do."""
+HOLES_AT_MOST = 0.05
+"""Share of a peak that the allocator has reserved beside it and cannot use, free blocks that no tensor fits.
+`sizing/memory/fragmentation` tells it job by job, but not in milliseconds; over jobs of all kinds that fill a card it
+finds 0 to 9 %, and more than this in one of twenty, for which the out-of-memory ladder is there."""
+AS_FAST = 1.02
+"""Plans that are within this of the fastest imaginable one are alike: the smaller micro-batch takes less memory."""
+
+
+def choose_class(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass],
+    *,
+    work: Work | None = None,
+    margins: Margins = DEFAULT,
+) -> Estimate | Refusal:
+    """The best class for the job and the fastest plan that fits it."""
+    found = candidates(spec, facts, classes, work=work, margins=margins)
+    return found if isinstance(found, Refusal) else found[0]
+
+
+def candidates(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass],
+    *,
+    work: Work | None = None,
+    margins: Margins = DEFAULT,
+) -> tuple[Estimate, ...] | Refusal:
+    """Every class that the job may use and fits, the preferred first, each with its fastest plan."""
+    return _candidates(
+        _Job.of(spec, facts, work, margins), spec.resources, spec.active_deadline_seconds, tuple(classes)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """All that bytes and seconds depend on; a waiting job asks in every pass, and jobs alike ask alike."""
+
+    adapter: AdapterSpec
+    training: TrainingSpec
+    facts: ModelFacts
+    work: Work
+    margins: Margins = DEFAULT
+
+    @classmethod
+    def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None, margins: Margins = DEFAULT) -> _Job:
+        """Sizing looks at neither model source nor data."""
+        work = work or Work(steps=spec.training.max_steps or 0)
+        return cls(adapter=spec.adapter, training=spec.training, facts=facts, work=work, margins=margins)
+
+    def spec(self) -> QLoRAJobSpec:
+        """One that is the same to sizing."""
+        nowhere = "file:///"
+        return QLoRAJobSpec(
+            model=ModelSource(source=nowhere),
+            dataset=DatasetSource(source=nowhere),
+            adapter=self.adapter,
+            training=self.training,
+        )
+
+
+@memoized(RESULTS_KEPT)
+def _candidates(
+    job: _Job, resources: ResourcesSpec, deadline_seconds: int | None, classes: tuple[GpuClass, ...]
+) -> tuple[Estimate, ...] | Refusal:
+    allowed = _allowed(resources, classes)
+    if not allowed:
+        return _nothing_allowed(resources, classes)
+    search = _search(job)
+    chosen = ((gpu_class, search.choose(gpu_class)) for gpu_class in allowed)
+    fitting = _sharing_items(search.estimate(plan, gpu_class) for gpu_class, plan in chosen if plan is not None)
+    if not fitting:
+        return _does_not_fit(search, max(allowed, key=_size))
+    if deadline_seconds is None or resources.gpu_classes or all(each.dollars is None for each in fitting):
+        return fitting
+    return tuple(sorted(fitting, key=lambda estimate: _price_in_time(estimate, deadline_seconds)))
+
+
+def _sharing_items(estimates: Iterable[Estimate]) -> tuple[Estimate, ...]:
+    """The estimates, with one object for equal items: thousands of results are kept, and most of a result is items."""
+    known: dict[ByteItem, ByteItem] = {}
+    return tuple(
+        each.model_copy(update={"items": tuple(known.setdefault(item, item) for item in each.items)})
+        for each in estimates
+    )
+
+
+def _price_in_time(estimate: Estimate, deadline_seconds: int) -> tuple[bool, float]:
+    """What makes the deadline comes first, the cheapest before others; the rest stays in its order."""
+    if not in_time(estimate, deadline_seconds):
+        return True, 0.0
+    return False, estimate.dollars if estimate.dollars is not None else float("inf")
+
+
+def in_time(estimate: Estimate, deadline_seconds: int) -> bool:
+    """Whether the steps are expected to end before the deadline."""
+    return estimate.seconds is not None and estimate.seconds <= deadline_seconds
+
+
+def allowed_classes(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
+    """The classes that spec.resources allows: in its order of preference, otherwise the smallest first."""
+    return _allowed(spec.resources, classes)
+
+
+def _allowed(resources: ResourcesSpec, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
+    wanted = resources.gpu_classes
+    large_enough = [c for c in classes if c.marketed_gib >= _asked_gib(resources)]
+    if not wanted:
+        return tuple(sorted(large_enough, key=_size))
+    rank = {name: index for index, name in enumerate(wanted)}
+    return tuple(sorted((c for c in large_enough if c.name in rank), key=lambda c: rank[c.name]))
+
+
+def choose_plan(
+    spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
+) -> MemoryPlan | None:
+    """The fastest plan that fits the class; None where even the one that takes least does not."""
+    return _search(_Job.of(spec, facts, work)).choose(gpu_class)
+
+
+def plans(
+    spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
+) -> Iterator[MemoryPlan]:
+    """The plans that fit the class, fastest first: of each split and offload the one that recomputes least."""
+    return _search(_Job.of(spec, facts, work)).fastest_first(gpu_class)
+
+
+def estimate(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    plan: MemoryPlan,
+    gpu_class: GpuClass,
+    *,
+    work: Work | None = None,
+    margins: Margins = DEFAULT,
+) -> Estimate:
+    """A plan's peak held against what a class offers, its time, and its price."""
+    return _search(_Job.of(spec, facts, work, margins)).estimate(plan, gpu_class)
+
+
+def micro_batch_sizes(global_batch_size: int) -> Iterator[int]:
+    """The ways to split a global batch evenly, smallest first."""
+    bound = min(global_batch_size, MAX_MICRO_BATCH_SIZE)
+    return (size for size in range(1, bound + 1) if global_batch_size % size == 0)
+
+
+class _Search:
+    """One job's plans. What does not depend on the class is worked out once for all classes."""
+
+    def __init__(self, job: _Job) -> None:
+        self.spec = job.spec()
+        self.facts = job.facts
+        self.margins = job.margins
+        self._steps = job.work.steps
+        self._step_time = StepTime(self.spec, job.facts, job.work)
+        self.sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
+        self._offloads = offloads(self.spec, job.facts)
+        self._card_matters = card_matters(job.adapter, job.facts)
+        self._footprints: dict[tuple[MemoryPlan, int], Footprint] = {}
+        self._plans: dict[tuple[int, int, int], MemoryPlan] = {}
+        self._seconds: dict[tuple[MemoryPlan, Card], float] = {}
+
+    def choose(self, gpu_class: GpuClass) -> MemoryPlan | None:
+        """The fastest plan that fits."""
+        return next(self.fastest_first(gpu_class), None)
+
+    def fastest_first(self, gpu_class: GpuClass) -> Iterator[MemoryPlan]:
+        """The plans that fit beside the allocator's holes; where there is none, those that fit if holes stay small."""
+        nothing_fits = True
+        for plan in _FastestFirst(self, gpu_class, int(gpu_class.usable_bytes / (1 + HOLES_AT_MOST))):
+            nothing_fits = False
+            yield plan
+        if nothing_fits:
+            yield from _FastestFirst(self, gpu_class, gpu_class.usable_bytes)
+
+    def ways_to_offload(self, gpu_class: GpuClass) -> int:
+        """A CPU has no other memory to move things to."""
+        return 1 if gpu_class.cpu else len(self._offloads)
+
+    def plan(self, micro_batch_size: int, offload: int, recompute_layers: int = 0) -> MemoryPlan:
+        """The plan that splits, offloads and recomputes so; `offload` counts the ways to do that from none on."""
+        key = micro_batch_size, offload, recompute_layers
+        if key not in self._plans:
+            self._plans[key] = MemoryPlan(
+                micro_batch_size=micro_batch_size,
+                accumulation_steps=self.spec.training.global_batch_size // micro_batch_size,
+                recompute_layers=recompute_layers,
+                offload=self._offloads[offload],
+                loss_chunk_tokens=LOSS_CHUNK_TOKENS,
+            )
+        return self._plans[key]
+
+    def step_seconds(self, plan: MemoryPlan, card: Card) -> float:
+        """One optimizer step."""
+        key = plan, card
+        if key not in self._seconds:
+            self._seconds[key] = self._step_time.step_seconds(plan, card)
+        return self._seconds[key]
+
+    def least_recompute(self, size: int, offload: int, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan | None:
+        """The plan with the fewest recomputed layers that fits."""
+        footprint = self._footprint(self.plan(size, offload), gpu_class)
+        layers = footprint.least_recompute(room_bytes)
+        return self.plan(size, offload, layers) if layers is not None else None
+
+    def least_bytes(self, gpu_class: GpuClass) -> int:
+        """The peak of the plan that takes least."""
+        plans = (self.plan(1, offload) for offload in range(self.ways_to_offload(gpu_class)))
+        return min(self._footprint(plan, gpu_class).peak_bytes(self.facts.num_layers) for plan in plans)
+
+    def estimate(self, plan: MemoryPlan, gpu_class: GpuClass) -> Estimate:
+        """The plan on the class, item by item."""
+        footprint = self._footprint(plan.model_copy(update={"recompute_layers": 0}), gpu_class)
+        items = footprint.items(plan.recompute_layers)
+        card = gpu_class.card
+        step_seconds = self._step_time.step_seconds(plan, card) if card is not None else None
+        seconds = step_seconds * self._steps if step_seconds is not None and self._steps else None
+        price = gpu_class.dollars_per_hour
+        return Estimate(
+            gpu_class=gpu_class.name,
+            plan=plan,
+            items=items,
+            peak_bytes=sum(item.bytes for item in items),
+            usable_bytes=gpu_class.usable_bytes,
+            steps=self._steps,
+            card=card.name if card is not None else None,
+            step_seconds=step_seconds,
+            seconds=seconds,
+            dollars=seconds / 3600 * price if seconds is not None and price is not None else None,
+        )
+
+    def _footprint(self, plan: MemoryPlan, gpu_class: GpuClass) -> Footprint:
+        """The bytes of a plan that recomputes nothing, and of all that differ from it in that alone."""
+        multiprocessors = alike(gpu_class.multiprocessors, self.facts.num_attention_heads) if self._card_matters else 1
+        key = plan, multiprocessors
+        if key not in self._footprints:
+            self._footprints[key] = Footprint(
+                self.spec, self.facts, plan, multiprocessors=multiprocessors, margins=self.margins
+            )
+        return self._footprints[key]
+
+
+class _Waiting(NamedTuple):
+    """A plan in the queue of `_FastestFirst`; the first fields put it in order."""
+
+    seconds: float
+    micro_batch_size: int
+    offload: int
+    fitted: bool
+    """Whether it recomputes as few layers as fit, or as few as might."""
+    plan: MemoryPlan
+
+
+class _FastestFirst:
+    """The plans of a job that fit into the room on a class, fastest first, each fitted only when its turn comes.
+
+    Until then a plan counts as if it recomputed as little as what is known of smaller micro-batches allows. Nothing
+    is offloaded where all of it fits as it is.
+    """
+
+    def __init__(self, search: _Search, gpu_class: GpuClass, room_bytes: int) -> None:
+        self._search = search
+        self._layers = search.facts.num_layers
+        self._gpu_class = gpu_class
+        self._room_bytes = room_bytes
+        self._card = ordering_card(gpu_class)
+        fastest = min(search.step_seconds(search.plan(size, 0), self._card) for size in search.sizes)
+        self._alike_seconds = AS_FAST * fastest
+        self._queue: list[_Waiting] = []
+        self._known: dict[int, tuple[int, int]] = {}
+        """A micro-batch size and the layers that need not recompute there, for each way to offload."""
+
+    def __iter__(self) -> Iterator[MemoryPlan]:
+        for size in self._search.sizes:
+            self._wait(self._search.plan(size, 0), 0, fitted=False)
+        while self._queue:
+            waiting = heappop(self._queue)
+            if waiting.fitted:
+                yield waiting.plan
+            else:
+                self._fit(waiting)
+
+    def _wait(self, plan: MemoryPlan, offload: int, *, fitted: bool) -> None:
+        seconds = max(self._search.step_seconds(plan, self._card), self._alike_seconds)
+        heappush(self._queue, _Waiting(seconds, plan.micro_batch_size, offload, fitted, plan))
+
+    def _fit(self, waiting: _Waiting) -> None:
+        """Queue a plan again with as few recomputed layers as fit, and the next way to offload beside it."""
+        size, offload = waiting.micro_batch_size, waiting.offload
+        most_kept = self._most_kept(size, self._known.get(offload))
+        if 0 <= most_kept < self._layers - waiting.plan.recompute_layers:
+            self._wait(self._search.plan(size, offload, self._layers - most_kept), offload, fitted=False)
+            return
+        fitting = self._fitting(size, offload) if most_kept >= 0 else None
+        if fitting is not None:
+            self._wait(fitting, offload, fitted=True)
+        elif not self._known and self._search.least_bytes(self._gpu_class) > self._room_bytes:
+            self._queue.clear()  # nothing will fit
+            return
+        self._known[offload] = size, self._layers - fitting.recompute_layers if fitting is not None else NONE
+        more_to_offload = offload + 1 < self._search.ways_to_offload(self._gpu_class)
+        if more_to_offload and (fitting is None or fitting.recompute_layers):
+            self._wait(self._search.plan(size, offload + 1), offload + 1, fitted=False)
+
+    def _fitting(self, size: int, offload: int) -> MemoryPlan | None:
+        return self._search.least_recompute(size, offload, self._gpu_class, self._room_bytes)
+
+    def _most_kept(self, size: int, known: tuple[int, int] | None) -> int:
+        """How many layers can do without recomputation at most; NONE where the plan does not fit at all.
+
+        What a layer keeps grows with the micro-batch, and the room for it does not.
+        """
+        if known is None or known[0] > size:
+            return self._layers
+        smaller, kept = known
+        return NONE if kept == NONE else min(self._layers, (kept + 1) * smaller // size)
+
+
+@lru_cache(maxsize=JOBS_KEPT)
+def _search(job: _Job) -> _Search:
+    return _Search(job)
+
+
+def offloads(spec: QLoRAJobSpec, facts: ModelFacts) -> tuple[tuple[OffloadTarget, ...], ...]:
+    """What the trainer can keep in host memory, the cheapest first.
+
+    Embeddings that the head does not share are hardly missed on the card; layers' inputs can go out where the trainer
+    computes the layers itself.
+    """
+    known = facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not facts.tied_embeddings
+    embeddings: tuple[OffloadTarget, ...] = ("embeddings",) if known else ()
+    activations: tuple[OffloadTarget, ...] = ("activations",) if is_fused(spec.adapter, facts) else ()
+    return tuple(dict.fromkeys(((), embeddings, (*activations, *embeddings))))
+
+
+def fallback_plan(
+    spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, *, offload: bool = True
+) -> MemoryPlan | None:
+    """What to try once a plan ran out of memory: recompute everything, offload everything, halve the micro-batch."""
+    if plan.recompute_layers < facts.num_layers:
+        return plan.model_copy(update={"recompute_layers": facts.num_layers})
+    most = offloads(spec, facts)[-1] if offload else ()
+    if not set(most) <= set(plan.offload):
+        return plan.model_copy(update={"offload": most})
+    if plan.micro_batch_size == 1:
+        return None
+    global_batch_size = plan.micro_batch_size * plan.accumulation_steps
+    smaller = max(size for size in micro_batch_sizes(global_batch_size) if size <= plan.micro_batch_size // 2)
+    return plan.model_copy(
+        update={"micro_batch_size": smaller, "accumulation_steps": global_batch_size // smaller},
+    )
+
+
+def escalate(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    failed: Estimate,
+    classes: Sequence[GpuClass],
+    *,
+    work: Work | None = None,
+    margins: Margins = DEFAULT,
+) -> Estimate | Refusal:
+    """What to run under after `failed` ran out of memory: a fallback_plan plan, then a larger class."""
+    present = next((c for c in classes if c.name == failed.gpu_class), None)
+    if present is not None:
+        plan = fallback_plan(spec, facts, failed.plan, offload=not present.cpu)
+        if plan is not None:
+            return estimate(spec, facts, plan, present, work=work, margins=margins)
+    larger = tuple(c for c in classes if c.usable_bytes > failed.usable_bytes)
+    found = candidates(spec, facts, larger, work=work, margins=margins)
+    if isinstance(found, Refusal):
+        return Refusal(
+            reason=Reason.DOES_NOT_FIT,
+            message=f"ran out of memory on {failed.gpu_class} under the last fallback plan, and no larger class is "
+            "allowed here; reduce training.sequenceLength or adapter.rank, or add a larger GPU",
+        )
+    return found[0]
+
+
+def _size(gpu_class: GpuClass) -> tuple[int, str]:
+    return gpu_class.usable_bytes, gpu_class.name
+
+
+def _asked_gib(resources: ResourcesSpec) -> float:
+    return 0.0 if resources.vram == "auto" else float(resources.vram.removesuffix("Gi"))
+
+
+def _nothing_allowed(resources: ResourcesSpec, classes: Sequence[GpuClass]) -> Refusal:
+    if not classes:
+        return Refusal(reason=Reason.WAITING_FOR_GPU, message="there is no GPU here; add one")
+    asked = f"resources.vram {resources.vram}"
+    if resources.gpu_classes:
+        asked += f" and resources.gpuClasses {', '.join(resources.gpu_classes)}"
+    present = ", ".join(c.name for c in sorted(classes, key=_size))
+    message = f"{asked} leaves none of the classes here ({present}); ask for less or add such a GPU"
+    return Refusal(reason=Reason.DOES_NOT_FIT, message=message)
+
+
+def _does_not_fit(search: _Search, largest: GpuClass) -> Refusal:
+    length = search.spec.training.sequence_length
+    message = (
+        f"needs {search.least_bytes(largest) / GIB:.1f} GiB at sequenceLength {length}, and {largest.name} offers "
+        f"{largest.usable_bytes / GIB:.1f} GiB"
+    )
+    if words := guess_words(search.spec.adapter, search.facts):
+        message += f" (a guess: {words})"
+    advice = [*_shorter(search, largest), *_larger(search, largest)]
+    message += f"; {', and '.join(advice)}" if advice else "; lower adapter.rank or use an 8-bit optimizer"
+    return Refusal(reason=Reason.DOES_NOT_FIT, message=message)
+
+
+def _shorter(search: _Search, gpu_class: GpuClass) -> Iterator[str]:
+    """The longest shorter sequence that fits."""
+    training = search.spec.training
+    part = max(SHORTEST_SEQUENCE, training.sequence_length // SHORTER_SEQUENCES)
+    fits, too_long = 0, -(-training.sequence_length // part)
+    while fits + 1 < too_long:
+        middle = (fits + too_long) // 2
+        shorter = training.model_copy(update={"sequence_length": middle * part})
+        job = _Job(
+            adapter=search.spec.adapter, training=shorter, facts=search.facts, work=Work(), margins=search.margins
+        )
+        if _Search(job).least_bytes(gpu_class) <= gpu_class.usable_bytes:
+            fits = middle
+        else:
+            too_long = middle
+    if fits:
+        yield f"sequenceLength {fits * part} fits {gpu_class.name}"
+
+
+def _larger(search: _Search, present: GpuClass) -> Iterator[str]:
+    """The smallest class of all that fits, here or not."""
+    for name in hardware.CLASS_NAMES:
+        gpu_class = hardware.gpu_class(name, capacity=0)
+        too_small = gpu_class.usable_bytes <= present.usable_bytes
+        if not too_small and search.least_bytes(gpu_class) <= gpu_class.usable_bytes:
+            yield f"a card of class {name} takes it as it is"
+            return

@@ -1,0 +1,1 @@
+"""From a dataset file to micro-batches."""

@@ -1,0 +1,133 @@
+"""What is said about prepared data: its counts, records with their masks, and what is likely to be wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import groupby
+from typing import Any
+
+from orchestrator.api.base import decimal
+from orchestrator.api.formats import ShownPart, ShownRecord
+from orchestrator.api.job import TrainingSpec
+from orchestrator.api.results import MAX_WARNING_CHARACTERS, MAX_WARNINGS, PrepareResult
+from qlora_trainer.data.dataset import Split
+from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord
+
+FEWEST_STEPS = 20
+"""With fewer optimizer steps than about this an adapter hardly moves."""
+MOST_TRUNCATED = Fraction(5, 100)
+LEAST_SUPERVISED = Fraction(1, 100)
+FEW_STEPS = "few steps"
+RECORD_BY_RECORD = "record by record"
+"""How the one warning begins that depends on more than the data."""
+SHOWN_CHARACTERS = 1000
+"""How much of a part of a record is shown, from its start and its end."""
+SHOWN_PARTS = 40
+"""How many parts of a record are shown, half of them from its start."""
+
+
+def optimizer_steps(training: TrainingSpec, train_sequences: int) -> int:
+    """Optimizer steps of the whole job; the last one may be of fewer sequences."""
+    if training.max_steps is not None:
+        return training.max_steps
+    # Exact: 0.1 epochs of 160 sequences is one batch of 16, not a little more.
+    return math.ceil(Fraction(decimal(training.epochs)) * train_sequences / training.global_batch_size)
+
+
+def counts(result: PrepareResult, training: TrainingSpec) -> str:
+    """The figures in one line."""
+    room = result.train_sequences * training.sequence_length
+    filled = f", {result.train_tokens / room:.1%} full" if training.packing else ""
+    warmup = math.ceil(float(training.warmup_ratio) * result.steps)
+    return (
+        f"{result.train_records} training records with {result.train_tokens} tokens "
+        f"({result.supervised_tokens / result.train_tokens:.1%} supervised) in {result.train_sequences} sequences"
+        f"{filled}; "
+        f"{result.eval_records} held out in {result.eval_sequences}; {result.truncated_records} truncated, "
+        f"{result.dropped_records} dropped; {result.steps} steps, {warmup} of them warm-up"
+    )
+
+
+def steps_warning(result: PrepareResult, training: TrainingSpec) -> Iterator[str]:
+    """A warning where the job ends before it has learnt anything."""
+    if result.steps >= FEWEST_STEPS:
+        return
+    if training.max_steps is not None:
+        yield f"{FEW_STEPS}: spec.training.maxSteps is {result.steps}, with which an adapter hardly learns; raise it"
+        return
+    batch = max(1, training.global_batch_size * result.steps // FEWEST_STEPS)
+    lower = f"lower spec.training.globalBatchSize to {batch}" if batch < training.global_batch_size else ""
+    more = "raise spec.training.epochs"
+    yield (
+        f"{FEW_STEPS}: {training.epochs} epochs of {result.train_sequences} sequences in batches of "
+        f"{training.global_batch_size} are {result.steps} optimizer steps, with which an adapter hardly learns; "
+        f"{f'{lower} or {more}' if lower else more}"
+    )
+
+
+def mode_warning(separate_because: str) -> str:
+    """What to know of a model whose records are trained one by one."""
+    return (
+        f"{RECORD_BY_RECORD}: the model's records are computed one at a time, with transformers' own attention, as "
+        f"{separate_because}; that is right, and slower than packed rows where records are short"
+    )
+
+
+def data_warnings(train: Split, evaluation: Split) -> Iterator[str]:
+    """What the counts and the splits give reason to say."""
+    cut, samples = train.truncated + train.dropped, train.samples + train.dropped
+    if cut > samples * MOST_TRUNCATED:
+        yield (
+            f"{train.truncated} of {samples} records are truncated and {train.dropped} dropped; raise "
+            "spec.training.sequenceLength, or shorten the records"
+        )
+    if train.supervised < train.tokens * LEAST_SUPERVISED:
+        yield (
+            f"{train.supervised / train.tokens:.2%} of the tokens carry loss; see whether spec.dataset.format and "
+            "spec.dataset.trainOn are meant so"
+        )
+    overlapping = _overlapping(train, evaluation)
+    if overlapping:
+        yield (
+            f"{overlapping} of {len(evaluation.records)} evaluation records are training records as well, so that "
+            "their loss says little; remove duplicates from the data set, or give another evalSource"
+        )
+
+
+def bounded(warnings: list[str]) -> tuple[str, ...]:
+    """So many and so long as a result may have."""
+    most = MAX_WARNING_CHARACTERS
+    return tuple(text if len(text) <= most else f"{text[: most - 3]}..." for text in warnings[:MAX_WARNINGS])
+
+
+def _overlapping(train: Split, evaluation: Split) -> int:
+    if not evaluation.records:
+        return 0
+    trained = {hash(record.input_ids.tobytes()) for record in train.records}
+    return sum(hash(record.input_ids.tobytes()) in trained for record in evaluation.records)
+
+
+def shown(tokenizer: Any, record: EncodedRecord) -> ShownRecord:
+    """A record as text, where what carries loss is told from what does not."""
+    pairs = zip(record.input_ids, record.labels, strict=True)
+    parts = [
+        ShownPart(text=_shortened(tokenizer.decode([int(token) for token, _ in group])), supervised=supervised)
+        for supervised, group in groupby(pairs, lambda pair: bool(pair[1] != IGNORED_LABEL))
+    ]
+    if len(parts) > SHOWN_PARTS:
+        left_out = ShownPart(text=f" [... {len(parts) - SHOWN_PARTS} parts ...] ", supervised=False)
+        parts = [*parts[: SHOWN_PARTS // 2], left_out, *parts[-SHOWN_PARTS // 2 :]]
+    return ShownRecord(tokens=len(record.input_ids), supervised_tokens=record.supervised, parts=tuple(parts))
+
+
+def _shortened(text: str) -> str:
+    half = SHOWN_CHARACTERS // 2
+    cut = len(text) - SHOWN_CHARACTERS
+    return text if cut <= 0 else f"{text[:half]} [... {cut} characters ...] {text[-half:]}"
+
+
+def in_brackets(record: ShownRecord) -> str:
+    """The text of a record, what carries loss between ⟦ and ⟧."""
+    return "".join(f"⟦{part.text}⟧" if part.supervised else part.text for part in record.parts)

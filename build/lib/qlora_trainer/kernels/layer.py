@@ -1,0 +1,408 @@
+"""One decoder layer of the Llama family: normalization, attention, normalization, gated MLP; both passes by hand.
+
+Rules: what is kept between the passes is decided here and nowhere else. A layer that keeps its activations keeps what
+matrix products cost and recomputes what is cheap: normalized inputs and the MLP's product. A layer that recomputes
+keeps its input alone, on the card or in host memory. Both run the same operations on the same numbers, so they give the
+same bits.
+
+Only attention looks across tokens. Where a layer recomputes, its MLP runs in tiles along the sequence, so what it needs
+beside a few tensors of [tokens, hidden] does not grow with the sequence.
+
+Names: `low` is the rank-r product of an adapter, [tokens, ranks]. All activations are [tokens, width].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Module, Parameter
+
+from orchestrator.api import trainer_facts
+from qlora_trainer.kernels import ops
+from qlora_trainer.kernels.host_offload import InputStore
+from qlora_trainer.kernels.lora_linears import Dropout, LinearGroup
+from qlora_trainer.kernels.packed_attention import PackedAttention
+
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+TILE_SEED = 0x9E3779B1
+"""Odd, so that no two tiles of up to 2^32 tokens share the low bits of a seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One micro-batch's way through the decoder, as every layer sees it."""
+
+    cos: Tensor
+    sin: Tensor
+    """[tokens, head size]"""
+    seed: Tensor | None
+    """int64: the seed of the adapters' dropout; None: nothing is dropped."""
+    trains: bool
+    """Whether a backward pass follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """How the layer's attention splits what query, key and value projections give."""
+
+    queries: int
+    keys: int
+    """As many as there are values."""
+    size: int
+    scaling: float
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """A root mean square normalization's frozen weight."""
+
+    weight: Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """The normalization that transformers' module computes."""
+        return cls(weight=module.weight.data, epsilon=module.variance_epsilon)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.epsilon)
+
+    def backward(self, grad: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The gradient to `x`, plus the residual stream's."""
+        return ops.rms_norm_backward(grad, x, self.weight, self.epsilon, residual)
+
+
+@dataclass(slots=True, kw_only=True)
+class Attended:
+    """The first half of a layer: what its backward pass needs."""
+
+    qkv: Tensor
+    """Query, key and value [tokens, heads x size]; rotated, unless heads are normalized before that."""
+    output: Tensor
+    logsumexp: Tensor
+    qkv_low: Tensor | None
+    output_low: Tensor | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Gated:
+    """The second half of a layer: what its backward pass needs beside its input; of experts, nothing."""
+
+    gate_up: Tensor | None
+    gate_up_low: Tensor | None
+    down_low: Tensor | None
+
+
+class FusedLayer:
+    """One layer, callable in the place of its module's `forward`."""
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        number: int,
+        adapter_name: str,
+        heads: HeadShape,
+        attention: PackedAttention,
+        recomputes: bool,
+        store: InputStore | None,
+    ) -> None:
+        """`module` is transformers' layer, of a class that `takeover` lists."""
+        self._number = number
+        self._heads = heads
+        self._attention = attention
+        self._recomputes = recomputes
+        self._store = store if recomputes else None
+        own = module.self_attn
+        self._input_norm, self._middle_norm = Norm.of(module.input_layernorm), Norm.of(module.post_attention_layernorm)
+        norms = [getattr(own, name, None) for name in ("q_norm", "k_norm")]
+        self._head_norms = None if None in norms else (Norm.of(norms[0]), Norm.of(norms[1]))
+        self._qkv = LinearGroup(query_key_value(own), adapter_name)
+        self._factor = getattr(module, "residual_multiplier", 1.0)
+        """What is added to the residual stream is multiplied with it."""
+        self._output = LinearGroup([own.o_proj], adapter_name, self._factor)
+        self._groups = (self._qkv, self._output, *self._take_mlp(module.mlp, adapter_name))
+        self._parameters: list[Parameter] = [parameter for group in self._groups for parameter in group.parameters]
+
+    def _take_mlp(self, mlp: Any, adapter_name: str) -> tuple[LinearGroup, ...]:
+        """The second half's linear layers."""
+        self._gate_up = LinearGroup(gate_and_up(mlp), adapter_name)
+        self._down = LinearGroup([mlp.down_proj], adapter_name, self._factor)
+        return self._gate_up, self._down
+
+    def __call__(self, hidden: Tensor, run: Run) -> Tensor:
+        """[1, tokens, hidden] to the same."""
+        return _LayerFunction.apply(hidden[0], self, run, *self._parameters).unsqueeze(0)
+
+    # --- forward
+
+    def forward(self, ctx: Any, x: Tensor, run: Run) -> Tensor:
+        """The layer's output; `ctx` gets what the backward pass needs."""
+        store = self._store if run.trains else None
+        if store is not None:
+            store.put(self._number, x)
+        middle, attended = self._attend(x, run)
+        if run.trains and not self._recomputes:
+            out, gated = self._mlp(middle, run)
+            ctx.save_for_backward(x, middle, *_tensors(attended), *_tensors(gated))
+            return out
+        del attended
+        out = self._mlp_in_tiles(middle, run)
+        if store is not None:
+            store.wait()
+        elif run.trains:
+            ctx.save_for_backward(x)
+        return out
+
+    def _attend(self, x: Tensor, run: Run) -> tuple[Tensor, Attended]:
+        """The residual stream between attention and MLP, and what its backward pass needs."""
+        qkv, qkv_low = self._qkv.forward(self._input_norm(x), self._dropout(run, 0))
+        if self._head_norms is None:
+            _rotate(self._split(qkv)[0], run)
+        query, key, value = self._rotated(qkv, run)
+        output, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
+        output = output.reshape(len(x), -1)
+        middle, output_low = self._output.forward(output, self._dropout(run, 1), residual=x)
+        attended = Attended(qkv=qkv, output=output, logsumexp=logsumexp, qkv_low=qkv_low, output_low=output_low)
+        return middle, attended
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads [tokens, heads, size]: queries and keys together, and values."""
+        by_head = qkv.view(len(qkv), -1, self._heads.size)
+        both = self._heads.queries + self._heads.keys
+        return by_head[:, :both], by_head[:, both:]
+
+    def _rotated(self, qkv: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value as attention takes them."""
+        both, value = self._split(qkv)
+        query, key = both[:, : self._heads.queries], both[:, self._heads.queries :]
+        if self._head_norms is None:
+            return query, key, value
+        normalized = [_by_head(norm, part) for norm, part in zip(self._head_norms, (query, key), strict=True)]
+        for part in normalized:
+            _rotate(part, run)
+        return normalized[0], normalized[1], value
+
+    def _mlp(self, middle: Tensor, run: Run) -> tuple[Tensor, Gated]:
+        gate_up, gate_up_low = self._gate_up.forward(self._middle_norm(middle), self._dropout(run, 2))
+        out, down_low = self._down.forward(ops.swiglu(gate_up), self._dropout(run, 3), residual=middle)
+        return out, Gated(gate_up=gate_up, gate_up_low=gate_up_low, down_low=down_low)
+
+    def _mlp_in_tiles(self, middle: Tensor, run: Run) -> Tensor:
+        tiles = list(_tiles(len(middle)))
+        if len(tiles) == 1:
+            return self._mlp(middle, run)[0]
+        out = torch.empty_like(middle)
+        gate_up_weight, down_weight = self._gate_up.weight(), self._down.weight()
+        for tile in tiles:
+            normalized = self._middle_norm(middle[tile])
+            gate_up = self._gate_up.forward(normalized, self._dropout(run, 2, tile), gate_up_weight)[0]
+            product = ops.swiglu(gate_up)
+            del normalized, gate_up
+            out[tile] = self._down.forward(product, self._dropout(run, 3, tile), down_weight, residual=middle[tile])[0]
+        return out
+
+    # --- backward
+
+    def backward(self, ctx: Any, grad: Tensor, run: Run) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients to the layer's input and to its adapters, in the order of its parameters."""
+        x, middle, attended, gated = self._activations(ctx, run)
+        middle_grad, of_mlp = self._mlp_backward(grad, middle, gated, run)
+        del middle, gated
+        qkv_grad, of_output = self._attention_backward(middle_grad, attended, run)
+        qkv_low = attended.qkv_low
+        del attended
+        if self._store is not None and self._number > 0:
+            self._store.fetch(self._number - 1)  # while this layer's last products are computed
+        low_grad = self._qkv.low_gradient(qkv_grad)
+        dropout = self._dropout(run, 0)
+        of_qkv = self._qkv.adapter_gradients(qkv_grad, self._input_norm(x), qkv_low, low_grad, dropout)
+        gradients = self._in_order((of_qkv, of_output, *of_mlp))
+        if not ctx.needs_input_grad[0]:
+            return None, gradients
+        normalized_grad = self._qkv.input_gradient(qkv_grad, low_grad, dropout)
+        del qkv_grad
+        return self._input_norm.backward(normalized_grad, x, residual=middle_grad), gradients
+
+    def _activations(self, ctx: Any, run: Run) -> tuple[Tensor, Tensor, Attended, Gated | None]:
+        """The input, the middle and what both halves need: as it was kept, or computed anew from the input."""
+        kept: tuple[Any, ...] = ctx.saved_tensors
+        if len(kept) > 1:
+            return kept[0], kept[1], Attended(**_named(Attended, kept[2:])), Gated(**_named(Gated, kept[7:]))
+        x = kept[0] if kept else self._fetched()
+        return x, *self._attend(x, run), None
+
+    def _fetched(self) -> Tensor:
+        assert self._store is not None, "a layer without saved tensors has its input in the store"
+        return self._store.take(self._number)
+
+    def _in_order(self, gradients: tuple[list[Tensor], ...]) -> list[Tensor | None]:
+        """The gradients of each group's adapters, in the order of the layer's parameters."""
+        by_group = zip(self._groups, gradients, strict=True)
+        return [gradient for group, own in by_group for gradient in group.split(own)]
+
+    def _mlp_backward(
+        self, grad: Tensor, middle: Tensor, gated: Gated | None, run: Run
+    ) -> tuple[Tensor, tuple[list[Tensor], ...]]:
+        """The gradient to `middle`, and those of the adapters of each of the MLP's groups."""
+        tiles = list(_tiles(len(grad))) if gated is None else [slice(0, len(grad))]
+        if len(tiles) == 1:
+            twice_used = self._gate_up.weight() if gated is None else None
+            middle_grad, *of_mlp = self._mlp_tile_backward(grad, middle, gated, run, tiles[0], (twice_used, None))
+            return middle_grad, tuple(of_mlp)
+        weights = (self._gate_up.weight(), self._down.weight())
+        middle_grad = torch.empty_like(grad)
+        sums: list[list[Tensor]] = [[], []]
+        for tile in tiles:
+            middle_grad[tile], *found = self._mlp_tile_backward(grad[tile], middle[tile], None, run, tile, weights)
+            sums = [_summed(total, part) for total, part in zip(sums, found, strict=True)]
+        of_gate_up, of_down = ([total.to(grad.dtype) for total in totals] for totals in sums)
+        return middle_grad, (of_gate_up, of_down)
+
+    def _mlp_tile_backward(
+        self,
+        grad: Tensor,
+        middle: Tensor,
+        gated: Gated | None,
+        run: Run,
+        tile: slice,
+        weights: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        below, above = self._dropout(run, 2, tile), self._dropout(run, 3, tile)
+        normalized = self._middle_norm(middle)
+        if gated is None or gated.gate_up is None:
+            gate_up, gate_up_low = self._gate_up.forward(normalized, below, weights[0])
+        else:
+            gate_up, gate_up_low = gated.gate_up, gated.gate_up_low
+        low_grad = self._down.low_gradient(grad)
+        product = self._down.input_gradient(grad, low_grad, above, weights[1])
+        ops.swiglu_backward_(product, gate_up)  # from here on the one is the product, the other its gradient
+        down_low = self._down.low(product, above) if gated is None else gated.down_low
+        of_down = self._down.adapter_gradients(grad, product, down_low, low_grad, above)
+        del product
+        low_grad = self._gate_up.low_gradient(gate_up)
+        of_gate_up = self._gate_up.adapter_gradients(gate_up, normalized, gate_up_low, low_grad, below)
+        del normalized
+        normalized_grad = self._gate_up.input_gradient(gate_up, low_grad, below, weights[0])
+        return self._middle_norm.backward(normalized_grad, middle, residual=grad), of_gate_up, of_down
+
+    def _attention_backward(self, grad: Tensor, attended: Attended, run: Run) -> tuple[Tensor, list[Tensor]]:
+        """The gradient to the projections' outputs, and those of the output projection's adapter."""
+        dropout, shape = self._dropout(run, 1), (len(grad), self._heads.queries, self._heads.size)
+        low_grad = self._output.low_gradient(grad)
+        of_output = self._output.adapter_gradients(grad, attended.output, attended.output_low, low_grad, dropout)
+        output_grad = self._output.input_gradient(grad, low_grad, dropout).view(shape)
+        qkv_grad = torch.empty_like(attended.qkv)
+        both, value_grad = self._split(qkv_grad)
+        self._attention.backward(
+            output_grad,
+            self._rotated(attended.qkv, run),
+            attended.output.view(shape),
+            attended.logsumexp,
+            self._heads.scaling,
+            self._heads.window,
+            out_grads=(both[:, : self._heads.queries], both[:, self._heads.queries :], value_grad),
+        )
+        _rotate(both, run, back=True)
+        if self._head_norms is not None:
+            self._head_norms_backward(attended.qkv, qkv_grad)
+        return qkv_grad, of_output
+
+    def _head_norms_backward(self, qkv: Tensor, qkv_grad: Tensor) -> None:
+        assert self._head_norms is not None, "only called where heads are normalized"
+        queries = self._heads.queries
+        both, both_grad = self._split(qkv)[0], self._split(qkv_grad)[0]
+        for norm, heads in zip(self._head_norms, (slice(0, queries), slice(queries, None)), strict=True):
+            part, grad = both[:, heads], both_grad[:, heads]
+            rows = norm.backward(grad.reshape(-1, self._heads.size), part.reshape(-1, self._heads.size))
+            grad.copy_(rows.view(part.shape))
+
+    # --- dropout
+
+    def _dropout(self, run: Run, group: int, tile: slice = slice(0, 0)) -> Dropout | None:
+        """What is dropped in front of a group's adapters: a function of the run's seed, the layer and the place."""
+        probability = self._groups[group].dropout_probability
+        if run.seed is None or probability == 0.0:
+            return None
+        own = len(self._groups) * self._number + group
+        return Dropout(probability, run.seed, own + tile.start * TILE_SEED)
+
+
+class _LayerFunction(torch.autograd.Function):
+    """A layer as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FusedLayer, run: Run, *_: Parameter) -> Tensor:
+        ctx.layer, ctx.run = layer, run
+        return layer.forward(ctx, x, run)
+
+    # `once_differentiable` has no types, so pyright no longer sees that this is a static method.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        input_grad, gradients = ctx.layer.backward(ctx, grad_outputs[0].contiguous(), ctx.run)
+        return input_grad, None, None, *gradients
+
+
+class NormFunction(torch.autograd.Function):
+    """The decoder's last normalization, which keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        return norm(x)
+
+    # `once_differentiable` has no types, so pyright no longer sees that this is a static method.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return ctx.norm.backward(grad_outputs[0].contiguous(), x), None
+
+
+def query_key_value(attention: Any) -> list[Module]:
+    """The projections of attention's input: some families have them in one matrix."""
+    return [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [getattr(attention, name) for name in QKV]
+
+
+def gate_and_up(mlp: Any) -> list[Module]:
+    """The projections of the MLP's input: some families have them in one matrix."""
+    return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [getattr(mlp, name) for name in GATE_UP]
+
+
+def _rotate(heads: Tensor, run: Run, *, back: bool = False) -> None:
+    """Rotate heads by their positions, in place; some families rotate the first part of each head only."""
+    rotated = heads[..., : run.cos.shape[-1]]
+    ops.rotate(rotated, run.cos, run.sin, out=rotated, back=back)
+
+
+def _by_head(norm: Norm, part: Tensor) -> Tensor:
+    return norm(part.reshape(-1, part.shape[-1])).view(part.shape)
+
+
+def _tiles(tokens: int) -> Iterator[slice]:
+    step = trainer_facts.MLP_TILE_TOKENS
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def _summed(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:
+    """The sum of both lists in float32, because a bfloat16 sum would forget the smaller tiles."""
+    if not total:
+        return [gradient.float() for gradient in part]
+    return [one.add_(other) for one, other in zip(total, part, strict=True)]
+
+
+def _tensors(record: Attended | Gated) -> list[Tensor | None]:
+    return [getattr(record, name) for name in record.__slots__]
+
+
+def _named(kind: type[Attended] | type[Gated], values: tuple[Tensor | None, ...]) -> dict[str, Any]:
+    return dict(zip(kind.__slots__, values, strict=False))

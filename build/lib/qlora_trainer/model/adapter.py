@@ -1,0 +1,87 @@
+"""The LoRA adapter (Hu et al., 2021) on a frozen base, as PEFT makes and names it.
+
+Rules:
+
+- The adapter has the type of the base's other weights, bfloat16. PEFT would make it float32, and again on reload.
+- It begins as the base itself: A is drawn from the seed, B is zero.
+- Only linear layers in NF4 can have one: not the head, not routed experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from orchestrator.api.job import AdapterSpec
+from orchestrator.api.words import on_one_line
+from qlora_trainer.model.loading import quantized_layers
+from qlora_trainer.model.quantization import COMPUTE_DTYPE
+from qlora_trainer.outcome import UserError
+
+ADAPTER_NAME = "default"
+MAX_REASON_CHARACTERS = 400
+"""Of PEFT's own words, which may show whole modules."""
+
+
+def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> PeftModel:
+    """The base with a fresh adapter: A drawn from the seed, B zero, so it begins as the base itself."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=float(adapter.dropout),
+        target_modules=target_modules(base, adapter),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        bias="none",
+    )
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        # PEFT still asks for `is_gradient_checkpointing`, which transformers has renamed.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        try:
+            model = get_peft_model(base, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+        except ValueError as error:  # modules of an architecture that PEFT knows to be unfit
+            reason = on_one_line(str(error))[:MAX_REASON_CHARACTERS]
+            raise UserError(f"adapter: PEFT refuses it for this model; {reason}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(COMPUTE_DTYPE)
+    return model
+
+
+def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
+    """What the adapter is on, as PEFT matches names: a layer's last name, or more of its path.
+
+    A target is a layer that is quantized; `base` may be without memory. UserError for any other.
+    """
+    names = list(quantized_layers(base))
+    if adapter.target_modules == "all-linear":
+        return sorted({name.rpartition(".")[2] for name in names})
+    for wanted in adapter.target_modules:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise UserError(
+                f"spec.adapter.targetModules: {wanted!r} is no linear layer of the model that can have an "
+                f"adapter; choose of {known}, or all-linear"
+            )
+    return list(adapter.target_modules)
+
+
+def saved_parameters(model: PeftModel) -> dict[str, Parameter]:
+    """The adapter's parameters under the keys of PEFT's own adapter_model.safetensors."""
+    parameters = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    saved: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    named = {name: parameters[tensor.data_ptr()] for name, tensor in saved.items()}
+    assert len(named) == len(parameters), "PEFT saves something else than what is trained"
+    base: Any = model.get_base_model()
+    dtype = base.get_output_embeddings().weight.dtype
+    wrong = [name for name, parameter in named.items() if parameter.dtype != dtype]
+    assert not wrong, f"the adapter must be {dtype} as the base is; {wrong[:3]} are not"
+    return named

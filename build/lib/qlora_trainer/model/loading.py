@@ -1,0 +1,175 @@
+"""The frozen base in NF4: read from a checkpoint, from the cache of quantized weights, or drawn at random.
+
+Rules, each the answer to a trap:
+
+- The base stays as it is loaded: 4-bit linear layers with double quantization (Dettmers et al., 2023), everything else
+  in bfloat16. `prepare_model_for_kbit_training` would make embeddings and head float32 (+3.9 GiB at 70B).
+- What would stay in 16 bits is refused: it is why a model would not fit where it should.
+- On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
+  bypasses the autograd path in training. It is told not to.
+- Attention is packed where that is the model's own (`attention`), else transformers computes it, record by record.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model import quantization
+from qlora_trainer.model.attention import attention_implementation, settle_attention
+from qlora_trainer.model.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.quantized_cache import (
+    QUANTIZATION,
+    QuantizedCache,
+    ReadAhead,
+    UnfitEntry,
+    entry_key,
+    fill,
+    tensors_of,
+)
+from qlora_trainer.model.random_weights import random_base, random_seed
+from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME
+from qlora_trainer.outcome import UserError
+
+log = logging.getLogger(__name__)
+
+
+def load_base(
+    folder: Path,
+    device: torch.device,
+    packed_attention: PackedAttention,
+    cached: ReadAhead | None = None,
+) -> PreTrainedModel:
+    """The base of a Hugging Face model folder, frozen and quantized on the device.
+
+    Its attention is the packed one only where that is the model's own; `base.config` names it.
+    """
+    began = time.perf_counter()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    packed_attention.register()
+    implementation = attention_implementation(config)
+    if (folder / RANDOM_WEIGHTS_NAME).is_file():
+        base, origin = random_base(config, implementation, device, seed=random_seed(folder)), "drawn at random"
+    else:
+        base, origin = _checkpoint_base(folder, config, implementation, device, cached or ReadAhead(folder, device))
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    _keep_cpu_weights_unpacked(base)
+    refuse_unquantized(base)
+    settle_attention(base, packed_attention)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # dense weights have left pages behind; see `sizing/memory/fragmentation`
+    gib = sum(parameter.nbytes for parameter in base.parameters()) / 2**30
+    log.info("loaded %.1f GiB in %.1f s, %s", gib, time.perf_counter() - began, origin)
+    return base
+
+
+def _checkpoint_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device, cached: ReadAhead
+) -> tuple[PreTrainedModel, str]:
+    """The base and how it was had. What had to be quantized is kept at once, while nothing else needs card or disk."""
+    base = _cached_base(cached, folder, config, device)
+    if base is not None:
+        return base, "from the cache of quantized weights"
+    base = _quantized_base(folder, config, implementation, device)
+    if (cache := QuantizedCache.from_environment()) is not None:
+        _keep_cpu_weights_unpacked(base)
+        cache.write(entry_key(folder, device), tensors_of(base))
+    return base, "quantized"
+
+
+def _quantized_base(
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+) -> PreTrainedModel:
+    """Read through a memory map and quantized on the device, one tensor after the other."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        quantization_config=_quantization(),
+        dtype=COMPUTE_DTYPE,
+        device_map={"": str(device)},
+        attn_implementation=implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+
+
+def _cached_base(
+    cached: ReadAhead, folder: Path, config: PreTrainedConfig, device: torch.device
+) -> PreTrainedModel | None:
+    tensors = cached.take()
+    if tensors is None:
+        return None
+    base, quantizer = weightless_base(config, device)
+    base.config.name_or_path = str(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        fill(base, tensors)
+        if any(parameter.is_meta for parameter in base.parameters()):
+            base.tie_weights()  # an entry holds tied weights once
+        unfilled = [name for name, parameter in base.named_parameters() if parameter.is_meta]
+        unfilled += [name for name, _ in base.named_buffers() if name not in tensors]
+        if unfilled:
+            raise UnfitEntry(f"it lacks {unfilled[0]}")
+    except UnfitEntry as error:
+        log.warning("the cached quantized weights do not fit, and are not used: %s", error)
+        return None
+    quantizer.postprocess_model(base)
+    return base
+
+
+def weightless_base(config: PreTrainedConfig, device: torch.device) -> tuple[Any, HfQuantizer]:
+    """What `from_pretrained` builds before it reads weights: the linear layers are replaced, nothing takes memory."""
+    # Not `torch.device("meta")`: to compute on tensors without memory, as for buffers and first weights, imports sympy.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=COMPUTE_DTYPE, attn_implementation=attention_implementation(config)
+        )
+        quantizer = quantization.Quantizer(_quantization())
+        quantizer.preprocess_model(base, device_map={"": str(device)})
+    base.config.quantization_config = quantizer.quantization_config
+    base.hf_quantizer = quantizer
+    return base.eval(), quantizer
+
+
+def _quantization() -> quantization.Quantization:
+    return quantization.Quantization(**QUANTIZATION)
+
+
+def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:
+    for layer in quantized_layers(base).values():
+        layer.support_avx512bf16_for_cpu = False
+
+
+def refuse_unquantized(base: PreTrainedModel) -> None:
+    """UserError if much of the base would stay in 16 bits, which is why it would not fit where it should."""
+    if reason := quantization.refusal(base):
+        raise UserError(f"{type(base).__name__} cannot be trained here: {reason}; choose another model")
+    matrix = base.config.get_text_config().hidden_size ** 2  # smaller ones, such as convolutions, do not matter
+    for name, parameter in base.named_parameters():
+        large = parameter.dim() >= 3 and parameter.is_floating_point() and parameter.numel() >= matrix
+        if large and not quantization.holds(base, name):
+            raise UserError(
+                f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that cannot "
+                "be quantized to NF4; choose a model of linear layers"
+            )
+    if not quantized_layers(base):
+        raise UserError(f"{type(base).__name__} has no linear layer that can be quantized to NF4; choose another model")
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, bnb.nn.Linear4bit]:
+    """The linear layers in NF4, by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}

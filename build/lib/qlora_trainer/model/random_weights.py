@@ -1,0 +1,100 @@
+"""Random weights in NF4: sizing and benchmarks without a checkpoint.
+
+Rules: they stand in only where `$QLORA_ALLOW_RANDOM_WEIGHTS` is 1; they have the memory layout of a real checkpoint,
+tensor for tensor; the same seed gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qlora_trainer.kernels.moe_experts import NF4Experts, nf4
+from qlora_trainer.model import quantization
+from qlora_trainer.model.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
+from qlora_trainer.outcome import UserError
+
+
+def random_seed(folder: Path) -> int:
+    """The seed that a folder names in place of weights; UserError where random weights are not allowed."""
+    if os.environ.get(RANDOM_WEIGHTS_VARIABLE) != "1":
+        raise UserError(
+            f"{folder} holds {RANDOM_WEIGHTS_NAME} in place of weights, which is for sizing and benchmarks; "
+            f"give a model with safetensors, or set {RANDOM_WEIGHTS_VARIABLE}=1"
+        )
+    return int(json.loads((folder / RANDOM_WEIGHTS_NAME).read_text())["seed"])
+
+
+def random_base(config: PreTrainedConfig, implementation: str, device: torch.device, *, seed: int) -> PreTrainedModel:
+    """N(0, 0.02) drawn and quantized layer by layer: the memory layout of a real checkpoint, with no file read."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
+    quantization.replace_experts(base)
+    generator = torch.Generator(device).manual_seed(seed)
+    head = base.get_output_embeddings()
+    module: Any
+    for name, module in list(base.named_modules()):
+        if isinstance(module, NF4Experts):
+            _draw_experts(module, device, generator)
+        elif isinstance(module, torch.nn.Linear) and module is not head:
+            base.set_submodule(name, _random_layer(module, device, generator))
+        elif type(module).__name__.endswith("RotaryEmbedding"):
+            rotary: Any = type(module)
+            base.set_submodule(name, rotary(config).to(device))
+        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _fill_buffers(base, module, device)
+    for name, parameter in list(base.named_parameters()):
+        if parameter.is_meta:
+            values = torch.ones(parameter.shape, dtype=COMPUTE_DTYPE, device=device)
+            if parameter.dim() > 1:
+                values.normal_(0, 0.02, generator=generator)
+            owner, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(owner), leaf, Parameter(values, requires_grad=False))
+    base.tie_weights()
+    base.is_loaded_in_4bit = True  # as transformers' own loading marks it, for PEFT
+    return base
+
+
+def _fill_buffers(base: PreTrainedModel, module: torch.nn.Module, device: torch.device) -> None:
+    """Constants such as Gemma's scale of embeddings, which no checkpoint holds: transformers fills them itself."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, torch.empty_like(buffer, device=device))
+    base._init_weights(module)  # pyright: ignore[reportPrivateUsage] - transformers' only way to fill a buffer
+
+
+def _random_layer(linear: Any, device: torch.device, generator: torch.Generator) -> bnb.nn.Linear4bit:
+    shape = (linear.out_features, linear.in_features)
+    weight = torch.empty(shape, dtype=COMPUTE_DTYPE, device=device).normal_(0, 0.02, generator=generator)
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=COMPUTE_DTYPE,
+        quant_type="nf4",
+        device="meta",
+    )
+    parameter: Any = bnb.nn.Params4bit  # whose __new__ has no types
+    layer.weight = parameter(weight, quant_type="nf4", compress_statistics=True, module=layer).to(device)
+    return layer
+
+
+def _draw_experts(module: NF4Experts, device: torch.device, generator: torch.Generator) -> None:
+    """Put together from parts, as transformers fuses the experts of a checkpoint: that takes memory too."""
+
+    def drawn() -> Tensor:
+        shape = (module.experts, module.inner, module.hidden)
+        return torch.empty(shape, dtype=COMPUTE_DTYPE, device=device).normal_(0, 0.02, generator=generator)
+
+    quantized: Any = nf4(torch.cat([drawn(), drawn()], dim=1))
+    module.gate_up_proj = quantized.to(device)
+    quantized = nf4(drawn().view(module.down_proj.shape))
+    module.down_proj = quantized.to(device)

@@ -1,0 +1,313 @@
+"""A step of training on a small random copy of a model, on the CPU: what would fail on the GPU fails in prepare.
+
+Rules:
+
+- The copy has the very config, but for its widths, its number of layers (at least two, and one of each kind), its
+  vocabulary, windows and positions. A probe of several records is longer than all of those windows and positions.
+- It goes the way of the train stage: load and quantize, adapter, `TrainingModel.check`, one step, save, reload; then it
+  generates two tokens.
+- How it attends is held against transformers' own eager attention, in float32, one record at a time.
+- Whatever fails is the user's to know, as a UserError that names the model; so is a model that no copy can be made of.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from math import gcd
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orchestrator.api.job import AdapterSpec
+from orchestrator.api.plan import MemoryPlan
+from qlora_trainer.data.micro_batch import MicroBatch, collate
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
+from qlora_trainer.model.loading import load_base, quantized_layers
+from qlora_trainer.model.source import library_words
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.outcome import UserError
+
+LENGTHS = (13, 30, 21)
+"""Tokens of the probe's records."""
+POSITIONS, WINDOW, VOCABULARY, RANK = 48, 8, 256, 4
+"""Of the copy: no record has more positions, and the row of all has; records are longer than windows."""
+LARGEST_PARAMETERS = 200_000_000
+"""A copy that only its number of layers could be made smaller of; more take minutes to quantize on a CPU."""
+MOST_LAYERS = 8
+TOLERANCE = 1e-3
+"""Largest relative difference between two float32 ways to the same logits."""
+
+WIDTHS: Mapping[str, int] = {
+    "hidden_size": 64, "word_embed_proj_dim": 64, "intermediate_size": 256, "ffn_dim": 256, "n_inner": 256,
+    "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "ffn_hidden_size": 256,
+    "num_attention_heads": 4, "head_dim": 16, "rotary_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "lru_width": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+"""The copy's widths, by the names that transformers has for them."""
+BOUNDS: Mapping[str, int] = {
+    "sliding_window": WINDOW, "window_size": WINDOW, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": POSITIONS, "vocab_size": VOCABULARY,
+}  # fmt: skip
+"""What the copy has at most."""
+SCALED = ("hidden_size", "intermediate_size", "num_attention_heads")
+SMALLEST_SCALED = 64
+"""The copy's width where all widths are divided by the same number."""
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+
+log = logging.getLogger(__name__)
+
+
+def rehearse(config: Any, source: str, adapter: AdapterSpec) -> str | None:
+    """Train a small copy for a step, and raise UserError if the model cannot be trained as it is.
+
+    Returns why its records are trained one by one; None where rows of them are packed.
+    """
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    failure: Exception | None = None
+    for copy in small_copies(config):
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")  # what libraries warn of on a small copy is nobody's concern
+                return _rehearse(copy, adapter)
+        except UserError as error:
+            raise UserError(f"{source}: {error.message}") from error
+        except Exception as error:  # a copy that was made too small may fail where a larger one does not
+            log.debug("a small copy of %s fails", name, exc_info=True)
+            failure = error
+    if failure is None:
+        raise UserError(
+            f"{source}: no small copy of {name} can be made to try a step of training on, so it is not known whether "
+            "it can be trained; choose another model"
+        )
+    raise UserError(
+        f"{source}: {name} cannot be trained here; a step on a small copy of it fails with "
+        f"{library_words(failure)}; choose another model"
+    ) from failure
+
+
+def _rehearse(config: Any, adapter: AdapterSpec) -> str | None:
+    torch.manual_seed(0)
+    reference = _drawn(config)
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
+        folder = Path(scratch) / "model"
+        reference.save_pretrained(folder)
+        model = _trained(folder, adapter)
+        _reload(folder, model, Path(scratch) / "adapter")
+    _compare_attention(reference, model)
+    return model.separate_because
+
+
+# --- the copy
+
+
+def small_copies(config: Any) -> Iterator[Any]:
+    """Small copies of a config that can be built, the smallest first."""
+    for change in (_shrunk, _shrunk_with_plain_rope, _scaled_down, _with_fewer_layers):
+        if (copy := _buildable(config, change(config))) is not None:
+            yield copy
+
+
+def _buildable(config: Any, values: Mapping[str, Any]) -> Any | None:
+    try:
+        copy = type(config).from_dict(dict(values))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy)
+        return copy if sum(each.numel() for each in model.parameters()) <= LARGEST_PARAMETERS else None
+    except Exception:  # noqa: BLE001 - configs check themselves in many ways, and some sizes belong together
+        return None
+
+
+def _shrunk(config: Any) -> dict[str, Any]:
+    """All widths replaced, those of configs inside too."""
+    values = _bounded(config)
+    own = config.attribute_map
+    heads, key_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    for name, size in WIDTHS.items():
+        if _is_number(values.get(own.get(name, name))):
+            values[own.get(name, name)] = size
+    for name in KEY_HEADS:
+        if _is_number(values.get(name)):
+            values[name] = 4 if key_heads == heads else min(values[name], 2)
+    return values | {name: _shrunk(inner) for name, inner in _inner_configs(config)}
+
+
+def _shrunk_with_plain_rope(config: Any) -> dict[str, Any]:
+    values = _shrunk(config)
+    if values.get("rope_parameters"):
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    return values
+
+
+def _scaled_down(config: Any) -> dict[str, Any]:
+    """All widths divided by a number, because in some models they depend on each other."""
+    values = _bounded(config)
+    own = config.attribute_map
+    names = [own.get(name, name) for name in (*SCALED, *KEY_HEADS)]
+    known = {name: values[name] for name in names if _is_number(values.get(name))}
+    divisor = gcd(*known.values())
+    while divisor > 1 and values[own.get("hidden_size", "hidden_size")] // divisor < SMALLEST_SCALED:
+        divisor //= 2
+    scaled = {name: max(1, size // max(1, divisor)) for name, size in known.items()}
+    return values | scaled | {name: _scaled_down(inner) for name, inner in _inner_configs(config)}
+
+
+def _with_fewer_layers(config: Any) -> dict[str, Any]:
+    """Nothing but fewer layers and tokens."""
+    values = config.to_dict() | _fewer_layers(config)
+    if _is_number(values.get("vocab_size")):
+        values["vocab_size"] = max(VOCABULARY, _tokens(config) + 1)
+    return values | {name: _with_fewer_layers(inner) for name, inner in _inner_configs(config)}
+
+
+def _tokens(config: Any) -> int:
+    """The largest of the special tokens that a config names."""
+    return max(
+        (value for name, value in config.to_dict().items() if _names_token(name) and _is_number(value)), default=0
+    )
+
+
+def _inner_configs(config: Any) -> list[tuple[str, Any]]:
+    found = [(name, getattr(config, name, None)) for name in config.sub_configs]
+    return [(name, inner) for name, inner in found if isinstance(inner, PreTrainedConfig)]
+
+
+def _bounded(config: Any) -> dict[str, Any]:
+    """Fewer layers, experts, positions and tokens, and short windows."""
+    values: dict[str, Any] = config.to_dict() | _fewer_layers(config)
+    own = config.attribute_map
+    for name, bound in BOUNDS.items():
+        value = values.get(own.get(name, name))
+        if _is_number(value):
+            values[own.get(name, name)] = min(value, bound)
+    for name, value in values.items():
+        if _names_token(name) and (_is_number(value) or isinstance(value, list)):
+            # Several tokens may end a text.
+            values[name] = min(value, VOCABULARY - 1) if _is_number(value) else VOCABULARY - 1
+    return values
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names_token(name: str) -> bool:
+    return name.endswith(("_token_id", "_token_index"))
+
+
+def _fewer_layers(config: Any) -> dict[str, Any]:
+    """Two layers, or one of each kind, where the config lists its layers' kinds."""
+    values = config.to_dict()
+    layers = getattr(config, "num_hidden_layers", 2)
+    lists = {name: each for name, each in values.items() if isinstance(each, list) and len(each) == layers > 1}
+    kinds = list(zip(*lists.values(), strict=True)) or [()] * layers
+    first = [number for number, kind in enumerate(kinds) if str(kind) not in {str(each) for each in kinds[:number]}]
+    chosen = sorted({*first, 0, min(1, layers - 1)})[:MOST_LAYERS]
+    own = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return {own: len(chosen), **{name: [each[number] for number in chosen] for name, each in lists.items()}}
+
+
+def _drawn(config: Any) -> Any:
+    """The copy in float32, with weights that no part of it can hide behind: nothing is zero, nothing is one."""
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.data.copy_(noise / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.data.add_(0.5 * noise)
+    return model.eval()
+
+
+# --- the train stage
+
+
+def _trained(folder: Path, adapter: AdapterSpec) -> TrainingModel:
+    attention = PackedAttention()
+    base = load_base(folder, torch.device("cpu"), attention)
+    recomputes = any(isinstance(module, GradientCheckpointingLayer) for module in base.modules())
+    model = TrainingModel(
+        add_adapter(base, _small(adapter, list(quantized_layers(base))), seed=0),
+        MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=int(recomputes), loss_chunk_tokens=16),
+        attention,
+        0.0,
+    )
+    model.check()
+    model.train()
+    loss = model.accumulate(_probe(), divisor=float(sum(LENGTHS)))
+    grads = [parameter.grad for _, parameter in model.trainable() if parameter.grad is not None]
+    if not torch.isfinite(loss) or not all(bool(torch.isfinite(grad).all()) for grad in grads):
+        raise ValueError("its loss or its gradients are not finite")
+    return model
+
+
+def _small(adapter: AdapterSpec, names: list[str]) -> AdapterSpec:
+    """The adapter with a low rank, on those of its targets that the copy's layers have."""
+    targets: Any = adapter.target_modules
+    if targets != "all-linear":
+        known = tuple(target for target in targets if any(f".{name}".endswith(f".{target}") for name in names))
+        targets = known or "all-linear"
+    return adapter.model_copy(update={"rank": min(adapter.rank, RANK), "target_modules": targets})
+
+
+def _reload(folder: Path, model: TrainingModel, saved: Path) -> None:
+    """Save the adapter as a checkpoint does, and load it as PEFT and plain transformers do."""
+    saved.mkdir()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.adapter().items()}, saved / "adapter_model.safetensors"
+    )
+    model.peft_model.peft_config[ADAPTER_NAME].save_pretrained(str(saved))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    reloaded: Any = PeftModel.from_pretrained(base, str(saved))
+    loaded = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
+    odd = [name for name, tensor in model.adapter().items() if not torch.equal(loaded[name].to(tensor.dtype), tensor)]
+    if odd or len(loaded) != len(model.adapter()):
+        raise ValueError(f"PEFT loads another adapter than was saved; {odd[:3]} differ")
+    reloaded.eval().generate(input_ids=_probe().input_ids[:, : LENGTHS[0]], max_new_tokens=2, do_sample=False)
+
+
+# --- attention
+
+
+def _probe() -> MicroBatch:
+    random = np.random.RandomState(0)
+    records = [random.randint(3, VOCABULARY - 3, size=length).astype(np.int32) for length in LENGTHS]
+    return collate([(ids, ids, np.arange(len(ids), dtype=np.int32)) for ids in records])
+
+
+@torch.no_grad()
+def _compare_attention(reference: Any, model: TrainingModel) -> None:
+    batch = _probe()
+    expected = _record_by_record(reference, batch)
+    reference.set_attn_implementation(model.attention_implementation)
+    if model.separate:
+        found = _record_by_record(reference, batch)
+    else:
+        model.attention.expect(batch, batch.record_starts)
+        found = reference(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{type(reference).__name__} attends in a way that is not known here: a packed row is off by "
+            f"{difference:.1%} from the model's own attention; choose another model"
+        )
+
+
+def _record_by_record(model: Any, batch: MicroBatch) -> Tensor:
+    starts = pairwise(batch.record_starts.tolist())
+    return torch.cat([model(input_ids=batch.input_ids[:, a:b], use_cache=False).logits for a, b in starts], dim=1)

@@ -1,0 +1,597 @@
+"""Where the base model comes from: its files, what they say of it, and those that cannot be used.
+
+`describe_model` reads the config, the tokenizer files and the headers of the weights, but never the weights;
+`resolve_model` gives the whole model. Rules:
+
+- Only safetensors are read, and no code that comes with a model is run.
+- The weights of `file://` and `pvc://` models are used where they lie, and no link leads out of there. `s3://` models
+  are copied to `$QLORA_MODEL_CACHE`, each version of the bucket's content into a folder of its own. `hf://` models live
+  in the hub's cache.
+- Both read the same files of weights: one file, or the shards of an index; a folder with both is refused.
+- What is wrong with a model is a UserError that names the file or field; a source that does not answer is Transient.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from orchestrator.api.base import MAX_COUNT
+from orchestrator.api.contained_files import Contained
+from orchestrator.api.json_text import read_json
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.words import on_one_line
+from qlora_trainer.outcome import UserError
+from qlora_trainer.storage.source_errors import translated
+from qlora_trainer.storage.uri import claim_path, local_path
+
+MODEL_CACHE_VARIABLE = "QLORA_MODEL_CACHE"
+DEFAULT_MODEL_CACHE = "~/.cache/qlora/models"
+RANDOM_WEIGHTS_NAME = "random_weights.json"
+RANDOM_WEIGHTS_VARIABLE = "QLORA_ALLOW_RANDOM_WEIGHTS"
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_FILE_NAME = "model.safetensors"
+TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""Everything of a model that is small: config, index, tokenizer, templates."""
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own bound on a safetensors header."""
+MAX_NAME_SHOWN = 200
+"""Characters of a stranger's name in a message."""
+LIBRARY_CHARACTERS = 400
+"""Of a library's own words in a message."""
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+"""Bytes of an element, by what safetensors calls its type."""
+STRETCHING_ROPE_TYPES = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has left in place of a large one."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorShape:
+    """One tensor of a safetensors file, from its header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """A model without its weights."""
+
+    folder: Path
+    """Holds config and tokenizer."""
+    revision: str
+    """The commit of a hub model, or the digest of a folder's config and tensor index."""
+    tensors: Mapping[str, TensorShape] | None
+    """What the weights' files hold, by name; None where random weights stand in for them."""
+
+
+def resolve_model(source: str, revision: str) -> Path:
+    """A local folder with the whole model, weights included."""
+    with translated(source, field="spec.model.source"):
+        location = _locate(source, revision)
+        return location.fetch([*location.description_names(), *_weight_names(location)])
+
+
+def describe_model(source: str, revision: str) -> ModelDescription:
+    """A local folder with config and tokenizer, and what the weights' headers say; all of it checked."""
+    with translated(source, field="spec.model.source"):
+        location = _locate(source, revision)
+        headers = {name: location.read_header(name) for name in _weight_names(location)}
+        _check_index(location, headers)
+        folder = location.fetch(location.description_names())
+        _refuse_pointers(source, folder)
+        return ModelDescription(
+            folder=folder,
+            revision=location.commit or _content_digest(location, headers),
+            tensors=_all_tensors(source, headers) if headers else None,
+        )
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Digest over everything that decides how this model's tokenizer turns text into tokens, templates aside."""
+    digest = hashlib.sha256()
+    config = json.loads((folder / CONFIG_NAME).read_bytes())
+    digest.update(str(config.get("model_type")).encode())  # decides the class of some tokenizers
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _matches(path.name, TOKENIZER_PATTERNS):
+            digest.update(f"\n{path.name}\n".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def load_tokenizer(folder: Path, source: str, chat_template: str | None) -> Any:
+    """The model's tokenizer as transformers makes it for inference, with the job's chat template if it has one."""
+    if not any(_matches(path.name, TOKENIZER_PATTERNS) for path in folder.iterdir()):
+        raise UserError(f"{source} has no tokenizer: add the model's tokenizer.json and tokenizer_config.json")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the files provoke, they are the user's to mend
+        raise UserError(f"the tokenizer of {source} cannot be loaded: {library_words(error)}") from error
+    template = chat_template or tokenizer.chat_template
+    if isinstance(template, dict):  # some models ship several by name
+        template = template.get("default")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def read_facts(description: ModelDescription, source: str) -> ModelFacts:
+    """The model's shape, as its transformers class reads the config (which may leave defaults out)."""
+    _refuse_quantized(source, _read_config(description.folder, source))
+    resolved = known_config(description.folder, source)
+    refuse_not_causal(source, resolved)
+    try:
+        return ModelFacts.from_config(resolved.to_dict(), description.revision)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}") from error
+
+
+def context_length(description: ModelDescription, source: str) -> int | None:
+    """The largest number of positions that the model was made for, where its config tells.
+
+    Rotary embeddings may be stretched to a factor of the original length (linear: Chen et al., 2023; YaRN: Peng et al.,
+    2023; LongRoPE: Ding et al., 2024), and many a config leaves max_position_embeddings as it was.
+    """
+    config = known_config(description.folder, source).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length <= 0:
+        return None
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [each for each in rope.values() if isinstance(each, dict)]
+    return max(length, *(_stretched(each, length) for each in by_layer_type or [rope]))
+
+
+def _stretched(rope: Mapping[str, Any], length: int) -> int:
+    if rope.get("rope_type", "default") not in STRETCHING_ROPE_TYPES:
+        return length
+    return int((rope.get("factor") or 1.0) * (rope.get("original_max_position_embeddings") or length))
+
+
+# --- where it lies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Header:
+    """A safetensors file's header."""
+
+    raw: bytes
+    tensors: Mapping[str, TensorShape]
+
+
+class _Location:
+    """A folder of files behind fsspec: the same few questions for every kind of source."""
+
+    def __init__(self, source: str, file_system: Any, root: str, commit: str | None = None) -> None:
+        self.source = source
+        self.commit = commit
+        self._file_system = file_system
+        self._root = root.rstrip("/")
+        self.files = self._list()
+
+    def _list(self) -> dict[str, Mapping[str, Any]]:
+        try:
+            entries = self._file_system.ls(self._root, detail=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"there is no model folder at {self.source}; check spec.model.source") from error
+        return {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+
+    def refuse_adapter(self) -> None:
+        """An adapter is not a model, although it lies in a folder like one."""
+        if ADAPTER_CONFIG_NAME in self.files and CONFIG_NAME not in self.files:
+            base = _named_base(self.read(ADAPTER_CONFIG_NAME))
+            raise UserError(
+                f"{self.source} holds an adapter ({ADAPTER_CONFIG_NAME}), not a model; give {base} as "
+                "spec.model.source, or the model that the adapter was merged into"
+            )
+
+    def description_names(self) -> list[str]:
+        if CONFIG_NAME not in self.files:
+            raise UserError(f"{self.source} holds no {CONFIG_NAME}; give the folder of a Hugging Face model")
+        names = [name for name in sorted(self.files) if _matches(name, DESCRIPTION_PATTERNS)]
+        return [name for name in names if name != ADAPTER_CONFIG_NAME]  # transformers would load that adapter
+
+    def read(self, name: str) -> bytes:
+        return self._file_system.cat_file(f"{self._root}/{name}")
+
+    def _open(self, name: str) -> Any:
+        return self._file_system.open(f"{self._root}/{name}", "rb", block_size=1 << 20)
+
+    def read_header(self, name: str) -> _Header:
+        """The header of a safetensors file, which must also be as long as its header says."""
+        size = int(self.files[name]["size"])
+        with self._open(name) as file:
+            start = file.read(8)
+            if start == POINTER[:8]:
+                raise _pointer_refusal(self.source, name)
+            length = int.from_bytes(start, "little")
+            raw = file.read(length) if size >= 8 and length <= min(MAX_HEADER_BYTES, size - 8) else b""
+        try:
+            return _Header(raw=raw, tensors=_parse_header(raw, size))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.source}: {name} is damaged or not a safetensors file ({error}); copy it again"
+            ) from error
+
+    def fetch(self, names: Iterable[str]) -> Path:
+        """A local folder with these files, which nobody else changes."""
+        raise NotImplementedError
+
+
+class _Folder(_Location):
+    """`file://` and `pvc://`, of which nothing is read that a link leads out of them to."""
+
+    def __init__(self, source: str, path: Path, claim: Path | None) -> None:
+        try:
+            self._contained = Contained.of(path, claim)
+            self._listed = self._contained.files()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"there is no model folder at {source}; check spec.model.source") from error
+        super().__init__(source, None, str(path))
+
+    def _list(self) -> dict[str, Mapping[str, Any]]:
+        return {name: {"size": status.st_size} for name, status in self._listed.items()}
+
+    def read(self, name: str) -> bytes:
+        return self._contained.read(name)
+
+    def _open(self, name: str) -> Any:
+        return self._contained.open(name)
+
+    def refuse_adapter(self) -> None:
+        super().refuse_adapter()
+        if ADAPTER_CONFIG_NAME in self.files:
+            raise UserError(
+                f"{self.source}: {ADAPTER_CONFIG_NAME} lies beside the model's config.json, so the folder would be "
+                "loaded as an adapter; remove that file, or merge the adapter into the model first"
+            )
+
+    def fetch(self, names: Iterable[str]) -> Path:
+        return _own_folder(self._contained, names)
+
+
+def _own_folder(contained: Contained, names: Iterable[str]) -> Path:
+    """A folder of this process: copies of what is small and may be published, and names for the weights.
+
+    The libraries open files by their names, so what they find must not change its meaning after it was looked at.
+    """
+    own = Path(tempfile.mkdtemp(prefix="qlora-model-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    for name in names:
+        with contained.open(name) as file:
+            if _matches(name, DESCRIPTION_PATTERNS) and name != INDEX_NAME:
+                with (own / name).open("xb") as copy:
+                    shutil.copyfileobj(file, copy)
+            else:
+                (own / name).symlink_to(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    return own
+
+
+class _Bucket(_Location):
+    """`s3://` and whatever else fsspec can list."""
+
+    def __init__(self, source: str) -> None:
+        file_system, root = fsspec.core.url_to_fs(source, use_listings_cache=False)
+        super().__init__(source, file_system, root)
+
+    def fetch(self, names: Iterable[str]) -> Path:
+        names = sorted(names)
+        cache = Path(os.environ.get(MODEL_CACHE_VARIABLE, DEFAULT_MODEL_CACHE)).expanduser()
+        target = cache / self._version(names)
+        if not target.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            self._download(names, target)
+        return _own_folder(Contained.of(target), names)
+
+    def _version(self, names: list[str]) -> str:
+        """A name for what the bucket holds now: where, which files, how long, which versions."""
+        stated = [(name, self.files[name]["size"], str(self.files[name].get("ETag", ""))) for name in names]
+        return hashlib.sha256(json.dumps([self.source, stated]).encode()).hexdigest()[:32]
+
+    def _download(self, names: list[str], target: Path) -> None:
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+        try:
+            for name in names:
+                log.info("fetching %s/%s", self.source, name)
+                self._file_system.get_file(f"{self._root}/{name}", str(temporary / name))
+            try:
+                temporary.rename(target)
+            except OSError:
+                if not target.is_dir():  # otherwise another stage was faster
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _HubModel(_Location):
+    """`hf://owner/name` at one commit."""
+
+    def __init__(self, source: str, revision: str) -> None:
+        from huggingface_hub import HfApi, HfFileSystem
+
+        self._repository = source.removeprefix("hf://").rstrip("/")
+        commit = HfApi().model_info(self._repository, revision=revision).sha
+        super().__init__(
+            source, HfFileSystem(use_listings_cache=False), f"{self._repository}@{commit}", commit=str(commit)
+        )
+
+    def fetch(self, names: Iterable[str]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        names = sorted(names)
+        folder = snapshot_download(
+            self._repository, revision=self.commit, allow_patterns=names, ignore_patterns=["*/*"]
+        )
+        return _own_folder(Contained.of(Path(folder)), names)
+
+
+def _locate(source: str, revision: str) -> _Location:
+    if source.startswith("hf://"):
+        return _HubModel(source, revision)
+    path = local_path(source)
+    return _Bucket(source) if path is None else _Folder(source, path, claim_path(source))
+
+
+# --- its files
+
+
+def _weight_names(location: _Location) -> list[str]:
+    """The files that hold the weights, all of them there."""
+    files = location.files
+    location.refuse_adapter()
+    if INDEX_NAME in files:
+        names = sorted(set(_weight_map(location).values()))
+        if SINGLE_FILE_NAME in files and names != [SINGLE_FILE_NAME]:
+            raise UserError(
+                f"{location.source} holds two sets of weights, {SINGLE_FILE_NAME} and the {len(names)} files of "
+                f"{INDEX_NAME}; remove the one that is not meant"
+            )
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise UserError(
+                f"{location.source}: {INDEX_NAME} lists {len(missing)} files that are not there, the first is "
+                f"{missing[0]}; copy the whole model"
+            )
+        return names
+    if SINGLE_FILE_NAME in files:
+        return [SINGLE_FILE_NAME]
+    if RANDOM_WEIGHTS_NAME in files and os.environ.get(RANDOM_WEIGHTS_VARIABLE) == "1":
+        return []
+    raise UserError(f"{location.source} {_what_instead_of_weights(files)}")
+
+
+def _what_instead_of_weights(files: Iterable[str]) -> str:
+    pickled = sorted(name for name in files if _matches(name, PICKLE_PATTERNS))
+    if pickled:
+        return (
+            f"holds its weights pickled ({pickled[0]}), which is code that would be run on loading; "
+            "convert the model to safetensors (save_pretrained does)"
+        )
+    if any(name.endswith(".gguf") for name in files):
+        return "holds a GGUF file, which is for inference; give the model's safetensors"
+    return f"holds neither {SINGLE_FILE_NAME} nor {INDEX_NAME}; give the folder of a Hugging Face model"
+
+
+def _weight_map(location: _Location) -> Mapping[str, str]:
+    try:
+        index: Any = read_json(location.read(INDEX_NAME))
+        weight_map = index["weight_map"]
+        return {str(tensor): str(name) for tensor, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{location.source}: {INDEX_NAME} is damaged ({error!r}); copy it again") from error
+
+
+def _check_index(location: _Location, headers: Mapping[str, _Header]) -> None:
+    if INDEX_NAME not in location.files:
+        return
+    absent = [tensor for tensor, name in _weight_map(location).items() if tensor not in headers[name].tensors]
+    if absent:
+        raise UserError(
+            f"{location.source}: {INDEX_NAME} lists {len(absent)} tensors that its files do not hold, the first is "
+            f"{absent[0]}; copy the whole model"
+        )
+
+
+def _all_tensors(source: str, headers: Mapping[str, _Header]) -> dict[str, TensorShape]:
+    """The tensors of all files, each of them in one."""
+    places: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.tensors:
+            if name in places:
+                raise UserError(f"{source}: {places[name]} and {file} both hold {name}; copy the whole model anew")
+            places[name] = file
+    return {name: shape for header in headers.values() for name, shape in header.tensors.items()}
+
+
+def _refuse_pointers(source: str, folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _matches(path.name, DESCRIPTION_PATTERNS):
+            with path.open("rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    raise _pointer_refusal(source, path.name)
+
+
+def _pointer_refusal(source: str, name: str) -> UserError:
+    return UserError(
+        f"{source}: {name} is a Git LFS pointer, not the file itself; run `git lfs pull` where the model was cloned"
+    )
+
+
+def _named_base(adapter_config: bytes) -> str:
+    try:
+        config: Any = read_json(adapter_config)
+        name = config["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        name = None
+    return f"its base model, {_shown(name)}," if isinstance(name, str) and name else "its base model"
+
+
+def _parse_header(raw: bytes, file_bytes: int) -> dict[str, TensorShape]:
+    """See https://github.com/huggingface/safetensors: 8 bytes of length, that much JSON, then the data."""
+    if not raw:
+        raise ValueError(f"no header in {file_bytes} bytes")
+    fields = read_json(raw)
+    if not isinstance(fields, dict):
+        raise ValueError("a header that is no object")
+    tensors = {name: _parse_tensor(name, field) for name, field in fields.items() if name != "__metadata__"}
+    end = 8 + len(raw) + max((end for _, end in tensors.values()), default=0)
+    if end != file_bytes:
+        raise ValueError(f"{file_bytes} bytes long instead of {end}")
+    return {name: shape for name, (shape, _) in tensors.items()}
+
+
+def _parse_tensor(name: str, field: Any) -> tuple[TensorShape, int]:
+    """A header's entry, and where its data ends; raises ValueError where it is none that a reader can follow."""
+    known = isinstance(field, dict) and {"dtype", "shape", "data_offsets"} <= field.keys()
+    if not known or not isinstance(field["dtype"], str):
+        raise ValueError(f"the entry of {_shown(name)} has no dtype, shape and data_offsets")
+    shape, offsets = field["shape"], field["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"shape or data_offsets of {_shown(name)} are no sizes")
+    size = ITEM_BYTES.get(field["dtype"])
+    if size is not None and prod(shape) * size != offsets[1] - offsets[0]:
+        raise ValueError(f"{_shown(name)} has {offsets[1] - offsets[0]} bytes, which is not what its shape takes")
+    return TensorShape(dtype=field["dtype"], shape=tuple(shape)), offsets[1]
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_COUNT for value in values)
+
+
+def _shown(name: str) -> str:
+    return on_one_line(name)[:MAX_NAME_SHOWN]
+
+
+def library_words(error: BaseException) -> str:
+    """What a library says is wrong with a file, short enough for a message: it may quote the whole file."""
+    words = on_one_line(f"{type(error).__name__}: {error}")
+    return words if len(words) <= LIBRARY_CHARACTERS else f"{words[:LIBRARY_CHARACTERS]} ..."
+
+
+def _content_digest(location: _Location, headers: Mapping[str, _Header]) -> str:
+    digest = hashlib.sha256(location.read(CONFIG_NAME) if CONFIG_NAME in location.files else b"")
+    for name, header in headers.items():
+        digest.update(f"\n{name}\n".encode() + hashlib.sha256(header.raw).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+# --- its architecture
+
+
+def _read_config(folder: Path, source: str) -> Mapping[str, Any]:
+    try:
+        config: Any = read_json((folder / CONFIG_NAME).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{source}: {CONFIG_NAME} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{source}: {CONFIG_NAME} names no model_type; give the folder of a Hugging Face model")
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise UserError(f"{source}: {CONFIG_NAME}: `architectures` must be a list of class names")
+    return config
+
+
+def _refuse_quantized(source: str, config: Mapping[str, Any]) -> None:
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else {}
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    if quantization:
+        named = quantization if isinstance(quantization, dict) else {}
+        method = _shown(str(named.get("quant_method", "an unnamed method")))
+        raise UserError(
+            f"{source} is already quantized ({method}); give the model's 16-bit weights, training quantizes them to NF4"
+        )
+
+
+def known_config(folder: Path, source: str) -> Any:
+    """The config as transformers' own class for the model type reads it."""
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config = _read_config(folder, source)
+    if config["model_type"] not in CONFIG_MAPPING_NAMES:
+        if config.get("auto_map"):
+            raise UserError(
+                f"{source} needs the code in its own repository (auto_map), which is never run; choose another"
+            )
+        model_type = _shown(config["model_type"])
+        raise UserError(
+            f"{source}: transformers {transformers.__version__} does not know the model type {model_type!r}; "
+            "choose another model or a newer trainer image"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the config provokes, it is the user's to mend
+        raise UserError(f"{source}: {CONFIG_NAME} is not valid: {library_words(error)}") from error
+
+
+def refuse_not_causal(source: str, config: Any) -> None:
+    """UserError for what does not generate text from left to right, or has more than a text model in it."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if not config.architectures:
+        raise UserError(
+            f"{source}: architectures is missing in config.json, so nobody knows what the model is; take the file from "
+            "where the model was published"
+        )
+    architecture = str(config.architectures[0])
+    text = _text_model(config)
+    if text is not config:
+        raise UserError(
+            f"{source} is a {architecture}, which holds a text model beside others ({', '.join(config.sub_configs)}); "
+            "only text models by themselves are tuned here: choose one, or save the text model alone"
+        )
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    classes = (causal,) if isinstance(causal, str) else tuple(causal)
+    bidirectional = (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        or getattr(config, "is_encoder_decoder", False)
+        or getattr(config, "use_bidirectional_attention", False)
+    )
+    if architecture not in classes or bidirectional:
+        raise UserError(
+            f"{source} is a {architecture}, not a causal language model; choose a model that generates text from left "
+            "to right"
+        )
+
+
+def _text_model(config: Any) -> Any:
+    """The config of the text model inside; None if there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return None

@@ -1,0 +1,272 @@
+"""The prepare stage: a job's model and dataset in, training sequences and facts out. Needs no GPU.
+
+`run` reads top to bottom: the dataset's files, the model, the tokens,
+the prepared folder. Whatever is wrong with the job is told here, before a GPU is taken.
+
+The folder is named after the digest of all that shapes the data. If the store holds it already, nothing is tokenised
+again; what does not shape the data (steps, the model's facts) is worked out anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.api.base import decimal
+from orchestrator.api.formats import PREPARED_FOLDER, SHOWN_NAME, FileEntry, PreparedManifest, ShownRecords
+from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.results import PrepareResult
+from orchestrator.api.task import StageTask
+from qlora_trainer.data.chat_templates import named_template
+from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read_dataset, read_first, write_rows
+from qlora_trainer.data.reader import Records
+from qlora_trainer.data.report import (
+    FEW_STEPS,
+    RECORD_BY_RECORD,
+    bounded,
+    counts,
+    data_warnings,
+    in_brackets,
+    mode_warning,
+    optimizer_steps,
+    shown,
+    steps_warning,
+)
+from qlora_trainer.model.source import (
+    context_length,
+    describe_model,
+    load_tokenizer,
+    read_facts,
+    tokenizer_digest,
+)
+from qlora_trainer.outcome import UserError
+from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.tracking.names import refuse_foreign_names
+
+FORMAT_VERSION = 4
+"""Raise it when the same inputs would give other data than before."""
+TRAIN_NAME = "train.parquet"
+EVAL_NAME = "eval.parquet"
+FEWEST_ROWS = 112
+"""A small data set is not packed into fewer rows: three epochs in batches of 16, the defaults, are then 21 steps."""
+SHOWN_RECORDS = 3
+"""So many of the first records are logged and kept with their masks."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """What of the base model matters to the data."""
+
+    facts: ModelFacts
+    tokenizer: Any
+    tokenizer_digest: str
+    context_length: int | None
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Splits:
+    """What is trained and evaluated on."""
+
+    train: Split
+    evaluation: Split
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Datasets:
+    """Where the records come from."""
+
+    train: Records
+    evaluation: Records | None
+
+
+def run(task: StageTask) -> PrepareResult:
+    """Prepare a job's data, or find it prepared."""
+    store = JobStore(task.store_uri)
+    store.take_fence(task.attempt)
+    store.sweep()
+    with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+        datasets = _open_datasets(task.spec, Path(scratch))
+        model = _open_model(task.spec)
+        digest = inputs_digest(task.spec, datasets, model)
+        found = _find_prepared(store, digest, Path(scratch) / "prepared")
+        splits = None if found is not None else _read(task.spec, datasets, model)
+        refuse_foreign_names(task)
+        if found is not None:
+            log.info("%s is prepared already", found.uri)
+            return _with_steps(found, model, task.spec.training)
+    assert splits is not None, "what is not prepared has been read"
+    return _publish(task, store, digest, model, splits)
+
+
+def show(task: StageTask, count: int) -> ShownRecords:
+    """The first records as they would be trained; reads no more of the data set and writes nothing."""
+    with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+        datasets = _open_datasets(task.spec, Path(scratch))
+        model = _open_model(task.spec)
+        read = read_first(count, datasets.train, model.tokenizer, task.spec.dataset, task.spec.training)
+    records = tuple(shown(model.tokenizer, record) for record in read.train.records[:count])
+    return ShownRecords(records=records, warnings=read.warnings)
+
+
+def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
+    dataset = spec.dataset
+    train = Records(
+        dataset.source, split=dataset.split, config=dataset.config, scratch=scratch, field="spec.dataset.source"
+    )
+    if dataset.eval_source is None:
+        return _Datasets(train=train, evaluation=None)
+    held_out = Records(
+        dataset.eval_source,
+        split=dataset.eval_split or dataset.split,
+        config=dataset.config if dataset.eval_source.startswith("hf://") else None,
+        scratch=scratch,
+        field="spec.dataset.evalSource",
+    )
+    return _Datasets(train=train, evaluation=held_out)
+
+
+def _open_model(spec: QLoRAJobSpec) -> _Model:
+    from qlora_trainer.model.architecture import check_architecture  # here, because torch takes seconds
+
+    source = spec.model.source
+    description = describe_model(source, spec.model.revision)
+    facts = read_facts(description, source)
+    separate_because = check_architecture(description, source, spec.adapter)
+    tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
+    check_chat_template(tokenizer, spec.dataset, source)
+    log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
+    return _Model(
+        facts=facts,
+        tokenizer=tokenizer,
+        tokenizer_digest=tokenizer_digest(description.folder),
+        context_length=context_length(description, source),
+        warnings=[] if separate_because is None else [mode_warning(separate_because)],
+    )
+
+
+def inputs_digest(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> str:
+    """Digest over all that shapes the data, and nothing else: of two jobs that differ elsewhere, both may use it."""
+    dataset, training = spec.dataset, spec.training
+    drawn = training.packing or decimal(dataset.eval_fraction) != 0
+    inputs = {
+        "version": FORMAT_VERSION,
+        "format": dataset.format,
+        "train_on": dataset.train_on,
+        "too_long": dataset.too_long,
+        "eval_fraction": str(decimal(dataset.eval_fraction).normalize()),
+        "sequence_length": training.sequence_length,
+        "packing": training.packing,
+        "seed": training.seed if drawn else None,
+        "train": datasets.train.digest(),
+        "eval": datasets.evaluation.digest() if datasets.evaluation else None,
+        "tokenizer": model.tokenizer_digest,
+        "chat_template": model.tokenizer.chat_template,
+    }
+    return f"sha256:{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()}"
+
+
+def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> PrepareResult:
+    """The result of data that is prepared already, for this job's model and steps."""
+    steps = optimizer_steps(training, found.train_sequences)
+    result = found.model_copy(update={"model": model.facts, "steps": steps})
+    about_data = [warning for warning in found.warnings if not warning.startswith((FEW_STEPS, RECORD_BY_RECORD))]
+    return _warned(result, training, [*model.warnings, *about_data])
+
+
+def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]) -> PrepareResult:
+    warnings = bounded([*steps_warning(result, training), *about_data])
+    for warning in warnings:
+        log.warning("%s", warning)
+    return result.model_copy(update={"warnings": warnings})
+
+
+def _find_prepared(store: JobStore, digest: str, scratch: Path) -> PrepareResult | None:
+    name = _folder(digest)
+    manifest = store.read_manifest(name, PreparedManifest)
+    if manifest is None or manifest.inputs != digest:
+        return None
+    try:
+        store.fetch_folder(name, manifest.files, scratch)
+    except DamagedFolder as error:
+        log.warning("the prepared data is made again: %s", error)
+        return None
+    return manifest.result
+
+
+def _folder(digest: str) -> str:
+    return f"{PREPARED_FOLDER}/{digest.removeprefix('sha256:')[:16]}"
+
+
+def _read(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> _Splits:
+    """Both splits, in tokens that the model has."""
+    read = read_dataset(datasets.train, model.tokenizer, spec.dataset, spec.training)
+    evaluation = read.evaluation
+    if datasets.evaluation is not None:
+        evaluation = read_dataset(datasets.evaluation, model.tokenizer, spec.dataset, spec.training).train
+    for split in (read.train, evaluation):
+        _refuse_beyond_model(split, model, spec)
+    return _Splits(
+        train=read.train, evaluation=evaluation, warnings=[*data_warnings(read.train, evaluation), *read.warnings]
+    )
+
+
+def _refuse_beyond_model(split: Split, model: _Model, spec: QLoRAJobSpec) -> None:
+    if split.largest_token >= model.facts.vocab_size:
+        raise UserError(
+            f"{spec.model.source}: its tokenizer gives token {split.largest_token}, but the model has only "
+            f"{model.facts.vocab_size}; the tokenizer is another model's, or its new tokens were never given embeddings"
+        )
+    if model.context_length is not None and split.longest > model.context_length:
+        raise UserError(
+            f"the longest record has {split.longest} tokens, but {spec.model.source} was made for "
+            f"{model.context_length} positions: set spec.training.sequenceLength to that, with spec.dataset.tooLong "
+            "truncate or drop, or choose a model with a longer context"
+        )
+
+
+def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, splits: _Splits) -> PrepareResult:
+    """Write the prepared folder; its manifest, which makes it exist, comes last."""
+    training, train, evaluation = task.spec.training, splits.train, splits.evaluation
+    train_rows, eval_rows = arrange(train, training, fewest_rows=FEWEST_ROWS), arrange(evaluation, training)
+    result = PrepareResult(
+        digest=digest,
+        uri=store.folder_uri(_folder(digest)),
+        model=model.facts,
+        train_records=train.samples,
+        train_sequences=len(train_rows),
+        train_tokens=train.tokens,
+        supervised_tokens=train.supervised,
+        eval_records=evaluation.samples,
+        eval_sequences=len(eval_rows),
+        steps=optimizer_steps(training, len(train_rows)),
+        truncated_records=train.truncated + evaluation.truncated,
+        dropped_records=train.dropped + evaluation.dropped,
+    )
+    log.info("%s", counts(result, training))
+    first = tuple(shown(model.tokenizer, record) for record in train.records[:SHOWN_RECORDS])
+    for number, record in enumerate(first, start=1):
+        log.info("record %d, what carries loss in brackets: %r", number, in_brackets(record))
+    result = _warned(result, training, [*model.warnings, *splits.warnings])
+
+    def make_manifest(files: tuple[FileEntry, ...]) -> PreparedManifest:
+        store.check_fence(task.attempt)
+        return PreparedManifest(inputs=digest, result=result, files=files)
+
+    with store.scratch_folder() as folder:
+        write_rows(folder / TRAIN_NAME, train, train_rows)
+        write_rows(folder / EVAL_NAME, evaluation, eval_rows)
+        model.tokenizer.save_pretrained(folder)
+        (folder / SHOWN_NAME).write_text(ShownRecords(records=first, warnings=result.warnings).model_dump_json())
+        store.publish_folder(folder, _folder(digest), make_manifest)
+    return result

@@ -1,0 +1,1 @@
+"""The job's store and what lies in it."""

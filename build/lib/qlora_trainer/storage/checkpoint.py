@@ -1,0 +1,300 @@
+"""Checkpoints and the final adapter: training state as safetensors and JSON in the job's store.
+
+The rules of a `Checkpointer`, of which an attempt has one:
+
+- The training thread only copies its state to host memory; one writer thread does the rest. At most one checkpoint is
+  being written: a save that comes earlier waits, so memory is bounded by one copy and no save is dropped.
+- What goes wrong while writing surfaces at the next call.
+- A checkpoint names the prepared data that its steps were made on; one of other data is never resumed.
+- `latest` believes digests, not names: a damaged checkpoint is passed over for the one before it.
+- The fence is checked before a manifest is written and before anything is deleted.
+- Nothing is pickled. The same adapter gives the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from hashlib import file_digest
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+from orchestrator.api.base import MAX_COUNT, Digest
+from orchestrator.api.contained_files import open_regular
+from orchestrator.api.formats import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    JOURNAL_NAME,
+    CheckpointManifest,
+    FileEntry,
+    JournalRecord,
+    checkpoint_folder,
+    checkpoint_step,
+)
+from orchestrator.api.json_text import read_json
+from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.final_adapter import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_NAMES,
+    Json,
+    StoredAdapter,
+)
+from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.journal import Journal
+from qlora_trainer.storage.tensors import Tensors, on_host, read_tensors, save_tensors
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+BEST_ADAPTER_NAME = "best_adapter.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestEvaluation:
+    """The lowest held-out loss so far, and the step whose adapter had it."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """All of the training state that is neither a tensor nor in the journal; the rest follows from the step."""
+
+    step: int
+    """Optimizer steps that are done."""
+    best: BestEvaluation | None = None
+    evaluations_without_gain: int = 0
+    """Held-out losses since `best` that were not lower; early stopping counts them."""
+
+    def to_bytes(self) -> bytes:
+        """JSON; Python writes every float so that it reads back exactly."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TrainingState:
+        """The state behind `to_bytes`; other fields are passed over. Raises KeyError, TypeError or ValueError."""
+        fields: Any = read_json(data)
+        best = fields["best"]
+        return cls(
+            step=_count(fields["step"]),
+            best=None if best is None else BestEvaluation(step=_count(best["step"]), loss=_figure(best["loss"])),
+            evaluations_without_gain=_count(fields["evaluations_without_gain"]),
+        )
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{STATE_NAME} has {value!r:.40} where a count belongs")
+    return value
+
+
+def _figure(value: object) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{STATE_NAME} has {value!r:.40} where a figure belongs")
+    return float(cast(float, value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint holds."""
+
+    state: TrainingState
+    adapter: Tensors
+    """PEFT's state dict, with the keys of adapter_model.safetensors."""
+    optimizer: Tensors
+    """Flat: `<parameter>.<state>`."""
+    journal: Sequence[JournalRecord]
+    best_adapter: Tensors | None = None
+    """The adapter of `state.best` where that is an earlier step's. Never changed after it was taken, so not copied."""
+
+    def on_host(self) -> Snapshot:
+        """A copy that training cannot change."""
+        return Snapshot(
+            state=self.state,
+            adapter=on_host(self.adapter),
+            optimizer=on_host(self.optimizer),
+            journal=list(self.journal),
+            best_adapter=self.best_adapter,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint that is durable."""
+
+    step: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What a checkpoint or adapter says about where it comes from."""
+
+    attempt: int
+    prepared: Digest
+    adapter_config: Json
+    """What PEFT needs to load the adapter: see `final_adapter.adapter_config`."""
+    versions: dict[str, str]
+
+
+class Checkpointer:
+    """Saves and finds the checkpoints of one attempt."""
+
+    def __init__(self, store: JobStore, provenance: Provenance, *, keep: int) -> None:
+        self._store = store
+        self._provenance = provenance
+        self._keep = keep
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._damaged: set[str] = set()
+        self.last: StoredCheckpoint | None = None
+        """The newest durable checkpoint of this job that this attempt has written or read."""
+        self.background_seconds = 0.0
+        """Seconds that the writer thread has worked, in all."""
+
+    def save(self, snapshot: Snapshot, *, wait: bool = False) -> None:
+        """Copy the state and write it in the background; with `wait`, return when it is durable."""
+        self.finish()
+        self._writing = self._writer.submit(self._write, snapshot.on_host())
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def raise_if_failed(self) -> None:
+        """Raise what went wrong in the background, if it already has; costs nothing."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def latest(self) -> Snapshot | None:
+        """The newest checkpoint of this data that is whole; None where there is none."""
+        for name in reversed(self._names()):
+            manifest = self._store.read_manifest(name, CheckpointManifest)
+            if manifest is None:
+                self._damaged.add(name)
+            elif manifest.prepared != self._provenance.prepared:
+                log.warning("checkpoint %s is ignored: its data was %s", name, manifest.prepared)
+            elif (snapshot := self._load(name, manifest)) is not None:
+                self.last = StoredCheckpoint(step=manifest.step, uri=self._store.folder_uri(name))
+                return snapshot
+        return None
+
+    def publish_adapter(
+        self,
+        step: int,
+        adapter: Tensors,
+        journal: Sequence[JournalRecord],
+        tokenizer: Path,
+        generation: Json | None = None,
+    ) -> StoredAdapter:
+        """Store the final adapter in PEFT's layout, with the tokenizer of the folder `tokenizer` and the journal.
+
+        `generation` is the content of generation_config.json.
+        """
+        self.finish()
+        with self._store.scratch_folder() as folder:
+            self._write_adapter(adapter, journal, folder)
+            if generation is not None:
+                (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2, sort_keys=True))
+            for name in TOKENIZER_NAMES:
+                with suppress(FileNotFoundError), open_regular(tokenizer / name) as file:
+                    (folder / name).write_bytes(file.read())
+            with (folder / ADAPTER_NAME).open("rb") as file:
+                digest = "sha256:" + file_digest(file, "sha256").hexdigest()
+            uri = self._store.publish_folder(folder, ADAPTER_FOLDER, lambda files: self._manifest(step, files, True))
+        return StoredAdapter(uri=uri, digest=digest)
+
+    # --- writing, on the writer thread
+
+    def _write(self, snapshot: Snapshot) -> None:
+        started = perf_counter()
+        step = snapshot.state.step
+        name = f"{CHECKPOINTS_FOLDER}/{checkpoint_folder(step)}"
+        with self._store.scratch_folder() as folder:
+            self._write_adapter(snapshot.adapter, snapshot.journal, folder)
+            save_tensors(snapshot.optimizer, folder / OPTIMIZER_NAME)
+            if snapshot.best_adapter is not None:
+                save_tensors(snapshot.best_adapter, folder / BEST_ADAPTER_NAME)
+            (folder / STATE_NAME).write_bytes(snapshot.state.to_bytes())
+            uri = self._store.publish_folder(folder, name, lambda files: self._manifest(step, files, False))
+        self._damaged.discard(name)
+        self.last = StoredCheckpoint(step=step, uri=uri)
+        self._delete_superfluous(name)
+        seconds = perf_counter() - started
+        self.background_seconds += seconds
+        log.info("checkpoint %s is durable; written in %.2f s", uri, seconds)
+
+    def _write_adapter(self, adapter: Tensors, journal: Sequence[JournalRecord], folder: Path) -> None:
+        save_tensors(adapter, folder / ADAPTER_NAME)
+        config = json.dumps(self._provenance.adapter_config, indent=2, sort_keys=True)
+        (folder / ADAPTER_CONFIG_NAME).write_text(config)
+        Journal(journal).save(folder / JOURNAL_NAME)
+
+    def _manifest(self, step: int, files: tuple[FileEntry, ...], complete: bool) -> CheckpointManifest:
+        self._store.check_fence(self._provenance.attempt)
+        return CheckpointManifest(
+            step=step,
+            attempt=self._provenance.attempt,
+            prepared=self._provenance.prepared,
+            complete=complete,
+            versions=self._provenance.versions,
+            files=files,
+        )
+
+    def _delete_superfluous(self, newest: str) -> None:
+        """Keep the newest checkpoints that can be resumed; the others, damaged or of other data, go."""
+        names, last = self._names(), checkpoint_step(newest)
+        usable = [name for name in names if checkpoint_step(name) <= last and self._is_usable(name)]
+        kept = usable[-self._keep :]
+        self._store.check_fence(self._provenance.attempt)
+        for name in names:
+            if name not in kept:
+                self._store.delete_folder(name)
+
+    def _names(self) -> list[str]:
+        """The folders of checkpoints, by their steps."""
+        return sorted(self._store.list_folders(CHECKPOINTS_FOLDER), key=checkpoint_step)
+
+    def _is_usable(self, name: str) -> bool:
+        manifest = self._store.read_manifest(name, CheckpointManifest)
+        return name not in self._damaged and manifest is not None and manifest.prepared == self._provenance.prepared
+
+    # --- reading
+
+    def _load(self, name: str, manifest: CheckpointManifest) -> Snapshot | None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+                folder = self._store.fetch_folder(name, manifest.files, Path(scratch))
+                return _read_snapshot(folder, manifest.step)
+        except (DamagedFolder, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            log.warning("checkpoint %s is damaged, the one before it is tried: %s", name, error)
+            self._damaged.add(name)
+            return None
+
+
+def _read_snapshot(folder: Path, step: int) -> Snapshot:
+    best = folder / BEST_ADAPTER_NAME
+    state = TrainingState.from_bytes((folder / STATE_NAME).read_bytes())
+    if state.step != step:
+        raise DamagedFolder(f"{STATE_NAME} is of step {state.step}, the manifest of step {step}")
+    return Snapshot(
+        state=state,
+        adapter=read_tensors(folder / ADAPTER_NAME),
+        optimizer=read_tensors(folder / OPTIMIZER_NAME),
+        journal=Journal.load(folder / JOURNAL_NAME).records(),
+        best_adapter=read_tensors(best) if best.is_file() else None,
+    )

@@ -1,0 +1,36 @@
+"""Held-out loss: when it is taken, and how.
+
+Whether an evaluation is due depends on the step and the journal alone, so an attempt that was stopped between a step
+and its evaluation makes up for it when it resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from orchestrator.api.formats import JournalRecord, Metric
+from orchestrator.api.job import EvaluationSpec
+from qlora_trainer.data.micro_batch import PreparedRows, micro_batches, supervised_tokens
+from qlora_trainer.model.training_model import TrainingModel
+
+
+def is_due(step: int, steps: int, spec: EvaluationSpec, records: Iterable[JournalRecord]) -> bool:
+    """Before the first step (the base itself), every `everySteps`, and at the end; once each."""
+    wanted = step % spec.every_steps == 0 or step == steps
+    return wanted and not any(record.step == step and Metric.EVAL_LOSS in record.metrics for record in records)
+
+
+@torch.no_grad()
+def evaluate(model: TrainingModel, data: PreparedRows, micro_batch_size: int, between: Callable[[], None]) -> float:
+    """The mean loss over the held-out tokens that carry loss; `between` is called after every micro-batch."""
+    rows = range(len(data))
+    tokens = supervised_tokens(data, rows)
+    model.eval()
+    # In double precision on the host: the mean must not depend on how many numbers were added before.
+    total = 0.0
+    for batch in micro_batches(data, rows, micro_batch_size):
+        total += float(model.loss(batch, divisor=1.0))
+        between()
+    return total / tokens

@@ -1,0 +1,375 @@
+"""The training loop: step, evaluation, checkpoint, until done or asked to stop. Rules:
+
+- A step is a function of the state at the step boundary before it: rows, noise and dropout come from seeds that depend
+  on the job's seed and the step alone, the learning rate from the step. So a resumed run goes on bit for bit.
+- Between step boundaries the adapter, the optimizer and the journal stay as they are; they change together, under a
+  lock, when a step is complete. So whoever holds the lock may save a checkpoint at any instant, in the middle of a step
+  too: it is the one of the last step boundary.
+- Asked to stop, the loop ends at the next step boundary if the grace period allows for that, and at once if not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import monotonic, perf_counter
+
+import torch
+from torch import Tensor
+
+from orchestrator.api.formats import Metric
+from orchestrator.api.losses import losses
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.results import TrainResult
+from orchestrator.api.task import StageTask
+from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows, Schedule, micro_batches, supervised_tokens
+from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.outcome import DivergedError, Preempted
+from qlora_trainer.storage.checkpoint import (
+    BestEvaluation,
+    Checkpointer,
+    Snapshot,
+    TrainingState,
+)
+from qlora_trainer.storage.journal import Journal, latest
+from qlora_trainer.storage.tensors import on_host
+from qlora_trainer.storage.versions import memory_versions
+from qlora_trainer.training.evaluation import evaluate, is_due
+from qlora_trainer.training.gradients import clip, gradient_norm
+from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
+from qlora_trainer.training.reports import Reports
+from qlora_trainer.training.stop import AgentClient, Stop, Watchdog
+from qlora_trainer.training.telemetry import Card, PhaseClock, arithmetic
+
+STEP_TIMES_KEPT = 20
+SLOWEST_STORE_BYTES_PER_SECOND = 50e6
+"""Assumed until a checkpoint has been written."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Position:
+    """Where training is: all of its state that is neither in the model nor in the optimizer nor in the journal."""
+
+    step: int = 0
+    best: BestEvaluation | None = None
+    best_adapter: dict[str, Tensor] | None = None
+    """Copied to the host; kept where the job ends with its best adapter."""
+    evaluations_without_gain: int = 0
+
+
+class Loop:
+    """One attempt's way through the steps."""
+
+    def __init__(
+        self,
+        *,
+        task: StageTask,
+        model: TrainingModel,
+        train_rows: PreparedRows,
+        eval_rows: PreparedRows | None,
+        checkpointer: Checkpointer,
+        resumed: Snapshot | None,
+        stop: Stop,
+        agent: AgentClient | None,
+        leave: Callable[[TrainResult], None],
+    ) -> None:
+        """`leave` ends the process with a result, from a thread that is not the main one."""
+        assert task.plan is not None, "train.run checks it"
+        assert task.prepared is not None, "train.run checks it"
+        self._spec = task.spec
+        self._plan: MemoryPlan = task.plan
+        self.steps = task.prepared.steps
+        self._model = model
+        self._train_rows = train_rows
+        self._eval_rows = eval_rows
+        self._schedule = Schedule(
+            rows=len(train_rows), global_batch_size=task.spec.training.global_batch_size, seed=task.spec.training.seed
+        )
+        self._optimizer = AdapterOptimizer(model.trainable(), task.spec.training)
+        self._parameters = [parameter for _, parameter in model.trainable()]
+        self._checkpointer = checkpointer
+        self._saves = 0
+        self._last_save = monotonic()
+        self._stall_seconds = 0.0  # for which saving held up training, since a step was recorded
+        self._stop = stop
+        self._leave = leave
+        self._lock = threading.RLock()
+        self._step_seconds: deque[float] = deque(maxlen=STEP_TIMES_KEPT)
+        self._step_started = perf_counter()
+        self.journal = Journal(resumed.journal if resumed else ())
+        self._reports = Reports(agent, self.journal, self.steps)
+        self._position = self._restore(resumed)
+        self._arithmetic = arithmetic(model)
+        self._card = Card(model.device, latest(self.journal, Metric.ENERGY_JOULES) or 0.0)
+        self.clock = PhaseClock(model.device)
+
+    # --- steps
+
+    def run(self) -> None:
+        """Train to the end; raises Preempted, with a durable checkpoint, when asked to stop."""
+        watchdog = Watchdog(self._stop, self._lock, seconds_needed=self._seconds_to_save, rescue=self._rescue)
+        with watchdog.watching():
+            self._at_step_boundary()
+            self._evaluate_if_due()
+            while not self._done():
+                self._train_one_step()
+                self._at_step_boundary()
+                self._evaluate_if_due()
+            with self._lock:  # the end is reached: from here on the result is finished, whoever asks to stop
+                pass
+
+    def _done(self) -> bool:
+        patience = self._spec.evaluation.early_stopping_patience
+        if 0 < patience <= self._position.evaluations_without_gain:
+            log.info("stopped early at step %d: %d evaluations without a better loss", self._position.step, patience)
+            return True
+        return self._position.step >= self.steps
+
+    def _train_one_step(self) -> None:
+        step, training = self._position.step, self._spec.training
+        self._step_started = perf_counter()
+        self.clock.enter("data")
+        rows = self._schedule.rows_of_step(step)
+        batches = list(micro_batches(self._train_rows, rows, self._plan.micro_batch_size))
+        supervised = max(1, supervised_tokens(self._train_rows, rows))
+        torch.manual_seed(step_seed(training.seed, step))  # pyright: ignore[reportUnknownMemberType]  # torch's own
+        total = self._accumulate_gradients(batches, supervised)
+        self.clock.enter("optimizer")
+        norms = gradient_norm(self._parameters)
+        loss, norm = total.item(), norms.item()  # the GPU is waited for once, with everything queued
+        self._refuse_to_diverge(step, loss, norm)
+        with self._lock:
+            self._update(norm)
+            seconds = perf_counter() - self._step_started
+            self._complete_step(batches, loss=loss, norm=norm, seconds=seconds)
+        log.info("step %d of %d: loss %.4f, %.2f s", step + 1, self.steps, loss, seconds)
+
+    def _accumulate_gradients(self, batches: Sequence[MicroBatch], supervised: int) -> Tensor:
+        """The mean loss over the step's supervised tokens; its gradients are added up."""
+        self._model.train()
+        total = torch.zeros((), device=self._model.device)
+        for batch in batches:
+            self.clock.enter("forward")
+            total += self._model.accumulate(batch, divisor=supervised, between=lambda: self.clock.enter("backward"))
+            self._stop_inside_a_step_if_need_be()
+        return total
+
+    def _update(self, norm: float) -> None:
+        """Change the adapter."""
+        clip(self._parameters, norm, float(self._spec.training.max_grad_norm))
+        self._optimizer.step(self._learning_rate())
+        self.clock.close()
+
+    def _complete_step(self, batches: Sequence[MicroBatch], *, loss: float, norm: float, seconds: float) -> None:
+        """Bring position and journal up to the adapter."""
+        metrics: dict[str, float] = {
+            Metric.TRAIN_LOSS: loss,
+            Metric.LEARNING_RATE: self._learning_rate(),
+            Metric.GRADIENT_NORM: norm,
+            Metric.TOKENS_PER_SECOND: sum(batch.tokens for batch in batches) / seconds,
+            Metric.CHECKPOINT_STALL_SECONDS: self._stall_seconds,
+            **self._card.metrics(self._arithmetic.operations(batches), seconds),
+        }
+        self._step_seconds.append(seconds)
+        self._stall_seconds = 0.0
+        self._position.step += 1
+        self.journal.record(self._position.step, metrics)
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self._position.step, self.steps, self._spec.training)
+
+    def _refuse_to_diverge(self, step: int, loss: float, norm: float) -> None:
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._divergence(f"training diverged in step {step + 1}: loss {loss}, gradient norm {norm}")
+
+    def _divergence(self, what: str) -> DivergedError:
+        self._checkpointer.finish()  # the one that is being written is kept too, and the message is to name it
+        last = self._checkpointer.last
+        kept = f"the checkpoint of step {last.step} is kept at {last.uri}" if last else "there is no checkpoint yet"
+        return DivergedError(
+            f"{what}; {kept}; lower training.learningRate, raise warmupRatio, or look for broken records in the dataset"
+        )
+
+    def _evaluate_if_due(self) -> None:
+        step = self._position.step
+        if self._eval_rows is None or not is_due(step, self.steps, self._spec.evaluation, self.journal.records()):
+            return
+        self.report(f"evaluating after step {step}")
+        self.clock.enter("evaluation")
+        loss = evaluate(self._model, self._eval_rows, self._plan.micro_batch_size, between=self._stop_if_asked)
+        self.clock.close()
+        if not math.isfinite(loss):
+            raise self._divergence(f"the held-out loss after step {step} is {loss}")
+        with self._lock:
+            self.journal.record(step, {Metric.EVAL_LOSS: loss})
+            if step > 0:  # the untouched base is what is to be beaten, not a result
+                self._judge(step, loss)
+        log.info("held-out loss after step %d: %.4f", step, loss)
+        self.report("training")
+
+    def _judge(self, step: int, loss: float) -> None:
+        if self._position.best is None or loss < self._position.best.loss:
+            self._position.best = BestEvaluation(step=step, loss=loss)
+            self._position.evaluations_without_gain = 0
+            if self._spec.evaluation.keep_best:
+                self._position.best_adapter = on_host(self._model.adapter())
+        else:
+            self._position.evaluations_without_gain += 1
+
+    # --- stopping and saving
+
+    def _at_step_boundary(self) -> None:
+        self._stop_if_asked()
+        self._checkpointer.raise_if_failed()
+        if self._checkpoint_due():
+            self.clock.enter("checkpoint")
+            with self._lock:
+                self._save(wait=False)
+            self.clock.close()
+        self._reports.announce(self._checkpointer.last)
+        self.report("training")
+
+    def _checkpoint_due(self) -> bool:
+        step, spec = self._position.step, self._spec.checkpoint
+        asked = self._stop.take_checkpoint_request()
+        if step == 0 or step == self._durable_step():
+            return False
+        on_step = spec.every_steps is not None and step % spec.every_steps == 0
+        return asked or on_step or monotonic() - self._last_save >= spec.every_seconds
+
+    def _stop_if_asked(self) -> None:
+        if self._stop.asked.is_set():
+            self._preempt()
+
+    def _stop_inside_a_step_if_need_be(self) -> None:
+        if not self._stop.asked.is_set() or not self._step_seconds:
+            return
+        remaining_seconds = median(self._step_seconds) - (perf_counter() - self._step_started)
+        if remaining_seconds + self._seconds_to_save() > self._stop.seconds_left():
+            step = self._position.step + 1
+            log.warning("the grace period is shorter than the rest of step %d, which is given up", step)
+            self._preempt()
+
+    def _preempt(self) -> None:
+        with self._lock:
+            self.save_durably()
+        self._reports.announce(self._checkpointer.last)
+        raise Preempted(self.result(complete=False))
+
+    def _rescue(self) -> None:
+        """The watchdog's way out: the main thread is busy, perhaps for longer than the grace period lasts."""
+        step = self._position.step + 1
+        log.warning("the grace period runs out inside step %d; the last step boundary's state is saved", step)
+        try:
+            # A stream of its own does not queue behind the step that is still running.
+            with torch.cuda.stream(torch.cuda.Stream()) if self._model.device.type == "cuda" else nullcontext():
+                self.save_durably()
+            self._reports.announce(self._checkpointer.last)
+        except Exception:
+            log.exception("the last step boundary's state could not be saved; the checkpoint before it counts")
+        self._leave(self.result(complete=False))
+
+    def save_durably(self) -> None:
+        """Return when the state of the last step boundary is durable; step 0 needs no saving."""
+        if self._position.step > self._durable_step():
+            self._save(wait=True)
+        else:
+            self._checkpointer.finish()
+
+    def _save(self, *, wait: bool) -> None:
+        started = perf_counter()
+        self._checkpointer.save(self._snapshot(), wait=wait)
+        self._stall_seconds += perf_counter() - started
+        self._saves += 1
+        self._last_save = monotonic()
+
+    def _snapshot(self) -> Snapshot:
+        position = self._position
+        is_best = position.best is not None and position.best.step == position.step
+        return Snapshot(
+            state=TrainingState(
+                step=position.step,
+                best=position.best,
+                evaluations_without_gain=position.evaluations_without_gain,
+            ),
+            adapter=self._model.adapter(),
+            optimizer=self._optimizer.export_state(),
+            journal=self.journal.records(),
+            best_adapter=None if is_best else position.best_adapter,
+        )
+
+    def _restore(self, snapshot: Snapshot | None) -> Position:
+        if snapshot is None:
+            return Position()
+        self._model.load_adapter(snapshot.adapter)
+        self._optimizer.import_state(snapshot.optimizer)
+        state = snapshot.state
+        is_best = state.best is not None and state.best.step == state.step
+        best_adapter = snapshot.adapter if is_best else snapshot.best_adapter
+        return Position(
+            step=state.step,
+            best=state.best,
+            best_adapter=dict(best_adapter) if best_adapter is not None else None,
+            evaluations_without_gain=state.evaluations_without_gain,
+        )
+
+    def _seconds_to_save(self) -> float:
+        """Twice what a checkpoint took so far, and a second for the way out."""
+        if self._saves and self._checkpointer.background_seconds:
+            return 2 * self._checkpointer.background_seconds / self._saves + 1
+        state = [*self._model.adapter().values(), *self._optimizer.export_state().values()]
+        return 2 * sum(tensor.nbytes for tensor in state) / SLOWEST_STORE_BYTES_PER_SECOND + 1
+
+    def _durable_step(self) -> int:
+        return self._checkpointer.last.step if self._checkpointer.last else 0
+
+    # --- results
+
+    def final_adapter(self) -> dict[str, Tensor]:
+        """What the job ends with: the last step's adapter, or the best evaluation's where the spec says so.
+
+        Raises DivergedError where a weight is not finite: the last update is followed by no loss that would show it.
+        """
+        adapter = self._position.best_adapter or on_host(self._model.adapter())
+        broken = [name for name, tensor in adapter.items() if not tensor.isfinite().all()]
+        if broken:
+            step = self._position.step
+            raise self._divergence(f"{len(broken)} adapter weights are not finite after step {step}: {broken[0]}")
+        return adapter
+
+    def result(self, *, complete: bool) -> TrainResult:
+        """How far training came."""
+        last = self._checkpointer.last
+        allocated, reserved = self._card.peak_bytes()
+        return TrainResult(
+            step=self._position.step if complete else self._durable_step(),
+            checkpoint_uri=last.uri if last else None,
+            complete=complete,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            versions=memory_versions() if allocated is not None else None,
+            **asdict(losses(self.journal.records(), keep_best=self._spec.evaluation.keep_best)),
+        )
+
+    def report(self, detail: str) -> None:
+        """Hand the latest figures to the agent."""
+        self._reports.report(
+            detail,
+            step=self._position.step,
+            step_seconds=self._step_seconds,
+            checkpoint=self._checkpointer.last,
+        )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's dropout and noise. Hashed, because torch's CPU generator reads 32 bits of it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
