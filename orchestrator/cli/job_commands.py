@@ -17,7 +17,7 @@ import typer
 from orchestrator.cli.completion import complete_job_name
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.formats import DataFormat, Kind, Stage, TableFormat
-from orchestrator.cli.options import DryRun, JobName, Manifest, Namespace, Output, Timeout
+from orchestrator.cli.options import DryRun, JobName, Manifest, Namespace, Output, Replace, Timeout
 
 if TYPE_CHECKING:
     from orchestrator.api.job import QLoRAJob
@@ -36,6 +36,7 @@ def submit(
     filename: Annotated[
         list[Path] | None, typer.Option("--filename", "-f", help="A manifest; may be repeated.")
     ] = None,
+    replace: Replace = False,
     namespace: Namespace = None,
     dry_run: DryRun = False,
     output: Output = None,
@@ -51,7 +52,9 @@ def submit(
         raise typer.BadParameter("name at least one manifest")
     client = connect(namespace)
     objects = [item for path in paths for item in load(path, namespace)]
-    checked = [client.check(item) if isinstance(item, QLoRAJob) else item for item in objects]  # all, before any
+    checked = [  # all, before any is stored
+        client.check(item, replace=replace) if isinstance(item, QLoRAJob) else item for item in objects
+    ]
     _require_distinct(checked)
     if dry_run:
         print_dry_run(client, checked, output)
@@ -59,7 +62,8 @@ def submit(
     if not client.connection.is_running():
         raise ServiceNotRunning("the service is not running, so nothing would run the jobs; start it: qlora up")
     stored = [
-        client.submit(item).object() if isinstance(item, QLoRAJob) else client.apply_queue(item) for item in checked
+        client.submit(item, replace=replace).object() if isinstance(item, QLoRAJob) else client.apply_queue(item)
+        for item in checked
     ]
     if output is not None:
         print_data([wire(item) for item in stored], output)

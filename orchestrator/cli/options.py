@@ -17,6 +17,7 @@ Namespace = Annotated[
 ]
 Output = Annotated[DataFormat | None, typer.Option("--output", "-o", help="Answer for programs.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; change nothing.")]
+Replace = Annotated[bool, typer.Option("--replace", help="In the place of a finished job of that name.")]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up waiting after so long (status 5).")
 ]

@@ -11,7 +11,7 @@ import typer
 
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.job_commands import connect, finish_following, load, only_job, print_dry_run
-from orchestrator.cli.options import DryRun, Manifest, Namespace, Output, Timeout
+from orchestrator.cli.options import DryRun, Manifest, Namespace, Output, Replace, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -27,6 +27,7 @@ UI_START_SECONDS = 60.0
 def run(
     spec: Manifest,
     name: Annotated[str | None, typer.Option("--name", help="Instead of metadata.name.", show_default=False)] = None,
+    replace: Replace = False,
     keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave the service running afterwards.")] = False,
     timeout: Timeout = None,
     namespace: Namespace = None,
@@ -46,7 +47,7 @@ def run(
         assert isinstance(renamed, QLoRAJob), "a renamed job is a job"
         job = renamed
     client = connect(namespace)
-    job = client.check(job)
+    job = client.check(job, replace=replace)
     if dry_run:
         print_dry_run(client, [job], output)
         return
@@ -54,7 +55,7 @@ def run(
         for item in objects:
             if not isinstance(item, QLoRAJob):
                 client.apply_queue(item)
-        handle = client.submit(job)
+        handle = client.submit(job, replace=replace)
         say(f"submitted {job.key}", style="quiet")
         finish_following(handle, timeout, output)
 

@@ -36,13 +36,16 @@ class AsyncClient:
         self.sync = Client(settings, namespace=namespace, connection=connection)
         """The client that does the work."""
 
-    async def submit(self, job: JobLike) -> AsyncJobHandle:
-        """Check and store a job; raises InvalidObject, AlreadyExists, ServiceNotRunning."""
-        return AsyncJobHandle(await asyncio.to_thread(self.sync.submit, job))
+    async def submit(self, job: JobLike, *, replace: bool = False) -> AsyncJobHandle:
+        """Check and store a job, with `replace` in the place of a finished one of its name.
 
-    async def check(self, job: JobLike) -> QLoRAJob:
+        Raises InvalidObject, AlreadyExists, ServiceNotRunning.
+        """
+        return AsyncJobHandle(await asyncio.to_thread(self.sync.submit, job, replace=replace))
+
+    async def check(self, job: JobLike, *, replace: bool = False) -> QLoRAJob:
         """The job as `submit` would store it; changes nothing."""
-        return await asyncio.to_thread(self.sync.check, job)
+        return await asyncio.to_thread(self.sync.check, job, replace=replace)
 
     async def plan(self, job: JobLike) -> JobPlan:
         """What the job would take and where it would run."""

@@ -25,7 +25,7 @@ from orchestrator.core.job.addresses import refused_file
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
 from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, PermanentError, ServiceNotRunning
 from orchestrator.sdk.connection import Connection, connect, read_settings
-from orchestrator.sdk.handle import JobHandle
+from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
@@ -33,6 +33,8 @@ from orchestrator.sdk.shown import records_of_spec
 from orchestrator.settings import Settings
 from orchestrator.sizing import margins
 
+REPLACE_SECONDS = 60.0
+"""How long a finished job may take to be gone; the controller may have to close its MLflow run first."""
 JobLike = QLoRAJob | Mapping[str, object] | str | os.PathLike[str]
 """A job built in Python, its wire form, or the path of a manifest that holds exactly one."""
 QueueLike = QLoRAQueue | Mapping[str, object] | str | os.PathLike[str]
@@ -49,21 +51,23 @@ class Client:
         self.namespace = namespace or self.connection.namespace
         """Where jobs that name no namespace go, and where names are looked up."""
 
-    def submit(self, job: JobLike) -> JobHandle:
-        """Check and store a job; raises InvalidObject, AlreadyExists, ServiceNotRunning."""
-        checked = self.check(job)
+    def submit(self, job: JobLike, *, replace: bool = False) -> JobHandle:
+        """Check and store a job, with `replace` in the place of a finished one of its name.
+
+        What is replaced is removed as `delete` removes it. Raises InvalidObject, AlreadyExists, ServiceNotRunning.
+        """
+        checked = self.check(job, replace=replace)
         if not self.connection.is_running():
             raise ServiceNotRunning("the service is not running, so nothing would run the job; start it: qlora up")
+        if (old := self._found(checked)) is not None and replace:
+            self._handle(old).delete(wait_seconds=REPLACE_SECONDS)
         return self._handle(self.connection.store.create_job(checked))
 
-    def check(self, job: JobLike) -> QLoRAJob:
+    def check(self, job: JobLike, *, replace: bool = False) -> QLoRAJob:
         """The job as `submit` would store it; raises what `submit` would raise, and changes nothing."""
         checked = self._in_namespace(_one(job, QLoRAJob))
-        if self._exists(checked):
-            raise AlreadyExists(
-                f"job {checked.key} exists already; choose another metadata.name, "
-                f"or remove it first: qlora delete {checked.metadata.name} -n {checked.metadata.namespace}"
-            )
+        if (old := self._found(checked)) is not None and not (replace and is_finished(old)):
+            raise AlreadyExists(_how_to_go_on(checked, is_finished(old)))
         self._check_queue(checked)
         if self.connection.is_local:
             check_files(checked, self.settings.store_uri)
@@ -149,12 +153,19 @@ class Client:
         metadata = job.metadata.model_copy(update={"namespace": self.namespace})
         return job.model_copy(update={"metadata": metadata})
 
-    def _exists(self, job: QLoRAJob) -> bool:
+    def _found(self, job: QLoRAJob) -> QLoRAJob | None:
+        """The job that has this one's name already."""
         try:
-            self.connection.store.get_job(job.metadata.namespace, job.metadata.name)
+            return self.connection.store.get_job(job.metadata.namespace, job.metadata.name)
         except NotFound:
-            return False
-        return True
+            return None
+
+
+def _how_to_go_on(job: QLoRAJob, finished: bool) -> str:
+    """What to do about a name that is taken."""
+    again = "run it anew with --replace" if finished else f"end it with: qlora cancel {job.metadata.name}"
+    state = "and has finished" if finished else "and has not finished"
+    return f"job {job.key} exists already {state}; choose another name with --name or metadata.name, or {again}"
 
 
 _Kind = TypeVar("_Kind", QLoRAJob, QLoRAQueue)

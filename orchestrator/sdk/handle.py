@@ -145,10 +145,26 @@ class JobHandle:
         """Let a suspended job go on from its checkpoint."""
         return self._update(lambda job: _with_suspend(job, suspend=False))
 
-    def delete(self) -> None:
-        """Remove the job; a running stage is stopped. MLflow and the job's store keep what they have."""
+    def delete(self, *, wait_seconds: float = 0.0) -> None:
+        """Remove the job; a running stage is stopped. MLflow and the job's store keep what they have.
+
+        Where something has to end first, the job goes later; raises WaitTimedOut if it is there after `wait_seconds`
+        above zero.
+        """
         self.object()
         self._connection.store.delete_job(self.namespace, self.name)
+        deadline, cursor = time.monotonic() + wait_seconds, ""
+        while wait_seconds and self._is_there():
+            if time.monotonic() >= deadline:
+                raise WaitTimedOut(f"job {self.namespace}/{self.name} was not gone after {wait_seconds:g} s; try again")
+            cursor = self._connection.store.wait_for_change(cursor, CHANGE_POLL_SECONDS)
+
+    def _is_there(self) -> bool:
+        try:
+            self.object()
+        except NotFound:
+            return False
+        return True
 
     def events(self) -> Sequence[tuple[str, Event]]:
         """What was decided about the job, with RFC 3339 times, oldest first."""

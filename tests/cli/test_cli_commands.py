@@ -173,8 +173,28 @@ def test_a_missing_manifest_and_a_taken_name_are_status_2(service: PaperService)
     result = qlora("submit", write_manifest(job_document()))
     assert result.exit_code == ExitStatus.INVALID
     assert "job default/medical exists already" in result.stderr
+    assert "end it with: qlora cancel medical" in result.stderr
     twice = qlora("submit", write_manifest(job_document("same"), job_document("same")))
     assert "QLoRAJob same stands more than once" in twice.stderr
+
+
+def test_a_finished_job_can_be_replaced_and_one_at_work_cannot(service: PaperService) -> None:
+    path = write_manifest(job_document())
+    qlora("submit", path)
+    service.prepare()
+    busy = qlora("submit", "--replace", path)
+    assert busy.exit_code == ExitStatus.INVALID
+    assert "exists already and has not finished" in busy.stderr
+    service.fail()
+    before = service.job()
+    again = qlora("submit", path)
+    assert again.exit_code == ExitStatus.INVALID
+    assert "run it anew with --replace" in again.stderr
+    assert service.job() == before
+    assert qlora("run", "--replace", path, "--dry-run").exit_code == ExitStatus.OK
+    assert service.job() == before
+    assert qlora("submit", "--replace", path).stdout == "job/medical submitted\n"
+    assert service.job().metadata.uid != before.metadata.uid
 
 
 def test_submitting_to_a_service_that_is_down_is_status_4(service: PaperService) -> None:

@@ -102,8 +102,18 @@ def test_a_job_for_a_cluster_names_no_file_of_this_machine(service: PaperService
 
 
 def test_a_name_is_taken_once(service: PaperService, handle: JobHandle) -> None:
-    with pytest.raises(AlreadyExists, match="qlora delete medical"):
+    with pytest.raises(AlreadyExists, match="end it with: qlora cancel medical"):
         service.client.submit(job_document())
+
+
+def test_a_finished_job_is_replaced_by_one_of_its_name(service: PaperService, handle: JobHandle) -> None:
+    with pytest.raises(AlreadyExists, match="has not finished"):
+        service.client.submit(job_document(), replace=True)
+    service.fail()
+    anew = service.client.submit(job_document(priority=3), replace=True)
+    assert (anew.object().spec.priority, anew.uid == handle.uid) == (3, False)
+    with pytest.raises(NotFound, match="was deleted, and another one of its name was created"):
+        handle.object()
 
 
 def _without_model(folder: Path) -> None:
