@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from orchestrator.adapters.kubernetes.api import KubeApi, Timeouts
 from orchestrator.adapters.kubernetes.lease import Lease, LeaseTimes
-from orchestrator.adapters.kubernetes.pods import KubernetesPods, RuntimeBounds
+from orchestrator.adapters.kubernetes.pods import KubernetesPods
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
@@ -103,8 +103,9 @@ def _watching(settings: ClusterSettings, metrics: Metrics, stop: threading.Event
     changes.on_restart = metrics.watch_restarted
     metrics.read_requests = lambda: dict(api.requests)
     store = KubernetesStore(api, namespaces=settings.namespaces, reporter=settings.pod_name, changes=changes)
-    bounds = RuntimeBounds(gpu_classes=settings.gpu_classes)
-    runtime = KubernetesPods(api, changes, settings.pod_policy(), bounds, namespaces=settings.namespaces)
+    runtime = KubernetesPods(
+        api, changes, settings.pod_policy(), settings.runtime_bounds(), namespaces=settings.namespaces
+    )
     metrics.read_uncounted_gpus = runtime.uncounted_gpus
     while not stop.is_set():
         try:

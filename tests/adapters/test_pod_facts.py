@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from orchestrator.adapters.kubernetes.api import Json
-from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, read_pod, stage_fact
+from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, Surroundings, read_pod, stage_fact
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.api.reasons import Reason
 from orchestrator.core.snapshot import StageFact, StagePhase
@@ -37,7 +37,7 @@ def pending(*, trainer: Json | None = None, agent: Json | None = None, unschedul
 
 def told(item: Json, seconds: float) -> StageFact:
     found = read_pod(item, POLICY)
-    return stage_fact(found, "", None, BOUNDS, NOW + timedelta(seconds=seconds))
+    return stage_fact(found, Surroundings(), None, BOUNDS, NOW + timedelta(seconds=seconds))
 
 
 INITIALIZING = waits("PodInitializing")
@@ -83,3 +83,26 @@ def test_running_out_of_host_memory_names_the_limit() -> None:
     assert fact.result is not None
     assert fact.result.failure is not None
     assert fact.result.failure.message == "the trainer took more host memory than its limit, 8427Mi"
+
+
+@pytest.mark.parametrize(("answers", "seconds"), [(False, 60), (True, 900)])
+def test_a_deleted_pod_whose_end_nobody_tells_of_is_given_up_and_holds_no_gpu_of_ours(
+    answers: bool, seconds: float
+) -> None:
+    item = pending(trainer={"running": {"startedAt": NOW.isoformat()}})
+    item["metadata"]["deletionTimestamp"] = NOW.isoformat()
+    item["spec"]["containers"] = [{"name": "trainer", "resources": {"limits": {"nvidia.com/gpu": "1"}}}]
+    found = read_pod(item, POLICY)
+
+    def after_seconds(late: float) -> StageFact:
+        node = Surroundings(answers=answers)
+        return stage_fact(found, node, None, BOUNDS, NOW + timedelta(seconds=late))
+
+    waited_for = after_seconds(seconds)
+    assert (waited_for.phase, waited_for.disruption, waited_for.gpus) == (StagePhase.RUNNING, Reason.DISRUPTED, 1)
+    given_up = after_seconds(seconds + 1)
+    assert (given_up.phase, given_up.exit_code, given_up.disruption) == (StagePhase.EXITED, None, Reason.LOST)
+    assert given_up.gpus == 0
+    assert given_up.result is not None
+    assert given_up.result.failure is not None
+    assert "gpu-7" in given_up.result.failure.message

@@ -1,9 +1,10 @@
 """A kubelet on paper: plays the pods of stages through the real API server, as fast as it hears of them.
 
 Tests that are about the controller and not about containers use it. It binds a pod to a node if no scheduler has, and
-takes it through running to its end with the termination message that the trainer would write. What trainers do is
-remembered outside the pods, as a job's store would: a train stage that is stopped leaves its step, and the next one
-goes on from there. Every stage that ran is counted, so that a test can ask whether two ran at one time.
+takes it through running to its end with the termination message that the trainer would write. Its nodes may be out of
+reach for a while. What trainers do is remembered outside the pods, as a job's store would: a train stage that is
+stopped leaves its step, and the next one goes on from there. Every stage that ran is counted, so that a test can ask
+whether two ran at one time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.builders import prepare_result, train_result
 
 STEPS = 120
 POLL_SECONDS = 0.02
+HEARTBEAT_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -53,9 +55,14 @@ class Books:
 class PaperKubelet:
     """Plays all pods of the service. A context manager."""
 
-    def __init__(self, api: KubeApi, node: str = "paper", train_seconds: float = 0.3) -> None:
+    def __init__(self, api: KubeApi, *nodes: str, train_seconds: float = 0.3, heartbeats: bool = False) -> None:
+        """Pods come to the first of the nodes that can be reached."""
         self._api = api
-        self._node = node
+        self._nodes = nodes or ("paper",)
+        self.unreachable: frozenset[str] = frozenset()
+        """Nodes whose pods nobody plays, and of which nobody hears."""
+        self._heartbeats = heartbeats
+        self._beat_at = 0.0
         self._train_seconds = train_seconds
         self._changes = Changes()
         self._pods: Cache[Json] = Cache(
@@ -78,11 +85,20 @@ class PaperKubelet:
 
     def _run(self) -> None:
         while not self._over.wait(POLL_SECONDS):
+            if self._heartbeats and time.monotonic() - self._beat_at > HEARTBEAT_SECONDS:
+                self._beat_at = time.monotonic()
+                self._beat()
             for item in list(self._pods.values().values()):
                 try:
                     self._play(item)
                 except OrchestratorError:
                     continue  # the pod has changed or gone; the next look says how
+
+    def _beat(self) -> None:
+        for node in sorted(set(self._nodes) - self.unreachable):
+            ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": _now()}
+            path = f"{path_of('v1', 'nodes', name=node)}/status"
+            self._api.patch(path, {"status": {"conditions": [ready]}}, STRATEGIC_PATCH)
 
     def _play(self, item: Json) -> None:
         meta: Json = item["metadata"]
@@ -90,8 +106,11 @@ class PaperKubelet:
         path = path_of("v1", "pods", meta["namespace"], meta["name"])
         labels: dict[str, str] = meta["labels"]
         job, is_train = labels[JOB_UID_LABEL], labels[STAGE_LABEL] == "train"
-        if not item["spec"].get("nodeName"):
+        node = item["spec"].get("nodeName")
+        if not node:
             self._bind(path, meta["name"])
+        elif node in self.unreachable:
+            return
         elif seen.ended:
             if "deletionTimestamp" in meta:
                 self._api.delete(path, {"gracePeriodSeconds": 0})
@@ -103,7 +122,7 @@ class PaperKubelet:
             self._end(path, seen, job, ExitCode.OK, self._result(labels[STAGE_LABEL], job))
 
     def _bind(self, path: str, name: str) -> None:
-        target = {"kind": "Node", "name": self._node}
+        target = {"kind": "Node", "name": next(node for node in self._nodes if node not in self.unreachable)}
         self._api.create(
             f"{path}/binding", {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
         )

@@ -130,6 +130,12 @@ def change_node(api: KubeApi, name: str = NODE, **spec: object) -> None:
     api.patch(path_of("v1", "nodes", name=name), {"spec": spec}, STRATEGIC_PATCH)
 
 
+def set_ready(api: KubeApi, status: str, name: str = NODE) -> None:
+    """The node controller's part: "Unknown" once nobody hears of the kubelet."""
+    conditions = [{"type": "Ready", "status": status}]
+    api.patch(f"{path_of('v1', 'nodes', name=name)}/status", {"status": {"conditions": conditions}}, STRATEGIC_PATCH)
+
+
 def bind(api: KubeApi, node: str = NODE, path: str = PATH) -> None:
     """The scheduler's part."""
     name = path.rpartition("/")[2]
@@ -454,6 +460,38 @@ def test_a_pod_is_forced_out_only_where_nothing_of_it_can_be_running(
         change_node(api, taints=[{"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute"}])
     eventually(lambda: pods.stop(NAMESPACE, NAME, 45, Reason.DISRUPTED) is None and not exists(api))
     eventually(lambda: KEY not in pods.observe())
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_pod_on_a_node_that_does_not_answer_is_given_up_and_its_gpu_is_nobodys_until_the_pod_is_gone(
+    api: KubeApi, runtimes: Runtimes, forced: bool
+) -> None:
+    pods = runtimes(bounds=replace(BOUNDS, stranded_seconds=0.5, force_delete_unreachable=forced))
+    run_on_node(api, pods)
+    api.delete(PATH, {"gracePeriodSeconds": 1})
+    assert until(pods, lambda fact: fact.disruption).phase is StagePhase.RUNNING
+    assert counts(pods) == {"24Gi": 1}
+    set_ready(api, "Unknown")
+    fact = until(pods, is_ended)
+    assert (fact.exit_code, fact.disruption) == (None, Reason.LOST)
+    assert "gpu-1 does not answer" in message(fact)
+    assert counts(pods) == {}
+    pods.delete(NAMESPACE, NAME)
+    assert KEY not in pods.observe()
+    assert exists(api) is not forced
+    if forced:
+        return
+    set_ready(api, "True")
+    add_node(api, "gpu-2", memory_mib=49_140)  # once this is seen, so is that the other is back
+    eventually(lambda: "48Gi" in counts(pods))
+    assert counts(pods) == {"48Gi": 1}, "its trainer may still be running there"
+    leader = runtimes()
+    back = until(leader, is_running)
+    assert (back.gpus, counts(leader)) == (1, {"24Gi": 1, "48Gi": 1}), (
+        "the core takes it for held: no attempt is active"
+    )
+    report(api, ended(84), phase="Failed")
+    eventually(lambda: counts(pods) == {"24Gi": 1, "48Gi": 1})
 
 
 @pytest.fixture

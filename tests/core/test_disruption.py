@@ -60,6 +60,15 @@ def test_what_the_platform_ends_resumes_and_counts_as_no_failure(reason: Reason)
     assert status.failures_total == 0
 
 
+def test_what_a_node_out_of_reach_never_ends_is_given_up_and_resumes_in_words() -> None:
+    asked = make_attempt(start_time=after(-500), stop_time=after(-200), stop_reason=Reason.DISRUPTED, message="tainted")
+    job = make_job(status=running_status().model_copy(update={"attempts": (asked,)}))
+    unseen = exited(job, None, failure(Reason.LOST, "its node gpu-7 does not answer"), disruption=Reason.LOST)
+    status = written(decide(snapshot(job, stages=[unseen])))
+    assert (status.attempts[-1].reason, status.failures_total) == (Reason.DISRUPTED, 0)
+    assert status.attempts[-1].message == "train attempt 2 stopped: tainted; its node gpu-7 does not answer"
+
+
 @pytest.mark.parametrize("reason", [Reason.HOST_OUT_OF_MEMORY, Reason.KILLED])
 def test_what_may_be_the_jobs_own_fault_is_tried_again_a_bounded_number_of_times(reason: Reason) -> None:
     job = training()

@@ -141,6 +141,25 @@ def test_gpus_of_a_pod_that_no_status_accounts_for_are_taken_and_nobody_is_moved
     assert written(taken).summary
 
 
+def test_the_gpu_of_a_stage_that_runs_on_after_its_attempt_was_given_up_is_given_to_nobody() -> None:
+    lost = make_attempt("train", 2, finish_time=after(-100), reason=Reason.LOST, stage_uid="ours")
+    job = make_job(status=prepared_status(attempts=(lost,), attempts_total=2))
+    came_back = StageFact(
+        namespace="default",
+        name="job-train-2",
+        uid="uid-job",
+        phase=StagePhase.RUNNING,
+        stage_uid="ours",
+        gpus=1,
+        gpu_class="24Gi",
+    )
+    commands = decide(snapshot(job, stages=(came_back,), gpu_classes=ONE))
+    assert not of_kind(commands, EnsureStage)
+    assert [stop.name for stop in of_kind(commands, StopStage)] == ["job-train-2"]
+    ended = replace(came_back, phase=StagePhase.EXITED)
+    assert of_kind(decide(snapshot(job, stages=(ended,), gpu_classes=ONE)), EnsureStage)
+
+
 def test_the_gpu_of_an_attempt_is_not_booked_twice_before_its_pod_is_vouched_for() -> None:
     starting = begun("train")
     fact = stage(starting, StagePhase.PENDING, vouched=False, gpus=1, gpu_class="24Gi")

@@ -25,8 +25,10 @@ from tests.core.world import World
 TICK_SECONDS = 30.0
 STEPS, STEP_SECONDS = 6, 60.0
 CPU_STAGE_SECONDS = 30.0
-UNSCHEDULABLE_SECONDS, START_FAILURE_SECONDS = 900.0, 300.0
+UNSCHEDULABLE_SECONDS, START_FAILURE_SECONDS, STRANDED_SECONDS = 900.0, 300.0, 60.0
 """How long the runtime waits for a pod, as `RuntimeBounds` has it."""
+EVICTION_SECONDS = 300.0
+"""How long a cluster waits for a node before it deletes the pods there."""
 NODES = {"24Gi": ("gpu-1", "gpu-2"), "48Gi": ("gpu-3",)}
 
 
@@ -44,6 +46,7 @@ class Fault(StrEnum):
     NO_ROOM = "no node of the small class takes pods"
     BROKEN_CARD = "a card has uncorrectable errors"
     NODE_LOST = "a node vanishes"
+    NODE_UNREACHABLE = "a node does not answer"
     DRAINED = "a node is drained"
     HOST_MEMORY = "a trainer runs out of host memory"
     HANG = "a stage makes no steps any more"
@@ -77,6 +80,8 @@ class _Pod:
     step: int = 0
     hangs: bool = False
     short_of_memory: bool = False
+    deleted_seconds: float | None = None
+    """When it was deleted while its node was out of reach."""
 
 
 @dataclass(slots=True)
@@ -90,6 +95,12 @@ class FaultyWorld(World):
     begun: set[Fault] = field(default_factory=set[Fault])
     on_record: set[str] = field(default_factory=set[str])
     """Stages that a job's status says were there once."""
+    unreachable: str = ""
+    """The node that does not answer."""
+    strays: dict[str, float] = field(default_factory=dict[str, float])
+    """Nodes of given-up stages that may still run there, and since when."""
+    fences: dict[str, int] = field(default_factory=dict[str, int])
+    """The attempt that owns a job's store."""
     chance: random.Random = field(default_factory=random.Random)
 
     def __post_init__(self) -> None:
@@ -106,6 +117,7 @@ class FaultyWorld(World):
         for trouble in self.troubles:
             if trouble.fault in AT_AN_INSTANT and trouble.fault not in self.begun and self.on(trouble.fault):
                 self._strike(trouble.fault)
+        self._lose_sight()
         for key in self.live_stages():
             self._live(key)
         if not self.on(Fault.API_AWAY):
@@ -125,7 +137,10 @@ class FaultyWorld(World):
         """What the controller sees, by its own clock."""
         put_back = timedelta(hours=2) if self.on(Fault.CONTROLLER_CLOCK) else timedelta(0)
         seen = World.snapshot(self)
-        return replace(seen, now=seen.now - put_back)
+        held = {self.pods[key].node for key in self.live_stages()}
+        gone = ({self.unreachable} | self.strays.keys()) - held
+        classes = tuple(replace(c, capacity=c.capacity - len(gone & set(NODES[c.name]))) for c in self.gpu_classes)
+        return replace(seen, now=seen.now - put_back, gpu_classes=classes)
 
     def control(self, commands_carried_out: int | None) -> None:
         """One pass of the controller; each command is checked as it is carried out."""
@@ -170,7 +185,9 @@ class FaultyWorld(World):
     def _live(self, key: str) -> None:
         """A tick in the life of a stage."""
         pod = self.pods[key]
-        if key in self.stopping:
+        if pod.node and pod.node == self.unreachable:
+            self._out_of_sight(key, pod)
+        elif key in self.stopping or pod.deleted_seconds is not None:
             self._obey(key)
         elif pod.started_seconds is None:
             self._start(key, pod)
@@ -197,6 +214,7 @@ class FaultyWorld(World):
                 self._give_up(key, Reason.IMAGE_UNAVAILABLE)
         else:
             pod.started_seconds = self.seconds
+            self.fences[self._job(key)] = self.tasks[key].attempt
             pod.step = pod.first_step = self.steps.get(self._job(key), 0)
             start = self.now + self._clock_error()
             self.stages[key] = replace(self.stages[key], phase=StagePhase.RUNNING, start_time=start, node=pod.node)
@@ -208,8 +226,10 @@ class FaultyWorld(World):
             return True
         if gpu_class == "24Gi" and self.on(Fault.NO_ROOM):
             return False
-        taken = {self.pods[other].node for other in self.live_stages()}
+        taken = {self.pods[other].node for other in self.live_stages()} | {self.unreachable} | self.strays.keys()
         free = [n for n in NODES[gpu_class] if n not in taken and n not in self.tasks[key].avoid_nodes]
+        offered = [n for n in NODES[gpu_class] if self.strays.get(n, pod.created_seconds) < pod.created_seconds]
+        assert free or not offered, f"{key} was given the GPU of {offered}, where something may still run"
         pod.node = free[0] if free else ""
         return bool(free)
 
@@ -277,6 +297,37 @@ class FaultyWorld(World):
         self.stopping.discard(key)
         if key in self.on_record:
             self.ever_ended.add(key)
+
+    # --- a node out of reach ----------------------------------------------------------------------------------------
+
+    def _lose_sight(self) -> None:
+        """A node of a stage with a GPU does not answer as long as that is on; afterwards all ends that was deleted."""
+        if not self.on(Fault.NODE_UNREACHABLE):
+            self.unreachable = ""
+            self.strays.clear()
+        elif not self.unreachable:
+            nodes = sorted(
+                {self.pods[key].node for key in self.live_stages() if self.classes_of[key] is not None} - {""}
+            )
+            self.unreachable = self.chance.choice(nodes) if nodes else ""
+
+    def _out_of_sight(self, key: str, pod: _Pod) -> None:
+        """The trainer goes on as far as its fence lets it; the cluster deletes its pod, and nobody hears of its end."""
+        self._train_unseen(key, pod)
+        begun = max(t.begin_seconds for t in self.troubles if t.fault is Fault.NODE_UNREACHABLE)
+        if pod.deleted_seconds is None and (key in self.stopping or self.seconds - begun > EVICTION_SECONDS):
+            pod.deleted_seconds = self.seconds
+            self.stages[key] = replace(self.stages[key], disruption=Reason.DISRUPTED)
+        overdue = self.seconds - (pod.deleted_seconds or self.seconds) - self.policy.grace_seconds
+        if overdue > STRANDED_SECONDS:
+            self._give_up(key, Reason.LOST)
+            self.strays[pod.node] = self.seconds
+
+    def _train_unseen(self, key: str, pod: _Pod) -> None:
+        job, is_owner = self._job(key), self.fences.get(self._job(key)) == self.tasks[key].attempt
+        if pod.started_seconds is not None and is_owner and not pod.hangs and pod.step < STEPS - 1:
+            pod.step += 1
+            self.steps[job] = pod.step
 
     # --- faults that strike once -----------------------------------------------------------------------------------
 

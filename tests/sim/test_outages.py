@@ -71,6 +71,14 @@ def test_random_days_end_with_every_job_succeeded(first: int) -> None:
             raise
 
 
+def test_jobs_go_on_elsewhere_while_a_node_is_out_of_reach() -> None:
+    trouble = Trouble(fault=Fault.NODE_UNREACHABLE, begin_seconds=240.0, end_seconds=24 * 3600.0)
+    world = live_through(1, (trouble,))
+    assert world.strays, "no stage was on the node when it went out of reach"
+    assert_all_is_well(world, (trouble,))
+    assert world.seconds < 3600
+
+
 def test_a_day_without_faults_takes_no_longer_than_its_stages() -> None:
     world = live_through(0, ())
     assert world.unfinished() == []

@@ -22,7 +22,7 @@ from orchestrator.adapters.kubernetes import pod_facts
 from orchestrator.adapters.kubernetes.api import KubeApi
 from orchestrator.adapters.kubernetes.nodes import gpus_held, read_node
 from orchestrator.adapters.kubernetes.objects import Parser
-from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, read_pod, stage_fact
+from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, Surroundings, read_pod, stage_fact
 from orchestrator.adapters.kubernetes.pod_manifest import (
     ATTEMPT_LABEL,
     JOB_LABEL,
@@ -225,7 +225,7 @@ def test_pods_and_nodes_of_any_kind_leave_the_others_in_view() -> None:
         assert feed.find(key) == read(healthy)
         for _, found in feed.values():
             if isinstance(found, pod_facts.StagePod):
-                stage_fact(found, "", None, RuntimeBounds(), NOW)
+                stage_fact(found, Surroundings(), None, RuntimeBounds(), NOW)
 
 
 def test_a_message_longer_than_a_kubelet_keeps_is_nobodys() -> None:

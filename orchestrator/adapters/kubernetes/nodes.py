@@ -60,6 +60,8 @@ class Node:
     """What GPU Feature Discovery calls the card; empty where nobody says."""
     usable: bool
     """Whether a train pod could be put there."""
+    ready: bool = True
+    """Whether its kubelet says that it is well; one that nobody hears of is not."""
     spot: bool = False
     """Whether its machine may be taken away at any time, by the label that its cloud gives it."""
     leaving: str = ""
@@ -79,8 +81,9 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
     taints: list[dict[str, str]] = spec.get("taints") or []
     leaving = _leaving(meta, taints)
     not_whole = _not_whole(labels, policy)
+    ready = _is_ready(status)
     usable = (
-        _is_ready(status)
+        ready
         and not not_whole
         and not spec.get("unschedulable", False)
         and not leaving
@@ -92,6 +95,7 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
         gpus=_gpus(status, labels, policy),
         product=labels.get(f"{policy.gpu_resource}.product", ""),
         usable=usable,
+        ready=ready,
         spot=any(labels.get(key) == value for key, value in SPOT_LABELS.items()),
         leaving=leaving,
         not_whole=not_whole,

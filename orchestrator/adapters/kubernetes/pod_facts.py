@@ -6,6 +6,8 @@ Rules:
   still running in the pod does not matter.
 - A pod that has come to nothing counts as ended, without an exit code: it failed before its trainer started, could
   not be put anywhere, or could not start, for longer than the bounds allow. It is deleted when the core forgets it.
+- So has one that was deleted and whose end nobody tells of: its node does not answer, or cannot end it. Something of it
+  may still run; its trainer finds the job's store fenced, and its GPU is nobody's until the pod is gone.
 - What the platform does is told as soon as it is known, while the stage still runs: a node that is being taken away,
   an eviction, somebody who deletes the pod. At the end it explains only an end that the stage did not choose.
 """
@@ -88,9 +90,23 @@ class RuntimeBounds:
     acknowledge_seconds: float = 5.0
     """How long the agent may take to pass on a request to stop, before a signal does."""
     stranded_seconds: float = 60.0
-    """After its grace a pod on a node that is gone is deleted without the kubelet."""
+    """So long after its grace the end of a pod is not waited for on a node that does not answer."""
+    unending_seconds: float = 900.0
+    """The same on a node that does: its kubelet tries on."""
+    force_delete_unreachable: bool = False
+    """Whether pods are deleted for good whose node is there and does not answer; something of them may still run."""
     ended_pods_limit: int = 3
     """Ended pods of a job that stay, with their logs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What is known of the node that a pod is on."""
+
+    leaving: str = ""
+    """Why it is about to go, or went; empty where nothing is known."""
+    answers: bool = True
+    """Whether its kubelet is heard of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,11 +292,13 @@ def _time(text: str | None) -> datetime | None:
 
 
 def stage_fact(
-    pod: StagePod, leaving: str, progress: ProgressReport | None, bounds: RuntimeBounds, now: datetime
+    pod: StagePod, node: Surroundings, progress: ProgressReport | None, bounds: RuntimeBounds, now: datetime
 ) -> StageFact:
-    """What is known of a stage. `leaving` says why its node is about to go, if it is."""
-    end = pod.end or (End(exit_code=None, finish_time=None) if given_up(pod, bounds, now) else None)
-    trouble = _present_trouble(pod, leaving, bounds, now)
+    """What is known of a stage."""
+    abandoned = unending(pod, node, bounds, now)
+    nothing = abandoned or given_up(pod, bounds, now)
+    end = pod.end or (End(exit_code=None, finish_time=None) if nothing else None)
+    trouble = abandoned or _present_trouble(pod, node.leaving, bounds, now)
     if end is not None and trouble is not None and trouble.reason is Reason.DISRUPTED and _chosen(end):
         trouble = None
     phase = StagePhase.PENDING if pod.start_time is None else StagePhase.RUNNING
@@ -297,8 +315,20 @@ def stage_fact(
         disruption=trouble.reason if trouble else None,
         progress=progress if pod.start_time is not None else None,
         stage_uid=pod.uid,
-        gpus=pod.gpus,
+        gpus=0 if abandoned else pod.gpus,  # which is on nobody's books
     )
+
+
+def unending(pod: StagePod, node: Surroundings, bounds: RuntimeBounds, now: datetime) -> Trouble | None:
+    """Why the end of a pod that was deleted is not waited for any longer, though its trainer may still run."""
+    if pod.end is not None or pod.deletion_time is None:
+        return None
+    overdue_seconds = (now - pod.deletion_time).total_seconds()
+    if overdue_seconds <= (bounds.unending_seconds if node.answers else bounds.stranded_seconds):
+        return None
+    what = "has not ended it" if node.answers else "does not answer"
+    message = f"the pod should have ended {overdue_seconds:.0f} s ago, and its node {pod.node or '(none)'} {what}"
+    return Trouble(reason=Reason.LOST, message=message)
 
 
 def given_up(pod: StagePod, bounds: RuntimeBounds, now: datetime) -> Trouble | None:

@@ -12,8 +12,10 @@
   taken away at once does not take its last words along. A pod that vanished without an end is absent, and the core
   resumes its job.
 - To stop is to ask the trainer through its agent and, where that is not acknowledged at once, to delete the pod, whose
-  grace starts with SIGTERM. A pod is never removed while its trainer may run: one that cannot end, because its node
-  does not answer, is only forced out when the node is gone or an operator has declared it out of service.
+  grace starts with SIGTERM. A pod is not removed while its trainer may run: one that cannot end, because its node does
+  not answer, is only forced out when the node is gone, an operator has declared it out of service, or settings allow.
+- The attempt of such a pod is given up all the same (`pod_facts.unending`): the job goes on elsewhere, the GPU is
+  nobody's until the pod is gone, and a trainer that comes back finds that a later attempt has its job's store.
 - Whatever the views of pods and jobs say, a young pod that no attempt seems to explain is held against the job on the
   server first: the two are watched apart, and a leader that has just taken over may see a pod before its attempt. No
   view is older than STALE_SECONDS, so older pods need no such care.
@@ -36,7 +38,15 @@ from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_
 from orchestrator.adapters.kubernetes.comparison import difference
 from orchestrator.adapters.kubernetes.nodes import NODES, Node, count_gpus, gpus_held, parse_gpu_classes, read_node
 from orchestrator.adapters.kubernetes.objects import Parser
-from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds, StagePod, given_up, read_pod, stage_fact
+from orchestrator.adapters.kubernetes.pod_facts import (
+    RuntimeBounds,
+    StagePod,
+    Surroundings,
+    given_up,
+    read_pod,
+    stage_fact,
+    unending,
+)
 from orchestrator.adapters.kubernetes.pod_manifest import (
     MANAGED_BY_LABEL,
     MANAGER,
@@ -168,7 +178,7 @@ class KubernetesPods:
             vouched = frozenset(self._vouched)
         facts: dict[str, StageFact] = {}
         for key, found in self._known(pods, vouched).items():
-            fact = stage_fact(found, _leaving(found, nodes, now), progress.get(key), self._bounds, now)
+            fact = stage_fact(found, _surroundings(found, nodes, now), progress.get(key), self._bounds, now)
             node = nodes.get(f"/{found.node}")
             facts[key] = replace(fact, vouched=found.uid in vouched, gpu_class=node.gpu_class if node else None)
         refused = {key: fact for key, fact in self._refused.items() if key not in facts or not facts[key].vouched}
@@ -216,16 +226,19 @@ class KubernetesPods:
         """What the nodes have, and what an autoscaler can add."""
         held: Counter[str] = Counter()
         others: Counter[str] = Counter()
+        nodes, now = self._nodes.values(), datetime.now(UTC)
+        with self._lock:
+            forgotten = frozenset(self._forgotten)
         for found in self._pods.values().values():
-            if not found.claimed:
-                others[found.node] += found.gpus
-            elif found.end is None:
-                held[found.node] += found.gpus
+            if found.end is not None and found.claimed:
+                continue
+            is_lost = found.uid in forgotten or unending(found, _surroundings(found, nodes, now), self._bounds, now)
+            books = others if is_lost or not found.claimed else held
+            books[found.node] += found.gpus
         for node, count in self._others.values().values():
             others[node] += count
-        nodes = self._nodes.values().values()
-        self._tell_not_whole(nodes)
-        return count_gpus(nodes, held, self._reachable, others)
+        self._tell_not_whole(nodes.values())
+        return count_gpus(nodes.values(), held, self._reachable, others)
 
     def uncounted_gpus(self) -> Mapping[str, int]:
         """GPUs that no job gets because they are parts of cards, by the reason in words."""
@@ -365,14 +378,21 @@ class KubernetesPods:
         return max(LAST_GRACE_SECONDS, int(asked.grace_seconds - waited_seconds))
 
     def _force_out_if_stranded(self, found: StagePod, deletion_time: datetime) -> None:
-        """Delete for good a pod whose kubelet will never say that it ended, if nothing of it can be running."""
+        """Delete for good a pod whose kubelet will not say that it ended, if nothing of it runs or settings allow."""
         overdue_seconds = (datetime.now(UTC) - deletion_time).total_seconds()
         if found.finalizing:
             return
         node = self._nodes.find(f"/{found.node}")
-        if overdue_seconds <= self._bounds.stranded_seconds or (node is not None and not node.out_of_service):
+        if overdue_seconds <= self._bounds.stranded_seconds:
             return
-        why = "is out of service" if node is not None else "is gone"
+        if node is None:
+            why = "is gone"
+        elif node.out_of_service:
+            why = "is out of service"
+        elif self._bounds.force_delete_unreachable and not node.ready:
+            why = "does not answer, and QLORA_FORCE_DELETE_UNREACHABLE is set"
+        else:
+            return
         log.warning("pod %s is forced out: its node %s %s", found.key, found.node, why)
         self._delete(found, 0)
 
@@ -413,10 +433,16 @@ class KubernetesPods:
             return
         if not recorded:
             self._require_unwanted(ended)
+        now = datetime.now(UTC)
         if ended.end is not None:
             self._forget(ended)
             self._delete_older(ended)
-        elif given_up(ended, self._bounds, datetime.now(UTC)) is not None:
+        elif ended.deletion_time and unending(
+            ended, _surroundings(ended, self._nodes.values(), now), self._bounds, now
+        ):
+            self._forget(ended)
+            self._force_out_if_stranded(ended, ended.deletion_time)
+        elif given_up(ended, self._bounds, now) is not None:
             self._delete_unstarted(ended)
         else:
             log.warning("pod %s has not ended and is not forgotten", key)
@@ -446,11 +472,13 @@ def _is_stages(key: str) -> bool:
     return StageName.parse(key.rpartition("/")[2]) is not None
 
 
-def _leaving(found: StagePod, nodes: Mapping[str, Node], now: datetime) -> str:
-    """Why a pod's node is about to go, or went; empty where nothing is known."""
+def _surroundings(found: StagePod, nodes: Mapping[str, Node], now: datetime) -> Surroundings:
+    """What is known of a pod's node."""
     if not found.node:
-        return ""
+        return Surroundings()
     if (node := nodes.get(f"/{found.node}")) is not None:
-        return node.leaving
+        return Surroundings(leaving=node.leaving, answers=node.ready)
     age_seconds = (now - (found.scheduled_time or found.created_time)).total_seconds()
-    return f"node {found.node} is gone" if age_seconds > NEW_NODE_SECONDS else ""
+    if age_seconds <= NEW_NODE_SECONDS:
+        return Surroundings()
+    return Surroundings(leaving=f"node {found.node} is gone", answers=False)

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
+from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.api.base import StoreUri
 from orchestrator.core.job.addresses import AddressRules
@@ -106,6 +107,14 @@ class ClusterSettings(ServiceSettings):
     """CPU threads of each stage; part of what makes results repeatable."""
     cpu_stages_limit: int = Field(default=64, ge=1, le=100_000)
     """Prepare and publish stages that may run at one time, and one more of a namespace that has none."""
+    stranded_seconds: Seconds = 60.0
+    """A pod that should have ended is given up after so long where its node does not answer: its job goes on elsewhere,
+    and its GPU is given to nobody until the node is back or gone."""
+    unending_seconds: Seconds = 900.0
+    """The same where its node answers and does not end it."""
+    force_delete_unreachable: bool = False
+    """A pod that was given up on a node that does not answer is deleted for good, which frees its volumes; something of
+    it may still run and write to them, so only where a node that does not answer is as good as gone."""
     progress_interval_seconds: float = Field(default=30.0, ge=0, le=3600)
     """A running job's progress is recorded at most so often; the end of a stage always is."""
     relist_seconds: Seconds = 600.0
@@ -175,6 +184,15 @@ class ClusterSettings(ServiceSettings):
             train_memory_bytes=self.train_memory_bytes,
             cpu_stage_memory_bytes=self.cpu_stage_memory_bytes,
             template=read_template(self.pod_template_file) if self.pod_template_file else PodTemplate(),
+        )
+
+    def runtime_bounds(self) -> RuntimeBounds:
+        """How long pods may take."""
+        return RuntimeBounds(
+            gpu_classes=self.gpu_classes,
+            stranded_seconds=self.stranded_seconds,
+            unending_seconds=self.unending_seconds,
+            force_delete_unreachable=self.force_delete_unreachable,
         )
 
 

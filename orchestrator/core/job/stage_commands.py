@@ -161,8 +161,12 @@ def unexplained_holders(snapshot: Snapshot) -> Iterator[StageFact]:
 
 
 def _accounts_for(job: QLoRAJob, attempt: Attempt, fact: StageFact) -> bool:
-    """Whether the attempt's own entry in the books is the stage's, or for what is about to stand in its place."""
-    return job.stage_name(attempt) == fact.name and (attempt.active or fact.stage_uid == (attempt.stage_uid or ""))
+    """Whether the attempt's own entry in the books is the stage's, or for what is about to stand in its place.
+
+    One that has ended has none, so it does not account for a stage that runs on: its node was out of reach.
+    """
+    is_over = fact.phase is StagePhase.EXITED and fact.stage_uid == (attempt.stage_uid or "")
+    return job.stage_name(attempt) == fact.name and (attempt.active or is_over)
 
 
 def _claimed_names(snapshot: Snapshot) -> frozenset[str]:

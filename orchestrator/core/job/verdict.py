@@ -100,7 +100,8 @@ def _message(attempt: Attempt, exit_code: int | None, reason: Reason, result: St
     if result.failure is not None and attempt.stop_reason is not reason:
         return result.failure.message
     if attempt.stop_reason is reason:
-        return f"{name} stopped: {attempt.message or reason.value}"
+        unseen = f"; {result.failure.message}" if exit_code is None and result.failure is not None else ""
+        return f"{name} stopped: {attempt.message or reason.value}{unseen}"
     if exit_code is None:
         return f"{name} vanished before anyone saw its end: {reason.value}"
     if exit_code == 0:
