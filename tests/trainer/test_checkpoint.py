@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -25,7 +26,7 @@ from qlora_trainer.storage.checkpoint import (
     Snapshot,
     TrainingState,
 )
-from qlora_trainer.storage.final_adapter import adapter_config
+from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.tensors import on_host
 from safetensors.torch import load_file
@@ -212,6 +213,30 @@ def test_a_fenced_attempt_writes_no_manifest_and_hears_of_it_at_the_next_call(st
     assert store.list_folders("checkpoints") == ["checkpoints/step-00000001"]
 
 
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_trainer_that_comes_back_leaves_what_a_later_attempt_stored_under_the_same_name(
+    tmp_path: Path, kind: str
+) -> None:
+    """Its node was out of reach, and its step is not the later attempt's bit for bit: that ran on another card."""
+    uri = f"{tmp_path.as_uri()}/team-a/job" if kind == "file" else f"memory://{uuid.uuid4().hex}/job"
+    old, new = make_checkpointer(JobStore(uri), attempt=1), make_checkpointer(JobStore(uri), attempt=2)
+    JobStore(uri).take_fence(1)
+    JobStore(uri).take_fence(2)
+    later = make_snapshot(2)
+    new.save(later, wait=True)
+    stored = new.publish_adapter(2, later.adapter, later.journal, tmp_path)
+    other = make_snapshot(2, best=True)
+    old.save(other)
+    with pytest.raises(FencedError, match="attempt 2 owns"):
+        old.finish()
+    with pytest.raises(FencedError, match="attempt 2 owns"):
+        old.publish_adapter(2, make_snapshot(3).adapter, other.journal, tmp_path)
+    assert_same(make_checkpointer(JobStore(uri), attempt=2).latest(), later)
+    found = fetch_final_adapter(JobStore(uri), tmp_path / "fetched")
+    assert found is not None
+    assert found.digest == stored.digest
+
+
 def test_a_failed_write_surfaces_at_the_next_save(tmp_path: Path) -> None:
     store = JobStore(f"{tmp_path.as_uri()}/job")
     store.take_fence(1)
@@ -357,7 +382,7 @@ def test_the_final_adapter_loads_with_peft_alone(store: JobStore) -> None:
 HASHES = """
 import json, sys
 from types import SimpleNamespace
-from qlora_trainer.storage.final_adapter import adapter_config
+from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adapter
 from orchestrator.api.task import StageTask
 names = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
 print(list(names), file=sys.stderr)

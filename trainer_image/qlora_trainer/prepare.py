@@ -268,5 +268,6 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
         write_rows(folder / EVAL_NAME, evaluation, eval_rows)
         model.tokenizer.save_pretrained(folder)
         (folder / SHOWN_NAME).write_text(ShownRecords(records=first, warnings=result.warnings).model_dump_json())
+        store.check_fence(task.attempt)  # a folder of the name is about to be replaced
         store.publish_folder(folder, _folder(digest), make_manifest)
     return result

@@ -7,7 +7,8 @@ The rules of a `Checkpointer`, of which an attempt has one:
 - What goes wrong while writing surfaces at the next call.
 - A checkpoint names the prepared data that its steps were made on; one of other data is never resumed.
 - `latest` believes digests, not names: a damaged checkpoint is passed over for the one before it.
-- The fence is checked before a manifest is written and before anything is deleted.
+- The fence is checked before a folder is begun, which takes the place of one of its name, before its manifest is
+  written and before anything is deleted.
 - Nothing is pickled. The same adapter gives the same file, byte for byte.
 """
 
@@ -215,7 +216,7 @@ class Checkpointer:
                     (folder / name).write_bytes(file.read())
             with (folder / ADAPTER_NAME).open("rb") as file:
                 digest = "sha256:" + file_digest(file, "sha256").hexdigest()
-            uri = self._store.publish_folder(folder, ADAPTER_FOLDER, lambda files: self._manifest(step, files, True))
+            uri = self._publish(folder, ADAPTER_FOLDER, step, complete=True)
         return StoredAdapter(uri=uri, digest=digest)
 
     # --- writing, on the writer thread
@@ -230,7 +231,7 @@ class Checkpointer:
             if snapshot.best_adapter is not None:
                 save_tensors(snapshot.best_adapter, folder / BEST_ADAPTER_NAME)
             (folder / STATE_NAME).write_bytes(snapshot.state.to_bytes())
-            uri = self._store.publish_folder(folder, name, lambda files: self._manifest(step, files, False))
+            uri = self._publish(folder, name, step, complete=False)
         self._damaged.discard(name)
         self.last = StoredCheckpoint(step=step, uri=uri)
         self._delete_superfluous(name)
@@ -244,25 +245,29 @@ class Checkpointer:
         (folder / ADAPTER_CONFIG_NAME).write_text(config)
         Journal(journal).save(folder / JOURNAL_NAME)
 
-    def _manifest(self, step: int, files: tuple[FileEntry, ...], complete: bool) -> CheckpointManifest:
+    def _publish(self, folder: Path, name: str, step: int, *, complete: bool) -> str:
+        def make_manifest(files: tuple[FileEntry, ...]) -> CheckpointManifest:
+            self._store.check_fence(self._provenance.attempt)
+            return CheckpointManifest(
+                step=step,
+                attempt=self._provenance.attempt,
+                prepared=self._provenance.prepared,
+                complete=complete,
+                versions=self._provenance.versions,
+                files=files,
+            )
+
         self._store.check_fence(self._provenance.attempt)
-        return CheckpointManifest(
-            step=step,
-            attempt=self._provenance.attempt,
-            prepared=self._provenance.prepared,
-            complete=complete,
-            versions=self._provenance.versions,
-            files=files,
-        )
+        return self._store.publish_folder(folder, name, make_manifest)
 
     def _delete_superfluous(self, newest: str) -> None:
         """Keep the newest checkpoints that can be resumed; the others, damaged or of other data, go."""
         names, last = self._names(), checkpoint_step(newest)
         usable = [name for name in names if checkpoint_step(name) <= last and self._is_usable(name)]
         kept = usable[-self._keep :]
-        self._store.check_fence(self._provenance.attempt)
         for name in names:
             if name not in kept:
+                self._store.check_fence(self._provenance.attempt)
                 self._store.delete_folder(name)
 
     def _names(self) -> list[str]:
