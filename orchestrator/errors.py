@@ -10,6 +10,7 @@
         |-- InvalidObject     what was handed in breaks a rule; names the field
         |-- AlreadyExists
         |-- NotFound
+        |-- Forbidden         the account may not do this
         |-- Conflict          somebody else wrote first; read again and decide anew
         |-- ServiceNotRunning
         |-- MissingExtra      libraries of an optional extra are not installed
@@ -58,6 +59,10 @@ class AlreadyExists(PermanentError):
 
 class NotFound(PermanentError):
     """There is no such object."""
+
+
+class Forbidden(PermanentError):
+    """The account may not do this, or a quota does not allow it."""
 
 
 class Conflict(PermanentError):

@@ -31,6 +31,10 @@ def show_plan(console: Console, plan: JobPlan) -> None:
         console.print()
         console.print(Text.assemble(("cannot run here  ", "bad"), plan.refusal.message))
     console.print()
+    if plan.unseen:
+        told = "which GPUs are here is not this account's to read: every class is shown as if it were here"
+        console.print(Text.assemble(("not seen  ", "busy"), told))
+        console.print()
     console.print(_alternatives(plan.alternatives))
 
 
@@ -109,10 +113,10 @@ def _alternatives(alternatives: tuple[Alternative, ...]) -> Table:
     for alternative in alternatives:
         estimate = alternative.estimate
         chosen = alternative.remark == "chosen"
-        style = "good" if chosen else "" if alternative.capacity else "quiet"
+        style = "good" if chosen else "quiet" if alternative.capacity == 0 else ""
         table.add_row(
             f"  {alternative.gpu_class}",
-            str(alternative.capacity),
+            str(alternative.capacity) if alternative.capacity is not None else NOTHING,
             gib(estimate.peak_bytes) if estimate is not None else NOTHING,
             str(estimate.plan.micro_batch_size) if estimate is not None else NOTHING,
             str(estimate.plan.recompute_layers) if estimate is not None else NOTHING,

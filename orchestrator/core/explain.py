@@ -8,8 +8,9 @@ happen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 
-from orchestrator.api.job import ResourcesSpec
+from orchestrator.api.job import QLoRAJob, ResourcesSpec
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason, Recovery, Refusal
 from orchestrator.core.job.setbacks import avoided_classes, counted_failures
@@ -33,6 +34,13 @@ def explain(snapshot: Snapshot, key: str) -> tuple[str, ...]:
     if draft is None:
         return (f"There is no job {key}.",)
     return tuple(_sentences(draft, outcome, snapshot))
+
+
+def explain_recorded(job: QLoRAJob, policy: Policy, now: datetime) -> tuple[str, ...]:
+    """Sentences about a job from its status alone: what was last said of it, and what has gone wrong."""
+    draft = Draft.open(job, now)
+    told = f"{job.key} is {draft.state.value.lower()}: {_what(draft)}."
+    return (told, *(() if draft.state in TERMINAL_STATES else _history(draft, policy)))
 
 
 def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:

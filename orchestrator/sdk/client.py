@@ -23,7 +23,7 @@ from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.core.job.addresses import refused_file
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
-from orchestrator.errors import AlreadyExists, InvalidObject, NotFound, PermanentError, ServiceNotRunning
+from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
 from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
@@ -47,7 +47,7 @@ class Client:
         self, settings: Settings | None = None, *, namespace: str | None = None, connection: Connection | None = None
     ) -> None:
         self.settings = settings or read_settings()
-        self.connection = connection or connect(self.settings)
+        self.connection = connection or connect(self.settings, namespace)
         self.namespace = namespace or self.connection.namespace
         """Where jobs that name no namespace go, and where names are looked up."""
 
@@ -84,7 +84,11 @@ class Client:
         facts = model_config.read_facts(checked.spec.model)
         taught = self.connection.store.list_jobs(checked.metadata.namespace)
         known = Known(prices=self.settings.gpu_prices, margins=margins.learned(taught))
-        return plan_job(checked, facts, self.connection.gpu_classes(), known)
+        try:
+            classes = self.connection.gpu_classes()
+        except Forbidden:
+            classes = None
+        return plan_job(checked, facts, classes, known)
 
     def records(self, job: JobLike, count: int = 3) -> ShownRecords:
         """The first training records with their masks, read on this machine as prepare would; changes nothing."""
@@ -125,7 +129,7 @@ class Client:
         """Refuse a queue that is there and not for this job, where queues may be read."""
         try:
             queues = self.connection.store.list_queues()
-        except PermanentError:
+        except Forbidden:
             return
         refusal = permission_refusal(job, queue_specs(queues))
         if refusal is not None:

@@ -46,15 +46,17 @@ def read_settings() -> Settings:
         raise InvalidObject("\n".join(lines)) from error
 
 
-def connect(settings: Settings) -> Connection:
-    """The service that `context` names."""
+def connect(settings: Settings, namespace: str | None = None) -> Connection:
+    """The service that `context` names, for work in a namespace, its own one by default."""
     if not settings.context:
         return embedded(settings)
-    return on_cluster("" if settings.context == CURRENT_CONTEXT else settings.context)
+    return on_cluster("" if settings.context == CURRENT_CONTEXT else settings.context, namespace)
 
 
-def on_cluster(context: str) -> Connection:
+def on_cluster(context: str, namespace: str | None = None) -> Connection:
     """The service on the cluster of a kubeconfig context, the current one by default.
+
+    Only the namespace is watched: an account may have no rights beyond it.
 
     Raises InvalidObject where there is no such context, MissingExtra without the Kubernetes client.
     """
@@ -71,7 +73,7 @@ def on_cluster(context: str) -> Connection:
 
     api = KubeApi(context)
     return Connection(
-        store=KubernetesStore(api),
+        store=KubernetesStore(api, watched=(namespace or api.namespace,)),
         is_running=lambda: True,  # the API server keeps the job until a controller comes
         gpu_classes=lambda: list_gpu_classes(api),
         logs=PodLogs(api),

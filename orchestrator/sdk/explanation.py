@@ -1,7 +1,8 @@
 """Why a job is where it is, by the very code that decides.
 
 The world is put together from what the store holds: a stage counts as running when its job's status says so.
-`core/explain` then decides as the controller would, and nothing is carried out.
+`core/explain` then decides as the controller would, and nothing is carried out. An account that may read no more than
+its own jobs is told what the controller has put on record.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from orchestrator.api.job import QLoRAJob
-from orchestrator.core.explain import explain
+from orchestrator.core.explain import explain, explain_recorded
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
+from orchestrator.errors import Forbidden
 from orchestrator.sdk.connection import Connection
 from orchestrator.sizing.hardware import priced
+
+ON_RECORD = (
+    "This is what the controller has put on record: other jobs, queues or nodes are not this account's to read, so "
+    "what is decided this moment is not worked out here."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +41,10 @@ class Explanation:
 
 def explain_job(job: QLoRAJob, connection: Connection, policy: Policy) -> Explanation:
     """The decision of this moment about the job, in words."""
-    sentences = explain(_snapshot(connection, policy), job.key)
+    try:
+        sentences = explain(_snapshot(connection, policy), job.key)
+    except Forbidden:
+        sentences = (*explain_recorded(job, policy, datetime.now(UTC)), ON_RECORD)
     state = state_of(job.status)
     if state not in TERMINAL_STATES and not connection.is_running():
         sentences = (*sentences, "The service is not running, so nothing happens until it is started: qlora up.")

@@ -7,7 +7,7 @@ come from `sizing/plan_search`, the very code that decides; here they are only p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
@@ -24,8 +24,8 @@ class Alternative:
     """What a GPU class would mean for the job."""
 
     gpu_class: str
-    capacity: int
-    """GPUs of the class that exist here."""
+    capacity: int | None
+    """GPUs of the class that exist here; absent where the account may not read that."""
     estimate: Estimate | None
     """The fastest plan that fits; absent where none does, or where spec.resources rules the class out."""
     remark: str
@@ -34,7 +34,8 @@ class Alternative:
     def to_wire(self) -> dict[str, object]:
         """JSON types with wire names."""
         estimate = {"estimate": self.estimate.to_wire()} if self.estimate is not None else {}
-        return {"gpuClass": self.gpu_class, "capacity": self.capacity, "remark": self.remark, **estimate}
+        capacity = {"capacity": self.capacity} if self.capacity is not None else {}
+        return {"gpuClass": self.gpu_class, **capacity, "remark": self.remark, **estimate}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class JobPlan:
     """Every class, here or not, smallest first."""
     guess: str | None = None
     """Why the bytes are a guess, and how far such guesses were off; absent where they are none."""
+    unseen: bool = False
+    """Whether the account may not read which GPUs are here, so that nothing is said of that."""
 
     def to_wire(self) -> dict[str, object]:
         """JSON types with wire names."""
@@ -61,6 +64,8 @@ class JobPlan:
             wire["refusal"] = {"reason": self.refusal.reason.value, "message": self.refusal.message}
         if self.guess is not None:
             wire["guess"] = self.guess
+        if self.unseen:
+            wire["unseen"] = True
         return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
 
 
@@ -74,8 +79,15 @@ class Known:
     """What finished jobs have taught, by namespace and architecture."""
 
 
-def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], known: Known | None = None) -> JobPlan:
-    """The choice among the classes that exist, beside what every other class would mean."""
+def plan_job(
+    job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass] | None, known: Known | None = None
+) -> JobPlan:
+    """The choice among the classes that exist, beside what every other class would mean.
+
+    None: which classes exist may not be read, and the choice is among all.
+    """
+    unseen = classes is None
+    classes = [hardware.gpu_class(name, 1) for name in hardware.CLASS_NAMES] if classes is None else classes
     known = known or Known()
     prices, margins = known.prices, known.margins.get((job.metadata.namespace, facts.architecture), DEFAULT)
     classes = hardware.priced(classes, prices)
@@ -86,13 +98,15 @@ def plan_job(job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass], know
         (hardware.gpu_class(name, 0) for name in hardware.CLASS_NAMES if name not in present), prices
     )
     every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
+    alternatives = tuple(_alternative(job.spec, facts, gpu_class, chosen, margins) for gpu_class in every)
     return JobPlan(
         job=job.key,
         facts=facts,
         chosen=chosen,
         refusal=choice if isinstance(choice, Refusal) else None,
         guess=guess_words(job.spec.adapter, facts),
-        alternatives=tuple(_alternative(job.spec, facts, gpu_class, chosen, margins) for gpu_class in every),
+        alternatives=tuple(replace(each, capacity=None) for each in alternatives) if unseen else alternatives,
+        unseen=unseen,
     )
 
 

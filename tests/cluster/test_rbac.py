@@ -7,18 +7,39 @@ here: a right too many shows as well as one that is missing. Then each does a fe
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
-from tests.cluster.accounts import HOMES, RBAC, ROLE, account, acting_as, binding, create, roles_and_accounts
-from tests.cluster.control_plane import ControlPlane, control_plane
+from orchestrator.api.job import Condition, ModelSource
+from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.errors import WaitTimedOut
+from orchestrator.sdk.client import Client
+from orchestrator.sdk.explanation import ON_RECORD
+from orchestrator.settings import Settings
+from tests.builders import NOW, ON_THE_HUB, prepared_status, submitted_job
+from tests.cluster.accounts import (
+    HOMES,
+    RBAC,
+    ROLE,
+    account,
+    acting_as,
+    binding,
+    create,
+    kubeconfig_of,
+    roles_and_accounts,
+)
+from tests.cluster.control_plane import CONTEXT, ControlPlane, control_plane
 from tests.cluster.resources import furnish, require
 from tests.deploy.render import NAMESPACE, documents
+from tests.sdk.paper_service import LLAMA_8B
 
 CLUSTER = "cluster"
 """Stands for what is in no namespace."""
@@ -136,6 +157,44 @@ def test_a_submitter_hands_in_jobs_in_the_own_namespace_alone(plane: ControlPlan
     ):
         refused(attempt)
     api.delete(mine)
+
+
+def test_a_submitter_lists_follows_plans_and_is_told_why_without_a_right_beyond_the_own_namespace(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig_of(plane, "submitter")))
+    client = Client(Settings(context=CONTEXT, home=tmp_path), namespace="team-a")
+    handle = client.submit(submitted_job("asked", **ON_THE_HUB))
+    assert [found.metadata.name for found in client.list()] == ["asked"]
+    why = Condition(
+        type=ConditionType.ADMITTED,
+        status="False",
+        reason=Reason.WAITING_FOR_GPU,
+        message="2 of 2 24Gi GPUs are in use; first in line",
+        last_transition_time=NOW,
+        observed_generation=1,
+    )
+    waits = prepared_status(conditions=(why,), evictions={"Preempted": 2}, summary="first in line")
+    KubernetesStore(plane.api()).update_status(handle.object(), waits)
+    assert handle.explain().sentences == (
+        "team-a/asked is queued: WaitingForGpu: 2 of 2 24Gi GPUs are in use; first in line.",
+        "It was moved before: 2 x Preempted.",
+        ON_RECORD,
+    )
+    with pytest.raises(WaitTimedOut, match="first in line"):
+        handle.wait(timeout_seconds=0.5)
+    assert list(handle.events()) == []
+    assert list(handle.logs()) == []
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    model = ModelSource(source=tmp_path.as_uri())
+    plan = client.plan(submitted_job("planned", **{**ON_THE_HUB, "model": model}))
+    assert plan.unseen
+    assert plan.chosen is not None
+    assert {alternative.capacity for alternative in plan.alternatives} == {None}
+    with pytest.raises(Forbidden):
+        client.list(all_namespaces=True)
+    handle.cancel()
+    handle.delete()
 
 
 def test_a_viewer_changes_nothing(plane: ControlPlane) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.commands import StopStage, WriteStatus
@@ -154,6 +154,22 @@ def test_a_queue_that_is_missing_or_held_admits_nothing_and_says_what_to_do() ->
         "there is no queue nowhere; create it or set spec.queue to one of default, held",
     )
     assert refusal(seen, "held") == (Reason.QUEUE_HELD, "queue held is held; set its spec.hold to false")
+
+
+def test_a_status_says_the_place_in_line_in_words_that_are_not_written_anew_for_each_job_that_starts() -> None:
+    jobs = [waiting(f"job-{number:02}", age_seconds=100 - number) for number in range(12)]
+    runs = running("runs", spec={"priority": 1})
+
+    def told(*waiting: QLoRAJob) -> dict[str, QLoRAJobStatus]:
+        commands = decide(world(*waiting, runs))
+        return {c.job.metadata.name: c.status for c in commands if isinstance(c, WriteStatus) and c.words_only}
+
+    first = told(*jobs)
+    places = [first[job.metadata.name].summary.rpartition("; ")[2] for job in jobs]
+    assert places == ["first in line"] + 9 * ["among the first ten in line"] + 2 * ["among the first hundred in line"]
+    stored = [job.model_copy(update={"status": first[job.metadata.name]}) for job in jobs]
+    assert told(*stored) == {}
+    assert set(told(*stored[1:])) == {"job-01", "job-10"}, "one of them has started"
 
 
 # --- quotas ----------------------------------------------------------------------------------------------------------
@@ -381,7 +397,8 @@ def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help(
     jobs = (running("runs", spec={"priority": 9}), waiting("ahead", age_seconds=60), waiting("behind"))
     needs = schedule(world(*jobs)).line[1].estimates[0].peak_bytes / 2**30
     assert explain(world(*jobs), "default/behind") == (
-        "default/behind is queued: WaitingForGpu: 1 of 1 24Gi GPUs are in use; waits for one to come free, or add one.",
+        "default/behind is queued: WaitingForGpu: 1 of 1 24Gi GPUs are in use; waits for one to come free, or add one; "
+        "among the first ten in line.",
         "It is number 2 of 2 in line for a GPU (priority 0 in queue default); "
         "ahead of it: default/ahead (priority 0, queue default).",
         f"It needs {needs:.1f} of the 21.5 GiB of 24Gi; 1 of 1 24Gi GPUs are held by others: default/runs. "

@@ -29,6 +29,7 @@ from kubernetes import config as kubernetes_config  # pyright: ignore[reportMiss
 from orchestrator.errors import (
     AlreadyExists,
     Conflict,
+    Forbidden,
     InvalidObject,
     NotFound,
     PermanentError,
@@ -57,10 +58,6 @@ READS = ("GET", "WATCH")
 
 class Gone(TransientError):
     """The server has forgotten the version that a watch wanted to go on from: list again."""
-
-
-class Forbidden(PermanentError):
-    """The account may not do this, or a quota does not allow it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

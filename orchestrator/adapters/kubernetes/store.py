@@ -44,16 +44,19 @@ class KubernetesStore:
         api: KubeApi,
         *,
         namespaces: Sequence[str] = EVERYWHERE,
+        watched: Sequence[str] | None = None,
         reporter: str = "client",
         changes: Changes | None = None,
     ) -> None:
+        """`watched` are the namespaces whose changes are waited for, where that is not all that is read."""
         self._api = api
         self._namespaces = namespaces
+        self._watched = namespaces if watched is None else watched
         self._changes = changes or Changes()
         self._parser = Parser()
         self._recorder = Recorder(api, reporter)
         self._jobs: Cache[QLoRAJob | UnreadableJob] = Cache(
-            api, API_VERSION, JOBS, self._parser.job_or_unreadable, self._changes, namespaces=namespaces
+            api, API_VERSION, JOBS, self._parser.job_or_unreadable, self._changes, namespaces=self._watched
         )
         self._queues: Cache[QLoRAQueue] = Cache(api, API_VERSION, QUEUES, self._parser.queue, self._changes)
 
@@ -88,7 +91,7 @@ class KubernetesStore:
 
     def list_jobs(self, namespace: str | None = None) -> Sequence[QLoRAJob]:
         """All jobs that parse, ordered by namespace and name."""
-        found = (job for job in self._all_jobs() if isinstance(job, QLoRAJob))
+        found = (job for job in self._all_jobs(namespace) if isinstance(job, QLoRAJob))
         return sorted((job for job in found if namespace in (None, job.metadata.namespace)), key=_place)
 
     def list_unreadable(self) -> Sequence[UnreadableJob]:
@@ -236,10 +239,12 @@ class KubernetesStore:
 
     # pieces
 
-    def _all_jobs(self) -> Iterable[QLoRAJob | UnreadableJob]:
-        if self._jobs.started:
+    def _all_jobs(self, namespace: str | None = None) -> Iterable[QLoRAJob | UnreadableJob]:
+        """All that there are, possibly in more namespaces than in the one that is asked for."""
+        if self._jobs.started and (self._watched == self._namespaces or namespace in self._watched):
             return self._jobs.values().values()
-        pages = (self._api.get(path_of(API_VERSION, JOBS, namespace))["items"] for namespace in self._namespaces)
+        read = self._namespaces if namespace is None or self._namespaces != EVERYWHERE else (namespace,)
+        pages = (self._api.get(path_of(API_VERSION, JOBS, namespace))["items"] for namespace in read)
         return [self._parser.job_or_unreadable(item) for page in pages for item in page]
 
     def _took(self, item: Json) -> QLoRAJob:

@@ -89,7 +89,7 @@ def schedule(snapshot: Snapshot) -> Schedule:
 
     drafts |= _admitted(drafts, placements, snapshot)
     drafts |= _evicted(drafts, preemptions)
-    drafts |= _refused(drafts, refusals, snapshot)
+    drafts |= _refused(drafts, refusals | _with_places(refusals, blocked), snapshot)
     return Schedule(drafts=drafts, line=tuple(line), placements=placements, preemptions=preemptions, refusals=refusals)
 
 
@@ -340,6 +340,25 @@ def _blocked_refusals(
             )
         )
     return refusals
+
+
+def _with_places(refusals: Mapping[str, Refusal], blocked: Sequence[Claim]) -> dict[str, Refusal]:
+    """The refusals of those in line with where in it they are, for whoever may not see the others.
+
+    In words: a figure would be another with every job that starts, and a status is not written for a figure.
+    """
+    return {
+        claim.key: replace(refusal, message=f"{refusal.message}; {_place_in_words(place)}")
+        for place, claim in enumerate(blocked)
+        if (refusal := refusals.get(claim.key)) is not None
+    }
+
+
+def _place_in_words(place: int) -> str:
+    if place == 0:
+        return "first in line"
+    named = next((words for bound, words in ((10, "ten"), (100, "hundred"), (1000, "thousand")) if place < bound), None)
+    return f"among the first {named} in line" if named else "beyond the first thousand in line"
 
 
 def _worth_a_victim(
