@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
+from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.api.results import StageResult
 from orchestrator.core.commands import (
     Command,
     DeleteStage,
@@ -28,6 +29,7 @@ from tests.builders import (
     after,
     exited,
     gpus,
+    make_attempt,
     make_job,
     prepare_result,
     prepared_status,
@@ -141,6 +143,20 @@ def test_nobody_is_moved_for_a_job_whose_admission_could_not_be_stored() -> None
     commands = decide(snapshot(victim, wanting, stages=(stage(victim),), gpu_classes=gpus(_24Gi=1)))
     assert not is_asked_to_stop(commands, victim)
     assert [c.job for c in commands if isinstance(c, ReportDefect)] == [wanting]
+
+
+def test_nobody_is_moved_for_a_job_before_its_claim_is_on_record() -> None:
+    """The store may refuse it, and the next round would know."""
+    victim = make_job("victim", status=running_status())
+    attempt = make_attempt("prepare", 1, start_time=after(-100))
+    preparing = QLoRAJobStatus(attempts=(attempt,), attempts_total=1, mlflow=prepared_status().mlflow)
+    wanting = make_job("wanting", status=preparing, priority=1000)
+    ended = exited(wanting, 0, StageResult(prepare=prepare_result()))
+    seen = snapshot(victim, wanting, stages=(stage(victim), ended), gpu_classes=gpus(_24Gi=1))
+    commands = decide(seen)
+    assert not is_asked_to_stop(commands, victim)
+    recorded = wanting.model_copy(update={"status": written(commands, "wanting")})
+    assert is_asked_to_stop(decide(replace(seen, jobs=(victim, recorded))), victim)
 
 
 def test_running_out_of_memory_is_no_jobs_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_
 from orchestrator.core.job.recovery import fail
 from orchestrator.core.job.setbacks import avoided_classes, broken_nodes
 from orchestrator.core.job.stage_commands import unexplained_holders
-from orchestrator.core.job.state_machine import GPU_STATES, JobState
+from orchestrator.core.job.state_machine import GPU_STATES, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
@@ -364,11 +364,16 @@ def _place_in_words(place: int) -> str:
 def _worth_a_victim(
     drafts: Mapping[str, Draft], preemptions: Iterable[Preemption], snapshot: Snapshot
 ) -> tuple[tuple[Preemption, ...], dict[str, Draft]]:
-    """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody."""
+    """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody.
+
+    Nor does one whose claim is not on record yet: what it claims by may be what no store takes.
+    """
     worth: list[Preemption] = []
     failed: dict[str, Draft] = {}
     for preemption in preemptions:
         draft = drafts[preemption.claim.key]
+        if state_of(draft.job.status) is not JobState.QUEUED:
+            continue
         tried = contained(
             draft, snapshot, partial(_storable_admission, estimate=preemption.estimate, snapshot=snapshot)
         )
