@@ -1,1 +1,0 @@
-"""Jobs' models and stores, read from outside the trainer."""

@@ -1,1 +1,0 @@
-"""The shell around the core: observe, decide, act; the Ray program; leadership."""

@@ -1,1 +1,0 @@
-"""One job's life: its state machine, its status, and what follows from what happened."""

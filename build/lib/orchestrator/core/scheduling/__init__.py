@@ -1,1 +1,0 @@
-"""All jobs together: who is next, where, and instead of whom."""

@@ -1,1 +1,0 @@
-"""From a dataset file to micro-batches."""

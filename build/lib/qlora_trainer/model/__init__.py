@@ -1,1 +1,0 @@
-"""The base in NF4, its adapter, and the way from tokens to loss."""

@@ -1,1 +1,0 @@
-"""The job's store and what lies in it."""
