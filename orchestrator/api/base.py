@@ -2,8 +2,9 @@
 
 Wire names are camelCase as Kubernetes users expect; unknown fields are errors; objects are frozen. Decimals
 travel as patterned strings, because a float does not survive every JSON and YAML parser unchanged and
-Kubernetes API conventions advise against it. Every number has a bound that a JSON reader, an int64 and a float keep
-exactly, and no number is infinite or no number at all: what passes here can be stored, sent and read again.
+Kubernetes API conventions advise against it; a number that is given for one becomes its text here. Every number has a
+bound that a JSON reader, an int64 and a float keep exactly, and no number is infinite or no number at all: what passes
+here can be stored, sent and read again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,15 @@ _END = f"[^{_NOT_AT_ENDS}{_NOT_IN_NAMES}]"
 NAME_PATTERN = f"^{_END}([^{_NOT_IN_NAMES}]*{_END})?$"
 """A name that people see: no blanks at its ends, and nothing in it that is harmful or not seen."""
 
-DecimalString = Annotated[str, StringConstraints(pattern=DECIMAL_PATTERN, max_length=24, strict=True)]
+
+def _written(value: object) -> object:
+    """A number as the text that is sent for it: people write `epochs: 3`, in YAML as in Python."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+DecimalString = Annotated[
+    str, StringConstraints(pattern=DECIMAL_PATTERN, max_length=24, strict=True), BeforeValidator(_written)
+]
 DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length=1, max_length=63)]
 # A job's name is a label value and the stem of its pods' names: `<job>-publish-999` must stay a DNS label.
 JobName = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length=1, max_length=48)]

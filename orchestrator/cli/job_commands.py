@@ -17,7 +17,7 @@ import typer
 from orchestrator.cli.completion import complete_job_name
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.formats import DataFormat, Kind, Stage, TableFormat
-from orchestrator.cli.options import DryRun, JobName, Manifest, Namespace, Output, Replace, Timeout
+from orchestrator.cli.options import Changes, DryRun, JobName, JobNames, Manifest, Namespace, Output, Replace, Timeout
 
 if TYPE_CHECKING:
     from orchestrator.api.job import QLoRAJob
@@ -29,6 +29,34 @@ WATCH_STEP_SECONDS = 5.0
 """`get --watch` draws anew at least so often, so that ages stay right."""
 
 
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A .jsonl, .json, .csv or .parquet file of records.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="owner/name on the hub, or a folder; Qwen2.5-7B-Instruct.", show_default=False),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="SPEC.YAML", help="The manifest to write.")] = Path(
+        "job.yaml"
+    ),
+) -> None:
+    """Write a manifest for a file of records, whose format is found in the first one."""
+    from orchestrator.cli.console import say
+    from orchestrator.cli.output import print_text
+    from orchestrator.errors import AlreadyExists
+    from orchestrator.sdk import first_job
+    from orchestrator.sdk.manifest import parse_manifest
+
+    text = first_job.manifest(data, model or first_job.DEFAULT_MODEL, output.parent)
+    parse_manifest(text, name=str(output), folder=output.resolve().parent)
+    try:
+        with output.open("x") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise AlreadyExists(f"{output} exists already; name another one: --output") from error
+    print_text(f"{output} written: {first_job.format_of(data)} records")
+    say(f"next: qlora prepare --show 3 {output}; qlora plan {output}; qlora run {output}", style="quiet")
+
+
 def submit(
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="SPEC.YAML...", help="Manifests; - reads standard input.")
@@ -36,6 +64,7 @@ def submit(
     filename: Annotated[
         list[Path] | None, typer.Option("--filename", "-f", help="A manifest; may be repeated.")
     ] = None,
+    changes: Changes = None,
     replace: Replace = False,
     namespace: Namespace = None,
     dry_run: DryRun = False,
@@ -51,7 +80,7 @@ def submit(
     if not paths:
         raise typer.BadParameter("name at least one manifest")
     client = connect(namespace)
-    objects = [item for path in paths for item in load(path, namespace)]
+    objects = [item for path in paths for item in load(path, namespace, changes)]
     checked = [  # all, before any is stored
         client.check(item, replace=replace) if isinstance(item, QLoRAJob) else item for item in objects
     ]
@@ -150,41 +179,59 @@ def wait(name: JobName, timeout: Timeout = None, namespace: Namespace = None, ou
     finish_following(connect(namespace).handle(name), timeout, output)
 
 
-def cancel(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
-    """End a job for good. Its checkpoints and metrics stay."""
-    _steer(connect(namespace).handle(name), "cancel", dry_run)
+def cancel(names: JobNames, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """End jobs for good. Their checkpoints and metrics stay."""
+    for handle in _handles(names, namespace):
+        _steer(handle, "cancel", dry_run)
 
 
-def suspend(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
-    """Hold a job: a running stage saves a checkpoint and stops."""
-    _steer(connect(namespace).handle(name), "suspend", dry_run)
+def suspend(names: JobNames, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """Hold jobs: a running stage saves a checkpoint and stops."""
+    for handle in _handles(names, namespace):
+        _steer(handle, "suspend", dry_run)
 
 
-def resume(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
-    """Let a suspended job go on from its checkpoint."""
-    _steer(connect(namespace).handle(name), "resume", dry_run)
+def resume(names: JobNames, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """Let suspended jobs go on from their checkpoints."""
+    for handle in _handles(names, namespace):
+        _steer(handle, "resume", dry_run)
 
 
-def delete(name: JobName, namespace: Namespace = None, dry_run: DryRun = False) -> None:
-    """Remove a job; a running stage is stopped. MLflow and the job's store keep what they have."""
+def delete(names: JobNames, namespace: Namespace = None, dry_run: DryRun = False) -> None:
+    """Remove jobs; a running stage is stopped. MLflow and the jobs' store keep what they have."""
     from orchestrator.cli.output import print_text
     from orchestrator.errors import NotFound
 
-    handle = connect(namespace).handle(name)
-    if dry_run:
-        print_text(f"job/{name} would be deleted")
-        return
-    handle.delete()
-    try:
-        handle.object()
-    except NotFound:
-        print_text(f"job/{name} deleted")
-    else:
-        print_text(f"job/{name} marked for deletion; it goes once its stage has stopped")
+    for handle in _handles(names, namespace):
+        if dry_run:
+            print_text(f"job/{handle.name} would be deleted")
+            continue
+        handle.delete()
+        try:
+            handle.object()
+        except NotFound:
+            print_text(f"job/{handle.name} deleted")
+        else:
+            print_text(f"job/{handle.name} marked for deletion; it goes once its stage has stopped")
+
+
+def download(
+    name: JobName,
+    into: Annotated[
+        Path | None,
+        typer.Option("--into", metavar="FOLDER", help="Where to; NAME-adapter by default.", show_default=False),
+    ] = None,
+    namespace: Namespace = None,
+) -> None:
+    """Download a job's adapter as a folder that PEFT loads, every file verified."""
+    from orchestrator.cli.output import print_text
+
+    print_text(str(connect(namespace).handle(name).adapter(into or Path(f"{name}-adapter"))))
 
 
 def plan(
     spec: Manifest,
+    changes: Changes = None,
     namespace: Namespace = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
     output: Output = None,
@@ -194,7 +241,7 @@ def plan(
     from orchestrator.cli.output import print_data
     from orchestrator.cli.plan_view import show_plan
 
-    answer = connect(namespace).plan(only_job(load(spec, namespace), spec))
+    answer = connect(namespace).plan(only_job(load(spec, namespace, changes), spec))
     form = DataFormat.JSON if as_json else output
     if form is not None:
         print_data(answer.to_wire(), form)
@@ -207,6 +254,7 @@ def plan(
 def prepare(
     job: Annotated[str, typer.Argument(metavar="SPEC.YAML|NAME", help="A manifest, or a job that is prepared.")],
     show: Annotated[int, typer.Option("--show", metavar="RECORDS", min=1, max=100, help="How many to read.")] = 3,
+    changes: Changes = None,
     namespace: Namespace = None,
     output: Output = None,
 ) -> None:
@@ -217,7 +265,7 @@ def prepare(
 
     client, path = connect(namespace), Path(job)
     if job == "-" or path.suffix in (".yaml", ".yml", ".json") or path.is_file():
-        shown = client.records(only_job(load(path, namespace), path), show)
+        shown = client.records(only_job(load(path, namespace, changes), path), show)
     else:
         shown = client.handle(job).records()
         shown = shown.model_copy(update={"records": shown.records[:show]})
@@ -265,16 +313,17 @@ def connect(namespace: str | None) -> Client:
     return Client(namespace=namespace)
 
 
-def load(path: Path, namespace: str | None) -> tuple[UserObject, ...]:
-    """The objects of a manifest or of standard input, in the namespace that was asked for."""
+def load(path: Path, namespace: str | None, changes: Sequence[str] | None = None) -> tuple[UserObject, ...]:
+    """The objects of a manifest or of standard input, in the namespace and with the fields that were asked for."""
     from orchestrator.api.job import QLoRAJob
     from orchestrator.errors import InvalidObject
-    from orchestrator.sdk.manifest import load_manifest, parse_manifest
+    from orchestrator.sdk.manifest import load_manifest, parse_changes, parse_manifest
 
+    fields = parse_changes(changes or ())
     if str(path) == "-":
-        objects = parse_manifest(sys.stdin.read(), name="standard input", folder=Path.cwd())
+        objects = parse_manifest(sys.stdin.read(), name="standard input", folder=Path.cwd(), changes=fields)
     else:
-        objects = load_manifest(path)
+        objects = load_manifest(path, changes=fields)
     for item in objects:
         written = item.metadata.namespace if "namespace" in item.metadata.model_fields_set else namespace
         if isinstance(item, QLoRAJob) and namespace not in (None, written):
@@ -366,6 +415,12 @@ def _queues(client: Client, name: str | None) -> Sequence[UserObject]:
     if name is not None and not queues:
         raise NotFound(f"there is no queue {name}; list them with: qlora get queues")
     return queues
+
+
+def _handles(names: Sequence[str], namespace: str | None) -> list[JobHandle]:
+    """Handles on jobs that are all there: of several names, one that is wrong changes nothing."""
+    client = connect(namespace)
+    return [client.handle(name) for name in dict.fromkeys(names)]
 
 
 def _steer(handle: JobHandle, verb: str, dry_run: bool) -> None:

@@ -18,13 +18,14 @@ from orchestrator.cli.exits import ExitStatus, status_of
 from orchestrator.errors import OrchestratorError
 
 COMMANDS = {
-    "One job, start to finish": (service_commands.run, job_commands.plan, job_commands.prepare),
+    "One job, start to finish": (job_commands.init, job_commands.plan, job_commands.prepare, service_commands.run),
     "Jobs and queues": (
         job_commands.submit,
         job_commands.get,
         job_commands.describe,
         job_commands.logs,
         job_commands.wait,
+        job_commands.download,
         job_commands.explain,
         job_commands.calibration,
         job_commands.cancel,

@@ -11,12 +11,24 @@ from orchestrator.cli.completion import complete_job_name
 from orchestrator.cli.formats import DataFormat
 
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="The job's name.", autocompletion=complete_job_name)]
+JobNames = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="The jobs' names.", autocompletion=complete_job_name)
+]
 Manifest = Annotated[Path, typer.Argument(metavar="SPEC.YAML", help="A manifest; - reads standard input.")]
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace of the job.", show_default="default")
 ]
 Output = Annotated[DataFormat | None, typer.Option("--output", "-o", help="Answer for programs.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; change nothing.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="A field of the job's spec, such as training.epochs=1, instead of the manifest's; may be repeated.",
+        show_default=False,
+    ),
+]
 Replace = Annotated[bool, typer.Option("--replace", help="In the place of a finished job of that name.")]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up waiting after so long (status 5).")

@@ -10,10 +10,14 @@ from rich.text import Text
 
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan
-from orchestrator.cli.words import NOTHING, dollars, duration, gib
+from orchestrator.cli.words import NOTHING, dollars, duration, gib, step_time
 from orchestrator.sdk.planning import Alternative, JobPlan
+from orchestrator.sizing.hardware import CPU_CLASS
 
 BAR_CELLS = 28
+BEFORE_BAR_CELLS = 16
+"""Of a line with a bar, without the item's name."""
+LABEL_CELLS = 12
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -22,7 +26,7 @@ def show_plan(console: Console, plan: JobPlan) -> None:
     console.print(_heading(plan))
     if plan.chosen is not None:
         console.print()
-        for line in (*_item_lines(plan.chosen, console), *_choice_lines(plan.chosen)):
+        for line in (*_item_lines(plan.chosen, console), *_choice_lines(plan.chosen, console)):
             console.print(line, no_wrap=True, overflow="ignore", crop=False)
     if plan.guess is not None:
         console.print()
@@ -72,31 +76,40 @@ def _item_lines(estimate: Estimate, console: Console) -> Iterator[Text]:
     rows = [(item.name, item.bytes, "busy") for item in estimate.items if item.bytes]
     rows += [("peak", estimate.peak_bytes, "good"), (f"usable on {estimate.gpu_class}", estimate.usable_bytes, "quiet")]
     name_width = max(len(name) for name, _, _ in rows)
+    cells = min(BAR_CELLS, max(0, console.width - name_width - BEFORE_BAR_CELLS)) if console.is_terminal else BAR_CELLS
     for name, count, style in rows:
         strong = "bold" if name == "peak" else ""
         yield Text.assemble(
             (f"  {name:<{name_width}}  ", strong),
             (f"{gib(count):>10}  ", strong),
-            (bar(count / scale, unicode=unicode), style),
+            (bar(count / scale, cells, unicode=unicode), style),
         )
 
 
-def _choice_lines(estimate: Estimate) -> Iterator[Text]:
+def _choice_lines(estimate: Estimate, console: Console) -> Iterator[Text]:
+    """Class, plan and length; what is too long for a terminal goes on under its beginning."""
     free = estimate.usable_bytes - estimate.peak_bytes
     yield Text()
     for label, value in (
-        ("GPU class", f"{estimate.gpu_class}, {gib(free)} to spare"),
+        ("GPU class", f"{_class_words(estimate)}, {gib(free)} to spare"),
         ("plan", plan_words(estimate.plan)),
         ("length", length_words(estimate)),
     ):
-        yield Text.assemble((f"  {label:<10}", "label"), value)
+        text = Text(value)
+        parts = text.wrap(console, console.width - LABEL_CELLS) if console.is_terminal else (text,)
+        for number, part in enumerate(parts):
+            yield Text.assemble((f"  {'' if number else label:<{LABEL_CELLS - 2}}", "label"), part)
+
+
+def _class_words(estimate: Estimate) -> str:
+    return "cpu: no GPU is here, so it trains on the CPU" if estimate.gpu_class == CPU_CLASS else estimate.gpu_class
 
 
 def length_words(estimate: Estimate) -> str:
     """How long the steps take, on which card, and what they cost."""
     words = [f"{estimate.steps} steps" if estimate.steps else "steps are counted by prepare"]
     if estimate.step_seconds is not None:
-        words.append(f"{estimate.step_seconds:.3g} s each on {estimate.card}")
+        words.append(f"{step_time(estimate.step_seconds)} each on {estimate.card}")
     if estimate.seconds is not None:
         words.append(f"about {duration(estimate.seconds)} in all")
     if estimate.dollars is not None:
@@ -132,4 +145,4 @@ def _time(estimate: Estimate) -> str:
     """The time of all steps, or of one where nobody has counted them yet."""
     if estimate.seconds is not None or estimate.step_seconds is None:
         return duration(estimate.seconds)
-    return f"{estimate.step_seconds:.2g}s/step"
+    return f"{step_time(estimate.step_seconds)}/step"

@@ -11,7 +11,7 @@ import typer
 
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.job_commands import connect, finish_following, load, only_job, print_dry_run
-from orchestrator.cli.options import DryRun, Manifest, Namespace, Output, Replace, Timeout
+from orchestrator.cli.options import Changes, DryRun, Manifest, Namespace, Output, Replace, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 PACKAGES = ("qlora-orchestrator", "mlflow", "ray", "torch", "transformers", "peft", "bitsandbytes")
 DEFAULT_UI_PORT = 5000
-UI_START_SECONDS = 60.0
+UI_START_SECONDS = 180.0
+"""A busy machine takes more than a minute. A server that has ended is told of at once."""
 
 
 def run(
     spec: Manifest,
     name: Annotated[str | None, typer.Option("--name", help="Instead of metadata.name.", show_default=False)] = None,
+    changes: Changes = None,
     replace: Replace = False,
     keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave the service running afterwards.")] = False,
     timeout: Timeout = None,
@@ -39,7 +41,7 @@ def run(
     from orchestrator.cli.console import say
     from orchestrator.sdk.manifest import parse_object
 
-    objects = load(spec, namespace)
+    objects = load(spec, namespace, changes)
     job = only_job(objects, spec)
     if name is not None:
         metadata = job.metadata.model_copy(update={"name": name})

@@ -24,6 +24,14 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86_400}d{whole % 86_400 // 3600}h"
 
 
+def step_time(seconds: float) -> str:
+    """What one step takes: `0.012s`, `0.73s`, `12.3s`, and from a minute on as a duration."""
+    if seconds >= 59.95:
+        return duration(seconds)
+    digits = 1 if seconds >= 10 else 2 if seconds >= 0.1 else 3
+    return f"{seconds:.{digits}f}s"
+
+
 def since(moment: datetime | None, now: datetime) -> str:
     """How long ago something was."""
     return duration((now - moment).total_seconds()) if moment is not None else NOTHING

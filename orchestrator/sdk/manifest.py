@@ -70,8 +70,29 @@ _URI_FIELDS: tuple[FieldPath, ...] = (
 )
 
 
-def load_manifest(path: Path | str) -> tuple[UserObject, ...]:
-    """The objects of a YAML file, in its order; raises InvalidObject."""
+Changes = Sequence[tuple[FieldPath, object]]
+"""Fields of jobs' specs that are said beside the manifest, with JSON's values."""
+
+
+def parse_changes(texts: Sequence[str]) -> Changes:
+    """`training.epochs=1` as a field and its value, which is read as YAML; raises InvalidObject."""
+    return [_change(text) for text in texts]
+
+
+def _change(text: str) -> tuple[FieldPath, object]:
+    name, equals, value = text.partition("=")
+    parts = tuple(name.strip().removeprefix("spec.").split("."))
+    if not equals or not all(parts):
+        raise InvalidObject(f"{cut(text)}: must be a field of a job's spec and a value, such as training.epochs=1")
+    try:
+        read: object = yaml.load(value, Loader=_Loader)  # noqa: S506  the safe loader, with its refusals
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InvalidObject(f"{cut(name)}: the value is not valid YAML: {cut(value)}") from error
+    return ("spec", *parts), read
+
+
+def load_manifest(path: Path | str, *, changes: Changes = ()) -> tuple[UserObject, ...]:
+    """The objects of a YAML file, in its order, jobs with these changes; raises InvalidObject."""
     file = Path(path)
     try:
         with file.open("rb") as stream:
@@ -84,10 +105,10 @@ def load_manifest(path: Path | str) -> tuple[UserObject, ...]:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise InvalidObject(f"{file}: not UTF-8 text; give a YAML file") from error
-    return parse_manifest(text, name=str(file), folder=file.resolve().parent)
+    return parse_manifest(text, name=str(file), folder=file.resolve().parent, changes=changes)
 
 
-def parse_manifest(text: str, *, name: str, folder: Path) -> tuple[UserObject, ...]:
+def parse_manifest(text: str, *, name: str, folder: Path, changes: Changes = ()) -> tuple[UserObject, ...]:
     """The objects of a YAML text; `name` stands for it in errors, `folder` is what `file://./x` is relative to."""
     try:
         documents = [(data, node) for data, node in _documents(text) if data is not None]
@@ -105,7 +126,7 @@ def parse_manifest(text: str, *, name: str, folder: Path) -> tuple[UserObject, .
         raise InvalidObject(f"{name}: holds no object; start with apiVersion: {API_VERSION} and kind: QLoRAJob")
     several = len(documents) > 1
     return tuple(
-        _to_object(data, _Origin(name=f"{name}, document {n}" if several else name, folder=folder, node=node))
+        _to_object(data, _Origin(name=f"{name}, document {n}" if several else name, folder=folder, node=node), changes)
         for n, (data, node) in enumerate(documents, 1)
     )
 
@@ -209,7 +230,7 @@ def _documents(text: str) -> Iterator[tuple[object, yaml.Node]]:
         loader.dispose()
 
 
-def _to_object(data: object, origin: _Origin) -> UserObject:
+def _to_object(data: object, origin: _Origin, changes: Changes = ()) -> UserObject:
     plain = _Plain(origin).read(data)
     if not isinstance(plain, dict):
         raise origin.error(
@@ -217,6 +238,9 @@ def _to_object(data: object, origin: _Origin) -> UserObject:
         )
     wire = _without_service_fields(cast(dict[str, object], plain))
     kind = _kind_of(wire, origin)
+    if kind is QLoRAJob:
+        for path, value in changes:
+            _put(wire, path, _Plain(origin).read(value, path), origin)
     wire = _without_nulls(wire, kind)
     for path in _URI_FIELDS:
         _resolve(wire, path, origin)
@@ -272,6 +296,17 @@ def _without_service_fields(data: Mapping[str, object]) -> dict[str, object]:
             kept["annotations"] = {k: v for k, v in named.items() if k != CANCEL_ANNOTATION or not isinstance(v, str)}
         wire["metadata"] = kept
     return wire
+
+
+def _put(wire: dict[str, object], path: FieldPath, value: object, origin: _Origin) -> None:
+    """Set a field, making the mappings on the way to it."""
+    parent = wire
+    for depth, part in enumerate(path[:-1], 1):
+        inner = parent.setdefault(cast(str, part), {})
+        if not isinstance(inner, dict):
+            raise origin.error(Problem(path=path[:depth], message=f"has no fields to set; found {shown(inner)}"))
+        parent = cast(dict[str, object], inner)
+    parent[cast(str, path[-1])] = value
 
 
 def _resolve(wire: dict[str, object], path: FieldPath, origin: _Origin) -> None:

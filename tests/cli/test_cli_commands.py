@@ -151,7 +151,7 @@ def test_one_bad_object_keeps_the_others_from_being_stored(service: PaperService
         (job_document(resources={"vram": "900Gi"}), "no GPU here offers vram 900Gi"),
         (job_document(dataset={"source": "file://./missing.jsonl"}), "missing.jsonl does not exist"),
         (job_document(model={"source": "file://./missing"}), "missing is not a folder"),
-        (job_document(training={"learningRate": 2e-4}), "write it in quotes"),
+        (job_document(tracking={"experiment": 7}), "write it in quotes"),
         (job_document(store={"uri": "file://./train.jsonl/x"}), "train.jsonl is not a folder"),
         (job_document(trainig={}), "spec.trainig: unknown field; did you mean training?"),
         ({"kind": "Pod"}, "apiVersion: is missing"),
@@ -222,6 +222,48 @@ def test_a_namespace_goes_with_the_command_or_the_manifest_but_not_against_it(se
     result = qlora("submit", "-n", "team-a", write_manifest(other))
     assert result.exit_code == ExitStatus.INVALID
     assert "is in namespace team-b, not team-a" in result.stderr
+
+
+def test_init_writes_a_manifest_that_a_plan_takes_and_overwrites_nothing(service: PaperService) -> None:
+    Path("notes.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    result = qlora("init", "notes.jsonl", "--model", "model")
+    assert result.stdout == "job.yaml written: prompt-completion records\n"
+    assert "next: qlora prepare --show 3 job.yaml" in result.stderr
+    assert qlora("plan", "job.yaml").exit_code == ExitStatus.OK
+    again = qlora("init", "notes.jsonl")
+    assert (again.exit_code, again.stderr) == (
+        ExitStatus.INVALID,
+        "error: job.yaml exists already; name another one: --output\n",
+    )
+
+
+def test_fields_can_be_set_beside_the_manifest(service: PaperService) -> None:
+    path = write_manifest(QUEUE, job_document(training={"epochs": "3"}, tracking={"alias": "best"}))
+    set_ = ("--set", "training.epochs=1", "--set", "spec.priority=7", "--set", "tracking.alias=")
+    assert qlora("submit", path, *set_).exit_code == ExitStatus.OK
+    spec = service.job().spec
+    assert (spec.training.epochs, spec.priority, spec.tracking.alias) == ("1", 7, None)
+    assert "24Gi +1" not in qlora("plan", write_manifest(job_document()), "--set", "resources.gpuClasses=[48Gi]").stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.epoch=1", "spec.training.epoch: unknown field; did you mean epochs?"),
+        ("training.epochs", "training.epochs: must be a field of a job's spec and a value, such as training.epochs=1"),
+        ("training..epochs=1", "must be a field of a job's spec"),
+        ("queue.name=a", "spec.queue: has no fields to set"),
+        ("training.seed=[1", "training.seed: the value is not valid YAML"),
+        ("model.source=/models/llama", 'write "file:///models/llama"'),
+    ],
+)
+def test_a_change_that_cannot_be_is_told_in_one_line(service: PaperService, change: str, said: str) -> None:
+    path = write_manifest(job_document(queue="default"))
+    result = qlora("submit", path, "--set", change)
+    assert result.exit_code == ExitStatus.INVALID
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert service.store.list_jobs() == []
 
 
 # --- looking ------------------------------------------------------------------------------------------------------
@@ -412,6 +454,30 @@ def test_steering_says_what_it_did_and_a_dry_run_does_nothing(service: PaperServ
     assert "marked for deletion" in qlora("delete", "medical").stdout
     service.fail()
     assert "has finished already" in qlora("cancel", "medical").stdout
+
+
+def test_several_jobs_are_steered_at_once_or_none(service: PaperService) -> None:
+    for name in ("one", "two"):
+        service.client.submit(job_document(name))
+    wrong = qlora("cancel", "one", "three", "two")
+    assert (wrong.exit_code, wrong.stdout) == (ExitStatus.NOT_FOUND, "")
+    assert not service.job("one").cancelled
+    assert qlora("suspend", "one", "two", "one").stdout == "job/one suspended\njob/two suspended\n"
+    assert qlora("cancel", "one", "two").stdout.splitlines() == ["job/one cancelled", "job/two cancelled"]
+    service.fail("one")
+    service.fail("two")
+    assert qlora("delete", "one", "two").stdout == "job/one deleted\njob/two deleted\n"
+
+
+def test_an_adapter_is_downloaded_as_a_folder(service: PaperService) -> None:
+    service.client.submit(job_document())
+    service.prepare()
+    assert "has no adapter" in qlora("download", "medical").stderr
+    service.train()
+    service.succeed()
+    assert qlora("download", "medical").stdout == "medical-adapter\n"
+    assert (Path("medical-adapter") / "adapter_config.json").exists()
+    assert qlora("download", "medical", "--into", "b/c").stdout == "b/c\n"
 
 
 def test_up_and_down_know_what_is_there(service: PaperService) -> None:

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.cli.log_view import log_text
 from orchestrator.cli.output import Cell, columns
 from orchestrator.cli.plan_view import bar
-from orchestrator.cli.words import duration, gib
+from orchestrator.cli.words import duration, gib, step_time
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,11 @@ def test_lines_that_are_not_the_trainers_are_left_alone(line: str) -> None:
 def test_a_traceback_follows_its_line() -> None:
     line = '{"time": "2026-01-01T12:00:00.000Z", "level": "error", "message": "boom", "traceback": "a\\nb"}'
     assert log_text(line) == "12:00:00  ERROR boom\na\nb"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0123, "0.012s"), (0.0995, "0.100s"), (0.73, "0.73s"), (12.34, "12.3s"), (59.96, "1m00s"), (140.0, "2m20s")],
+)
+def test_a_steps_time_has_no_exponent(seconds: float, words: str) -> None:
+    assert step_time(seconds) == words

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from orchestrator.api.job import QLoRAJob, TrackingSpec
+from orchestrator.api.job import QLoRAJob, TrackingSpec, TrainingSpec
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk.manifest import MAX_MANIFEST_BYTES, load_manifest, parse_manifest, parse_object
@@ -22,6 +23,25 @@ spec:
 LINE_OF_EXTRA = 7
 
 
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("3", "3"),
+        ("0.5", "0.5"),
+        ("2.0e-4", "0.0002"),
+        ("1.0e-8", "1e-08"),
+        ("0", "0"),
+        ('"2e-4"', "2e-4"),
+        ("2e-4", "2e-4"),
+    ],
+)
+def test_a_number_is_sent_as_text(written: str, sent: str) -> None:
+    (job,) = parse_manifest(f"{JOB}  training: {{neftuneAlpha: {written}}}\n", name="job.yaml", folder=Path("/jobs"))
+    assert isinstance(job, QLoRAJob)
+    assert job.spec.training.neftune_alpha == sent
+    assert TrainingSpec(neftune_alpha=yaml.safe_load(written)).neftune_alpha == sent
+
+
 def message_of(text: str) -> str:
     with pytest.raises(InvalidObject) as caught:
         parse_manifest(text, name="job.yaml", folder=Path("/jobs"))
@@ -32,11 +52,11 @@ def message_of(text: str) -> str:
     ("extra", "expected"),
     [
         (
-            "  training: {learningRate: 2.0e-4}",
-            'spec.training.learningRate: must be text; found the number 2.0e-4; write it in quotes: "2.0e-4"',
+            "  tracking: {experiment: 2.0e-4}",
+            'spec.tracking.experiment: must be text; found the number 2.0e-4; write it in quotes: "2.0e-4"',
         ),
-        ("  training: {learningRate: 0.0002}", 'found the number 0.0002; write it in quotes: "0.0002"'),
-        ("  training: {epochs: 3}", 'spec.training.epochs: must be text; found the number 3; write it in quotes: "3"'),
+        ("  training: {learningRate: -2.0e-4}", "must be a decimal number of at least 0"),
+        ("  training: {epochs: true}", "spec.training.epochs: must be text; found true"),
         ("  training: {warmupRatio: 5%}", 'found "5%"; write "0.05"'),
         ('  training: {warmupRatio: "0,05"}', 'found "0,05"; write "0.05"'),
         ('  training: {weightDecay: "-1"}', "must be a decimal number of at least 0"),
@@ -138,7 +158,7 @@ def test_aliases_that_would_fill_the_memory_are_refused() -> None:
 
 
 def test_every_problem_is_told_in_the_order_of_the_lines() -> None:
-    message = message_of(JOB.replace("medical", "Med") + "  queu: a\n  training:\n    epochs: 3\n    seed: -1\n")
+    message = message_of(JOB.replace("medical", "Med") + "  queu: a\n  training:\n    epochs: -3\n    seed: -1\n")
     fields = [line.split(": ")[1] for line in message.splitlines()]
     assert fields == ["metadata.name", "spec.queu", "spec.training.epochs", "spec.training.seed"]
 

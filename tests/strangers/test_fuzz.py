@@ -9,7 +9,7 @@ import copy
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from orchestrator.adapters.kubernetes.objects import Parser
+from orchestrator.api.base import DECIMAL_PATTERN
 from orchestrator.api.crd import RULES
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import AdapterSpec, DatasetSource, QLoRAJob, TrainingSpec
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk.manifest import parse_manifest, parse_object
 from tests.strangers.harm import harmful
@@ -65,6 +66,7 @@ LISTED: dict[str, str] = {
     "a rule in CEL": "tests/cluster/test_crd_bounds tries every rule on a real server; the schema alone cannot say it",
     "a relative file": "the SDK makes file://./x absolute, and tells file://x apart from it, before anything is sent",
     "a whole number with a point": "1.0 is an integer to JSON Schema and the server; the SDK asks for 1",
+    "a number for a decimal": "the SDK sends its text, which is what the server is asked for",
     "many labels": "the server bounds an object's bytes, the SDK the number of labels",
 }
 """Why verdicts may differ."""
@@ -148,7 +150,17 @@ def difference(item: Json, sdk: str, server: str) -> str | None:
             return "a relative file"
         if all("whole number, without quotes or decimals" in line for line in lines):
             return "a whole number with a point"
+    if server and not sdk and any(isinstance(value, int | float) for value in decimals(item)):
+        return "a number for a decimal"
     return None
+
+
+def decimals(item: Json) -> Iterator[object]:
+    """What stands in the fields of a job's spec that are decimals."""
+    for part, model in (("dataset", DatasetSource), ("adapter", AdapterSpec), ("training", TrainingSpec)):
+        for field in model.model_fields.values():
+            if any(getattr(each, "pattern", None) == DECIMAL_PATTERN for each in field.metadata):
+                yield item["spec"][part].get(field.alias)
 
 
 @pytest.mark.parametrize("base", [JOB, QUEUE], ids=["QLoRAJob", "QLoRAQueue"])

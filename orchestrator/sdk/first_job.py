@@ -1,0 +1,131 @@
+"""A first manifest for a data file: its format is found in the first record, the rest are sensible values, commented.
+
+Nothing is fetched, and no more of the file is read than its first record.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import re
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import IO, cast
+
+from orchestrator.errors import InvalidObject
+from orchestrator.sdk import extras
+from orchestrator.sdk.problems import closest, cut
+
+FIELDS: Mapping[str, frozenset[str]] = {
+    "messages": frozenset({"messages"}),
+    "sharegpt": frozenset({"conversations"}),
+    "alpaca": frozenset({"instruction", "output"}),
+    "prompt-completion": frozenset({"prompt", "completion"}),
+    "text": frozenset({"text"}),
+}
+"""The fields that a record of each format has, the formats in the order in which they are looked for."""
+MAX_RECORD_CHARACTERS = 64 << 20
+MAX_NAME_CHARACTERS = 40
+DEFAULT_MODEL = "hf://Qwen/Qwen2.5-7B-Instruct"
+MANIFEST = """\
+# Written by `qlora init`. All fields, with their defaults and bounds: docs/reference/qlorajob.md
+apiVersion: qlora.dev/v1alpha1
+kind: QLoRAJob
+metadata:
+  name: {name}
+spec:
+  model:
+    source: {model}
+  dataset:
+    source: {source}
+    format: {format}
+    evalFraction: "0.1"      # held out, to tell learning from memorising; or evalSource, a file of its own
+  adapter:
+    rank: 16
+    alpha: 16
+  training:
+    epochs: "3"
+    sequenceLength: 2048     # tokens; a longer record is refused, unless dataset.tooLong says truncate or drop
+    learningRate: "2e-4"
+"""
+
+
+def manifest(data: Path, model: str, folder: Path) -> str:
+    """The text of a manifest that is to lie in `folder`; raises InvalidObject for a file that no format fits."""
+    relative = os.path.relpath(data.resolve(), folder.resolve())
+    return MANIFEST.format(
+        name=job_name(data),
+        model=model
+        if "://" in model
+        else f"file://{Path(model).resolve()}"
+        if Path(model).is_dir()
+        else f"hf://{model}",
+        source=f"file://{relative if relative.startswith('../') else f'./{relative}'}",
+        format=format_of(data),
+    )
+
+
+def job_name(data: Path) -> str:
+    """A job's name from a file's: `My Notes.jsonl.gz` as `my-notes`."""
+    stem = data.name.partition(".")[0].lower()
+    return re.sub(r"[^a-z0-9]+", "-", stem)[:MAX_NAME_CHARACTERS].strip("-") or "job"
+
+
+def format_of(data: Path) -> str:
+    """The format whose fields the first record has."""
+    found = first_fields(data)
+    for name, wanted in FIELDS.items():
+        if wanted <= found:
+            return name
+    near = {field: closest(field, {each for wanted in FIELDS.values() for each in wanted}) for field in sorted(found)}
+    advice = "; ".join(f"did you mean {good} by {bad}?" for bad, good in near.items() if good is not None)
+    known = ", ".join(f"{name} ({' and '.join(sorted(wanted))})" for name, wanted in FIELDS.items())
+    has = ", ".join(cut(field) for field in sorted(found)) or "none"
+    raise InvalidObject(
+        f"{data}: the fields of its first record are those of no format: {has}; " + (advice or f"known are {known}")
+    )
+
+
+def first_fields(data: Path) -> Set[str]:
+    """The names of the fields of a file's first record."""
+    suffix = Path(data.name.removesuffix(".gz")).suffix
+    try:
+        if suffix == ".parquet":
+            return _columns(data)
+        with _opened(data) as stream:
+            if suffix == ".csv":
+                return {name for name in next(csv.reader(stream), ()) if name}
+            return _first_object(data, stream, array=suffix == ".json")
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise InvalidObject(f"{data}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _opened(data: Path) -> IO[str]:
+    if data.suffix == ".gz":
+        return gzip.open(data, "rt", encoding="utf-8-sig")
+    return data.open(encoding="utf-8-sig")
+
+
+def _columns(data: Path) -> Set[str]:
+    extras.require("trainer", purpose="reading Parquet")
+    import pyarrow.parquet  # pyright: ignore[reportMissingTypeStubs]  it has none
+
+    return set(cast("list[str]", pyarrow.parquet.read_schema(data).names))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _first_object(data: Path, stream: IO[str], *, array: bool) -> Set[str]:
+    if array:
+        text = stream.read(MAX_RECORD_CHARACTERS).lstrip().removeprefix("[").lstrip()
+    else:
+        text = next((line for line in stream if line.strip()), "")[:MAX_RECORD_CHARACTERS]
+    try:
+        record: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
+    except (ValueError, RecursionError) as error:
+        raise InvalidObject(
+            f"{data}: its first record is no JSON: {cut(text.strip()) or 'nothing is there'}"
+        ) from error
+    if not isinstance(record, dict):
+        raise InvalidObject(f"{data}: its first record is no object with fields: {cut(text.strip())}")
+    return set(cast("dict[str, object]", record))
