@@ -49,7 +49,7 @@ class StageTask(Model):
     run_id: ShortText | None = None
     """The job's MLflow run. Always set for publish; for train it may be absent while MLflow is away."""
     grace_seconds: int = Field(default=120, ge=1, le=86_400)
-    """Seconds between being asked to stop and being killed."""
+    """Seconds that a signal to stop leaves at least before it is killed."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the trainer; fixed, because the order of CPU sums depends on it."""
     host_memory_factor: float = Field(default=1.0, ge=1)

@@ -116,7 +116,7 @@ def test_a_pod_is_the_golden_one(name: str, stage: str, gpu_class: str | None, p
     task = make_task(stage)
     made: Manifest = pod(task, gpu_class, policy)
     [variable] = [variable for variable in trainer(made)["env"] if variable["name"] == "QLORA_TASK"]
-    assert StageTask.model_validate_json(variable["value"]) == task
+    assert StageTask.model_validate_json(variable["value"]) == task.model_copy(update={"grace_seconds": 15})
     variable["value"] = "(the task)"
     assert made == yaml.safe_load((GOLDEN / f"{name}-pod.yaml").read_text())
 
@@ -178,7 +178,18 @@ def test_the_task_arrives_as_it_was_sent_whatever_it_contains() -> None:
     made: Manifest = pod(task, "24Gi", POLICY)
     raw = next(variable["value"] for variable in trainer(made)["env"] if variable["name"] == "QLORA_TASK")
     assert "$$(HOME)/$$$$x/$$y" in raw
-    assert StageTask.model_validate_json(environment(made)["QLORA_TASK"]) == task
+    arrived = StageTask.model_validate_json(environment(made)["QLORA_TASK"])
+    assert arrived == task.model_copy(update={"grace_seconds": POLICY.short_grace_seconds})
+
+
+def test_a_trainer_is_told_of_no_more_time_than_a_machine_that_goes_leaves_it_and_its_pod_keeps_all() -> None:
+    def told(grace_seconds: int) -> tuple[int, int]:
+        made: Manifest = pod(make_task().model_copy(update={"grace_seconds": grace_seconds}), "24Gi", POLICY)
+        arrived = StageTask.model_validate_json(environment(made)["QLORA_TASK"])
+        return arrived.grace_seconds, made["spec"]["terminationGracePeriodSeconds"]
+
+    assert told(120) == (15, 120)
+    assert told(10) == (10, 10)
 
 
 # --- claims and caches --------------------

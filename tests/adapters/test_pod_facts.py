@@ -35,9 +35,9 @@ def pending(*, trainer: Json | None = None, agent: Json | None = None, unschedul
     return {"metadata": {**meta, "creationTimestamp": NOW.isoformat()}, "spec": spec, "status": status}
 
 
-def told(item: Json, seconds: float) -> StageFact:
+def told(item: Json, seconds: float, node: Surroundings | None = None) -> StageFact:
     found = read_pod(item, POLICY)
-    return stage_fact(found, Surroundings(), None, BOUNDS, NOW + timedelta(seconds=seconds))
+    return stage_fact(found, node or Surroundings(), None, BOUNDS, NOW + timedelta(seconds=seconds))
 
 
 INITIALIZING = waits("PodInitializing")
@@ -69,6 +69,15 @@ def test_a_pod_that_does_not_start_is_given_up_for_its_own_reason_after_its_own_
     assert given_up.result is not None
     assert given_up.result.failure is not None
     assert given_up.result.failure.message
+
+
+def test_a_pod_that_may_make_a_node_come_is_given_the_time_of_that() -> None:
+    item, coming = (
+        pending(unscheduled="0/3 nodes are available: 3 Insufficient nvidia.com/gpu"),
+        Surroundings(may_come=True),
+    )
+    assert told(item, BOUNDS.scale_up_seconds, coming).phase is StagePhase.PENDING
+    assert told(item, BOUNDS.scale_up_seconds + 1, coming).disruption is Reason.UNSCHEDULABLE
 
 
 def test_where_it_was_put_is_part_of_the_fact() -> None:

@@ -240,7 +240,8 @@ def test_the_pods_of_all_stages_are_let_into_a_restricted_namespace(api: KubeApi
         pods.ensure(task, "24Gi" if stage == "train" else None)
         made = api.get(path_of("v1", "pods", RESTRICTED, f"medical-{stage}-{number}"))
         [sent] = [v["value"] for v in made["spec"]["containers"][0]["env"] if v["name"] == "QLORA_TASK"]
-        assert StageTask.model_validate_json(sent.replace("$$", "$")) == task
+        arrived = StageTask.model_validate_json(sent.replace("$$", "$"))
+        assert arrived == task.model_copy(update={"grace_seconds": POLICY.short_grace_seconds})
 
 
 def test_a_pod_that_the_server_refuses_is_a_stage_that_could_not_start(api: KubeApi, runtimes: Runtimes) -> None:
@@ -407,6 +408,29 @@ def test_an_agent_that_heard_spares_the_signal_until_the_time_is_over(api: KubeA
     time.sleep(1.1)
     pods.stop(NAMESPACE, NAME, 1, Reason.PREEMPTED)
     assert api.get(PATH)["metadata"]["deletionGracePeriodSeconds"] == 1
+
+
+def test_a_trainer_whose_machine_goes_is_told_to_hurry_and_keeps_its_pod_for_the_whole_grace_period(
+    api: KubeApi, runtimes: Runtimes
+) -> None:
+    pods = runtimes(WITH_AGENT, replace(BOUNDS, short_grace_seconds=1))
+    channel = pods.channel = Channel()
+    run_on_node(api, pods)
+    pods.stop(NAMESPACE, NAME, 45, Reason.DISRUPTED)
+    assert channel.preempted == [(KEY, 1)]
+    time.sleep(1.1)
+    pods.stop(NAMESPACE, NAME, 45, Reason.DISRUPTED)
+    assert "deletionTimestamp" not in api.get(PATH)["metadata"]
+
+
+def test_a_pod_whose_class_is_still_to_come_is_waited_for_as_long_as_that_takes(
+    api: KubeApi, runtimes: Runtimes
+) -> None:
+    pods = runtimes(bounds=replace(IMPATIENT, gpu_classes="24Gi=1", scale_up_seconds=600.0))
+    pods.ensure(make_task(), "24Gi")
+    assert until(pods, lambda _: True).phase is StagePhase.PENDING
+    add_node(api)
+    assert until(pods, is_ended).disruption is Reason.UNSCHEDULABLE, "the node is there, and does not take it"
 
 
 def test_an_agent_that_nobody_hears_of_is_not_waited_for(api: KubeApi, runtimes: Runtimes) -> None:

@@ -253,6 +253,25 @@ def test_the_agents_preempt_is_a_signal_with_its_own_deadline(socket_path: Path)
     agent.close()
 
 
+def test_the_agents_deadline_may_leave_more_time_than_a_signal_which_still_counts_when_it_comes(
+    socket_path: Path,
+) -> None:
+    stop, agent = Stop(grace_seconds=15), Agent(socket_path)
+    with stop.listening():
+        stop.end_start_up()
+        client = AgentClient(socket_path, stop)
+        client.start()
+        agent.accept()
+        agent.send('{"type": "preempt", "deadlineSeconds": 120}')
+        assert stop.asked.wait(10)
+        time.sleep(0.1)
+        assert 100 < stop.seconds_left() <= 120
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: stop.seconds_left() <= 15)
+    client.close()
+    agent.close()
+
+
 def test_a_job_obeys_its_agent_and_answers_with_the_checkpoint(
     tmp_path: Path, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

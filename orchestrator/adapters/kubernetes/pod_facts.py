@@ -28,6 +28,7 @@ from orchestrator.adapters.kubernetes.nodes import gpus_held
 from orchestrator.adapters.kubernetes.pod_manifest import (
     AGENT,
     ATTEMPT_LABEL,
+    GPU_CLASS_LABEL,
     JOB_LABEL,
     JOB_UID_LABEL,
     STAGE_LABEL,
@@ -80,7 +81,11 @@ class RuntimeBounds:
     gpu_classes: str = ""
     """GPUs that an autoscaler can bring up, such as `24Gi=4,48Gi=2`."""
     unschedulable_seconds: float = 900.0
-    """A pod that no node has taken for so long goes back to the queue; autoscalers need minutes for a GPU."""
+    """A pod that no node has taken for so long goes back to the queue."""
+    scale_up_seconds: float = 1800.0
+    """The same while an autoscaler can bring up a node of its class."""
+    short_grace_seconds: float = 15.0
+    """What a trainer is told that it has when its machine is taken away."""
     start_failure_seconds: float = 300.0
     """An image or secret may be missing, or what runs before the trainer fail, for so long on a node."""
     volume_seconds: float = 300.0
@@ -107,6 +112,8 @@ class Surroundings:
     """Why it is about to go, or went; empty where nothing is known."""
     answers: bool = True
     """Whether its kubelet is heard of."""
+    may_come: bool = False
+    """Whether there is none yet, and one that fits may come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +147,8 @@ class StagePod:
     attempt: int
     claimed: bool
     """Whether labels and name say that it is the attempt's. Anybody can write that: it proves nothing."""
+    gpu_class: str | None
+    """What it asks for, by its label."""
     gpus: int
     """GPUs that it keeps from others now."""
     has_agent: bool
@@ -188,6 +197,7 @@ def read_pod(item: Json, policy: PodPolicy) -> StagePod:
         job_uid=labels.get(JOB_UID_LABEL, ""),
         attempt=name.attempt if name is not None else 0,
         claimed=name is not None and "-".join(told) == meta["name"] and bool(labels.get(JOB_UID_LABEL)),
+        gpu_class=labels.get(GPU_CLASS_LABEL),
         gpus=gpus_held(item, policy),
         has_agent=AGENT in _names(spec.get("initContainers")),
         created_time=datetime.fromisoformat(meta["creationTimestamp"]),
@@ -296,9 +306,9 @@ def stage_fact(
 ) -> StageFact:
     """What is known of a stage."""
     abandoned = unending(pod, node, bounds, now)
-    nothing = abandoned or given_up(pod, bounds, now)
+    nothing = abandoned or given_up(pod, node, bounds, now)
     end = pod.end or (End(exit_code=None, finish_time=None) if nothing else None)
-    trouble = abandoned or _present_trouble(pod, node.leaving, bounds, now)
+    trouble = abandoned or _present_trouble(pod, node, bounds, now)
     if end is not None and trouble is not None and trouble.reason is Reason.DISRUPTED and _chosen(end):
         trouble = None
     phase = StagePhase.PENDING if pod.start_time is None else StagePhase.RUNNING
@@ -331,14 +341,15 @@ def unending(pod: StagePod, node: Surroundings, bounds: RuntimeBounds, now: date
     return Trouble(reason=Reason.LOST, message=message)
 
 
-def given_up(pod: StagePod, bounds: RuntimeBounds, now: datetime) -> Trouble | None:
+def given_up(pod: StagePod, node: Surroundings, bounds: RuntimeBounds, now: datetime) -> Trouble | None:
     """Why a pod whose trainer has not started is not waited for any longer."""
     if pod.start_time is not None or pod.end is not None:
         return None
     if not pod.node:
         waited_seconds = (now - pod.created_time).total_seconds()
         no_volume = CLAIM_PROBLEM in pod.waiting
-        if waited_seconds <= (bounds.volume_seconds if no_volume else bounds.unschedulable_seconds):
+        placed_seconds = bounds.scale_up_seconds if node.may_come else bounds.unschedulable_seconds
+        if waited_seconds <= (bounds.volume_seconds if no_volume else placed_seconds):
             return None
         message = f"no node took the pod in {waited_seconds:.0f} s: {pod.waiting or 'no scheduler looked at it'}"
         reason = Reason.VOLUME_UNAVAILABLE if no_volume else Reason.UNSCHEDULABLE
@@ -350,12 +361,12 @@ def given_up(pod: StagePod, bounds: RuntimeBounds, now: datetime) -> Trouble | N
     return Trouble(reason=pod.problem or Reason.START_FAILED, message=message)
 
 
-def _present_trouble(pod: StagePod, leaving: str, bounds: RuntimeBounds, now: datetime) -> Trouble | None:
-    if (known := pod.trouble or given_up(pod, bounds, now)) is not None:
+def _present_trouble(pod: StagePod, node: Surroundings, bounds: RuntimeBounds, now: datetime) -> Trouble | None:
+    if (known := pod.trouble or given_up(pod, node, bounds, now)) is not None:
         return known
     if pod.deletion_time is not None:  # by us or by somebody: whom we delete has been asked to stop before
         return Trouble(reason=Reason.DISRUPTED, message=f"pod {pod.key} is being deleted")
-    return Trouble(reason=Reason.DISRUPTED, message=leaving) if leaving else None
+    return Trouble(reason=Reason.DISRUPTED, message=node.leaving) if node.leaving else None
 
 
 def _chosen(end: End) -> bool:

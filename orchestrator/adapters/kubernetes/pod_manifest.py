@@ -5,6 +5,7 @@ Where it may run is in `node_placement`, what it may take in `resources`. Rules:
 - Restricted Pod Security; no service account token; nothing is writable but volumes.
 - The image's main process is the trainer. Ray's agent beside it is a native sidecar: once its image is there it may
   fail, be patched or find no head, and what it needs from its surroundings is optional.
+- Whoever moves pods for a cluster's own convenience (Karpenter, cluster-autoscaler) is asked to let them end first.
 - The operator's template adds to a pod and never overrides what is decided here.
 - `pvc://claim/path` is found by the trainer at CLAIMS_PATH, where the claims that a task names are mounted; those that
   it only reads from are mounted read-only.
@@ -40,11 +41,12 @@ from orchestrator.api.task import (
 from orchestrator.sizing.hardware import memory_range_mib
 
 JOB_LABEL, JOB_UID_LABEL, STAGE_LABEL = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/stage"
-ATTEMPT_LABEL, QUEUE_LABEL = "qlora.dev/attempt", "qlora.dev/queue"
+ATTEMPT_LABEL, QUEUE_LABEL, GPU_CLASS_LABEL = "qlora.dev/attempt", "qlora.dev/queue", "qlora.dev/gpu-class"
 MANAGED_BY_LABEL, MANAGER = "app.kubernetes.io/managed-by", "qlora-orchestrator"
 
 TRAINER, AGENT = "trainer", "ray-agent"
 USER_ID = 65532
+LET_IT_END = {"karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
 FOR_THE_POD = {"host_memory_factor", "avoid_nodes"}
 """What a task says of its pod, and no trainer needs to know."""
 AGENT_SOCKET = f"{SOCKET_FOLDER}/agent.sock"
@@ -56,7 +58,7 @@ def pod(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": _metadata(task, policy.template),
+        "metadata": _metadata(task, gpu_class, policy.template),
         "spec": _spec(task, gpu_class, policy),
     }
 
@@ -91,7 +93,7 @@ def claim_template_name(gpu_class: str) -> str:
 # --- metadata ---------------------------------------------------------------------------------------------------
 
 
-def _metadata(task: StageTask, template: PodTemplate) -> Manifest:
+def _metadata(task: StageTask, gpu_class: str | None, template: PodTemplate) -> Manifest:
     owner = {
         "apiVersion": API_VERSION,
         "kind": "QLoRAJob",
@@ -100,15 +102,14 @@ def _metadata(task: StageTask, template: PodTemplate) -> Manifest:
         "controller": True,
         "blockOwnerDeletion": True,
     }
-    metadata: Manifest = {
+    of_class = {GPU_CLASS_LABEL: gpu_class} if gpu_class is not None else {}
+    return {
         "name": task.stage_name,
         "namespace": task.namespace,
-        "labels": {**template.labels, **_labels(task)},
+        "labels": {**template.labels, **_labels(task), **of_class},
+        "annotations": {**template.annotations, **LET_IT_END},
         "ownerReferences": [owner],
     }
-    if template.annotations:
-        metadata["annotations"] = dict(template.annotations)
-    return metadata
 
 
 def _labels(task: StageTask) -> dict[str, str]:
@@ -215,7 +216,8 @@ def _trainer_env(task: StageTask, policy: PodPolicy) -> Iterator[Manifest]:
 
 def _environment(task: StageTask, policy: PodPolicy) -> Iterator[tuple[str, str]]:
     yield "HOME", SCRATCH_PATH
-    text = task.model_dump_json(by_alias=True, exclude=FOR_THE_POD)  # with nulls: some are choices
+    told = task.model_copy(update={"grace_seconds": min(task.grace_seconds, policy.short_grace_seconds)})
+    text = told.model_dump_json(by_alias=True, exclude=FOR_THE_POD)  # with nulls: some are choices
     yield from task_variables(text).items()
     yield TERMINATION_LOG_VARIABLE, TERMINATION_LOG
     yield TRACKING_URI_VARIABLE, policy.tracking_uri

@@ -71,6 +71,8 @@ class PodPolicy:
     train_memory_bytes: int = 4 * GIB
     """Host memory of a train stage on top of what its model and plan ask for."""
     cpu_stage_memory_bytes: int = 2 * GIB
+    short_grace_seconds: int = 15
+    """What a signal is taken to leave a trainer at least: machines that go give less than the pod's grace period."""
     template: PodTemplate = PodTemplate()
 
     def ray_address_for(self, namespace: str) -> str:

@@ -176,9 +176,11 @@ class KubernetesPods:
         progress: Mapping[str, ProgressReport] = {} if self.channel is None else self.channel.progress()
         with self._lock:
             vouched = frozenset(self._vouched)
+        coming = self._coming(nodes.values())
         facts: dict[str, StageFact] = {}
         for key, found in self._known(pods, vouched).items():
-            fact = stage_fact(found, _surroundings(found, nodes, now), progress.get(key), self._bounds, now)
+            where = _surroundings(found, nodes, coming, now)
+            fact = stage_fact(found, where, progress.get(key), self._bounds, now)
             node = nodes.get(f"/{found.node}")
             facts[key] = replace(fact, vouched=found.uid in vouched, gpu_class=node.gpu_class if node else None)
         refused = {key: fact for key, fact in self._refused.items() if key not in facts or not facts[key].vouched}
@@ -232,13 +234,22 @@ class KubernetesPods:
         for found in self._pods.values().values():
             if found.end is not None and found.claimed:
                 continue
-            is_lost = found.uid in forgotten or unending(found, _surroundings(found, nodes, now), self._bounds, now)
+            where = _surroundings(found, nodes, frozenset(), now)
+            is_lost = found.uid in forgotten or unending(found, where, self._bounds, now)
             books = others if is_lost or not found.claimed else held
             books[found.node] += found.gpus
         for node, count in self._others.values().values():
             others[node] += count
         self._tell_not_whole(nodes.values())
         return count_gpus(nodes.values(), held, self._reachable, others)
+
+    def _coming(self, nodes: Iterable[Node]) -> frozenset[str]:
+        """Classes of which an autoscaler can bring up more than there is."""
+        here: Counter[str] = Counter()
+        for node in nodes:
+            if node.gpu_class is not None:
+                here[node.gpu_class] += node.gpus
+        return frozenset(name for name, count in self._reachable.items() if here[name] < count)
 
     def uncounted_gpus(self) -> Mapping[str, int]:
         """GPUs that no job gets because they are parts of cards, by the reason in words."""
@@ -360,18 +371,22 @@ class KubernetesPods:
             return
         if reason is Reason.FENCED:
             self._require_unwanted(found)
-        left_seconds = self._ask(found, grace_seconds)
+        left_seconds = self._ask(found, grace_seconds, reason)
         if left_seconds is not None:
             self._delete(found, left_seconds)
 
-    def _ask(self, found: StagePod, grace_seconds: int) -> int | None:
-        """Pass the request on by the agent; the grace that is left for a signal, or None while none is needed."""
+    def _ask(self, found: StagePod, grace_seconds: int, reason: Reason) -> int | None:
+        """Pass the request on by the agent; the grace that is left for a signal, or None while none is needed.
+
+        Where the machine is taken away the trainer is to hurry, and has its time all the same if the machine stays.
+        """
         if self.channel is None or not found.has_agent or found.start_time is None:
             return grace_seconds
         now = time.monotonic()
         with self._lock:
             asked = self._asked.setdefault(found.uid, Asked(at_seconds=now, grace_seconds=grace_seconds))
-        told = self.channel.preempt(found.key, asked.grace_seconds)
+        short_grace_seconds = self._bounds.short_grace_seconds if reason is Reason.DISRUPTED else asked.grace_seconds
+        told = self.channel.preempt(found.key, min(asked.grace_seconds, short_grace_seconds))
         waited_seconds = now - asked.at_seconds
         if waited_seconds < (asked.grace_seconds if told else self._bounds.acknowledge_seconds):
             return None
@@ -433,16 +448,15 @@ class KubernetesPods:
             return
         if not recorded:
             self._require_unwanted(ended)
-        now = datetime.now(UTC)
+        nodes, now = self._nodes.values(), datetime.now(UTC)
+        where = _surroundings(ended, nodes, self._coming(nodes.values()), now)
         if ended.end is not None:
             self._forget(ended)
             self._delete_older(ended)
-        elif ended.deletion_time and unending(
-            ended, _surroundings(ended, self._nodes.values(), now), self._bounds, now
-        ):
+        elif ended.deletion_time is not None and unending(ended, where, self._bounds, now) is not None:
             self._forget(ended)
             self._force_out_if_stranded(ended, ended.deletion_time)
-        elif given_up(ended, self._bounds, now) is not None:
+        elif given_up(ended, where, self._bounds, now) is not None:
             self._delete_unstarted(ended)
         else:
             log.warning("pod %s has not ended and is not forgotten", key)
@@ -472,10 +486,10 @@ def _is_stages(key: str) -> bool:
     return StageName.parse(key.rpartition("/")[2]) is not None
 
 
-def _surroundings(found: StagePod, nodes: Mapping[str, Node], now: datetime) -> Surroundings:
-    """What is known of a pod's node."""
+def _surroundings(found: StagePod, nodes: Mapping[str, Node], coming: frozenset[str], now: datetime) -> Surroundings:
+    """What is known of a pod's node; `coming` are the classes of nodes that an autoscaler may bring up."""
     if not found.node:
-        return Surroundings()
+        return Surroundings(may_come=found.gpu_class in coming)
     if (node := nodes.get(f"/{found.node}")) is not None:
         return Surroundings(leaving=node.leaving, answers=node.ready)
     age_seconds = (now - (found.scheduled_time or found.created_time)).total_seconds()

@@ -107,6 +107,15 @@ class ClusterSettings(ServiceSettings):
     """CPU threads of each stage; part of what makes results repeatable."""
     cpu_stages_limit: int = Field(default=64, ge=1, le=100_000)
     """Prepare and publish stages that may run at one time, and one more of a namespace that has none."""
+    unschedulable_seconds: Seconds = 900.0
+    """A pod that no node has taken for so long is given up, and its class is passed over for a while."""
+    scale_up_seconds: Seconds = 1800.0
+    """The same for a GPU class of `gpu_classes` of which nodes have less now than is declared there: an autoscaler may
+    be about to bring one up."""
+    short_grace_seconds: int = Field(default=15, ge=1, le=86_400)
+    """A trainer that gets a signal, or whose machine is taken away, is to have saved its state within so long, or the
+    grace period where that is less: nodes that shut down and spot machines give no more. A step that takes longer is
+    given up."""
     stranded_seconds: Seconds = 60.0
     """A pod that should have ended is given up after so long where its node does not answer: its job goes on elsewhere,
     and its GPU is given to nobody until the node is back or gone."""
@@ -183,6 +192,7 @@ class ClusterSettings(ServiceSettings):
             model_cache=self.model_cache,
             train_memory_bytes=self.train_memory_bytes,
             cpu_stage_memory_bytes=self.cpu_stage_memory_bytes,
+            short_grace_seconds=self.short_grace_seconds,
             template=read_template(self.pod_template_file) if self.pod_template_file else PodTemplate(),
         )
 
@@ -190,6 +200,9 @@ class ClusterSettings(ServiceSettings):
         """How long pods may take."""
         return RuntimeBounds(
             gpu_classes=self.gpu_classes,
+            unschedulable_seconds=self.unschedulable_seconds,
+            scale_up_seconds=self.scale_up_seconds,
+            short_grace_seconds=self.short_grace_seconds,
             stranded_seconds=self.stranded_seconds,
             unending_seconds=self.unending_seconds,
             force_delete_unreachable=self.force_delete_unreachable,

@@ -2,8 +2,8 @@
 
 Three parts:
 
-- `Stop` holds the request: from SIGTERM, or from the agent's `preempt`, which is a SIGTERM with its own deadline. While
-  the stage starts up it interrupts whatever is going on; later it only sets a flag.
+- `Stop` holds the request: from SIGTERM, or from the agent's `preempt`, which has its own deadline and may leave more
+  time than a signal. While the stage starts up it interrupts whatever is going on; later it only sets a flag.
 - `Watchdog` is for a main thread that is deep in a long step when the grace period runs out: it saves in its place.
 - `AgentClient` talks to the agent over a unix socket (`orchestrator/api/protocol.py`). Training never waits for it.
 """
@@ -31,6 +31,8 @@ REPORT_EVERY_SECONDS = 1.0
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 15.0
 POLL_SECONDS = 0.5
+INTERRUPT = signal.SIGUSR1
+"""How another thread of ours interrupts the start-up."""
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +90,24 @@ class Stop:
         sender.setblocking(False)
         previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         previous = signal.signal(signal.SIGTERM, self._on_signal)
+        previous_interrupt = signal.signal(INTERRUPT, self._on_interrupt)
         reader = threading.Thread(target=self._read_signals, args=(receiver,), name="signals", daemon=True)
         reader.start()
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
+            signal.signal(INTERRUPT, previous_interrupt)
             signal.set_wakeup_fd(previous_fd)
             sender.close()
             reader.join()
             receiver.close()
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.ask(self._grace_seconds)
+        self._on_interrupt(number, frame)
+
+    def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         if self._interrupts:
             self._interrupts = False
             self._interrupted = True
@@ -236,4 +243,4 @@ class AgentClient:
             case Preempt(deadline_seconds=seconds):
                 log.info("the agent asks to stop within %.0f s", seconds)
                 self._stop.ask(seconds)
-                os.kill(os.getpid(), signal.SIGTERM)  # interrupts the start-up, too
+                os.kill(os.getpid(), INTERRUPT)
