@@ -258,7 +258,7 @@ def test_plain_text_has_bos_and_eos_once(tokenizer: Any, text: str) -> None:
     [
         ("messages", {"text": "a"}, "has no field `messages`.*its fields: `text`"),
         ("messages", {"messages": []}, "has an empty field `messages`"),
-        ("messages", {"messages": "hola"}, "neither a list nor valid JSON"),
+        ("messages", {"messages": "hola"}, "field `messages` that is not valid JSON: Expecting value at character 1"),
         ("messages", {"messages": ["hola"]}, "message 1 that is not an object with `role` and `content`"),
         ("messages", {"messages": TURNS[2:]}, "message 1 of role 'assistant' at the beginning"),
         ("messages", {"messages": [TURNS[1], TURNS[3]]}, "message 2 of role 'user' after role 'user'"),

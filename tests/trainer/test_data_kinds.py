@@ -88,7 +88,7 @@ def answering(**fields: Any) -> dict[str, Any]:
         (answering(weight=0.5), "message 2 whose `weight` is 0.5; it must be 0 or 1"),
         (answering(function_call={"name": "f"}), "message 2 with a field `function_call`: give it as `tool_calls`"),
         (chat("a", "b", images=["a.png"]), "field `images`: only text can be trained on"),
-        (chat("a", "b", tools="{"), "field `tools` that is neither a list nor valid JSON"),
+        (chat("a", "b", tools="{"), "field `tools` that is not valid JSON"),
         (answering(tool_calls=[{"function": {"name": "f", "arguments": "city"}}]), "field `arguments`"),
         (answering(tool_calls=[{"function": {"arguments": {}}}]), "a tool call that names no function"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "message 1 of role \\['user'\\]; known are"),
@@ -153,15 +153,15 @@ def test_a_tables_nulls_are_absent_at_every_depth(tmp_path: Path, tokenizer: Any
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16 and not UTF-8; save it as UTF-8"),
-        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "is UTF-16 and not UTF-8; save it as UTF-8"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16 .* and not UTF-8; save it as UTF-8"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "is UTF-16 .* and not UTF-8; save it as UTF-8"),
         ("a.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0), "holds gzip data; give it a name that ends in .gz"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "Git LFS pointer.*git lfs pull"),
         ("a.json", b"[" * 200_000, "a.json is nested too deeply"),
-        ("a.json", b'[{"text": NaN}]', "a.json is not valid JSON: NaN is no value of JSON"),
+        ("a.json", b'[{"text": NaN}]', "a.json: line 1 is not valid JSON: NaN is no value of JSON"),
         ("a.jsonl", b'{"text": "a", "b": Infinity}', "line 1 is not valid JSON: Infinity is no value of JSON"),
         ("a.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is nested too deeply"),
-        ("a.csv", b"text,text\na,b\n", "the header has the column `text` more than once"),
+        ("a.csv", b"text,text\na,b\n", "has the column `text` more than once; rename or remove one"),
         ("a.csv", b"text,\na,b\n", "column 2 of the header has no name"),
         ("a.csv", b"text,a\xf1o\na,b\n", "line 1 is not UTF-8"),
         ("a.csv", b'"text,b\na,b\n', "line 1 is not valid CSV"),
@@ -352,18 +352,22 @@ def test_an_array_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
     blank, endless = gzipped(tmp_path / "a.json.gz", 600, b" " * ((1 << 20) - 1) + b"\n"), tmp_path / "b.json.gz"
     filler = gzipped(tmp_path / "filler.gz", 600, b"x" * (1 << 20))
     endless.write_bytes(gzip.compress(b'[{"text": "a"},\n{"text": "', mtime=0) + filler.read_bytes())
-    for path, said in ((blank, "line 601 is not valid JSON"), (endless, "record that begins on line 2 is longer than")):
-        tracemalloc.start()
-        with pytest.raises(UserError, match=said):
-            list(Records(f"file://{path}", split="train", scratch=tmp_path, field="spec.dataset.source").read())
+    tracemalloc.start()
+    try:
+        assert (
+            list(Records(f"file://{blank}", split="train", scratch=tmp_path, field="spec.dataset.source").read()) == []
+        )
+        with pytest.raises(UserError, match="record that begins on line 2 is longer than"):
+            list(Records(f"file://{endless}", split="train", scratch=tmp_path, field="spec.dataset.source").read())
         assert tracemalloc.get_traced_memory()[1] < 400 << 20
+    finally:
         tracemalloc.stop()
 
 
 def test_a_million_nested_lists_are_a_sentence(tmp_path: Path) -> None:
     line, array = tmp_path / "a.jsonl", tmp_path / "a.json"
-    for path in (line, array):
-        path.write_bytes(b"[" * 10**6 + b"]" * 10**6)
+    line.write_bytes(b'{"a": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
+    array.write_bytes(b"[" * 10**6 + b"]" * 10**6)
     [bad] = Records(f"file://{line}", split="train", scratch=tmp_path, field="spec.dataset.source").read()
     assert isinstance(bad, BadRecord)
     assert bad.problem == "is nested too deeply to be read"

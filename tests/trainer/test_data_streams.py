@@ -51,7 +51,6 @@ def test_a_json_array_is_read_piece_by_piece_with_the_same_values(
         ('[{"a": 1}]\n\n[]', "line 3 is not valid JSON: Extra data"),
         ('[{"a": NaN}]', "NaN is no value of JSON"),
         ("\n\nhello", "line 3 is not valid JSON: Expecting value"),
-        ("", "line 1 is not valid JSON: Expecting value"),
         ("[" * 100_000, "is nested too deeply to be read"),
     ],
 )

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import Failure, PrepareResult, PublishResult, StageResult, TrainResult
 from orchestrator.api.task import TASK_VARIABLE, StageTask, task_text
-from orchestrator.api.words import in_json
+from orchestrator.api.words import in_json, in_lines
 from qlora_trainer.outcome import Preempted, StageError, UserError, write_result
 
 STAGES = ("prepare", "train", "publish")
@@ -144,7 +144,7 @@ def verdict(error: Exception) -> tuple[ExitCode, StageResult]:
     exit_code, message = _judge(error)
     expected = isinstance(error, StageError)
     log.log(logging.WARNING if expected else logging.ERROR, "%s", message, exc_info=None if expected else error)
-    message = redact(message)
+    message = in_lines(redact(message))
     if len(message) > MAX_MESSAGE_CHARACTERS:
         message = message[: MAX_MESSAGE_CHARACTERS - 3] + "..."
     train = error.result if isinstance(error, Preempted) else None

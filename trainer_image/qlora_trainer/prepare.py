@@ -50,7 +50,7 @@ from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.tracking.names import refuse_foreign_names
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raise it when the same inputs would give other data than before."""
 TRAIN_NAME = "train.parquet"
 EVAL_NAME = "eval.parquet"
@@ -185,10 +185,10 @@ def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> 
 
 
 def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]) -> PrepareResult:
-    warnings = bounded([*steps_warning(result, training), *about_data])
+    warnings = [*steps_warning(result, training), *about_data]
     for warning in warnings:
         log.warning("%s", warning)
-    return result.model_copy(update={"warnings": warnings})
+    return result.model_copy(update={"warnings": bounded(warnings)})
 
 
 def _find_prepared(store: JobStore, digest: str, scratch: Path) -> PrepareResult | None:

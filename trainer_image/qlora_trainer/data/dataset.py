@@ -29,7 +29,7 @@ from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
 from qlora_trainer.data.chat_templates import refuse_useless_template
 from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord, Encoder
-from qlora_trainer.data.formats import CHAT_FORMATS, Sample, read_sample, unknown_fields
+from qlora_trainer.data.formats import CHAT_FORMATS, Sample, named_fields, read_sample, unknown_fields
 from qlora_trainer.data.packing import Row, one_a_row, pack
 from qlora_trainer.data.reader import BadRecord, Record, Records
 from qlora_trainer.data.rendering import RenderLimit, characters_of
@@ -38,8 +38,6 @@ from qlora_trainer.outcome import UserError
 Numbers = NDArray[np.int32]
 NAMED_PROBLEMS = 3
 """How many bad records an error message names."""
-NAMED_FIELDS = 8
-"""How many unknown fields a warning names."""
 MAX_UNKNOWN_FIELDS = 64
 """No more are collected."""
 MAX_PROBLEM_CHARACTERS = 400
@@ -233,9 +231,8 @@ class _Reader:
     def unknown_fields(self) -> Iterator[str]:
         """One sentence that names the fields that mean nothing in the format."""
         if self._unknown:
-            names = ", ".join(f"`{name}`" for name in sorted(self._unknown)[:NAMED_FIELDS])
-            more = f" and {len(self._unknown) - NAMED_FIELDS} more" if len(self._unknown) > NAMED_FIELDS else ""
-            yield f"fields that the format {self._dataset.format} does not have are not trained on: {names}{more}"
+            names = named_fields(sorted(self._unknown))
+            yield f"fields that the format {self._dataset.format} does not have are not trained on: {names}"
 
     def _batches(self, records: Iterable[Record | BadRecord]) -> Iterator[list[_Read]]:
         """Records that are rendered ahead together: not many, and few where they are long."""

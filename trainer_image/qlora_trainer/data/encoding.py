@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ CHARACTERS_PER_TOKEN = 8
 """So much of a long text is tokenised at first for every token of a sequence; then four times as much."""
 UNSETTLED_TOKENS = 64
 """At the end of a part of a text, tokens that the whole text may have otherwise."""
+THOUGHT_MARK = re.compile(r"</?think>|\[/?THINK\]")
 SEVERAL_CONTEXTS = (
     "the chat template writes earlier turns of the assistant otherwise than the last one, so that they are trained as "
     "records of their own, each with the messages before it; spec.dataset.trainOn: completion trains the last one alone"
@@ -92,6 +94,7 @@ class Encoder:
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
+        self._marks = _special_tokens(tokenizer)
         self._chats = LimitedRenderer(tokenizer, train_on, warn=self._warn, whole_below=self._first_room)
         self._begins_with_bos = tokenizer.bos_token_id is not None and self._adds_bos()
 
@@ -138,6 +141,7 @@ class Encoder:
     # --- conversations: the chat template writes everything, BOS included
 
     def _conversation(self, chat: Conversation) -> EncodedRecord:
+        self._look_for_marks(chat)
         text = self._chats.text(chat)
         whole = self._tokenised(text)
         rendered = self._chats.render(chat, text, room=None if whole.complete else len(whole.text))
@@ -150,6 +154,16 @@ class Encoder:
             self._warn(SEVERAL_CONTEXTS)
         complete = whole.complete and rendered.complete and all(tokens.complete for tokens in tokenised)
         return _joined_records(records or [_record(*self._labelled(whole, []))], complete=complete)
+
+    def _look_for_marks(self, chat: Conversation) -> None:
+        """A template's own tokens in what somebody says mean to the model what they mean in the template."""
+        for message in chat.messages:
+            if found := self._marks and self._marks.search(message["content"]):
+                self._warn(
+                    f"contents of messages hold special tokens, such as {found[0]}, which the model takes for the chat "
+                    "template's; give contents without what a template writes around them"
+                )
+                self._marks = None  # once is enough
 
     # --- tokens
 
@@ -196,6 +210,13 @@ class Encoder:
 
     def _spelled(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds a special token in a text; those around thoughts are meant where they stand in one."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = sorted(token for token in special if not THOUGHT_MARK.fullmatch(token))
+    return re.compile("|".join(map(re.escape, found))) if found else None
 
 
 def _record(ids: Sequence[int], supervised: Sequence[bool], *, complete: bool = True) -> EncodedRecord:

@@ -8,9 +8,13 @@ with where the record stands.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
+
+from orchestrator.api.words import on_one_line
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 CHAT_FORMATS: frozenset[Format] = frozenset({"messages", "sharegpt"})
@@ -43,6 +47,8 @@ MAY_FOLLOW = {
     "tool": ("assistant", "tool"),
 }
 """Role -> the roles that may stand before it; a system message begins the conversation."""
+NOTHING: tuple[Any, ...] = (None, [], {}, "")
+"""Values of a field that is there because other records have it."""
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """What servers and templates call an assistant's thoughts."""
 RECORD_FIELDS: Mapping[Format, frozenset[str]] = {
@@ -52,15 +58,28 @@ RECORD_FIELDS: Mapping[Format, frozenset[str]] = {
     "prompt-completion": frozenset({"prompt", "completion"}),
     "text": frozenset({"text"}),
 }
+REQUIRED_FIELDS: Mapping[Format, frozenset[str]] = {
+    "messages": frozenset({"messages"}),
+    "sharegpt": frozenset({"conversations"}),
+    "alpaca": frozenset({"instruction", "output"}),
+    "prompt-completion": frozenset({"prompt", "completion"}),
+    "text": frozenset({"text"}),
+}
+MASK_FIELDS = ("weight", "train", "training", "loss")
+"""How OpenAI, axolotl (the two in the middle) and ms-swift say whether an assistant's turn carries loss: 0 or 1."""
 MESSAGE_FIELDS = frozenset(
-    {"role", "content", "tool_calls", "tool_call_id", "name", "weight", *REASONING_FIELDS},
+    {"role", "content", "tool_calls", "tool_call_id", "name", *MASK_FIELDS, *REASONING_FIELDS},
 )
-TURN_FIELDS = frozenset({"from", "value", "weight"})
+TURN_FIELDS = frozenset({"from", "value", *MASK_FIELDS})
+OTHER_ROLES = {
+    **{name: role for name, role in SHAREGPT_ROLES.items() if name != role and name != "function_call"},
+    "developer": "system",
+    "function": "tool",
+}
+"""What others call the roles of messages -> what they are called here."""
 REFUSED_FIELDS = {
-    "images": "only text can be trained on",
-    "videos": "only text can be trained on",
-    "audios": "only text can be trained on",
-    "audio": "only text can be trained on",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text can be trained on"),
+    "train_detail": "turns are trained whole; give `train`",
     "functions": "give them as `tools`",
     "function_call": "give it as `tool_calls`",
     "refusal": "write it into `content`",
@@ -70,6 +89,12 @@ REFUSED_FIELDS = {
     "rejected": "preferences cannot be trained on",
 }
 """Fields with a meaning that nothing here gives them -> what to do instead."""
+VERDICT_FIELDS = ("label", "kto_tag")
+"""Where KTO's data say, as a boolean, whether the completion is one to learn."""
+MAX_NAME_CHARACTERS = 64
+"""Of a field, in a sentence."""
+NAMED_FIELDS = 8
+"""How many fields a sentence names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,26 +128,43 @@ Sample = Conversation | Completion | Text
 def read_sample(record: Fields, form: Format) -> Sample:
     """The sample that a record of this format stands for; raises ValueError saying what is wrong with it."""
     _refuse_fields(record, "")
+    if form != "text":
+        _refuse_unwanted(record)
     return _READERS[form](record)
 
 
 def unknown_fields(record: Fields, form: Format) -> Iterator[str]:
     """Names of fields that mean nothing in this format, those of messages as `messages[].id`."""
     known = RECORD_FIELDS[form]
-    yield from (name for name, value in record.items() if name not in known and value is not None)
+    yield from (name for name, value in record.items() if name not in known and value not in NOTHING)
     if form not in CHAT_FORMATS:
         return
     place, inside = ("messages", MESSAGE_FIELDS) if form == "messages" else ("conversations", TURN_FIELDS)
     messages = record.get(place)
     for message in cast("list[Any]", messages) if isinstance(messages, list) else []:
         if isinstance(message, Mapping):
-            yield from (f"{place}[].{name}" for name in cast("Fields", message) if name not in inside)
+            fields = cast("Fields", message).items()
+            yield from (f"{place}[].{name}" for name, value in fields if name not in inside and value not in NOTHING)
+
+
+def named_fields(names: Iterable[str]) -> str:
+    """The first of these fields, fit for a sentence."""
+    found = list(names)
+    shown = (f"`{on_one_line(name[:MAX_NAME_CHARACTERS])}`" for name in found[:NAMED_FIELDS])
+    more = f" and {len(found) - NAMED_FIELDS} more" if len(found) > NAMED_FIELDS else ""
+    return ", ".join(shown) + more
 
 
 def _refuse_fields(fields: Fields, place: str) -> None:
-    for name in REFUSED_FIELDS.keys() & fields.keys():
-        if fields[name] not in (None, [], {}, ""):
+    for name in REFUSED_FIELDS:
+        if fields.get(name) not in NOTHING:
             raise ValueError(f"has a {place}field `{name}`: {REFUSED_FIELDS[name]}")
+
+
+def _refuse_unwanted(record: Fields) -> None:
+    for name in VERDICT_FIELDS:
+        if record.get(name) is False or record.get(name) in ("false", "False"):
+            raise ValueError(f"has a field `{name}` that is false; what is not wanted cannot be trained on: remove it")
 
 
 # --- conversations
@@ -135,8 +177,13 @@ def _messages(record: Fields) -> Conversation:
 
 def _object(message: Any, number: int) -> Fields:
     if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(f"has a message {number} that is not an object with `role` and `content`")
+        other = "; `from` and `value` are the format sharegpt's, in `conversations`" if _has(message, "from") else ""
+        raise ValueError(f"has a message {number} that is not an object with `role` and `content`{other}")
     return cast("Fields", message)
+
+
+def _has(value: Any, name: str) -> bool:
+    return isinstance(value, Mapping) and name in value
 
 
 def _sharegpt(record: Fields) -> Conversation:
@@ -154,19 +201,25 @@ def _sharegpt(record: Fields) -> Conversation:
 def _turn(turn: Any, number: int) -> Fields:
     """A turn of ShareGPT as a message."""
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-        raise ValueError(f"has a turn {number} that is not an object with `from` and `value`")
+        other = "; `role` and `content` are the format messages', in `messages`" if _has(turn, "role") else ""
+        raise ValueError(f"has a turn {number} that is not an object with `from` and `value`{other}")
     fields = cast("Fields", turn)
+    _refuse_fields(fields, f"turn {number} with a ")
     sender = fields["from"]
     role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise ValueError(f"has a turn {number} from {sender!r}; known are {', '.join(sorted(SHAREGPT_ROLES))}")
-    weight = {"weight": fields["weight"]} if "weight" in fields else {}
+    masked = {name: fields[name] for name in MASK_FIELDS if name in fields}
     if sender == "function_call":
-        parsed = _parsed(fields["value"], f"turn {number}")
-        functions: list[Any] = [parsed] if isinstance(parsed, dict) else parsed
-        calls = [{"type": "function", "function": function} for function in functions]
-        return {"role": role, "content": "", "tool_calls": calls} | weight
-    return {"role": role, "content": fields["value"]} | weight
+        return {"role": role, "content": "", "tool_calls": _functions(fields["value"], number)} | masked
+    return {"role": role, "content": fields["value"]} | masked
+
+
+def _functions(value: Any, number: int) -> list[Fields]:
+    """The calls of a turn: one, or a list of them, as JSON text or as it is."""
+    called = _parsed(value, f"a turn {number} from 'function_call'") if isinstance(value, str) else value
+    functions: list[Any] = cast("list[Any]", called) if isinstance(called, list) else [called]
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def _conversation(given: Sequence[Fields], tools: Any) -> Conversation:
@@ -180,7 +233,7 @@ def _message(fields: Fields, number: int) -> Message:
     """The message that the chat template gets: nulls are absent, the content is a text, tool arguments are objects."""
     _refuse_fields(fields, f"message {number} with a ")
     # Tables give every message every column, and chat templates take a null for a value.
-    message = {key: value for key, value in fields.items() if value is not None and key != "weight"}
+    message = {key: value for key, value in fields.items() if value is not None and key not in MASK_FIELDS}
     for name in (*REASONING_FIELDS, "name", "tool_call_id"):
         if not isinstance(message.get(name, ""), str):
             raise ValueError(f"has a message {number} whose `{name}` is not a text")
@@ -189,7 +242,7 @@ def _message(fields: Fields, number: int) -> Message:
     if (calls := message.pop("tool_calls", None)) and not isinstance(calls, str):
         message["tool_calls"] = _tool_calls(calls, number)
     elif calls:
-        message["tool_calls"] = _tool_calls(_parsed(calls, "tool_calls"), number)
+        message["tool_calls"] = _tool_calls(_parsed(calls, "a field `tool_calls`"), number)
     role = message["role"] = message.get("role")
     for name in ("tool_calls", *REASONING_FIELDS):
         if name in message and role != "assistant":
@@ -230,7 +283,7 @@ def _tool_call(call: Any, number: int) -> Fields:
     named = cast("Fields", function)
     arguments: Any = named.get("arguments", {})
     if isinstance(arguments, str):  # as the chat completions API writes them
-        arguments = _parsed(arguments, "arguments") if arguments.strip() else {}
+        arguments = _parsed(arguments, "a field `arguments`") if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f"has a message {number} whose tool call has `arguments` that are not an object")
     whole = {**named, "arguments": dict(cast("Fields", arguments))}
@@ -239,29 +292,30 @@ def _tool_call(call: Any, number: int) -> Fields:
 
 def _tools(tools: Any) -> list[Any] | None:
     if isinstance(tools, str):
-        tools = _parsed(tools, "tools") if tools.strip() else None
+        tools = _parsed(tools, "a field `tools`") if tools.strip() else None
     if not tools:
         return None
     if not isinstance(tools, list):
         raise ValueError("has a field `tools` that is not a list")
-    parsed = [_parsed(tool, "tools") if isinstance(tool, str) else tool for tool in cast("list[Any]", tools)]
+    parsed = [_parsed(tool, "a field `tools`") if isinstance(tool, str) else tool for tool in cast("list[Any]", tools)]
     if not all(isinstance(tool, dict) for tool in parsed):
         raise ValueError("has a field `tools` with an entry that is not an object")
     return parsed
 
 
 def _weight(fields: Fields, number: int) -> int:
-    """Whether a message carries loss, as in OpenAI's fine-tuning format: 0 or 1."""
-    weight = fields.get("weight")
-    if weight is None:
-        return 1
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise ValueError(f"has a message {number} whose `weight` is {weight!r}; it must be 0 or 1")
-    if weight and fields["role"] != "assistant":
-        raise ValueError(
-            f"has a message {number} of role {fields['role']!r} with `weight`; only the assistant is trained"
-        )
-    return int(weight)
+    """Whether a message carries loss: 0 or 1."""
+    given = {name: fields[name] for name in MASK_FIELDS if fields.get(name) is not None}
+    for name, weight in given.items():
+        if weight not in (0, 1):
+            raise ValueError(f"has a message {number} whose `{name}` is {weight!r}; it must be 0 or 1")
+        if weight and fields["role"] != "assistant":
+            raise ValueError(
+                f"has a message {number} of role {fields['role']!r} with `{name}`; only the assistant is trained"
+            )
+    if len(set(given.values())) > 1:
+        raise ValueError(f"has a message {number} of which {named_fields(given)} do not agree; keep one")
+    return int(next(iter(given.values()), 1))
 
 
 def _check_roles(messages: Sequence[Message]) -> None:
@@ -269,17 +323,26 @@ def _check_roles(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if not isinstance(role, str) or role not in MAY_FOLLOW:
-            raise ValueError(f"has a message {number} of role {role!r}; known are {', '.join(MAY_FOLLOW)}")
+            other = OTHER_ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
+            meant = f"; write it as {other!r}" if other in MAY_FOLLOW else ""
+            raise ValueError(f"has a message {number} of role {role!r}; known are {', '.join(MAY_FOLLOW)}{meant}")
         if (before is None and role not in ("system", "user")) or (
             before is not None and (before not in MAY_FOLLOW[role] or role == "system")
         ):
             place = f"after role {before!r}" if before else "at the beginning"
-            raise ValueError(
-                f"has a message {number} of role {role!r} {place}; roles must alternate user and assistant"
-            )
+            raise ValueError(f"has a message {number} of role {role!r} {place}; {_how_roles_go(role, before)}")
         before = role
     if before != "assistant":
-        raise ValueError(f"ends with a message of role {before!r}; the last one must be the assistant's")
+        raise ValueError(f"ends with a message of role {before!r}; the last one must be the assistant's: remove it")
+
+
+def _how_roles_go(role: str, before: str | None) -> str:
+    """What to do about a message that must not stand where it does."""
+    if role == before:
+        return "join the two into one message"
+    if role == "system":
+        return "it must be the first message"
+    return "roles must alternate user and assistant" + (", and begin with the user" if before != "user" else "")
 
 
 # --- prompts with completions, and texts
@@ -299,7 +362,7 @@ def _alpaca(record: Fields) -> Completion:
 
 def _history(record: Fields) -> Iterator[tuple[str, str]]:
     history: Any = record.get("history") or []
-    history = _parsed(history, "history") if isinstance(history, str) else history
+    history = _parsed(history, "a field `history`") if isinstance(history, str) else history
     pairs: list[Any] = cast("list[Any]", history) if isinstance(history, list) else [history]
     for number, pair in enumerate(pairs, start=1):
         texts = cast("list[Any]", pair) if isinstance(pair, list) else []
@@ -321,15 +384,20 @@ def _plain_text(record: Fields) -> Text:
 
 def _field(record: Fields, name: str) -> Any:
     if record.get(name) is None:
-        known = ", ".join(f"`{key}`" for key in record) or "none"
-        raise ValueError(f"has no field `{name}`, which spec.dataset.format asks for; its fields: {known}")
+        lacking = f"has a field `{name}` that is null" if name in record else f"has no field `{name}`"
+        fields = [key for key in record if key != name]
+        fitting = next((form for form, required in REQUIRED_FIELDS.items() if required <= set(fields)), None)
+        what = f", as of the format {fitting}" if fitting else "; rename the one that is meant" if fields else ""
+        known = f"its {'other ' if name in record else ''}fields: {named_fields(fields) or 'none'}"
+        raise ValueError(f"{lacking}, which spec.dataset.format asks for; {known}{what}")
     return record[name]
 
 
 def _text(record: Fields, name: str) -> str:
     value = _field(record, name)
     if not isinstance(value, str):
-        raise ValueError(f"has a field `{name}` that is not a text")
+        chat = "; messages are the format messages', all of them in `messages`" if isinstance(value, list) else ""
+        raise ValueError(f"has a field `{name}` that is not a text{chat}")
     if not value.strip():
         raise ValueError(f"has an empty field `{name}`")
     return value
@@ -345,7 +413,7 @@ def _optional_text(record: Fields, name: str) -> str:
 def _list(record: Fields, name: str) -> list[Any]:
     value = _field(record, name)
     if isinstance(value, str):  # a table's cell can hold a conversation only as JSON
-        value = _parsed(value, name)
+        value = _parsed(value, f"a field `{name}`")
     if not isinstance(value, list):
         raise ValueError(f"has a field `{name}` that is not a list")
     if not value:
@@ -354,20 +422,51 @@ def _list(record: Fields, name: str) -> list[Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; NaN and the infinities, which Python's own reader takes, are none."""
-    return json.loads(text, parse_constant=refuse_constant)
+    """The value of a JSON text, read strictly; raises ValueError where Python's own reader would guess."""
+    return json.loads(text, **STRICT)
 
 
-def refuse_constant(name: str) -> None:
-    """Python's reader gives NaN and the infinities to it, which JSON does not have."""
+def json_problem(error: ValueError) -> str:
+    """What is wrong with a JSON text, and at which character if that is known."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    return "a number of thousands of digits" if "integer string conversion" in str(error) else str(error)
+
+
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no value of JSON")
 
 
-def _parsed(value: Any, name: str) -> Any:
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:MAX_NAME_CHARACTERS]} is larger than any number")
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, times),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the field {named_fields([name])} {times} times")
+    return found
+
+
+STRICT: Mapping[str, Any] = {
+    "parse_constant": _refuse_constant,
+    "parse_float": _finite,
+    "object_pairs_hook": _each_once,
+}
+"""Arguments of Python's JSON reader, which by itself takes NaN and keeps the last of several values of a field."""
+
+
+def _parsed(text: str, what: str) -> Any:
     try:
-        return parse_json(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"has a field `{name}` that is neither a list nor valid JSON") from error
+        return parse_json(text)
+    except RecursionError as error:
+        raise ValueError(f"has {what} that is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"has {what} that is not valid JSON: {json_problem(error)}") from error
 
 
 _READERS: Mapping[Format, Callable[[Fields], Sample]] = {

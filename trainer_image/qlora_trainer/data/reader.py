@@ -16,6 +16,7 @@ import os
 import re
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from typing import IO, Any, BinaryIO, cast
 import fsspec as untyped_fsspec  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 
 from orchestrator.api.contained_files import Contained, open_regular
-from qlora_trainer.data.formats import parse_json, refuse_constant
+from qlora_trainer.data.formats import STRICT, json_problem, named_fields, parse_json
 from qlora_trainer.data.hub_files import CARD_NAME, MAX_CARD_BYTES, Wanted, files_of_split
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
@@ -41,7 +42,17 @@ MAX_CELL_CHARACTERS = 64 << 20
 ROWS_AT_A_TIME = 1024
 GZIP_MAGIC = b"\x1f\x8b"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+OTHER_MAGICS = {
+    b"PK\x03\x04": "a ZIP archive (as .xlsx is); unpack it, or export it as CSV",
+    b"\x28\xb5\x2f\xfd": "Zstandard data; unpack it, or compress it with gzip",
+    b"BZh9": "bzip2 data; unpack it, or compress it with gzip",
+    b"\xfd7zXZ\0": "xz data; unpack it, or compress it with gzip",
+    b"PAR1": "a Parquet file; give it a name that ends in .parquet",
+    b"ARROW1": "an Arrow file; write it as Parquet",
+}
+"""First bytes of files that are no text -> what they are, and what to do."""
+WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+OTHER_SEPARATORS = ";\t|"
 SNIFFED_BYTES = 4096
 LEAST_READ_BYTES = 1 << 16
 LONGEST_WORD = 16
@@ -196,7 +207,9 @@ class Records:
 
 def _opened_file(source: str, scratch: Path) -> BinaryIO:
     if not source.lower().endswith(SUFFIXES):
-        raise UserError(f"{source} is not of a known kind; give a file that ends in {', '.join(SUFFIXES)}")
+        folder = (path := local_path(source)) is not None and path.is_dir()
+        kind = "a folder; give one file" if folder else "not of a known kind; give a file"
+        raise UserError(f"{source} is {kind} that ends in {', '.join(SUFFIXES)}")
     path = local_path(source)
     if path is None:
         path = scratch / hashlib.sha256(source.encode()).hexdigest()
@@ -205,8 +218,11 @@ def _opened_file(source: str, scratch: Path) -> BinaryIO:
         return open_regular(path)
     try:
         return Contained.of(path.parent, claim_path(source)).open(path.name)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"there is no file {source}; check its path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{source} is a folder; give one of its files") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        quoted = " (in a URI, #, ? and % are written %23, %3F and %25)" if re.search("[#?%]", source) else ""
+        raise UserError(f"there is no file {source}; check its path{quoted}") from error
 
 
 def _refuse_misnamed(path: Path, name: str, source: str) -> None:
@@ -224,9 +240,12 @@ def _refuse_misnamed(path: Path, name: str, source: str) -> None:
         raise UserError(f"{source} holds gzip data; give it a name that ends in .gz")
     if start and name.endswith(".gz") and not compressed:
         raise UserError(f"{source} is not a whole gzip file, but something else; give it a name without .gz")
+    for magic, what in OTHER_MAGICS.items():
+        if start.startswith(magic):
+            raise UserError(f"{source} is {what}")
     half_nul = len(start) > 1 and start.count(b"\0") * 5 >= len(start) * 2
-    if not compressed and (start.startswith(UTF16_MARKS) or half_nul):
-        raise UserError(f"{source} is UTF-16 and not UTF-8; save it as UTF-8")
+    if not compressed and (start.startswith(WIDE_MARKS) or half_nul):
+        raise UserError(f"{source} is UTF-16 (or UTF-32) and not UTF-8; save it as UTF-8")
 
 
 @contextmanager
@@ -268,6 +287,10 @@ def _json_lines(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
     for number, line in _decoded(file, source):
         if isinstance(line, UnicodeDecodeError):
             yield _not_utf8(number, line)
+        elif number == 1 and line.lstrip().startswith("["):
+            raise UserError(
+                f"{source} holds a list and not one object a line; a file of one JSON array is called .json"
+            )
         elif line.strip():
             yield _json_line(number, line)
 
@@ -279,18 +302,19 @@ def _json_line(number: int, line: str) -> Record | BadRecord:
     except RecursionError:
         return BadRecord(where=where, problem="is nested too deeply to be read")
     except ValueError as error:
-        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        return BadRecord(where=where, problem=f"is not valid JSON: {what}{at}")
+        return BadRecord(where=where, problem=f"is not valid JSON: {json_problem(error)}")
     return _as_record(where, value)
 
 
 def _json_array(file: IO[bytes], source: str) -> Iterator[Record | BadRecord]:
     text = _JsonText(file, source)
+    if not text.next_character():
+        return
     if text.next_character() != "[":
         if text.next_character() in set('{"tfn-0123456789'):
             raise UserError(
-                f"{source} must hold one JSON array of records; a file of one object a line is called .jsonl"
+                f"{source} must hold one JSON array of records, and nothing around it; a file of one object a line is "
+                "called .jsonl"
             )
         raise text.error("Expecting value", text.position)
     text.position += 1
@@ -324,7 +348,7 @@ class _JsonText:
         """Line ends before what is held."""
         self._ended = False
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-        self._values = json.JSONDecoder(parse_constant=refuse_constant)
+        self._values = json.JSONDecoder(**STRICT)
 
     def next_character(self) -> str:
         """The next character that is no white space; an empty text at the end."""
@@ -352,7 +376,7 @@ class _JsonText:
             except RecursionError as error:
                 raise UserError(f"{self._source} is nested too deeply to be read; flatten its records") from error
             except ValueError as error:  # a number of thousands of digits, NaN
-                raise UserError(f"{self._source} is not valid JSON: {error}") from error
+                raise self.error(json_problem(error), self.position) from error
             else:
                 if end < len(self._held) or not self._read_more():  # a number may go on
                     self.position = end
@@ -434,11 +458,14 @@ def _header(rows: Any, bad_lines: Sequence[BadRecord], source: str) -> list[str]
         raise UserError(f"{source}: line 1 is not valid CSV: {error}") from error
     if bad_lines:
         raise UserError(f"{source}: {bad_lines[0].where} {bad_lines[0].problem}; save the file as UTF-8")
+    if header == []:
+        raise UserError(f"{source}: line 1 is empty; it must name the columns")
+    if header and len(header) == 1 and (other := next((mark for mark in OTHER_SEPARATORS if mark in header[0]), None)):
+        raise UserError(f"{source}: its columns are separated by {other!r}; save it with commas")
     for number, name in enumerate(header or (), start=1):
         if not name.strip():
             raise UserError(f"{source}: column {number} of the header has no name; name it, or remove the column")
-        if (header or []).count(name) > 1:
-            raise UserError(f"{source}: the header has the column `{name}` more than once; rename or remove one")
+    _refuse_duplicate(header or (), source)
     return header
 
 
@@ -472,16 +499,31 @@ def _parquet(path: Path, source: str) -> Iterator[Record | BadRecord]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _refuse_duplicate(file.schema_arrow.names, source)
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME):
-                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                for row in _rows(batch, number, source):
                     number += 1
                     yield Record(where=f"row {number}", value=_without_nulls(row))
-    except KeyError as error:
-        raise UserError(f"{source}: a map after row {number} has the key {error} twice; write it once") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: a text after row {number} is not UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{source} is not a whole Parquet file ({error}); write it again") from error
+
+
+def _rows(batch: Any, before: int, source: str) -> list[dict[str, Any]]:
+    """The rows of a batch as Python's values, which has none for some that Parquet can hold."""
+    try:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: a text after row {before} is not UTF-8") from error
+    except Exception as error:  # pyarrow raises errors of many types, for keys there twice, dates and time zones
+        raise UserError(
+            f"{source}: a value after row {before} cannot be read ({error}); correct it, or remove its column"
+        ) from error
+
+
+def _refuse_duplicate(names: Sequence[str], source: str) -> None:
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UserError(f"{source} has the column {named_fields([name])} more than once; rename or remove one")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -12,6 +12,7 @@ from orchestrator.api.base import decimal
 from orchestrator.api.formats import ShownPart, ShownRecord
 from orchestrator.api.job import TrainingSpec
 from orchestrator.api.results import MAX_WARNING_CHARACTERS, MAX_WARNINGS, PrepareResult
+from orchestrator.api.words import on_one_line
 from qlora_trainer.data.dataset import Split
 from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord
 
@@ -97,9 +98,12 @@ def data_warnings(train: Split, evaluation: Split) -> Iterator[str]:
 
 
 def bounded(warnings: list[str]) -> tuple[str, ...]:
-    """So many and so long as a result may have."""
+    """So many and so long as a result may have; where there are more, the last one says so."""
     most = MAX_WARNING_CHARACTERS
-    return tuple(text if len(text) <= most else f"{text[: most - 3]}..." for text in warnings[:MAX_WARNINGS])
+    if len(warnings) > MAX_WARNINGS:
+        left_out = len(warnings) - MAX_WARNINGS + 1
+        warnings = [*warnings[: MAX_WARNINGS - 1], f"{left_out} more warnings are in prepare's log"]
+    return tuple(text if len(text) <= most else f"{text[: most - 3]}..." for text in map(on_one_line, warnings))
 
 
 def _overlapping(train: Split, evaluation: Split) -> int:
