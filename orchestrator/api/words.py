@@ -22,6 +22,7 @@ UNSEEN = "\u00ad\u180e\u200b-\u200d\u2060-\u2065\u206a-\u206f\ufeff"
 
 _HARMFUL = re.compile(f"[{CONTROL}{DIRECTION}{LINES}\ud800-\udfff]")
 _HARMFUL_BUT_LINES = re.compile(f"(?![\n\t])[{CONTROL}{DIRECTION}{LINES}\ud800-\udfff]")
+_LOGIN = re.compile(r"(?<=://)[^/\s\"'<>]*@")
 _LINE_ENDS = re.compile(r"[\r\n\t\v\f\x85\u2028\u2029]+")
 
 
@@ -44,6 +45,11 @@ def in_json(text: str) -> str:
     if text.isascii():
         return text
     return _HARMFUL_BUT_LINES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def without_logins(text: str, instead: str = "<credentials>@") -> str:
+    """The text without what stands before the host in addresses: a name, a password, a token."""
+    return _LOGIN.sub(instead, text)
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.words import without_logins
 from orchestrator.cli.console import messages
 from orchestrator.cli.words import duration, figure, state_style, state_word
 from orchestrator.core.job.state_machine import JobState, state_of
@@ -96,7 +97,7 @@ def result_panel(job: QLoRAJob, result: JobResult) -> Panel:
     table.add_row("digest", Text(result.adapter_digest or "-"))
     table.add_row("MLflow run", Text(result.run_id or "-"))
     table.add_row("model version", Text(result.model_uri or "-"))
-    table.add_row("registry", Text(result.tracking_uri or "the cluster's MLflow"))
+    table.add_row("registry", Text(without_logins(result.tracking_uri or "the cluster's MLflow", instead="")))
     return Panel(
         table, title=f"[good]{job.metadata.name} succeeded[/]", title_align="left", border_style="quiet", expand=False
     )
@@ -114,7 +115,7 @@ def result_lines(job: QLoRAJob, result: JobResult) -> str:
         "digest": result.adapter_digest or "-",
         "run": result.run_id or "-",
         "model": result.model_uri or "-",
-        "registry": result.tracking_uri or "-",
+        "registry": without_logins(result.tracking_uri or "-", instead=""),
     }
     return "\n".join(f"{name}: {value}" for name, value in fields.items())
 

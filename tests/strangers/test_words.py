@@ -15,7 +15,7 @@ from orchestrator.api.job import Condition
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import Failure, StageResult
-from orchestrator.api.words import in_json, in_lines, on_one_line
+from orchestrator.api.words import in_json, in_lines, on_one_line, without_logins
 from orchestrator.cli.console import answers, say
 from orchestrator.cli.formats import DataFormat
 from orchestrator.cli.output import print_data, print_text
@@ -41,6 +41,14 @@ def test_every_harmful_character_is_escaped_and_no_other_is_touched() -> None:
 def test_lines_stay_where_there_may_be_several() -> None:
     assert in_lines("a\n\tb\x1b[2J\rc") == "a\n\tb\\x1b[2J\\x0dc"
     assert on_one_line("a\n\tb\u2028c") == "a b c"
+
+
+def test_logins_are_left_out_of_addresses_and_nothing_else_is() -> None:
+    said = "at http://me:p@ss:w@host:5000/a@b, s3://bucket/key:1@2 and mail@host; \"https://token@host\" 'x://:p@h'"
+    assert without_logins(said, instead="") == (
+        "at http://host:5000/a@b, s3://bucket/key:1@2 and mail@host; \"https://host\" 'x://h'"
+    )
+    assert without_logins("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
 
 
 def test_json_says_the_same_in_its_own_escapes() -> None:

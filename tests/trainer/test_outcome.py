@@ -125,6 +125,8 @@ def test_secrets_never_reach_the_log_or_the_message(tmp_path: Path) -> None:
 def test_a_password_in_a_url_is_hidden() -> None:
     assert frame.redact("at postgres://me:pass@db/mlflow") == "at postgres://<credentials>@db/mlflow"
     assert frame.redact("at s3://bucket/key:1@2") == "at s3://bucket/key:1@2"
+    assert frame.redact("at http://me:p@:ss@[::1]:5000/x") == "at http://<credentials>@[::1]:5000/x"
+    assert frame.redact('"http://:pass@a" "https://token@b"') == '"http://<credentials>@a" "https://<credentials>@b"'
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import Failure, PrepareResult, PublishResult, StageResult, TrainResult
 from orchestrator.api.task import TASK_VARIABLE, StageTask, task_text
-from orchestrator.api.words import in_json, in_lines
+from orchestrator.api.words import in_json, in_lines, without_logins
 from qlora_trainer.outcome import Preempted, StageError, UserError, write_result
 
 STAGES = ("prepare", "train", "publish")
@@ -193,11 +193,11 @@ def _stop(_signal_number: int, _frame: FrameType | None) -> None:
 
 
 def redact(text: str) -> str:
-    """The text without the values of secret variables and without passwords in URLs."""
+    """The text without the values of secret variables and without logins in URLs."""
     for variable in SECRET_VARIABLES:
         if secret := os.environ.get(variable):
             text = text.replace(secret, f"<{variable}>")
-    return re.sub(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)", "<credentials>", text)
+    return without_logins(text)
 
 
 class JsonFormatter(logging.Formatter):

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
 from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
-from orchestrator.api.words import on_one_line
+from orchestrator.api.words import on_one_line, without_logins
 from orchestrator.errors import InvalidObject, TrackingUnavailable
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class MlflowTracking:
     def _answered(self, call: Callable[[], Answer], timeout_seconds: float | None = None) -> Answer:
         """The answer of one of the calls at a time, or TrackingUnavailable once its time is over."""
         seconds = timeout_seconds or self._settings.tracking_timeout_seconds
-        where = self._settings.tracking_uri
+        where = without_logins(self._settings.tracking_uri)
         if not self._free.acquire(blocking=False):
             raise TrackingUnavailable(f"MLflow at {where} still owes an answer to earlier calls")
         answer: Future[Answer] = Future()
@@ -239,7 +239,9 @@ class MlflowTracking:
         except InvalidObject:
             raise
         except Exception as error:
-            raise TrackingUnavailable(f"MLflow at {where} failed: {error}; check MLFLOW_TRACKING_URI") from error
+            raise TrackingUnavailable(
+                f"MLflow at {where} failed: {without_logins(str(error))}; check MLFLOW_TRACKING_URI"
+            ) from error
 
 
 def _experiment_name(job: QLoRAJob) -> str:

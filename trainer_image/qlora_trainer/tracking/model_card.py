@@ -7,12 +7,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.api.losses import LOSSES_AVERAGED, losses
 from orchestrator.api.ownership import registered_model_name
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
-from orchestrator.api.words import on_one_line
+from orchestrator.api.words import on_one_line, without_logins
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
 from qlora_trainer.tracking.run_page import PLAN_TAG, parameters
 
@@ -140,8 +139,7 @@ def encoding(task: StageTask) -> str:
 def registry_address() -> str:
     """Where the registry is, as this process knows it, without a login that the address may hold."""
     address = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get(TRACKING_URI_VARIABLE, "...")
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else address
+    return without_logins(address, instead="")
 
 
 def hyperparameters(task: StageTask) -> str:
