@@ -90,6 +90,8 @@ class ServiceSettings(BaseSettings):
     """A node with a broken card, or a class whose nodes took no pod, is passed over for so long."""
     creation_limit_seconds: Seconds = 300.0
     """An attempt of which no stage has come for so long is given up, and its GPU with it."""
+    release_limit_seconds: Seconds = 3600.0
+    """A finished job that is deleted is let go after so long even if MLflow has not taken the end of its run."""
     stall_seconds: Seconds = 1800.0
     """A stage that trains is stopped and resumed after so long without a step, or more where its steps take long."""
     stall_start_seconds: Seconds = 14_400.0

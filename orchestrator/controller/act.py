@@ -33,6 +33,7 @@ from orchestrator.core.commands import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    ReleaseJob,
     ReleaseUnreadable,
     ReportDefect,
     StopStage,
@@ -50,7 +51,7 @@ ACT_PER_LOOK = 4.0
 TRIES_BEFORE_REFUSED = 5
 """So often a stage that cannot be created, for a reason that waiting does not change, is tried again."""
 
-ByCall = WriteStatus | EnsureStage | StopStage | DeleteStage | DeleteJob | ReleaseUnreadable
+ByCall = WriteStatus | EnsureStage | StopStage | DeleteStage | ReleaseJob | DeleteJob | ReleaseUnreadable
 """Commands that one call to a port carries out."""
 
 
@@ -169,6 +170,10 @@ class Actor:
                 self._runtime.delete(namespace, name, recorded=recorded)
             case ReleaseUnreadable(namespace=namespace, name=name, uid=uid):
                 self._store.release_unreadable(namespace, name, uid)
+            case ReleaseJob(job=job, event=event):
+                log.warning("%s: %s", event.reason, event.message, extra=_about(command))
+                self._store.record_event(job, event)
+                self._store.release(job)
             case DeleteJob(job=job):
                 self._store.delete_job(job.metadata.namespace, job.metadata.name)
 
@@ -200,7 +205,12 @@ def _key(command: Command) -> str:
         case ReleaseUnreadable(namespace=namespace, name=name, uid=uid):
             return f"{kind} {namespace}/{name} {uid}"
         case (
-            ReportDefect(job=job) | WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job)
+            ReportDefect(job=job)
+            | WriteStatus(job=job)
+            | EnsureRun(job=job)
+            | FinishRun(job=job)
+            | ReleaseJob(job=job)
+            | DeleteJob(job=job)
         ):
             return f"{kind} {job.key} {job.metadata.uid}"
 
@@ -225,7 +235,12 @@ def _job_key(command: Command) -> str:
         case ReleaseUnreadable(namespace=namespace, name=name):
             return f"{namespace}/{name}"
         case (
-            ReportDefect(job=job) | WriteStatus(job=job) | EnsureRun(job=job) | FinishRun(job=job) | DeleteJob(job=job)
+            ReportDefect(job=job)
+            | WriteStatus(job=job)
+            | EnsureRun(job=job)
+            | FinishRun(job=job)
+            | ReleaseJob(job=job)
+            | DeleteJob(job=job)
         ):
             return job.key
 
@@ -240,5 +255,5 @@ def _about(command: Command) -> Mapping[str, str | int]:
             return about(_job_key(command), int(number) if number.isdecimal() else None)
         case WriteStatus(status=status):
             return about(_job_key(command), status.attempts_total or None)
-        case EnsureRun() | FinishRun() | DeleteJob() | ReportDefect() | ReleaseUnreadable():
+        case EnsureRun() | FinishRun() | ReleaseJob() | DeleteJob() | ReportDefect() | ReleaseUnreadable():
             return about(_job_key(command))

@@ -73,6 +73,14 @@ class FinishRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseJob:
+    """Let a deleted job's object go although its MLflow run has not got its last status, and say so."""
+
+    job: QLoRAJob
+    event: Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteJob:
     """Remove a finished job's object after its time to live."""
 
@@ -106,5 +114,6 @@ Command = (
     | DeleteStage
     | EnsureRun
     | FinishRun
+    | ReleaseJob
     | DeleteJob
 )

@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.reasons import Reason
 from orchestrator.api.stage_name import StageName
 from orchestrator.core.commands import (
     Command,
     DeleteJob,
     EnsureRun,
     EnsureStage,
+    Event,
     FinishRun,
+    ReleaseJob,
     ReportDefect,
     StopStage,
     WriteStatus,
@@ -133,18 +136,37 @@ def _begun(write: WriteStatus, policy: Policy) -> Iterator[EnsureStage]:
     yield ensure_stage(write.job.model_copy(update={"status": write.status}), attempt, policy)
 
 
-def _run_commands(job: QLoRAJob, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun]:
+def _run_commands(job: QLoRAJob, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun | ReleaseJob]:
     """A run for every job whose data are prepared, and its last status once the job has finished.
 
     A job that ends before has nothing to show. It is asked for even if the job is over by now: a controller that was
     killed may have opened it.
     """
     if owes_run_its_end(job):
-        yield FinishRun(job=job, run_status=LAST_RUN_STATUS[state_of(job.status)])
+        run_status = LAST_RUN_STATUS[state_of(job.status)]
+        yield FinishRun(job=job, run_status=run_status)
+        if _is_held_too_long(job, snapshot):
+            yield ReleaseJob(job=job, event=_left_behind(job, run_status, snapshot.policy))
         return
     is_known = job.status.mlflow.run_id is not None or job.metadata.uid in snapshot.runs
     if not is_known and job.status.prepared is not None:
         yield EnsureRun(job=job)
+
+
+def _is_held_too_long(job: QLoRAJob, snapshot: Snapshot) -> bool:
+    """Whether somebody who deletes a finished job has waited for MLflow for as long as that may take."""
+    deleted, finished = job.metadata.deletion_timestamp, job.status.finish_time
+    if deleted is None or finished is None:
+        return False
+    return (snapshot.now - max(deleted, finished)).total_seconds() >= snapshot.policy.release_limit_seconds
+
+
+def _left_behind(job: QLoRAJob, run_status: str, policy: Policy) -> Event:
+    message = (
+        f"deleted although MLflow has not taken the end of run {job.status.mlflow.run_id} for "
+        f"{policy.release_limit_seconds:.0f} s (QLORA_RELEASE_LIMIT_SECONDS): set the run to {run_status} there"
+    )
+    return Event(reason=Reason.TRACKING_UNAVAILABLE, message=message, warning=True)
 
 
 def _runs_of_gone_jobs(snapshot: Snapshot) -> Iterator[FinishRun]:

@@ -122,6 +122,8 @@ class Policy:
     """A node with a broken card, or a class whose nodes took no pod, is passed over for so long."""
     creation_limit_seconds: float = 300.0
     """An attempt of which no stage has come for so long is given up, and its GPU with it."""
+    release_limit_seconds: float = 3600.0
+    """A finished job that is deleted waits for so long for MLflow to take the end of its run."""
     stall_seconds: float = 1800.0
     """A stage that trains is never taken for stuck before so long without a step."""
     stall_start_seconds: float = 14_400.0

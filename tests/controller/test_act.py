@@ -23,6 +23,7 @@ from orchestrator.core.commands import (
     EnsureStage,
     Event,
     FinishRun,
+    ReleaseJob,
     ReportDefect,
     StopStage,
     WriteStatus,
@@ -233,6 +234,22 @@ def test_a_run_gets_its_last_status_and_then_the_job_is_released(world: World) -
     wait_for(lambda: not world.stored().metadata.finalizers)
     assert world.tracking.runs == {job.metadata.uid: "FINISHED"}
     assert world.status().mlflow == ended
+
+
+def test_a_deleted_job_goes_without_its_runs_end_where_that_is_decided_and_the_log_says_so(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = MlflowStatus(run_id="r", run_status="KILLED")
+    open_run = ended.model_copy(update={"run_status": "RUNNING"})
+    job = world.store.update_status(world.job(), QLoRAJobStatus(mlflow=open_run))
+    job = world.store.update_status(job, QLoRAJobStatus(mlflow=ended, finish_time=utc(1)))
+    world.store.delete_job("team-a", "medical")
+    world.tracking.open.clear()
+    event = Event(reason=Reason.TRACKING_UNAVAILABLE, message="run r is left", warning=True)
+    world.actor.act([FinishRun(job=job, run_status="KILLED"), ReleaseJob(job=job, event=event)])
+    assert world.store.list_jobs() == []
+    assert "run r is left" in caplog.text
+    world.tracking.open.set()
 
 
 def test_the_run_of_a_job_that_is_gone_is_ended_and_forgotten(world: World) -> None:

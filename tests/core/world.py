@@ -33,6 +33,7 @@ from orchestrator.core.commands import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    ReleaseJob,
     ReleaseUnreadable,
     ReportDefect,
     StopStage,
@@ -161,6 +162,9 @@ class World:
             case FinishRun():
                 if not self.mlflow_away:
                     self._finish_run(command)
+            case ReleaseJob():
+                job = self.jobs[command.job.key]
+                self._replace(job, metadata=job.metadata.model_copy(update={"finalizers": released(job)}))
             case DeleteJob():
                 assert command.job.status.finish_time is not None, "only finished jobs may be deleted"
                 if is_at_rest(self.jobs[command.job.key]):

@@ -148,7 +148,7 @@ class Agent:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(path))
         self._server.listen()
-        self._server.settimeout(20)
+        self._server.settimeout(120)  # a trainer imports its libraries first, on a machine that others use
         self.messages: list[dict[str, Any]] = []
         self._connection: socket.socket | None = None
 
