@@ -40,7 +40,7 @@ from orchestrator.core.commands import (
     WriteStatus,
 )
 from orchestrator.core.snapshot import RunFact
-from orchestrator.errors import Conflict, InvalidObject, NotFound, RuntimeLost, TransientError
+from orchestrator.errors import Conflict, InvalidObject, NotFound, OrchestratorError, RuntimeLost, TransientError
 from orchestrator.ports import StageRuntime, Store, Tracking
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,8 @@ class Actor:
                 tries = self._failed_tries.get(task.uid, 0) + 1
                 self._failed_tries[task.uid] = tries
                 if tries >= TRIES_BEFORE_REFUSED:
-                    self._refused[task.uid] = f"{task.stage_name} cannot be created: {type(error).__name__}: {error}"
+                    why = error if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
+                    self._refused[task.uid] = f"{task.stage_name} cannot be created: {why}"
             case _:
                 pass
 

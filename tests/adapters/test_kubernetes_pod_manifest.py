@@ -24,7 +24,7 @@ from orchestrator.api.job import DatasetSource, ModelSource, ResourcesSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
-from orchestrator.errors import InvalidObject
+from orchestrator.errors import InvalidObject, PermanentError
 from orchestrator.sizing.hardware import CLASS_NAMES, GIB, MIB, classify
 from tests.builders import LLAMA_3_70B, SMOLLM2_135M, make_spec, prepare_result
 
@@ -145,6 +145,11 @@ def test_every_container_keeps_to_the_restricted_standard(stage: str) -> None:
 
 
 # --- what the template may and may not do --------------------
+
+
+def test_a_class_that_only_a_forged_status_names_is_refused_in_words() -> None:
+    with pytest.raises(PermanentError, match=r"the status names the GPU class 7Gi, and there are .*24Gi.* alone"):
+        pod(make_task(), "7Gi", POLICY)
 
 
 def test_the_template_adds_and_never_overrides() -> None:

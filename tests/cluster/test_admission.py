@@ -179,8 +179,13 @@ def test_a_finalizer_stays_while_the_job_holds_something(plane: ControlPlane, te
         ({"model": {"source": "pvc://qlora-orchestrator-mlflow/artifacts"}}, "claims that no job may name"),
         ({"store": {"uri": "pvc://payroll"}}, "claims that no job may name"),
         ({"store": {"uri": "pvc://models/mine"}}, "claims that no job may name: .*, models"),
+        ({"model": {"source": "pvc://models/hub/models--theirs"}}, "claims that no job may name: .*, models"),
+        ({"dataset": {"source": "pvc://models/d.jsonl"}}, "claims that no job may name: .*, models"),
     ],
-    ids=["a machine's model", "a machine's folder", "reserved data", "MLflow's claim", "a reserved store", "the cache"],
+    ids=[
+        *("a machine's model", "a machine's folder", "reserved data", "MLflow's claim", "a reserved store"),
+        *("the cache", "a cached model", "cached data"),
+    ],
 )
 def test_a_job_that_names_what_is_not_its_own_is_refused(tenant: KubeApi, spec: Json, words: str) -> None:
     with pytest.raises(InvalidObject, match=words):

@@ -86,6 +86,7 @@ def setbacks(reason: Reason, count: int) -> tuple[Setback, ...]:
     return (Setback(reason=reason, count=count),) if count else ()
 
 
+STORED = "file:///store/default/job-uid-job/checkpoints"
 RUN = MlflowStatus(run_id="run", experiment_id="1", run_status="RUNNING")
 
 
@@ -297,7 +298,7 @@ def test_trained_frees_the_gpu_and_publishes_in_the_same_write() -> None:
     status = decide_one(job, exited(job, 0, train_result()))
     assert (status.adapter_uri, status.adapter_digest) == ("file:///adapter", DIGEST)
     assert (status.active_seconds, status.gpu_seconds) == (100, 100)
-    assert status.checkpoint == CheckpointStatus(step=120, uri="file:///checkpoints/step-00000120", time=NOW, attempt=2)
+    assert status.checkpoint == CheckpointStatus(step=120, uri=f"{STORED}/step-00000120", time=NOW, attempt=2)
     assert says(status, ConditionType.ADMITTED) == ("False", Reason.TRAINED)
     assert state_of(status) is JobState.PUBLISHING
     assert status.progress.loss == 1.5
@@ -397,7 +398,7 @@ def test_a_preempted_job_waits_for_nothing_but_a_gpu_and_keeps_its_checkpoint() 
     status = written(decide(snapshot(job, stages=(exited(job, 85, train_result(40, complete=False)),))))
     assert status.retry_after is None
     assert status.evictions == {"Preempted": 1}
-    assert status.checkpoint == CheckpointStatus(step=40, uri="file:///checkpoints/step-00000040", time=NOW, attempt=2)
+    assert status.checkpoint == CheckpointStatus(step=40, uri=f"{STORED}/step-00000040", time=NOW, attempt=2)
     assert says(status, ConditionType.EVICTED) == ("True", Reason.PREEMPTED)
 
 
@@ -569,8 +570,15 @@ def test_a_new_checkpoint_is_written_at_once() -> None:
     job = make_job(status=running_status(progress=progress(10)))
     report = progress(10, checkpoint_step=10, checkpoint_uri="file:///c/10")
     status = decide_one(job, stage(job, progress=report))
-    assert status.checkpoint == CheckpointStatus(step=10, uri="file:///c/10", time=NOW, attempt=2)
+    assert status.checkpoint == CheckpointStatus(step=10, uri=f"{STORED}/step-00000010", time=NOW, attempt=2)
     assert says(status, ConditionType.CHECKPOINTED) == ("True", Reason.CHECKPOINT_SAVED)
+
+
+def test_a_report_has_no_say_in_where_a_checkpoint_lies() -> None:
+    """Whoever has the namespace's token can report in any stage's name."""
+    job = make_job(status=running_status(progress=progress(10)))
+    report = progress(10, checkpoint_step=10, checkpoint_uri="s3://theirs/checkpoints/step-00000010")
+    assert "theirs" not in decide_one(job, stage(job, progress=report)).model_dump_json()
 
 
 def test_the_history_is_bounded_and_attempts_go_on_counting() -> None:

@@ -38,7 +38,8 @@ from orchestrator.api.task import (
     StageTask,
     task_variables,
 )
-from orchestrator.sizing.hardware import memory_range_mib
+from orchestrator.errors import PermanentError
+from orchestrator.sizing.hardware import CLASS_NAMES, memory_range_mib
 
 JOB_LABEL, JOB_UID_LABEL, STAGE_LABEL = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/stage"
 ATTEMPT_LABEL, QUEUE_LABEL, GPU_CLASS_LABEL = "qlora.dev/attempt", "qlora.dev/queue", "qlora.dev/gpu-class"
@@ -54,7 +55,14 @@ RAY_TOKEN_FOLDER, RAY_TOKEN_FILE = "/etc/qlora/ray", "token"
 
 
 def pod(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> Manifest:
-    """The pod of a stage, on a GPU of the class if there is one."""
+    """The pod of a stage, on a GPU of the class if there is one.
+
+    Raises PermanentError for a class that is none: a status may name one that somebody else wrote.
+    """
+    if gpu_class is not None and gpu_class not in CLASS_NAMES:
+        raise PermanentError(
+            f"the status names the GPU class {gpu_class}, and there are {', '.join(CLASS_NAMES)} alone"
+        )
     return {
         "apiVersion": "v1",
         "kind": "Pod",

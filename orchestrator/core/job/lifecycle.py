@@ -95,7 +95,7 @@ def _observe(draft: Draft, snapshot: Snapshot) -> Draft:
     if fact.phase is not StagePhase.PENDING and attempt.start_time is None and _is_told(attempt, fact, snapshot):
         draft = _seen_running(draft, attempt, fact)
     if fact.progress is not None:
-        draft = fold_progress(draft, fact.progress, snapshot.policy.progress_interval_seconds)
+        draft = fold_progress(draft, fact.progress, snapshot.policy)
     if fact.phase is not StagePhase.EXITED:
         return _while_it_runs(draft, fact, snapshot.policy)
     current = draft.attempt

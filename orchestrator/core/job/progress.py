@@ -3,7 +3,8 @@
 Reports are for people and may be lost; a new checkpoint is also for preemption, which counts lost GPU-seconds from it,
 so it is written at once while figures wait their turn. Reports are stamped by the clock of the machine that sends them,
 so what is compared with the present is when the controller saw them: of two checkpoints the later attempt's counts, and
-of one attempt's the later step's, whatever their stamps.
+of one attempt's the later step's, whatever their stamps. Where a checkpoint lies follows from the job and the step: who
+can report in a stage's name cannot have the status point elsewhere.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from orchestrator.api.job import CheckpointStatus
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import ProgressReport
 from orchestrator.core.job.conditions import Finding
+from orchestrator.core.job.stage_commands import checkpoint_uri
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Policy
 
 
-def fold_progress(draft: Draft, report: ProgressReport, interval_seconds: float) -> Draft:
-    """The draft with what the report brings: a checkpoint at once, figures no more often than the interval."""
+def fold_progress(draft: Draft, report: ProgressReport, policy: Policy) -> Draft:
+    """The draft with what the report brings: a checkpoint at once, figures no more often than the policy's interval."""
     attempt, known = draft.attempt, draft.status.progress
     if attempt is None or report.stage != attempt.stage:
         return draft
     if report.stage == "train" and report.checkpoint_step is not None and report.checkpoint_uri is not None:
-        draft = record_checkpoint(draft, step=report.checkpoint_step, uri=report.checkpoint_uri, time=report.time)
-    if not _is_due(known, report, interval_seconds):
+        draft = record_checkpoint(draft, step=report.checkpoint_step, time=report.time, policy=policy)
+    if not _is_due(known, report, policy.progress_interval_seconds):
         return draft
     changes: dict[str, object] = {"progress": _with_losses(report, known)}
     if attempt.progress_time is None or known is None or (known.step, known.detail) != (report.step, report.detail):
@@ -33,13 +35,14 @@ def fold_progress(draft: Draft, report: ProgressReport, interval_seconds: float)
     return draft.amend(**changes)
 
 
-def record_checkpoint(draft: Draft, *, step: int, uri: str, time: datetime) -> Draft:
+def record_checkpoint(draft: Draft, *, step: int, time: datetime, policy: Policy) -> Draft:
     """The draft with this as the last durable checkpoint of the active attempt; unchanged if it is known or older.
 
     A later step than any before is durable progress: what went wrong until now is forgotten.
     """
     known, attempt = draft.status.checkpoint, draft.attempt
     assert attempt is not None, "only an active attempt reports a checkpoint"
+    uri = checkpoint_uri(draft.job, step, policy)
     if known is not None:
         is_older = known.attempt == attempt.number and step <= known.step
         if (known.step, known.uri) == (step, uri) or is_older:

@@ -51,7 +51,7 @@ _PROGRESS_CONDITION: Mapping[str, ConditionType] = {
 def end_attempt(draft: Draft, verdict: Verdict, snapshot: Snapshot) -> Draft:
     """Record the end of the active attempt and do about it what its reason asks for."""
     if (train := verdict.result.train) is not None and train.checkpoint_uri is not None:
-        draft = record_checkpoint(draft, step=train.step, uri=train.checkpoint_uri, time=verdict.finish_time)
+        draft = record_checkpoint(draft, step=train.step, time=verdict.finish_time, policy=snapshot.policy)
     if verdict.reason is Reason.SUCCEEDED:
         return _go_on(draft, verdict)
     attempt = draft.attempt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from orchestrator.api.formats import CHECKPOINTS_FOLDER, checkpoint_folder
 from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import Reason
 from orchestrator.api.stage_name import STAGES_ON_GPU
@@ -103,6 +104,11 @@ def job_store_uri(job: QLoRAJob, policy: Policy) -> str:
     """The job's own folder: `<store>/<namespace>/<job>-<uid>`."""
     store = job.spec.store.uri if job.spec.store else policy.store_uri
     return f"{store.rstrip('/')}/{job.metadata.namespace}/{job.metadata.name}-{job.metadata.uid}"
+
+
+def checkpoint_uri(job: QLoRAJob, step: int, policy: Policy) -> str:
+    """The folder of the checkpoint at a step."""
+    return f"{job_store_uri(job, policy)}/{CHECKPOINTS_FOLDER}/{checkpoint_folder(step)}"
 
 
 def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
