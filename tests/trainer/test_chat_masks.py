@@ -126,12 +126,18 @@ FAMILIES: Mapping[str, Family] = {
         says=lambda turn, _: turn["content"].strip() + "<end_of_turn>",
         system=False,
     ),
+    "gemma3": Family(
+        tokens=("<start_of_turn>", "<end_of_turn>"),
+        eos="<end_of_turn>",
+        says=lambda turn, _: turn["content"].strip() + "<end_of_turn>",
+    ),
     "mistral_v3": Family(tokens=INSTRUCT, eos="</s>", says=mistral, tools=True),
     "phi3": Family(
         tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
         eos="<|endoftext|>",
         says=ended_with("<|end|>"),
     ),
+    "phi4": Family(tokens=(*IM, "<|im_sep|>", "<|endoftext|>"), eos="<|endoftext|>", says=ended_with("<|im_end|>")),
     "glm4": Family(
         tokens=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>"),
         eos="<|endoftext|>",
