@@ -53,6 +53,7 @@ class Fault(StrEnum):
     POD_DELETED = "somebody deletes a pod"
     NODE_CLOCKS = "the nodes' clocks are a day off"
     CONTROLLER_CLOCK = "the controller's clock is put back"
+    CLOCK_AHEAD = "the controller's clock is put ahead, and back again later"
     CONTROLLER_KILLED = "the controller is killed between two commands"
 
 
@@ -135,7 +136,7 @@ class FaultyWorld(World):
 
     def snapshot(self) -> Snapshot:
         """What the controller sees, by its own clock."""
-        put_back = timedelta(hours=2) if self.on(Fault.CONTROLLER_CLOCK) else timedelta(0)
+        put_back = timedelta(hours=2 * (self.on(Fault.CONTROLLER_CLOCK) - self.on(Fault.CLOCK_AHEAD)))
         seen = World.snapshot(self)
         held = {self.pods[key].node for key in self.live_stages()}
         gone = ({self.unreachable} | self.strays.keys()) - held
@@ -229,7 +230,8 @@ class FaultyWorld(World):
         taken = {self.pods[other].node for other in self.live_stages()} | {self.unreachable} | self.strays.keys()
         free = [n for n in NODES[gpu_class] if n not in taken and n not in self.tasks[key].avoid_nodes]
         offered = [n for n in NODES[gpu_class] if self.strays.get(n, pod.created_seconds) < pod.created_seconds]
-        assert free or not offered, f"{key} was given the GPU of {offered}, where something may still run"
+        avoided = self.tasks[key].avoid_nodes  # its GPU may be that of a node that it is kept off
+        assert free or avoided or not offered, f"{key} was given the GPU of {offered}, where something may still run"
         pod.node = free[0] if free else ""
         return bool(free)
 
@@ -357,7 +359,7 @@ class FaultyWorld(World):
         """No GPU is booked without a pod for longer than a bound, nor by a pod that does not start."""
         bound = self.policy.creation_limit_seconds + 2 * TICK_SECONDS
         pending_bound = UNSCHEDULABLE_SECONDS + 2 * TICK_SECONDS
-        if any(self.on(fault) for fault in (Fault.CONTROLLER_CLOCK, Fault.CONTROLLER_KILLED)):
+        if any(self.on(fault) for fault in (Fault.CONTROLLER_CLOCK, Fault.CLOCK_AHEAD, Fault.CONTROLLER_KILLED)):
             return
         for job in self.jobs.values():
             attempt = job.status.active_attempt
@@ -374,7 +376,7 @@ class FaultyWorld(World):
 
     def _quiet_since(self) -> float:
         """When the last of the faults that keep the controller from looking was over."""
-        blind = (Fault.API_AWAY, Fault.CONTROLLER_CLOCK, Fault.CONTROLLER_KILLED)
+        blind = (Fault.API_AWAY, Fault.CONTROLLER_CLOCK, Fault.CLOCK_AHEAD, Fault.CONTROLLER_KILLED)
         return max(
             (t.end_seconds for t in self.troubles if t.fault in blind and t.begin_seconds <= self.seconds), default=-1e9
         )

@@ -22,13 +22,19 @@ SEEDS_A_TEST = 50
 DAY_SECONDS = 3600.0
 LONGEST_SECONDS = 7200.0
 SETTLE_SECONDS = 4 * 3600.0
+DEADLINE_SECONDS = 4 * 3600
 
 
 def live_through(seed: int, troubles: tuple[Trouble, ...]) -> FaultyWorld:
-    """Three jobs on two small cards and a large one, through all of it and until they are done; the world then."""
+    """Three jobs on two small cards and a large one, through all of it and until they are done; the world then.
+
+    One has a deadline, which waiting and two hours that a clock makes up do not use.
+    """
     world = FaultyWorld(policy=POLICY, gpu_classes=list(gpus(_24Gi=2, _48Gi=1)), seed=seed, troubles=troubles)
     for number in range(3):
-        world.submit(make_job(f"job-{number}", priority=number % 2, backoff_limit=3))
+        deadline = DEADLINE_SECONDS if number == 2 else None
+        job = make_job(f"job-{number}", priority=number % 2, backoff_limit=3, active_deadline_seconds=deadline)
+        world.submit(job)
     settled = max((trouble.end_seconds for trouble in troubles), default=0.0) + SETTLE_SECONDS
     while world.seconds < settled and (world.unfinished() or world.stages):
         world.tick()
