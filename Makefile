@@ -12,7 +12,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 # What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
-TIERS := check test-core test-outages test-strangers test-trainer test-api test-service test-chart test-kills test-scale test-e2e
+TIERS := check test-core test-docs test-outages test-strangers test-trainer test-api test-service test-chart test-kills test-scale test-e2e
 # Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
 # the longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
@@ -25,7 +25,9 @@ export OMP_WAIT_POLICY := passive
 # Of a thousand nodes and ten thousand jobs; 1 is for the figures.
 export QLORA_SCALE ?= 0.1
 
-.PHONY: help demo demo-preempt test nightly $(TIERS) fmt docs lock manifests targets clean
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: help demo demo-preempt test nightly $(TIERS) fmt docs docs-site lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -60,6 +62,9 @@ test-scale: $(VENV)/.synced $(VENV)/.go ## A hundred GPUs on paper and 1,000 job
 
 test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real cluster of two nodes on this machine: real images, chart, jobs; needs root
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m tests.e2e_cluster
+
+test-docs: $(VENV)/.synced $(MODEL)/model.safetensors ## What documents tell people to paste, from the built wheel, and the site
+	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q tests/documents
 
 test-outages: $(VENV)/.synced ## A thousand bad days of a cluster (QLORA_SEEDS=10000: ten times that), in virtual time: about a minute
 	QLORA_SEEDS=$${QLORA_SEEDS:-1000} $(BIN)/python -m pytest -q tests/sim
@@ -97,6 +102,9 @@ docs: $(VENV)/.synced ## Write the generated reference pages, and the README's t
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m benchmarks.targets --write
 	$(BIN)/python -m benchmarks.pictures
+
+docs-site: $(VENV)/.synced ## Build the documentation as a site, build/site, and fail on every dead link
+	$(BIN)/python -m mkdocs build --strict
 
 manifests: $(VENV)/.synced ## Render the chart anew: manifests/install.yaml and the tests' golden files
 	$(BIN)/python -m tests.deploy.render

@@ -15,6 +15,7 @@ from typing import cast
 import yaml
 from pydantic import BaseModel
 
+from docs import sizes
 from orchestrator.api.crd import custom_resource_definitions
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
@@ -57,6 +58,7 @@ def pages() -> dict[str, str]:
         "settings.md": HEADER + settings(),
         "reasons.md": HEADER + reasons(),
         "states.md": HEADER + states(),
+        "sizes.md": HEADER + sizes.page(),
         **{
             f"{folder}/{crd['metadata']['name']}.yaml": manifest(crd)
             for crd in custom_resource_definitions()
