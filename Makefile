@@ -64,7 +64,7 @@ test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real clust
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m tests.e2e_cluster
 
 test-docs: $(VENV)/.synced $(MODEL)/model.safetensors ## What documents tell people to paste, from the built wheel, and the site
-	QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q tests/documents
+	QLORA_DOCUMENTS=$(QLORA_DOCUMENTS) QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q tests/documents
 
 test-outages: $(VENV)/.synced ## A thousand bad days of a cluster (QLORA_SEEDS=10000: ten times that), in virtual time: about a minute
 	QLORA_SEEDS=$${QLORA_SEEDS:-1000} $(BIN)/python -m pytest -q tests/sim
@@ -75,7 +75,7 @@ test-core: $(VENV)/.synced ## The pure packages' tests, contract, sizing and cor
 test-strangers: $(VENV)/.synced ## What strangers send: poison objects, words, memory, a seeded fuzz (QLORA_FUZZ=100000 for a long one)
 	$(BIN)/python -m pytest -q tests/strangers
 
-nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its longest: fuzz, poison, memory, bad days, scale (hours; FUZZ_SECONDS)
+nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its longest: fuzz, poison, memory, bad days, scale, documents (hours; FUZZ_SECONDS)
 	QLORA_FUZZ=100000 $(BIN)/python -m pytest -q --timeout=14400 tests/strangers/test_fuzz.py
 	QLORA_FUZZ=10000 QLORA_POISON=10000 QLORA_MEMORY_JOBS=10000 $(BIN)/python -m pytest -q --timeout=14400 \
 	  --ignore=tests/strangers/test_fuzz.py tests/strangers
@@ -84,6 +84,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its lon
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_FUZZ=20000 QLORA_POISON=1000 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py
 	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1
+	$(MAKE) --no-print-directory test-docs QLORA_DOCUMENTS=all
 
 check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +83,15 @@ def test_a_dead_link_an_absent_anchor_and_a_moved_file_are_found(tmp_path: Path)
 
     assert list(dead_links(document)) == ["gone.md", "other.md#three-words"]
     assert list(absent_names(document)) == ["orchestrator/gone.py", "benchmarks.gone"]
+
+
+def test_what_an_index_shows_has_no_relative_link() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    links = LINK.findall((REPOSITORY / project["readme"]).read_text())
+    home = project["urls"]["Repository"]
+
+    assert links
+    assert [link for link in links if not link.startswith(home)] == []
+    assert [
+        link for link in links if "/blob/main/" in link and not (REPOSITORY / link.split("/blob/main/")[1]).exists()
+    ] == []

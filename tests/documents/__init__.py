@@ -1,0 +1,1 @@
+"""What documents tell people to paste: that all of it is known, that it can be run, and that it runs."""
