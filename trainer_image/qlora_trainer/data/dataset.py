@@ -13,14 +13,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,83 +27,25 @@ from numpy.typing import NDArray
 from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
 from qlora_trainer.data.chat_templates import refuse_useless_template
-from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord, Encoder
-from qlora_trainer.data.formats import CHAT_FORMATS, Sample, named_fields, read_sample, unknown_fields
+from qlora_trainer.data.formats import CHAT_FORMATS, named_fields
 from qlora_trainer.data.packing import Row, one_a_row, pack
+from qlora_trainer.data.ranges import EncodedRange, EncodedRecords, Range, RangeEncoder, in_ranges
 from qlora_trainer.data.reader import BadRecord, Record, Records
-from qlora_trainer.data.rendering import RenderLimit, characters_of
 from qlora_trainer.outcome import UserError
 
 Numbers = NDArray[np.int32]
-NAMED_PROBLEMS = 3
-"""How many bad records an error message names."""
-MAX_UNKNOWN_FIELDS = 64
-"""No more are collected."""
-MAX_PROBLEM_CHARACTERS = 400
-"""Of what is wrong with one record: a template's own words may be long."""
+EncodeRanges = Callable[[RangeEncoder, Iterator[Range]], Iterator[EncodedRange]]
+"""Encodes ranges, wherever; what comes of them is in their order."""
 PROGRESS_SECONDS = 10.0
-BATCH_RECORDS = 64
-"""Rendered ahead at a time, in the process that renders."""
-BATCH_CHARACTERS = 1 << 18
-"""Or fewer records, of so many characters together."""
 ROWS_PER_GROUP = 256
 """Rows in a row group of the Parquet files: what a reader holds at a time."""
 
 log = logging.getLogger(__name__)
 
 
-class EncodedRecords(Sequence[EncodedRecord]):
-    """Encoded records in the order of their file, in 5 bytes a token and 16 a record."""
-
-    def __init__(self) -> None:
-        self._ids = array("i")
-        self._supervised = bytearray()
-        self._starts = array("q", [0])
-        self._samples = array("q")
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all records."""
-        return len(self._ids)
-
-    @overload
-    def __getitem__(self, index: int) -> EncodedRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedRecord]: ...
-    def __getitem__(self, index: int | slice) -> EncodedRecord | list[EncodedRecord]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        part = slice(self._starts[number], self._starts[number + 1])
-        ids = np.array(self._ids[part], dtype=np.int32)
-        supervised = np.frombuffer(self._supervised[part], dtype=np.bool_)
-        return EncodedRecord(input_ids=ids, labels=np.where(supervised, ids, np.int32(IGNORED_LABEL)))
-
-    def append(self, record: EncodedRecord, sample: int) -> None:
-        """Add a record that comes from the sample of this index."""
-        self._ids.frombytes(record.input_ids.tobytes())
-        self._supervised += (record.labels != IGNORED_LABEL).tobytes()
-        self._starts.append(len(self._ids))
-        self._samples.append(sample)
-
-    def lengths(self) -> list[int]:
-        """Tokens of each record."""
-        return [end - start for start, end in pairwise(self._starts)]
-
-    def samples(self) -> Sequence[int]:
-        """The index of each record's sample among all that the file holds, bad ones included."""
-        return self._samples
-
-    def supervised(self) -> int:
-        """Tokens that carry loss."""
-        return self._supervised.count(1)
-
-    def largest_token(self) -> int:
-        """The largest token id; 0 where there are no tokens."""
-        return int(np.array(self._ids, dtype=np.int32).max()) if self._ids else 0
+def in_process(encoder: RangeEncoder, ranges: Iterator[Range]) -> Iterator[EncodedRange]:
+    """Encode ranges one after the other in this process."""
+    return map(encoder.encode, ranges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,16 +98,16 @@ class ReadDataset:
     """What the chat template and the records' fields give reason to say."""
 
 
-def read_dataset(records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec) -> ReadDataset:
+def read_dataset(
+    records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec, encode: EncodeRanges = in_process
+) -> ReadDataset:
     """All of one source; raises UserError naming what is wrong with its records."""
-    encoder = Encoder(tokenizer, dataset.train_on, most_tokens=training.sequence_length)
-    reader = _Reader(source=records.source, dataset=dataset, sequence_length=training.sequence_length)
-    encoded = reader.read(records.read(), encoder)
-    train, held_out = _hold_out(encoded, decimal(dataset.eval_fraction), training.seed, records.source)
+    found = _read(records, records.read(), tokenizer, dataset, training, encode)
+    train, held_out = _hold_out(found.records, decimal(dataset.eval_fraction), training.seed, records.source)
     return ReadDataset(
-        train=Split(records=train, truncated=reader.truncated, dropped=reader.dropped),
+        train=Split(records=train, truncated=found.truncated, dropped=found.dropped),
         evaluation=Split(records=held_out),
-        warnings=(*encoder.warnings, *reader.unknown_fields()),
+        warnings=_warnings(found, dataset),
     )
 
 
@@ -174,164 +115,85 @@ def read_first(
     count: int, records: Records, tokenizer: Any, dataset: DatasetSource, training: TrainingSpec
 ) -> ReadDataset:
     """The same of the first records alone, of which none is held out."""
-    encoder = Encoder(tokenizer, dataset.train_on, most_tokens=training.sequence_length)
-    reader = _Reader(source=records.source, dataset=dataset, sequence_length=training.sequence_length)
-    encoded = reader.read(islice(records.read(), count), encoder)
+    found = _read(records, islice(records.read(), count), tokenizer, dataset, training, in_process)
     return ReadDataset(
-        train=Split(records=encoded, truncated=reader.truncated, dropped=reader.dropped),
+        train=Split(records=found.records, truncated=found.truncated, dropped=found.dropped),
         evaluation=Split(records=EncodedRecords()),
-        warnings=(*encoder.warnings, *reader.unknown_fields()),
+        warnings=_warnings(found, dataset),
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Read:
-    """A record and the sample that it stands for, or else what is wrong with it."""
+def _read(
+    source: Records,
+    records: Iterable[Record | BadRecord],
+    tokenizer: Any,
+    dataset: DatasetSource,
+    training: TrainingSpec,
+    encode: EncodeRanges,
+) -> EncodedRange:
+    """Every usable record; raises UserError naming what is wrong."""
+    found = EncodedRange()
+    progress = _Progress(source.source)
+    encoder = RangeEncoder(
+        source=source.source, tokenizer=tokenizer, dataset=dataset, sequence_length=training.sequence_length
+    )
+    for encoded in encode(encoder, in_ranges(records)):
+        found.extend(encoded)
+        progress.report(found.seen, found.records.tokens)
+    progress.tell(found.seen, found.records.tokens)
+    _refuse_bad(found, source.source)
+    _refuse_too_long(found, source.source, training.sequence_length)
+    if not found.records:
+        raise UserError(_nothing_left(found, source.source, training.sequence_length))
+    return found
 
-    where: str
-    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    sample: Sample | None = None
-    problem: str = ""
+
+def _warnings(found: EncodedRange, dataset: DatasetSource) -> tuple[str, ...]:
+    """What the template gives reason to say, and one sentence that names the fields that the format does not have."""
+    if not found.unknown:
+        return tuple(found.warnings)
+    names = named_fields(sorted(found.unknown))
+    return (
+        *found.warnings,
+        f"fields that the format {dataset.format} does not have are not trained on: {names}",
+    )
 
 
-class _Reader:
-    """Encodes records and keeps count of what is wrong with them."""
+def _refuse_bad(found: EncodedRange, source: str) -> None:
+    if not found.bad_count:
+        return
+    named = "; ".join(f"{bad.where} {bad.problem}" for bad in found.bad)
+    more = found.bad_count - len(found.bad)
+    rest = f"; and {more} more" if more else ""
+    raise UserError(
+        f"{source}: {found.bad_count} of {found.seen} records cannot be used: {named}{rest}. "
+        "Correct the dataset or spec.dataset.format"
+    )
 
-    def __init__(self, *, source: str, dataset: DatasetSource, sequence_length: int) -> None:
-        self._source = source
-        self._dataset = dataset
-        self._sequence_length = sequence_length
-        self._seen = 0
-        self._bad: list[BadRecord] = []
-        self._bad_count = 0
-        self._first_too_long: tuple[str, str] | None = None
-        self._too_long_count = 0
-        self._unknown: set[str] = set()
-        self.truncated = 0
-        self.dropped = 0
 
-    def read(self, records: Iterable[Record | BadRecord], encoder: Encoder) -> EncodedRecords:
-        """Every usable record; raises UserError naming what is wrong."""
-        kept = EncodedRecords()
-        progress = _Progress(self._source)
-        for batch in self._batches(records):
-            encoder.expect(it.sample for it in batch if it.sample is not None)
-            for it in batch:
-                encoded = self._encoded(it, encoder)
-                for fitting in () if encoded is None else self._fitting(it.where, encoded):
-                    kept.append(fitting, self._seen)
-                self._seen += 1
-                progress.report(self._seen, kept.tokens)
-        self._refuse_bad()
-        self._refuse_too_long()
-        if not kept:
-            raise UserError(self._nothing_left())
-        return kept
+def _refuse_too_long(found: EncodedRange, source: str, sequence_length: int) -> None:
+    if found.first_too_long is None:
+        return
+    where, tokens = found.first_too_long
+    than = "" if tokens.startswith("more") else ", more than"
+    raise UserError(
+        f"{source}: {where} has {tokens} tokens{than} spec.training.sequenceLength "
+        f"({sequence_length}), as have {found.too_long_count} of {found.seen} records in all. Raise "
+        "spec.training.sequenceLength, or set spec.dataset.tooLong to truncate or to drop"
+    )
 
-    def unknown_fields(self) -> Iterator[str]:
-        """One sentence that names the fields that mean nothing in the format."""
-        if self._unknown:
-            names = named_fields(sorted(self._unknown))
-            yield f"fields that the format {self._dataset.format} does not have are not trained on: {names}"
 
-    def _batches(self, records: Iterable[Record | BadRecord]) -> Iterator[list[_Read]]:
-        """Records that are rendered ahead together: not many, and few where they are long."""
-        batch: list[_Read] = []
-        characters = 0
-        for record in records:
-            batch.append(self._parsed(record))
-            characters += characters_of(record.value) if isinstance(record, Record) else 0
-            if len(batch) >= BATCH_RECORDS or characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-        if batch:
-            yield batch
-
-    def _parsed(self, record: Record | BadRecord) -> _Read:
-        if isinstance(record, BadRecord):
-            return _Read(where=record.where, problem=record.problem)
-        try:
-            sample = read_sample(record.value, self._dataset.format)
-        except ValueError as error:
-            return _Read(where=record.where, problem=str(error)[:MAX_PROBLEM_CHARACTERS])
-        except RecursionError:
-            return _Read(where=record.where, problem="is nested too deeply")
-        return _Read(where=record.where, fields=record.value, sample=sample)
-
-    def _encoded(self, read: _Read, encoder: Encoder) -> EncodedRecord | None:
-        if read.sample is None:
-            return self._note(BadRecord(where=read.where, problem=read.problem))
-        try:
-            encoded = encoder.encode(read.sample)
-        except ValueError as error:
-            return self._note(BadRecord(where=read.where, problem=str(error)[:MAX_PROBLEM_CHARACTERS]))
-        except RecursionError:
-            return self._note(BadRecord(where=read.where, problem="is nested too deeply"))
-        except RenderLimit as error:
-            raise UserError(f"{self._source}: {read.where}: {error}") from error
-        if encoded.supervised == 0 and encoded.complete:
-            return self._note(BadRecord(where=read.where, problem="has no token to train on"))
-        if len(self._unknown) <= MAX_UNKNOWN_FIELDS:
-            self._unknown.update(unknown_fields(read.fields, self._dataset.format))
-        return encoded
-
-    def _note(self, bad: BadRecord) -> None:
-        self._bad_count += 1
-        if len(self._bad) < NAMED_PROBLEMS:
-            self._bad.append(bad)
-
-    def _fitting(self, where: str, encoded: EncodedRecord) -> list[EncodedRecord]:
-        """The record's contexts as far as they fit a sequence; none if it does not go in."""
-        contexts = encoded.split()
-        longest = max(len(context.input_ids) for context in contexts)
-        if encoded.complete and longest <= self._sequence_length:
-            return contexts
-        if self._dataset.too_long == "fail":
-            self._too_long_count += 1
-            tokens = f"{longest}" if encoded.complete else f"more than {self._sequence_length}"
-            self._first_too_long = self._first_too_long or (where, tokens)
-            return []
-        cut = [context.cut(self._sequence_length) for context in contexts]
-        taught = [context for context in cut if context.supervised]  # a prompt alone teaches nothing
-        if self._dataset.too_long == "drop" or not taught:
-            self.dropped += 1
-            return []
-        self.truncated += 1
-        return taught
-
-    def _refuse_bad(self) -> None:
-        if not self._bad_count:
-            return
-        named = "; ".join(f"{bad.where} {bad.problem}" for bad in self._bad)
-        more = self._bad_count - len(self._bad)
-        rest = f"; and {more} more" if more else ""
-        raise UserError(
-            f"{self._source}: {self._bad_count} of {self._seen} records cannot be used: {named}{rest}. "
-            "Correct the dataset or spec.dataset.format"
-        )
-
-    def _refuse_too_long(self) -> None:
-        if self._first_too_long is None:
-            return
-        where, tokens = self._first_too_long
-        than = "" if tokens.startswith("more") else ", more than"
-        raise UserError(
-            f"{self._source}: {where} has {tokens} tokens{than} spec.training.sequenceLength "
-            f"({self._sequence_length}), as have {self._too_long_count} of {self._seen} records in all. Raise "
-            "spec.training.sequenceLength, or set spec.dataset.tooLong to truncate or to drop"
-        )
-
-    def _nothing_left(self) -> str:
-        if self._seen == 0:
-            return f"{self._source} holds no records; give a dataset with at least one"
-        return (
-            f"{self._source}: all {self._seen} records were dropped because they are longer than "
-            f"spec.training.sequenceLength ({self._sequence_length}); raise it"
-        )
+def _nothing_left(found: EncodedRange, source: str, sequence_length: int) -> str:
+    if found.seen == 0:
+        return f"{source} holds no records; give a dataset with at least one"
+    return (
+        f"{source}: all {found.seen} records were dropped because they are longer than "
+        f"spec.training.sequenceLength ({sequence_length}); raise it"
+    )
 
 
 class _Progress:
-    """Says now and then how far reading has come."""
+    """Says now and then how far reading has come, and how fast."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -339,11 +201,14 @@ class _Progress:
 
     def report(self, records: int, tokens: int) -> None:
         """Log a line if the last one is some time ago."""
-        now = monotonic()
-        if now - self._said >= PROGRESS_SECONDS:
-            self._said = now
-            speed = tokens / (now - self._began)
-            log.info("%s: %d records, %d tokens, %.0f tokens a second", self._source, records, tokens, speed)
+        if monotonic() - self._said >= PROGRESS_SECONDS:
+            self.tell(records, tokens)
+
+    def tell(self, records: int, tokens: int) -> None:
+        """Log a line."""
+        self._said = monotonic()
+        speed = tokens / max(self._said - self._began, 1e-3)
+        log.info("%s: %d records, %d tokens, %.0f tokens a second", self._source, records, tokens, speed)
 
 
 def _hold_out(
