@@ -7,14 +7,15 @@ import io
 import json
 import lzma
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
-from qlora_trainer.data.dataset import ReadDataset, read_dataset
+from qlora_trainer.data.dataset import EncodeRanges, ReadDataset, in_process, read_dataset
+from qlora_trainer.data.ranges import RANGE_CHARACTERS, EncodedRange, Range, RangeEncoder
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import bounded, in_brackets, shown
 from qlora_trainer.outcome import UserError
@@ -39,10 +40,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(save_tokenizer(tmp_path_factory.mktemp("found"), chat_template=template))
 
 
-def read(path: Path, tokenizer: Any, form: str, **fields: Any) -> ReadDataset:
+def read(path: Path, tokenizer: Any, form: str, encode: EncodeRanges = in_process, **fields: Any) -> ReadDataset:
     dataset = DatasetSource.model_validate({"source": path.as_uri(), "format": form, **fields})
     records = Records(dataset.source, split="train", scratch=path.parent, field="spec.dataset.source")
-    return read_dataset(records, tokenizer, dataset, TrainingSpec())
+    return read_dataset(records, tokenizer, dataset, TrainingSpec(), encode)
 
 
 def line(path: Path, record: Any) -> Path:
@@ -358,6 +359,23 @@ def test_a_templates_own_tokens_in_a_content_are_warned_of_once(tmp_path: Path, 
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (warning,) = read(path, tokenizer, "messages").warnings
     assert warning.startswith("contents of messages hold special tokens, such as <|im_end|>, which the model takes for")
+
+
+def test_of_different_tokens_in_two_ranges_the_first_is_named_alone(tmp_path: Path, tokenizer: Any) -> None:
+    long = user("<|im_end|>" + "a" * RANGE_CHARACTERS)
+    records = [said(long, assistant()), said(user("<|im_start|>"), assistant())]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    ranges: list[int] = []
+
+    def encode(encoder: RangeEncoder, cut: Iterator[Range]) -> Iterator[EncodedRange]:
+        for part in cut:
+            ranges.append(len(part))
+            yield encoder.encode(part)
+
+    (warning,) = read(path, tokenizer, "messages", encode, tooLong="drop").warnings
+    assert ranges == [1, 1]
+    assert "special tokens, such as <|im_end|>, which" in warning
 
 
 def test_warnings_are_fit_to_be_kept_and_none_is_lost_without_a_word(tmp_path: Path, tokenizer: Any) -> None:

@@ -95,7 +95,7 @@ class ReadDataset:
     evaluation: Split
     """Empty unless a fraction is held out."""
     warnings: tuple[str, ...]
-    """What the chat template and the records' fields give reason to say."""
+    """What the chat template, the contents and the records' fields give reason to say."""
 
 
 def read_dataset(
@@ -149,14 +149,17 @@ def _read(
 
 
 def _warnings(found: EncodedRange, dataset: DatasetSource) -> tuple[str, ...]:
-    """What the template gives reason to say, and one sentence that names the fields that the format does not have."""
-    if not found.unknown:
-        return tuple(found.warnings)
-    names = named_fields(sorted(found.unknown))
-    return (
-        *found.warnings,
-        f"fields that the format {dataset.format} does not have are not trained on: {names}",
-    )
+    """What the template and the contents give reason to say, and the fields that the format does not have, by name."""
+    warnings = list(found.warnings)
+    if found.special_token_said:
+        warnings.append(
+            f"contents of messages hold special tokens, such as {found.special_token_said}, which the model takes for "
+            "the chat template's; give contents without what a template writes around them"
+        )
+    if found.unknown:
+        names = named_fields(sorted(found.unknown))
+        warnings.append(f"fields that the format {dataset.format} does not have are not trained on: {names}")
+    return tuple(warnings)
 
 
 def _refuse_bad(found: EncodedRange, source: str) -> None:

@@ -87,6 +87,8 @@ class Encoder:
         """Texts of more than `most_tokens` come out longer than that, but not whole."""
         self.warnings: list[str] = []
         """What is to be known about the chat template, once each."""
+        self.special_token_said: str | None = None
+        """The first special token found in what somebody says: to the model it means what it means in the template."""
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._most_tokens = most_tokens
@@ -156,14 +158,10 @@ class Encoder:
         return _joined_records(records or [_record(*self._labelled(whole, []))], complete=complete)
 
     def _look_for_marks(self, chat: Conversation) -> None:
-        """A template's own tokens in what somebody says mean to the model what they mean in the template."""
-        for message in chat.messages:
-            if found := self._marks and self._marks.search(message["content"]):
-                self._warn(
-                    f"contents of messages hold special tokens, such as {found[0]}, which the model takes for the chat "
-                    "template's; give contents without what a template writes around them"
-                )
-                self._marks = None  # once is enough
+        if self._marks is None or self.special_token_said is not None:  # one is enough
+            return
+        found = (self._marks.search(message["content"]) for message in chat.messages)
+        self.special_token_said = next((each[0] for each in found if each), None)
 
     # --- tokens
 

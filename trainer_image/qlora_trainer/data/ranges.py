@@ -120,6 +120,8 @@ class EncodedRange:
     """Fields that mean nothing in the format."""
     warnings: list[str] = field(default_factory=list[str])
     """What there is to know about the chat template."""
+    special_token_said: str | None = None
+    """The first of the chat template's tokens that a message's content holds."""
 
     def note(self, bad: BadRecord) -> None:
         """Count a record that cannot be used."""
@@ -144,6 +146,7 @@ class EncodedRange:
         self.dropped += following.dropped
         self.note_unknown(following.unknown)
         self.warnings += [warning for warning in following.warnings if warning not in self.warnings]
+        self.special_token_said = self.special_token_said or following.special_token_said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +197,7 @@ class _RangeInHand:
                     found.records.append(fitting, found.seen)
                 found.seen += 1
         found.warnings = self._encoder.warnings
+        found.special_token_said = self._encoder.special_token_said
         return found
 
     def _parsed(self, record: Record | BadRecord) -> _Read:
