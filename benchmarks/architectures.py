@@ -108,10 +108,82 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Each architecture's config, by name."""
 
+UNTABLED: dict[str, dict[str, Any]] = {
+    "olmo-7b": {"model_type": "olmo", **_GATED, "clip_qkv": None, **_shape(4096, 11008, 32, 32, 32, 50304)},
+    "olmo-3-7b": {"model_type": "olmo3", **_GATED, "sliding_window": 4096, **_shape(4096, 11008, 32, 32, 32, 100278)},
+    "aya-expanse-8b": {
+        "model_type": "cohere", **_GATED, "logit_scale": 0.125, **_shape(4096, 14336, 32, 32, 8, 256000, tied=True),
+    },
+    "command-r7b": {
+        "model_type": "cohere2", **_GATED, "logit_scale": 0.25, "sliding_window": 4096, "head_dim": 128,
+        **_shape(4096, 14336, 32, 32, 8, 256000, tied=True),
+    },
+    "glm-4-9b": {
+        "model_type": "glm", **_GATED, "attention_bias": True, "head_dim": 128,
+        **_shape(4096, 13696, 40, 32, 2, 151552),
+    },
+    "glm-4-9b-0414": {"model_type": "glm4", **_GATED, "head_dim": 128, **_shape(4096, 13696, 40, 32, 2, 151552)},
+    "afm-4.5b": {
+        "model_type": "arcee", "hidden_act": "relu2", "attention_dropout": 0.0, "head_dim": 128,
+        **_shape(2560, 18432, 36, 20, 4, 128004),
+    },
+    "seed-oss-36b": {
+        "model_type": "seed_oss", **_GATED, "attention_bias": True, "head_dim": 128, "residual_dropout": 0.0,
+        **_shape(5120, 27648, 64, 80, 8, 155136),
+    },
+    "exaone-4-32b": {
+        "model_type": "exaone4", **_GATED, "sliding_window": 4096, **_shape(5120, 27392, 64, 40, 8, 102400),
+    },
+    "smollm3-3b": {"model_type": "smollm3", **_GATED, **_shape(2048, 11008, 36, 16, 4, 128256, tied=True)},
+    "helium-1-2b": {"model_type": "helium", **_GATED, "head_dim": 128, **_shape(2560, 7040, 24, 20, 20, 48000)},
+    "minitron-4b": {
+        "model_type": "nemotron", "hidden_act": "relu2", "attention_dropout": 0.0, "head_dim": 128,
+        **_shape(3072, 9216, 32, 24, 8, 256000),
+    },
+    "phi-2": {
+        "model_type": "phi", "hidden_act": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        "attention_dropout": 0.0, "partial_rotary_factor": 0.4, **_shape(2560, 10240, 32, 32, 32, 51200),
+    },
+    "hunyuan-7b": {
+        "model_type": "hunyuan_v1_dense", **_GATED, "head_dim": 128,
+        **_shape(4096, 14336, 32, 32, 8, 128167, tied=True),
+    },
+    "ernie-4.5-0.3b": {
+        "model_type": "ernie4_5", **_GATED, "head_dim": 128, "use_bias": False,
+        **_shape(1024, 3072, 18, 16, 2, 103424, tied=True),
+    },
+    "apertus-8b": {
+        "model_type": "apertus", "hidden_act": "xielu", "attention_dropout": 0.0,
+        **_shape(4096, 21504, 32, 32, 8, 131072),
+    },
+    "gemma-7b": {
+        "model_type": "gemma", "head_dim": 256, "attention_dropout": 0.0,
+        **_shape(3072, 24576, 28, 16, 16, 256000), **_GEMMA,
+    },
+    "minicpm3-4b": {
+        "model_type": "minicpm3", **_GATED, "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32, "v_head_dim": 64, **_shape(2560, 6400, 62, 40, 40, 73448),
+    },
+    "ministral-8b": {
+        "model_type": "ministral", **_GATED, "head_dim": 128, "sliding_window": 32768,
+        **_shape(4096, 12288, 36, 32, 8, 131072),
+    },
+    "stablelm-3b": {
+        "model_type": "stablelm", **_GATED, "hidden_dropout": 0.0, "partial_rotary_factor": 0.25,
+        **_shape(2560, 6912, 32, 32, 32, 50304),
+    },
+    "gpt-j-6b": {
+        "model_type": "gptj", "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_inner": 16384, "rotary_dim": 64,
+        "vocab_size": 50400, "tie_word_embeddings": False, "n_positions": 32768, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 1,
+    },
+}  # fmt: skip
+"""Models of types that are in no table, so that prepare traces them."""
+
 
 def config(name: str, layers: int | None = None) -> dict[str, Any]:
     """A model's config, cut to so many layers if they are given."""
-    found = dict(CONFIGS[name])
+    found = {"architectures": ["ForCausalLM"], **(CONFIGS | UNTABLED)[name]}
     if layers is not None:
-        found["num_hidden_layers"] = layers
+        found["n_layer" if "n_layer" in found else "num_hidden_layers"] = layers
     return found

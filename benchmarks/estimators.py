@@ -33,13 +33,14 @@ from typing import Any
 
 from benchmarks.report import RESULTS, argument_parser, emit
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.layer_trace import ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEMS, MemoryPlan
 from orchestrator.sizing.footprint import Footprint, adapter_parameters
 from orchestrator.sizing.memory.linear_layers import linears
 
 ROWS = RESULTS / "sizing_rows.jsonl"
-QLORA_PARTS = ("cut", "whole")
+QLORA_PARTS = ("cut", "whole", "untabled")
 MIB = 1 << 20
 GB = 10**9
 UNSLOTH_LEAST_GB = {3: 3.5, 7: 5, 8: 6, 9: 6.5, 11: 7.5, 14: 8.5, 27: 22, 32: 26, 40: 30, 70: 41, 81: 48, 90: 53}
@@ -69,7 +70,7 @@ class Row:
         return cls(
             model=raw["model"],
             part=raw["part"],
-            facts=ModelFacts.from_config(raw["config"], "main"),
+            facts=ModelFacts.from_config(raw["config"], "main").model_copy(update={"trace": _trace(raw)}),
             spec=QLoRAJobSpec(
                 model=ModelSource(source="file:///model"),
                 dataset=DatasetSource(source="file:///data.jsonl"),
@@ -114,6 +115,11 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS)
     arguments = parser.parse_args()
     emit(compare(list(read_rows(arguments.rows))), save=arguments.save)
+
+
+def _trace(raw: dict[str, Any]) -> ModelTrace | None:
+    trace = raw.get("trace")
+    return None if trace is None else ModelTrace.model_validate(trace)
 
 
 def read_rows(path: Path) -> Iterator[Row]:

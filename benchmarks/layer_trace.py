@@ -14,37 +14,21 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-import weakref
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
-from peft.tuners.lora import dora
-from qlora_trainer.data.micro_batch import collate
-from qlora_trainer.kernels import packed_attention as packed
-from qlora_trainer.kernels.moe_experts import NF4Experts
-from qlora_trainer.model.adapter import add_adapter
-from qlora_trainer.model.attention import attention_implementation
-from qlora_trainer.model.quantization import COMPUTE_DTYPE, replace_experts
-from qlora_trainer.model.training_model import set_recompute
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.loading import weightless_base
+from qlora_trainer.model.recorded_step import Event, run_step
+from transformers import AutoConfig
 
 from benchmarks.architectures import CONFIGS
 from benchmarks.report import argument_parser
-from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD, Moment, Polynomial, TableKey
 from orchestrator.api.model_facts import MIXTURES
@@ -73,8 +57,6 @@ FEW_TARGETS = {"phi3": ("qkv_proj",), "gpt_neox": ("query_key_value",)}
 AT_WORK = (ATTENTION, EXPERTS_FORWARD, EXPERTS_BACKWARD)
 LAYERS, MIDDLE = 3, 1
 TABLES_PATH = Path(__file__).parents[1] / "orchestrator" / "api" / TRACED_LAYERS_NAME
-DEVICE = "cpu"
-"""Where the fake tensors are: autograd refuses a GPU that is not there. What one does otherwise is done by hand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,258 +82,24 @@ class Widths:
         }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """An allocation (`number` is new), a release, or a mark."""
-
-    kind: str
-    number: int = -1
-    size: int = 0
-    name: str = ""
-
-
-def _key(storage: Any) -> int:
-    """Where a storage is, the same for every view of it."""
-    return storage._cdata
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down when storages come to be and when they go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[Event] = []
-        self._numbers: dict[int, int] = {}
-        self._count = 0
-
-    def ignore(self, tensor: Tensor) -> None:
-        """It is there already, and so is whatever views it."""
-        self._numbers[_key(tensor.untyped_storage())] = -1
-
-    def mark(self, name: str) -> None:
-        """A place in the list of events."""
-        self.events.append(Event(kind="mark", name=name))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
-                self._see(tensor.untyped_storage(), str(func))
-        return found
-
-    def _see(self, storage: Any, name: str) -> None:
-        key = _key(storage)
-        if key in self._numbers:
-            return
-        self._numbers[key] = self._count
-        self.events.append(Event(kind="take", number=self._count, size=storage.nbytes(), name=name))
-        weakref.finalize(storage, self._drop, key)
-        self._count += 1
-
-    def _drop(self, key: int) -> None:
-        self.events.append(Event(kind="drop", number=self._numbers.pop(key)))
-
-
 def trace(family: str, widths: Widths, key: TableKey) -> list[Event]:
     """The events of a training step."""
     model = FAMILIES[family]
     config = _config(model, widths)
-    recorder = Recorder()
-    AttentionInterface.register(packed.NAME, _Attention(recorder))
-    base = _base(config)
+    PackedAttention().register()
+    base, _ = weightless_base(config, torch.device("cpu"))
     adapter = AdapterSpec(
         rank=widths.rank,
         dropout="0.05" if key.drops else "0",
         target_modules=FEW_TARGETS.get(family, ("q_proj", "v_proj")) if key.few else "all-linear",
         use_dora=key.dora,
     )
-    with warnings.catch_warnings(), mock.patch.object(dora.DoraLinearLayer, "update_layer", _add_magnitudes):
-        warnings.simplefilter("ignore")
-        peft_model = add_adapter(base, adapter, seed=0)
-    ids = np.arange(widths.tokens, dtype=np.int32) % 5
-    batch = collate([(ids, ids, np.arange(widths.tokens, dtype=np.int32))])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _move_to_card(base)
-        peft_model.train()
-        decoder = base.get_decoder()
-        set_recompute(decoder, LAYERS if key.recomputes else 0)
-        _mark_layers(decoder, recorder)
-        for tensor in (*peft_model.parameters(), *peft_model.buffers()):
-            recorder.ignore(tensor)
-        dense = mock.patch.object(dora, "dequantize_module_weight", TracedLinear.dense)
-        dropout_patch = mock.patch("torch.nn.functional.dropout", _Dropout.apply_to)
-        with _traced_experts(recorder), recorder, dense, dropout_patch:
-            hidden = decoder(
-                input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
-            ).last_hidden_state
-            loss = _Loss.apply(hidden, recorder)
-            del hidden
-            loss.backward()
-    return recorder.events
-
-
-class _Attention:
-    """`PackedAttention`: what it keeps and gives. The workspace of its backward pass is `sizing/memory/attention`'s."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-
-    def __call__(
-        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, softcap: float | None = None, **__: Any
-    ) -> tuple[Tensor, None]:
-        if softcap is None:
-            parts = (part[0].transpose(0, 1) for part in (query, key, value))
-            return _AttentionFunction.apply(*parts, self._recorder, True).unsqueeze(0), None
-        output = _AttentionFunction.apply(query[0], key[0], value[0], self._recorder, False).unsqueeze(0)
-        return torch.cat([output], dim=2).transpose(1, 2).contiguous(), None
-
-
-class _AttentionFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: Recorder, keeps_output: bool) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.recorder = recorder
-        kept = (output, torch.empty(query.shape[1], len(query), device=DEVICE)) if keeps_output else ()
-        ctx.save_for_backward(query, key, value, *kept)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *_ = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        found = tuple(torch.empty_like(part) for part in (query, key, value))
-        ctx.recorder.events.append(Event(kind=ATTENTION))
-        del grad
-        return *found, None, None
-
-
-@contextmanager
-def _traced_experts(recorder: Recorder) -> Generator[None]:
-    """`NF4Experts`: what they give. What they take by the way is `sizing/memory/experts`'s."""
-
-    def mix(_: Any, x: Tensor, *__: Tensor) -> Tensor:
-        recorder.events.append(Event(kind=EXPERTS_FORWARD))
-        return torch.empty_like(x)
-
-    def mix_backward(_: Any, __: Tensor, x: Tensor, ___: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        recorder.events.append(Event(kind=EXPERTS_BACKWARD))
-        return torch.empty_like(x), torch.empty_like(weights)
-
-    with mock.patch.multiple(NF4Experts, mix=mix, mix_backward=mix_backward):
-        yield
-
-
-class _Loss(torch.autograd.Function):
-    """The loss of `qlora_trainer.model.loss`: the gradient is there from the forward pass on."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, recorder: Recorder) -> Tensor:
-        ctx.save_for_backward(torch.empty(hidden.shape, dtype=hidden.dtype, device=DEVICE))
-        recorder.mark("loss")
-        return torch.zeros((), device=DEVICE)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None
-
-
-class _Dropout(torch.autograd.Function):
-    """Dropout as on a GPU: a mask of a byte for each element."""
-
-    @staticmethod
-    def apply_to(x: Tensor, p: float = 0.5, training: bool = True, *_: Any) -> Tensor:
-        """`torch.nn.functional.dropout`'s signature."""
-        return _Dropout.apply(x) if training and p > 0 else x
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool, device=DEVICE))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
-        return torch.empty_like(grads[0])
-
-
-class _Product(torch.autograd.Function):
-    """What bitsandbytes' `MatMul4Bit` does on a GPU, allocation by allocation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: TracedLinear) -> Tensor:
-        ctx.layer = layer
-        own: Any = layer.bias
-        bias = None if own is None else own.to(x.dtype)
-        scales = layer.scales(), layer.scales()  # as they were kept, and with their mean: `_dequant_linear_fallback`
-        weights = torch.empty(layer.out_features, layer.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
-        output = torch.nn.functional.linear(x, weights, bias)
-        del scales
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.matmul(grads[0], ctx.layer.dense()), None
-
-
-class TracedLinear(bnb.nn.Linear4bit):
-    """A 4-bit layer whose weights are nowhere: they only take room while they are dense."""
-
-    def dense(self) -> Tensor:
-        """Scales first, as bitsandbytes' `dequantize_4bit` has it, then the weights."""
-        scales = self.scales()
-        weights = torch.empty(self.out_features, self.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
-        del scales
-        return weights
-
-    def scales(self) -> Tensor:
-        """One for each block of weights."""
-        return torch.empty(self.in_features * self.out_features // trainer_facts.NF4_BLOCK, device=DEVICE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product with weights that are dense for its time alone."""
-        return _Product.apply(x, self)
-
-
-def _add_magnitudes(layer: Any, *, base_layer: TracedLinear, **_: Any) -> None:
-    layer.weight = torch.nn.Parameter(torch.empty(base_layer.out_features))
+    return run_step(base, adapter, tokens=widths.tokens, recomputes=key.recomputes)
 
 
 def _hidden(model: str, widths: Widths) -> int:
     """Most architectures split the hidden size into heads; some give heads a size of their own."""
     return widths.hidden if "head_dim" in CONFIGS[model] else widths.heads * widths.head
-
-
-def _base(config: Any) -> Any:
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            config, dtype=COMPUTE_DTYPE, attn_implementation=attention_implementation(config)
-        )
-    replace_experts(base)
-    head = base.get_output_embeddings()
-    for name, module in list(base.named_modules()):
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            own: Any = module.bias
-            layer = TracedLinear(
-                module.in_features, module.out_features, bias=own is not None, compute_dtype=COMPUTE_DTYPE,
-                quant_type="nf4", device="meta",
-            )  # fmt: skip
-            bias: Any = layer.bias
-            if bias is not None:
-                bias.data = bias.data.to(COMPUTE_DTYPE)  # as it is read from a checkpoint
-            base.set_submodule(name, layer)
-    base.requires_grad_(False)
-    base.is_loaded_in_4bit = True
-    return base
-
-
-def _move_to_card(base: Any) -> None:
-    for module in base.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, bnb.nn.Params4bit):
-                fresh = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
-                module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
 
 
 def _config(model: str, widths: Widths) -> Any:
@@ -378,25 +126,6 @@ def _expert_sizes(own: dict[str, Any], widths: Widths) -> dict[str, Any]:
     sizes: dict[str, Any] = {name: widths.experts for name in fields.experts if name in own}
     sizes |= {"num_experts_per_tok": widths.experts_per_token, fields.size: EXPERT_SIZE}
     return sizes | ({fields.shared_size: widths.inner} if fields.shared_size else {})
-
-
-def _mark_layers(decoder: Any, recorder: Recorder) -> None:
-    for index in range(LAYERS):
-        layer = decoder.layers[index]
-        layer.register_forward_pre_hook(partial(_mark, recorder, f"forward {index}"))
-        layer.register_forward_hook(partial(_mark_gradient, recorder, f"backward {index}"))
-    norm = [module for name, module in decoder.named_children() if "norm" in name][-1]
-    norm.register_forward_pre_hook(partial(_mark, recorder, "end"))
-
-
-def _mark(recorder: Recorder, name: str, *_: Any) -> None:
-    recorder.mark(name)
-
-
-def _mark_gradient(recorder: Recorder, name: str, _module: Any, _inputs: Any, out: Any) -> None:
-    tensor: Any = out[0] if isinstance(out, tuple) else out
-    if tensor.requires_grad:
-        tensor.register_hook(partial(_mark, recorder, name))
 
 
 # --- from sizes to products of widths

@@ -1,12 +1,14 @@
 """Peak memory and step time of many jobs on one GPU: the rows that `orchestrator/sizing/footprint` is held against.
 
-    python -m benchmarks.sizing --rows FILE [--seconds 540] [--models llama-3.1-8b ...] [--parts cut whole lora16]
-        [--offloading activations]
+    python -m benchmarks.sizing --rows FILE [--seconds 540] [--models llama-3.1-8b ...]
+        [--parts cut whole lora16 untabled] [--offloading activations]
 
 Every row is a job that the trainer's own code ran with random weights: base in NF4, adapter, check, an evaluation
 where the case has one, two or three optimizer steps. Parts: `cut`, models of published width and two or four layers
 under plans drawn from a seed per model; `whole`, models with all their layers under the allocator's cap of a GPU
-class; `lora16`, the same adapter on a 16-bit base, computed by transformers and PEFT, as what QLoRA is compared with.
+class; `lora16`, the same adapter on a 16-bit base, computed by transformers and PEFT, as what QLoRA is compared with;
+`untabled`, only where it is asked for, models of types that no table knows, cut like the others, whose layers are
+traced here once all is measured, as prepare does.
 
 A row is written as soon as it is known, a failure too, and the order mixes models, so a run that is cut short by its
 time is still balanced. Where `peak_allocated_bytes` was taken, the process had nothing of the cases before: gradients,
@@ -23,12 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.architectures import CONFIGS, config
+from benchmarks.architectures import CONFIGS, UNTABLED, config
 from benchmarks.report import argument_parser, circumstances
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -42,6 +46,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.layer_trace import traced_facts
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
@@ -52,6 +57,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec, TrainingSpec
+from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 
 GIB = 1 << 30
@@ -61,6 +67,9 @@ CASES_A_ROUND = (6, 5)
 REPEATED_WITH_FEWER_LAYERS = 3
 SEQUENCES = (512, 1024, 2048, 2048, 4096, 4096, 8192, 8192, 16384, 16384, 32768)
 RANKS = (8, 16, 16, 32, 64, 64, 128)
+WIDE_SEQUENCES = (384, 1000, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 24576)
+WIDE_RANKS = (4, 8, 16, 32, 64, 128, 256)
+UNTABLED_CASES = 6
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit")
 MOST_TOKENS = 32768
 LONG_TOKENS = 16384
@@ -106,7 +115,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=Path, required=True, help="file that gets a JSON line for every row")
     parser.add_argument("--seconds", type=float, default=540.0)
-    parser.add_argument("--models", nargs="*", default=[name for name in CONFIGS if name != "tiny"])
+    parser.add_argument("--models", nargs="*", default=[name for name in CONFIGS | UNTABLED if name != "tiny"])
     parser.add_argument("--parts", nargs="*", default=["cut", "whole", "lora16"])
     parser.add_argument("--offloading", choices=("activations", "embeddings"), help="only plans that offload these")
     arguments = parser.parse_args()
@@ -121,6 +130,7 @@ def main() -> None:
             print("out of time", file=sys.stderr, flush=True)
             break
         bench.run(group)
+    add_traces(arguments.rows)
 
 
 # --- what is measured
@@ -128,13 +138,18 @@ def main() -> None:
 
 def groups(models: list[str], parts: list[str]) -> Iterator[Group]:
     """All groups in their order: a first round over every model, whole models, the 16-bit base, a second round."""
-    first, second = ([], []) if "cut" not in parts else _rounds(models)
+    first, second = ([], []) if "cut" not in parts else _rounds([model for model in models if model in CONFIGS])
     yield from first
     if "whole" in parts:
         yield from (group for group in WHOLE if group.model in models)
     if "lora16" in parts:
         yield from (group for group in LORA16 if group.model in models)
     yield from second
+    if "untabled" in parts:
+        for model in models:
+            if model in UNTABLED:
+                cases = tuple(_drawn(model, UNTABLED_CASES))
+                yield Group(model=model, layers=CUT_LAYERS[0], cases=cases, part="untabled")
 
 
 def _rounds(models: list[str]) -> tuple[list[Group], list[Group]]:
@@ -154,10 +169,13 @@ def _rounds(models: list[str]) -> tuple[list[Group], list[Group]]:
 def _drawn(model: str, count: int) -> Iterator[Case]:
     """Plans and hyperparameters from a seed per model; each value of a list comes up about equally often."""
     draw = random.Random(model)
-    sequences, ranks, optimizers = (_dealt(draw, values) for values in (SEQUENCES, RANKS, OPTIMIZERS))
+    wide = model in UNTABLED
+    lists = (WIDE_SEQUENCES, WIDE_RANKS, OPTIMIZERS) if wide else (SEQUENCES, RANKS, OPTIMIZERS)
+    sequences, ranks, optimizers = (_dealt(draw, values) for values in lists)
     for number in range(count):
         sequence, rank, optimizer = next(sequences), next(ranks), next(optimizers)
-        micro_batch = draw.choice([size for size in (1, 1, 1, 2, 4) if size * sequence <= MOST_TOKENS])
+        sizes = (1, 1, 2, 3) if wide else (1, 1, 1, 2, 4)
+        micro_batch = draw.choice([size for size in sizes if size * sequence <= MOST_TOKENS])
         accumulation = draw.choice((1, 2))
         recompute = draw.choice((0, 0, 2, 1024, 1024, 1024))
         few = draw.random() < 0.15
@@ -192,6 +210,8 @@ def _dealt(draw: random.Random, values: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _offload(draw: random.Random, model: str, recompute: int) -> tuple[Any, ...]:
+    if model in UNTABLED:
+        return ()  # as `sizing/plan_search` has it
     of = CONFIGS[model]
     fused, tied = of["model_type"] in trainer_facts.HANDWRITTEN_TYPES, of["tie_word_embeddings"]
     activations = ("activations",) if fused and recompute and draw.random() < 0.3 else ()
@@ -199,7 +219,7 @@ def _offload(draw: random.Random, model: str, recompute: int) -> tuple[Any, ...]
 
 
 def _few_targets(model: str) -> tuple[str, ...]:
-    kind = CONFIGS[model]["model_type"]
+    kind = (CONFIGS | UNTABLED)[model]["model_type"]
     fused = {"phi3": ("qkv_proj",), "falcon": ("query_key_value",), "gpt_neox": ("query_key_value",)}
     return fused.get(kind, ("q_proj", "v_proj"))
 
@@ -376,6 +396,7 @@ class Job:
             steps.append(self._step())
         return {
             "fused": self._model.fused is not None,
+            "separate": self._model.separate,
             "with_adapter_bytes": built,
             "after_check_bytes": checked,
             "between_steps_bytes": _allocated(self._device),
@@ -423,6 +444,30 @@ class Job:
             for _ in range(self._case.plan.micro_batch_size)
         ]
         return collate([(ids, ids, places) for ids in rows])
+
+
+# --- tracing
+
+
+def add_traces(rows: Path) -> None:
+    """Trace the layers of rows of `untabled`, and write that into the file."""
+    raw = [json.loads(line) for line in rows.read_text().splitlines()]
+    wanted = [each for each in raw if each["part"] == "untabled" and "separate" in each and "trace" not in each]
+    if not wanted:
+        return
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=get_context("spawn")) as pool:
+        questions = [(each["config"], each["adapter"], not each["separate"]) for each in wanted]
+        for each, trace in zip(wanted, pool.map(_traced, *zip(*questions, strict=True)), strict=True):
+            each["trace"] = trace
+    rows.write_text("".join(json.dumps(each) + "\n" for each in raw))
+
+
+def _traced(config: dict[str, Any], adapter: dict[str, Any], packs: bool) -> dict[str, Any] | None:
+    torch.set_num_threads(1)
+    own = AutoConfig.for_model(**config)
+    facts = ModelFacts.from_config(config, "main")
+    found = traced_facts(facts, own, AdapterSpec.model_validate(adapter), packs=packs).trace
+    return None if found is None else found.to_wire()
 
 
 class SixteenBitJob:

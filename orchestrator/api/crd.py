@@ -35,6 +35,7 @@ from orchestrator.api.job import (
     TrackingSpec,
     TrainingSpec,
 )
+from orchestrator.api.layer_trace import KIND_LETTERS, ModelTrace
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
 
@@ -109,6 +110,15 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
             *_compared(TRAINING_FIELDS_ABOVE_ZERO, "> 0.0", "must be above 0"),
             *_compared(TRAINING_FIELDS_BELOW_ONE, "< 1.0", "must be below 1"),
             *_compared(("epochs",), f"<= {MAX_EPOCHS}.0", f"must be at most {MAX_EPOCHS}"),
+        )
+    },
+    ModelTrace: {
+        "_kinds_are_named": (
+            Rule(
+                rule=f"self.layers.matches('^[' + '{KIND_LETTERS}'.substring(0, self.kinds.size()) + ']*$')",
+                message="layers must be of the kinds that there are",
+                field="layers",
+            ),
         )
     },
     TrackingSpec: {

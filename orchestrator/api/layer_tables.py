@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
+from orchestrator.api import trainer_facts
+from orchestrator.api.package_data import traced_layers
+
 Polynomial = Mapping[str, float]
 Moment = tuple[str, Polynomial]
 ATTENTION, EXPERTS_FORWARD, EXPERTS_BACKWARD = "attention workspace", "experts forward", "experts backward"
@@ -49,3 +52,10 @@ class TableKey:
 def few_targets(names: Iterable[str]) -> bool:
     """Whether no other matrices have adapters than those of queries and values."""
     return QUERY_AND_VALUE.issuperset(names)
+
+
+def has_table(model_type: str, *, use_dora: bool) -> bool:
+    """Whether it is known before prepare what layers of this type take: traced, or written by hand."""
+    if model_type in trainer_facts.HANDWRITTEN_TYPES and not use_dora:
+        return True
+    return model_type in traced_layers()

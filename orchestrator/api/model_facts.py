@@ -9,6 +9,7 @@ from typing import Annotated, cast
 from pydantic import Field
 
 from orchestrator.api.base import MAX_COUNT, Model, ShortText
+from orchestrator.api.layer_trace import ModelTrace
 from orchestrator.api.words import on_one_line
 
 MAX_SHOWN_CHARACTERS = 60
@@ -47,6 +48,8 @@ class ModelFacts(Model):
     tied_embeddings: bool
     mixture: Mixture | None = None
     """Its experts, where it has any."""
+    trace: ModelTrace | None = None
+    """What its layers take under the job's adapter, where no table says it."""
     revision: ShortText
     """The commit of a hub model, or the digest of a folder's config and tensor index."""
 

@@ -103,12 +103,20 @@ class StageResult(Model):
     failure: Failure | None = None
 
     def to_termination_message(self) -> str:
-        """The JSON that goes into the termination log; a long failure message is cut to fit, warnings are left out."""
+        """The JSON that goes into the termination log; a long failure message is cut to fit.
+
+        Of what prepare found, warnings are left out, then the trace: the model is then sized as one that has none.
+        """
         text = self.model_dump_json(by_alias=True, exclude_none=True)
         excess = len(text.encode()) - MAX_TERMINATION_MESSAGE_BYTES
         if excess > 0 and self.prepare is not None and self.prepare.warnings:
             fewer = self.prepare.model_copy(update={"warnings": self.prepare.warnings[:-1]})
             return self.model_copy(update={"prepare": fewer}).to_termination_message()
+        if excess > 0 and self.prepare is not None and self.prepare.model.trace is not None:
+            untraced = self.prepare.model.model_copy(update={"trace": None})
+            return self.model_copy(
+                update={"prepare": self.prepare.model_copy(update={"model": untraced})}
+            ).to_termination_message()
         if excess <= 0 or self.failure is None:
             assert excess <= 0, "a stage's result must fit the termination message"
             return text

@@ -2,7 +2,8 @@
 
 The trainer's own code, walked through instant by instant: what lasts (weights, adapter, optimizer state), and at each
 instant that can be the peak what comes and goes (`sizing/memory/handwritten_layer` for layers that the trainer computes
-by hand, `sizing/memory/traced_layer` for the others). The largest instant is the peak. `sizing/plan_search` chooses
+by hand, `sizing/memory/traced_layer` for types whose tables ship, `sizing/memory/traced_model` for models that prepare
+traced). The largest instant is the peak. `sizing/plan_search` chooses
 among plans with it; it is held against measured peaks in tests/sizing/test_sizing_rows.py.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
+from orchestrator.api.layer_trace import KIND_LETTERS, ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import GUESS_ITEM, MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.sizing.guess import HEADROOM, is_guess
@@ -30,6 +33,7 @@ from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes,
 from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
+from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes
 
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
@@ -152,8 +156,9 @@ class Footprint:
         """
         if isinstance(self._question.shape, FusedLayer) and self._question.facts.mixture is None:
             return reserved_bytes(self.rehearsed(recompute_layers, evaluates=evaluates))
-        ends = self._layers.ends(recompute_layers)
-        largest = max(self._layers.at(index, recompute_layers).backward_peak for index in ends)
+        recomputing = self._recomputing(recompute_layers)
+        ends = self._layers.ends(recomputing)
+        largest = max(self._layers.at(index, recomputing).backward_peak for index in ends)
         return round(self._found_bytes(recompute_layers) + SMALL_PAGE + LARGE_PAGE + HOLES_SHARE * largest)
 
     def rehearsed(self, recompute_layers: int, *, evaluates: bool = False) -> Rehearsed:
@@ -215,12 +220,19 @@ def peak_bytes(
 @memoized(RESULTS_KEPT)
 def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     """Trainable parameters: A and B of every targeted matrix, and DoRA's magnitudes."""
+    if (trace := _trace(adapter, facts)) is not None:
+        return trace.adapter_parameters
     magnitudes = 1 if adapter.use_dora else 0
     each = sum(
         adapter.rank * (linear.inputs + linear.outputs) + magnitudes * linear.outputs
         for linear in targeted(adapter, linears(facts))
     )
     return each * facts.num_layers
+
+
+def _trace(adapter: AdapterSpec, facts: ModelFacts) -> ModelTrace | None:
+    """What prepare traced of the job's layers, if it had to."""
+    return None if is_fused(adapter, facts) else facts.trace
 
 
 def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
@@ -270,9 +282,21 @@ class _Question:
         return -(-tokens // step) * step
 
     @cached_property
+    def passes(self) -> int:
+        """How many times a micro-batch goes through the layers: a record each, where these cannot be packed."""
+        if self.trace is None or self.trace.packed:
+            return 1
+        return self.records or self.plan.micro_batch_size  # a record may be as long as a sequence
+
+    @cached_property
     def stream(self) -> int:
         """A tensor of [tokens, hidden]."""
         return allocated(self.tokens * self.facts.hidden_size * BF16_BYTES)
+
+    @cached_property
+    def trace(self) -> ModelTrace | None:
+        """The model's layers as prepare traced them."""
+        return _trace(self.adapter, self.facts)
 
     @cached_property
     def shape(self) -> FusedLayer | TracedLayer:
@@ -298,7 +322,7 @@ class _Question:
 def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
     """What stays for as long as training does."""
     facts, trainable = question.facts, question.trainable
-    yield "base weights, NF4", _weight_bytes(facts)
+    yield "base weights, NF4", _weight_bytes(facts) if question.trace is None else _traced_bytes(question.trace)[0]
     yield (
         "embeddings, head, norms and routers, bf16" if facts.mixture else "embeddings, head and norms, bf16",
         _sixteen_bit_bytes(question),
@@ -326,9 +350,20 @@ def _sixteen_bit_bytes(question: _Question) -> int:
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES)
     tables = 1 if facts.tied_embeddings or "embeddings" in question.plan.offload else 2
+    if question.trace is not None:
+        return tables * table + _traced_bytes(question.trace)[1]
     experts = 0 if facts.mixture is None else facts.mixture.experts
     routers = facts.num_layers * allocated(experts * facts.hidden_size * BF16_BYTES)
     return tables * table + _norms(facts) * allocated(facts.hidden_size * BF16_BYTES) + routers
+
+
+@memoized(RESULTS_KEPT)
+def _traced_bytes(trace: ModelTrace) -> tuple[int, int]:
+    """Of all layers' quantized matrices, and of what stays in 16 bits but for embeddings and head."""
+    counts = [trace.layers.count(letter) for letter in KIND_LETTERS[: len(trace.kinds)]]
+    quantized = sum(count * kind.weight_bytes for count, kind in zip(counts, trace.kinds, strict=True))
+    others = sum(count * kind.other_bytes for count, kind in zip(counts, trace.kinds, strict=True))
+    return quantized, others + trace.other_bytes
 
 
 def _norms(facts: ModelFacts) -> int:
@@ -354,6 +389,7 @@ class _Instants:
         self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
         self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
         self._loading = question.loading_bytes
+        self._passes = question.passes
 
     def largest(self, recomputing: int) -> Instant:
         """The peak where the first so many layers recompute."""
@@ -370,13 +406,16 @@ class _Instants:
     def _at(self, recomputing: int) -> Iterator[tuple[str, int, int, int]]:
         """The fields of each moment."""
         layers, gradients = self._layers, self._gradients
+        everything = layers.kept(layers.count, recomputing)
+        first = layers.at(0, recomputing)  # which may keep what goes at the decoder's end
+        others = (self._passes - 1) * (everything + first.kept - first.first_kept)
         for index in layers.ends(recomputing):
             layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
             held = (self._held if index else 0) + self._from_host
-            yield "a layer's forward pass", kept, gradients.before, layer.forward_peak + self._forward + held
+            yield "a layer's forward pass", others + kept, gradients.before, layer.forward_peak + self._forward + held
             done = gradients.after(index)
-            yield "a layer's backward pass", kept, done, layer.backward_peak + self._backward
-        everything = layers.kept(layers.count, recomputing) - layers.at(0, recomputing).released
+            yield "a layer's backward pass", others + kept, done, layer.backward_peak + self._backward
+        everything += others - self._passes * first.released
         every_layer = recomputing == layers.count
         yield "loss", everything, gradients.before, self._loss[every_layer]
         yield "the last norm's backward pass", everything, gradients.before, self._norm[every_layer]
@@ -388,8 +427,10 @@ class _Instants:
 class _GradientBytes:
     """How many bytes the adapters' gradients take as a backward pass goes from the last layer to the first."""
 
-    layer: int
-    layers: int
+    behind: tuple[int, ...]
+    """Those of the layers behind each one."""
+    all: int
+    """Those of every layer."""
     before: int
     """What is there when the pass begins: sums of earlier micro-batches, or those that graphs add to."""
     sums_at_once: bool
@@ -398,21 +439,20 @@ class _GradientBytes:
     @classmethod
     def of(cls, question: _Question, layers: _Layers) -> _GradientBytes:
         """Those of the question."""
-        each, graphs = layers.recomputed.gradients, question.uses_cuda_graphs
-        before = each * layers.count if question.plan.accumulation_steps > 1 or graphs else 0
-        return cls(layer=each, layers=layers.count, before=before, sums_at_once=graphs)
-
-    @property
-    def all(self) -> int:
-        """Those of every layer."""
-        return self.layer * self.layers
+        each = [layers.at(index, layers.count).gradients for index in range(layers.count)]
+        upto, graphs = list(accumulate(each)), question.uses_cuda_graphs
+        return cls(
+            behind=tuple(upto[-1] - done for done in upto),
+            all=upto[-1],
+            before=upto[-1] if question.plan.accumulation_steps > 1 or graphs else 0,
+            sums_at_once=graphs,
+        )
 
     def after(self, index: int) -> int:
         """Those that are there when a layer's turn comes."""
-        done = self.layer * (self.layers - 1 - index)
         if self.sums_at_once:
-            return done + self.before
-        return self.before or done
+            return self.behind[index] + self.before
+        return self.before or self.behind[index]
 
 
 def _shared_bytes(question: _Question) -> tuple[int, int]:
@@ -438,6 +478,8 @@ def _from_host_bytes(question: _Question) -> int:
 
 def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
     """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
+    if question.trace is not None:
+        return end_bytes(question.trace.recomputed if recomputes else question.trace.whole, question.tokens)
     if isinstance(question.shape, TracedLayer):
         return final_norm(question.shape, recomputes=recomputes)
     return 3 * question.stream, 3 * question.stream
@@ -489,14 +531,19 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
 class _Layers:
     """The decoder's layers, the first so many of which recompute."""
 
-    count: int
-    recomputed: LayerBytes
-    whole: LayerBytes
+    kinds: tuple[int, ...]
+    """The kind of each layer."""
+    recomputed: tuple[LayerBytes, ...]
+    """What a layer of each kind takes that recomputes."""
+    whole: tuple[LayerBytes, ...]
 
     @classmethod
     def of(cls, question: _Question) -> _Layers:
         """The layers of the question."""
-        shape = question.shape
+        shape, trace = question.shape, question.trace
+        if trace is not None:
+            numbers = tuple(KIND_LETTERS.index(letter) for letter in trace.layers)
+            return cls(kinds=numbers, recomputed=_kinds(question, trace, True), whole=_kinds(question, trace, False))
         if isinstance(shape, FusedLayer):
             recomputed, whole = layer_bytes(shape, offloaded="activations" in question.plan.offload)
         else:
@@ -504,27 +551,60 @@ class _Layers:
                 _traced_layer_bytes(shape, recomputes=True),
                 _traced_layer_bytes(shape, recomputes=False),
             )
-        return cls(count=question.facts.num_layers, recomputed=recomputed, whole=whole)
+        return cls(kinds=(0,) * question.facts.num_layers, recomputed=(recomputed,), whole=(whole,))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.kinds)
 
     def ends(self, recomputing: int) -> tuple[int, ...]:
-        """The first and the last layer of each kind."""
-        last = self.count - 1
-        if recomputing in (0, self.count):
-            return (0, last) if last else (0,)
-        return tuple(dict.fromkeys((0, recomputing - 1, recomputing, last)))
+        """The first and the last layer of each kind, of those that recompute and of the others."""
+        if len(self.recomputed) == 1:
+            last = self.count - 1
+            if recomputing in (0, self.count):
+                return (0, last) if last else (0,)
+            return tuple(dict.fromkeys((0, recomputing - 1, recomputing, last)))
+        found: dict[tuple[bool, int], list[int]] = {}
+        for index, kind in enumerate(self.kinds):
+            ends = found.setdefault((index < recomputing, kind), [index, index])
+            ends[1] = index
+        return tuple(sorted({index for ends in found.values() for index in ends}))
 
     def at(self, index: int, recomputing: int) -> LayerBytes:
         """One layer's bytes."""
-        return self.recomputed if index < recomputing else self.whole
+        return (self.recomputed if index < recomputing else self.whole)[self.kinds[index]]
 
     def kept(self, below: int, recomputing: int) -> int:
         """What the layers below one keep."""
         if not below:
             return 0
-        first = self.recomputed if recomputing else self.whole
+        first = self.at(0, recomputing)
         recomputed = min(below, recomputing)
-        others = recomputed * self.recomputed.kept + (below - recomputed) * self.whole.kept
+        if len(self.recomputed) == 1:
+            others = recomputed * self.recomputed[0].kept + (below - recomputed) * self.whole[0].kept
+        else:
+            others = self._sums(True)[recomputed] + self._sums(False)[below] - self._sums(False)[recomputed]
         return others - (first.kept - first.first_kept)
+
+    def _sums(self, recomputes: bool) -> tuple[int, ...]:
+        """What the first so many layers keep if all recompute, or none."""
+        return _kept_sums(self.kinds, self.recomputed if recomputes else self.whole)
+
+
+@lru_cache(maxsize=RESULTS_KEPT)
+def _kept_sums(kinds: tuple[int, ...], layers: tuple[LayerBytes, ...]) -> tuple[int, ...]:
+    return tuple(accumulate((layers[kind].kept for kind in kinds), initial=0))
+
+
+@memoized(RESULTS_KEPT)
+def _all_kinds(trace: ModelTrace, recomputes: bool, tokens: int, attention_bytes: int) -> tuple[LayerBytes, ...]:
+    return kinds_bytes(trace, recomputes=recomputes, tokens=tokens, attention_bytes=attention_bytes)
+
+
+def _kinds(question: _Question, trace: ModelTrace, recomputes: bool) -> tuple[LayerBytes, ...]:
+    attention = 0 if not trace.packed else _attention(question).traced_workspace_bytes
+    return _all_kinds(trace, recomputes, -(-question.tokens // question.passes), attention)
 
 
 _traced_layer_bytes = lru_cache(maxsize=RESULTS_KEPT)(traced_layer_bytes)

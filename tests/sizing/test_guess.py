@@ -62,4 +62,7 @@ def test_a_plan_leaves_the_room_and_a_refusal_says_what_it_is_for() -> None:
     assert chosen.predicted_bytes <= offered.usable_bytes * (1 + WORST_UNDER) * 1.001
     refused = choose_class(make_spec(sequence_length=65_536), facts("glm4"), (offered,))
     assert isinstance(refused, Refusal)
-    assert "(a guess: layers of model type glm4 were never traced, so they are sized like Llama's" in refused.message
+    assert (
+        "(a guess: layers of model type glm4 were never traced: until prepare does, they are sized like Llama's"
+        in refused.message
+    )

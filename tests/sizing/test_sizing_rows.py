@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.estimators import ROWS
-from benchmarks.sizing_report import report
+from benchmarks.estimators import ROWS, Row
+from benchmarks.sizing_report import error, report
+
+UNTABLED_ROWS = ROWS.with_name("untabled_rows.jsonl")
 
 
 def test_predicted_peaks_are_never_below_the_measured_ones_and_at_most_three_per_cent_above() -> None:
@@ -28,3 +30,24 @@ def test_what_the_allocator_reserves_is_rehearsed_to_a_page_and_elsewhere_predic
         assert found[part]["mean"] <= 2
     assert found["all"]["most"] <= 14
     assert found["share_within_4_percent"] >= 0.95
+
+
+def untabled(*, sure: bool) -> list[float]:
+    """Errors in per cent of jobs whose layers were traced: with LoRA and packed rows, or the rest."""
+    raw = [json.loads(line) for line in UNTABLED_ROWS.read_text().splitlines()]
+    rows = [(each, row) for each in raw if (row := Row.read(each)) is not None]
+    assert all(each["trace"] for each, _ in rows)
+    assert len({row.facts.model_type for _, row in rows}) >= 16
+    return [error(row) for each, row in rows if sure == (not each["separate"] and not each["adapter"]["useDora"])]
+
+
+def test_types_without_a_table_are_sized_by_their_traces_as_well_as_others_by_tables() -> None:
+    errors = untabled(sure=True)
+    assert len(errors) >= 90
+    assert min(errors) >= 0
+    assert sum(errors) / len(errors) <= 1
+    assert max(errors) <= 4
+
+
+def test_jobs_whose_traces_do_not_show_everything_are_sized_with_room() -> None:
+    assert min(untabled(sure=False)) >= 0

@@ -27,9 +27,11 @@ from qlora_trainer.outcome import (
 from qlora_trainer.outcome import write_result as write
 
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
+from orchestrator.api.layer_trace import EndInstants, LayerInstants, LayerKind, ModelTrace
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import Failure, StageResult, TrainResult
 from orchestrator.api.task import StageTask, task_text, task_variables
+from tests.builders import prepare_result
 
 SECRET = "not-to-be-seen-s3cr3t"
 
@@ -229,6 +231,21 @@ def test_a_preempted_train_stage_hands_over_how_far_it_came() -> None:
 def test_an_endless_message_still_fits_a_pods_status(tmp_path: Path) -> None:
     _, result = frame.verdict(UserError('"\n' * 5000))
     assert len(result.to_termination_message().encode()) <= 4096
+
+
+def test_a_trace_that_does_not_fit_a_pods_status_is_left_out_and_the_model_is_guessed_at() -> None:
+    polynomial = (123456789.125, 123456789.125, 123456789.125)
+    layer = LayerInstants(kept=polynomial, forward=(polynomial,) * 12, backward=(polynomial,) * 12)
+    end = EndInstants(first_kept=polynomial, loss=polynomial, norm=(polynomial,))
+    kind = LayerKind(weight_bytes=1, other_bytes=1, gradient_bytes=1, recomputed=layer, whole=layer)
+    trace = ModelTrace(
+        packed=True, kinds=(kind,) * 3, layers="abc", recomputed=end, whole=end, other_bytes=1, adapter_parameters=1
+    )
+    found = prepare_result()
+    result = StageResult(prepare=found.model_copy(update={"model": found.model.model_copy(update={"trace": trace})}))
+    text = result.to_termination_message()
+    assert len(text.encode()) <= 4096
+    assert StageResult.model_validate_json(text).prepare == found
 
 
 def test_a_termination_log_that_cannot_be_replaced_is_written_in_place(

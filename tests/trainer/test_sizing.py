@@ -7,9 +7,7 @@ GPU. What is compared is the highest sum of bytes alive, and the difference must
 from __future__ import annotations
 
 import json
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Params4bit
+from peaks import (
+    CONFIG,
+    SCALARS_BYTES,
+    TOKENS,
+    Traced,
+    attention_workspace_bytes,
+    peak_of_a_step,
+    peak_of_traced_layers,
+    predicted,
+    step_plan,
+    write_random_model,
+)
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels import ops
-from qlora_trainer.kernels import packed_attention as packed
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model import recorded_step
 from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.loading import load_base
@@ -31,10 +41,7 @@ from qlora_trainer.training.optimizer import AdapterOptimizer
 from tiny_model import EXPERTS, tiny_model
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface
 
-from benchmarks import layer_trace
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.model_facts import Mixture, ModelFacts
@@ -42,70 +49,18 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import footprint
 from orchestrator.sizing.footprint import Footprint
 from orchestrator.sizing.memory import experts as core_experts
-from orchestrator.sizing.memory.attention import Attention
 from orchestrator.sizing.memory.cuda_allocator import LARGEST_SMALL, Block, Pool
 from orchestrator.sizing.memory.fragmentation import MICRO_BATCHES, Rehearsed, TrainStage
 from orchestrator.sizing.memory.timeline import allocated
 from tests.builders import make_spec
 
-CONFIG: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 768,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 0,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
 }
-TOKENS, TILE_TOKENS = 512, 128
-SCALARS_BYTES = 16
-"""Seed, losses and record boundaries; on a card they hide in the allocator's rounding."""
-
-
-class Traced(TorchDispatchMode):
-    """Storages that are made under this mode, as they come to be (their bytes) and go (less their bytes)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[int] = []
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for storage in self._unknown((args, kwargs)):  # made before, though this is the first that is seen of it
-            weakref.finalize(storage, self._known.discard, storage._cdata)
-        found = func(*args, **kwargs)
-        for storage in self._unknown(found):
-            self.events.append(storage.nbytes())
-            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-        return found
-
-    @property
-    def peak(self) -> int:
-        """The most bytes at a time."""
-        return max(accumulate(self.events), default=0)
-
-    def _unknown(self, values: Any) -> Iterator[Any]:
-        for tensor in torch.utils._pytree.tree_leaves(values):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self._known.add(tensor.untyped_storage()._cdata)
-                yield tensor.untyped_storage()
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.events.append(-size)
+TILE_TOKENS = 128
 
 
 def gpu_kernels() -> SimpleNamespace:
@@ -154,15 +109,6 @@ def affine_on_a_gpu(
     return functional.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.t())
 
 
-def write_random_model(folder: Path, config: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "random_weights.json").write_text('{"seed": 0}')
-
-
-def step_plan(accumulation: int, recompute: int, **fields: Any) -> MemoryPlan:
-    return MemoryPlan(micro_batch_size=1, accumulation_steps=accumulation, recompute_layers=recompute, **fields)
-
-
 def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPlan) -> int:
     """Bytes at the highest point of a step with the trainer's own code, weights and adapter not counted."""
     attention = PackedAttention()
@@ -172,36 +118,6 @@ def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPl
     AdapterOptimizer(model.trainable(), make_spec().training)
     model.train()
     return peak_of_a_step(model, plan)
-
-
-def peak_of_a_step(model: TrainingModel, plan: MemoryPlan) -> int:
-    places = np.arange(TOKENS, dtype=np.int32)
-    batch = collate([(places % 700, places % 700, places)])
-    model.loss(batch, divisor=1.0).detach()  # the adapters' stacked matrices are found once
-    with Traced() as traced:
-        for _ in range(plan.accumulation_steps):
-            model.accumulate(batch, divisor=1.0)
-    return traced.peak
-
-
-def attention_workspace_bytes(facts: ModelFacts) -> int:
-    return Attention(
-        tokens=TOKENS,
-        records=1,
-        most_records=1,
-        query_heads=facts.num_attention_heads,
-        key_heads=facts.num_key_value_heads,
-        head_size=facts.head_dim,
-        deterministic=True,
-        multiprocessors=1,
-    ).traced_workspace_bytes
-
-
-def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
-    spec = make_spec(sequence_length=TOKENS, packing=False).model_copy(update={"adapter": adapter})
-    items = footprint.footprint(spec, facts, plan, multiprocessors=1, records=1)
-    passing = ("adapter gradients", "activations", "working set")
-    return sum(item.bytes for item in items if item.name.startswith(passing))
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
@@ -409,36 +325,6 @@ def test_the_weights_of_a_mixture_are_counted_to_the_byte(family: str) -> None:
     assert footprint._weight_bytes(facts) == packed + biases
 
 
-class TracedAttention(packed.PackedAttention):
-    """Attention as the layer tables' trace has it, and a workspace of the size that `sizing/memory/attention` gives."""
-
-    def __init__(self, workspace_bytes: int) -> None:
-        super().__init__()
-        self._workspace_bytes = workspace_bytes
-        self._attention = layer_trace._Attention(SimpleNamespace(events=self))
-
-    def register(self) -> None:
-        AttentionInterface.register(packed.NAME, self._attention)
-
-    def append(self, _: object) -> None:
-        """Its backward pass is at work."""
-        torch.zeros(self._workspace_bytes, dtype=torch.uint8)
-
-
-def peak_of_traced_layers(folder: Path, adapter: AdapterSpec, plan: MemoryPlan, workspace_bytes: int) -> int:
-    """What `peak_of_two_micro_batches` gives, where transformers and PEFT compute the layers."""
-    attention = TracedAttention(workspace_bytes)
-    base = load_base(folder, torch.device("cpu"), attention)
-    for module in base.modules():
-        if isinstance(module, Linear4bit):
-            module.__class__ = layer_trace.TracedLinear
-    model = TrainingModel(add_adapter(base, adapter, seed=0), plan, attention, 0.0)
-    assert model.fused is None
-    AdapterOptimizer(model.trainable(), make_spec().training)
-    model.train()
-    return peak_of_a_step(model, plan)
-
-
 @pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize("family", sorted(EXPERTS.keys() & trainer_facts.HANDWRITTEN_TYPES))
 @pytest.mark.parametrize(
@@ -487,7 +373,7 @@ def test_a_training_step_of_a_mixture_takes_what_its_layer_table_says(
     accumulation: int,
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
-    monkeypatch.setattr(functional, "dropout", layer_trace._Dropout.apply_to)
+    monkeypatch.setattr(functional, "dropout", recorded_step.TracedDropout.apply_to)
     monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
     config = {**CONFIG, **EXPERTS[family], "model_type": family, "architectures": ["ForCausalLM"]}
     write_random_model(tmp_path, config)

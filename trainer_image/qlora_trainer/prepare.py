@@ -41,6 +41,7 @@ from qlora_trainer.data.report import (
 from qlora_trainer.model.source import (
     context_length,
     describe_model,
+    known_config,
     load_tokenizer,
     read_facts,
     tokenizer_digest,
@@ -138,11 +139,14 @@ def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
 
 def _open_model(spec: QLoRAJobSpec) -> _Model:
     from qlora_trainer.model.architecture import check_architecture  # here, because torch takes seconds
+    from qlora_trainer.model.layer_trace import traced_facts
 
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
     separate_because = check_architecture(description, source, spec.adapter)
+    config = known_config(description.folder, source)
+    facts = traced_facts(facts, config, spec.adapter, packs=separate_because is None)
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_chat_template(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)

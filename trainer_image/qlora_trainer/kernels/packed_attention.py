@@ -92,7 +92,7 @@ class PackedAttention:
         assert len(query) == 1, "a micro-batch is one packed row"
         assert query.shape[2] == key.shape[2] == self._boundaries[-1], "this is not the row that was announced"
         window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
-        if dropout == 0 and softcap is None and _fits_flash(query, value):
+        if dropout == 0 and softcap is None and query.is_cuda and fits_flash(query.shape[-1], value.shape[-1]):
             return self._flash(query, key, value, scaling, window), None
         how: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "window": window, "softcap": softcap}
         outputs = [
@@ -185,10 +185,10 @@ def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
         raise UnknownAttention("its attention sees the text to its right")
 
 
-def _fits_flash(query: Tensor, value: Tensor) -> bool:
-    size = query.shape[-1]
+def fits_flash(size: int, value_size: int) -> bool:
+    """Whether flash attention takes heads of such sizes."""
     known = size == LARGEST_FLASH_HEAD or size <= LARGEST_COMMON_HEAD
-    return query.is_cuda and size == value.shape[-1] and known and size % FLASH_HEAD_MULTIPLE == 0
+    return size == value_size and known and size % FLASH_HEAD_MULTIPLE == 0
 
 
 def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""What a model's layers take in one job, traced from the very modules: what prepare finds and sizing reads.
+
+A job's adapter is known when it is prepared, so all that may still change is how many tokens a micro-batch has, and
+how many layers recompute their activations. Bytes are polynomials in the tokens of a micro-batch: coefficients of 1, t
+and t squared, of which the last ones may be left out. Layers of one kind take the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from orchestrator.api.base import Count, Model
+
+MOST_KINDS = 8
+MOST_INSTANTS = 12
+KIND_LETTERS = "abcdefgh"
+LARGEST_COEFFICIENT = 1e15
+
+Coefficient = Annotated[float, Field(ge=-LARGEST_COEFFICIENT, le=LARGEST_COEFFICIENT)]
+InTokens = Annotated[tuple[Coefficient, ...], Field(max_length=3)]
+"""Bytes as coefficients of 1, t and t squared for a micro-batch of t tokens."""
+Instants = Annotated[tuple[InTokens, ...], Field(max_length=MOST_INSTANTS)]
+"""Moments of a pass that can be its peak."""
+
+
+class LayerInstants(Model):
+    """One layer's passes, with its input and, in the backward pass, the gradient to its output among the bytes."""
+
+    kept: InTokens
+    """What waits for the backward pass, the layer's input counted if it does, its output not."""
+    forward: Instants
+    backward: Instants
+    attention: Instants = ()
+    """Moments of the backward pass at which attention is at work, its own workspace not counted."""
+
+
+class EndInstants(Model):
+    """The ends of a decoder whose layers all recompute, or all keep their activations."""
+
+    first_kept: InTokens
+    """What the first layer keeps: nobody asks for the gradient to its input."""
+    released: InTokens = ()
+    """What of that is let go of before the loss."""
+    loss: InTokens
+    """What is there at the loss, beside what layers keep."""
+    norm: Instants
+    """From there back to the last layer."""
+
+
+class LayerKind(Model):
+    """Layers that take the same."""
+
+    weight_bytes: Count
+    """Of a layer's quantized matrices."""
+    other_bytes: Count
+    """Of what stays in 16 bits."""
+    gradient_bytes: Count
+    """Of its adapters' gradients."""
+    recomputed: LayerInstants
+    whole: LayerInstants
+
+
+class ModelTrace(Model):
+    """All layers of a model under a job's adapter."""
+
+    packed: bool
+    """Whether rows of records go through the layers; else one record after the other does."""
+    kinds: Annotated[tuple[LayerKind, ...], Field(min_length=1, max_length=MOST_KINDS)]
+    layers: Annotated[str, StringConstraints(pattern=f"^[{KIND_LETTERS}]+$", max_length=1024)]
+    """The kind of each layer, a for the first of `kinds`."""
+    recomputed: EndInstants
+    whole: EndInstants
+    other_bytes: Count
+    """Of 16-bit weights outside the layers, embeddings and head not counted."""
+    adapter_parameters: Count
+
+    @model_validator(mode="after")
+    def _kinds_are_named(self) -> Self:
+        letters = KIND_LETTERS[: len(self.kinds)]
+        if not set(self.layers) <= set(letters):
+            raise ValueError(f"layers must be of the kinds {letters}")
+        return self

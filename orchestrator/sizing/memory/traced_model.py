@@ -1,0 +1,55 @@
+"""Bytes of the decoder layers of a model that prepare traced (`api/layer_trace`), each kind of layer by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from orchestrator.api.layer_trace import KIND_LETTERS, EndInstants, InTokens, LayerInstants, ModelTrace
+from orchestrator.sizing.memory.handwritten_layer import LayerBytes
+
+
+def kinds_bytes(trace: ModelTrace, *, recomputes: bool, tokens: int, attention_bytes: int) -> tuple[LayerBytes, ...]:
+    """What layers of each kind take in a micro-batch of so many tokens; attention's workspace is what it takes then."""
+    first_kind, ends = trace.layers[0], trace.recomputed if recomputes else trace.whole
+    return tuple(
+        _layer_bytes(
+            kind.recomputed if recomputes else kind.whole,
+            ends=ends if letter == first_kind else None,
+            gradients=kind.gradient_bytes,
+            tokens=tokens,
+            attention_bytes=attention_bytes,
+        )
+        for letter, kind in zip(KIND_LETTERS, trace.kinds, strict=False)
+    )
+
+
+def end_bytes(end: EndInstants, tokens: int) -> tuple[int, int]:
+    """While the loss is computed, and at the most from there back to the last layer, beside what layers keep."""
+    return _bytes(end.loss, tokens), _largest(end.norm, tokens)
+
+
+def _layer_bytes(
+    layer: LayerInstants,
+    *,
+    ends: EndInstants | None,
+    gradients: int,
+    tokens: int,
+    attention_bytes: int,
+) -> LayerBytes:
+    kept = _bytes(layer.kept, tokens)
+    return LayerBytes(
+        kept=kept,
+        first_kept=kept if ends is None else _bytes(ends.first_kept, tokens),
+        released=0 if ends is None else _bytes(ends.released, tokens),
+        forward_peak=_largest(layer.forward, tokens),
+        backward_peak=max(_largest(layer.backward, tokens), _largest(layer.attention, tokens) + attention_bytes),
+        gradients=gradients,
+    )
+
+
+def _largest(instants: Iterable[InTokens], tokens: int) -> int:
+    return max((_bytes(each, tokens) for each in instants), default=0)
+
+
+def _bytes(polynomial: InTokens, tokens: int) -> int:
+    return round(sum(coefficient * tokens**power for power, coefficient in enumerate(polynomial)))

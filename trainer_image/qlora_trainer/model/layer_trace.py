@@ -1,0 +1,327 @@
+"""The layers of a model that no table knows, traced under a job's adapter: what `ModelTrace` holds of them.
+
+Rules:
+
+- Layers of one kind have the same modules, sizes and settings. A decoder of the first layer, one of each kind and a
+  last one is traced instead of the whole; each kind's own part of the step is cut out of the middle.
+- A step is traced with three numbers of tokens, which gives every allocation's polynomial in them.
+- Of the moments of a pass those are kept that are the largest for some number of tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import Module, ModuleList
+from transformers import PreTrainedConfig
+
+from orchestrator.api import trainer_facts
+from orchestrator.api.job import AdapterSpec
+from orchestrator.api.layer_tables import ATTENTION, has_table
+from orchestrator.api.layer_trace import (
+    KIND_LETTERS,
+    MOST_INSTANTS,
+    MOST_KINDS,
+    EndInstants,
+    InTokens,
+    LayerInstants,
+    LayerKind,
+    ModelTrace,
+)
+from orchestrator.api.model_facts import ModelFacts
+from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
+from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model.attention import own_attention_implementation
+from qlora_trainer.model.loading import weightless_base
+from qlora_trainer.model.recorded_step import Event, decoder_layers, run_step, take_weights_away
+
+TOKENS = (1213, 2018, 3011)
+"""Of the traced micro-batches."""
+MOST_TOKENS = 1 << 20
+ALLOCATION_BYTES, CODE_BYTES, OFFSET_BYTES = 512, 64, 4
+ITS_NUMBER = frozenset({"layer_idx", "layer_id", "layer_number"})
+"""Settings of a module that only say which layer it is in."""
+
+
+log = logging.getLogger(__name__)
+
+
+class Untraceable(Exception):
+    """A model whose layers are not what is assumed of them here."""
+
+
+def traced_facts(facts: ModelFacts, config: PreTrainedConfig, adapter: AdapterSpec, *, packs: bool) -> ModelFacts:
+    """The facts with a trace of the model's layers, where no table says what these take and they can be traced.
+
+    `packs`: whether rows of records are packed; else each is attended to by transformers.
+    """
+    if has_table(facts.model_type, use_dora=adapter.use_dora):
+        return facts
+    began = time.perf_counter()
+    PackedAttention().register()
+    try:
+        base, _ = weightless_base(deepcopy(config), torch.device("cpu"))
+        if not packs:
+            base.set_attn_implementation(own_attention_implementation(base.config))
+        trace = trace_layers(base, adapter)
+    except Exception as error:  # whatever a class of transformers' does that was not foreseen
+        log.warning("the layers of %s could not be traced, so they are sized by a guess: %s", facts.model_type, error)
+        log.debug("tracing failed", exc_info=True)
+        return facts
+    log.info("traced %d kinds of layers in %.1f s", len(trace.kinds), time.perf_counter() - began)
+    return facts.model_copy(update={"trace": trace})
+
+
+def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
+    """What the layers of a base without memory take with such an adapter. Raises Untraceable.
+
+    `base` is `loading.weightless_base`'s, and is good for nothing else afterwards.
+    """
+    take_weights_away(base)
+    layers = list(decoder_layers(base.get_decoder()))
+    numbers, kinds = _kinds(base, layers)
+    chosen = [0, *(numbers.index(kind, 1 if kind in numbers[1:] else 0) for kind in range(kinds)), len(layers) - 1]
+    recomputed, whole = (
+        _Step.of(base, chosen, adapter, recomputes=recomputes, hidden=base.config.get_text_config().hidden_size)
+        for recomputes in (True, False)
+    )
+    found = [
+        LayerKind(
+            weight_bytes=_weight_bytes(layers[index]),
+            other_bytes=_sixteen_bit_bytes(layers[index]),
+            gradient_bytes=whole.gradient_bytes[place],
+            recomputed=recomputed.instants(place),
+            whole=whole.instants(place),
+        )
+        for place, index in enumerate(chosen[1:-1], start=1)
+    ]
+    distinct = tuple(dict.fromkeys(found))  # layers that differ in their windows alone take the same
+    return ModelTrace(
+        packed=base.config._attn_implementation == PACKED_ATTENTION,
+        kinds=distinct,
+        layers="".join(KIND_LETTERS[distinct.index(found[kind])] for kind in numbers),
+        recomputed=recomputed.ends,
+        whole=whole.ends,
+        other_bytes=_outside_bytes(base, layers),
+        adapter_parameters=sum(whole.adapter_parameters[1 + kind] for kind in numbers),
+    )
+
+
+# --- kinds of layers
+
+
+def _kinds(base: Any, layers: Sequence[Module]) -> tuple[list[int], int]:
+    """The kind of each layer, numbered as they come, and how many kinds there are."""
+    config = base.config.get_text_config()
+    lists = [each for each in config.to_dict().values() if isinstance(each, list) and len(each) == len(layers)]
+    described = [(str([each[index] for each in lists]), _described(layer)) for index, layer in enumerate(layers)]
+    kinds = list(dict.fromkeys(described))
+    if len(kinds) > MOST_KINDS:
+        raise Untraceable(f"it has {len(kinds)} kinds of layers, more than {MOST_KINDS}")
+    return [kinds.index(each) for each in described], len(kinds)
+
+
+def _described(layer: Module) -> str:
+    """Modules, their settings and the shapes of their parameters."""
+    return str(
+        [
+            (name, type(module).__name__, _settings(module), [tuple(each.shape) for each in module.parameters(False)])
+            for name, module in layer.named_modules()
+        ]
+    )
+
+
+def _settings(module: Module) -> dict[str, Any]:
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in ITS_NUMBER
+    }
+
+
+# --- weights
+
+
+def _weight_bytes(layer: Module) -> int:
+    """What bitsandbytes keeps of a layer's matrices (`orchestrator/sizing/memory/linear_layers` counts the same)."""
+    total = 0
+    for module in layer.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weights = module.in_features * module.out_features
+            scales = -(-weights // trainer_facts.NF4_BLOCK)
+            outer = -(-scales // trainer_facts.NF4_SCALE_BLOCK)
+            sizes = (-(-weights // 2), scales, 4 * outer, CODE_BYTES, OFFSET_BYTES)
+            total += sum(map(_allocated, sizes))
+    return total
+
+
+def _sixteen_bit_bytes(layer: Module) -> int:
+    return sum(_allocated(2 * each.numel()) for each in _unquantized(layer))
+
+
+def _outside_bytes(base: Any, layers: Iterable[Module]) -> int:
+    """What is neither in a layer, nor embeddings or head."""
+    known = {id(each) for layer in layers for each in layer.parameters()}
+    known |= {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings())}
+    return sum(_allocated(2 * each.numel()) for each in _unquantized(base) if id(each) not in known)
+
+
+def _unquantized(module: Module) -> list[Any]:
+    return [each for each in module.parameters() if not isinstance(each, bnb.nn.Params4bit)]
+
+
+def _allocated(size_bytes: int) -> int:
+    return -(-size_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+# --- steps
+
+
+Bytes = NDArray[np.float64]
+"""Coefficients [3] of 1, t and t squared."""
+
+
+class _Step:
+    """A step over a decoder of chosen layers, its bytes as polynomials of the tokens."""
+
+    def __init__(self, steps: Sequence[list[Event]], layers: int, hidden: int) -> None:
+        self._events = steps[0]
+        if any([each.kind for each in step] != [each.kind for each in self._events] for step in steps):
+            raise Untraceable("how many tokens there are changes what is computed")
+        self._names = [event.name if event.kind == "mark" else "" for event in self._events]
+        self._sizes = _polynomials(steps)
+        self._stream = np.array([0.0, 2.0 * hidden, 0.0])
+        self._layers = layers
+        self.adapter_parameters: list[int] = []
+        self.gradient_bytes: list[int] = []
+
+    @classmethod
+    def of(cls, base: Any, chosen: Sequence[int], adapter: AdapterSpec, *, recomputes: bool, hidden: int) -> _Step:
+        """Run it."""
+        copies = [_cut(base, chosen) for _ in TOKENS]
+        steps = [
+            run_step(copy, adapter, tokens=tokens, recomputes=recomputes)
+            for copy, tokens in zip(copies, TOKENS, strict=True)
+        ]
+        found = cls(steps, len(chosen), hidden)
+        for layer in decoder_layers(copies[0].get_decoder()):
+            adapted = [each for each in layer.parameters() if each.requires_grad]
+            found.adapter_parameters.append(sum(each.numel() for each in adapted))
+            found.gradient_bytes.append(sum(_allocated(2 * each.numel()) for each in adapted))
+        return found
+
+    def instants(self, index: int) -> LayerInstants:
+        """Those of a layer that is neither the first nor the last."""
+        following = f"forward {index + 1}"
+        forward = self._segment(f"forward {index}", following, self._stream)
+        kept = forward[-1][1] - self._stream
+        backward = self._segment(f"backward {index}", f"backward {index - 1}", kept + self._stream)
+        return LayerInstants(
+            kept=_in_tokens(kept),
+            forward=_largest(each for _, each in forward),
+            backward=_largest(each for at_work, each in backward if not at_work),
+            attention=_largest(each for at_work, each in backward if at_work),
+        )
+
+    @property
+    def ends(self) -> EndInstants:
+        """The first layer's, and from the end of the last one's forward pass to the beginning of its backward pass."""
+        held = self._embeddings_drop()
+        loss = self._segment("end", "loss", self._stream, without=held)[-1][1]
+        norm = self._segment("loss", f"backward {self._layers - 1}", loss, without=held)
+        return EndInstants(
+            first_kept=_in_tokens(self._segment("forward 0", "forward 1", np.zeros(3))[-1][1]),
+            released=() if held is None else _in_tokens(self._stream),
+            loss=_in_tokens(loss),
+            norm=_largest(each for _, each in norm),
+        )
+
+    def _embeddings_drop(self) -> Event | None:
+        """The end of the first layer's input, where nothing needs it by the time that the decoder lets go of it."""
+        before = self._events[: self._place("forward 0")]
+        made = {
+            event.number
+            for event in before
+            if event.kind == "take" and np.array_equal(self._sizes[event.number], self._stream)
+        }
+        between = self._events[self._place("end") : self._place("loss")]
+        return next((event for event in between if event.kind == "drop" and event.number in made), None)
+
+    def _place(self, mark: str) -> int:
+        if mark not in self._names:
+            raise Untraceable(f"its step has no {mark}")
+        return self._names.index(mark)
+
+    def _segment(self, first: str, last: str, start: Bytes, without: Event | None = None) -> list[tuple[bool, Bytes]]:
+        """What is alive after each event between two marks, and whether attention is at work."""
+        live, moments = start, [(False, start)]
+        for event in self._events[self._place(first) : self._place(last) + 1]:
+            if event is without or event.kind == "mark":
+                continue
+            if event.kind in ("take", "drop"):
+                live = live + (1 if event.kind == "take" else -1) * self._sizes[event.number]
+            elif event.kind != ATTENTION:
+                raise Untraceable("it has experts")
+            moments.append((event.kind == ATTENTION, live))
+        return moments
+
+
+def _cut(base: Any, chosen: Sequence[int]) -> Any:
+    """A copy of the model with a few of its layers, in the order given."""
+    layers = decoder_layers(base.get_decoder())
+    parent, name = next(
+        (module, name) for module in base.modules() for name, each in module.named_children() if each is layers
+    )
+    try:
+        setattr(parent, name, ModuleList(deepcopy(layers[index]) for index in chosen))
+        copy = deepcopy(base)
+    finally:
+        setattr(parent, name, layers)
+    config: Any = copy.config.get_text_config()
+    for field, each in config.to_dict().items():
+        if isinstance(each, list) and len(each) == len(layers):
+            setattr(config, field, [each[index] for index in chosen])
+    config.num_hidden_layers = len(chosen)
+    return copy
+
+
+# --- polynomials
+
+
+def _polynomials(steps: Sequence[Sequence[Event]]) -> dict[int, Bytes]:
+    powers = np.vander(np.array(TOKENS, dtype=np.float64), 3, increasing=True)
+    found: dict[int, Bytes] = {}
+    for events in zip(*steps, strict=True):
+        if events[0].kind == "take":
+            sizes = np.array([event.size for event in events], dtype=np.float64)
+            found[events[0].number] = np.linalg.solve(powers, sizes).round(6).astype(np.float64)
+    return found
+
+
+def _largest(moments: Iterable[Bytes]) -> tuple[InTokens, ...]:
+    """Those that are the largest for some number of tokens."""
+    each = np.unique(np.array(list(moments) or np.empty((0, 3))), axis=0)
+    if not len(each):
+        return ()
+    tokens = np.unique(np.geomspace(16, MOST_TOKENS, 400).round())
+    first = np.argmax(each @ np.vander(tokens, 3, increasing=True).T, axis=0)
+    chosen = sorted(set(first.tolist()))
+    if len(chosen) > MOST_INSTANTS:
+        raise Untraceable(f"{len(chosen)} moments of a layer can be its peak, more than {MOST_INSTANTS}")
+    return tuple(_in_tokens(each[index]) for index in chosen)
+
+
+def _in_tokens(polynomial: Bytes) -> InTokens:
+    values = [round(float(each), 3) for each in polynomial]
+    while values and values[-1] == 0:
+        values.pop()
+    return tuple(values)

@@ -1,0 +1,328 @@
+"""What decoder layers of transformers and PEFT take on a GPU, found on the CPU: no weight is read, no memory is taken.
+
+A training step runs over fake tensors (`FakeTensorMode`), as the trainer runs it: NF4 layers, PEFT's adapters,
+attention, recompute. Every allocation and every release is written down. Rules:
+
+- Each distinct layer of a model is traced once, in the middle: a decoder of the first layer, one of each kind, and a
+  last one stands in for the whole.
+- What a GPU allocates and a CPU does not is done by hand: bitsandbytes' dense copies, dropout's masks, attention's
+  outputs. What the kernels of attention and experts take by the way is known to whoever reads the trace.
+- Sizes that depend on the tokens are polynomials in them: the same step with other numbers of tokens tells which.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from peft.tuners.lora import dora
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Module, ModuleList
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orchestrator.api import trainer_facts
+from orchestrator.api.job import AdapterSpec
+from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD
+from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.kernels import packed_attention as packed
+from qlora_trainer.kernels.moe_experts import NF4Experts
+from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.loading import quantized_layers
+from qlora_trainer.model.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.training_model import set_recompute
+
+DEVICE = "cpu"
+"""Where the fake tensors are: autograd refuses a GPU that is not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """An allocation (`number` is new), a release, or a mark."""
+
+    kind: str
+    number: int = -1
+    size: int = 0
+    name: str = ""
+
+
+Note = Callable[[Event], object]
+
+
+def _key(storage: Any) -> int:
+    """Where a storage is, the same for every view of it."""
+    return storage._cdata
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down when storages come to be and when they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self._numbers: dict[int, int] = {}
+        self._count = 0
+
+    def ignore(self, tensor: Tensor) -> None:
+        """It is there already, and so is whatever views it."""
+        self._numbers[_key(tensor.untyped_storage())] = -1
+
+    def mark(self, name: str) -> None:
+        """A place in the list of events."""
+        self.events.append(Event(kind="mark", name=name))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
+                self._see(tensor.untyped_storage(), str(func))
+        return found
+
+    def _see(self, storage: Any, name: str) -> None:
+        key = _key(storage)
+        if key in self._numbers:
+            return
+        self._numbers[key] = self._count
+        self.events.append(Event(kind="take", number=self._count, size=storage.nbytes(), name=name))
+        weakref.finalize(storage, self._drop, key)
+        self._count += 1
+
+    def _drop(self, key: int) -> None:
+        self.events.append(Event(kind="drop", number=self._numbers.pop(key)))
+
+
+# --- what a GPU takes, by hand
+
+
+class TracedAttention:
+    """`PackedAttention`: what it keeps and gives, and an event where its workspace is."""
+
+    def __init__(self, note: Note) -> None:
+        self._note = note
+
+    def __call__(
+        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, softcap: float | None = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        """As transformers calls an attention function."""
+        if softcap is None and packed.fits_flash(query.shape[-1], value.shape[-1]):
+            parts = (part[0].transpose(0, 1) for part in (query, key, value))
+            return _AttentionFunction.apply(*parts, self._note, True).unsqueeze(0), None
+        output = _AttentionFunction.apply(query[0], key[0], value[0], self._note, softcap is None).unsqueeze(0)
+        return torch.cat([output], dim=2).transpose(1, 2).contiguous(), None
+
+
+class _AttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Note, keeps_output: bool) -> Tensor:
+        same = query.shape[-1] == value.shape[-1]
+        # In the layout of the queries, which is why some models copy it.
+        output = torch.empty_like(query) if same else query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.note = note
+        kept = (output, torch.empty(query.shape[1], len(query), device=DEVICE)) if keeps_output else ()
+        ctx.save_for_backward(query, key, value, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        found = tuple(torch.empty_like(part) for part in (query, key, value))
+        ctx.note(Event(kind=ATTENTION))
+        del grad
+        return *found, None, None
+
+
+@contextmanager
+def _traced_experts(events: list[Event]) -> Generator[None]:
+    """`NF4Experts`: what they give, and events where they are at work."""
+
+    def mix(_: Any, x: Tensor, *__: Tensor) -> Tensor:
+        events.append(Event(kind=EXPERTS_FORWARD))
+        return torch.empty_like(x)
+
+    def mix_backward(_: Any, __: Tensor, x: Tensor, ___: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        events.append(Event(kind=EXPERTS_BACKWARD))
+        return torch.empty_like(x), torch.empty_like(weights)
+
+    with mock.patch.multiple(NF4Experts, mix=mix, mix_backward=mix_backward):
+        yield
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of `qlora_trainer.model.loss`: the gradient is there from the forward pass on."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, recorder: Recorder) -> Tensor:
+        ctx.save_for_backward(torch.empty(hidden.shape, dtype=hidden.dtype, device=DEVICE))
+        recorder.mark("loss")
+        return torch.zeros((), device=DEVICE)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+class TracedDropout(torch.autograd.Function):
+    """Dropout as on a GPU: a mask of a byte for each element."""
+
+    @staticmethod
+    def apply_to(x: Tensor, p: float = 0.5, training: bool = True, *_: Any) -> Tensor:
+        """`torch.nn.functional.dropout`'s signature."""
+        return TracedDropout.apply(x) if training and p > 0 else x
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool, device=DEVICE))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+        return torch.empty_like(grads[0])
+
+
+class _Product(torch.autograd.Function):
+    """What bitsandbytes' `MatMul4Bit` does on a GPU, allocation by allocation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: TracedLinear) -> Tensor:
+        ctx.layer = layer
+        own: Any = layer.bias
+        bias = None if own is None else own.to(x.dtype)
+        scales = layer.scales(), layer.scales()  # as they were kept, and with their mean: `_dequant_linear_fallback`
+        weights = torch.empty(layer.out_features, layer.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
+        output = torch.nn.functional.linear(x, weights, bias)
+        del scales
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.matmul(grads[0], ctx.layer.dense()), None
+
+
+class TracedLinear(bnb.nn.Linear4bit):
+    """A 4-bit layer whose weights are nowhere: they only take room while they are dense."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedLinear:
+        """Without memory there is nothing to copy, and bitsandbytes' weights do not let it be tried."""
+        copied = copy(self)
+        copied._parameters = {
+            name: deepcopy(each, memo) if name == "bias" else each for name, each in self._parameters.items()
+        }
+        return copied
+
+    def dense(self) -> Tensor:
+        """Scales first, as bitsandbytes' `dequantize_4bit` has it, then the weights."""
+        scales = self.scales()
+        weights = torch.empty(self.out_features, self.in_features, dtype=COMPUTE_DTYPE, device=DEVICE)
+        del scales
+        return weights
+
+    def scales(self) -> Tensor:
+        """One for each block of weights."""
+        return torch.empty(self.in_features * self.out_features // trainer_facts.NF4_BLOCK, device=DEVICE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with weights that are dense for its time alone."""
+        return _Product.apply(x, self)
+
+
+def _add_magnitudes(layer: Any, *, base_layer: TracedLinear, **_: Any) -> None:
+    layer.weight = torch.nn.Parameter(torch.empty(base_layer.out_features))
+
+
+# --- a step
+
+
+def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) -> list[Event]:
+    """The events of a training step of `loading.weightless_base`, whose quantized layers become `TracedLinear`s.
+
+    Marks are `forward N` and `backward N` where a layer's pass begins, `end` where the decoder's last norm does, and
+    `loss`. The base is changed, and good for one step.
+    """
+    recorder = Recorder()
+    AttentionInterface.register(packed.NAME, TracedAttention(recorder.events.append))
+    take_weights_away(base)
+    base.requires_grad_(False)
+    base.is_loaded_in_4bit = True
+    with warnings.catch_warnings(), mock.patch.object(dora.DoraLinearLayer, "update_layer", _add_magnitudes):
+        warnings.simplefilter("ignore")
+        peft_model = add_adapter(base, adapter, seed=0)
+    ids = np.arange(tokens, dtype=np.int32) % 5
+    batch = collate([(ids, ids, np.arange(tokens, dtype=np.int32))])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _move_to_card(base)
+        peft_model.train()
+        decoder = base.get_decoder()
+        layers = decoder_layers(decoder)
+        set_recompute(decoder, len(layers) if recomputes else 0)
+        _mark_layers(decoder, layers, recorder)
+        for tensor in (*peft_model.parameters(), *peft_model.buffers()):
+            recorder.ignore(tensor)
+        dense = mock.patch.object(dora, "dequantize_module_weight", TracedLinear.dense)
+        dropout = mock.patch("torch.nn.functional.dropout", TracedDropout.apply_to)
+        with _traced_experts(recorder.events), recorder, dense, dropout:
+            hidden = decoder(
+                input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
+            ).last_hidden_state
+            loss = _Loss.apply(hidden, recorder)
+            del hidden
+            loss.backward()
+    return recorder.events
+
+
+def take_weights_away(base: Module) -> None:
+    """Make a model's quantized layers `TracedLinear`s."""
+    for layer in quantized_layers(base).values():
+        layer.__class__ = TracedLinear
+
+
+def decoder_layers(decoder: Module) -> ModuleList:
+    """The list of a decoder's layers: those that can recompute."""
+    for module in decoder.modules():
+        if isinstance(module, ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer):
+            return module
+    raise ValueError(f"{type(decoder).__name__} has no list of layers that can recompute")
+
+
+def _move_to_card(base: Any) -> None:
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, bnb.nn.Params4bit):
+                fresh = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
+                module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
+
+
+def _mark_layers(decoder: Any, layers: ModuleList, recorder: Recorder) -> None:
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(partial(_mark, recorder, f"forward {index}"))
+        layer.register_forward_hook(partial(_mark_gradient, recorder, f"backward {index}"))
+    norms = [module for name, module in decoder.named_children() if "norm" in name or name.startswith("ln_")]
+    if not norms:
+        raise ValueError(f"{type(decoder).__name__} has no norm after its last layer")
+    norms[-1].register_forward_pre_hook(partial(_mark, recorder, "end"))
+
+
+def _mark(recorder: Recorder, name: str, *_: Any) -> None:
+    recorder.mark(name)
+
+
+def _mark_gradient(recorder: Recorder, name: str, _module: Any, _inputs: Any, out: Any) -> None:
+    tensor: Any = out[0] if isinstance(out, tuple) else out
+    if tensor.requires_grad:
+        tensor.register_hook(partial(_mark, recorder, name))
