@@ -83,6 +83,8 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its lon
 	QLORA_SEEDS=10000 $(BIN)/python -m pytest -q --timeout=14400 tests/sim
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_FUZZ=20000 QLORA_POISON=1000 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py
+	OMP_NUM_THREADS=1 QLORA_FUZZ_MODELS=500 QLORA_FUZZ_PLANS=400 QLORA_ALL_TYPES=1 $(BIN)/python -m pytest -q --timeout=14400 \
+	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py
 	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1
 	$(MAKE) --no-print-directory test-docs QLORA_DOCUMENTS=all
 

@@ -11,8 +11,8 @@ more. The adapter must load in PEFT as it was, and generate. The outcome of a ty
 - wrong: accepted by prepare, but off, or refused once a GPU would have been taken;
 - crashed: any error that is not the user's to mend, a hang, or a process that dies.
 
-Each type has a process of its own, bounded in time. Rows go to `benchmarks/results/models.json`, whose table is in
-docs/models.md.
+Each type has a process of its own, bounded in time. Rows go to `benchmarks/results/models.json`, and from there
+(`--write`) into the tables of docs/models.md and the one that a plan reads, `orchestrator/api/model_types.json`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping
+from inspect import getsource
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -41,23 +43,32 @@ from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
 from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.loading import load_base, quantized_layers
-from qlora_trainer.model.rehearsal import rehearse, small_copies
-from qlora_trainer.model.source import describe_model, read_facts
+from qlora_trainer.model.rehearsal import small_copies
+from qlora_trainer.model.source import ModelDescription, describe_model, read_facts
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.model_facts import MIXTURES
+from orchestrator.api.package_data import MODEL_TYPES_NAME
 from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.trainable import INNER_MODELS, assumed
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
+PAGE = RESULTS.parents[2] / "docs" / "models.md"
+SHIPPED = RESULTS.parents[2] / "orchestrator" / "api" / MODEL_TYPES_NAME
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 LENGTHS = (9, 27, 2, 19)
 """Tokens of the records, which are one row: longer than windows, and together than positions."""
@@ -68,6 +79,10 @@ ROUNDINGS, SLACK = 3.0, 0.02
 SMALLEST_GRADIENT = 1e-2
 """Of the largest gradient's norm: smaller ones are nothing but rounding, and only compared all together."""
 GENERATED = 4
+NO_DEFAULT = "cannot be built from its config"
+"""What is said of a type whose own defaults are no model, and need not be true of others of the type."""
+HEADS = {"lm_head", "embed_out", "output_projection", "classifier", "score", "qa_outputs", "summary"}
+"""Linear layers that are none for an adapter."""
 
 Verdict = Literal["trained", "refused", "wrong", "crashed"]
 Row = dict[str, Any]
@@ -78,10 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--types", nargs="*", default=list(TYPES))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="try nothing; print the table of docs/models.md")
+    parser.add_argument("--write", action="store_true", help="try nothing; write the tables from the results")
     options = parser.parse_args()
-    if options.table:
-        print(table(known_rows(options.results)["types"]))
+    if options.write:
+        for path, text in written(known_rows(options.results)).items():
+            path.write_text(text)
         return
     disable_progress_bar()
     known: dict[str, Row] = known_rows(options.results)["types"] if options.results.exists() else {}
@@ -106,7 +122,50 @@ def known_rows(path: Path = RESULTS) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def table(rows: Mapping[str, Row]) -> str:
+def written(known: Mapping[str, Any]) -> dict[Path, str]:
+    """The files that hold tables of the results, as they should be."""
+    rows: Mapping[str, Row] = known["types"]
+    page = PAGE.read_text()
+    for name, lines in (("trained", trained_table(rows)), ("refused", refused_table(rows))):
+        before, begin, rest = page.partition(f"<!-- {name}: written by `python -m benchmarks.models --write` -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        page = f"{before}{begin}{lines}\n{end}{after}"
+    shipped = {
+        "transformers": known["versions"]["transformers"],
+        "types": {n: shipped_row(n, r) for n, r in rows.items()},
+    }
+    return {PAGE: page, SHIPPED: json.dumps(shipped, indent=1) + "\n"}
+
+
+def shipped_row(model_type: str, row: Row) -> Row:
+    """What a plan must know of a type."""
+    known = {name: row[name] for name in ("classes", "sees_both_sides", "assumes") if name in row}
+    if row["verdict"] == "refused" and row["found_by"] == "trial" and NO_DEFAULT not in row["reason"]:
+        known["refused"] = row["reason"]
+    if row["verdict"] == "trained":
+        known["layers"] = _layers(model_type, row["targets"])
+    if "because" in row:
+        known["separate_because"] = row["because"]
+    return known
+
+
+def _layers(model_type: str, targets: Iterable[str]) -> list[str]:
+    """The linear layers that some model of a type has: those of the tiny one, and what its source makes otherwise."""
+    if model_type in MIXTURES:  # whose source makes layers without experts, which are refused
+        return sorted(targets)
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    made = re.findall(r"self\.(\w+) = (?:nn\.Linear|Conv1D)\(", getsource(sys.modules[architecture.__module__]))
+    return sorted({*targets, *made} - HEADS)
+
+
+def refused_table(rows: Mapping[str, Row]) -> str:
+    """The types that do not, in Markdown, and what prepare says of a model of each."""
+    refused = {name: row["reason"] for name, row in rows.items() if row["verdict"] == "refused"}
+    lines = [f"| `{name}` | {reason.replace('|', ' ')} |" for name, reason in refused.items()]
+    return "\n".join(["| type | why |", "|---|---|", *lines])
+
+
+def trained_table(rows: Mapping[str, Row]) -> str:
     """The types that train, in Markdown: how, and how far from the truth, beside plain QLoRA."""
     lines = ["| type | records | layers | gradients off by | plain QLoRA's |", "|---|---|---|---|---|"]
     for model_type, row in rows.items():
@@ -162,26 +221,48 @@ def try_type(model_type: str, scratch: Path) -> Row:
     folder = scratch / "model"
     source = f"file://{folder}"
     try:
-        made = _make(model_type, folder)
+        config = default_config(model_type)
     except Exception as error:  # noqa: BLE001 - transformers' own class refuses its own defaults
-        return _row("refused", f"transformers makes no model of its defaults: {_line(error)}", made=False)
+        return _row(
+            "refused", f"transformers makes no config of its own defaults: {_line(error)}", **_facts(model_type)
+        )
+    facts = _facts(model_type, config)
     try:
-        if not made:
-            rehearse(_config(model_type), "the model", AdapterSpec())
-            return _row("wrong", "no small copy can be made, and that is not refused")
-        description = describe_model(source, "main")
+        description = _description(config, folder)
         read_facts(description, source)
+        facts["found_by"] = "trial"
         check_architecture(description, source, AdapterSpec())
     except UserError as error:
-        return _row("refused", error.message.replace(source, "the model"))
+        return _row("refused", error.message.removeprefix(f"{source}: "), **facts)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
-        return _row("crashed", f"in prepare: {_line(error)}", traceback=traceback.format_exc())
+        return _row("crashed", f"in prepare: {_line(error)}", traceback=traceback.format_exc(), **facts)
     try:
-        return _trained(folder, scratch)
+        return {**_trained(folder, scratch), **facts}
     except UserError as error:
-        return _row("wrong", f"accepted by prepare, and then refused: {error.message}")
+        return _row("wrong", f"accepted by prepare, and then refused: {error.message}", **facts)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
-        return _row("crashed", f"in train: {_line(error)}", traceback=traceback.format_exc())
+        return _row("crashed", f"in train: {_line(error)}", traceback=traceback.format_exc(), **facts)
+
+
+def _facts(model_type: str, config: Any = None) -> Row:
+    """What the table that ships with the package says of a type, whatever the outcome."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    row: Row = {"classes": [causal] if isinstance(causal, str) else sorted(causal), "found_by": "config"}
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        row["sees_both_sides"] = True
+    if config is not None and (assumes := assumed(config.to_dict())):
+        row["assumes"] = assumes
+    return row
+
+
+def _description(config: Any, folder: Path) -> ModelDescription:
+    """A tiny model as prepare finds it; of a wrapper, or where no small copy can be made, only the config."""
+    wraps = any(isinstance(getattr(config, name, None), PreTrainedConfig) for name in INNER_MODELS)
+    if not wraps and _make(config, folder):
+        return describe_model(f"file://{folder}", "main")
+    folder.mkdir()
+    config.save_pretrained(folder)
+    return ModelDescription(folder=folder, revision="", tensors=None)
 
 
 def _row(verdict: Verdict, reason: str = "", **fields: Any) -> Row:
@@ -207,17 +288,17 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """What published models have, where transformers' defaults leave it open or are no such model."""
 
 
-def _config(model_type: str) -> Any:
+def default_config(model_type: str) -> Any:
+    """The config of a type as transformers makes it, but for `DEFAULTS`."""
     config = CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {}))
-    if getattr(config, "head_dim", 0) is None:
+    if vars(config).get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     config.architectures = [_architecture(model_type)]
     return config
 
 
-def _make(model_type: str, folder: Path) -> bool:
-    """Save a tiny model of the type; whether one can be made."""
-    config = _config(model_type)
+def _make(config: Any, folder: Path) -> bool:
+    """Save a tiny model of a config; whether one can be made."""
     copy = next(small_copies(config), None)
     if copy is None:
         return False
@@ -247,7 +328,7 @@ def _still(config: Any) -> None:
         if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(config, name, 0.0)
     experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(config, name, None))), None)
-    if experts and hasattr(config, "num_experts_per_tok"):
+    if experts and config.model_type in MIXTURES:
         config.num_experts_per_tok = experts
 
 

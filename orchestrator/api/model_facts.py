@@ -18,7 +18,17 @@ MAX_WIDTH = 1 << 20
 """Of a layer, an expert or a head, and so many heads or experts: ten times what any known model has."""
 MAX_VOCABULARY = 1 << 24
 
+ATTENTION_HEADS = "num_attention_heads"
+
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+
+
+class FieldMissing(ValueError):
+    """A size that a config does not tell, by none of its names."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field} is missing")
+        self.field = field
 
 
 class Mixture(Model):
@@ -48,6 +58,10 @@ class ModelFacts(Model):
     tied_embeddings: bool
     mixture: Mixture | None = None
     """Its experts, where it has any."""
+    context_length: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    """The largest number of positions that it was made for, where its config tells."""
+    record_by_record: bool = False
+    """Whether records are computed one after the other, because packed rows of this model would not be right."""
     trace: ModelTrace | None = None
     """What its layers take under the job's adapter, where no table says it."""
     revision: ShortText
@@ -61,7 +75,7 @@ class ModelFacts(Model):
         """
         text = _text_config(config)
         hidden_size = _count(text, "hidden_size", "n_embd", "d_model")
-        num_attention_heads = _count(text, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        num_attention_heads = _count(text, ATTENTION_HEADS, "n_head", "n_heads", "num_heads", "attention_heads")
         return cls(
             model_type=_text(config, "model_type"),
             architecture=_architecture(config),
@@ -74,6 +88,7 @@ class ModelFacts(Model):
             vocab_size=_count({**config, **text}, "vocab_size", most=MAX_VOCABULARY),
             tied_embeddings=_tied_embeddings(config, text),
             mixture=_mixture(text),
+            context_length=_context_length(text),
             revision=revision,
         )
 
@@ -97,11 +112,19 @@ MIXTURES: Mapping[str, _MixtureFields] = {
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
+def expert_count(text: Mapping[str, object]) -> str | None:
+    """The name of the field that makes a model a mixture of experts; None where it is none."""
+    inner = cast("list[Mapping[str, object]]", [part for part in text.values() if isinstance(part, Mapping)])
+    return next(
+        (name for part in (text, *inner) for name in _EXPERT_COUNTS if isinstance(n := part.get(name), int) and n > 1),
+        None,
+    )
+
+
 def _mixture(text: Mapping[str, object]) -> Mixture | None:
     fields = MIXTURES.get(str(text.get("model_type")))
     if fields is None:
-        counts = (name for name in _EXPERT_COUNTS if isinstance(count := text.get(name), int) and count > 1)
-        if name := next(counts, None):
+        if name := expert_count(text):
             known = ", ".join(MIXTURES)
             raise ValueError(f"{name}: how much memory such a mixture of experts takes is not known; known are {known}")
         return None
@@ -115,9 +138,9 @@ def _mixture(text: Mapping[str, object]) -> Mixture | None:
     )
 
 
-_INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dff", "dim_ff")
 _FOUR_TIMES_HIDDEN = frozenset(
-    {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
+    {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "openai-gpt"}
 )
 """Families whose MLP is four times as wide as the model unless the config says otherwise."""
 _TIED_BY_DEFAULT = frozenset(
@@ -138,7 +161,7 @@ def _count(config: Mapping[str, object], *names: str, default: int | None = None
     found = next((name for name in names if config.get(name) is not None), None)
     value = default if found is None else config[found]
     if value is None:
-        raise ValueError(f"{names[0]} is missing")
+        raise FieldMissing(names[0])
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{found or names[0]} must be a positive integer, not {_shown(value)}")
     if value > most:
@@ -157,6 +180,33 @@ def _text(config: Mapping[str, object], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} is missing" if value is None else f"{name} must be a text, not {_shown(value)}")
     return value
+
+
+STRETCHING_ROPE_TYPES = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
+
+
+def _context_length(text: Mapping[str, object]) -> int | None:
+    """Positions, to which rotary embeddings may have been stretched while max_position_embeddings stayed as it was.
+
+    A factor of the original length (linear: Chen et al., 2023; YaRN: Peng et al., 2023; LongRoPE: Ding et al., 2024).
+    """
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    length = next((found for name in names if type(found := text.get(name)) is int), 0)
+    if not 0 < length <= MAX_COUNT:
+        return None
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    whole = cast("Mapping[str, object]", rope if isinstance(rope, Mapping) else {})
+    by_layer_type = [cast(Mapping[str, object], each) for each in whole.values() if isinstance(each, Mapping)]
+    return max(length, *(_stretched(each, length) for each in by_layer_type or [whole]))
+
+
+def _stretched(rope: Mapping[str, object], length: int) -> int:
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    kind = str(rope.get("rope_type", rope.get("type")))
+    if kind not in STRETCHING_ROPE_TYPES or not isinstance(factor, int | float):
+        return length
+    stretched = factor * (original if type(original) is int and 0 < original <= MAX_COUNT else length)
+    return int(stretched) if 0 < stretched <= MAX_COUNT else length
 
 
 def _architecture(config: Mapping[str, object]) -> str:

@@ -13,14 +13,6 @@ from types import MappingProxyType
 
 HANDWRITTEN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe"})
 """Model types whose decoder layers the trainer computes by hand (`qlora_trainer/kernels/takeover.py`)."""
-UNTRAINABLE_TYPES: Mapping[str, str] = MappingProxyType(
-    {
-        "bert-generation": "it sees the text to its right",
-        "falcon": "it has no linear layer that can be quantized to NF4",
-        "modernbert-decoder": "it has no decoder that transformers can name",
-    }
-)
-"""Model types that prepare refuses whatever their size, with why; a trial of each type holds the table right."""
 MLP_TILE_TOKENS = 8192
 """Tokens that a recomputed MLP takes at a time: enough for matrix products at full speed."""
 EXPERT_TILE_TOKENS = 4096

@@ -31,6 +31,9 @@ def show_plan(console: Console, plan: JobPlan) -> None:
     if plan.guess is not None:
         console.print()
         console.print(Text.assemble(("a guess  ", "busy"), plan.guess))
+    for note in plan.notes:
+        console.print()
+        console.print(Text.assemble(("note  ", "busy"), note))
     if plan.refusal is not None:
         console.print()
         console.print(Text.assemble(("cannot run here  ", "bad"), plan.refusal.message))

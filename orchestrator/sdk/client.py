@@ -81,7 +81,7 @@ class Client:
         checked = self._in_namespace(_one(job, QLoRAJob))
         if self.connection.is_local:
             check_planned_model(checked.spec.model)
-        facts = model_config.read_facts(checked.spec.model)
+        facts = model_config.read_facts(checked.spec.model, checked.spec.adapter)
         taught = self.connection.store.list_jobs(checked.metadata.namespace)
         known = Known(prices=self.settings.gpu_prices, margins=margins.learned(taught))
         try:
@@ -146,7 +146,7 @@ class Client:
             raise InvalidObject(refusal)
         if local_path(job.spec.model.source) is None:
             return
-        plan = plan_job(job, model_config.read_facts(job.spec.model), classes)
+        plan = plan_job(job, model_config.read_facts(job.spec.model, job.spec.adapter), classes)
         if plan.refusal is not None:
             raise InvalidObject(f"the job fits no GPU here: {plan.refusal.message}")
 

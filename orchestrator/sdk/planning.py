@@ -6,7 +6,7 @@ come from `sizing/plan_search`, the very code that decides; here they are only p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
@@ -54,6 +54,8 @@ class JobPlan:
     """Why the bytes are a guess, and how far such guesses were off; absent where they are none."""
     unseen: bool = False
     """Whether the account may not read which GPUs are here, so that nothing is said of that."""
+    notes: tuple[str, ...] = ()
+    """What else to know: what prepare may refuse, and what the times do not tell."""
 
     def to_wire(self) -> dict[str, object]:
         """JSON types with wire names."""
@@ -66,6 +68,8 @@ class JobPlan:
             wire["guess"] = self.guess
         if self.unseen:
             wire["unseen"] = True
+        if self.notes:
+            wire["notes"] = list(self.notes)
         return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
 
 
@@ -107,7 +111,22 @@ def plan_job(
         guess=guess_words(job.spec.adapter, facts),
         alternatives=tuple(replace(each, capacity=None) for each in alternatives) if unseen else alternatives,
         unseen=unseen,
+        notes=tuple(_notes(job.spec, facts)),
     )
+
+
+def _notes(spec: QLoRAJobSpec, facts: ModelFacts) -> Iterator[str]:
+    if facts.record_by_record:
+        yield (
+            f"record by record: records of a {facts.model_type} model are computed one at a time, not in packed rows; "
+            f"the times are for records of {spec.training.sequence_length} tokens until prepare has counted them, and "
+            "shorter ones take longer"
+        )
+    if facts.context_length is not None and spec.training.sequence_length > facts.context_length:
+        yield (
+            f"spec.training.sequenceLength is {spec.training.sequence_length}, but the model was made for "
+            f"{facts.context_length} positions: prepare refuses a data set with a longer record"
+        )
 
 
 def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | None:

@@ -104,6 +104,8 @@ def _check_index(folder: Path) -> None:
         names = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidObject(f"{MODEL_FIELD}: {path} is damaged ({error!r}); copy it again") from error
+    if not names:
+        raise InvalidObject(f"{MODEL_FIELD}: {path} lists no files; copy the whole model")
     if (folder / SINGLE_FILE_NAME).exists() and names != {SINGLE_FILE_NAME}:
         raise InvalidObject(
             f"{MODEL_FIELD}: {folder} holds two sets of weights, {SINGLE_FILE_NAME} and the {len(names)} files of "

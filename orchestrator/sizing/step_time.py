@@ -5,6 +5,9 @@ done comes from its data sheet, times efficiencies that were fitted to the commi
 (benchmarks/results; tests/sizing/test_step_time.py holds the model against them). On other cards it is an
 extrapolation.
 
+Where records are computed one after the other, each takes the launches, small kernels and dequantized weights that
+a packed row takes once; that too is an extrapolation.
+
 A micro-step takes as long as the slowest of three that go on at one time: the card's own work, the host's launches,
 and the traffic over PCIe. The time for evaluations, checkpoints and loading is not part of it.
 """
@@ -113,7 +116,7 @@ class StepTime:
         every = linears(facts)
         self._facts = facts
         self._mixture = facts.mixture
-        self._fused = is_fused(spec.adapter, facts)
+        self._fused = is_fused(spec.adapter, facts) and not facts.record_by_record
         self._weights = sum(linear.parameters for linear in every)
         last = every[-1].parameters  # the last product of a layer is not needed again to go back through it
         self._again = self._weights - last if self._fused and self._mixture is None else self._weights
@@ -193,6 +196,7 @@ class StepTime:
         layers = self._facts.num_layers
         weights = (2 * layers + AGAIN * again) * self._weights
         weights += self._expert_passes(again) * self._dense_experts(tokens) * self._expert_weights
+        weights *= self._passes(tokens)
         return weights * DEQUANTIZED_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
     def _memory_seconds(self, tokens: float, again: int, card: Card) -> float:
@@ -210,7 +214,7 @@ class StepTime:
     def _kernel_seconds(self, tokens: float, again: int, card: Card) -> float:
         each = KERNEL_SECONDS + (DROPOUT_KERNEL_SECONDS if self._drops else 0.0)
         each += EXPERT_KERNEL_SECONDS * self._tiles(tokens)
-        return 0.0 if card is CPU else each * (self._facts.num_layers + AGAIN * again)
+        return 0.0 if card is CPU else each * self._passes(tokens) * (self._facts.num_layers + AGAIN * again)
 
     def _attention_seconds(self, tokens: float, again: int, card: Card) -> float:
         """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""
@@ -235,7 +239,11 @@ class StepTime:
         each += EXPERT_LAUNCH_SECONDS * self._tiles(tokens)
         if self._softcaps:
             each += SOFTCAP_LAUNCH_SECONDS * max(0.0, tokens / self._record_tokens - 1)
-        return each * (self._facts.num_layers + AGAIN * again)
+        return each * self._passes(tokens) * (self._facts.num_layers + AGAIN * again)
+
+    def _passes(self, tokens: float) -> float:
+        """How often the layers are gone through for a micro-batch: once, or for each of its records."""
+        return max(1.0, tokens / self._record_tokens) if self._facts.record_by_record else 1.0
 
     def _expert_passes(self, again: int) -> float:
         """How often experts are multiplied: gate and up once more to go back, all where transformers recomputes."""

@@ -383,7 +383,8 @@ def test_plan_says_where_the_bytes_are_a_guess_and_how_far_such_guesses_were_off
     assert "a guess" not in qlora("plan", path).stdout
     assert "guess" not in json.loads(qlora("plan", path, "--json").stdout)
     config = service.folder / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "glm4"}))
+    glm4 = {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **glm4}))
     text = " ".join(qlora("plan", path).stdout.split())
     assert "a guess layers of model type glm4 were never traced" in text
     assert "from 16.3% under to 40.1% over what they took" in text

@@ -59,6 +59,27 @@ def test_a_config_beyond_the_bounds_is_refused_in_words(field: str, value: objec
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": [], "factor": 2.0},
+        {"rope_type": {"yarn": 1}, "factor": 2.0},
+        {"rope_type": "yarn", "factor": math.nan},
+        {"rope_type": "yarn", "factor": math.inf},
+        {"rope_type": "yarn", "factor": 10**400},
+        {"rope_type": "yarn", "factor": -2.0},
+        {"rope_type": "yarn", "factor": "2"},
+        {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 10**400},
+        {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": [64]},
+    ],
+)
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_a_rotary_embedding_that_is_none_stretches_no_context(name: str, rope: dict[str, object]) -> None:
+    for odd in (rope, {"full_attention": rope}):
+        facts = ModelFacts.from_config({**CONFIG, "max_position_embeddings": 128, name: odd}, "r")
+        assert facts.context_length == 128
+
+
 def test_a_plan_can_recompute_as_many_layers_as_a_model_may_have() -> None:
     assert ModelFacts.from_config({**CONFIG, "num_hidden_layers": MAX_LAYERS}, "r").num_layers == MAX_LAYERS
     MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=MAX_LAYERS)

@@ -154,7 +154,7 @@ def _with_empty_dataset(folder: Path) -> None:
         (_without_model, r"spec\.model\.source: .*/model is not a folder"),
         (_without_config, r"spec\.model\.source: .* there is no config\.json"),
         (_with_broken_config, r"spec\.model\.source: .* config\.json is not valid JSON"),
-        (_with_an_encoder, r"config\.json does not describe a model that can be trained"),
+        (_with_an_encoder, r"architectures is missing in config\.json"),
         (_with_pickled_weights, r"spec\.model\.source: .* only pickled weights, which can run code"),
         (_without_weights, r"spec\.model\.source: .* holds neither model.safetensors nor"),
         (_without_dataset, r"spec\.dataset\.source: .*train\.jsonl does not exist"),

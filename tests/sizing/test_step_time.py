@@ -137,6 +137,25 @@ def test_attention_stays_within_records() -> None:
     assert ours == others
 
 
+def test_records_that_are_computed_one_at_a_time_take_launches_kernels_and_weights_each() -> None:
+    apart = LLAMA_3_8B.model_copy(update={"model_type": "bloom", "record_by_record": True})
+    together = apart.model_copy(update={"record_by_record": False})
+    work = Work(sequence_tokens=2048, record_tokens=256)
+    spec = make_spec(sequence_length=2048)
+    one, row = (StepTime(spec, facts, work).parts(plan(2), find_card("A40")) for facts in (apart, together))
+    assert one.pop("dequantization") == pytest.approx(16 * row.pop("dequantization"))
+    assert one.pop("small kernels") == pytest.approx(16 * row.pop("small kernels"))
+    assert one == row
+    seconds, packed = (
+        StepTime(spec, facts, work).step_seconds(plan(2), find_card("A40")) for facts in (apart, together)
+    )
+    assert seconds > 2.5 * packed
+    whole = Work(sequence_tokens=2048, record_tokens=2048)
+    assert StepTime(spec, apart, whole).step_seconds(plan(1), find_card("A40")) == pytest.approx(
+        StepTime(spec, together, whole).step_seconds(plan(1), find_card("A40"))
+    )
+
+
 def test_prepare_tells_how_much_work_there_is() -> None:
     result = prepare_result(SMOLLM2_135M)
     assert Work.of(result) == Work(steps=120, sequence_tokens=100_000 / 57, record_tokens=100_000 / 412)

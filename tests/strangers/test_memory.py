@@ -46,7 +46,7 @@ CODE = Path(__file__).parents[2] / "orchestrator"
 CACHES = {
     "adapters/kubernetes/pod_facts.py _result": "lru_cache(maxsize=RESULTS_KEPT)",
     "api/data_sheets.py find_name": "lru_cache(maxsize=PRODUCTS_KEPT)",
-    "api/package_data.py traced_layers": "cache",  # one file of the package
+    "api/package_data.py _content": "cache",  # two files of the package
     "core/job/conditions.py _known_words": "lru_cache(maxsize=WORDS_KEPT)",
     "sizing/footprint.py _groups": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py _weight_bytes": "memoized(RESULTS_KEPT)",

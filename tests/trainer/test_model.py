@@ -18,7 +18,7 @@ from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_model import build_tiny_model, save_tokenizer, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -241,8 +241,11 @@ def test_an_architecture_that_mixes_packed_records_is_trained_record_by_record(t
     for one, other, wrong in zip(together, alone, mixed, strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
         assert not torch.equal(one, wrong)
+    assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name, _ in make_model(folder).trainable()} == {
+        "in_proj"
+    }
     with pytest.raises(UserError, match="PEFT refuses it for this model"):
-        make_model(folder)
+        make_model(folder, target_modules=("out_proj",))
 
 
 def test_splitting_into_micro_batches_gives_the_same_gradient_up_to_rounding() -> None:
@@ -360,3 +363,18 @@ def test_random_weights_take_the_memory_of_real_ones(tmp_path: Path, monkeypatch
         assert loss == again.loss(batch, divisor=float(sum(LENGTHS) - len(LENGTHS)))
     assert loss.item() == pytest.approx(math.log(AutoConfig.from_pretrained(folder).vocab_size), rel=0.1)
     assert gradients(random, [batch])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+@pytest.mark.parametrize("odd", [math.nan, -math.inf])
+def test_weights_that_are_no_numbers_are_named_when_they_are_loaded(tmp_path: Path, name: str, odd: float) -> None:
+    folder = build_tiny_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[7] = odd
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=f"LlamaForCausalLM has weights that are not finite .* in 1 tensors, .* {name};"
+    ):
+        load_base(folder, CPU, PackedAttention())

@@ -1,8 +1,9 @@
-"""Model folders that were damaged at random: each is refused in a sentence, or it is a model that trains.
+"""Model folders that were damaged at random: each is refused by prepare in a sentence, or it is trained and published.
 
-`QLORA_FUZZ_MODELS` sets how many folders are tried; each is made from its number alone. `prepare`'s whole look at a
-model is taken, but for the small copy, which is tried of every `REHEARSED`th folder alone, because it takes seconds.
-Anything but a UserError, more than `SECONDS`, or more memory than `BYTES` is a failure.
+`QLORA_FUZZ_MODELS` sets how many folders are tried; each is made from its number alone, and goes through the stages
+themselves. Of the hundred that are tried without that switch, only every `WHOLE`th does, because it takes seconds; of
+the others prepare's look at a model is taken, without the small copy. Anything but a UserError in prepare, more than
+`SECONDS`, or more memory than `BYTES` is a failure; so is a user's error later, because a GPU would have been taken.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from qlora_trainer import prepare, publish, train
 from qlora_trainer.model import architecture
-from qlora_trainer.model.source import context_length, describe_model, load_tokenizer, read_facts, tokenizer_digest
-from qlora_trainer.outcome import UserError
+from qlora_trainer.model.source import describe_model, load_tokenizer, read_facts, tokenizer_digest
+from qlora_trainer.outcome import DivergedError, UserError
 
-from orchestrator.api.job import AdapterSpec
-from tests.trainer.tiny_model import tiny_model
+from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
+from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.task import StageTask
+from tests.trainer.tiny_model import build_tiny_model, tiny_model
 
 FOLDERS = int(os.environ.get("QLORA_FUZZ_MODELS", "100"))
-SECONDS = 30
+WHOLE = 1 if "QLORA_FUZZ_MODELS" in os.environ else 10
+SECONDS = 60
 BYTES = 3 << 30
 """Of memory that a folder may add: a tiny model's own takes a hundredth of it."""
-REHEARSED = 10
 MOST_CHARACTERS = 1200
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 63, 10**6, 10**12, 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", "1",
@@ -95,7 +101,7 @@ def _bytes(draw: random.Random, folder: Path) -> None:
 
 
 def _header(draw: random.Random, folder: Path) -> None:
-    path = folder / "model.safetensors"
+    path = draw.choice(sorted(folder.glob("*.safetensors")))
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -121,7 +127,7 @@ def _header(draw: random.Random, folder: Path) -> None:
 
 def _index(draw: random.Random, folder: Path) -> None:
     weight_map: Any = {f"model.layers.{layer}.x": "model.safetensors" for layer in range(3)}
-    if draw.random() < 0.5:
+    if draw.random() < 0.5 and (folder / "model.safetensors").exists():
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     odd = draw.choice([weight_map, {}, None, [], {"a": None}, {"a": "../../etc/passwd"}, {"a": "model.safetensors"},
                        {"a": "x" * 300}, {"": ""}, {"a": "."}, {"a": "config.json"}])  # fmt: skip
@@ -153,19 +159,31 @@ DAMAGES: tuple[Callable[[random.Random, Path], None], ...] = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow on a SQLite file, and the id of an experiment in it."""
+    folder = tmp_path_factory.mktemp("tracking")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        yield MlflowClient().create_experiment("fuzz", artifact_location=(folder / "artifacts").as_uri())
+
+
+@pytest.mark.filterwarnings("ignore")  # of whatever libraries find odd in damaged files, and of MLflow's own
 @pytest.mark.parametrize("first", range(0, FOLDERS, 10))
-def test_a_damaged_folder_is_refused_in_a_sentence_or_is_a_model(
-    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_folder_is_refused_in_a_sentence_or_is_trained_and_published(
+    first: int, tmp_path: Path, tracking: str
 ) -> None:
-    rehearse = architecture.rehearse
     for number in range(first, min(first + 10, FOLDERS)):
-        folder = tmp_path / str(number)
-        shutil.copytree(tiny_model(), folder)
+        folder, store = tmp_path / str(number), tmp_path / f"store-{number}"
         draw = random.Random(number)
+        shutil.copytree(_healthy(draw), folder)
         draw.choice(DAMAGES)(draw, folder)
-        monkeypatch.setattr(architecture, "rehearse", rehearse if number % REHEARSED == 0 else lambda *_: None)
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        refusal = _refusal(f"file://{folder}", folder)
+        try:
+            refusal = _tried(folder, store, number, tracking)
+        except Exception as error:
+            raise AssertionError(f"folder {number} ends with {type(error).__name__}") from error
         if refusal is not None:
             assert len(refusal) <= MOST_CHARACTERS, (number, refusal)
             assert str(folder) in refusal or "adapter" in refusal, (number, refusal)
@@ -173,20 +191,74 @@ def test_a_damaged_folder_is_refused_in_a_sentence_or_is_a_model(
         assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES, number
 
 
-def _refusal(source: str, folder: Path) -> str | None:
-    """What prepare says against a folder; whatever else it raises is a failure."""
+def _healthy(draw: random.Random) -> Path:
+    """A model to damage: dense, tied, a mixture, or in shards."""
+    kind = draw.choice(("llama", "llama", "tied", "mixture", "shards"))
+    if kind == "shards":
+        return _sharded()
+    return tiny_model("qwen3_moe") if kind == "mixture" else tiny_model(tied=kind == "tied")
+
+
+@cache
+def _sharded() -> Path:
+    folder = tiny_model(layers=3).with_name("shards")
+    return build_tiny_model(folder, layers=3, max_shard_size="100KB")
+
+
+def _tried(folder: Path, store: Path, number: int, experiment: str) -> str | None:
+    """What prepare says against a folder; whatever else is raised is a failure."""
     try:
-        _look_at(source, folder)
+        if number % WHOLE:
+            _look_at(folder)
+            return None
+        task = _task(folder, store, number)
+        prepared = prepare.run(task)
     except UserError as error:
         return error.message
+    plan = MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=0, loss_chunk_tokens=16)
+    task = task.model_copy(update={"stage": "train", "prepared": prepared, "plan": plan})
+    if not _trained(task):
+        return None
+    run_id = MlflowClient().create_run(experiment, tags={"qlora.dev/job-uid": task.uid}).info.run_id
+    publish.run(task.model_copy(update={"stage": "publish", "run_id": run_id}))
     return None
 
 
-def _look_at(source: str, folder: Path) -> None:
-    """What prepare asks of a model."""
+def _trained(task: StageTask) -> bool:
+    """Whether training comes to an end; it may find that weights, which it alone reads, are no numbers."""
+    try:
+        train.run(task)
+    except DivergedError:
+        return False
+    except UserError as error:
+        if "weights that are not finite" not in error.message:
+            raise AssertionError("a GPU was taken for it") from error
+        return False
+    return True
+
+
+def _task(folder: Path, store: Path, number: int) -> StageTask:
+    data = folder.with_name(f"data-{number}.jsonl")
+    data.write_text(json.dumps({"prompt": "hello", "completion": "good morning"}) + "\n")
+    spec = {
+        "model": {"source": folder.as_uri()},
+        "dataset": {"source": data.as_uri(), "format": "prompt-completion"},
+        "adapter": {"rank": 4},
+        "training": {"sequenceLength": 64, "maxSteps": 1, "globalBatchSize": 1},
+    }
+    return StageTask(
+        stage="prepare", namespace="fuzz", job=f"folder-{number}", uid=f"u-{number}", attempt=1,
+        spec=QLoRAJobSpec.model_validate(spec), store_uri=store.as_uri(), threads=1, grace_seconds=60,
+    )  # fmt: skip
+
+
+def _look_at(folder: Path) -> None:
+    """What prepare asks of a model, but for a step on a small copy."""
+    source = folder.as_uri()
     description = describe_model(source, "main")
     read_facts(description, source)
-    architecture.check_architecture(description, source, AdapterSpec())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(architecture, "rehearse", lambda *_: None)
+        architecture.check_architecture(description, source, AdapterSpec())
     load_tokenizer(description.folder, source, None)
     tokenizer_digest(folder)
-    context_length(description, source)

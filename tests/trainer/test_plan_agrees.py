@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.source import describe_model, read_facts
 from qlora_trainer.outcome import UserError
 
+from benchmarks import models
 from orchestrator.adapters.job_store import model_config
-from orchestrator.api.job import ModelSource
-from orchestrator.errors import OrchestratorError
+from orchestrator.api.job import AdapterSpec, ModelSource
+from orchestrator.errors import InvalidObject, OrchestratorError
 from orchestrator.sdk.preflight import check_planned_model
 from tests.trainer.tiny_model import tiny_model
 
@@ -58,6 +62,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     )[0],
     "a damaged index": write("model.safetensors.index.json", "[]"),
     "an adapter beside it": write("adapter_config.json", "{}"),
+    "an index of nothing": write("model.safetensors.index.json", json.dumps({"weight_map": {}})),
     "a link to nowhere": lambda folder: (folder / "merges.txt").symlink_to("nowhere"),
 }
 
@@ -82,3 +87,77 @@ def test_what_prepare_takes_can_be_planned() -> None:
 def plan(source: str) -> Any:
     check_planned_model(ModelSource(source=source))
     return model_config.read_facts(ModelSource(source=source))
+
+
+# --- what config.json alone tells, of types and jobs
+
+
+ROWS = models.known_rows()["types"]
+
+
+@pytest.mark.parametrize("model_type", models.TYPES)
+def test_a_plan_says_of_a_type_what_prepare_was_found_to_say(model_type: str, tmp_path: Path) -> None:
+    row = ROWS[model_type]
+    if models.NO_DEFAULT in row.get("reason", ""):
+        pytest.skip("the type's own defaults are no model")
+    try:
+        content: Any = models.default_config(model_type)
+    except Exception:  # noqa: BLE001 - whatever transformers has against it
+        pytest.skip("transformers makes no config of its own defaults")
+    content.save_pretrained(tmp_path)
+    source = f"file://{tmp_path}"
+    said = refusal(lambda: model_config.read_facts(ModelSource(source=source)))
+    assert said == (f"{source}: {row['reason']}" if row["verdict"] == "refused" else None)
+    if said is None:
+        facts = model_config.read_facts(ModelSource(source=source))
+        assert facts.record_by_record == ("because" in row)
+
+
+FIELDS: tuple[dict[str, Any], ...] = (
+    {}, {}, {"quantization_config": {"quant_method": "awq"}}, {"architectures": ["XForTokenClassification"]},
+    {"architectures": None}, {"architectures": "X"}, {"model_type": "own", "auto_map": {"AutoConfig": "a.B"}},
+    {"model_type": "clip"}, {"model_type": None}, {"text_config": {"hidden_size": 8}}, {"is_encoder_decoder": True},
+    {"num_experts": 8}, {"num_local_experts": 8}, {"n_routed_experts": 64}, {"use_bidirectional_attention": True},
+    {"hidden_size": 1 << 21}, {"num_hidden_layers": 5000}, {"vocab_size": 0}, {"num_attention_heads": "4"},
+    {"max_position_embeddings": 64}, {"decoder": {"model_type": "llama"}},
+)  # fmt: skip
+TARGETS: tuple[Any, ...] = (
+    *("all-linear", "all-linear", ("q_proj", "v_proj"), ("c_attn",), ("lm_head",), ("embed_tokens",), ("norm",)),
+    ("nothing",),
+)  # fmt: skip
+FAMILIES = ("llama", "qwen2", "gpt2", "gemma3_text", "bloom", "qwen3_moe", "bert", "mixtral")
+PLANS = int(os.environ.get("QLORA_FUZZ_PLANS", "40"))
+
+
+@pytest.mark.parametrize("number", range(PLANS))
+def test_plan_and_prepare_have_one_verdict_where_config_json_says_enough(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
+    draw = random.Random(number)
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model(draw.choice(FAMILIES)), folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "random_weights.json").write_text('{"seed": 0}')
+    fields, adapter = draw.choice(FIELDS), AdapterSpec(target_modules=draw.choice(TARGETS))
+    config(**fields)(folder)
+    source = f"file://{folder}"
+    in_prepare = refusal(lambda: prepared(source, adapter))
+    in_plan = refusal(lambda: model_config.read_facts(ModelSource(source=source), adapter))
+    assert (in_plan is None) == (in_prepare is None), (fields, adapter.target_modules, in_plan, in_prepare)
+
+
+def prepared(source: str, adapter: AdapterSpec) -> None:
+    """What prepare asks of a model."""
+    description = describe_model(source, "main")
+    read_facts(description, source)
+    check_architecture(description, source, adapter)
+
+
+def refusal(ask: Callable[[], object]) -> str | None:
+    """Why it is refused."""
+    try:
+        ask()
+    except (UserError, InvalidObject) as error:
+        return str(error)
+    return None

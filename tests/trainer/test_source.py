@@ -6,11 +6,11 @@ files that were served.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +24,10 @@ import fsspec
 import pytest
 import torch
 from fake_hub import COMMIT, Repository, serve
+from qlora_trainer.model import rehearsal
 from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.rehearsal import rehearse
 from qlora_trainer.model.source import (
-    context_length,
     describe_model,
     load_tokenizer,
     read_facts,
@@ -42,7 +42,6 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from orchestrator.adapters.job_store import model_config
-from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec, ModelSource
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.errors import InvalidObject
@@ -238,6 +237,22 @@ def configure(**fields: Any) -> Callable[[Path], None]:
     return lambda folder: edit_config(folder, **fields)
 
 
+def tokenizer_config(**fields: Any) -> Callable[[Path], None]:
+    return damage("tokenizer_config.json", lambda data: json.dumps(json.loads(data) | fields).encode())
+
+
+def generation_config(**fields: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(fields)) and None
+
+
+def index_of(weight_map: dict[str, str]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -246,7 +261,7 @@ def configure(**fields: Any) -> Callable[[Path], None]:
         (damage("model.safetensors", lambda data: b""), "model.safetensors is damaged"),
         (damage("model.safetensors", lambda data: data[:8] + b"x" + data[9:]), "model.safetensors is damaged"),
         (damage("config.json", lambda data: data[:-5]), "config.json is not valid JSON"),
-        (damage("tokenizer.json", lambda data: data[:-5]), "the tokenizer of .* cannot be loaded"),
+        (damage("tokenizer.json", lambda data: data[:-5]), "the tokenizer of .* cannot be used"),
         (remove_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
         (pickle_weights, r"holds its weights pickled \(pytorch_model.bin\).*convert the model to safetensors"),
         (leave_gguf, "holds a GGUF file"),
@@ -268,6 +283,10 @@ def configure(**fields: Any) -> Callable[[Path], None]:
         (configure(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification, not a causal"),
         (configure(architectures=None), "architectures is missing"),
         (configure(num_attention_heads=7), "config"),
+        (tokenizer_config(model_max_length={}), "the tokenizer of .* cannot be used: TypeError"),
+        (generation_config(pad_token_id=[1, 2]), r"generation_config.json is not valid: TypeError.*mend the file"),
+        (generation_config(eos_token_id={"a": 1}), r"generation_config.json is not valid: TypeError: eos_token_id is"),
+        (index_of({}), "model.safetensors.index.json lists no files; copy the whole model"),
         (configure(hidden_size=128), r"hold \d+ tensors of other shapes than config.json says"),
     ],
 )
@@ -448,7 +467,7 @@ def test_a_target_that_training_could_not_take_is_refused_with_those_it_can(targ
 
 
 def test_a_model_that_looks_ahead_is_not_causal(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Gemma3ForCausalLM, not a causal language model"):
+    with pytest.raises(UserError, match=r"Gemma3ForCausalLM that sees the text on both sides"):
         check(build_tiny_model(tmp_path / "model", "gemma3_text", use_bidirectional_attention=True))
 
 
@@ -494,19 +513,13 @@ def test_what_cannot_be_trained_is_refused_in_prepare(family: str, reason: str) 
         rehearse(config_of(family), family, AdapterSpec())
 
 
-@pytest.mark.parametrize("family", trainer_facts.UNTRAINABLE_TYPES)
-def test_what_a_plan_refuses_by_its_type_is_refused_for_the_same_reason(family: str) -> None:
-    with pytest.raises(UserError, match=re.escape(trainer_facts.UNTRAINABLE_TYPES[family].removeprefix("it "))):
-        rehearse(config_of(family), family, AdapterSpec())
-
-
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
-        ({"use_bidirectional_attention": True}, "not a causal language model"),
+        ({"use_bidirectional_attention": True}, "sees the text on both sides"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
-        ({"model_type": "falcon"}, "no linear layer that can be quantized"),
+        ({"model_type": "falcon", "architectures": ["FalconForCausalLM"]}, "no linear layer that can be quantized"),
     ],
     ids=str,
 )
@@ -514,6 +527,30 @@ def test_a_plan_refuses_what_the_config_alone_tells(model: Path, fields: dict[st
     edit_config(model, **fields)
     with pytest.raises(InvalidObject, match=reason):
         model_config.read_facts(ModelSource(source=source_of(model)))
+
+
+def test_a_bug_of_ours_is_told_as_one_and_a_models_error_as_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug of ours")
+
+    for name in ("_shrunk", "_reload", "_compare_attention"):
+        with monkeypatch.context() as patch:
+            patch.setattr(rehearsal, name, broken)
+            with pytest.raises(KeyError, match="a bug of ours"):
+                rehearse(config_of("llama"), "llama", AdapterSpec())
+    with pytest.raises(
+        UserError, match=r"Zamba2ForCausalLM cannot be trained here; a step on a small copy .* RuntimeError"
+    ):
+        rehearse(config_of("zamba2"), "zamba2", AdapterSpec())
+
+
+def test_a_machine_without_room_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(rehearsal, "_reload", full)
+    with pytest.raises(OSError, match="no space left"):
+        rehearse(config_of("llama"), "llama", AdapterSpec())
 
 
 def test_a_large_model_is_tried_in_seconds_by_a_small_copy() -> None:
@@ -556,7 +593,8 @@ def config_of(family: str, **fields: Any) -> Any:
 def test_a_stretched_context_is_believed(tmp_path: Path, rope: dict[str, Any], length: int) -> None:
     parameters = {"rope_theta": 10000.0, **rope}
     folder = build_tiny_model(tmp_path / "model", "qwen2", max_position_embeddings=64, rope_parameters=parameters)
-    assert context_length(describe_model(source_of(folder), "main"), source_of(folder)) == length
+    assert read_facts(describe_model(source_of(folder), "main"), source_of(folder)).context_length == length
+    assert model_config.read_facts(ModelSource(source=source_of(folder))).context_length == length
 
 
 def test_a_context_that_differs_by_layer_type_is_the_longest(tmp_path: Path) -> None:
@@ -565,7 +603,7 @@ def test_a_context_that_differs_by_layer_type_is_the_longest(tmp_path: Path) -> 
         "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
     }
     folder = build_tiny_model(tmp_path / "model", "gemma3_text", max_position_embeddings=64, rope_parameters=parameters)
-    assert context_length(describe_model(source_of(folder), "main"), source_of(folder)) == 512
+    assert read_facts(describe_model(source_of(folder), "main"), source_of(folder)).context_length == 512
 
 
 # --- its files, damaged
@@ -648,20 +686,20 @@ def test_a_mixture_some_of_whose_layers_have_no_experts_is_refused(tmp_path: Pat
 
 
 def test_an_encoder_is_refused() -> None:
-    with pytest.raises(UserError, match="BertLMHeadModel, not a causal language model"):
+    with pytest.raises(UserError, match="BertLMHeadModel of a type that fills in masks"):
         check(tiny_model("bert"))
 
 
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("mamba", "adapter: PEFT refuses it for this model"),
+        ("mamba", "MambaForCausalLM cannot be trained here; a step on a small copy of it fails"),
         ("bamba", "BambaForCausalLM cannot be trained here; a step on a small copy of it fails"),  # it has no attention
     ],
 )
 def test_models_of_state_layers_alone_are_refused_in_words(family: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        check_architecture_alone(tiny_model(family))
+        check(tiny_model(family))
 
 
 def test_a_target_module_that_the_model_lacks_is_named_with_those_that_it_has() -> None:

@@ -39,7 +39,6 @@ from qlora_trainer.data.report import (
     steps_warning,
 )
 from qlora_trainer.model.source import (
-    context_length,
     describe_model,
     known_config,
     load_tokenizer,
@@ -70,7 +69,6 @@ class _Model:
     facts: ModelFacts
     tokenizer: Any
     tokenizer_digest: str
-    context_length: int | None
     warnings: list[str]
 
 
@@ -151,10 +149,9 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     check_chat_template(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
     return _Model(
-        facts=facts,
+        facts=facts.model_copy(update={"record_by_record": separate_because is not None}),
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(description.folder),
-        context_length=context_length(description, source),
         warnings=[] if separate_because is None else [mode_warning(separate_because)],
     )
 
@@ -231,10 +228,11 @@ def _refuse_beyond_model(split: Split, model: _Model, spec: QLoRAJobSpec) -> Non
             f"{spec.model.source}: its tokenizer gives token {split.largest_token}, but the model has only "
             f"{model.facts.vocab_size}; the tokenizer is another model's, or its new tokens were never given embeddings"
         )
-    if model.context_length is not None and split.longest > model.context_length:
+    context_length = model.facts.context_length
+    if context_length is not None and split.longest > context_length:
         raise UserError(
             f"the longest record has {split.longest} tokens, but {spec.model.source} was made for "
-            f"{model.context_length} positions: set spec.training.sequenceLength to that, with spec.dataset.tooLong "
+            f"{context_length} positions: set spec.training.sequenceLength to that, with spec.dataset.tooLong "
             "truncate or drop, or choose a model with a longer context"
         )
 

@@ -11,62 +11,36 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.api import trainer_facts
+from orchestrator.api import package_data, trainable
 from orchestrator.api.contained_files import Contained, LinkRefused
-from orchestrator.api.job import ModelSource
+from orchestrator.api.job import AdapterSpec, ModelSource
 from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, PermanentError, StoreUnavailable
 
 CONFIG_NAME = "config.json"
-NOT_CAUSAL_SUFFIXES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 MAX_CONFIG_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 15
 
 
-def read_facts(model: ModelSource) -> ModelFacts:
-    """The shape of the model behind a source; raises NotFound, InvalidObject, StoreUnavailable."""
+def read_facts(model: ModelSource, adapter: AdapterSpec | None = None) -> ModelFacts:
+    """The shape of the model behind a source, on which the adapter can be.
+
+    Raises NotFound, StoreUnavailable, and InvalidObject for what prepare will refuse.
+    """
     config = read_config(model)
-    if (reason := _obstacle(config)) is not None:
-        raise InvalidObject(f"{model.source}: {reason}")
     try:
-        return ModelFacts.from_config(config, model.revision)
+        trainable.refuse_fields(config)
+        known = package_data.known_type(trainable.model_type_of(config))
+        if known is None:
+            raise ValueError(trainable.unknown_type(config, package_data.transformers_version()))
+        facts = trainable.trainable_facts(config, model.revision, known)
+        if adapter is not None and adapter.target_modules != "all-linear":
+            trainable.refuse_targets(adapter.target_modules, known)
+        return facts
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidObject(
-            f"{model.source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}"
-        ) from error
-
-
-def _obstacle(config: Mapping[str, Any]) -> str | None:
-    """Why prepare will refuse the model, as far as its config tells."""
-    nested = config.get("text_config")
-    text = cast(Mapping[str, Any], nested) if isinstance(nested, dict) else config
-    names = config.get("architectures")
-    architecture = str(cast("list[object]", names)[0]) if isinstance(names, list) and names else ""
-    quantization = config.get("quantization_config") or text.get("quantization_config")
-    if quantization:
-        named = cast(object, quantization)
-        method = cast(Mapping[str, Any], named).get("quant_method") if isinstance(named, dict) else None
-        method = method or "an unnamed method"
-        return f"the model is already quantized ({method}); give its 16-bit weights, training quantizes them to NF4"
-    if text is not config:
-        return (
-            f"the model is a {architecture}, which holds a text model beside others; only text models by themselves "
-            "are tuned here: choose one, or save the text model alone"
-        )
-    if (
-        architecture.endswith(NOT_CAUSAL_SUFFIXES)
-        or config.get("is_encoder_decoder")
-        or text.get("use_bidirectional_attention")
-    ):
-        return (
-            f"the model is a {architecture}, not a causal language model; choose a model that generates text from left "
-            "to right"
-        )
-    reason = trainer_facts.UNTRAINABLE_TYPES.get(str(config.get("model_type")))
-    return None if reason is None else f"{architecture} cannot be trained: {reason}; choose another model"
+        raise InvalidObject(f"{model.source}: {error}") from error
 
 
 def read_config(model: ModelSource) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners import tuners_utils
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
     """
     names = list(quantized_layers(base))
     if adapter.target_modules == "all-linear":
-        return sorted({name.rpartition(".")[2] for name in names})
+        return _shortest(base, names)
     for wanted in adapter.target_modules:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
@@ -72,6 +73,25 @@ def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
                 f"adapter; choose of {known}, or all-linear"
             )
     return list(adapter.target_modules)
+
+
+def _shortest(base: PreTrainedModel, names: list[str]) -> list[str]:
+    """The layers by their last names, but for those that PEFT would find other modules by as well."""
+    layers = {name for name in names if _peft_takes(base, name.rpartition(".")[2])}
+    others = {name.rpartition(".")[2] for name, _ in base.named_modules() if name not in layers}
+    last = {name: name.rpartition(".")[2] for name in layers}
+    return sorted({name if short in others else short for name, short in last.items()})
+
+
+def _peft_takes(base: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT lets layers of this name have an adapter: of state-space models, not all."""
+    # The one place that knows.
+    check: Any = tuners_utils._check_lora_target_modules_mamba  # pyright: ignore[reportPrivateUsage]
+    try:
+        check(LoraConfig(), base, name)
+    except ValueError:
+        return False
+    return True
 
 
 def saved_parameters(model: PeftModel) -> dict[str, Parameter]:

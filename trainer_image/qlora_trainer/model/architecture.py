@@ -11,22 +11,27 @@ Rules:
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from orchestrator.api.job import AdapterSpec
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import target_modules
+from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import refuse_unquantized, weightless_base
 from qlora_trainer.model.rehearsal import rehearse
-from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, library_words, refuse_not_causal
+from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, library_words
 from qlora_trainer.outcome import UserError
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -41,19 +46,37 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
     Returns why its records are trained one by one; None where rows of them are packed.
     """
     config = known_config(description.folder, source)
-    refuse_not_causal(source, config)
+    _refuse_generation_config(source, description.folder)
     if description.tensors is not None:
         _refuse_other_weights(source, config, description.tensors)
     PackedAttention().register()
     try:
         base, _ = weightless_base(deepcopy(config), torch.device("cpu"))
     except Exception as error:  # a config that the class cannot be built from, in any of its ways
+        if not is_models(error):
+            raise
         raise UserError(
             f"{source}: {config.architectures[0]} cannot be built from its config: {library_words(error)}"
         ) from error
     _refuse_unquantizable(source, base)
     target_modules(base, adapter)
     return rehearse(config, source, adapter)
+
+
+def _refuse_generation_config(source: str, folder: Path) -> None:
+    """UserError where transformers would load the weights and then fail of generation_config.json."""
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return
+    try:
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        json.dumps(config.to_diff_dict())
+        ends: Any = config.eos_token_id
+        if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends or 0])):
+            raise TypeError(f"eos_token_id is neither a token nor a list of them: {ends!r}")
+    except Exception as error:  # whatever the file provokes, it is the user's to mend
+        raise UserError(
+            f"{source}: {GENERATION_CONFIG_NAME} is not valid: {library_words(error)}; mend the file, or remove it"
+        ) from error
 
 
 def _refuse_unquantizable(source: str, base: Any) -> None:
@@ -113,6 +136,8 @@ def _loaded_without_memory(
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # whatever names, shapes and config provoke, they are the user's to mend
+        if not is_models(error):
+            raise
         raise UserError(f"{source}: its weights do not fit its config.json; {library_words(error)}") from error
     return info
 

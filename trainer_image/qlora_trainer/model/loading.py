@@ -83,6 +83,11 @@ def _checkpoint_base(
     if base is not None:
         return base, "from the cache of quantized weights"
     base = _quantized_base(folder, config, implementation, device)
+    if names := quantization.not_finite(base):
+        raise UserError(
+            f"{type(base).__name__} has weights that are not finite numbers, in {len(names)} tensors, the first is "
+            f"{names[0]}; copy the model anew, or choose another"
+        )
     if (cache := QuantizedCache.from_environment()) is not None:
         _keep_cpu_weights_unpacked(base)
         cache.write(entry_key(folder, device), tensors_of(base))

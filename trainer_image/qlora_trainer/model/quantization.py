@@ -6,6 +6,7 @@ four times the memory, of nearly all of the model. Rules:
 - Their modules become `kernels.moe_experts.NF4Experts` before weights are read; transformers fuses the experts of a
   checkpoint on the card, a layer at a time, and hands the result to be quantized.
 - What `NF4Experts` does not compute exactly is refused (`refusal`), and so are types whose memory nobody can predict.
+- Weights that are no finite numbers are noticed before they are quantized (`not_finite`): NF4 may hide them.
 - Routers stay in bfloat16. Adapters go to linear layers, so the routed experts have none.
 """
 
@@ -14,10 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from transformers import BitsAndBytesConfig
 from transformers.activations import SiLUActivation
 from transformers.integrations import moe
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -39,9 +42,28 @@ class Quantization(BitsAndBytesConfig):
         self.quant_method: Any = METHOD  # transformers lists its own in an enum
 
 
+class _Quantize(Bnb4bitQuantize):
+    """transformers' own, which also looks whether what it quantizes are numbers."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        for name, value in input_dict.items():
+            if not _is_finite(value[0] if isinstance(value, list) else value):
+                self.hf_quantizer.not_finite.append(name)
+        return super().convert(input_dict, *args, **kwargs)
+
+
 @register_quantizer(METHOD)
 class Quantizer(Bnb4BitHfQuantizer):
     """transformers' own, for experts too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.not_finite: list[str] = []
+        """The names of quantized weights that were no numbers."""
+
+    def get_quantize_ops(self) -> _Quantize:
+        """What quantizes a weight."""
+        return _Quantize(self)
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
         # The one place where a quantizer replaces modules.
@@ -54,6 +76,21 @@ class Quantizer(Bnb4BitHfQuantizer):
         """Whether it is a weight of a linear layer or of experts."""
         module, _ = get_module_from_name(model, param_name)
         return isinstance(module, NF4Experts) or super().param_needs_quantization(model, param_name, **kwargs)
+
+
+def not_finite(model: Any) -> list[str]:
+    """The names of weights of a model just loaded that hold what is no finite number."""
+    kept = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not _is_finite(parameter)
+    ]
+    return sorted({*model.hf_quantizer.not_finite, *kept})
+
+
+def _is_finite(weights: Tensor) -> bool:
+    """Whether all are; takes no memory of their size."""
+    return weights.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all())
 
 
 def replace_experts(model: Any) -> None:

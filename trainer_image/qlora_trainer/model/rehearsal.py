@@ -7,7 +7,8 @@ Rules:
 - It goes the way of the train stage: load and quantize, adapter, `TrainingModel.check`, one step, save, reload; then it
   generates two tokens.
 - How it attends is held against transformers' own eager attention, in float32, one record at a time.
-- Whatever fails is the user's to know, as a UserError that names the model; so is a model that no copy can be made of.
+- What fails in the model's own code is the user's to know, as a UserError that names the model, and so is a model that
+  no copy can be made of. What fails in ours is raised as it is (`blame`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from math import gcd
 from pathlib import Path
@@ -35,6 +36,7 @@ from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
+from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import load_base, quantized_layers
 from qlora_trainer.model.source import library_words
 from qlora_trainer.model.training_model import TrainingModel
@@ -56,12 +58,13 @@ WIDTHS: Mapping[str, int] = {
     "num_attention_heads": 4, "head_dim": 16, "rotary_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 32,
     "lru_width": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
     "linear_num_value_heads": 4, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "mamba_d_ssm": 128, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 """The copy's widths, by the names that transformers has for them."""
 BOUNDS: Mapping[str, int] = {
     "sliding_window": WINDOW, "window_size": WINDOW, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "max_position_embeddings": POSITIONS, "vocab_size": VOCABULARY,
+    "num_experts_per_tok": 2, "max_position_embeddings": POSITIONS, "vocab_size": VOCABULARY, "mamba_chunk_size": 16,
+    "mamba_d_state": 16,
 }  # fmt: skip
 """What the copy has at most."""
 SCALED = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -78,8 +81,8 @@ def rehearse(config: Any, source: str, adapter: AdapterSpec) -> str | None:
     Returns why its records are trained one by one; None where rows of them are packed.
     """
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
-    failure: Exception | None = None
-    for copy in small_copies(config):
+    failures: list[Exception] = []
+    for copy in small_copies(config, failures):
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")  # what libraries warn of on a small copy is nobody's concern
@@ -88,16 +91,37 @@ def rehearse(config: Any, source: str, adapter: AdapterSpec) -> str | None:
             raise UserError(f"{source}: {error.message}") from error
         except Exception as error:  # a copy that was made too small may fail where a larger one does not
             log.debug("a small copy of %s fails", name, exc_info=True)
-            failure = error
-    if failure is None:
-        raise UserError(
-            f"{source}: no small copy of {name} can be made to try a step of training on, so it is not known whether "
-            "it can be trained; choose another model"
+            failures.append(error)
+    raise _refusal(source, name, failures)
+
+
+def _refusal(source: str, name: str, failures: list[Exception]) -> Exception:
+    """What to tell of a model of which no copy trains."""
+    own = next((error for error in failures if not isinstance(error, (_NoCopy, _Unfit)) and not is_models(error)), None)
+    if own is not None:
+        return own
+    failed = [error for error in failures if not isinstance(error, _NoCopy)]
+    if failed:
+        refusal = UserError(
+            f"{source}: {name} cannot be trained here; a step on a small copy of it fails with "
+            f"{library_words(failed[-1])}; choose another model"
         )
-    raise UserError(
-        f"{source}: {name} cannot be trained here; a step on a small copy of it fails with "
-        f"{library_words(failure)}; choose another model"
-    ) from failure
+    else:
+        refusal = UserError(
+            f"{source}: no small copy of {name} can be made to try a step of training on "
+            f"({failures[0]}), so it is not known whether it can be trained; "
+            "choose another model"
+        )
+    refusal.__cause__ = failures[-1]
+    return refusal
+
+
+class _NoCopy(Exception):
+    """A way to make a small copy that does not lead to one."""
+
+
+class _Unfit(Exception):
+    """What a copy shows that trains, but not right."""
 
 
 def _rehearse(config: Any, adapter: AdapterSpec) -> str | None:
@@ -115,21 +139,29 @@ def _rehearse(config: Any, adapter: AdapterSpec) -> str | None:
 # --- the copy
 
 
-def small_copies(config: Any) -> Iterator[Any]:
-    """Small copies of a config that can be built, the smallest first."""
+def small_copies(config: Any, failures: list[Exception] | None = None) -> Iterator[Any]:
+    """Small copies of a config that can be built, the smallest first; `failures` gets why others cannot."""
     for change in (_shrunk, _shrunk_with_plain_rope, _scaled_down, _with_fewer_layers):
-        if (copy := _buildable(config, change(config))) is not None:
-            yield copy
+        try:
+            yield _built(config, change)
+        except _NoCopy as error:
+            if failures is not None:
+                failures.append(error)
 
 
-def _buildable(config: Any, values: Mapping[str, Any]) -> Any | None:
+def _built(config: Any, change: Callable[[Any], Mapping[str, Any]]) -> Any:
     try:
-        copy = type(config).from_dict(dict(values))
+        copy = type(config).from_dict(dict(change(config)))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy)
-        return copy if sum(each.numel() for each in model.parameters()) <= LARGEST_PARAMETERS else None
-    except Exception:  # noqa: BLE001 - configs check themselves in many ways, and some sizes belong together
-        return None
+    except Exception as error:  # configs check themselves in many ways, and some sizes belong together
+        if is_models(error):
+            raise _NoCopy(library_words(error)) from error
+        raise
+    size = sum(each.numel() for each in model.parameters())
+    if size > LARGEST_PARAMETERS:
+        raise _NoCopy(f"it has {size:,} parameters in its smallest form")
+    return copy
 
 
 def _shrunk(config: Any) -> dict[str, Any]:
@@ -252,7 +284,7 @@ def _trained(folder: Path, adapter: AdapterSpec) -> TrainingModel:
     loss = model.accumulate(_probe(), divisor=float(sum(LENGTHS)))
     grads = [parameter.grad for _, parameter in model.trainable() if parameter.grad is not None]
     if not torch.isfinite(loss) or not all(bool(torch.isfinite(grad).all()) for grad in grads):
-        raise ValueError("its loss or its gradients are not finite")
+        raise _Unfit("its loss or its gradients are not finite")
     return model
 
 
@@ -277,7 +309,7 @@ def _reload(folder: Path, model: TrainingModel, saved: Path) -> None:
     loaded = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
     odd = [name for name, tensor in model.adapter().items() if not torch.equal(loaded[name].to(tensor.dtype), tensor)]
     if odd or len(loaded) != len(model.adapter()):
-        raise ValueError(f"PEFT loads another adapter than was saved; {odd[:3]} differ")
+        raise _Unfit(f"PEFT loads another adapter than was saved; {odd[:3]} differ")
     reloaded.eval().generate(input_ids=_probe().input_ids[:, : LENGTHS[0]], max_new_tokens=2, do_sample=False)
 
 

@@ -20,12 +20,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 
@@ -33,6 +34,7 @@ from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.contained_files import Contained
 from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.trainable import KnownType, refuse_fields, shown, trainable_facts, unknown_type
 from orchestrator.api.words import on_one_line
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
@@ -51,8 +53,6 @@ DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_HEADER_BYTES = 100_000_000
 """The format's own bound on a safetensors header."""
-MAX_NAME_SHOWN = 200
-"""Characters of a stranger's name in a message."""
 LIBRARY_CHARACTERS = 400
 """Of a library's own words in a message."""
 ITEM_BYTES = {
@@ -62,7 +62,6 @@ ITEM_BYTES = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 """Bytes of an element, by what safetensors calls its type."""
-STRETCHING_ROPE_TYPES = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS has left in place of a large one."""
@@ -132,8 +131,9 @@ def load_tokenizer(folder: Path, source: str, chat_template: str | None) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _try_tokenizer(tokenizer)
     except Exception as error:  # whatever the files provoke, they are the user's to mend
-        raise UserError(f"the tokenizer of {source} cannot be loaded: {library_words(error)}") from error
+        raise UserError(f"the tokenizer of {source} cannot be used: {library_words(error)}") from error
     template = chat_template or tokenizer.chat_template
     if isinstance(template, dict):  # some models ship several by name
         template = template.get("default")
@@ -141,37 +141,18 @@ def load_tokenizer(folder: Path, source: str, chat_template: str | None) -> Any:
     return tokenizer
 
 
+def _try_tokenizer(tokenizer: Any) -> None:
+    """Encode, decode and save: some of what is wrong with a tokenizer's files shows only then."""
+    tokenizer.decode(tokenizer("a").input_ids)
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as scratch:
+        tokenizer.save_pretrained(scratch)
+
+
 def read_facts(description: ModelDescription, source: str) -> ModelFacts:
     """The model's shape, as its transformers class reads the config (which may leave defaults out)."""
-    _refuse_quantized(source, _read_config(description.folder, source))
     resolved = known_config(description.folder, source)
-    refuse_not_causal(source, resolved)
-    try:
-        return ModelFacts.from_config(resolved.to_dict(), description.revision)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: {CONFIG_NAME} does not describe a model that can be trained: {reason}") from error
-
-
-def context_length(description: ModelDescription, source: str) -> int | None:
-    """The largest number of positions that the model was made for, where its config tells.
-
-    Rotary embeddings may be stretched to a factor of the original length (linear: Chen et al., 2023; YaRN: Peng et al.,
-    2023; LongRoPE: Ding et al., 2024), and many a config leaves max_position_embeddings as it was.
-    """
-    config = known_config(description.folder, source).get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(length, int) or length <= 0:
-        return None
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [each for each in rope.values() if isinstance(each, dict)]
-    return max(length, *(_stretched(each, length) for each in by_layer_type or [rope]))
-
-
-def _stretched(rope: Mapping[str, Any], length: int) -> int:
-    if rope.get("rope_type", "default") not in STRETCHING_ROPE_TYPES:
-        return length
-    return int((rope.get("factor") or 1.0) * (rope.get("original_max_position_embeddings") or length))
+    with _refusals(source):
+        return trainable_facts(resolved.to_dict(), description.revision, _known_type(resolved.model_type))
 
 
 # --- where it lies
@@ -367,6 +348,8 @@ def _weight_names(location: _Location) -> list[str]:
     location.refuse_adapter()
     if INDEX_NAME in files:
         names = sorted(set(_weight_map(location).values()))
+        if not names:
+            raise UserError(f"{location.source}: {INDEX_NAME} lists no files; copy the whole model")
         if SINGLE_FILE_NAME in files and names != [SINGLE_FILE_NAME]:
             raise UserError(
                 f"{location.source} holds two sets of weights, {SINGLE_FILE_NAME} and the {len(names)} files of "
@@ -449,7 +432,7 @@ def _named_base(adapter_config: bytes) -> str:
         name = config["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         name = None
-    return f"its base model, {_shown(name)}," if isinstance(name, str) and name else "its base model"
+    return f"its base model, {shown(name)}," if isinstance(name, str) and name else "its base model"
 
 
 def _parse_header(raw: bytes, file_bytes: int) -> dict[str, TensorShape]:
@@ -470,22 +453,18 @@ def _parse_tensor(name: str, field: Any) -> tuple[TensorShape, int]:
     """A header's entry, and where its data ends; raises ValueError where it is none that a reader can follow."""
     known = isinstance(field, dict) and {"dtype", "shape", "data_offsets"} <= field.keys()
     if not known or not isinstance(field["dtype"], str):
-        raise ValueError(f"the entry of {_shown(name)} has no dtype, shape and data_offsets")
+        raise ValueError(f"the entry of {shown(name)} has no dtype, shape and data_offsets")
     shape, offsets = field["shape"], field["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"shape or data_offsets of {_shown(name)} are no sizes")
+        raise ValueError(f"shape or data_offsets of {shown(name)} are no sizes")
     size = ITEM_BYTES.get(field["dtype"])
     if size is not None and prod(shape) * size != offsets[1] - offsets[0]:
-        raise ValueError(f"{_shown(name)} has {offsets[1] - offsets[0]} bytes, which is not what its shape takes")
+        raise ValueError(f"{shown(name)} has {offsets[1] - offsets[0]} bytes, which is not what its shape takes")
     return TensorShape(dtype=field["dtype"], shape=tuple(shape)), offsets[1]
 
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_COUNT for value in values)
-
-
-def _shown(name: str) -> str:
-    return on_one_line(name)[:MAX_NAME_SHOWN]
 
 
 def library_words(error: BaseException) -> str:
@@ -509,28 +488,25 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _read_config(folder: Path, source: str) -> Mapping[str, Any]:
+    """The content of config.json; UserError for what its fields alone rule out."""
     try:
         config: Any = read_json((folder / CONFIG_NAME).read_bytes())
     except ValueError as error:
         raise UserError(f"{source}: {CONFIG_NAME} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{source}: {CONFIG_NAME} names no model_type; give the folder of a Hugging Face model")
-    named = config.get("architectures") or []
-    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
-        raise UserError(f"{source}: {CONFIG_NAME}: `architectures` must be a list of class names")
-    return config
+    if not isinstance(config, dict):
+        raise UserError(f"{source}: {CONFIG_NAME} is not a JSON object; give the folder of a Hugging Face model")
+    with _refusals(source):
+        refuse_fields(cast(Mapping[str, Any], config))
+    return cast(Mapping[str, Any], config)
 
 
-def _refuse_quantized(source: str, config: Mapping[str, Any]) -> None:
-    nested = config.get("text_config")
-    text = nested if isinstance(nested, dict) else {}
-    quantization = config.get("quantization_config") or text.get("quantization_config")
-    if quantization:
-        named = quantization if isinstance(quantization, dict) else {}
-        method = _shown(str(named.get("quant_method", "an unnamed method")))
-        raise UserError(
-            f"{source} is already quantized ({method}); give the model's 16-bit weights, training quantizes them to NF4"
-        )
+@contextmanager
+def _refusals(source: str) -> Generator[None]:
+    """What is raised as a ValueError about a model is the user's to know."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def known_config(folder: Path, source: str) -> Any:
@@ -541,57 +517,21 @@ def known_config(folder: Path, source: str) -> Any:
 
     config = _read_config(folder, source)
     if config["model_type"] not in CONFIG_MAPPING_NAMES:
-        if config.get("auto_map"):
-            raise UserError(
-                f"{source} needs the code in its own repository (auto_map), which is never run; choose another"
-            )
-        model_type = _shown(config["model_type"])
-        raise UserError(
-            f"{source}: transformers {transformers.__version__} does not know the model type {model_type!r}; "
-            "choose another model or a newer trainer image"
-        )
+        raise UserError(f"{source}: {unknown_type(config, transformers.__version__)}")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the config provokes, it is the user's to mend
         raise UserError(f"{source}: {CONFIG_NAME} is not valid: {library_words(error)}") from error
 
 
-def refuse_not_causal(source: str, config: Any) -> None:
-    """UserError for what does not generate text from left to right, or has more than a text model in it."""
+def _known_type(model_type: str) -> KnownType:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    if not config.architectures:
-        raise UserError(
-            f"{source}: architectures is missing in config.json, so nobody knows what the model is; take the file from "
-            "where the model was published"
-        )
-    architecture = str(config.architectures[0])
-    text = _text_model(config)
-    if text is not config:
-        raise UserError(
-            f"{source} is a {architecture}, which holds a text model beside others ({', '.join(config.sub_configs)}); "
-            "only text models by themselves are tuned here: choose one, or save the text model alone"
-        )
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    classes = (causal,) if isinstance(causal, str) else tuple(causal)
-    bidirectional = (
-        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        or getattr(config, "is_encoder_decoder", False)
-        or getattr(config, "use_bidirectional_attention", False)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    return KnownType(
+        classes=(causal,) if isinstance(causal, str) else tuple(causal),
+        sees_both_sides=model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
-    if architecture not in classes or bidirectional:
-        raise UserError(
-            f"{source} is a {architecture}, not a causal language model; choose a model that generates text from left "
-            "to right"
-        )
-
-
-def _text_model(config: Any) -> Any:
-    """The config of the text model inside; None if there are several."""
-    try:
-        return config.get_text_config()
-    except ValueError:
-        return None

@@ -1,0 +1,177 @@
+"""Whether a model can be tuned, as far as its config.json tells: the same words in a plan and in prepare.
+
+Rules:
+
+- A refusal is a ValueError, whose text is a sentence about the model that ends with what to do instead.
+- Prepare asks of config.json as it stands and of what transformers makes of it. A plan has no transformers: what those
+  classes assume where config.json is silent, and which types no small copy of could be trained, it takes from a table
+  (`package_data.model_types`), which a trial of every type writes (`python -m benchmarks.models`).
+- A plan cannot know: what only weights and tokenizer tell, what a step on a small copy of this very config brings to
+  light, and sizes that config.json leaves to transformers' class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from orchestrator.api.model_facts import ATTENTION_HEADS, MIXTURES, FieldMissing, ModelFacts, expert_count
+from orchestrator.api.words import on_one_line
+
+INNER_MODELS = ("text_config", "decoder", "text_encoder", "generator")
+"""Under which names transformers looks for a text model inside a model of more."""
+ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attention_heads")
+"""What decides in a config, besides models inside and counts of experts."""
+LEFT_TO_RIGHT = "choose a model that generates text from left to right"
+MAX_NAME_SHOWN = 200
+"""Characters of a stranger's name in a message."""
+
+Json = Mapping[str, Any]  # Any: whatever a stranger's file holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownType:
+    """What is known of a model type, whatever a config says."""
+
+    classes: tuple[str, ...]
+    """Its causal language models."""
+    sees_both_sides: bool = False
+    """Whether it is made to fill in masks."""
+    assumes: Mapping[str, object] = field(default_factory=dict[str, object])
+    """See `assumed`."""
+    refused: str | None = None
+    """Why it cannot be trained, as a trial has shown."""
+    layers: tuple[str, ...] = ()
+    """The last names of layers that an adapter may be on, in any of its forms; none where that is not known."""
+    separate_because: str | None = None
+    """Why its records are trained one by one, as a trial has shown; None where rows of them are packed."""
+
+
+def trainable_facts(config: Json, revision: str, known: KnownType) -> ModelFacts:
+    """The facts in a config; ValueError where it, or its type, cannot be trained."""
+    config = {**known.assumes, **config}
+    refuse_fields(config)
+    architecture = architecture_of(config)
+    if known.sees_both_sides:
+        raise ValueError(
+            f"the model is a {architecture} of a type that fills in masks with the text on both sides, not a causal "
+            f"language model; {LEFT_TO_RIGHT}"
+        )
+    if architecture not in known.classes:
+        raise ValueError(f"the model is a {architecture}, not a causal language model; {LEFT_TO_RIGHT}")
+    if known.refused is not None:
+        raise ValueError(known.refused)
+    try:
+        facts = ModelFacts.from_config(config, revision)
+        return facts.model_copy(update={"record_by_record": known.separate_because is not None})
+    except FieldMissing as error:
+        lacks = "has no attention heads" if error.field == ATTENTION_HEADS else "does not tell its sizes"
+        raise ValueError(
+            f"the model is a {architecture} that {lacks} ({error.field} is missing in config.json), so nobody knows "
+            "how much memory its layers take; choose another model"
+        ) from error
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"config.json does not describe a model that can be trained: {reason}") from error
+
+
+def refuse_targets(targets: Iterable[str], known: KnownType) -> None:
+    """ValueError for an adapter on layers that no model of the type has; where in it, only prepare knows."""
+    for wanted in targets:
+        if known.layers and wanted.rpartition(".")[2] not in known.layers:
+            raise ValueError(
+                f"spec.adapter.targetModules: {wanted!r} is no linear layer of such a model that can have an adapter; "
+                f"choose of {', '.join(known.layers)}, or all-linear"
+            )
+
+
+def unknown_type(config: Json, version: str) -> str:
+    """Why a model whose type transformers does not know is refused."""
+    if config.get("auto_map"):
+        return "the model needs the code in its own repository (auto_map), which is never run; choose another model"
+    return (
+        f"transformers {version} does not know the model type {shown(model_type_of(config))!r} as one of a causal "
+        "language model; choose another model or a newer trainer image"
+    )
+
+
+def refuse_fields(config: Json) -> None:
+    """ValueError for what the fields of a config rule out, whatever its type."""
+    model_type_of(config)
+    architecture = architecture_of(config)
+    _refuse_quantized(config)
+    if any(isinstance(config.get(name), Mapping) for name in INNER_MODELS):
+        parts = sorted(name for name, value in config.items() if isinstance(value, Mapping) and _is_part(name))
+        raise ValueError(
+            f"the model is a {architecture}, which holds a text model beside others ({', '.join(parts)}); only text "
+            "models by themselves are tuned here: choose one, or save the text model alone"
+        )
+    if config.get("is_encoder_decoder") or config.get("decoder_attention_heads"):
+        raise ValueError(
+            f"the model is a {architecture}, which is made of an encoder and a decoder, not a causal language model; "
+            f"{LEFT_TO_RIGHT}"
+        )
+    if config.get("use_bidirectional_attention"):
+        raise ValueError(
+            f"the model is a {architecture} that sees the text on both sides (use_bidirectional_attention), not a "
+            f"causal language model; {LEFT_TO_RIGHT}"
+        )
+    if (name := expert_count(config)) is not None and config.get("model_type") not in MIXTURES:
+        raise ValueError(
+            f"the model is a {architecture}, a mixture of experts ({name}) whose memory is not known here; choose one "
+            f"of type {', '.join(MIXTURES)}, or a dense model"
+        )
+
+
+def model_type_of(config: Json) -> str:
+    """The model type; ValueError where none is named."""
+    found = config.get("model_type")
+    if not isinstance(found, str) or not found:
+        raise ValueError("config.json names no model_type; give the folder of a Hugging Face model")
+    return found
+
+
+def architecture_of(config: Json) -> str:
+    """The name of the model's class; ValueError where there is none."""
+    names: object = config.get("architectures")
+    if not names:
+        raise ValueError(
+            "architectures is missing in config.json, so nobody knows what the model is; take the file from where the "
+            "model was published"
+        )
+    listed = cast("list[object]", names) if isinstance(names, list | tuple) else [None]
+    if not all(isinstance(each, str) for each in listed):
+        raise ValueError("`architectures` in config.json must be a list of class names")
+    return shown(str(listed[0]))
+
+
+def assumed(resolved: Json) -> dict[str, object]:
+    """What of a type's own defaults decides whether it can be trained, where config.json leaves it out."""
+    names = [name for name in (*ASSUMED, expert_count(resolved) or "") if resolved.get(name)]
+    parts = [name for name, value in resolved.items() if isinstance(value, Mapping) and _is_part(name)]
+    wraps = any(name in INNER_MODELS for name in parts)
+    return {**{name: resolved[name] for name in names}, **({name: {} for name in parts} if wraps else {})}
+
+
+def shown(name: str) -> str:
+    """A name from a stranger's file, as it may stand in a message."""
+    return on_one_line(name)[:MAX_NAME_SHOWN]
+
+
+def _is_part(name: str) -> bool:
+    return name in INNER_MODELS or (name.endswith(("_config", "_encoder")) and name != "quantization_config")
+
+
+def _refuse_quantized(config: Json) -> None:
+    for level in (config, _mapping(config.get("text_config"))):
+        quantization: object = level.get("quantization_config")
+        if quantization:
+            method = shown(str(_mapping(quantization).get("quant_method") or "an unnamed method"))
+            raise ValueError(
+                f"the model is already quantized ({method}); give its 16-bit weights, training quantizes them to NF4"
+            )
+
+
+def _mapping(value: object) -> Json:
+    return cast("Json", value if isinstance(value, Mapping) else {})
