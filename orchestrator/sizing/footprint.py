@@ -48,7 +48,9 @@ SLACK_BYTES = 2 << 20
 HOLES_SHARE = 0.113
 """Share of a traced layer's backward pass that is reserved beside it and cannot be used. Fitted, the median over the
 architectures that `benchmarks.sizing_report` calls fitted."""
-RESULTS_KEPT = 4096
+RESULTS_KEPT = 1536
+TRACES_KEPT = 64
+"""A result of a trace keeps the trace, which may take as much memory as a hundred others."""
 
 
 LOADING = "loading"
@@ -217,11 +219,14 @@ def peak_bytes(
     return found.peak_bytes(plan.recompute_layers)
 
 
-@memoized(RESULTS_KEPT)
 def adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     """Trainable parameters: A and B of every targeted matrix, and DoRA's magnitudes."""
-    if (trace := _trace(adapter, facts)) is not None:
-        return trace.adapter_parameters
+    trace = _trace(adapter, facts)
+    return _adapter_parameters(adapter, facts) if trace is None else trace.adapter_parameters
+
+
+@memoized(RESULTS_KEPT)
+def _adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
     magnitudes = 1 if adapter.use_dora else 0
     each = sum(
         adapter.rank * (linear.inputs + linear.outputs) + magnitudes * linear.outputs
@@ -357,7 +362,7 @@ def _sixteen_bit_bytes(question: _Question) -> int:
     return tables * table + _norms(facts) * allocated(facts.hidden_size * BF16_BYTES) + routers
 
 
-@memoized(RESULTS_KEPT)
+@memoized(TRACES_KEPT)
 def _traced_bytes(trace: ModelTrace) -> tuple[int, int]:
     """Of all layers' quantized matrices, and of what stays in 16 bits but for embeddings and head."""
     counts = [trace.layers.count(letter) for letter in KIND_LETTERS[: len(trace.kinds)]]
@@ -592,12 +597,12 @@ class _Layers:
         return _kept_sums(self.kinds, self.recomputed if recomputes else self.whole)
 
 
-@lru_cache(maxsize=RESULTS_KEPT)
+@lru_cache(maxsize=TRACES_KEPT)
 def _kept_sums(kinds: tuple[int, ...], layers: tuple[LayerBytes, ...]) -> tuple[int, ...]:
     return tuple(accumulate((layers[kind].kept for kind in kinds), initial=0))
 
 
-@memoized(RESULTS_KEPT)
+@memoized(TRACES_KEPT)
 def _all_kinds(trace: ModelTrace, recomputes: bool, tokens: int, attention_bytes: int) -> tuple[LayerBytes, ...]:
     return kinds_bytes(trace, recomputes=recomputes, tokens=tokens, attention_bytes=attention_bytes)
 

@@ -29,7 +29,7 @@ from orchestrator.sizing.step_time import StepTime, Work, ordering_card
 
 LOSS_CHUNK_TOKENS = 1024
 MAX_MICRO_BATCH_SIZE = 64
-RESULTS_KEPT = 4096
+RESULTS_KEPT = 1536
 JOBS_KEPT = 8
 """Jobs whose plans are kept: a job's questions follow each other, and more would only be garbage to collect."""
 SHORTEST_SEQUENCE = 16  # the contract's lower bound on training.sequenceLength

@@ -30,6 +30,7 @@ from orchestrator.api.job import (
     QLoRAJobSpec,
     TrainingSpec,
 )
+from orchestrator.api.layer_trace import KIND_LETTERS, EndInstants, LayerInstants, LayerKind, ModelTrace
 from orchestrator.api.results import MAX_TERMINATION_MESSAGE_BYTES
 from orchestrator.core.job import conditions
 from orchestrator.sizing import plan_search
@@ -48,9 +49,12 @@ CACHES = {
     "api/data_sheets.py find_name": "lru_cache(maxsize=PRODUCTS_KEPT)",
     "api/package_data.py _content": "cache",  # two files of the package
     "core/job/conditions.py _known_words": "lru_cache(maxsize=WORDS_KEPT)",
+    "sizing/footprint.py _adapter_parameters": "memoized(RESULTS_KEPT)",
+    "sizing/footprint.py _all_kinds": "memoized(TRACES_KEPT)",
     "sizing/footprint.py _groups": "memoized(RESULTS_KEPT)",
+    "sizing/footprint.py _kept_sums": "lru_cache(maxsize=TRACES_KEPT)",
+    "sizing/footprint.py _traced_bytes": "memoized(TRACES_KEPT)",
     "sizing/footprint.py _weight_bytes": "memoized(RESULTS_KEPT)",
-    "sizing/footprint.py adapter_parameters": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py traced_layer_bytes": "lru_cache(maxsize=RESULTS_KEPT)",
     "sizing/hardware.py find_card": "lru_cache(maxsize=PRODUCTS_KEPT)",
     "sizing/margins.py _learned": "lru_cache(maxsize=1)",
@@ -100,6 +104,27 @@ def bytes_of(fill: Callable[[], object]) -> int:
     return found
 
 
+def largest_trace(number: int) -> ModelTrace:
+    """The most that a termination message holds, and another one for each number."""
+    polynomial = (number + 0.125, 90_000.5)
+    layer = LayerInstants(kept=polynomial, forward=(polynomial,) * 12, backward=(polynomial,) * 12)
+    end = EndInstants(first_kept=polynomial, loss=polynomial, norm=(polynomial,))
+    kind = LayerKind(weight_bytes=1, other_bytes=1, gradient_bytes=1, recomputed=layer, whole=layer)
+    letters = KIND_LETTERS[:3] * SMOLLM2_135M.num_layers
+    trace = ModelTrace(
+        packed=True,
+        kinds=(kind,) * 3,
+        layers=letters[: SMOLLM2_135M.num_layers],
+        recomputed=end,
+        whole=end,
+        other_bytes=1,
+        adapter_parameters=1,
+    )
+    text = trace.model_dump_json()
+    assert 0.75 * MAX_TERMINATION_MESSAGE_BYTES < len(text) < MAX_TERMINATION_MESSAGE_BYTES
+    return ModelTrace.model_validate_json(text)
+
+
 def test_what_sizing_keeps_is_bounded_whatever_jobs_ask_for() -> None:
     classes, tried = tuple(gpu_class(name, 1) for name in CLASS_NAMES), 40
 
@@ -110,7 +135,8 @@ def test_what_sizing_keeps_is_bounded_whatever_jobs_ask_for() -> None:
             spec = make_spec().model_copy(
                 update={"adapter": adapter, "training": TrainingSpec(sequence_length=3000 + number)}
             )
-            found = plan_search.candidates(spec, SMOLLM2_135M, classes, work=Work(steps=10 + number))
+            facts = SMOLLM2_135M.model_copy(update={"model_type": "unheard", "trace": largest_trace(number)})
+            found = plan_search.candidates(spec, facts, classes, work=Work(steps=10 + number))
             assert isinstance(found, tuple)
             assert len(found) > 5
 
