@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     FiniteFloat,
     StringConstraints,
+    ValidationInfo,
 )
 from pydantic.alias_generators import to_camel
 
@@ -53,9 +54,10 @@ NAME_PATTERN = f"^{_END}([^{_NOT_IN_NAMES}]*{_END})?$"
 """A name that people see: no blanks at its ends, and nothing in it that is harmful or not seen."""
 
 
-def _written(value: object) -> object:
-    """A number as the text that is sent for it: people write `epochs: 3`, in YAML as in Python."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+def _written(value: object, info: ValidationInfo) -> object:
+    """A number as the text that is sent for it: people write `epochs: 3`, in YAML and in Python, but JSON is sent."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and info.mode == "python" else value
 
 
 DecimalString = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -193,7 +194,7 @@ def server_takes(api: KubeApi, path: str, document: dict[str, Any]) -> bool:
 
 def models_take(model: type[QLoRAJob] | type[QLoRAQueue], document: dict[str, Any]) -> bool:
     try:
-        model.model_validate(document)
+        model.model_validate_json(json.dumps(document))  # as it is sent
     except ValidationError:
         return False
     return True
