@@ -54,10 +54,14 @@ NAME_PATTERN = f"^{_END}([^{_NOT_IN_NAMES}]*{_END})?$"
 """A name that people see: no blanks at its ends, and nothing in it that is harmful or not seen."""
 
 
+BY_PEOPLE = "by people"
+"""The context in which JSON is validated that people wrote, and no server or client sent."""
+
+
 def _written(value: object, info: ValidationInfo) -> object:
-    """A number as the text that is sent for it: people write `epochs: 3`, in YAML and in Python, but JSON is sent."""
+    """A number as the text that is sent for it: people write `epochs: 3`, in YAML and in Python."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number and info.mode == "python" else value
+    return str(value) if is_number and (info.mode == "python" or info.context == BY_PEOPLE) else value
 
 
 DecimalString = Annotated[

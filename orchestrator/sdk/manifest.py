@@ -23,7 +23,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.api.base import API_VERSION, MAX_COUNT, Model
+from orchestrator.api.base import API_VERSION, BY_PEOPLE, MAX_COUNT, Model
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.words import on_one_line
@@ -247,7 +247,7 @@ def _to_object(data: object, origin: _Origin, changes: Changes = ()) -> UserObje
     text = json.dumps(wire)
     try:
         # JSON in strict mode: lists become tuples, but "16" does not become 16; Kubernetes judges the same way.
-        return kind.model_validate_json(text, strict=True, by_alias=True, by_name=False)
+        return kind.model_validate_json(text, strict=True, by_alias=True, by_name=False, context=BY_PEOPLE)
     except ValidationError as error:
         raise origin.error(*problems_of(error, kind, wire)) from error
 
