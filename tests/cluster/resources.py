@@ -86,3 +86,16 @@ def _is_served(api: KubeApi, found: Json) -> bool:
     except OrchestratorError:
         return False
     return True
+
+
+def clear_all(api: KubeApi) -> None:
+    """Also without pods, nodes and the controller's lease: a cluster that nobody has used."""
+    clear(api)
+    for namespace in ("team-a", "team-b"):
+        for item in api.get(path_of("v1", "pods", namespace))["items"]:
+            with contextlib.suppress(OrchestratorError):
+                api.delete(path_of("v1", "pods", namespace, item["metadata"]["name"]), {"gracePeriodSeconds": 0})
+    for item in api.get(path_of("v1", "nodes"))["items"]:
+        api.delete(path_of("v1", "nodes", name=item["metadata"]["name"]))
+    with contextlib.suppress(OrchestratorError):
+        api.delete("/apis/coordination.k8s.io/v1/namespaces/default/leases/qlora-orchestrator")

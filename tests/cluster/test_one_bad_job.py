@@ -30,7 +30,7 @@ from tests.builders import ON_THE_HUB, prepare_result, submitted_job, train_resu
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.controller_program import Program
 from tests.cluster.kubelet import PaperKubelet
-from tests.cluster.resources import add_gpu_node, clear
+from tests.cluster.resources import add_gpu_node, clear, clear_all
 from tests.cluster.test_controller import is_over
 
 JOBS = path_of(API_VERSION, "qlorajobs", "team-b")
@@ -49,15 +49,7 @@ WAVES, WARM_WAVES, JOBS_A_WAVE = 5, 4, 60
 def api(cluster: ControlPlane) -> Iterator[KubeApi]:
     """A cluster with one GPU and nothing else."""
     api = cluster.api()
-    clear(api)
-    for namespace in ("team-a", "team-b"):
-        for item in api.get(path_of("v1", "pods", namespace))["items"]:
-            with contextlib.suppress(OrchestratorError):
-                api.delete(path_of("v1", "pods", namespace, item["metadata"]["name"]), {"gracePeriodSeconds": 0})
-    for item in api.get(path_of("v1", "nodes"))["items"]:
-        api.delete(path_of("v1", "nodes", name=item["metadata"]["name"]))
-    with contextlib.suppress(OrchestratorError):
-        api.delete("/apis/coordination.k8s.io/v1/namespaces/default/leases/qlora-orchestrator")
+    clear_all(api)
     add_gpu_node(api, "gpu-1", 24_564)
     yield api
     clear(api)

@@ -36,7 +36,7 @@ from tests.builders import ON_THE_HUB, submitted_job
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.controller_program import Program
 from tests.cluster.kubelet import PaperKubelet
-from tests.cluster.resources import add_gpu_node, clear
+from tests.cluster.resources import add_gpu_node, clear, clear_all
 from tests.cluster.test_controller import is_over
 from tests.strangers.test_decide import a_status
 from tests.strangers.test_fuzz import JOB, SEED, mutated
@@ -124,15 +124,7 @@ def pods_of_strangers(api: KubeApi, dice: random.Random) -> None:
 def api(cluster: ControlPlane) -> Iterator[KubeApi]:
     """A cluster with two GPUs and nothing else."""
     api = cluster.api()
-    clear(api)
-    for namespace in ("team-a", "team-b"):
-        for item in api.get(path_of("v1", "pods", namespace))["items"]:
-            with contextlib.suppress(OrchestratorError):
-                api.delete(path_of("v1", "pods", namespace, item["metadata"]["name"]), {"gracePeriodSeconds": 0})
-    for item in api.get(path_of("v1", "nodes"))["items"]:
-        api.delete(path_of("v1", "nodes", name=item["metadata"]["name"]))
-    with contextlib.suppress(OrchestratorError):
-        api.delete("/apis/coordination.k8s.io/v1/namespaces/default/leases/qlora-orchestrator")
+    clear_all(api)
     for name in ("gpu-1", "gpu-2"):
         add_gpu_node(api, name, 24_564)
     yield api
