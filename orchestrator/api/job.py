@@ -76,6 +76,7 @@ CHAT_TEMPLATE_RULE = f"Jinja text, which has {{{{ or {{% in it, or one of {', '.
 CHAT_TEMPLATE_PATTERN = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
 """Text: control characters but for tabs and line ends take six bytes each in the task."""
 MAX_EPOCHS = 1_000_000
+MAX_PARALLELISM = 64
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", min_length=1, max_length=128)]
@@ -223,6 +224,13 @@ class TrainingSpec(Model):
         return self
 
 
+class PrepareSpec(Model):
+    """How the data are prepared. Nothing here changes what they become."""
+
+    parallelism: int = Field(default=1, ge=1, le=MAX_PARALLELISM)
+    """Ray workers that encode records, each on a CPU; more than 1 is worth it from millions of tokens on."""
+
+
 class ResourcesSpec(Model):
     """What the train stage may run on."""
 
@@ -300,6 +308,7 @@ class QLoRAJobSpec(Model):
     dataset: DatasetSource
     adapter: AdapterSpec = AdapterSpec()
     training: TrainingSpec = TrainingSpec()
+    prepare: PrepareSpec = PrepareSpec()
     resources: ResourcesSpec = ResourcesSpec()
     queue: DnsLabel = "default"
     priority: int = Field(default=0, ge=MIN_PRIORITY, le=MAX_PRIORITY)

@@ -20,7 +20,7 @@ from orchestrator.adapters.kubernetes.node_placement import (
 from orchestrator.adapters.kubernetes.pod_manifest import claim_template, pod
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.api.data_sheets import DATA_SHEETS
-from orchestrator.api.job import DatasetSource, ModelSource, ResourcesSpec
+from orchestrator.api.job import DatasetSource, ModelSource, PrepareSpec, ResourcesSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
@@ -264,6 +264,26 @@ def test_more_host_memory_is_asked_for_after_it_ran_out() -> None:
         return mebibytes(trainer(made)["resources"]["requests"]["memory"])
 
     assert 0 <= request(2) - 2 * request(1) + MIB <= MIB
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "env", "cpus", "more_gib"),
+    [
+        ("prepare", 1, [], "1", 0),
+        ("prepare", 8, [], "8", 4.5),
+        ("prepare", 8, [{"name": "RAY_ADDRESS", "value": "ray-head.prepare:6379"}], "1", 0),
+        ("publish", 8, [], "1", 0),
+    ],
+)
+def test_prepare_asks_for_a_cpu_and_memory_for_each_worker_in_its_pod(
+    stage: str, workers: int, env: list[Manifest], cpus: str, more_gib: float
+) -> None:
+    policy = PodPolicy(trainer_image="trainer:1", tracking_uri="http://mlflow:5000", template=PodTemplate(env=env))
+    made: Manifest = pod(make_task(stage, prepare=PrepareSpec(parallelism=workers)), None, policy)
+    resources = trainer(made)["resources"]
+    assert resources["requests"]["cpu"] == cpus
+    assert mebibytes(resources["requests"]["memory"]) == policy.cpu_stage_memory_bytes + more_gib * GIB
+    assert mebibytes(resources["limits"]["memory"]) == 2 * mebibytes(resources["requests"]["memory"])
 
 
 def test_nodes_to_avoid_are_kept_off_by_name_in_every_way_that_a_node_may_fit() -> None:

@@ -35,6 +35,7 @@ SECRET_VARIABLES = (
     "AWS_SESSION_TOKEN",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
+    "RAY_AUTH_TOKEN",
 )
 MAX_MESSAGE_CHARACTERS = 2048  # the bound of orchestrator.api.base.Sentence
 

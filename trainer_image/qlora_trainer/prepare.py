@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,16 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.data.chat_templates import named_template
-from qlora_trainer.data.dataset import Split, arrange, check_chat_template, read_dataset, read_first, write_rows
+from qlora_trainer.data.dataset import (
+    EncodeRanges,
+    Split,
+    arrange,
+    check_chat_template,
+    in_process,
+    read_dataset,
+    read_first,
+    write_rows,
+)
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
     FEW_STEPS,
@@ -211,15 +221,25 @@ def _folder(digest: str) -> str:
 
 def _read(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> _Splits:
     """Both splits, in tokens that the model has."""
-    read = read_dataset(datasets.train, model.tokenizer, spec.dataset, spec.training)
-    evaluation = read.evaluation
-    if datasets.evaluation is not None:
-        evaluation = read_dataset(datasets.evaluation, model.tokenizer, spec.dataset, spec.training).train
+    with encoding(spec.prepare.parallelism) as encode:
+        read = read_dataset(datasets.train, model.tokenizer, spec.dataset, spec.training, encode)
+        evaluation = read.evaluation
+        if datasets.evaluation is not None:
+            evaluation = read_dataset(datasets.evaluation, model.tokenizer, spec.dataset, spec.training, encode).train
     for split in (read.train, evaluation):
         _refuse_beyond_model(split, model, spec)
     return _Splits(
         train=read.train, evaluation=evaluation, warnings=[*data_warnings(read.train, evaluation), *read.warnings]
     )
+
+
+def encoding(parallelism: int) -> AbstractContextManager[EncodeRanges]:
+    """Where ranges of records are encoded: in this process, or in so many Ray workers."""
+    if parallelism == 1:
+        return nullcontext(in_process)
+    from qlora_trainer.data.ray_tasks import ray_tasks  # here, because Ray takes seconds
+
+    return ray_tasks(parallelism)
 
 
 def _refuse_beyond_model(split: Split, model: _Model, spec: QLoRAJobSpec) -> None:

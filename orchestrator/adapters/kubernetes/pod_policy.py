@@ -17,6 +17,8 @@ OWN_PATHS = (SCRATCH_PATH, SOCKET_FOLDER, CACHE_PATH, CLAIMS_PATH, TERMINATION_L
 """Where nothing else may be mounted, nor above."""
 RESERVED_VOLUMES = ("scratch", "agent", "agent-scratch", "agent-token", "model-cache")
 CLAIM_VOLUME = "claim-"
+PREPARE_RAY_VARIABLE = "RAY_ADDRESS"
+"""Ray's own name for where a cluster is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,11 @@ class PodPolicy:
     short_grace_seconds: int = 15
     """What a signal is taken to leave a trainer at least: machines that go give less than the pod's grace period."""
     template: PodTemplate = PodTemplate()
+
+    @property
+    def names_ray_cluster(self) -> bool:
+        """Whether the operator's template names a Ray cluster, which prepare stages with workers then use."""
+        return any(variable.get("name") == PREPARE_RAY_VARIABLE for variable in self.template.env)
 
     def ray_address_for(self, namespace: str) -> str:
         """`host:port` of the head of a namespace's stages; empty means no agent."""

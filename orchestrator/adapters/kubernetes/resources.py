@@ -20,6 +20,10 @@ GPU_CLAIM = "gpu"
 
 LIMIT_FACTOR = 2
 """What a stage may take over what it is expected to take, of memory and of scratch space."""
+RAY_BYTES = GIB // 2
+"""Of a prepare stage with several workers: Ray's own processes."""
+PREPARE_WORKER_BYTES = GIB // 2
+"""A worker of prepare and the process that renders for it."""
 SCRATCH_BYTES = 2 * GIB
 """Scratch space for the files a stage makes for itself; a model that is fetched anew comes on top."""
 
@@ -29,7 +33,7 @@ def resources(task: StageTask, policy: PodPolicy, gpu_class: str | None) -> Mani
     memory = int(task.host_memory_factor * _memory_bytes(task, policy))
     scratch = scratch_bytes(task, policy)
     requests = {
-        "cpu": str(task.threads) if gpu_class is not None else "1",
+        "cpu": str(task.threads if gpu_class is not None else _prepare_workers(task, policy)),
         "memory": mebibytes(memory),
         "ephemeral-storage": mebibytes(scratch),
     }
@@ -47,7 +51,7 @@ def resources(task: StageTask, policy: PodPolicy, gpu_class: str | None) -> Mani
 def _memory_bytes(task: StageTask, policy: PodPolicy) -> int:
     """Host memory: the process, one matrix on its way to the card, paged optimizer state, what the plan moves out."""
     if task.stage not in STAGES_ON_GPU or task.prepared is None or task.plan is None:
-        return policy.cpu_stage_memory_bytes
+        return policy.cpu_stage_memory_bytes + _prepare_workers_bytes(_prepare_workers(task, policy))
     facts, spec = task.prepared.model, task.spec
     largest = max(facts.vocab_size * facts.hidden_size, *(linear.parameters for linear in linears(facts)))
     paged = spec.training.optimizer.startswith("paged_")
@@ -58,6 +62,15 @@ def _memory_bytes(task: StageTask, policy: PodPolicy) -> int:
     return policy.train_memory_bytes + int(
         2 * largest * BF16_BYTES + state + _offloaded_bytes(task.plan, facts, tokens)
     )
+
+
+def _prepare_workers(task: StageTask, policy: PodPolicy) -> int:
+    """Ray workers in the pod; those of a Ray cluster that the operator names are elsewhere."""
+    return task.spec.prepare.parallelism if task.stage == "prepare" and not policy.names_ray_cluster else 1
+
+
+def _prepare_workers_bytes(workers: int) -> int:
+    return RAY_BYTES + workers * PREPARE_WORKER_BYTES if workers > 1 else 0
 
 
 def _offloaded_bytes(plan: MemoryPlan, facts: ModelFacts, tokens: int) -> int:
