@@ -1,7 +1,7 @@
 """Renders in a process of its own, so that a chat template that never ends, or writes without end, ends here.
 
 A template is a program that comes with a model or a job. It is sandboxed, but it may loop, recurse, or take a power of
-a power, and no signal reaches Python in the midst of that. So one forked process renders all records of a job:
+a power, and no signal reaches Python in the midst of that. So a forked process renders, one for each range of records:
 
 - It may take so much CPU time for a conversation, more for a long one; beyond that it is killed. CPU time, because a
   busy machine is nobody's fault.
