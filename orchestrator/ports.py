@@ -71,6 +71,10 @@ class Store(Protocol):
         """Create or replace a queue."""
         ...
 
+    def delete_queue(self, name: str) -> None:
+        """Remove a queue, whatever jobs name it; raises NotFound."""
+        ...
+
     def record_event(self, job: QLoRAJob, event: Event) -> None:
         """Keep an event for people; bounded in number."""
         ...

@@ -1,16 +1,93 @@
-"""Shell completion of job names, from the store. A shell's Tab must never show an error, so there none is raised."""
+"""What Tab offers, from the store and the kubeconfig: of each kind what the command can do something with.
+
+A shell's Tab must never show an error, so there none is raised.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
 from orchestrator.errors import OrchestratorError
 
+if TYPE_CHECKING:
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.sdk.client import Client
 
-def complete_job_name(incomplete: str) -> list[str]:
-    """Names that begin like this."""
+
+def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of jobs: of those that the command can do something with."""
+    wanted = _jobs_of(ctx.command.name or "")
+    return _offered(ctx, incomplete, lambda client: [job.metadata.name for job in client.list() if wanted(job)])
+
+
+def complete_listed(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of what `get` is asked for."""
+    return complete_queue(ctx, incomplete) if ctx.params.get("kind") == "queues" else complete_job(ctx, incomplete)
+
+
+def complete_queue(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of queues: those to be held are not held, those to be released are."""
+    held = {"hold": False, "release": True}.get(ctx.command.name or "")
+    return _offered(
+        ctx,
+        incomplete,
+        lambda client: [q.metadata.name for q in client.list_queues() if held in (None, q.spec.hold)],
+    )
+
+
+def complete_namespace(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Namespaces in which there are jobs."""
+    return _offered(
+        ctx, incomplete, lambda client: [job.metadata.namespace for job in client.list(all_namespaces=True)]
+    )
+
+
+def complete_context(incomplete: str) -> list[str]:
+    """The contexts of the kubeconfig."""
+    import yaml
+
+    names = {"current"}
+    for path in os.environ.get("KUBECONFIG", "~/.kube/config").split(os.pathsep):
+        try:
+            read: object = yaml.safe_load(Path(path).expanduser().read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        found: Any = read  # Any: anything may stand there
+        with suppress(AttributeError, KeyError, TypeError):
+            names |= {str(context["name"]) for context in found.get("contexts", ())}
+    return _beginning(incomplete, names)
+
+
+def _jobs_of(command: str) -> Callable[[QLoRAJob], bool]:
+    from orchestrator.sdk.handle import is_finished
+
+    match command:
+        case "cancel" | "wait":
+            return lambda job: not is_finished(job)
+        case "suspend":
+            return lambda job: not is_finished(job) and not job.spec.suspend
+        case "resume":
+            return lambda job: not is_finished(job) and job.spec.suspend
+        case "download":
+            return lambda job: job.status.adapter_uri is not None
+        case _:
+            return lambda _: True
+
+
+def _offered(ctx: typer.Context, incomplete: str, names: Callable[[Client], Iterable[str]]) -> list[str]:
     from orchestrator.sdk.client import Client
 
     try:
-        names = {job.metadata.name for job in Client().list(all_namespaces=True)}
+        return _beginning(incomplete, names(Client(namespace=ctx.params.get("namespace"))))
     except OrchestratorError:
         return []
-    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    return sorted({name for name in names if name.startswith(incomplete)})

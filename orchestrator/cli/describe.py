@@ -1,60 +1,97 @@
-"""`qlora describe`: one job's whole story on one page."""
+"""`qlora describe` and `qlora explain`: one job's whole story on a page, and why it is where it is; queues, too."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.api.job import Attempt, QLoRAJob
-from orchestrator.cli.output import Cell, columns
+from orchestrator.api.job import Attempt, Condition, QLoRAJob
+from orchestrator.api.queue import QLoRAQueue
+from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
 from orchestrator.cli.plan_view import length_words, plan_words
-from orchestrator.cli.words import NOTHING, duration, figure, gib, progress_word, since, state_style, state_word
+from orchestrator.cli.tables import job_table
+from orchestrator.cli.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
 from orchestrator.core.commands import Event
+from orchestrator.sdk.explanation import Explanation
 
+CONDITION_HEADER = ("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE")
+QUOTA_HEADER = ("CLASS", "HELD", "NOMINAL", "BORROWS")
 ATTEMPT_HEADER = ("#", "STAGE", "GPU", "STARTED", "TOOK", "EXIT", "REASON", "MESSAGE")
 EVENT_HEADER = ("AGE", "REASON", "MESSAGE")
-LABEL_WIDTH = 14
+LABEL_CELLS = 16
 MAX_EVENTS = 20
 """The newest so many events are shown."""
 Field = tuple[str, str]
 
 
 def show_job(console: Console, job: QLoRAJob, events: Sequence[tuple[str, Event]], now: datetime) -> None:
-    """The page."""
-    console.print(Text.assemble((job.key, "bold"), "  ", (state_word(job), state_style(job))))
-    if job.status.summary:
-        console.print(Text(job.status.summary))
+    """The page. What the line on top says is not said again below, nor what conditions and attempts say in events."""
+    status, kept = job.status, events[-MAX_EVENTS:]
+    print_paragraph(console, Text.assemble((job.key, "bold"), "  ", (state_word(job), state_style(job))))
+    if (why := status.summary.removeprefix(f"{state_word(job)}: ")) not in ("", state_word(job)):
+        print_paragraph(console, Text(why))
     _print_section(console, "Spec", _spec_fields(job))
     _print_section(console, "Data and model", _prepared_fields(job))
     _print_section(console, "Estimate", _estimate_fields(job))
     _print_section(console, "Progress", _progress_fields(job))
     _print_section(console, "Result", _result_fields(job))
-    conditions = [
+    said = {status.summary.partition(": ")[2]}
+    _print_table(console, "Conditions", CONDITION_HEADER, [_condition_row(c, now, said) for c in status.conditions])
+    _print_table(console, _attempts_title(job), ATTEMPT_HEADER, [_attempt_row(a, now, said) for a in status.attempts])
+    said |= {condition.message for condition in status.conditions} | {a.message for a in status.attempts}
+    _print_table(console, "Events", EVENT_HEADER, [_event_row(time, event, now, said) for time, event in kept])
+
+
+def show_queue(console: Console, queue: QLoRAQueue, unfinished: Sequence[QLoRAJob], now: datetime) -> None:
+    """A queue's rules, what its jobs hold of each quota, and who they are."""
+    spec = queue.spec
+    state = ("held", "waiting") if spec.hold else ("open", "good")
+    print_paragraph(console, Text.assemble((f"queue {queue.metadata.name}", "bold"), "  ", state))
+    _print_section(console, "Rules", _queue_fields(queue))
+    held = Counter(a.gpu_class for job in unfinished if (a := job.status.active_attempt) is not None and a.gpu_class)
+    borrowing = {q.gpu_class: "any" if q.borrowing_limit is None else str(q.borrowing_limit) for q in spec.quotas}
+    quotas = [
         [
-            Cell(text=condition.type.value),
-            Cell(text=condition.status, style="good" if condition.status == "True" else ""),
-            Cell(text=condition.reason.value),
-            Cell(text=since(condition.last_transition_time, now)),
-            Cell(text=condition.message, style="quiet"),
+            Cell(text=quota.gpu_class),
+            Cell(text=str(held[quota.gpu_class])),
+            Cell(text=str(quota.nominal)),
+            Cell(text=borrowing[quota.gpu_class] if spec.cohort else NOTHING),
         ]
-        for condition in job.status.conditions
+        for quota in spec.quotas
     ]
-    _print_table(console, "Conditions", ("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"), conditions)
-    _print_table(console, _attempts_title(job), ATTEMPT_HEADER, [_attempt_row(a, now) for a in job.status.attempts])
-    _print_table(
-        console, "Events", EVENT_HEADER, [_event_row(time, event, now) for time, event in events[-MAX_EVENTS:]]
-    )
+    _print_table(console, "Quotas", QUOTA_HEADER, quotas)
+    if unfinished:
+        console.print(Text("\nUnfinished jobs", style="bold"))
+        print_columns(console, job_table(unfinished, now, namespaces=True), indent="  ")
+
+
+def show_explanation(console: Console, explanation: Explanation) -> None:
+    """A sentence a line, in a terminal's width."""
+    for sentence in explanation.sentences:
+        print_paragraph(console, Text(sentence))
 
 
 def spec_digest(job: QLoRAJob) -> str:
     """SHA-256 of the spec's canonical JSON: two jobs with one digest ask for the same."""
     canonical = json.dumps(job.spec.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+def _queue_fields(queue: QLoRAQueue) -> Iterator[Field]:
+    spec = queue.spec
+    yield "for jobs of", ", ".join(spec.namespaces) or "any namespace"
+    yield "priority", "any" if spec.max_priority is None else f"at most {spec.max_priority}"
+    yield "preemption", "its jobs move others of lower priority" if spec.preemption != "Never" else "it moves nobody"
+    yield "fair share", f"weight {spec.weight}"
+    yield "cohort", spec.cohort or "none: it neither lends nor borrows"
+    if not spec.quotas:
+        yield "quotas", "none: no limit"
 
 
 def _spec_fields(job: QLoRAJob) -> Iterator[Field]:
@@ -136,7 +173,17 @@ def _attempts_title(job: QLoRAJob) -> str:
     return f"Attempts (the last {shown} of {total})" if total > shown else "Attempts"
 
 
-def _attempt_row(attempt: Attempt, now: datetime) -> list[Cell]:
+def _condition_row(condition: Condition, now: datetime, said: Collection[str]) -> list[Cell]:
+    return [
+        Cell(text=condition.type.value),
+        Cell(text=condition.status, style="good" if condition.status == "True" else ""),
+        Cell(text=condition.reason.value),
+        Cell(text=since(condition.last_transition_time, now)),
+        Cell(text=_news(condition.message, said), style="quiet"),
+    ]
+
+
+def _attempt_row(attempt: Attempt, now: datetime, said: Collection[str]) -> list[Cell]:
     end = attempt.finish_time or now
     took = (end - attempt.start_time).total_seconds() if attempt.start_time is not None else None
     reason = attempt.reason or attempt.stop_reason
@@ -148,28 +195,32 @@ def _attempt_row(attempt: Attempt, now: datetime) -> list[Cell]:
         Cell(text=duration(took)),
         Cell(text=NOTHING if attempt.exit_code is None else str(attempt.exit_code)),
         Cell(text=reason.value if reason is not None else NOTHING),
-        Cell(text=attempt.message, style="quiet"),
+        Cell(text=_news(attempt.message, said), style="quiet"),
     ]
 
 
-def _event_row(time: str, event: Event, now: datetime) -> list[Cell]:
+def _event_row(time: str, event: Event, now: datetime, said: Collection[str]) -> list[Cell]:
     style = "waiting" if event.warning else ""
     age = since(datetime.fromisoformat(time), now)
-    return [Cell(text=age), Cell(text=event.reason.value, style=style), Cell(text=event.message, style="quiet")]
+    return [
+        Cell(text=age),
+        Cell(text=event.reason.value, style=style),
+        Cell(text=_news(event.message, said), style="quiet"),
+    ]
+
+
+def _news(message: str, said: Collection[str]) -> str:
+    return "" if message in said else message
 
 
 def _print_section(console: Console, title: str, fields: Iterator[Field]) -> None:
-    lines = [Text.assemble((f"  {label:<{LABEL_WIDTH}}", "label"), value) for label, value in fields]
-    if lines:
+    shown = [(label, short(value) if console.is_terminal else value) for label, value in fields]
+    if shown:
         console.print(Text(f"\n{title}", style="bold"))
-        for line in lines:
-            console.print(line, overflow="fold")
+        print_fields(console, shown, LABEL_CELLS)
 
 
 def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    if not rows:
-        return
-    console.print(Text(f"\n{title}", style="bold"))
-    width = console.width - 2 if console.is_terminal else None
-    for line in columns(header, rows, width=width):
-        console.print(Text("  ") + line, no_wrap=True, overflow="ignore", crop=False)
+    if rows:
+        console.print(Text(f"\n{title}", style="bold"))
+        print_columns(console, Columns(header=header, rows=rows, wraps=True), indent="  ")

@@ -171,6 +171,8 @@ def _bar_line(job: QLoRAJob) -> RenderableType | None:
         done, total = (checkpoint.step if checkpoint is not None else 0), prepared.steps
     else:
         return None
+    if done == 0 and at_work and _note(job):  # what it does before the first step says more than an empty bar
+        return None
     bar = ProgressBar(
         total=total, completed=done, width=BAR_WIDTH, complete_style="bar.complete", finished_style="good"
     )

@@ -10,14 +10,25 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.completion import complete_job_name
+from orchestrator.cli.completion import complete_listed
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.formats import DataFormat, Kind, Stage, TableFormat
-from orchestrator.cli.options import Changes, DryRun, JobName, JobNames, Manifest, Namespace, Output, Replace, Timeout
+from orchestrator.cli.options import (
+    Changes,
+    DryRun,
+    JobName,
+    JobNames,
+    Manifest,
+    Model,
+    Namespace,
+    Output,
+    Replace,
+    Timeout,
+)
 
 if TYPE_CHECKING:
     from orchestrator.api.job import QLoRAJob
@@ -31,10 +42,7 @@ WATCH_STEP_SECONDS = 5.0
 
 def init(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A .jsonl, .json, .csv or .parquet file of records.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="owner/name on the hub, or a folder; Qwen2.5-7B-Instruct.", show_default=False),
-    ] = None,
+    model: Model = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="SPEC.YAML", help="The manifest to write.")] = Path(
         "job.yaml"
     ),
@@ -59,10 +67,10 @@ def init(
 
 def submit(
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="SPEC.YAML...", help="Manifests; - reads standard input.")
+        list[Path] | None, typer.Argument(metavar="SPEC.YAML", help="Manifests; - reads standard input.")
     ] = None,
     filename: Annotated[
-        list[Path] | None, typer.Option("--filename", "-f", help="A manifest; may be repeated.")
+        list[Path] | None, typer.Option("--filename", "-f", metavar="SPEC.YAML", help="A manifest; may be repeated.")
     ] = None,
     changes: Changes = None,
     replace: Replace = False,
@@ -108,11 +116,13 @@ def submit(
 def get(
     kind: Annotated[Kind, typer.Argument(metavar="jobs|queues", help="What to list.", show_default=True)] = Kind.JOBS,
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Only this one.", autocompletion=complete_job_name)
+        str | None, typer.Argument(metavar="NAME", help="Only this one.", autocompletion=complete_listed)
     ] = None,
     namespace: Namespace = None,
     all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Jobs of every namespace.")] = False,
-    output: Annotated[TableFormat, typer.Option("--output", "-o", help="How to answer.")] = TableFormat.TABLE,
+    output: Annotated[
+        TableFormat, typer.Option("--output", "-o", metavar="table|wide|json|yaml|name", help="How to answer.")
+    ] = TableFormat.TABLE,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show again after every change, until Ctrl-C.")] = False,
 ) -> None:
     """List jobs or queues."""
@@ -138,10 +148,12 @@ def describe(name: JobName, namespace: Namespace = None, output: Output = None) 
     from orchestrator.cli.describe import show_job, spec_digest
     from orchestrator.cli.output import print_data, wire
 
-    handle = connect(namespace).handle(name)
+    client = connect(namespace)
+    handle = client.handle(name)
     job, events = handle.object(), handle.events()
     if output is None:
         show_job(answers(), job, events, datetime.now(UTC))
+        _say_if_down(client, [job])
         return
     told = [
         {"time": at, "reason": event.reason.value, "message": event.message, "warning": event.warning}
@@ -153,8 +165,15 @@ def describe(name: JobName, namespace: Namespace = None, output: Output = None) 
 def logs(
     name: JobName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has finished.")] = False,
-    stage: Annotated[Stage | None, typer.Option("--stage", help="Only this stage.")] = None,
-    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Only this attempt.")] = None,
+    stage: Annotated[
+        Stage | None, typer.Option("--stage", metavar="prepare|train|publish", help="Only this stage.")
+    ] = None,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", metavar="NUMBER", min=1, help="Only this attempt.")
+    ] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", metavar="LINES", min=0, help="Only so many of the last lines, and new ones.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Lines just as the stages wrote them.")] = False,
     namespace: Namespace = None,
 ) -> None:
@@ -165,7 +184,7 @@ def logs(
 
     handle = connect(namespace).handle(name)
     current: tuple[str, int] | None = None
-    for line in handle.logs(follow=follow, stage=stage.value if stage else None, attempt=attempt):
+    for line in handle.logs(follow=follow, stage=stage.value if stage else None, attempt=attempt, tail=tail):
         if current != (line.stage, line.attempt):
             current = (line.stage, line.attempt)
             say(f"--- {line.stage}, attempt {line.attempt} ---", style="quiet")
@@ -283,27 +302,29 @@ def calibration(
     output: Output = None,
 ) -> None:
     """Say how predicted peaks compare with measured ones, and which margins follow."""
+    from orchestrator.cli.console import answers
     from orchestrator.cli.output import print_columns, print_data
-    from orchestrator.cli.tables import CALIBRATION_HEADER, calibration_row
+    from orchestrator.cli.tables import calibration_table
 
     found = connect(None).calibration()
     form = DataFormat.JSON if as_json else output
     if form is not None:
         print_data({"bounds": [bound.to_wire() for bound in found]}, form)
     else:
-        print_columns(CALIBRATION_HEADER, [calibration_row(bound) for bound in found])
+        print_columns(answers(), calibration_table(found))
 
 
 def explain(name: JobName, namespace: Namespace = None, output: Output = None) -> None:
     """Say why a job is where it is, by the code that decides."""
-    from orchestrator.cli.output import print_data, print_text
+    from orchestrator.cli.console import answers
+    from orchestrator.cli.describe import show_explanation
+    from orchestrator.cli.output import print_data
 
     explanation = connect(namespace).handle(name).explain()
     if output is not None:
         print_data(explanation.to_wire(), output)
         return
-    for sentence in explanation.sentences:
-        print_text(sentence)
+    show_explanation(answers(), explanation)
 
 
 def connect(namespace: str | None) -> Client:
@@ -334,7 +355,16 @@ def load(path: Path, namespace: str | None, changes: Sequence[str] | None = None
     return objects
 
 
-def only_job(objects: Sequence[UserObject], path: Path) -> QLoRAJob:
+def first_objects(data: Path, model: str | None, changes: Sequence[str] | None) -> tuple[UserObject, ...]:
+    """The job that `init` would write for a file of records."""
+    from orchestrator.sdk import first_job
+    from orchestrator.sdk.manifest import parse_changes, parse_manifest
+
+    text = first_job.manifest(data, model or first_job.DEFAULT_MODEL, Path.cwd())
+    return parse_manifest(text, name=f"the job of {data}", folder=Path.cwd(), changes=parse_changes(changes or ()))
+
+
+def only_job(objects: Sequence[UserObject], path: Path | None) -> QLoRAJob:
     """The one job of a manifest."""
     from orchestrator.api.job import QLoRAJob
     from orchestrator.errors import InvalidObject
@@ -367,7 +397,7 @@ def finish_following(handle: JobHandle, timeout_seconds: float | None, output: D
     if output is not None:
         print_data(wire(job), output)
     if not succeeded(job):
-        say(f"job {job.key} did not succeed: {job.status.summary}", style="bad")
+        say(_how_it_ended(job), style="bad")
         say(f"its logs: qlora logs {job.metadata.name}{_in_namespace(job)}", style="quiet")
         raise typer.Exit(ExitStatus.JOB_FAILED)
     if output is None and answers().is_terminal:
@@ -376,10 +406,20 @@ def finish_following(handle: JobHandle, timeout_seconds: float | None, output: D
         print_text(result_lines(job, handle.result()))
 
 
+def _how_it_ended(job: QLoRAJob) -> str:
+    from orchestrator.core.job.state_machine import JobState, state_of
+
+    if state_of(job.status) is JobState.CANCELLED:
+        return f"job {job.key} was cancelled"
+    return f"job {job.key} did not succeed: {job.status.summary}"
+
+
 def _show_list(client: Client, kind: Kind, name: str | None, all_namespaces: bool, form: TableFormat) -> None:
-    from orchestrator.cli.console import say
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.api.queue import QLoRAQueue
+    from orchestrator.cli.console import answers, say
     from orchestrator.cli.output import print_columns, print_data, print_text, wire
-    from orchestrator.cli.tables import QUEUE_HEADER, job_header, job_row, queue_rows
+    from orchestrator.cli.tables import job_table, queue_table
 
     items = _jobs(client, name, all_namespaces) if kind is Kind.JOBS else _queues(client, name)
     if form in (TableFormat.JSON, TableFormat.YAML):
@@ -391,15 +431,22 @@ def _show_list(client: Client, kind: Kind, name: str | None, all_namespaces: boo
     elif not items:
         say(f"no {kind.value}{'' if all_namespaces or kind is Kind.QUEUES else f' in namespace {client.namespace}'}")
     elif kind is Kind.QUEUES:
-        from orchestrator.api.queue import QLoRAQueue
-
         queues = [item for item in items if isinstance(item, QLoRAQueue)]
-        print_columns(QUEUE_HEADER, queue_rows(queues, client.list(all_namespaces=True)))
+        print_columns(answers(), queue_table(queues, client.list(all_namespaces=True)))
     else:
-        wide, now = form is TableFormat.WIDE, datetime.now(UTC)
-        jobs = cast("list[QLoRAJob]", items)
-        rows = [job_row(job, now, wide=wide, namespaces=all_namespaces) for job in jobs]
-        print_columns(job_header(wide=wide, namespaces=all_namespaces), rows)
+        jobs = [item for item in items if isinstance(item, QLoRAJob)]
+        wide = form is TableFormat.WIDE
+        print_columns(answers(), job_table(jobs, datetime.now(UTC), wide=wide, namespaces=all_namespaces))
+        _say_if_down(client, jobs)
+
+
+def _say_if_down(client: Client, jobs: Sequence[QLoRAJob]) -> None:
+    """Why nothing happens, where that is because nobody is at work."""
+    from orchestrator.cli.console import say
+    from orchestrator.sdk.handle import is_finished
+
+    if not all(map(is_finished, jobs)) and not client.connection.is_running():
+        say("the service is not running, so nothing happens until: qlora up", style="waiting")
 
 
 def _jobs(client: Client, name: str | None, all_namespaces: bool) -> Sequence[UserObject]:
@@ -409,12 +456,7 @@ def _jobs(client: Client, name: str | None, all_namespaces: bool) -> Sequence[Us
 
 
 def _queues(client: Client, name: str | None) -> Sequence[UserObject]:
-    from orchestrator.errors import NotFound
-
-    queues = [queue for queue in client.list_queues() if name in (None, queue.metadata.name)]
-    if name is not None and not queues:
-        raise NotFound(f"there is no queue {name}; list them with: qlora get queues")
-    return queues
+    return client.list_queues() if name is None else [client.get_queue(name)]
 
 
 def _handles(names: Sequence[str], namespace: str | None) -> list[JobHandle]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from orchestrator.cli import job_commands, service_commands
+from orchestrator.cli import job_commands, queue_commands, service_commands
+from orchestrator.cli.command import Command, Group
+from orchestrator.cli.completion import complete_context
 from orchestrator.cli.exits import ExitStatus, status_of
 from orchestrator.errors import OrchestratorError
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "One job, start to finish": (job_commands.init, job_commands.plan, job_commands.prepare, service_commands.run),
     "Jobs and queues": (
         job_commands.submit,
@@ -32,6 +35,7 @@ COMMANDS = {
         job_commands.suspend,
         job_commands.resume,
         job_commands.delete,
+        queue_commands.queue,
     ),
     "The embedded service": (
         service_commands.up,
@@ -41,6 +45,8 @@ COMMANDS = {
         service_commands.version,
     ),
 }
+GROUPS: dict[Callable[..., None], tuple[Callable[..., None], ...]] = {queue_commands.queue: queue_commands.COMMANDS}
+"""Commands that have commands of their own."""
 
 
 class Commands(TyperGroup):
@@ -92,29 +98,45 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit(ExitStatus.OK)
 
 
+def _choose_context(context: str | None) -> None:
+    """Where every command looks, by way of the settings' own variable."""
+    if context is not None:
+        os.environ["QLORA_CONTEXT"] = context
+
+
 @app.callback()
 def choose_service(
     context: Annotated[
         str | None,
         typer.Option(
             "--context",
+            metavar="CONTEXT",
+            callback=_choose_context,
+            expose_value=False,
+            is_eager=True,
             help="A kubeconfig context, or `current`: the service on that cluster instead of the embedded one "
             "(also QLORA_CONTEXT).",
             show_default=False,
+            autocompletion=complete_context,
         ),
     ] = None,
-    version: Annotated[  # noqa: ARG001  its callback does it
+    version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Where every command below looks, by way of the settings' own variable."""
-    if context is not None:
-        os.environ["QLORA_CONTEXT"] = context
+    """What stands before a command; each of the two does its own."""
 
 
 for _functions in COMMANDS.values():
     for _function in _functions:
-        app.command()(_function)
+        if _function in GROUPS:
+            _group = typer.Typer(cls=Group, name=_function.__name__, no_args_is_help=True, rich_markup_mode=None)
+            _group.callback()(_function)
+            for _member in GROUPS[_function]:
+                _group.command(cls=Command)(_member)
+            app.add_typer(_group)
+        else:
+            app.command(cls=Command)(_function)
 
 
 def _leave_closed_pipe() -> None:

@@ -7,18 +7,33 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.completion import complete_job_name
+from orchestrator.cli.completion import complete_job, complete_namespace
 from orchestrator.cli.formats import DataFormat
 
-JobName = Annotated[str, typer.Argument(metavar="NAME", help="The job's name.", autocompletion=complete_job_name)]
-JobNames = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="The jobs' names.", autocompletion=complete_job_name)
-]
+JobName = Annotated[str, typer.Argument(metavar="NAME", help="The job's name.", autocompletion=complete_job)]
+JobNames = Annotated[list[str], typer.Argument(metavar="NAME", help="The jobs' names.", autocompletion=complete_job)]
 Manifest = Annotated[Path, typer.Argument(metavar="SPEC.YAML", help="A manifest; - reads standard input.")]
-Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="Namespace of the job.", show_default="default")
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="owner/name on the hub, or a folder; Qwen2.5-7B-Instruct.", show_default=False
+    ),
 ]
-Output = Annotated[DataFormat | None, typer.Option("--output", "-o", help="Answer for programs.", show_default=False)]
+Namespace = Annotated[
+    str | None,
+    typer.Option(
+        "--namespace",
+        "-n",
+        metavar="NAMESPACE",
+        help="Namespace of the job; of a cluster the context's own, else `default`.",
+        show_default=False,
+        autocompletion=complete_namespace,
+    ),
+]
+Output = Annotated[
+    DataFormat | None,
+    typer.Option("--output", "-o", metavar="json|yaml", help="Answer for programs.", show_default=False),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; change nothing.")]
 Changes = Annotated[
     list[str] | None,

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len, set_cell_size
+from rich.console import Console
 from rich.text import Text
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.api.words import in_json, in_lines
+from orchestrator.api.words import in_json, in_lines, on_one_line
 from orchestrator.cli.console import answers
 from orchestrator.cli.formats import DataFormat
+from orchestrator.cli.words import state_word
 
-GAP = "   "
-MIN_FLEXIBLE_WIDTH = 12
+GAP = "  "
+BELOW = "      "
+"""Before the last column where it has no room beside the others and goes below them."""
+MIN_LAST_CELLS = 20
+"""Less of a long text is not worth its column."""
 
 
 def print_data(data: object, form: DataFormat) -> None:
@@ -32,14 +37,16 @@ def print_text(text: str) -> None:
 
 
 def wire(item: QLoRAJob | QLoRAQueue) -> dict[str, object]:
-    """An object with wire names, without what is not set."""
+    """An object with wire names, without what is not set; a job with the state that tables show."""
     data = item.to_wire()
-    if isinstance(item, QLoRAJob) and item.spec.tracking.alias is None:
+    if not isinstance(item, QLoRAJob):
+        return data
+    if item.spec.tracking.alias is None:
         # Here null is a choice: without it the alias would come back as its default.
         spec = data["spec"]
         assert isinstance(spec, dict)
         spec["tracking"]["alias"] = None
-    return data
+    return {**data, "status": {"state": state_word(item), **item.status.to_wire()}}
 
 
 def _as_yaml(data: object) -> str:
@@ -57,33 +64,103 @@ class Cell:
     style: str = ""
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, width: int | None) -> list[Text]:
-    """Left-aligned columns as lines; the last column is cut so that a line fits `width`, where there is one."""
-    table = [[Cell(text=name, style="label") for name in header], *rows]
-    widths = [max(cell_len(row[index].text) for row in table) for index in range(len(header))]
-    if width is not None:
-        room = width - sum(widths[:-1]) - len(GAP) * (len(widths) - 1)
-        widths[-1] = min(widths[-1], max(MIN_FLEXIBLE_WIDTH, room))
-    return [_line(row, widths) for row in table]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """A table of left-aligned columns, whose last may be long."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    optional: Sequence[str] = ()
+    """Columns that are left out one after the other while there is too little room for the last one."""
+    wraps: bool = False
+    """Whether the last column goes on below instead of being cut."""
+
+    def lines(self, width: int | None) -> Iterator[Text]:
+        """The table in lines of `width` cells; whole where there is no width."""
+        narrow = self._for(width) if width is not None else self
+        widths = narrow._widths()
+        room = None if width is None else width - sum(widths[:-1]) - len(GAP) * (len(widths) - 1)
+        head = [Cell(text=name, style="label") for name in narrow.header]
+        for row in (head, *narrow.rows):
+            yield from _lines(row, widths, room, width, wraps=self.wraps)
+
+    def _for(self, width: int) -> Columns:
+        """This table, or one of fewer columns that leaves the last one some room."""
+        fewer = self
+        for name in self.optional:
+            widths = fewer._widths()
+            wanted = min(widths[-1], MIN_LAST_CELLS)
+            if sum(widths[:-1]) + len(GAP) * (len(widths) - 1) + wanted <= width:
+                break
+            fewer = fewer._without(name)
+        return fewer
+
+    def _without(self, name: str) -> Columns:
+        place = list(self.header).index(name)
+        rows = [[*row[:place], *row[place + 1 :]] for row in self.rows]
+        return replace(self, header=[*self.header[:place], *self.header[place + 1 :]], rows=rows)
+
+    def _widths(self) -> list[int]:
+        return [
+            max(cell_len(text) for text in (name, *(_flat(row[place].text) for row in self.rows)))
+            for place, name in enumerate(self.header)
+        ]
 
 
-def print_columns(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """Columns on stdout; cut to the terminal, whole in a pipe."""
-    console = answers()
-    for line in columns(header, rows, width=console.width if console.is_terminal else None):
-        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+def print_columns(console: Console, table: Columns, indent: str = "") -> None:
+    """A table: within a terminal's width, whole in a pipe."""
+    for line in table.lines(console.width - len(indent) if console.is_terminal else None):
+        console.print(Text(indent) + line, no_wrap=True, overflow="ignore", crop=False)
 
 
-def _line(row: Sequence[Cell], widths: Sequence[int]) -> Text:
-    line = Text()
-    for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
-        if index:
-            line.append(GAP)
-        line.append(_fitted(cell.text, width), style=cell.style)
+def print_paragraph(console: Console, text: Text) -> None:
+    """A text, broken between words on a terminal, whole in a pipe."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def print_fields(console: Console, fields: Iterable[tuple[str, str]], label_cells: int) -> None:
+    """`label  value`, a line each; what is too long for a terminal goes on under its beginning."""
+    for label, value in fields:
+        for number, part in enumerate(wrapped(value, console.width - label_cells) if console.is_terminal else [value]):
+            line = Text.assemble((f"  {'' if number else label:<{label_cells - 2}}", "label"), part)
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def wrapped(text: str, cells: int) -> list[str]:
+    """A text in lines of so many cells, broken between words where that is possible."""
+    lines = Text(in_lines(text)).wrap(Console(width=cells), cells)
+    return [line.plain.rstrip() for line in lines] or [""]
+
+
+def _lines(
+    row: Sequence[Cell], widths: Sequence[int], room: int | None, width: int | None, *, wraps: bool
+) -> Iterator[Text]:
+    *fixed, last = row
+    line, text = Text(), _flat(last.text)
+    for cell, cells in zip(fixed, widths, strict=False):
+        line.append(set_cell_size(_flat(cell.text), cells) + GAP, style=cell.style)
+    if room is None or width is None:
+        yield _ended(line.append(text, style=last.style))
+    elif not wraps:
+        yield _ended(line.append(text, style=last.style), width)
+    elif room >= min(MIN_LAST_CELLS, widths[-1]):
+        under = Text(" " * line.cell_len)
+        for number, part in enumerate(wrapped(text, room)):
+            yield _ended((under.copy() if number else line).append(part, style=last.style), width)
+    else:
+        yield _ended(line, width)
+        for part in wrapped(text, width - len(BELOW)) if text else ():
+            yield Text(BELOW).append(part, style=last.style)
+
+
+def _ended(line: Text, width: int | None = None) -> Text:
+    """The line without blanks at its end, and with an ellipsis where it is longer than it may be."""
     line.rstrip()
+    if width is not None:
+        line.truncate(width, overflow="ellipsis")
     return line
 
 
-def _fitted(text: str, width: int) -> str:
-    flat = " ".join(text.split())
-    return set_cell_size(flat, width) if cell_len(flat) <= width else set_cell_size(flat, width - 1) + "…"
+def _flat(text: str) -> str:
+    """On one line, and as long as it is when its harmful characters are escaped."""
+    return on_one_line(" ".join(text.split()))

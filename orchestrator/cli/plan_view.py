@@ -10,6 +10,7 @@ from rich.text import Text
 
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan
+from orchestrator.cli.output import print_fields
 from orchestrator.cli.words import NOTHING, dollars, duration, gib, step_time
 from orchestrator.sdk.planning import Alternative, JobPlan
 from orchestrator.sizing.hardware import CPU_CLASS
@@ -26,8 +27,10 @@ def show_plan(console: Console, plan: JobPlan) -> None:
     console.print(_heading(plan))
     if plan.chosen is not None:
         console.print()
-        for line in (*_item_lines(plan.chosen, console), *_choice_lines(plan.chosen, console)):
+        for line in _item_lines(plan.chosen, console):
             console.print(line, no_wrap=True, overflow="ignore", crop=False)
+        console.print()
+        print_fields(console, _choice_fields(plan.chosen), LABEL_CELLS)
     if plan.guess is not None:
         console.print()
         console.print(Text.assemble(("a guess  ", "busy"), plan.guess))
@@ -89,19 +92,12 @@ def _item_lines(estimate: Estimate, console: Console) -> Iterator[Text]:
         )
 
 
-def _choice_lines(estimate: Estimate, console: Console) -> Iterator[Text]:
-    """Class, plan and length; what is too long for a terminal goes on under its beginning."""
+def _choice_fields(estimate: Estimate) -> Iterator[tuple[str, str]]:
+    """Class, plan and length."""
     free = estimate.usable_bytes - estimate.peak_bytes
-    yield Text()
-    for label, value in (
-        ("GPU class", f"{_class_words(estimate)}, {gib(free)} to spare"),
-        ("plan", plan_words(estimate.plan)),
-        ("length", length_words(estimate)),
-    ):
-        text = Text(value)
-        parts = text.wrap(console, console.width - LABEL_CELLS) if console.is_terminal else (text,)
-        for number, part in enumerate(parts):
-            yield Text.assemble((f"  {'' if number else label:<{LABEL_CELLS - 2}}", "label"), part)
+    yield "GPU class", f"{_class_words(estimate)}, {gib(free)} to spare"
+    yield "plan", plan_words(estimate.plan)
+    yield "length", length_words(estimate)
 
 
 def _class_words(estimate: Estimate) -> str:

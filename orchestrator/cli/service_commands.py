@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.exits import ExitStatus
-from orchestrator.cli.job_commands import connect, finish_following, load, only_job, print_dry_run
-from orchestrator.cli.options import Changes, DryRun, Manifest, Namespace, Output, Replace, Timeout
+from orchestrator.cli.job_commands import connect, finish_following, first_objects, load, only_job, print_dry_run
+from orchestrator.cli.options import Changes, DryRun, Model, Namespace, Output, Replace, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -26,8 +26,19 @@ UI_START_SECONDS = 180.0
 
 
 def run(
-    spec: Manifest,
-    name: Annotated[str | None, typer.Option("--name", help="Instead of metadata.name.", show_default=False)] = None,
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="SPEC.YAML", help="A manifest; - reads standard input.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="DATA", help="A file of records, instead of a manifest, as for init.", show_default=False
+        ),
+    ] = None,
+    model: Model = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Instead of metadata.name.", show_default=False)
+    ] = None,
     changes: Changes = None,
     replace: Replace = False,
     keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave the service running afterwards.")] = False,
@@ -41,8 +52,13 @@ def run(
     from orchestrator.cli.console import say
     from orchestrator.sdk.manifest import parse_object
 
-    objects = load(spec, namespace, changes)
-    job = only_job(objects, spec)
+    if spec is not None and data is None and model is None:
+        objects = load(spec, namespace, changes)
+    elif spec is None and data is not None:
+        objects = first_objects(data, model, changes)
+    else:
+        raise typer.BadParameter("name a manifest, or --data and, if you like, --model")
+    job = only_job(objects, spec or data)
     if name is not None:
         metadata = job.metadata.model_copy(update={"name": name})
         renamed = parse_object(job.model_copy(update={"metadata": metadata}))
@@ -97,7 +113,9 @@ def down(dry_run: DryRun = False) -> None:
 
 
 def ui(
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = DEFAULT_UI_PORT,
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=1, max=65535, help="Port on 127.0.0.1.")
+    ] = DEFAULT_UI_PORT,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command; start nothing.")] = False,
 ) -> None:
     """Serve the MLflow UI of the local tracking store on loopback, behind a password, until Ctrl-C."""

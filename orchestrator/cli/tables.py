@@ -7,12 +7,13 @@ from datetime import datetime
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.cli.output import Cell
+from orchestrator.cli.output import Cell, Columns
 from orchestrator.cli.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
 from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.sizing.margins import Bound
 
 JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE")
+LEFT_OUT_FIRST = ("PRIORITY", "GPU", "QUEUE", "ETA")
 WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")
 QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "HOLD", "RUNNING", "WAITING", "QUOTAS")
 CALIBRATION_HEADER = ("NAMESPACE", "ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
@@ -21,13 +22,14 @@ _RUNNING = frozenset({JobState.STARTING, JobState.TRAINING, JobState.STOPPING})
 _WAITING = frozenset({JobState.NEW, JobState.PREPARING, JobState.QUEUED})
 
 
-def job_header(*, wide: bool, namespaces: bool) -> tuple[str, ...]:
-    """The columns of a table of jobs."""
-    return (*(("NAMESPACE",) if namespaces else ()), *JOB_HEADER, *(WIDE_HEADER if wide else ()), "MESSAGE")
+def job_table(jobs: Iterable[QLoRAJob], now: datetime, *, wide: bool = False, namespaces: bool = False) -> Columns:
+    """One row a job; on a narrow terminal without what `describe` tells better than how it goes."""
+    header = (*(("NAMESPACE",) if namespaces else ()), *JOB_HEADER, *(WIDE_HEADER if wide else ()), "MESSAGE")
+    rows = [_job_row(job, now, wide=wide, namespaces=namespaces) for job in jobs]
+    return Columns(header=header, rows=rows, optional=() if wide else LEFT_OUT_FIRST)
 
 
-def job_row(job: QLoRAJob, now: datetime, *, wide: bool, namespaces: bool) -> list[Cell]:
-    """One job as a row under `job_header`."""
+def _job_row(job: QLoRAJob, now: datetime, *, wide: bool, namespaces: bool) -> list[Cell]:
     status = job.status
     estimate = status.estimate
     active = state_of(status) in (JobState.TRAINING, JobState.PREPARING, JobState.PUBLISHING)
@@ -54,8 +56,8 @@ def message(job: QLoRAJob) -> str:
     return "" if state_of(job.status) in _SPEAKS_FOR_ITSELF else job.status.summary
 
 
-def queue_rows(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob]) -> list[list[Cell]]:
-    """One row a queue under QUEUE_HEADER."""
+def queue_table(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob]) -> Columns:
+    """One row a queue."""
     everyone = [(job.spec.queue, state_of(job.status)) for job in jobs]
     rows: list[list[Cell]] = []
     for queue in queues:
@@ -72,7 +74,7 @@ def queue_rows(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob]) -> list[l
             quotas or "no limit",
         )
         rows.append([Cell(text=text) for text in texts])
-    return rows
+    return Columns(header=QUEUE_HEADER, rows=rows, optional=("PREEMPTION", "WEIGHT"))
 
 
 def _wide_cells(job: QLoRAJob) -> list[Cell]:
@@ -87,8 +89,12 @@ def _wide_cells(job: QLoRAJob) -> list[Cell]:
     ]
 
 
-def calibration_row(bound: Bound) -> list[Cell]:
-    """What is known of one kind of plan, under CALIBRATION_HEADER; shares are of the predicted peak."""
+def calibration_table(bounds: Iterable[Bound]) -> Columns:
+    """What is known of each kind of plan; shares are of the predicted peak."""
+    return Columns(header=CALIBRATION_HEADER, rows=[_calibration_row(bound) for bound in bounds])
+
+
+def _calibration_row(bound: Bound) -> list[Cell]:
     return [
         Cell(text=bound.namespace),
         Cell(text=bound.architecture),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 
 NOTHING = "-"
+SHORT_HEX = 12
+_HEX = re.compile(r"\b(?:[0-9a-f]{64}|[0-9a-f]{40})\b")
 
 
 def duration(seconds: float | None) -> str:
@@ -52,6 +55,11 @@ def dollars(value: float | None) -> str:
 def figure(value: float | None) -> str:
     """A loss."""
     return f"{value:.4f}" if value is not None else NOTHING
+
+
+def short(text: str) -> str:
+    """A text in which digests and commits are as long as people compare them: `sha256:1f2e3d4c5b6a…`."""
+    return _HEX.sub(lambda found: f"{found[0][:SHORT_HEX]}…", text)
 
 
 def state_word(job: QLoRAJob) -> str:

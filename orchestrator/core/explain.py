@@ -45,7 +45,9 @@ def explain_recorded(job: QLoRAJob, policy: Policy, now: datetime) -> tuple[str,
 
 def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
     key = draft.job.key
-    yield f"{key} is {draft.state.value.lower()}: {_what(draft)}."
+    refusal = outcome.refusals.get(key)
+    what = f"{refusal.reason.value}: {refusal.message}" if refusal is not None else _what(draft)
+    yield f"{key} is {draft.state.value.lower()}: {what}."
     if draft.state in TERMINAL_STATES:
         return
     place = next((i for i, claim in enumerate(outcome.line) if claim.key == key), None)
@@ -139,16 +141,14 @@ def _next(key: str, outcome: Schedule) -> Iterator[str]:
         elif victim is not None and victim.key == key:
             yield f"It makes way for {preemption.claim.key} and comes back to the queue."
     refusal = outcome.refusals.get(key)
-    if refusal is not None:
-        yield _what_would_help(refusal)
+    if refusal is not None and refusal.reason in _NOBODY_MAKES_WAY:
+        yield _NOBODY_MAKES_WAY[refusal.reason]
 
 
-def _what_would_help(refusal: Refusal) -> str:
-    advice = {
-        Reason.WAITING_FOR_GPU: " Until then only a job of lower priority could make way, and none may.",
-        Reason.WAITING_FOR_QUOTA: " No job that would free this quota may be moved.",
-    }
-    return f"{refusal.reason.value}: {refusal.message}.{advice.get(refusal.reason, '')}"
+_NOBODY_MAKES_WAY = {
+    Reason.WAITING_FOR_GPU: "Until one comes free only a job of lower priority could make way, and none may.",
+    Reason.WAITING_FOR_QUOTA: "No job that would free this quota may be moved.",
+}
 
 
 def _history(draft: Draft, policy: Policy) -> Iterator[str]:

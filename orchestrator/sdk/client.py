@@ -122,6 +122,22 @@ class Client:
         """All queues, ordered by name."""
         return self.connection.store.list_queues()
 
+    def get_queue(self, name: str) -> QLoRAQueue:
+        """A queue as it is now; raises NotFound."""
+        for queue in self.list_queues():
+            if queue.metadata.name == name:
+                return queue
+        raise NotFound(f"there is no queue {name}; list them with: qlora get queues")
+
+    def hold_queue(self, name: str, *, hold: bool = True) -> QLoRAQueue:
+        """Admit none of its jobs, or some again; those that run go on. Raises NotFound."""
+        queue = self.get_queue(name)
+        return self.apply_queue(queue.model_copy(update={"spec": queue.spec.model_copy(update={"hold": hold})}))
+
+    def delete_queue(self, name: str) -> None:
+        """Remove a queue; jobs that name it wait until it is there again. Raises NotFound."""
+        self.connection.store.delete_queue(name)
+
     def _handle(self, job: QLoRAJob) -> JobHandle:
         return JobHandle(self.connection, job, settings=self.settings)
 

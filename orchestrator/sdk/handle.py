@@ -21,7 +21,7 @@ from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state
 from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation, explain_job
-from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, LogQuery, follow_lines, read_lines
+from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, LogQuery, follow_lines, last_lines, read_lines
 from orchestrator.sdk.shown import records_of_job
 from orchestrator.settings import Settings
 
@@ -117,10 +117,17 @@ class JobHandle:
         return Watch(handle=self, connection=self._connection, timeout_seconds=timeout_seconds)
 
     def logs(
-        self, follow: bool = False, stage: StageKind | None = None, attempt: int | None = None
+        self,
+        follow: bool = False,
+        stage: StageKind | None = None,
+        attempt: int | None = None,
+        tail: int | None = None,
     ) -> Iterator[LogLine]:
-        """Lines of the stages' logs in order; with `follow`, until the job has finished."""
-        for line in self.log_steps(follow, stage, attempt):
+        """Lines of the stages' logs in order; with `follow`, until the job has finished.
+
+        `tail`: of what is there already, only so many of the last lines.
+        """
+        for line in last_lines(self.log_steps(follow, stage, attempt), tail):
             if line is None:
                 time.sleep(FOLLOW_POLL_SECONDS)
             else:

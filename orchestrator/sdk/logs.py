@@ -6,8 +6,10 @@ attempt by itself.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from orchestrator.api.stage_name import StageKind
@@ -69,6 +71,13 @@ def follow_lines(logs: StageLogs, query: LogQuery, finished: Callable[[], bool])
         if at_end:
             return
         yield None
+
+
+def last_lines(lines: Iterator[LogLine | None], count: int | None) -> Iterator[LogLine | None]:
+    """Of the lines up to the first pause no more than the last `count`, and all after it."""
+    if count is not None:
+        yield from deque(takewhile(lambda line: line is not None, lines), count)
+    yield from lines
 
 
 class LogFolder:

@@ -239,6 +239,18 @@ class StoreContract(ABC):
         assert after[0].metadata.uid == before[0].metadata.uid
         assert after[0].metadata.generation == 2
 
+    def test_a_queue_is_deleted_and_may_come_again(self) -> None:
+        store = self.open()
+        store.create_job(submitted_job())
+        queue = QLoRAQueue(metadata=submitted_job().metadata)  # of the job's own name
+        first = store.apply_queue(queue)
+        store.delete_queue(queue.metadata.name)
+        assert store.list_queues() == []
+        assert len(store.list_jobs()) == 1
+        with pytest.raises(NotFound, match=f"there is no queue {queue.metadata.name}"):
+            store.delete_queue(queue.metadata.name)
+        assert store.apply_queue(queue).metadata.uid != first.metadata.uid
+
     def test_events_are_kept_in_order(self) -> None:
         store = self.open()
         job = store.create_job(submitted_job())

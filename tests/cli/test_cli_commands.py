@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.api.reasons import Reason
 from orchestrator.cli.exits import ExitStatus
-from orchestrator.cli.main import COMMANDS, app
+from orchestrator.cli.main import app
 from orchestrator.cli.words import gib
 from orchestrator.controller.supervisor import RECORD_NAME
 from tests.sdk.paper_service import STEPS, PaperService, job_document, service_that_is_up
@@ -75,39 +75,7 @@ def down(service: PaperService) -> None:
     (service.settings.home / RECORD_NAME).unlink()
 
 
-# --- help and usage -----------------------------------------------------------------------------------------------
-
-
-def test_help_names_every_command_and_every_exit_status() -> None:
-    text = qlora("--help").stdout
-    for functions in COMMANDS.values():
-        for function in functions:
-            assert re.search(rf"^  {function.__name__} ", text, re.MULTILINE)
-    for status in ExitStatus:
-        assert re.search(rf"^  {status.value} +{re.escape(status.meaning.split(',')[0])}", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", [f.__name__ for functions in COMMANDS.values() for f in functions])
-def test_every_command_has_help(command: str) -> None:
-    result = qlora(command, "--help")
-    assert result.exit_code == ExitStatus.OK
-    assert result.stdout.startswith(f"Usage: qlora {command}") or f" {command} " in result.stdout.splitlines()[0]
-
-
-def test_every_command_that_changes_something_has_a_dry_run() -> None:
-    for command in ("run", "submit", "up", "down", "cancel", "suspend", "resume", "delete"):
-        assert "--dry-run" in qlora(command, "--help").stdout, command
-
-
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from orchestrator.cli.main import app\n"
-        "try: app(['--help'])\n"
-        "except SystemExit: print([m for m in sys.argv[1:] if m in sys.modules], file=sys.stderr)"
-    )
-    heavy = ("torch", "ray", "mlflow", "pydantic", "yaml", "fsspec", "rich.console")
-    told = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
-    assert told.stderr.strip() == "[]"
+# --- usage --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], ["get", "pods"], ["cancel"], ["logs", "a", "--attempt", "0"]])
@@ -319,6 +287,39 @@ def test_get_queues_counts_their_jobs(service: PaperService) -> None:
     assert row.split() == ["team-a", "-", "1", "LowerPriority", "no", "1", "1", "no", "limit"]
 
 
+def test_answers_for_programs_have_the_state_that_the_table_shows(service: PaperService) -> None:
+    service.client.submit(job_document(suspend=True))
+    assert json.loads(qlora("get", "jobs", "medical", "-o", "json").stdout)["status"]["state"] == "Suspended"
+    service.prepare()
+    described = yaml.safe_load(qlora("describe", "medical", "-o", "yaml").stdout)
+    assert described["job"]["status"]["state"] == "Suspended"
+    assert described["job"]["status"]["prepared"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize("command", [("get",), ("describe", "medical"), ("explain", "medical")])
+def test_a_service_that_is_down_is_told_of_where_a_job_waits_for_it(
+    service: PaperService, command: tuple[str, ...]
+) -> None:
+    service.client.submit(job_document())
+    assert "qlora up" not in qlora(*command).output
+    down(service)
+    assert re.search(r"service is not running.*qlora up", qlora(*command).output)
+    service.prepare()
+    service.train()
+    service.succeed()
+    assert "qlora up" not in qlora(*command).output
+
+
+def test_the_last_lines_of_a_log_and_those_that_come(service: PaperService) -> None:
+    service.client.submit(job_document())
+    service.write_log("prepare-1", "a\nb\nc\n")
+    service.write_log("train-2", "d\ne\n")
+    assert qlora("logs", "medical", "--tail", "3").stdout == "c\nd\ne\n"
+    assert qlora("logs", "medical", "--tail", "0").stdout == ""
+    service.fail()
+    assert qlora("logs", "medical", "--tail", "1", "--follow").stdout == "e\n"
+
+
 @pytest.mark.parametrize("command", ["describe", "logs", "cancel", "suspend", "resume", "delete", "explain", "wait"])
 def test_what_does_not_exist_is_status_3(service: PaperService, command: str) -> None:
     result = qlora(command, "nobody")
@@ -340,8 +341,8 @@ def test_describe_tells_the_whole_story(service: PaperService) -> None:
         f"24Gi: {gib(estimate.peak_bytes)} of 21.50 GiB usable",
         "MLflow run    run-1 (FINISHED)",
         "models:/medical/3",
-        "Finished   True",
-        "2   train     24Gi",
+        "Finished  True",
+        "2  train    24Gi",
     ):
         assert told in page
     data = json.loads(qlora("describe", "medical", "-o", "json").stdout)
@@ -470,6 +471,55 @@ def test_several_jobs_are_steered_at_once_or_none(service: PaperService) -> None
     assert qlora("delete", "one", "two").stdout == "job/one deleted\njob/two deleted\n"
 
 
+def test_a_job_that_was_cancelled_is_said_to_be_once(service: PaperService) -> None:
+    service.client.submit(job_document())
+    service.cancel()
+    result = qlora("wait", "medical")
+    assert result.exit_code == ExitStatus.JOB_FAILED
+    assert "job default/medical was cancelled\n" in result.stderr
+
+
+def test_queues_are_made_held_released_and_deleted(service: PaperService) -> None:
+    options = ("--quota", "24Gi=4", "--quota", "48Gi=1", "--cohort", "lab", "-n", "team-a", "--max-priority", "9")
+    assert qlora("queue", "create", "research", *options, "--dry-run").stdout == "queue/research would be created\n"
+    assert service.store.list_queues() == []
+    assert qlora("queue", "create", "research", *options).stdout == "queue/research created\n"
+    assert "exists already" in qlora("queue", "create", "research").stderr
+    [queue] = service.store.list_queues()
+    assert [(quota.gpu_class, quota.nominal) for quota in queue.spec.quotas] == [("24Gi", 4), ("48Gi", 1)]
+    assert (queue.spec.cohort, queue.spec.namespaces, queue.spec.max_priority) == ("lab", ("team-a",), 9)
+    assert qlora("queue", "hold", "research").stdout == "queue/research held\n"
+    assert qlora("queue", "hold", "research").stdout == "queue/research is held already\n"
+    [held] = service.store.list_queues()
+    assert held.spec == queue.spec.model_copy(update={"hold": True})
+    service.client.submit(job_document("one", queue="research") | {"metadata": {"name": "one", "namespace": "team-a"}})
+    page = qlora("queue", "describe", "research").stdout
+    assert page.startswith("queue research  held\n")
+    assert re.search(r"24Gi +0 +4 +any\n", page)
+    assert re.search(r"team-a +one ", page)
+    assert qlora("queue", "release", "research").stdout == "queue/research released\n"
+    assert service.store.list_queues()[0].spec == queue.spec
+    assert "1 unfinished job of it" in qlora("queue", "delete", "research", "--dry-run").stdout
+    assert qlora("queue", "delete", "research").stdout == "queue/research deleted; 1 unfinished job of it\n"
+    assert service.store.list_queues() == []
+
+
+@pytest.mark.parametrize("verb", ["describe", "hold", "release", "delete"])
+def test_a_queue_that_does_not_exist_is_status_3(service: PaperService, verb: str) -> None:
+    result = qlora("queue", verb, "nobody")
+    assert result.exit_code == ExitStatus.NOT_FOUND
+    assert result.stderr == "error: there is no queue nobody; list them with: qlora get queues\n"
+
+
+@pytest.mark.parametrize("quota", ["24Gi", "24GB=1", "24Gi=1,48Gi=2", "24Gi=-1", "24Gi=many", "=3"])
+def test_a_quota_that_makes_no_sense_is_told_in_one_line(service: PaperService, quota: str) -> None:
+    result = qlora("queue", "create", "research", "--quota", quota)
+    assert result.exit_code == ExitStatus.INVALID
+    assert "a number of GPUs, such as 24Gi=4" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert service.store.list_queues() == []
+
+
 def test_an_adapter_is_downloaded_as_a_folder(service: PaperService) -> None:
     service.client.submit(job_document())
     service.prepare()
@@ -587,6 +637,15 @@ def test_run_under_another_name_and_its_dry_run(service: PaperService) -> None:
     assert "metadata.name" in bad.stderr
 
 
+def test_run_takes_a_file_of_records_instead_of_a_manifest(service: PaperService) -> None:
+    Path("notes.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    result = qlora("run", "--data", "notes.jsonl", "--model", "model", "--set", "training.epochs=1", "--dry-run")
+    assert "job/notes is valid; nothing was changed" in result.stdout
+    assert "name a manifest, or --data" in qlora("run").stderr
+    assert "name a manifest, or --data" in qlora("run", write_manifest(job_document()), "--model", "model").stderr
+    assert "those of no format" in qlora("run", "--data", "model/config.json").stderr
+
+
 def test_run_takes_exactly_one_job(service: PaperService) -> None:
     result = qlora("run", write_manifest(job_document("a"), job_document("b")))
     assert result.exit_code == ExitStatus.INVALID
@@ -636,16 +695,23 @@ def test_a_reader_that_leaves_early_is_no_error(service: PaperService) -> None:
 def test_a_context_that_leads_nowhere_is_named(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", "nowhere.kubeconfig")
     monkeypatch.setenv("QLORA_CONTEXT", "production")
-    result = qlora("get")
-    assert result.exit_code == ExitStatus.INVALID
-    assert "no way to a cluster" in result.stderr
-    assert "KUBECONFIG" in result.stderr
+    for damaged in (None, "contexts: [{nam", "[]", "contexts: {a: 1}", "\udcff", "contexts: [{name: production}]"):
+        if damaged is not None:
+            Path("nowhere.kubeconfig").write_bytes(damaged.encode(errors="surrogateescape"))
+        result = qlora("get")
+        assert result.exit_code == ExitStatus.INVALID
+        assert result.stderr.startswith("error: no way to a cluster")
+        assert "KUBECONFIG" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_context_may_be_an_option(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", "nowhere.kubeconfig")
+    for command in (("--context", "current", "get"), ("get", "--context", "current"), ("get", "-A", "--context=x")):
+        monkeypatch.setenv("QLORA_CONTEXT", "")
+        assert "no way to a cluster" in qlora(*command).stderr
     monkeypatch.setenv("QLORA_CONTEXT", "")
-    assert "no way to a cluster" in qlora("--context", "current", "get").stderr
+    assert "no way to a cluster" in qlora("queue", "hold", "research", "--context", "current").stderr
 
 
 @pytest.mark.parametrize("command", ["up", "down", "ui"])

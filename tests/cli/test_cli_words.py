@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.cli.log_view import log_text
-from orchestrator.cli.output import Cell, columns
+from orchestrator.cli.output import Cell, Columns
 from orchestrator.cli.plan_view import bar
-from orchestrator.cli.words import duration, gib, step_time
+from orchestrator.cli.words import duration, gib, short, step_time
 
 
 @pytest.mark.parametrize(
@@ -32,10 +34,36 @@ def test_bars_can_do_without_unicode() -> None:
     assert bar(0.5, cells=8, unicode=False) == "####"
 
 
+ROWS = [[Cell(text="日本"), Cell(text="a long message that\ngoes on")], [Cell(text="x"), Cell(text="")]]
+TABLE = Columns(header=("NAME", "MESSAGE"), rows=ROWS)
+
+
+def told(table: Columns, width: int | None) -> list[str]:
+    return [line.plain for line in table.lines(width)]
+
+
 def test_columns_line_up_whatever_the_width_of_a_character_and_fit() -> None:
-    rows = [[Cell(text="日本"), Cell(text="a long message that\ngoes on")], [Cell(text="x"), Cell(text="")]]
-    lines = [line.plain for line in columns(("NAME", "MESSAGE"), rows, width=24)]
-    assert lines == ["NAME   MESSAGE", "日本   a long message t…", "x"]
+    assert told(TABLE, 24) == ["NAME  MESSAGE", "日本  a long message th…", "x"]
+    assert told(TABLE, None) == ["NAME  MESSAGE", "日本  a long message that goes on", "x"]
+
+
+def test_a_long_column_goes_on_under_itself_or_below_where_it_has_no_room() -> None:
+    wraps = replace(TABLE, wraps=True)
+    assert told(wraps, 26) == ["NAME  MESSAGE", "日本  a long message that", "      goes on", "x"]
+    assert told(wraps, 22) == ["NAME", "      MESSAGE", "日本", "      a long message", "      that goes on", "x"]
+
+
+def test_columns_that_may_be_left_out_make_room_one_after_the_other() -> None:
+    rows = [[Cell(text="job"), Cell(text="default"), Cell(text="24Gi"), Cell(text="waits for a GPU that is free")]]
+    table = Columns(header=("NAME", "QUEUE", "GPU", "MESSAGE"), rows=rows, optional=("QUEUE", "GPU"))
+    assert told(table, 41)[0] == "NAME  QUEUE    GPU   MESSAGE"
+    assert told(table, 36) == ["NAME  GPU   MESSAGE", "job   24Gi  waits for a GPU that is…"]
+    assert told(table, 28) == ["NAME  MESSAGE", "job   waits for a GPU that …"]
+
+
+def test_digests_are_as_long_as_people_compare_them() -> None:
+    assert short(f"sha256:{'1f' * 32} at {'ab' * 20}") == "sha256:1f1f1f1f1f1f… at abababababab…"
+    assert short("7f3a run-1 0123456789abcdef") == "7f3a run-1 0123456789abcdef"
 
 
 @pytest.mark.parametrize("line", ["plain", "{not json", '{"no": "message"}', ""])

@@ -151,9 +151,9 @@ def test_a_queue_that_is_missing_or_held_admits_nothing_and_says_what_to_do() ->
     assert placed(seen) == {}
     assert refusal(seen, "lost") == (
         Reason.QUEUE_NOT_FOUND,
-        "there is no queue nowhere; create it or set spec.queue to one of default, held",
+        "there is no queue nowhere; make it (qlora queue create nowhere) or set spec.queue to one of default, held",
     )
-    assert refusal(seen, "held") == (Reason.QUEUE_HELD, "queue held is held; set its spec.hold to false")
+    assert refusal(seen, "held") == (Reason.QUEUE_HELD, "queue held is held, until: qlora queue release held")
 
 
 def test_a_status_says_the_place_in_line_in_words_that_are_not_written_anew_for_each_job_that_starts() -> None:
@@ -397,8 +397,7 @@ def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help(
     jobs = (running("runs", spec={"priority": 9}), waiting("ahead", age_seconds=60), waiting("behind"))
     needs = schedule(world(*jobs)).line[1].estimates[0].peak_bytes / 2**30
     assert explain(world(*jobs), "default/behind") == (
-        "default/behind is queued: WaitingForGpu: 1 of 1 24Gi GPUs are in use; waits for one to come free, or add one; "
-        "among the first ten in line.",
+        "default/behind is queued: WaitingForGpu: 1 of 1 24Gi GPUs are in use; waits for one to come free, or add one.",
         "It is number 2 of 2 in line for a GPU (priority 0 in queue default); "
         "ahead of it: default/ahead (priority 0, queue default).",
         f"It needs {needs:.1f} of the 21.5 GiB of 24Gi; 1 of 1 24Gi GPUs are held by others: default/runs. "
@@ -407,8 +406,7 @@ def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help(
         "Its steps take about a minute there.",
         f"The next larger class, 40Gi, would fit, but there is none here: {needs:.1f} GiB. "
         "Its steps take about a minute there.",
-        "WaitingForGpu: 1 of 1 24Gi GPUs are in use; waits for one to come free, or add one. "
-        "Until then only a job of lower priority could make way, and none may.",
+        "Until one comes free only a job of lower priority could make way, and none may.",
     )
 
 

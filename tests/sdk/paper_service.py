@@ -176,6 +176,11 @@ class PaperService:
         self.store.record_event(job, Event(reason=Reason.USER_ERROR, message=message, warning=True))
         return self.write(job, attempts=_ended(job), conditions=(failed,), finish_time=_now())
 
+    def cancel(self, name: str = "medical") -> QLoRAJob:
+        """Cancelled, before anything of it ran."""
+        cancelled = _condition(ConditionType.FINISHED, "True", Reason.CANCELLED, "cancelled on request")
+        return self.write(self.job(name), conditions=(cancelled,), finish_time=_now())
+
     def write_adapter(self, job: QLoRAJob) -> tuple[str, str]:
         """A complete adapter folder in the job's store; its URI and digest."""
         folder = self.folder / "store" / job.metadata.name / "adapter"

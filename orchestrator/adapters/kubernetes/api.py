@@ -26,6 +26,7 @@ import urllib3
 from kubernetes import client as kubernetes_client  # pyright: ignore[reportMissingTypeStubs]  untyped upstream
 from kubernetes import config as kubernetes_config  # pyright: ignore[reportMissingTypeStubs]
 
+from orchestrator.api.words import on_one_line
 from orchestrator.errors import (
     AlreadyExists,
     Conflict,
@@ -265,10 +266,11 @@ def _load(configuration: Any, context: str, kubeconfig: str) -> str:
         file = kubeconfig or None  # the library reads the variable only once, when it is imported
         untyped.load_kube_config(file, context=context or None, client_configuration=configuration)
         contexts, current = untyped.list_kube_config_contexts(file)
-    except (untyped.ConfigException, OSError) as error:
-        raise InvalidObject(f"no way to a cluster: {error}; check KUBECONFIG and the context's name") from error
-    chosen = next((known for known in contexts if known["name"] == context), current)
-    return str(chosen["context"].get("namespace") or "default")
+        chosen = next((known for known in contexts if known["name"] == context), current)
+        return str(chosen["context"].get("namespace") or "default")
+    except Exception as error:
+        told = on_one_line(str(error))
+        raise InvalidObject(f"no way to a cluster: {told}; check KUBECONFIG and the context's name") from error
 
 
 def _asked_seconds(response: urllib3.BaseHTTPResponse) -> float:

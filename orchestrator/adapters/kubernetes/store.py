@@ -222,6 +222,15 @@ class KubernetesStore:
             raise InvalidObject(f"queue {name} as the server stored it cannot be read by this version")
         return applied
 
+    def delete_queue(self, name: str) -> None:
+        """Remove a queue."""
+        try:
+            self._api.delete(path_of(API_VERSION, QUEUES, name=name))
+        except NotFound as error:
+            raise NotFound(f"there is no queue {name}") from error
+        finally:
+            self._queues.drop(f"/{name}")
+
     # events
 
     def record_event(self, job: QLoRAJob, event: Event) -> None:

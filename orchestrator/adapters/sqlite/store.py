@@ -129,7 +129,7 @@ class SqliteStore:
             )
             updated = _checked(stored.model_copy(update={"metadata": meta, "spec": job.spec}))
             if stored.metadata.finalizers and meta.deletion_timestamp and _at_rest(updated):
-                _remove(connection, updated.metadata.namespace, updated.metadata.name)
+                _remove(connection, JOB, updated.metadata.namespace, updated.metadata.name)
             else:
                 _put(connection, JOB, meta.namespace, updated)
             return updated
@@ -153,7 +153,7 @@ class SqliteStore:
             update = {"resource_version": str(version), "finalizers": released(stored)}
             left = stored.model_copy(update={"metadata": stored.metadata.model_copy(update=update)})
             if left.metadata.deletion_timestamp and _at_rest(left):
-                _remove(connection, left.metadata.namespace, left.metadata.name)
+                _remove(connection, JOB, left.metadata.namespace, left.metadata.name)
             else:
                 _put(connection, JOB, left.metadata.namespace, left)
 
@@ -162,7 +162,7 @@ class SqliteStore:
         with self._transaction() as (connection, _):
             row = _find(connection, JOB, namespace, name)
             if row is not None and self._parse(QLoRAJob, row) is None and _unreadable_job(row).uid == uid:
-                _remove(connection, namespace, name)
+                _remove(connection, JOB, namespace, name)
 
     def delete_job(self, namespace: str, name: str) -> None:
         """Remove a job at rest; mark any other as deleted, which cancels it, one that does not parse included."""
@@ -173,7 +173,7 @@ class SqliteStore:
                 return
             stored = self._get_job(connection, namespace, name)
             if _at_rest(stored):
-                _remove(connection, stored.metadata.namespace, stored.metadata.name)
+                _remove(connection, JOB, stored.metadata.namespace, stored.metadata.name)
             elif stored.metadata.deletion_timestamp is None:
                 update = {"deletion_timestamp": datetime.now(UTC), "resource_version": str(version)}
                 meta = stored.metadata.model_copy(update=update)
@@ -203,6 +203,13 @@ class SqliteStore:
             applied = _checked(queue.model_copy(update={"metadata": meta}))
             _put(connection, QUEUE, QUEUE_NAMESPACE, applied)
             return applied
+
+    def delete_queue(self, name: str) -> None:
+        """Remove a queue, one that does not parse included."""
+        with self._transaction() as (connection, _):
+            if _find(connection, QUEUE, QUEUE_NAMESPACE, name) is None:
+                raise NotFound(f"there is no queue {name}")
+            _remove(connection, QUEUE, QUEUE_NAMESPACE, name)
 
     # events
 
@@ -353,7 +360,7 @@ def _mark_unreadable(connection: sqlite3.Connection, row: Row, version: int) -> 
     item = _json(row)
     meta = cast(dict[str, object], item).get("metadata") if isinstance(item, dict) else None
     if not isinstance(meta, dict):
-        _remove(connection, row[0], row[1])
+        _remove(connection, JOB, row[0], row[1])
         return
     known = cast(dict[str, object], meta)
     if known.get("deletionTimestamp") is None:
@@ -364,10 +371,11 @@ def _mark_unreadable(connection: sqlite3.Connection, row: Row, version: int) -> 
     )
 
 
-def _remove(connection: sqlite3.Connection, namespace: str, name: str) -> None:
+def _remove(connection: sqlite3.Connection, kind: str, namespace: str, name: str) -> None:
     where = (namespace, name)
-    connection.execute("DELETE FROM objects WHERE kind = ? AND namespace = ? AND name = ?", (JOB, *where))
-    connection.execute("DELETE FROM events WHERE namespace = ? AND name = ?", where)
+    connection.execute("DELETE FROM objects WHERE kind = ? AND namespace = ? AND name = ?", (kind, *where))
+    if kind == JOB:
+        connection.execute("DELETE FROM events WHERE namespace = ? AND name = ?", where)
 
 
 def _at_rest(job: QLoRAJob) -> bool:

@@ -237,12 +237,18 @@ def _refuse_address(draft: Draft, policy: Policy) -> Draft:
 
 def _hold(draft: Draft, policy: Policy) -> Draft:
     if draft.job.spec.suspend:
-        return wait(draft, Reason.SUSPENDED, "spec.suspend is true; set it to false to go on")
+        return wait(draft, Reason.SUSPENDED, f"spec.suspend is true, until: qlora resume {_named(draft.job)}")
     retry_after = draft.status.retry_after
     if retry_after is not None and is_paused(draft.status, draft.now, policy):
         when = retry_after.strftime("%H:%M:%SZ")
         return wait(draft, Reason.BACKING_OFF, f"tries again at {when}{_spent(draft, policy)}")
     return draft
+
+
+def _named(job: QLoRAJob) -> str:
+    """How commands name it."""
+    meta = job.metadata
+    return meta.name if meta.namespace == "default" else f"{meta.name} -n {meta.namespace}"
 
 
 def _spent(draft: Draft, policy: Policy) -> str:

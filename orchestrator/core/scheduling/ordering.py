@@ -50,11 +50,14 @@ def queue_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec]) -> Refusa
     if spec is None:
         return Refusal(
             reason=Reason.QUEUE_NOT_FOUND,
-            message=f"there is no queue {name}; create it or set spec.queue to one of {', '.join(sorted(queues))}",
+            message=(
+                f"there is no queue {name}; make it (qlora queue create {name}) or "
+                f"set spec.queue to one of {', '.join(sorted(queues))}"
+            ),
         )
     refusal = permission_refusal(job, queues)
     if refusal is None and spec.hold:
-        return Refusal(reason=Reason.QUEUE_HELD, message=f"queue {name} is held; set its spec.hold to false")
+        return Refusal(reason=Reason.QUEUE_HELD, message=f"queue {name} is held, until: qlora queue release {name}")
     return refusal
 
 

@@ -1,0 +1,151 @@
+"""`qlora queue`: the commands that make queues, look at them and steer them. `qlora get queues` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.completion import complete_namespace, complete_queue
+from orchestrator.cli.job_commands import connect
+from orchestrator.cli.options import DryRun, Output
+
+if TYPE_CHECKING:
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.sdk.client import Client
+
+QueueName = Annotated[str, typer.Argument(metavar="NAME", help="The queue's name.", autocompletion=complete_queue)]
+
+
+def queue() -> None:
+    """Make queues, look at them, hold and release them: create, describe, hold, release, delete."""
+
+
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The queue's name.")],
+    quotas: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quota", metavar="CLASS=GPUS", help="GPUs of a class; repeat. None: no limit.", show_default=False
+        ),
+    ] = None,
+    cohort: Annotated[
+        str | None,
+        typer.Option("--cohort", metavar="COHORT", help="Lends and borrows what is unused in it.", show_default=False),
+    ] = None,
+    weight: Annotated[int, typer.Option("--weight", metavar="WEIGHT", min=1, help="Its fair share of GPU time.")] = 1,
+    namespaces: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--namespace",
+            "-n",
+            metavar="NAMESPACE",
+            help="Whose jobs may use it; repeat. None: everybody's.",
+            show_default=False,
+            autocompletion=complete_namespace,
+        ),
+    ] = None,
+    max_priority: Annotated[
+        int | None,
+        typer.Option("--max-priority", metavar="PRIORITY", help="Jobs of a higher one wait.", show_default=False),
+    ] = None,
+    never_preempt: Annotated[bool, typer.Option("--never-preempt", help="Its jobs move nobody.")] = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Admit nothing before `qlora queue release`.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a queue. To change one, edit what `qlora get queues NAME -o yaml` prints, and submit it."""
+    from orchestrator.api.base import API_VERSION
+    from orchestrator.cli.output import print_text
+    from orchestrator.errors import AlreadyExists
+    from orchestrator.sdk.manifest import parse_object
+
+    spec = {
+        "quotas": [_quota(text) for text in quotas or ()],
+        "cohort": cohort,
+        "weight": weight,
+        "namespaces": list(namespaces or ()),
+        "maxPriority": max_priority,
+        "preemption": "Never" if never_preempt else "LowerPriority",
+        "hold": hold,
+    }
+    wanted = parse_object({"apiVersion": API_VERSION, "kind": "QLoRAQueue", "metadata": {"name": name}, "spec": spec})
+    client = connect(None)
+    if any(queue.metadata.name == name for queue in client.list_queues()):
+        raise AlreadyExists(f"queue {name} exists already; change it with: qlora get queues {name} -o yaml")
+    if not dry_run:
+        client.apply_queue(wanted.to_wire())
+    print_text(f"queue/{name} {'would be created' if dry_run else 'created'}")
+
+
+def describe(name: QueueName, output: Output = None) -> None:
+    """Show one queue: its rules, what its jobs hold of its quotas, and the jobs that are not finished."""
+    from orchestrator.cli.console import answers
+    from orchestrator.cli.describe import show_queue
+    from orchestrator.cli.output import print_data, wire
+
+    client = connect(None)
+    found = client.get_queue(name)
+    if output is not None:
+        print_data(wire(found), output)
+    else:
+        show_queue(answers(), found, _unfinished(client, name), datetime.now(UTC))
+
+
+def hold(name: QueueName, dry_run: DryRun = False) -> None:
+    """Admit no more of a queue's jobs. Those that run go on."""
+    _set_hold(name, hold=True, dry_run=dry_run)
+
+
+def release(name: QueueName, dry_run: DryRun = False) -> None:
+    """Admit a held queue's jobs again."""
+    _set_hold(name, hold=False, dry_run=dry_run)
+
+
+def delete(name: QueueName, dry_run: DryRun = False) -> None:
+    """Remove a queue. Jobs that name it wait until it is there again; those that run go on."""
+    from orchestrator.cli.output import print_text
+
+    client = connect(None)
+    client.get_queue(name)
+    count = len(_unfinished(client, name))
+    if not dry_run:
+        client.delete_queue(name)
+    left = f"; {count} unfinished job{'s' if count > 1 else ''} of it" if count else ""
+    print_text(f"queue/{name} {'would be deleted' if dry_run else 'deleted'}{left}")
+
+
+COMMANDS = (create, describe, hold, release, delete)
+
+
+def _set_hold(name: str, *, hold: bool, dry_run: bool) -> None:
+    from orchestrator.cli.output import print_text
+
+    client, word = connect(None), "held" if hold else "released"
+    if client.get_queue(name).spec.hold is hold:
+        print_text(f"queue/{name} is {'held' if hold else 'not held'} already")
+    elif dry_run:
+        print_text(f"queue/{name} would be {word}")
+    else:
+        client.hold_queue(name, hold=hold)
+        print_text(f"queue/{name} {word}")
+
+
+def _unfinished(client: Client, name: str) -> Sequence[QLoRAJob]:
+    from orchestrator.sdk.handle import is_finished
+
+    jobs = client.list(all_namespaces=True)
+    return [job for job in jobs if job.spec.queue == name and not is_finished(job)]
+
+
+def _quota(text: str) -> dict[str, object]:
+    """`24Gi=4` as a quota; raises InvalidObject."""
+    from orchestrator.errors import InvalidObject
+    from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS
+
+    gpu_class, _, count = text.partition("=")
+    if not count.isdecimal() or gpu_class not in (*CLASS_NAMES, CPU_CLASS):
+        known = ", ".join(CLASS_NAMES)
+        raise InvalidObject(f"--quota {text}: must be a GPU class ({known}) and a number of GPUs, such as 24Gi=4")
+    return {"gpuClass": gpu_class, "nominal": int(count)}
