@@ -266,9 +266,11 @@ def snapshot(
     runs: tuple[RunFact, ...] = (),
     policy: Policy = POLICY,
     now: datetime = NOW,
+    clock_step_seconds: float = 0.0,
 ) -> Snapshot:
     return Snapshot(
         now=now,
+        clock_step_seconds=clock_step_seconds,
         jobs=jobs,
         queues=queues,
         stages={fact.key: fact for fact in stages},

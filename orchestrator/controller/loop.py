@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from orchestrator.controller.act import Actor, Bounds
+from orchestrator.controller.clock import Clock
 from orchestrator.controller.health import Health
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.observe import observe
@@ -66,6 +66,7 @@ class Controller:
         )
         self._actor = Actor(ports.store, ports.runtime, ports.tracking, Backoff(base, longest), bounds)
         self._round_backoff = Backoff(base, longest)
+        self._clock = Clock()
         self.metrics = metrics or Metrics()
         self._health = health or Health(settings.tick_seconds)
 
@@ -91,16 +92,21 @@ class Controller:
         """One observation, decision and action; the commands that were decided."""
         start = time.monotonic()
         self.metrics.round_begins()
-        runs = self._actor.runs()
-        snapshot = observe(
-            self._ports.store, self._ports.runtime, runs, self._policy, datetime.now(UTC), self._actor.refused()
+        store, runtime, runs, refused = (
+            self._ports.store,
+            self._ports.runtime,
+            self._actor.runs(),
+            self._actor.refused(),
         )
+        now = self._clock.now()
+        snapshot = observe(store, runtime, runs, self._policy, now, self._clock.step_seconds, refused)
         observed = time.monotonic()
         commands = self._decide(snapshot)
         decided = time.monotonic()
         for command in commands:
             log.debug("decided: %s", command)
         self._actor.act(commands, decided - start)
+        self._clock.step_is_told()
         self.metrics.round_done(snapshot, commands, decided - observed, start)
         return commands
 

@@ -20,6 +20,7 @@ def observe(
     runs: Mapping[str, RunFact],
     policy: Policy,
     now: datetime,
+    clock_step_seconds: float = 0.0,
     refused: Mapping[str, str] | None = None,
 ) -> Snapshot:
     """Everything that a decision may depend on. Raises if any part of it cannot be read; one object is no part."""
@@ -28,6 +29,7 @@ def observe(
     alone = {job.key for job in unreadable}
     return Snapshot(
         now=now,
+        clock_step_seconds=clock_step_seconds,
         jobs=tuple(jobs),
         queues=tuple(store.list_queues()),
         stages=stages,

@@ -168,6 +168,8 @@ class Snapshot:
     """Everything that a decision may depend on."""
 
     now: datetime
+    clock_step_seconds: float = 0.0
+    """How far the clock of `now` was put ahead since the last decision, below zero back: seconds that did not pass."""
     jobs: tuple[QLoRAJob, ...]
     queues: tuple[QLoRAQueue, ...] = ()
     stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])

@@ -299,6 +299,28 @@ def test_a_controllers_clock_that_is_put_back_makes_nobody_wait_for_it() -> None
     assert status_after(running, stage(running)).active_attempt.stop_reason is None
 
 
+@pytest.mark.parametrize("step_seconds", [86_400.0, -86_400.0])
+def test_a_controllers_clock_that_is_put_ends_no_job_by_its_deadline_and_takes_none_for_stuck(
+    step_seconds: float,
+) -> None:
+    """Running for half an hour of an hour when the clock is put: half an hour is left, and then the deadline counts."""
+    job = make_job(status=running_status(ran_seconds=1800), active_deadline_seconds=3600)
+    known = progress(10)
+    job = make_job(status=status_after(job, stage(job, progress=known)), active_deadline_seconds=3600)
+
+    def at(seconds: float, **fields: object) -> QLoRAJobStatus:
+        return status_after(job, stage(job, progress=known), now=after(step_seconds + seconds), **fields)
+
+    job = make_job(status=at(0, clock_step_seconds=step_seconds), active_deadline_seconds=3600)
+    assert job.status.active_attempt is not None
+    assert job.status.active_attempt.stop_reason is None
+    in_time = decide(
+        snapshot(job, stages=(stage(job, progress=known),), gpu_classes=GPUS, now=after(step_seconds + 1700))
+    )
+    assert not [command for command in in_time if isinstance(command, StopStage)]
+    assert at(1900).active_attempt.stop_reason is Reason.DEADLINE_EXCEEDED
+
+
 # --- attempts are used once ------------------------------------------------------------------------------------------
 
 

@@ -23,12 +23,14 @@ from tests.builders import PUBLISHED, SMOLLM2_135M, failure, prepare_result, tra
 from tests.core.world import World
 
 TICK_SECONDS = 30.0
-STEPS, STEP_SECONDS = 6, 60.0
+STEP_SECONDS = 60.0
 CPU_STAGE_SECONDS = 30.0
 UNSCHEDULABLE_SECONDS, START_FAILURE_SECONDS, STRANDED_SECONDS = 900.0, 300.0, 60.0
 """How long the runtime waits for a pod, as `RuntimeBounds` has it."""
 EVICTION_SECONDS = 300.0
 """How long a cluster waits for a node before it deletes the pods there."""
+STEP, KNOWN_STEP = timedelta(hours=2), timedelta(hours=26)
+"""How far the controller's clock is put: where its steps may go unnoticed, because it is killed, and else."""
 NODES = {"24Gi": ("gpu-1", "gpu-2"), "48Gi": ("gpu-3",)}
 
 
@@ -90,6 +92,7 @@ class FaultyWorld(World):
     """A `World` with time of its own, nodes, and troubles that come and go."""
 
     seed: int = 0
+    steps_a_job: int = 6
     troubles: tuple[Trouble, ...] = ()
     seconds: float = 0.0
     pods: dict[str, _Pod] = field(default_factory=dict[str, _Pod])
@@ -100,6 +103,8 @@ class FaultyWorld(World):
     """The node that does not answer."""
     strays: dict[str, float] = field(default_factory=dict[str, float])
     """Nodes of given-up stages that may still run there, and since when."""
+    clock_put: timedelta = timedelta(0)
+    """How far the controller's clock was ahead when it last looked."""
     fences: dict[str, int] = field(default_factory=dict[str, int])
     """The attempt that owns a job's store."""
     chance: random.Random = field(default_factory=random.Random)
@@ -136,16 +141,24 @@ class FaultyWorld(World):
 
     def snapshot(self) -> Snapshot:
         """What the controller sees, by its own clock."""
-        put_back = timedelta(hours=2 * (self.on(Fault.CONTROLLER_CLOCK) - self.on(Fault.CLOCK_AHEAD)))
         seen = World.snapshot(self)
         held = {self.pods[key].node for key in self.live_stages()}
         gone = ({self.unreachable} | self.strays.keys()) - held
         classes = tuple(replace(c, capacity=c.capacity - len(gone & set(NODES[c.name]))) for c in self.gpu_classes)
-        return replace(seen, now=seen.now - put_back, gpu_classes=classes)
+        put, before = self._clock_put(), self.clock_put
+        step = (put - before).total_seconds()
+        return replace(seen, now=seen.now + put, clock_step_seconds=step, gpu_classes=classes)
+
+    def _clock_put(self) -> timedelta:
+        """How far the controller's clock is ahead: more than any deadline, where nobody kills who knows that it was
+        put."""
+        ahead = KNOWN_STEP if all(t.fault is not Fault.CONTROLLER_KILLED for t in self.troubles) else STEP
+        return ahead * self.on(Fault.CLOCK_AHEAD) - STEP * self.on(Fault.CONTROLLER_CLOCK)
 
     def control(self, commands_carried_out: int | None) -> None:
         """One pass of the controller; each command is checked as it is carried out."""
         seen = self.snapshot()
+        self.clock_put = self._clock_put()
         for command in decide(seen)[:commands_carried_out]:
             self._act(command)
         if commands_carried_out is not None:
@@ -250,15 +263,15 @@ class FaultyWorld(World):
     def _step(self, key: str, pod: _Pod) -> None:
         pod.step += 1
         self.steps[self._job(key)] = pod.step
-        if pod.step >= STEPS:
-            self._exit(key, 0, train_result(STEPS))
+        if pod.step >= self.steps_a_job:
+            self._exit(key, 0, train_result(self.steps_a_job))
             return
         report = ProgressReport(
             stage="train",
             step=pod.step,
-            steps=STEPS,
+            steps=self.steps_a_job,
             tokens_per_second=1000.0,
-            eta_seconds=(STEPS - pod.step) * STEP_SECONDS,
+            eta_seconds=(self.steps_a_job - pod.step) * STEP_SECONDS,
             checkpoint_step=pod.step,
             checkpoint_uri=f"file:///checkpoints/{pod.step}",
             time=self.now + self._clock_error(),
@@ -327,7 +340,7 @@ class FaultyWorld(World):
 
     def _train_unseen(self, key: str, pod: _Pod) -> None:
         job, is_owner = self._job(key), self.fences.get(self._job(key)) == self.tasks[key].attempt
-        if pod.started_seconds is not None and is_owner and not pod.hangs and pod.step < STEPS - 1:
+        if pod.started_seconds is not None and is_owner and not pod.hangs and pod.step < self.steps_a_job - 1:
             pod.step += 1
             self.steps[job] = pod.step
 

@@ -37,12 +37,14 @@ WAITING_CONDITION: Mapping[JobState, ConditionType] = {
     JobState.TRAINED: ConditionType.PUBLISHED,
 }
 """The condition that says what an idle job waits for."""
+CLOCKED = ("created_time", "seen_time", "start_time", "progress_time", "stop_time")
+"""An attempt's times by the controller's clock, from which durations are counted."""
 
 
 def reconcile(job: QLoRAJob, snapshot: Snapshot) -> Draft:
     """The job's draft after the facts and the user's wishes."""
     opened = Draft.open(job, snapshot.now)
-    draft = noted = _note_run(opened, snapshot)
+    draft = noted = _with_clock(_note_run(opened, snapshot), timedelta(seconds=snapshot.clock_step_seconds))
     if draft.state not in TERMINAL_STATES:
         draft = _observe(draft, snapshot)  # 1. what happened outside
     if draft.state not in TERMINAL_STATES:
@@ -69,6 +71,16 @@ def wait(draft: Draft, reason: Reason, message: str) -> Draft:
     if before is not None and says_the_same(before, finding, draft.job.metadata.generation):
         return draft
     return draft.say(finding)
+
+
+def _with_clock(draft: Draft, step: timedelta) -> Draft:
+    """The draft by a clock that was put: what goes on has begun, and was last heard of, as long ago as before."""
+    attempt = draft.attempt
+    if attempt is None or not step:
+        return draft
+    times = {name: getattr(attempt, name) for name in CLOCKED}
+    moved = {name: time + step for name, time in times.items() if time is not None}
+    return draft.amend(attempts=draft.change_attempt(**moved))
 
 
 def _note_run(draft: Draft, snapshot: Snapshot) -> Draft:
