@@ -5,8 +5,9 @@ in-cluster tokens that rotate, proxies, certificates. Objects stay dictionaries:
 and memory than the rest of the controller.
 
 Every call is bounded in time. Errors: 404 NotFound, 409 Conflict (AlreadyExists for a creation), 410 Gone, 400 and 422
-InvalidObject, 401 and 403 Forbidden; 5xx and a connection that fails StoreUnavailable. A 429 was not carried out, so
-the call is made again after the time that the server asks for, THROTTLED_TRIES times at most.
+InvalidObject, 403 Forbidden; 5xx and a connection that fails StoreUnavailable. A 429 was not carried out, so the call
+is made again after the time that the server asks for, THROTTLED_TRIES times at most. Nor was a 401, which says that a
+token has expired or was rotated: it is read anew, and where that does not help, the server counts as unavailable.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class KubeApi:
         untyped: Any = kubernetes_client  # Any: the library has no types
         configuration: Any = untyped.Configuration()
         configuration.connection_pool_maxsize = CONNECTIONS
-        self.namespace = _load(configuration, context, kubeconfig or os.environ.get("KUBECONFIG", ""))
+        self._credentials = context, kubeconfig or os.environ.get("KUBECONFIG", "")
+        self.namespace = _load(configuration, *self._credentials)
         """The namespace that the context names."""
         self._client: Any = untyped.ApiClient(configuration)
         self._host: str = configuration.host
@@ -152,9 +154,21 @@ class KubeApi:
             response.drain_conn()
             time.sleep(_asked_seconds(response))
             response = self._request(verb, url, path, data, kind, answer_seconds, accept)
+        if response.status == 401:
+            response.drain_conn()
+            self._renew_credentials()
+            response = self._request(verb, url, path, data, kind, answer_seconds, accept)
         if response.status >= 400:
             raise_error(response.status, _status(response.data), f"{verb} {path}", creates=verb == "POST")
         return response
+
+    def _renew_credentials(self) -> None:
+        """Read the token anew from where it comes from."""
+        untyped: Any = kubernetes_client  # Any: the library has no types
+        fresh: Any = untyped.Configuration()
+        _load(fresh, *self._credentials)
+        known: Any = self._client.configuration
+        known.api_key, known.refresh_api_key_hook = fresh.api_key, fresh.refresh_api_key_hook
 
     def _request(
         self, verb: str, url: str, path: str, data: bytes | None, kind: str, answer_seconds: float, accept: str
@@ -240,6 +254,8 @@ def raise_error(code: int, status: Json, what: str, *, creates: bool = False) ->
     message = f"{what}: {status.get('message') or f'the API server answered {code}'}"
     if code == 409 and creates:
         raise AlreadyExists(message)
+    if code == 401:
+        raise StoreUnavailable(f"{message}; the credentials have expired or are not known there")
     if code == 429 or code >= 500:
         raise StoreUnavailable(message)
     raise _ERRORS.get(code, PermanentError)(message)
@@ -247,7 +263,6 @@ def raise_error(code: int, status: Json, what: str, *, creates: bool = False) ->
 
 _ERRORS: Mapping[int, type[PermanentError] | type[TransientError]] = {
     400: InvalidObject,
-    401: Forbidden,
     403: Forbidden,
     404: NotFound,
     409: Conflict,
