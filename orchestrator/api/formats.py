@@ -2,13 +2,14 @@
 
     <job>/fence.json                      the highest attempt that has taken the store
     <job>/attempts.json                   what each train attempt says of itself: its plan, libraries and card
+    <job>/logs/<stage>-<attempt>/         log.jsonl, and log.1.jsonl with what came before it
     <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, shown.json, tokenizer files
     <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
                                           state.json, journal.jsonl, best_adapter.safetensors (when it is not this one)
                                           and, written last, manifest.json
     <job>/adapter/                        PEFT's layout plus tokenizer files, journal.jsonl and, last, manifest.json
 
-A folder exists when its manifest does. Nothing is pickled.
+A folder exists when its manifest does, but for logs, which vouch for nothing. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import BeforeValidator, Field, FiniteFloat, StringConstraints
 
 from orchestrator.api.base import Count, Digest, Model, PositiveCount, ShortText
 from orchestrator.api.results import PrepareResult
+from orchestrator.api.stage_name import StageKind
 
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
@@ -30,6 +32,8 @@ ATTEMPTS_NAME = "attempts.json"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
+LOGS_FOLDER = "logs"
+LOG_NAME, EARLIER_LOG_NAME = "log.jsonl", "log.1.jsonl"
 SHOWN_NAME = "shown.json"
 MAX_SHOWN_RECORDS = 100
 
@@ -46,6 +50,11 @@ def checkpoint_step(folder: str) -> int:
     """The step of a checkpoint by its folder's name, with or without what the folder lies in; -1 for any other name."""
     match = _CHECKPOINT.fullmatch(folder.rpartition("/")[2])
     return int(match[1]) if match is not None else -1
+
+
+def log_folder(stage: StageKind, attempt: int) -> str:
+    """The folder of an attempt's log."""
+    return f"{LOGS_FOLDER}/{stage}-{attempt}"
 
 
 class FileEntry(Model):

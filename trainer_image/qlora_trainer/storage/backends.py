@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
@@ -18,12 +19,14 @@ import fsspec  # type: ignore[import-untyped]  # it has no types
 from orchestrator.api.contained_files import open_file, open_folder, refuse_link
 from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
-from qlora_trainer.storage.trouble import is_away
+from qlora_trainer.storage.trouble import is_away, is_not_implemented, is_other_version
 
 SCRATCH_FOLDER = ".partial"
 STORE_BACKOFF = Backoff(tries=6, first_pause_seconds=0.5)
 """Six tries span 15 seconds, on top of what the client itself retries."""
+UPDATE_TRIES = 16
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class DamagedFolder(Exception):
@@ -33,9 +36,10 @@ class DamagedFolder(Exception):
 class Backend(Protocol):
     """What the job store needs from where it is kept. Names are relative to the job's folder."""
 
-    def locked(self) -> AbstractContextManager[None]: ...
     def read(self, name: str) -> bytes | None: ...
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: bytes, *, make: bool = False) -> None: ...
+    def create(self, name: str, data: bytes) -> bool: ...
+    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None: ...
     def exists(self, name: str) -> bool: ...
     def remove(self, name: str) -> None: ...
     def folders(self, prefix: str) -> list[str]: ...
@@ -72,9 +76,9 @@ class FileSystem:
             yield folder, path.name
 
     @contextmanager
-    def locked(self) -> Generator[None]:
+    def _locked(self) -> Generator[None]:
         with self._opened(make=True) as folder:
-            with suppress(OSError):  # network file systems without locks rely on `check_fence`, as object stores do
+            with suppress(OSError):  # network file systems without locks rely on `check_fence`
                 fcntl.flock(folder, fcntl.LOCK_EX)
             yield
 
@@ -85,9 +89,10 @@ class FileSystem:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, make: bool = False) -> None:
+        """Put a file into place; with `make`, its folder is made where there is none."""
         scratch = self.new_scratch_folder()
-        with self._opened(self._name(scratch)) as source, self._parent(name) as (folder, leaf):
+        with self._opened(self._name(scratch)) as source, self._parent(name, make=make) as (folder, leaf):
             descriptor = os.open("file", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=source)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
@@ -96,6 +101,19 @@ class FileSystem:
             os.replace("file", leaf, src_dir_fd=source, dst_dir_fd=folder)
             os.fsync(folder)
         self.remove(self._name(scratch))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put a file where there is none; whether there was none."""
+        with self._locked():
+            if self.exists(name):
+                return False
+            self.write(name, data)
+            return True
+
+    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Replace a small file by what `change` makes of it, one writer at a time."""
+        with self._locked():
+            self.write(name, change(self.read(name)))
 
     def exists(self, name: str) -> bool:
         try:
@@ -207,7 +225,12 @@ def sync_folder(folder: Path) -> None:
 
 
 class ObjectStore:
-    """A prefix of an object store, through fsspec: there is no rename, and an object appears whole or not at all."""
+    """A prefix of an object store, through fsspec: there is no rename, and an object appears whole or not at all.
+
+    Where two writers may meet, a write names the version that it was decided on, and the store refuses it if that is
+    another one by now. S3 can do that for any version (If-Match); what other stores have in common is that an object is
+    only put where there is none. Where a store cannot do either, `check_fence` repairs what a race may do.
+    """
 
     def __init__(self, uri: str, backoff: Backoff) -> None:
         core: Any = fsspec.core  # Any: fsspec has no types
@@ -215,10 +238,7 @@ class ObjectStore:
         self._root = str(root)
         self._uri = uri
         self._backoff = backoff
-
-    @contextmanager
-    def locked(self) -> Generator[None]:
-        yield  # there are no locks; `check_fence` heals what a race may do
+        self._knows_conditions = True
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -226,11 +246,63 @@ class ObjectStore:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, make: bool = False) -> None:  # noqa: ARG002 - there are no folders
         self._retrying(lambda: self._fs.pipe_file(self._path(name), data))
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Put an object where there is none; whether there was none."""
+        return self._write_if(name, data, version=None)
+
+    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Replace a small object by what `change` makes of it, again if another one was there before."""
+        for _ in range(UPDATE_TRIES):
+            version = self._version(name)  # asked for before the content: what comes between is found out
+            if self._write_if(name, change(self.read(name)), version=version):
+                return
+        raise Transient(f"{self._uri}/{name} was changed by others {UPDATE_TRIES} times in a row")
+
+    def _version(self, name: str) -> str | None:
+        """What tells an object from what it will be: its ETag, or nothing where that cannot be asked for."""
+        info = self._info(name)
+        return None if info is None else str(info.get("ETag") or "")
+
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """What the store says of an object; None where there is none."""
+        path = self._path(name)
+        try:
+            try:
+                return self._retrying(lambda: self._fs.info(path))
+            except PermissionError:  # of an answer without a body, which says no more: ask for one that says why
+                self._retrying(lambda: self._fs.cat_file(path, start=0, end=1))
+                return self._retrying(lambda: self._fs.info(path))
+        except FileNotFoundError:
+            return None
+
+    def _write_if(self, name: str, data: bytes, *, version: str | None) -> bool:
+        """Write if the object is of this version, where None is none; whether it was."""
+        condition = {"mode": "create"} if version is None else {"IfMatch": version} if self._is_s3 and version else {}
+        if not condition or not self._knows_conditions:
+            self.write(name, data)
+            return True
+        try:
+            self._retrying(lambda: self._fs.pipe_file(self._path(name), data, **condition))
+        except Exception as error:
+            if is_other_version(error):
+                return False
+            if not is_not_implemented(error):
+                raise
+            log.warning("%s cannot write under a condition, so it is done without: %s", self._uri, error)
+            self._knows_conditions = False
+            self.write(name, data)
+        return True
+
+    @property
+    def _is_s3(self) -> bool:
+        return self._uri.startswith("s3://")
+
     def exists(self, name: str) -> bool:
-        return self._retrying(lambda: self._fs.isfile(self._path(name)))
+        info = self._info(name)
+        return info is not None and info["type"] == "file"
 
     def remove(self, name: str) -> None:
         def remove() -> None:
@@ -275,5 +347,5 @@ class ObjectStore:
             call,
             self._backoff,
             what=f"{self._uri} does not answer",
-            may_pass=is_away,
+            may_pass=lambda error: is_away(error) and not is_other_version(error) and not is_not_implemented(error),
         )

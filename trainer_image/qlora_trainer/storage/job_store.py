@@ -33,12 +33,15 @@ from orchestrator.api.formats import (
     ATTEMPTS_NAME,
     CHECKPOINTS_FOLDER,
     FENCE_NAME,
+    LOGS_FOLDER,
     MANIFEST_NAME,
     PREPARED_FOLDER,
     AttemptLog,
     Fence,
     FileEntry,
+    log_folder,
 )
+from orchestrator.api.stage_name import StageKind
 from qlora_trainer.outcome import FencedError, StageError, Transient, UserError
 from qlora_trainer.storage.backends import (
     SCRATCH_FOLDER,
@@ -72,20 +75,23 @@ class JobStore:
 
     def take_fence(self, attempt: int) -> None:
         """Own the store; raises FencedError if a later attempt already does."""
-        with self._trying("take the fence of"), self._backend.locked():
-            self._refuse_if_later_than(attempt)
-            self._backend.write(FENCE_NAME, Fence(attempt=attempt).model_dump_json(by_alias=True).encode())
+
+        def own(data: bytes | None) -> bytes:
+            self._refuse_if_later(data, attempt)
+            return Fence(attempt=attempt).model_dump_json(by_alias=True).encode()
+
+        with self._trying("take the fence of"):
+            self._backend.update(FENCE_NAME, own)
 
     def check_fence(self, attempt: int) -> None:
         """Raise FencedError if a later attempt owns the store."""
         with self._trying("read the fence of"):
-            found = self._refuse_if_later_than(attempt)
+            found = self._refuse_if_later(self._backend.read(FENCE_NAME), attempt)
         if found < attempt:
-            # Without locks (object stores) an earlier attempt may have written over ours between its look and write.
+            # Where nothing keeps two writers apart, an earlier one may have written over ours between look and write.
             self.take_fence(attempt)
 
-    def _refuse_if_later_than(self, attempt: int) -> int:
-        data = self._backend.read(FENCE_NAME)
+    def _refuse_if_later(self, data: bytes | None, attempt: int) -> int:
         try:
             found = Fence.model_validate_json(data).attempt if data else 0
         except ValidationError as error:
@@ -102,23 +108,40 @@ class JobStore:
     def record_attempt(self, attempt: int, tags: Mapping[str, str]) -> None:
         """Keep what an attempt says of itself, however it ends. For the fence's holder."""
         self.check_fence(attempt)
-        with self._trying("record the attempt in"), self._backend.locked():
-            known = AttemptLog(tags={**self._attempts().tags, str(attempt): dict(tags)})
-            self._backend.write(ATTEMPTS_NAME, known.model_dump_json(by_alias=True).encode())
+
+        def with_ours(data: bytes | None) -> bytes:
+            known = AttemptLog(tags={**self._attempts(data).tags, str(attempt): dict(tags)})
+            return known.model_dump_json(by_alias=True).encode()
+
+        with self._trying("record the attempt in"):
+            self._backend.update(ATTEMPTS_NAME, with_ours)
 
     def attempt_tags(self) -> dict[str, str]:
         """What the attempts said of themselves, the last word of each tag."""
         with self._trying("read the attempts of"):
-            known = self._attempts().tags
+            known = self._attempts(self._backend.read(ATTEMPTS_NAME)).tags
         return {name: value for number in sorted(known, key=int) for name, value in known[number].items()}
 
-    def _attempts(self) -> AttemptLog:
-        data = self._backend.read(ATTEMPTS_NAME)
+    def _attempts(self, data: bytes | None) -> AttemptLog:
         try:
             return AttemptLog.model_validate_json(data) if data else AttemptLog()
         except ValidationError as error:
             log.warning("%s/%s does not parse and is begun anew: %s", self.uri, ATTEMPTS_NAME, error)
             return AttemptLog()
+
+    # --- logs
+
+    def keep_log(self, stage: StageKind, attempt: int, files: Mapping[str, bytes], *, kept_attempts: int) -> None:
+        """Put files into the folder of an attempt's log, and remove the logs of all but the newest attempts.
+
+        No fence is asked for: an attempt has a folder of its own, and an old one's last words are worth having.
+        """
+        with self._trying("keep a log in"):
+            for name, data in files.items():
+                self._backend.write(f"{log_folder(stage, attempt)}/{name}", data, make=True)
+            logs = sorted(self._backend.folders(LOGS_FOLDER), key=_attempt_of_log)
+            for name in logs[:-kept_attempts]:
+                self._backend.remove(name)
 
     # --- folders
 
@@ -143,12 +166,15 @@ class JobStore:
         """
         files = tuple(describe_durably(path) for path in sorted(local.iterdir()))
         with self._trying(f"write {name} to"):
-            if not self._has(name, files):
+            is_new = not self._has(name, files)
+            if is_new:
                 self._backend.remove(f"{name}/{MANIFEST_NAME}")
                 self._backend.remove(name)
                 self._backend.place(local, [entry.name for entry in files], name)
-            manifest = make_manifest(files)
-            self._backend.write(f"{name}/{MANIFEST_NAME}", manifest.model_dump_json(by_alias=True, indent=1).encode())
+            manifest = _manifest_bytes(make_manifest(files))
+            if not (is_new and self._backend.create(f"{name}/{MANIFEST_NAME}", manifest)):
+                # There is one, which may have come meanwhile: whoever may still write, writes over it.
+                self._backend.write(f"{name}/{MANIFEST_NAME}", _manifest_bytes(make_manifest(files)))
         return self.folder_uri(name)
 
     def read_manifest(self, name: str, kind: type[M]) -> M | None:
@@ -253,6 +279,15 @@ class JobStore:
                 return self._backend.vanished(f"{what}: {error}")
             case None:
                 return None
+
+
+def _manifest_bytes(manifest: Model) -> bytes:
+    return manifest.model_dump_json(by_alias=True, indent=1).encode()
+
+
+def _attempt_of_log(folder: str) -> int:
+    number = folder.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def describe_durably(path: Path) -> FileEntry:

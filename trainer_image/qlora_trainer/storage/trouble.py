@@ -68,6 +68,19 @@ def is_away(error: BaseException) -> bool:
     return trouble(error) is Trouble.AWAY
 
 
+def is_other_version(error: BaseException) -> bool:
+    """Whether a write was refused because the object is not, or no longer, of the version that the write is for."""
+    chain = list(_chain(error))
+    codes = {_error_code(each) for each in chain}
+    return bool(codes & {"PreconditionFailed", "ConditionalRequestConflict"}) or isinstance(error, FileExistsError)
+
+
+def is_not_implemented(error: BaseException) -> bool:
+    """Whether a store, or its client, does not know what was asked of it."""
+    codes = {_error_code(each) for each in _chain(error)}
+    return "NotImplemented" in codes or isinstance(error, NotImplementedError | TypeError)
+
+
 def names_in_chain(error: BaseException) -> set[str]:
     """The names of the types of an error and of all that it came of, with those that they are derived from."""
     return {name for each in _chain(error) for name in _names(each)}
