@@ -444,6 +444,8 @@ class QLoRAJobStatus(Model):
     """How often the job moved to a fallback plan or a larger class after running out of memory."""
     progress: ProgressReport | None = None
     checkpoint: CheckpointStatus | None = None
+    store_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None
+    """The job's own folder in its store: checkpoints, the adapter, and the log of every attempt."""
     adapter_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None
     adapter_digest: Digest | None = None
     mlflow: MlflowStatus = MlflowStatus()

@@ -21,7 +21,15 @@ from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state
 from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation, explain_job
-from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, LogQuery, follow_lines, last_lines, read_lines
+from orchestrator.sdk.logs import (
+    FOLLOW_POLL_SECONDS,
+    KeptLogs,
+    LogLine,
+    LogQuery,
+    follow_lines,
+    last_lines,
+    read_lines,
+)
 from orchestrator.sdk.shown import records_of_job
 from orchestrator.settings import Settings
 
@@ -135,9 +143,8 @@ class JobHandle:
 
     def log_steps(self, follow: bool, stage: StageKind | None, attempt: int | None) -> Iterator[LogLine | None]:
         """`logs` for callers that do the pausing themselves: None where nothing is new."""
-        self.object()
-        logs = self._connection.logs
         query = LogQuery(namespace=self.namespace, job=self.name, stage=stage, attempt=attempt)
+        logs = KeptLogs(self._connection.logs, self.object(), query)
         return follow_lines(logs, query, finished=self._is_finished) if follow else read_lines(logs, query)
 
     def cancel(self) -> QLoRAJob:

@@ -1,7 +1,7 @@
 """What a job's stages wrote: attempts in order, line by line, from wherever the service keeps it.
 
-`StageLogs` is the place: a folder of the embedded service, or the pods of a cluster. Following goes on to the next
-attempt by itself.
+`StageLogs` is the place: a folder of the embedded service, or the pods of a cluster, and for attempts that neither has
+any more the copy in the job's store. Following goes on to the next attempt by itself.
 """
 
 from __future__ import annotations
@@ -11,8 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import get_args
 
-from orchestrator.api.stage_name import StageKind
+from orchestrator.adapters.job_store import stored_adapter
+from orchestrator.api.formats import EARLIER_LOG_NAME, LOG_NAME, log_folder
+from orchestrator.api.job import QLoRAJob
+from orchestrator.api.stage_name import StageKind, StageName
+from orchestrator.errors import NotFound, OrchestratorError
 from orchestrator.ports import StageLog, StageLogs, Tail
 
 LOG_SUFFIX = ".log"
@@ -118,3 +123,58 @@ class FileTail:
                     return
                 self._offset_bytes += len(line)
                 yield line.decode(errors="replace").rstrip("\r\n")
+
+
+class KeptLogs:
+    """Logs of a place that forgets them, and of the job's store for those that it has forgotten."""
+
+    def __init__(self, place: StageLogs, job: QLoRAJob, query: LogQuery) -> None:
+        self._place = place
+        self._uri = job.status.store_uri
+        self._stored = [] if self._uri is None else list(_ended(job, query))
+        self._in_place = frozenset[StageLog]()
+
+    def attempts(self, namespace: str, job: str) -> Sequence[StageLog]:
+        """The job's logs that exist, or may exist in its store."""
+        found = self._place.attempts(namespace, job)
+        self._in_place = frozenset(found)
+        return [*found, *(log for log in self._stored if log not in self._in_place)]
+
+    def tail(self, log: StageLog) -> Tail:
+        """One of them, from its beginning."""
+        if log in self._in_place:
+            return self._place.tail(log)
+        return StoredTail(f"{self._uri}/{log_folder(log.name.stage, log.name.attempt)}")
+
+
+def _ended(job: QLoRAJob, query: LogQuery) -> Iterator[StageLog]:
+    """Attempts of the query that have ended: those of the status, and one that it does not name any more."""
+    name, named = job.metadata.name, {attempt.number for attempt in job.status.attempts}
+    found = [StageName(job=name, stage=a.stage, attempt=a.number) for a in job.status.attempts if not a.active]
+    if query.attempt is not None and query.attempt not in named:
+        found = [StageName(job=name, stage=stage, attempt=query.attempt) for stage in get_args(StageKind)]
+    logs = (StageLog(namespace=job.metadata.namespace, name=each) for each in found)
+    return (log for log in logs if query.wants(log))
+
+
+class StoredTail:
+    """The log of an ended attempt in its job's store, which grows no more."""
+
+    def __init__(self, folder_uri: str) -> None:
+        self._uri = folder_uri
+        self._is_read = False
+
+    def new_lines(self, closed: bool) -> Iterator[str]:  # noqa: ARG002 - it is
+        """All of it at the first call; where it cannot be read from here, one line that says so."""
+        if self._is_read:
+            return
+        self._is_read = True
+        for name in (EARLIER_LOG_NAME, LOG_NAME):
+            try:
+                content = stored_adapter.read_file(self._uri, name)
+            except NotFound:  # it never wrote that much, or never began
+                continue
+            except OrchestratorError as error:
+                yield f"the log of this attempt is at {self._uri} and cannot be read from here: {error}"
+                return
+            yield from content.decode(errors="replace").removesuffix("\n").split("\n")

@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -460,6 +461,42 @@ def test_following_goes_on_to_the_next_attempt_and_ends_with_the_job(service: Pa
     assert [str(line) for line in handle.logs(follow=True)] == ["one", "two in two parts", "three", "four"]
     for timer in timers:
         timer.join()
+
+
+def test_a_log_that_its_place_has_forgotten_comes_from_the_jobs_store(service: PaperService, handle: JobHandle) -> None:
+    store = service.folder / "job-store"
+    for stage, name, text in (
+        ("train-2", "log.1.jsonl", "one\n"),
+        ("train-2", "log.jsonl", "two\nthree\n"),
+        ("train-1", "log.jsonl", "of an attempt that the status does not name any more\n"),
+        ("train-3", "log.jsonl", "as far as it was stored\n"),
+    ):
+        path = store / "logs" / stage / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    ended = service.attempt("train", 2, finish_time=datetime.now(UTC), reason=Reason.LOST)
+    attempts = (ended, service.attempt("train", 3))
+    service.write(service.job(), store_uri=store.as_uri(), attempts=attempts, attempts_total=3)
+    service.write_log("train-3", "all of it\n")
+    assert [(line.attempt, line.text) for line in handle.logs()] == [
+        (2, "one"),
+        (2, "two"),
+        (2, "three"),
+        (3, "all of it"),
+    ]
+    assert [str(line) for line in handle.logs(attempt=1)] == ["of an attempt that the status does not name any more"]
+    assert list(handle.logs(attempt=7)) == []
+
+
+def test_a_stored_log_that_cannot_be_read_from_here_is_told_of_and_hides_no_other(
+    service: PaperService, handle: JobHandle
+) -> None:
+    ended = service.attempt("train", 2, finish_time=datetime.now(UTC), reason=Reason.LOST)
+    service.write(service.job(), store_uri="pvc://jobs/medical", attempts=(ended,), attempts_total=3)
+    service.write_log("train-3", "a line\n")
+    told, line = handle.logs()
+    assert "the log of this attempt is at pvc://jobs/medical/logs/train-2 and cannot be read from here" in told.text
+    assert line.text == "a line"
 
 
 def test_events_come_with_their_times(service: PaperService, handle: JobHandle) -> None:

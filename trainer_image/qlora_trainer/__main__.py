@@ -26,17 +26,15 @@ from orchestrator.api.results import Failure, PrepareResult, PublishResult, Stag
 from orchestrator.api.task import TASK_VARIABLE, StageTask, task_text
 from orchestrator.api.words import in_json, in_lines, without_logins
 from qlora_trainer.outcome import Preempted, StageError, UserError, write_result
+from qlora_trainer.storage.stored_log import StoredLog
 
 STAGES = ("prepare", "train", "publish")
-SECRET_VARIABLES = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "RAY_AUTH_TOKEN",
-)
+SECRET_VARIABLES = re.compile(r".*(TOKEN|SECRET|PASSWORD|CONNECTION_STRING|(API|ACCESS|ACCOUNT|PRIVATE)_KEY)")
+"""Names of variables whose values are told to nobody: those of hubs, stores and registries of every kind end so."""
+MIN_SECRET_CHARACTERS = 6
+"""Shorter values are none, and would be found in every other word."""
+END_SECONDS, HURRIED_END_SECONDS = 5.0, 1.0
+"""How long the end of a stage waits for the last lines of its log to be stored."""
 MAX_MESSAGE_CHARACTERS = 2048  # the bound of orchestrator.api.base.Sentence
 
 GPU_FAULTS = re.compile(
@@ -63,9 +61,10 @@ def main(arguments: list[str]) -> ExitCode:
         return show(arguments[1:])
     stage = arguments[0] if len(arguments) == 1 else ""
     start_logging(stage=stage)
+    stored_log: StoredLog | None = None
     try:
         task = read_task(stage)
-        start_logging(stage=stage, job=f"{task.namespace}/{task.job}", attempt=task.attempt)
+        stored_log = start_logging_of(task)
         set_environment(task)
         if stage != "train":  # train listens for SIGTERM itself, because it has something to save
             signal.signal(signal.SIGTERM, _stop)
@@ -79,6 +78,8 @@ def main(arguments: list[str]) -> ExitCode:
         exit_code = ExitCode.OK
     write_result(result)
     log.info("the stage ended with %s (%d)", exit_code.name, exit_code)
+    if stored_log is not None:
+        stored_log.end(HURRIED_END_SECONDS if exit_code is ExitCode.PREEMPTED else END_SECONDS)
     return exit_code
 
 
@@ -195,9 +196,9 @@ def _stop(_signal_number: int, _frame: FrameType | None) -> None:
 
 def redact(text: str) -> str:
     """The text without the values of secret variables and without logins in URLs."""
-    for variable in SECRET_VARIABLES:
-        if secret := os.environ.get(variable):
-            text = text.replace(secret, f"<{variable}>")
+    for variable, value in os.environ.items():
+        if len(value) >= MIN_SECRET_CHARACTERS and SECRET_VARIABLES.fullmatch(variable):
+            text = text.replace(value, f"<{variable}>")
     return without_logins(text)
 
 
@@ -224,13 +225,25 @@ class JsonFormatter(logging.Formatter):
 
 def start_logging(**fields: str | int) -> None:
     """Log JSON lines to stderr, each with the given fields."""
-    formatter = JsonFormatter(fields)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
+    handler.setFormatter(JsonFormatter(fields))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for chatty in ("httpx", "httpcore", "urllib3", "botocore", "aiobotocore", "s3fs", "fsspec", "alembic", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def start_logging_of(task: StageTask) -> StoredLog:
+    """Log with the attempt's fields, and keep a copy in its job's store."""
+    fields: dict[str, str | int] = {
+        "stage": task.stage,
+        "job": f"{task.namespace}/{task.job}",
+        "attempt": task.attempt,
+    }
+    start_logging(**fields)
+    stored_log = StoredLog(task, JsonFormatter(fields))
+    logging.getLogger().addHandler(stored_log)
+    return stored_log
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def _fetch(uri: str, entry: FileEntry, target: Path) -> None:
 def _chunks(uri: str, name: str) -> Iterator[bytes]:
     """A file of the store, piece by piece; errors of any backend leave as ours."""
     if uri.startswith("pvc://"):
-        raise PermanentError(f"{uri} lies on a claim, which only the cluster can read; fetch the adapter from MLflow")
+        raise PermanentError(f"{uri} lies on a claim, which only the cluster can read; MLflow has the adapter")
     address = f"{uri.rstrip('/')}/{name}"
     try:
         with _opened(uri, name) as stream:

@@ -14,6 +14,7 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.stage_name import StageKind, StageName
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding, clip, plan_words
+from orchestrator.core.job.stage_commands import job_store_uri
 from orchestrator.core.job.state_machine import JobEvent
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Snapshot
@@ -105,6 +106,7 @@ def _start(draft: Draft, attempt: Attempt, snapshot: Snapshot, *findings: Findin
         *findings,
         attempts=kept,
         attempts_total=attempt.number,
+        store_uri=job_store_uri(draft.job, snapshot.policy),
         retry_after=None,
         **changes,
     )
