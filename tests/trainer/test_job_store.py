@@ -233,7 +233,8 @@ def test_a_full_disk_is_transient_names_the_store_and_loses_nothing(small_disk: 
 
 def test_a_store_that_does_not_answer_is_asked_again_and_then_transient(monkeypatch: pytest.MonkeyPatch) -> None:
     # Port 9 of the loopback answers nobody; a real client with real errors meets it.
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own tries, on top of which come ours
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
