@@ -8,8 +8,8 @@ a quota need not wait for someone who uses it meanwhile, whatever the priority.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from orchestrator.api.plan import Estimate
@@ -31,14 +31,44 @@ class Placement:
     estimate: Estimate
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quotas:
+    """What queues may use, looked up thousands of times in one decision."""
+
+    queues: Mapping[str, QLoRAQueueSpec]
+    of_queue: Mapping[tuple[str, str], Quota]
+    """By queue and class."""
+    of_cohort: Mapping[tuple[str, str], int]
+    """The nominal quotas of a cohort's queues together, by cohort and class."""
+
+    @classmethod
+    def of(cls, queues: Mapping[str, QLoRAQueueSpec]) -> Quotas:
+        """Those of the queues by name."""
+        of_queue: dict[tuple[str, str], Quota] = {}
+        of_cohort: dict[tuple[str, str], int] = {}
+        for name, spec in queues.items():
+            for quota in spec.quotas:
+                of_queue[name, quota.gpu_class] = quota
+                if spec.cohort is not None:
+                    key = spec.cohort, quota.gpu_class
+                    of_cohort[key] = of_cohort.get(key, 0) + quota.nominal
+        return cls(queues=queues, of_queue=of_queue, of_cohort=of_cohort)
+
+    def cohort(self, queue: str, gpu_class: str) -> str | None:
+        """The cohort that a queue's GPUs of the class count in, if any."""
+        return self.queues[queue].cohort if (queue, gpu_class) in self.of_queue else None
+
+
 @dataclass(slots=True, kw_only=True)
 class Ledger:
     """GPUs by class, and who has how many of them. Local to one decision."""
 
     capacity: Mapping[str, int]
-    queues: Mapping[str, QLoRAQueueSpec]
+    quotas: Quotas
     used: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     """GPUs taken, by queue and class."""
+    used_in_cohort: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """GPUs taken by queues that have a quota for their class, by cohort and class."""
     taken: dict[str, int] = field(default_factory=dict[str, int])
     """GPUs taken, by class."""
 
@@ -52,7 +82,7 @@ class Ledger:
 
     def copy(self) -> Ledger:
         """The same books, to be changed independently."""
-        return Ledger(capacity=self.capacity, queues=self.queues, used=dict(self.used), taken=dict(self.taken))
+        return replace(self, used=dict(self.used), used_in_cohort=dict(self.used_in_cohort), taken=dict(self.taken))
 
     def has_room_for(self, queue: str, gpu_class: str, ground: Ground) -> bool:
         """Whether the queue may take a GPU of the class now, on that ground."""
@@ -70,10 +100,10 @@ class Ledger:
 
     def has_quota(self, queue: str, gpu_class: str, *, borrow: bool) -> bool:
         """Whether the queue's quota, or with `borrow` its cohort's, allows one more GPU of the class."""
-        spec = self.queues.get(queue)
+        spec = self.quotas.queues.get(queue)
         if spec is None or not spec.quotas:
             return True
-        quota = quota_of(spec, gpu_class)
+        quota = self.quotas.of_queue.get((queue, gpu_class))
         if quota is None:
             return False
         used = self.used.get((queue, gpu_class), 0)
@@ -85,60 +115,58 @@ class Ledger:
 
     def is_over_guarantee(self, queue: str, gpu_class: str) -> bool:
         """Whether the queue has more GPUs of the class than are its own; without a quota, or gone, it owns none."""
-        spec = self.queues.get(queue)
-        quota = quota_of(spec, gpu_class) if spec else None
+        quota = self.quotas.of_queue.get((queue, gpu_class))
         return quota is None or self.used.get((queue, gpu_class), 0) > quota.nominal
 
     def is_within_nominal(self, queue: str, gpu_class: str) -> bool:
         """Whether one more GPU of the class would still be the queue's own."""
-        spec = self.queues.get(queue)
-        quota = quota_of(spec, gpu_class) if spec else None
+        quota = self.quotas.of_queue.get((queue, gpu_class))
         return quota is not None and self.used.get((queue, gpu_class), 0) < quota.nominal
 
     def _cohort_has_room(self, cohort: str, gpu_class: str) -> bool:
-        nominal = used = 0
-        for name, spec in self.queues.items():
-            quota = quota_of(spec, gpu_class) if spec.cohort == cohort else None
-            if quota is not None:
-                nominal += quota.nominal
-                used += self.used.get((name, gpu_class), 0)
-        return used < nominal
+        return self.used_in_cohort.get((cohort, gpu_class), 0) < self.quotas.of_cohort.get((cohort, gpu_class), 0)
 
     def _add(self, queue: str, gpu_class: str, count: int) -> None:
         self.used[queue, gpu_class] = self.used.get((queue, gpu_class), 0) + count
         self.taken[gpu_class] = self.taken.get(gpu_class, 0) + count
-
-
-def quota_of(spec: QLoRAQueueSpec, gpu_class: str) -> Quota | None:
-    """The queue's quota for a class, if it has one."""
-    return next((quota for quota in spec.quotas if quota.gpu_class == gpu_class), None)
+        cohort = self.quotas.cohort(queue, gpu_class)
+        if cohort is not None:
+            self.used_in_cohort[cohort, gpu_class] = self.used_in_cohort.get((cohort, gpu_class), 0) + count
 
 
 def place(claims: Sequence[Claim], ledger: Ledger) -> tuple[Placement, ...]:
     """Give free GPUs to claims in order; the ledger then holds them."""
-    placements: list[Placement] = []
-    left = list(claims)
+    return tuple(Placement(claim=claim, estimate=estimate) for claim, estimate in granted(claims, ledger))
+
+
+def granted(claims: Sequence[Claim], ledger: Ledger) -> Iterator[tuple[Claim, Estimate]]:
+    """The claims that find room, each with the first of its classes that has some, which the ledger then holds.
+
+    Room only gets less on the way, so where one claim found none, those alike need not look.
+    """
+    left = claims
     for ground in GROUNDS:
         blocked: list[Claim] = []
+        hopeless: set[tuple[str, tuple[str, ...]]] = set()
         for claim in left:
-            estimate = first_with_room(claim, ledger, ground)
+            kind = claim.queue, claim.classes
+            estimate = None if kind in hopeless else _first_with_room(claim, ledger, ground)
             if estimate is None:
+                hopeless.add(kind)
                 blocked.append(claim)
                 continue
             ledger.take(claim.queue, estimate.gpu_class)
-            placements.append(Placement(claim=claim, estimate=estimate))
+            yield claim, estimate
         left = blocked
-    return tuple(placements)
 
 
-def first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate | None:
-    """The claim's preferred class among those with room for it."""
+def _first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate | None:
     return next((e for e in claim.estimates if ledger.has_room_for(claim.queue, e.gpu_class, ground)), None)
 
 
 def why_blocked(claim: Claim, ledger: Ledger) -> Refusal:
     """Why a claim got nothing: its quota allows no class, or no GPU of an allowed class is free."""
-    names = [estimate.gpu_class for estimate in claim.estimates]
+    names = claim.classes
     within_quota = [name for name in names if ledger.has_quota(claim.queue, name, borrow=True)]
     if not within_quota:
         return Refusal(reason=Reason.WAITING_FOR_QUOTA, message=_quota_sentence(claim.queue, names, ledger))
@@ -150,10 +178,10 @@ def _at_borrowing_limit(quota: Quota, used: int) -> bool:
 
 
 def _quota_sentence(queue: str, names: Iterable[str], ledger: Ledger) -> str:
-    spec = ledger.queues[queue]
+    spec = ledger.quotas.queues[queue]
     told: list[str] = []
     for name in names:
-        quota = quota_of(spec, name)
+        quota = ledger.quotas.of_queue.get((queue, name))
         told.append(f"{ledger.used.get((queue, name), 0)} of {quota.nominal} {name}" if quota else f"no {name}")
     cohort = f", and cohort {spec.cohort} has none to lend" if spec.cohort else ""
     return f"queue {queue} may use and uses {', '.join(told)}{cohort}; waits for one to come free, or raise the quota"

@@ -25,7 +25,7 @@ from orchestrator.core.job.setbacks import avoided_classes, broken_nodes
 from orchestrator.core.job.stage_commands import unexplained_holders
 from orchestrator.core.job.state_machine import GPU_STATES, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
+from orchestrator.core.scheduling.admission import Ledger, Placement, Quotas, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
 from orchestrator.core.scheduling.ordering import (
     NO_QUEUE,
@@ -82,12 +82,13 @@ def schedule(snapshot: Snapshot) -> Schedule:
     placed = {placement.claim.key for placement in placements}
     blocked = [claim for claim in line if claim.key not in placed]
     chosen = choose_victims(blocked, holdings, ledger, snapshot.policy)  # 6. who makes way
-    preemptions, failed = _worth_a_victim(drafts, chosen, snapshot)
+    nodes = broken_nodes(snapshot.jobs, snapshot.now, snapshot.policy)
+    preemptions, failed = _worth_a_victim(drafts, chosen, nodes, snapshot)
     drafts |= failed
     blocked = [claim for claim in blocked if claim.key not in failed]
     refusals |= _blocked_refusals(blocked, preemptions, ledger)
 
-    drafts |= _admitted(drafts, placements, snapshot)
+    drafts |= _admitted(drafts, placements, nodes, snapshot)
     drafts |= _evicted(drafts, preemptions)
     drafts |= _refused(drafts, refusals | _with_places(refusals, blocked), snapshot)
     return Schedule(drafts=drafts, line=tuple(line), placements=placements, preemptions=preemptions, refusals=refusals)
@@ -177,6 +178,7 @@ def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
         priority=job.spec.priority,
         created=created(job, draft.now),
         estimates=estimates,
+        classes=tuple(estimate.gpu_class for estimate in estimates),
     )
 
 
@@ -255,6 +257,8 @@ def _without_held(
     line: list[Claim], drafts: Mapping[str, Draft], outages: Mapping[Cause, Outage], policy: Policy
 ) -> tuple[list[Claim], dict[str, Refusal]]:
     """The line without those that an outage would stop; of each outage the first in line tries whether it is over."""
+    if not outages:
+        return line, {}
     probed = {cause for cause, outage in outages.items() if outage.probe is not None}
     kept: list[Claim] = []
     held: dict[str, Refusal] = {}
@@ -308,7 +312,7 @@ def _holding(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snaps
 
 
 def _ledger(holdings: Iterable[Holding], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Ledger:
-    ledger = Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, queues=queues)
+    ledger = Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues))
     for holding in holdings:
         ledger.take(holding.queue, holding.gpu_class)
     for job in snapshot.unreadable:
@@ -328,17 +332,17 @@ def _blocked_refusals(
     blocked: Iterable[Claim], preemptions: Iterable[Preemption], ledger: Ledger
 ) -> dict[str, Refusal]:
     coming = {preemption.claim.key: preemption.estimate.gpu_class for preemption in preemptions}
+    whys: dict[tuple[str, tuple[str, ...]], Refusal] = {}
     refusals: dict[str, Refusal] = {}
     for claim in blocked:
-        gpu_class = coming.get(claim.key)
-        refusals[claim.key] = (
-            why_blocked(claim, ledger)
-            if gpu_class is None
-            else Refusal(
-                reason=Reason.WAITING_FOR_PREEMPTION,
-                message=f"waits for a job on {gpu_class} to checkpoint, stop and free its GPU",
-            )
-        )
+        gpu_class, kind = coming.get(claim.key), (claim.queue, claim.classes)
+        if gpu_class is not None:
+            message = f"waits for a job on {gpu_class} to checkpoint, stop and free its GPU"
+            refusals[claim.key] = Refusal(reason=Reason.WAITING_FOR_PREEMPTION, message=message)
+            continue
+        if kind not in whys:
+            whys[kind] = why_blocked(claim, ledger)
+        refusals[claim.key] = whys[kind]
     return refusals
 
 
@@ -362,7 +366,7 @@ def _place_in_words(place: int) -> str:
 
 
 def _worth_a_victim(
-    drafts: Mapping[str, Draft], preemptions: Iterable[Preemption], snapshot: Snapshot
+    drafts: Mapping[str, Draft], preemptions: Iterable[Preemption], nodes: tuple[str, ...], snapshot: Snapshot
 ) -> tuple[tuple[Preemption, ...], dict[str, Draft]]:
     """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody.
 
@@ -374,9 +378,8 @@ def _worth_a_victim(
         draft = drafts[preemption.claim.key]
         if state_of(draft.job.status) is not JobState.QUEUED:
             continue
-        tried = contained(
-            draft, snapshot, partial(_storable_admission, estimate=preemption.estimate, snapshot=snapshot)
-        )
+        admission = partial(_storable_admission, estimate=preemption.estimate, nodes=nodes, snapshot=snapshot)
+        tried = contained(draft, snapshot, admission)
         if tried.defect:
             failed[preemption.claim.key] = tried
         else:
@@ -384,17 +387,20 @@ def _worth_a_victim(
     return tuple(worth), failed
 
 
-def _storable_admission(draft: Draft, estimate: Estimate, snapshot: Snapshot) -> Draft:
-    nodes = broken_nodes(snapshot.jobs, draft.now, snapshot.policy)
+def _storable_admission(draft: Draft, estimate: Estimate, nodes: tuple[str, ...], snapshot: Snapshot) -> Draft:
     admitted = admit(draft, estimate, snapshot, nodes)
     admitted.close()
     return admitted
 
 
-def _admitted(drafts: Mapping[str, Draft], placements: Iterable[Placement], snapshot: Snapshot) -> dict[str, Draft]:
+def _admitted(
+    drafts: Mapping[str, Draft], placements: Iterable[Placement], nodes: tuple[str, ...], snapshot: Snapshot
+) -> dict[str, Draft]:
     return {
         p.claim.key: contained(
-            drafts[p.claim.key], snapshot, partial(_storable_admission, estimate=p.estimate, snapshot=snapshot)
+            drafts[p.claim.key],
+            snapshot,
+            partial(_storable_admission, estimate=p.estimate, nodes=nodes, snapshot=snapshot),
         )
         for p in placements
     }

@@ -36,6 +36,8 @@ class Claim:
     created: datetime
     estimates: tuple[Estimate, ...]
     """One for each class that would do, the preferred first."""
+    classes: tuple[str, ...]
+    """Their names: claims of one queue with the same fare alike."""
 
 
 def queue_specs(queues: Iterable[QLoRAQueue]) -> Mapping[str, QLoRAQueueSpec]:

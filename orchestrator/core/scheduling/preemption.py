@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from orchestrator.api.job import QLoRAJobStatus
+from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
-from orchestrator.core.scheduling.admission import GROUNDS, Ledger, first_with_room
+from orchestrator.core.scheduling.admission import Ledger, granted
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
@@ -51,15 +51,6 @@ class Preemption:
     reason: Reason = Reason.PREEMPTED
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Option:
-    """One victim that would do for a claim."""
-
-    victim: Holding
-    estimate: Estimate
-    reason: Reason
-
-
 def lost_seconds(status: QLoRAJobStatus, now: datetime, policy: Policy) -> float:
     """GPU-seconds that stopping the job now would cost."""
     attempt = status.active_attempt
@@ -82,65 +73,94 @@ def choose_victims(
     reserved = tuple(_reserve_coming_free(blocked, books))
     served = {preemption.claim.key for preemption in reserved}
     left = [claim for claim in blocked if claim.key not in served]
-    return (*reserved, *_evict(left, [h for h in holdings if not h.stopping], books, policy))
+    return (*reserved, *_evict(left, _Running(holdings, policy), books))
 
 
 def _reserve_coming_free(blocked: Sequence[Claim], books: Ledger) -> Iterator[Preemption]:
     """Hand out what is coming free just as placement will."""
-    served: set[str] = set()
-    for ground in GROUNDS:
-        for claim in blocked:
-            estimate = first_with_room(claim, books, ground) if claim.key not in served else None
-            if estimate is not None:
-                served.add(claim.key)
-                books.take(claim.queue, estimate.gpu_class)
-                yield Preemption(claim=claim, estimate=estimate, victim=None)
+    for claim, estimate in granted(blocked, books):
+        yield Preemption(claim=claim, estimate=estimate, victim=None)
 
 
-def _evict(claims: Iterable[Claim], running: list[Holding], books: Ledger, policy: Policy) -> Iterator[Preemption]:
+def _evict(claims: Iterable[Claim], running: _Running, books: Ledger) -> Iterator[Preemption]:
     """The best victim for each claim that has one; claims alike fare alike until somebody is chosen."""
     hopeless: set[tuple[str, int, tuple[str, ...]]] = set()
     for claim in claims:
-        kind = (claim.queue, claim.priority, tuple(estimate.gpu_class for estimate in claim.estimates))
+        kind = claim.queue, claim.priority, claim.classes
         if kind in hopeless:
             continue
-        options = _options(claim, running, books, policy)
-        best = min(options, key=lambda option: _rank(option, claim, policy), default=None)
-        if best is None:
+        chosen = running.choose(claim, books)
+        if chosen is None:
             hopeless.add(kind)
             continue
         hopeless.clear()
-        running.remove(best.victim)
-        books.release(best.victim.queue, best.victim.gpu_class)
-        books.take(claim.queue, best.estimate.gpu_class)
-        yield Preemption(claim=claim, estimate=best.estimate, victim=best.victim, reason=best.reason)
+        victim = running.take(chosen.victim)
+        books.release(victim.queue, victim.gpu_class)
+        books.take(claim.queue, victim.gpu_class)
+        yield chosen
 
 
-def _options(claim: Claim, running: Iterable[Holding], books: Ledger, policy: Policy) -> list[_Option]:
-    by_class = {estimate.gpu_class: estimate for estimate in claim.estimates}
-    options: list[_Option] = []
-    for holding in running:
-        estimate = by_class.get(holding.gpu_class)
-        if estimate is None or _is_cooling_down(holding, policy):
-            continue
-        reason = _may_evict(claim, holding, books)
-        if reason is not None and _makes_room(claim, holding, books):
-            options.append(_Option(victim=holding, estimate=estimate, reason=reason))
-    return options
+class _Running:
+    """Those who may be asked to stop, by class and queue; in each, whoever is to be asked first comes first."""
 
+    def __init__(self, holdings: Iterable[Holding], policy: Policy) -> None:
+        self._policy = policy
+        self._by_class: dict[str, dict[str, list[Holding]]] = {}
+        may_move = (each for each in holdings if not (each.stopping or _is_cooling_down(each, policy)))
+        for holding in sorted(may_move, key=lambda each: self._rank(each, 0)):
+            self._by_class.setdefault(holding.gpu_class, {}).setdefault(holding.queue, []).append(holding)
+        self._over: dict[str, list[str]] = {}
+        """The queues with more GPUs of a class than are their own, by class, until somebody of it is taken."""
 
-def _may_evict(claim: Claim, holding: Holding, books: Ledger) -> Reason | None:
-    """The ground on which the claim may move the holding, if any."""
-    spec = books.queues.get(claim.queue)
-    if spec is None:
-        return None
-    is_foreign = holding.queue != claim.queue
-    if is_foreign and not books.is_over_guarantee(holding.queue, holding.gpu_class):
-        return None
-    if spec.preemption == "LowerPriority" and holding.priority < claim.priority:
-        return Reason.PREEMPTED
-    owns = books.is_within_nominal(claim.queue, holding.gpu_class)
-    return Reason.QUOTA_RECLAIMED if is_foreign and owns else None
+    def choose(self, claim: Claim, books: Ledger) -> Preemption | None:
+        """The victim that does for the claim and costs least; changes nothing."""
+        spec = books.quotas.queues.get(claim.queue)
+        if spec is None:
+            return None
+        lower = claim.priority if spec.preemption == "LowerPriority" else MIN_PRIORITY
+        best: tuple[Holding, Estimate] | None = None
+        least: tuple[bool, float, int, int, str] | None = None
+        for preference, estimate in enumerate(claim.estimates):
+            for victim in self._of_class(claim, estimate.gpu_class, lower, books):
+                rank = self._rank(victim, preference)
+                if least is None or rank < least:
+                    best, least = (victim, estimate), rank
+        if best is None:
+            return None
+        victim, estimate = best
+        reason = Reason.PREEMPTED if victim.priority < lower else Reason.QUOTA_RECLAIMED
+        return Preemption(claim=claim, estimate=estimate, victim=victim, reason=reason)
+
+    def take(self, victim: Holding | None) -> Holding:
+        """The victim, which is no one's to choose any more."""
+        assert victim is not None, "chosen from here"
+        self._over.pop(victim.gpu_class, None)
+        self._by_class[victim.gpu_class][victim.queue].remove(victim)
+        return victim
+
+    def _of_class(self, claim: Claim, gpu_class: str, lower: int, books: Ledger) -> Iterator[Holding]:
+        """Of each queue the first that would do; `lower` is what a victim's priority has to be below."""
+        by_queue = self._by_class.get(gpu_class, {})
+        if gpu_class not in self._over:
+            self._over[gpu_class] = [queue for queue in by_queue if books.is_over_guarantee(queue, gpu_class)]
+        foreign = (queue for queue in self._over[gpu_class] if queue != claim.queue)
+        owns = books.is_within_nominal(claim.queue, gpu_class)
+        room: dict[tuple[bool, str | None], bool] = {}
+        for queue in (claim.queue, *foreign):
+            takes_any = owns and queue != claim.queue
+            victim = next((each for each in by_queue.get(queue, ()) if takes_any or each.priority < lower), None)
+            if victim is None:
+                continue
+            kind = queue == claim.queue, books.quotas.cohort(queue, gpu_class)
+            if kind not in room:
+                room[kind] = _makes_room(claim, victim, books)
+            if room[kind]:
+                yield victim
+
+    def _rank(self, victim: Holding, preference: int) -> tuple[bool, float, int, int, str]:
+        """Least first: past its minimum run, fewest GPU-seconds lost, lowest priority, the claim's preferred class."""
+        too_young = victim.run_seconds < self._policy.minimum_run_seconds
+        return too_young, victim.lost_seconds, victim.priority, preference, victim.uid
 
 
 def _makes_room(claim: Claim, holding: Holding, books: Ledger) -> bool:
@@ -156,11 +176,3 @@ def _makes_room(claim: Claim, holding: Holding, books: Ledger) -> bool:
 
 def _is_cooling_down(holding: Holding, policy: Policy) -> bool:
     return holding.was_evicted and holding.run_seconds < policy.preemption_cooldown_seconds
-
-
-def _rank(option: _Option, claim: Claim, policy: Policy) -> tuple[bool, float, int, int, str]:
-    """Least first: past its minimum run, fewest GPU-seconds lost, lowest priority, the claim's preferred class, uid."""
-    victim = option.victim
-    preference = next(i for i, e in enumerate(claim.estimates) if e.gpu_class == victim.gpu_class)
-    too_young = victim.run_seconds < policy.minimum_run_seconds
-    return too_young, victim.lost_seconds, victim.priority, preference, victim.uid

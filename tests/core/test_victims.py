@@ -1,0 +1,147 @@
+"""Victims and placements of random queues, held against the rules applied one by one, to every holding, each time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.api.queue import QLoRAQueueSpec, Quota
+from orchestrator.api.reasons import Reason
+from orchestrator.core.scheduling.admission import GROUNDS, Ledger, Quotas, place
+from orchestrator.core.scheduling.ordering import Claim
+from orchestrator.core.scheduling.preemption import Holding, choose_victims
+from orchestrator.sizing.plan_search import candidates
+from tests.builders import NOW, POLICY, SMOLLM2_135M, gpus, make_spec
+
+CLASSES = ("16Gi", "24Gi", "48Gi")
+Served = list[tuple[str, str, str | None, Reason]]
+"""Claim, class, victim and ground."""
+
+
+def a_world(seeded: random.Random) -> tuple[list[Claim], list[Holding], Ledger]:
+    """Queues of some cohorts, GPUs that they hold, and claims for more."""
+    queues = {
+        f"queue-{n}": QLoRAQueueSpec(
+            cohort=seeded.choice((None, "a", "b")),
+            preemption=seeded.choice(("LowerPriority", "LowerPriority", "Never")),
+            quotas=tuple(
+                Quota(gpu_class=name, nominal=seeded.randrange(3), borrowing_limit=seeded.choice((None, 0, 2)))
+                for name in CLASSES
+                if seeded.random() < 0.8
+            ),
+        )
+        for n in range(seeded.randrange(1, 6))
+    }
+    every = gpus(**{f"_{name}": 8 for name in CLASSES})
+    estimates = candidates(make_spec(), SMOLLM2_135M, every)
+    assert isinstance(estimates, tuple), "a small model fits all of them"
+    names = [*queues, "gone"]
+    holdings = [
+        Holding(
+            key=f"job-{n}",
+            uid=f"uid-{n:03}",
+            queue=seeded.choice(names),
+            priority=seeded.choice((0, 0, 5, 10)),
+            gpu_class=seeded.choice(CLASSES),
+            stopping=seeded.random() < 0.2,
+            run_seconds=seeded.choice((10.0, 5_000.0)),
+            lost_seconds=float(seeded.randrange(3)),
+            was_evicted=seeded.random() < 0.2,
+        )
+        for n in range(seeded.randrange(12))
+    ]
+    claims = []
+    for n in range(seeded.randrange(12)):
+        chosen = tuple(e for e in estimates if seeded.random() < 0.7)
+        classes = tuple(e.gpu_class for e in chosen)
+        queue, priority = seeded.choice(list(queues)), seeded.choice((0, 5, 20))
+        claims.append(
+            Claim(
+                key=f"claim-{n}",
+                uid=f"claim-{n}",
+                queue=queue,
+                priority=priority,
+                created=NOW,
+                estimates=chosen,
+                classes=classes,
+            )
+        )
+    held = [sum(h.gpu_class == name for h in holdings) for name in CLASSES]
+    capacity = {name: count + seeded.choice((-1, 0, 1)) for name, count in zip(CLASSES, held, strict=True)}
+    ledger = Ledger(capacity=capacity, quotas=Quotas.of(queues))
+    for holding in holdings:
+        ledger.take(holding.queue, holding.gpu_class)
+    return claims, holdings, ledger
+
+
+def placed_one_by_one(claims: list[Claim], ledger: Ledger) -> Iterator[tuple[str, str]]:
+    served: set[str] = set()
+    for ground in GROUNDS:
+        for claim in claims:
+            for name in claim.classes:
+                if claim.key not in served and ledger.has_room_for(claim.queue, name, ground):
+                    served.add(claim.key)
+                    ledger.take(claim.queue, name)
+                    yield claim.key, name
+
+
+def victims_one_by_one(claims: list[Claim], holdings: list[Holding], books: Ledger) -> Served:
+    """The rules of `core/scheduling/preemption` in their plainest form."""
+    for each in holdings:
+        if each.stopping:
+            books.release(each.queue, each.gpu_class)
+    found: Served = [(key, name, None, Reason.PREEMPTED) for key, name in placed_one_by_one(claims, books)]
+    reserved = {key for key, _, _, _ in found}
+    running = [each for each in holdings if not each.stopping]
+    for claim in claims:
+        options: list[tuple[tuple[bool, float, int, int, str], Holding, Reason]] = []
+        for each in running if claim.key not in reserved else ():
+            reason = reason_to_move(claim, each, books)
+            if reason is not None and room_without(each, claim, books):
+                young = each.run_seconds < POLICY.minimum_run_seconds
+                preference = claim.classes.index(each.gpu_class)
+                options.append(((young, each.lost_seconds, each.priority, preference, each.uid), each, reason))
+        if options:
+            _, victim, reason = min(options, key=lambda option: option[0])
+            running.remove(victim)
+            books.release(victim.queue, victim.gpu_class)
+            books.take(claim.queue, victim.gpu_class)
+            found.append((claim.key, victim.gpu_class, victim.key, reason))
+    return found
+
+
+def reason_to_move(claim: Claim, holding: Holding, books: Ledger) -> Reason | None:
+    name = holding.gpu_class
+    cools_down = holding.was_evicted and holding.run_seconds < POLICY.preemption_cooldown_seconds
+    is_foreign = holding.queue != claim.queue
+    if name not in claim.classes or cools_down or (is_foreign and not books.is_over_guarantee(holding.queue, name)):
+        return None
+    may_preempt = books.quotas.queues[claim.queue].preemption == "LowerPriority"
+    if may_preempt and holding.priority < claim.priority:
+        return Reason.PREEMPTED
+    return Reason.QUOTA_RECLAIMED if is_foreign and books.is_within_nominal(claim.queue, name) else None
+
+
+def room_without(holding: Holding, claim: Claim, books: Ledger) -> bool:
+    after = books.copy()
+    after.release(holding.queue, holding.gpu_class)
+    return after.has_room(claim.queue, holding.gpu_class, borrow=holding.queue == claim.queue)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_who_is_placed_and_who_makes_way_is_what_the_rules_say_one_by_one(seed: int) -> None:
+    seeded = random.Random(seed)
+    for _ in range(50):
+        claims, holdings, ledger = a_world(seeded)
+        plain = ledger.copy()
+        placements = place(claims, ledger)
+        assert [(p.claim.key, p.estimate.gpu_class) for p in placements] == list(placed_one_by_one(claims, plain))
+        served = {p.claim.key for p in placements}
+        blocked = [claim for claim in claims if claim.key not in served]
+        chosen = choose_victims(blocked, holdings, ledger, POLICY)
+        assert [
+            (p.claim.key, p.estimate.gpu_class, p.victim.key if p.victim is not None else None, p.reason)
+            for p in chosen
+        ] == victims_one_by_one(blocked, holdings, ledger.copy())
