@@ -48,7 +48,7 @@ test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, co
 	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_out_of_memory.py \
 	  tests/adapters tests/controller tests/sdk tests/cli tests/model
 
-test-kills: $(VENV)/.synced ## Thirty kills and, beside them, ten preemptions at seeded instants
+test-kills: $(VENV)/.synced ## Twelve kills and, beside them, four preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
 	$(PYTEST) --dist=load tests/e2e/test_kills.py
 
 test-chart: $(VENV)/.synced $(VENV)/.go $(CHECKOV)/.synced ## The chart: linters, golden manifests, unit tests; builds their programs once
@@ -85,6 +85,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its lon
 	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py
 	OMP_NUM_THREADS=1 QLORA_FUZZ_MODELS=500 QLORA_FUZZ_PLANS=400 QLORA_ALL_TYPES=1 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py
+	$(MAKE) --no-print-directory test-kills QLORA_KILLS=10
 	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1
 	$(MAKE) --no-print-directory test-docs QLORA_DOCUMENTS=all
 
