@@ -256,9 +256,9 @@ def _facts(model_type: str, config: Any = None) -> Row:
 
 
 def _description(config: Any, folder: Path) -> ModelDescription:
-    """A tiny model as prepare finds it; of a wrapper, or where no small copy can be made, only the config."""
+    """A tiny model as prepare finds it; only the config where there is none that is like those of the type."""
     wraps = any(isinstance(getattr(config, name, None), PreTrainedConfig) for name in INNER_MODELS)
-    if not wraps and _make(config, folder):
+    if not wraps and config.model_type not in REUSING and _make(config, folder):
         return describe_model(f"file://{folder}", "main")
     folder.mkdir()
     config.save_pretrained(folder)
@@ -286,6 +286,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
 }
 """What published models have, where transformers' defaults leave it open or are no such model."""
+REUSING = ("hrm_text", "zamba2")
+"""Types whose layers are used more than once, in which a tiny model of theirs need not be like them."""
 
 
 def default_config(model_type: str) -> Any:

@@ -1,4 +1,4 @@
-"""Whether a model can be tuned, as far as its config.json tells: the same words in a plan and in prepare.
+"""Whether a model can be tuned, as its config.json and the names of its files tell: the same in a plan and in prepare.
 
 Rules:
 
@@ -12,8 +12,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any, cast
 
 from orchestrator.api.model_facts import ATTENTION_HEADS, MIXTURES, FieldMissing, ModelFacts, expert_count
@@ -21,8 +22,10 @@ from orchestrator.api.words import on_one_line
 
 INNER_MODELS = ("text_config", "decoder", "text_encoder", "generator")
 """Under which names transformers looks for a text model inside a model of more."""
-ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attention_heads")
+ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attention_heads", "per_layer_config")
 """What decides in a config, besides models inside and counts of experts."""
+VOCABULARIES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab.*", "*.tiktoken", "tekken.json")
+"""The files that transformers reads a tokenizer's tokens from; each is enough, but for pairs' first."""
 LEFT_TO_RIGHT = "choose a model that generates text from left to right"
 MAX_NAME_SHOWN = 200
 """Characters of a stranger's name in a message."""
@@ -86,6 +89,21 @@ def refuse_targets(targets: Iterable[str], known: KnownType) -> None:
             )
 
 
+def refuse_files_without_tokenizer(names: Collection[str]) -> None:
+    """ValueError for a model's files, by their names, that no tokenizer can be made of."""
+    found = [name for name in names if any(fnmatch(name, pattern) for pattern in VOCABULARIES)]
+    if not found:
+        raise ValueError(
+            "the model has no tokenizer: there is neither tokenizer.json nor tokenizer.model nor vocab.json with "
+            "merges.txt; copy them from where the model was published"
+        )
+    if found == ["vocab.json"] and "merges.txt" not in names:
+        raise ValueError(
+            "the model has half of a tokenizer, vocab.json without its merges.txt; copy that file from where the model "
+            "was published"
+        )
+
+
 def unknown_type(config: Json, version: str) -> str:
     """Why a model whose type transformers does not know is refused."""
     if config.get("auto_map"):
@@ -122,6 +140,11 @@ def refuse_fields(config: Json) -> None:
             f"the model is a {architecture}, a mixture of experts ({name}) whose memory is not known here; choose one "
             f"of type {', '.join(MIXTURES)}, or a dense model"
         )
+    if config.get("per_layer_config"):
+        raise ValueError(
+            f"the model is a {architecture} whose layers have sizes of their own (per_layer_config), and how much "
+            "memory such layers take is not known here; choose a model of equal layers"
+        )
 
 
 def model_type_of(config: Json) -> str:
@@ -151,7 +174,8 @@ def assumed(resolved: Json) -> dict[str, object]:
     names = [name for name in (*ASSUMED, expert_count(resolved) or "") if resolved.get(name)]
     parts = [name for name, value in resolved.items() if isinstance(value, Mapping) and _is_part(name)]
     wraps = any(name in INNER_MODELS for name in parts)
-    return {**{name: resolved[name] for name in names}, **({name: {} for name in parts} if wraps else {})}
+    decisive = {name: True if isinstance(resolved[name], Mapping) else resolved[name] for name in names}
+    return {**decisive, **({name: {} for name in parts} if wraps else {})}
 
 
 def shown(name: str) -> str:

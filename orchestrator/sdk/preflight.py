@@ -12,6 +12,7 @@ from pathlib import Path
 
 from orchestrator.adapters.job_store import model_config
 from orchestrator.api.job import ModelSource, QLoRAJob
+from orchestrator.api.trainable import refuse_files_without_tokenizer
 from orchestrator.errors import InvalidObject, NotFound, PermanentError
 
 MODEL_FIELD = "spec.model.source"
@@ -64,6 +65,10 @@ def check_model(model: ModelSource) -> None:
         )
     if any((folder / name).exists() for name in (SINGLE_FILE_NAME, INDEX_NAME)):
         _check_index(folder)
+        try:
+            refuse_files_without_tokenizer([path.name for path in folder.iterdir() if path.is_file()])
+        except ValueError as error:
+            raise InvalidObject(f"{field}: {folder}: {error}") from error
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise InvalidObject(

@@ -55,6 +55,7 @@ def write_inputs(folder: Path) -> None:
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
     (model / "model.safetensors").write_bytes(b"stands for weights")
+    (model / "tokenizer.json").write_text("{}")
     (folder / "train.jsonl").write_text('{"messages": []}\n')
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from qlora_trainer.model.architecture import check_architecture
-from qlora_trainer.model.source import describe_model, read_facts
+from qlora_trainer.model.source import describe_model, load_tokenizer, read_facts
 from qlora_trainer.outcome import UserError
 
 from benchmarks import models
@@ -63,6 +63,8 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "a damaged index": write("model.safetensors.index.json", "[]"),
     "an adapter beside it": write("adapter_config.json", "{}"),
     "an index of nothing": write("model.safetensors.index.json", json.dumps({"weight_map": {}})),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "half of a tokenizer": rename("tokenizer.json", "vocab.json"),
     "a link to nowhere": lambda folder: (folder / "merges.txt").symlink_to("nowhere"),
 }
 
@@ -74,7 +76,7 @@ def test_what_prepare_refuses_is_no_clean_plan(name: str, tmp_path: Path) -> Non
     CHANGES[name](folder)
     source = f"file://{folder}"
     with pytest.raises(UserError):
-        read_facts(describe_model(source, "main"), source)
+        read_files(source)
     with pytest.raises(OrchestratorError):
         plan(source)
 
@@ -82,6 +84,13 @@ def test_what_prepare_refuses_is_no_clean_plan(name: str, tmp_path: Path) -> Non
 def test_what_prepare_takes_can_be_planned() -> None:
     source = f"file://{tiny_model()}"
     assert plan(source).hidden_size == read_facts(describe_model(source, "main"), source).hidden_size
+
+
+def read_files(source: str) -> None:
+    """What prepare reads of a model's folder."""
+    description = describe_model(source, "main")
+    read_facts(description, source)
+    load_tokenizer(description.folder, source, None)
 
 
 def plan(source: str) -> Any:

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from qlora_trainer import prepare
 from qlora_trainer.outcome import FencedError, UserError
 from qlora_trainer.storage.job_store import JobStore
+from safetensors.torch import load_file, save_file
 from tiny_model import EOS, build_tiny_model, tiny_model
 from transformers import AutoTokenizer
 
@@ -85,6 +86,15 @@ def test_the_example_dataset_is_prepared_and_its_facts_count_what_lies_there(tmp
     assert (result.truncated_records, result.dropped_records) == (0, 0)
     assert max(len(row["input_ids"]) for row in train + held_out) <= 256
     assert result.model.architecture == "LlamaForCausalLM"
+
+
+def test_tied_weights_that_are_stored_twice_are_counted_twice(tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "model", tied=True)
+    assert prepare.run(make_task(tmp_path / "once", model=model)).model.tied_embeddings
+    tensors = load_file(model / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+    save_file({**tensors, **head}, model / "model.safetensors", {"format": "pt"})
+    assert not prepare.run(make_task(tmp_path / "twice", model=model)).model.tied_embeddings
 
 
 def test_the_stored_tokenizer_reads_the_stored_rows(tmp_path: Path) -> None:

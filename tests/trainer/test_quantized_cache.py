@@ -11,8 +11,10 @@ import torch
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.quantized_cache import MANIFEST_NAME, QuantizedCache, tensors_of
+from safetensors.torch import load_file, save_file
 from tiny_model import build_tiny_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -41,6 +43,24 @@ def test_cached_weights_are_the_quantized_ones(
     assert "from the cache of quantized weights" in caplog.text
     assert cached.keys() == plain.keys()
     assert all(torch.equal(cached[name], tensor) for name, tensor in plain.items())
+
+
+def test_tied_weights_that_are_stored_with_other_values_stay_apart_as_in_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = build_tiny_model(tmp_path / "model", tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    head = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    monkeypatch.setenv("QLORA_MODEL_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    for _ in range(2):
+        ours: Any = load_base(folder, CPU, PackedAttention())
+        assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+        assert torch.equal(ours.model.embed_tokens.weight, theirs.model.embed_tokens.weight)
+        assert ours.all_tied_weights_keys == theirs.all_tied_weights_keys == {}
+    assert "from the cache of quantized weights" in caplog.text
 
 
 def test_a_damaged_entry_is_made_again(

@@ -233,6 +233,12 @@ def remove_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def half_a_tokenizer(folder: Path) -> None:
+    vocabulary = json.loads((folder / "tokenizer.json").read_bytes())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+
+
 def configure(**fields: Any) -> Callable[[Path], None]:
     return lambda folder: edit_config(folder, **fields)
 
@@ -270,7 +276,9 @@ def index_of(weight_map: dict[str, str]) -> Callable[[Path], None]:
             r"lack 9 of the model's tensors .*: model.layers.1.input_layernorm.weight, .*copy the whole model",
         ),
         (store_as_float8, "holds weights in F8_E4M3"),
-        (remove_tokenizer, "has no tokenizer"),
+        (remove_tokenizer, "has no tokenizer: there is neither tokenizer.json nor"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer: there is neither tokenizer.json nor"),
+        (half_a_tokenizer, "half of a tokenizer, vocab.json without its merges.txt"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (shutil.rmtree, "there is no model folder at"),
         (configure(model_type=None), "config.json names no model_type"),
@@ -383,6 +391,48 @@ def test_a_tied_head_needs_no_tensor_and_an_untied_one_does(tmp_path: Path) -> N
     edit_config(tied, tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"lack 1 of the model's tensors .*: lm_head.weight;"):
         check(tied)
+
+
+def test_weights_that_are_tied_and_stored_twice_are_taken(tmp_path: Path) -> None:
+    tied = build_tiny_model(tmp_path / "model", tied=True)
+    source = source_of(tied)
+    assert not check_architecture(describe_model(source, "main"), source, AdapterSpec()).stores_tied_twice
+    add(lm_head__weight=(512, 64))(tied)
+    assert check_architecture(describe_model(source, "main"), source, AdapterSpec()).stores_tied_twice
+
+
+def copied(name: str, other: str) -> Callable[[Path], None]:
+    def copy(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, other: tensors[name].clone()}, folder / "model.safetensors", {"format": "pt"})
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "other"),
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight"),
+        ("gpt2", "transformer.h.0.ln_1.bias", "h.0.ln_1.bias"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.2.up_proj.weight", "layers.0.mlp.experts.2.up_proj.weight"),
+    ],
+)
+def test_two_tensors_that_are_loaded_as_one_are_refused_by_name(
+    family: str, name: str, other: str, tmp_path: Path
+) -> None:
+    folder = build_tiny_model(tmp_path / "model", family)
+    copied(name, other)(folder)
+    with pytest.raises(
+        UserError, match=rf"its weights hold .* twice, as (?:{name} and as {other}|{other} and as {name}),"
+    ):
+        check(folder)
+
+
+def test_experts_that_are_stored_as_one_and_one_by_one_are_refused(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", "qwen3_moe")
+    add(model__layers__0__mlp__experts__down_proj=(4, 64, 256))(folder)
+    with pytest.raises(UserError, match=r"hold model\.layers\.0\.mlp\.experts\.down_proj twice, as .* and as "):
+        check(folder)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:

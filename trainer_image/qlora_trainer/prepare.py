@@ -152,17 +152,20 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
-    separate_because = check_architecture(description, source, spec.adapter)
+    checked = check_architecture(description, source, spec.adapter)
+    if checked.stores_tied_twice:
+        log.info("%s has tensors of their own for weights that config.json ties, so each is counted", source)
+        facts = facts.model_copy(update={"tied_embeddings": False})
     config = known_config(description.folder, source)
-    facts = traced_facts(facts, config, spec.adapter, packs=separate_because is None)
+    facts = traced_facts(facts, config, spec.adapter, packs=checked.separate_because is None)
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_chat_template(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
     return _Model(
-        facts=facts.model_copy(update={"record_by_record": separate_because is not None}),
+        facts=facts.model_copy(update={"record_by_record": checked.separate_because is not None}),
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(description.folder),
-        warnings=[] if separate_because is None else [mode_warning(separate_because)],
+        warnings=[] if checked.separate_because is None else [mode_warning(checked.separate_because)],
     )
 
 

@@ -3,9 +3,12 @@
 Rules:
 
 - A model is a causal language model that transformers itself has; no code that comes with one is run.
-- Its weights are the checkpoint's: transformers loads the names, shapes and types of the checkpoint's tensors into the
-  model without memory, with its own renaming, fusing and tying. What it would draw at random, leave out or overwrite
-  is refused by name, because it would do so with a warning and train to the end.
+- Its weights are the checkpoint's: every parameter comes of one named tensor, or is tied to one that does. transformers
+  loads the names, shapes and types of the checkpoint's tensors into the model without memory, with its own renaming,
+  fusing and tying. What it would draw at random, leave out or overwrite is refused by name, because it would do so with
+  a warning, or without, and train to the end.
+- Embeddings and head that config.json ties and the checkpoint has a tensor for each of are tied where these are equal,
+  as transformers does it. Only who reads the weights knows, so they are counted as two.
 - What is quantized, and so what an adapter can be on, is asked of the very code that loads the model for training.
 """
 
@@ -14,14 +17,19 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -40,15 +48,20 @@ NAMED = 3
 """So many names stand in a message."""
 
 
-def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> str | None:
-    """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedModel:
+    """What is found where a model is tried."""
 
-    Returns why its records are trained one by one; None where rows of them are packed.
-    """
+    separate_because: str | None
+    """Why its records are trained one by one; None where rows of them are packed."""
+    stores_tied_twice: bool
+    """Whether its checkpoint has tensors of their own for weights that config.json ties."""
+
+
+def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> CheckedModel:
+    """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets."""
     config = known_config(description.folder, source)
     _refuse_generation_config(source, description.folder)
-    if description.tensors is not None:
-        _refuse_other_weights(source, config, description.tensors)
     PackedAttention().register()
     try:
         base, _ = weightless_base(deepcopy(config), torch.device("cpu"))
@@ -58,9 +71,15 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
         raise UserError(
             f"{source}: {config.architectures[0]} cannot be built from its config: {library_words(error)}"
         ) from error
+    stores_tied_twice = False
+    if description.tensors is not None:
+        _refuse_two_for_one(source, base, description.tensors)
+        stores_tied_twice = _has_apart(_checked_weights(source, config, description.tensors))
     _refuse_unquantizable(source, base)
+    refuse_reused_layers(source, base)
     target_modules(base, adapter)
-    return rehearse(config, source, adapter)
+    separate_because = rehearse(config, source, adapter)
+    return CheckedModel(separate_because=separate_because, stores_tied_twice=stores_tied_twice)
 
 
 def _refuse_generation_config(source: str, folder: Path) -> None:
@@ -86,16 +105,37 @@ def _refuse_unquantizable(source: str, base: Any) -> None:
         raise UserError(f"{source}: {error.message}") from error
 
 
+def refuse_reused_layers(source: str, base: Any) -> None:
+    """UserError where layers are used more than once: they are counted, and have an adapter, once."""
+    name, tables = type(base).__name__, (base.get_input_embeddings(), base.get_output_embeddings())
+    tied: Mapping[str, str] = base.all_tied_weights_keys
+    shared = [pair for pair in tied.items() if base.get_submodule(pair[0].rpartition(".")[0]) not in tables]
+    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in base.modules())
+    uses = getattr(base.config.get_text_config(), "num_hidden_layers", layers)
+    if shared:
+        target, origin = shared[0]
+        what = f"uses the weights of a layer in others, such as {origin} for {target}"
+    elif 0 < layers < uses:
+        what = f"goes through its {layers} layers more than once, {uses} times in all"
+    else:
+        return
+    raise UserError(
+        f"{source}: {name} {what}, and what an adapter is and how much memory it takes there is not known; choose a "
+        "model whose layers are each used once"
+    )
+
+
 # --- weights
 
 
-def _refuse_other_weights(source: str, config: Any, tensors: Mapping[str, TensorShape]) -> None:
+def _checked_weights(source: str, config: Any, tensors: Mapping[str, TensorShape]) -> PreTrainedModel:
+    """The model without memory, as transformers loads such a checkpoint; UserError where that is not all of it."""
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     ignored: Iterable[str] = getattr(architecture, "_keys_to_ignore_on_load_unexpected", None) or ()
     _refuse_unusable_dtypes(
         source, {name: each for name, each in tensors.items() if not any(re.search(part, name) for part in ignored)}
     )
-    found = _loaded_without_memory(source, architecture, config, tensors)
+    base, found = _loaded_without_memory(source, architecture, config, tensors)
     for reason, names, hint in (
         ("lack {count} of the model's tensors", found["missing_keys"], "copy the whole model"),
         ("hold {count} tensors of other shapes than config.json says", _mismatched(found), "the two belong together"),
@@ -107,6 +147,50 @@ def _refuse_other_weights(source: str, config: Any, tensors: Mapping[str, Tensor
                 f"{source}: its weights {reason.format(count=len(names))} ({architecture.__name__}): "
                 f"{listed}{', ...' if len(names) > NAMED else ''}; {hint}"
             )
+    return base
+
+
+def _has_apart(base: PreTrainedModel) -> bool:
+    """Whether weights that the config ties were loaded from a tensor each."""
+    tied: Mapping[str, str] = base.all_tied_weights_keys
+    find = base.get_parameter_or_buffer
+    return any(find(target) is not find(origin) for target, origin in tied.items())
+
+
+def _refuse_two_for_one(source: str, base: PreTrainedModel, tensors: Iterable[str]) -> None:
+    """UserError for two tensors that are loaded as the same one: transformers takes one of them, without a word.
+
+    `base` has no weights.
+    """
+    for target, ways in _ways_in(base, tensors).items():
+        names = next((names for names in ways.values() if len(names) > 1), None)
+        if names is None and target in ways and len(ways) > 1:  # once as it is, and once in parts
+            names = [name for names in ways.values() for name in names]
+        if names is not None:
+            raise UserError(
+                f"{source}: its weights hold {target} twice, as {names[0]} and as {names[1]}, of which one would be "
+                "left out; remove the one that is not meant, or give the model as it was published"
+            )
+
+
+def _ways_in(base: PreTrainedModel, tensors: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """By the model's tensor: by the part of it, or its own name where it is whole, the checkpoint's names for that.
+
+    The names are changed by transformers' own rules. Experts of a layer, for example, are parts of one tensor.
+    """
+    own, prefix = base.state_dict(), base.base_model_prefix
+    rules = get_model_conversion_mapping(base)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    ways: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(tensors):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if target not in own and name in own:  # a name that needs no rule
+            target, pattern = name, None
+        part = target if pattern is None else apply_renamings(name, renamings).removeprefix(f"{prefix}.")
+        if target in own:  # else it is among `unexpected_keys`
+            ways[target][part].append(name)
+    return ways
 
 
 def _refuse_unusable_dtypes(source: str, tensors: Mapping[str, TensorShape]) -> None:
@@ -121,12 +205,12 @@ def _refuse_unusable_dtypes(source: str, tensors: Mapping[str, TensorShape]) -> 
 
 def _loaded_without_memory(
     source: str, architecture: Any, config: Any, tensors: Mapping[str, TensorShape]
-) -> dict[str, Any]:
-    """What transformers says of a checkpoint: missing, unexpected and mismatched keys, after its own conversions."""
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of missing, unexpected and mismatched keys, after its own conversions."""
     empty = {name: torch.empty(each.shape, dtype=torch.bfloat16, device="meta") for name, each in tensors.items()}
     try:
         with _quiet():
-            _, info = architecture.from_pretrained(
+            return architecture.from_pretrained(
                 None,
                 config=config,
                 state_dict=empty,
@@ -139,7 +223,6 @@ def _loaded_without_memory(
         if not is_models(error):
             raise
         raise UserError(f"{source}: its weights do not fit its config.json; {library_words(error)}") from error
-    return info
 
 
 def _mismatched(found: Mapping[str, Any]) -> list[str]:

@@ -16,17 +16,17 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from qlora_trainer.data.micro_batch import MicroBatch, collate
+from qlora_trainer.data.micro_batch import MicroBatch
 from qlora_trainer.kernels.moe_experts import silent_experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
+from qlora_trainer.model.probe import drawn_probe
 
 COMPARED_ATTENTION = "qlora_compared"
 """The name of the attention that computes every call both ways."""
@@ -37,8 +37,8 @@ FIRST_LENGTHS = (5, 30, 13)
 """Tokens of the probe's records, before one that is longer than the windows."""
 LONGEST_RECORD = 640
 """Eager scores of a longer record would take too much of a card; small copies of the model are tried beyond windows."""
-PROBE_TOKENS = 64
-"""The probe's token ids stay below."""
+PROBE_TOKENS = range(3, 64)
+"""The probe's token ids."""
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,4 @@ def _own_eager_attention(module: torch.nn.Module) -> Callable[..., Any]:
 def _probe(config: Any) -> MicroBatch:
     windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window_size")]
     longest = max((window + 5 for window in windows if isinstance(window, int)), default=0)
-    random = np.random.RandomState(0)
-    lengths = (*FIRST_LENGTHS, min(max(longest, FIRST_LENGTHS[0]), LONGEST_RECORD))
-    records = [random.randint(3, PROBE_TOKENS, size=length).astype(np.int32) for length in lengths]
-    return collate([(ids, ids, np.arange(len(ids), dtype=np.int32)) for ids in records])
+    return drawn_probe((*FIRST_LENGTHS, min(max(longest, FIRST_LENGTHS[0]), LONGEST_RECORD)), PROBE_TOKENS)

@@ -123,8 +123,8 @@ def _cached_base(
         base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     try:
         fill(base, tensors)
-        if any(parameter.is_meta for parameter in base.parameters()):
-            base.tie_weights()  # an entry holds tied weights once
+        missing = {name for name, parameter in base.named_parameters(remove_duplicate=False) if parameter.is_meta}
+        base.tie_weights(missing_keys=missing, recompute_mapping=False)  # an entry holds tied weights once
         unfilled = [name for name, parameter in base.named_parameters() if parameter.is_meta]
         unfilled += [name for name, _ in base.named_buffers() if name not in tensors]
         if unfilled:

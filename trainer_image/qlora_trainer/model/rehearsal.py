@@ -22,7 +22,6 @@ from math import gcd
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -33,11 +32,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
-from qlora_trainer.data.micro_batch import MicroBatch, collate
+from qlora_trainer.data.micro_batch import MicroBatch
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
 from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import load_base, quantized_layers
+from qlora_trainer.model.probe import drawn_probe
 from qlora_trainer.model.source import library_words
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
@@ -46,6 +46,7 @@ LENGTHS = (13, 30, 21)
 """Tokens of the probe's records."""
 POSITIONS, WINDOW, VOCABULARY, RANK = 48, 8, 256, 4
 """Of the copy: no record has more positions, and the row of all has; records are longer than windows."""
+PROBE_TOKENS = range(3, VOCABULARY - 3)
 LARGEST_PARAMETERS = 200_000_000
 """A copy that only its number of layers could be made smaller of; more take minutes to quantize on a CPU."""
 MOST_LAYERS = 8
@@ -242,13 +243,15 @@ def _names_token(name: str) -> bool:
 
 
 def _fewer_layers(config: Any) -> dict[str, Any]:
-    """Two layers, or one of each kind, where the config lists its layers' kinds."""
+    """Two layers, or one of each kind; the first layers, where kinds follow from a pattern."""
     values = config.to_dict()
     layers = getattr(config, "num_hidden_layers", 2)
     lists = {name: each for name, each in values.items() if isinstance(each, list) and len(each) == layers > 1}
-    kinds = list(zip(*lists.values(), strict=True)) or [()] * layers
+    kinds: list[Any] = list(zip(*lists.values(), strict=True)) or getattr(config, "layer_types", None) or [()] * layers
     first = [number for number, kind in enumerate(kinds) if str(kind) not in {str(each) for each in kinds[:number]}]
     chosen = sorted({*first, 0, min(1, layers - 1)})[:MOST_LAYERS]
+    if not lists:
+        chosen = list(range(chosen[-1] + 1))[:MOST_LAYERS]
     own = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     return {own: len(chosen), **{name: [each[number] for number in chosen] for name, each in lists.items()}}
 
@@ -281,7 +284,7 @@ def _trained(folder: Path, adapter: AdapterSpec) -> TrainingModel:
     )
     model.check()
     model.train()
-    loss = model.accumulate(_probe(), divisor=float(sum(LENGTHS)))
+    loss = model.accumulate(drawn_probe(LENGTHS, PROBE_TOKENS), divisor=float(sum(LENGTHS)))
     grads = [parameter.grad for _, parameter in model.trainable() if parameter.grad is not None]
     if not torch.isfinite(loss) or not all(bool(torch.isfinite(grad).all()) for grad in grads):
         raise _Unfit("its loss or its gradients are not finite")
@@ -310,21 +313,17 @@ def _reload(folder: Path, model: TrainingModel, saved: Path) -> None:
     odd = [name for name, tensor in model.adapter().items() if not torch.equal(loaded[name].to(tensor.dtype), tensor)]
     if odd or len(loaded) != len(model.adapter()):
         raise _Unfit(f"PEFT loads another adapter than was saved; {odd[:3]} differ")
-    reloaded.eval().generate(input_ids=_probe().input_ids[:, : LENGTHS[0]], max_new_tokens=2, do_sample=False)
+    reloaded.eval().generate(
+        input_ids=drawn_probe(LENGTHS, PROBE_TOKENS).input_ids[:, : LENGTHS[0]], max_new_tokens=2, do_sample=False
+    )
 
 
 # --- attention
 
 
-def _probe() -> MicroBatch:
-    random = np.random.RandomState(0)
-    records = [random.randint(3, VOCABULARY - 3, size=length).astype(np.int32) for length in LENGTHS]
-    return collate([(ids, ids, np.arange(len(ids), dtype=np.int32)) for ids in records])
-
-
 @torch.no_grad()
 def _compare_attention(reference: Any, model: TrainingModel) -> None:
-    batch = _probe()
+    batch = drawn_probe(LENGTHS, PROBE_TOKENS)
     expected = _record_by_record(reference, batch)
     reference.set_attn_implementation(model.attention_implementation)
     if model.separate:

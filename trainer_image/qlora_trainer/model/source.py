@@ -34,7 +34,14 @@ from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.contained_files import Contained
 from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.trainable import KnownType, refuse_fields, shown, trainable_facts, unknown_type
+from orchestrator.api.trainable import (
+    KnownType,
+    refuse_fields,
+    refuse_files_without_tokenizer,
+    shown,
+    trainable_facts,
+    unknown_type,
+)
 from orchestrator.api.words import on_one_line
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.source_errors import translated
@@ -125,8 +132,8 @@ def tokenizer_digest(folder: Path) -> str:
 
 def load_tokenizer(folder: Path, source: str, chat_template: str | None) -> Any:
     """The model's tokenizer as transformers makes it for inference, with the job's chat template if it has one."""
-    if not any(_matches(path.name, TOKENIZER_PATTERNS) for path in folder.iterdir()):
-        raise UserError(f"{source} has no tokenizer: add the model's tokenizer.json and tokenizer_config.json")
+    with _refusals(source):
+        refuse_files_without_tokenizer([path.name for path in folder.iterdir()])
     from transformers import AutoTokenizer
 
     try:

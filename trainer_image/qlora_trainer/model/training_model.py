@@ -18,7 +18,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.plan import MemoryPlan
-from qlora_trainer.data.micro_batch import MicroBatch, StepInputs, collate
+from qlora_trainer.data.micro_batch import MicroBatch, StepInputs
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.host_offload import HostEmbedding, InputStore
 from qlora_trainer.kernels.moe_experts import NF4Experts, silent_experts
@@ -40,6 +39,7 @@ from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
+from qlora_trainer.model.probe import probe
 from qlora_trainer.outcome import UserError
 
 log = logging.getLogger(__name__)
@@ -231,11 +231,11 @@ class TrainingModel:
         """Compare loss path and packing with the model's own logits on a few tokens; raise UserError if they differ."""
         self.eval()
         name = type(self.base).__name__
-        first, second = _probe(range(1, 6)), _probe(range(6, 13))
+        first, second = range(1, 6), range(6, 13)
         try:
             if self.fused is not None:
                 with silent_experts(self.base):  # for a rounding, a token would go to another expert
-                    self._check_fused_layers(self.fused, collate([first, second]))
+                    self._check_fused_layers(self.fused, probe(first, second))
             if not self.separate and not self._records_are_apart():
                 self._go_separately("records of a packed row see each other")
         except UnknownAttention as error:
@@ -244,7 +244,7 @@ class TrainingModel:
             raise UserError(f"{name} lets records see each other, so it cannot be trained here")
         if self._looks_ahead():
             raise UserError(f"{name} sees the text to its right, so it is no causal language model; choose another")
-        batch = collate([first])
+        batch = probe(first)
         with self.fused.bypassed() if self.fused is not None else nullcontext():
             ours, embedded = self.logits(batch), self._embedded(batch, batch.to(self.device))
             theirs = self.base(inputs_embeds=embedded, use_cache=False).logits[0].float()
@@ -255,17 +255,15 @@ class TrainingModel:
 
     def _records_are_apart(self) -> bool:
         """Whether a record's logits are the same whatever record stands before it."""
-        first, other, second = (_probe(tokens) for tokens in (range(1, 6), range(21, 26), range(6, 13)))
+        second = range(6, 13)
         with silent_experts(self.base):
-            after_first, after_other = (self.logits(collate([record, second]))[5:] for record in (first, other))
+            after_first, after_other = (self.logits(probe(first, second))[5:] for first in (range(1, 6), range(21, 26)))
         return torch.equal(after_first, after_other)  # the same shapes, so the same sums: not a bit may differ
 
     def _looks_ahead(self) -> bool:
         """Whether the last token changes the logits before it."""
-        one, other = _probe(range(1, 9)), _probe(range(1, 9))
-        other[0][-1] = 20
         with silent_experts(self.base):
-            ours, theirs = (self.logits(collate([record]))[:-1] for record in (one, other))
+            ours, theirs = (self.logits(probe([*range(1, 8), last]))[:-1] for last in (8, 20))
         return bool((ours - theirs).norm() > LOOKAHEAD_TOLERANCE * ours.norm())
 
     def _go_separately(self, reason: str) -> None:
@@ -293,11 +291,6 @@ class TrainingModel:
             )
             fused.give_back()
             self._go_without_fused_layers()
-
-
-def _probe(tokens: range) -> tuple[Any, Any, Any]:
-    ids = np.fromiter(tokens, dtype=np.int32)
-    return ids, ids, np.arange(len(ids), dtype=np.int32)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
