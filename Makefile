@@ -41,8 +41,8 @@ test: ## Everything that CI runs; each part tells of itself when it has ended
 	+@for tier in $(TIERS); do started=$$(date +%s); $(MAKE) --no-print-directory $$tier || exit 1; \
 	  echo "$$tier: $$(($$(date +%s) - started)) s"; done
 
-test-trainer: $(VENV)/.synced $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages
-	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
+test-trainer: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages; builds an S3 server once
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
 	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_out_of_memory.py \

@@ -63,7 +63,7 @@ class PaperKubelet:
         """Nodes whose pods nobody plays, and of which nobody hears."""
         self._heartbeats = heartbeats
         self._beat_at = 0.0
-        self._train_seconds = train_seconds
+        self.train_seconds = train_seconds
         self._changes = Changes()
         self._pods: Cache[Json] = Cache(
             api, "v1", "pods", lambda item: item, self._changes, selector=f"{MANAGED_BY_LABEL}={MANAGER}"
@@ -118,7 +118,7 @@ class PaperKubelet:
             self._begin(path, seen, job, is_train)
         elif "deletionTimestamp" in meta:
             self._end(path, seen, job, ExitCode.PREEMPTED if is_train else 143, self._stopped(job) if is_train else "")
-        elif time.monotonic() - (seen.started_at or 0.0) > (self._train_seconds if is_train else 0.0):
+        elif time.monotonic() - (seen.started_at or 0.0) > (self.train_seconds if is_train else 0.0):
             self._end(path, seen, job, ExitCode.OK, self._result(labels[STAGE_LABEL], job))
 
     def _bind(self, path: str, name: str) -> None:
