@@ -16,9 +16,9 @@ from orchestrator.api.queue import QLoRAQueue
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
 from orchestrator.cli.plan_view import length_words, plan_words
 from orchestrator.cli.tables import job_table
-from orchestrator.cli.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
 from orchestrator.core.commands import Event
 from orchestrator.sdk.explanation import Explanation
+from orchestrator.sdk.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
 
 CONDITION_HEADER = ("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE")
 QUOTA_HEADER = ("CLASS", "HELD", "NOMINAL", "BORROWS")

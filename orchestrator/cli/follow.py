@@ -21,17 +21,13 @@ from rich.text import Text
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.words import without_logins
 from orchestrator.cli.console import messages
-from orchestrator.cli.words import duration, figure, state_style, state_word
-from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.sdk.handle import JobHandle, JobResult, is_finished
+from orchestrator.sdk.progress import News, figures, note
+from orchestrator.sdk.words import duration, figure, state_style, state_word
 
 BAR_WIDTH = 36
 REFRESHES_PER_SECOND = 8
-PLAIN_STEPS_SHARE = 0.1
-"""Share of the steps after which another line is printed where there is no terminal."""
 STAGES = ("prepare", "train", "publish")
-PLAIN_DETAIL = "training"
-"""What the train stage reports while nothing but training goes on; the bar says it better."""
 _SPINNER = Spinner("dots", style="busy")  # one for all redraws, or it would begin anew with each
 
 
@@ -78,8 +74,8 @@ def ask_about_interruption() -> Interruption:
 def live_view(job: QLoRAJob, now: datetime) -> RenderableType:
     """The running job in four lines at most: where it is, how far, how well, and what holds it."""
     lines = [_stage_line(job, now), _bar_line(job)]
-    lines.append(Text("  " + "   ".join(figures)) if (figures := _figures(job)) else None)
-    lines.append(Text("  " + note, style="quiet", no_wrap=True, overflow="ellipsis") if (note := _note(job)) else None)
+    lines.append(Text("  " + "   ".join(told)) if (told := figures(job)) else None)
+    lines.append(Text("  " + said, style="quiet", no_wrap=True, overflow="ellipsis") if (said := note(job)) else None)
     return Group(*(line for line in lines if line is not None))
 
 
@@ -121,23 +117,12 @@ def result_lines(job: QLoRAJob, result: JobResult) -> str:
 
 
 def _follow_plainly(handle: JobHandle, timeout_seconds: float | None, console: Console) -> QLoRAJob:
-    said: tuple[str, int, str] | None = None
+    news = News()
     job = handle.object()
     for job in handle.watch(timeout_seconds):
-        news = (state_word(job), _tenth(job), _note(job) if state_of(job.status) is not JobState.TRAINING else "")
-        if news != said:
-            said = news
-            console.print(plain_line(job), markup=False, soft_wrap=True)
+        if (line := news.line(job)) is not None:
+            console.print(line, markup=False, soft_wrap=True)
     return job
-
-
-def plain_line(job: QLoRAJob) -> str:
-    """The job's state as one line of text."""
-    progress = job.status.progress
-    far = f"{progress.step}/{progress.steps}" if _is_training(job) and progress is not None and progress.steps else ""
-    parts = [f"{job.metadata.name}: {state_word(job)}", far, *_figures(job)]
-    line = "  ".join(filter(None, parts))
-    return line if far or is_finished(job) or not _note(job) else f"{line}  ({_note(job)})"
 
 
 def _stage_line(job: QLoRAJob, now: datetime) -> RenderableType | None:
@@ -171,7 +156,7 @@ def _bar_line(job: QLoRAJob) -> RenderableType | None:
         done, total = (checkpoint.step if checkpoint is not None else 0), prepared.steps
     else:
         return None
-    if done == 0 and at_work and _note(job):  # what it does before the first step says more than an empty bar
+    if done == 0 and at_work and note(job):  # what it does before the first step says more than an empty bar
         return None
     bar = ProgressBar(
         total=total, completed=done, width=BAR_WIDTH, complete_style="bar.complete", finished_style="good"
@@ -180,44 +165,10 @@ def _bar_line(job: QLoRAJob) -> RenderableType | None:
     return grid
 
 
-def _figures(job: QLoRAJob) -> list[str]:
-    """The latest figures of a running stage."""
-    progress = job.status.progress
-    if progress is None or job.status.active_attempt is None or progress.stage != job.status.active_attempt.stage:
-        return []
-    named = (
-        ("loss", figure(progress.loss) if progress.loss is not None else ""),
-        ("eval loss", figure(progress.eval_loss) if progress.eval_loss is not None else ""),
-        ("", f"{progress.tokens_per_second:.0f} tokens/s" if progress.tokens_per_second is not None else ""),
-        ("ETA", duration(progress.eta_seconds) if progress.eta_seconds is not None else ""),
-    )
-    return [f"{name} {value}".strip() for name, value in named if value]
-
-
-def _note(job: QLoRAJob) -> str:
-    """What the bar does not say: what is being done, or what the job waits for."""
-    progress, attempt = job.status.progress, job.status.active_attempt
-    if attempt is not None and attempt.stop_time is None:
-        detail = progress.detail if progress is not None and progress.stage == attempt.stage else ""
-        return "" if detail == PLAIN_DETAIL else detail
-    return job.status.summary
-
-
 def _stage_index(job: QLoRAJob) -> int:
     if job.status.adapter_uri is not None:
         return 3 if is_finished(job) else 2
     return 1 if job.status.prepared is not None else 0
-
-
-def _is_training(job: QLoRAJob) -> bool:
-    return state_of(job.status) in (JobState.TRAINING, JobState.STOPPING)
-
-
-def _tenth(job: QLoRAJob) -> int:
-    progress = job.status.progress
-    if not _is_training(job) or progress is None or not progress.steps:
-        return 0
-    return int(progress.step / progress.steps / PLAIN_STEPS_SHARE)
 
 
 def _active_seconds(job: QLoRAJob) -> float:

@@ -179,8 +179,8 @@ def logs(
 ) -> None:
     """Print what the job's stages wrote, every attempt in order."""
     from orchestrator.cli.console import say
-    from orchestrator.cli.log_view import log_text
     from orchestrator.cli.output import print_text
+    from orchestrator.sdk.log_text import log_text
 
     handle = connect(namespace).handle(name)
     current: tuple[str, int] | None = None

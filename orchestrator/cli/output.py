@@ -15,7 +15,7 @@ from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.words import in_json, in_lines, on_one_line
 from orchestrator.cli.console import answers
 from orchestrator.cli.formats import DataFormat
-from orchestrator.cli.words import state_word
+from orchestrator.sdk.words import state_word
 
 GAP = "  "
 BELOW = "      "

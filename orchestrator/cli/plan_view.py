@@ -11,8 +11,8 @@ from rich.text import Text
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.cli.output import print_fields
-from orchestrator.cli.words import NOTHING, dollars, duration, gib, step_time
 from orchestrator.sdk.planning import Alternative, JobPlan
+from orchestrator.sdk.words import NOTHING, dollars, duration, gib, step_time
 from orchestrator.sizing.hardware import CPU_CLASS
 
 BAR_CELLS = 28

@@ -8,8 +8,8 @@ from datetime import datetime
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.cli.output import Cell, Columns
-from orchestrator.cli.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
 from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.sdk.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
 from orchestrator.sizing.margins import Bound
 
 JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE")

@@ -13,7 +13,9 @@ this machine can know.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import TypeVar, cast
 
 from orchestrator.adapters.job_store import model_config
@@ -24,11 +26,14 @@ from orchestrator.api.reasons import Reason
 from orchestrator.core.job.addresses import refused_file
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
 from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
+from orchestrator.sdk import first_job
 from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
+from orchestrator.sdk.notebook import JobList, jobs_html
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
+from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
 from orchestrator.settings import Settings
 from orchestrator.sizing import margins
@@ -51,10 +56,35 @@ class Client:
         self.namespace = namespace or self.connection.namespace
         """Where jobs that name no namespace go, and where names are looked up."""
 
+    def __repr__(self) -> str:
+        where = self.settings.context or self.settings.home
+        return f"Client({where}, namespace {self.namespace})"
+
+    def _repr_html_(self) -> str:
+        state = "up" if self.connection.is_running() else "down; start it: qlora up"
+        return f"<p>{escape(repr(self))}: {state}</p>{jobs_html(self.list())}"
+
+    def tune(
+        self, model: str, data: Records, *, name: str | None = None, replace: bool = False, **spec: object
+    ) -> JobHandle:
+        """Fine-tune a model on a file, a list of records or a DataFrame, in one call; further fields of the spec as
+        keywords. Without a name the job gets one of its own. Raises InvalidObject, AlreadyExists, ServiceNotRunning.
+
+        >>> records = [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "3 + 3 =", "completion": " 6"}]
+        >>> client.tune("./model", records, name="sums", training={"epochs": 1}).state
+        'New'
+        """
+        if not isinstance(data, str | os.PathLike):
+            data = records_file(data, self.settings.home)
+        return self.submit(first_job.document(os.fspath(data), model, name=name, spec=spec), replace=replace)
+
     def submit(self, job: JobLike, *, replace: bool = False) -> JobHandle:
         """Check and store a job, with `replace` in the place of a finished one of its name.
 
         What is replaced is removed as `delete` removes it. Raises InvalidObject, AlreadyExists, ServiceNotRunning.
+
+        >>> client.submit("notes.yaml")
+        JobHandle(default/notes)
         """
         checked = self.check(job, replace=replace)
         if not self.connection.is_running():
@@ -77,7 +107,11 @@ class Client:
         return checked
 
     def plan(self, job: JobLike) -> JobPlan:
-        """What the job would take and where it would run; reads the model's config and changes nothing."""
+        """What the job would take and where it would run; reads the model's config and changes nothing.
+
+        >>> client.plan("notes.yaml").chosen.gpu_class
+        '24Gi'
+        """
         checked = self._in_namespace(_one(job, QLoRAJob))
         if self.connection.is_local:
             check_planned_model(checked.spec.model)
@@ -106,9 +140,27 @@ class Client:
         """A job as it is now; raises NotFound."""
         return self.connection.store.get_job(namespace or self.namespace, name)
 
-    def list(self, *, namespace: str | None = None, all_namespaces: bool = False) -> Sequence[QLoRAJob]:
-        """Jobs, ordered by namespace and name."""
-        return self.connection.store.list_jobs(None if all_namespaces else namespace or self.namespace)
+    def list(self, *, namespace: str | None = None, all_namespaces: bool = False) -> JobList:
+        """Jobs, ordered by namespace and name; a notebook shows them as a table.
+
+        >>> [job.metadata.name for job in client.list()]
+        ['medical']
+        """
+        return JobList(self.connection.store.list_jobs(None if all_namespaces else namespace or self.namespace))
+
+    def wait_all(
+        self, handles: Iterable[JobHandle], timeout_seconds: float | None = None, *, progress: bool = False
+    ) -> Sequence[QLoRAJob]:
+        """The jobs once all have finished, well or not; raises WaitTimedOut, NotFound, ServiceNotRunning.
+
+        >>> client.wait_all([client.handle("medical")])[0].status.summary
+        'Succeeded: published as models:/medical/3'
+        """
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        return [
+            handle.wait(None if deadline is None else max(0.0, deadline - time.monotonic()), progress=progress)
+            for handle in handles
+        ]
 
     def delete(self, name: str, *, namespace: str | None = None) -> None:
         """Remove a job; MLflow and the job's store keep what they have. Raises NotFound."""

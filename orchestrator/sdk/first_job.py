@@ -14,6 +14,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import IO, cast
 
+from orchestrator.api.base import API_VERSION
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
 from orchestrator.sdk.problems import closest, cut
@@ -57,14 +58,34 @@ def manifest(data: Path, model: str, folder: Path) -> str:
     relative = os.path.relpath(data.resolve(), folder.resolve())
     return MANIFEST.format(
         name=job_name(data),
-        model=model
-        if "://" in model
-        else f"file://{Path(model).resolve()}"
-        if Path(model).is_dir()
-        else f"hf://{model}",
+        model=model_source(model),
         source=f"file://{relative if relative.startswith('../') else f'./{relative}'}",
         format=format_of(data),
     )
+
+
+def document(data: str, model: str, *, name: str | None, spec: Mapping[str, object]) -> dict[str, object]:
+    """A job for a data file or URI in its wire form, with these fields of the spec beside them.
+
+    A section that is given as a mapping goes on top of what is found; a file's format is that of its first record.
+    """
+    dataset: dict[str, object] = {"source": data}
+    if "://" not in data:
+        dataset = {"source": f"file://{Path(data).resolve()}", "format": format_of(Path(data)), "evalFraction": "0.1"}
+    found: dict[str, object] = {"model": {"source": model_source(model)}, "dataset": dataset}
+    for section, value in spec.items():
+        known = found.get(section)
+        merged = isinstance(value, Mapping) and isinstance(known, Mapping)
+        found[section] = {**cast("dict[str, object]", known), **cast("dict[str, object]", value)} if merged else value
+    metadata = {"generateName": f"{job_name(Path(model))}-"} if name is None else {"name": name}
+    return {"apiVersion": API_VERSION, "kind": "QLoRAJob", "metadata": metadata, "spec": found}
+
+
+def model_source(model: str) -> str:
+    """The URI of a model: what is one already, a folder here, or else a name on the hub."""
+    if "://" in model:
+        return model
+    return f"file://{Path(model).resolve()}" if Path(model).is_dir() else f"hf://{model}"
 
 
 def job_name(data: Path) -> str:

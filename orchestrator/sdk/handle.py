@@ -9,29 +9,40 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.adapters.job_store import stored_adapter
 from orchestrator.api.formats import JournalRecord, ShownRecords
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.losses import losses
 from orchestrator.api.stage_name import StageKind
+from orchestrator.api.words import in_lines
 from orchestrator.core.commands import Event
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
+from orchestrator.sdk import extras
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation, explain_job
 from orchestrator.sdk.logs import (
     FOLLOW_POLL_SECONDS,
     KeptLogs,
     LogLine,
+    LogLines,
     LogQuery,
     follow_lines,
     last_lines,
     read_lines,
 )
+from orchestrator.sdk.notebook import jobs_html
+from orchestrator.sdk.progress import News
 from orchestrator.sdk.shown import records_of_job
+from orchestrator.sdk.words import state_word
 from orchestrator.settings import Settings
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # pyright: ignore[reportMissingTypeStubs]  it has none
 
 CHANGE_POLL_SECONDS = 1.0
 """Longest single wait for a change; bounds how late a stopped service or a deadline is noticed."""
@@ -94,6 +105,9 @@ class JobHandle:
     def __repr__(self) -> str:
         return f"JobHandle({self.namespace}/{self.name})"
 
+    def _repr_html_(self) -> str:
+        return jobs_html([self.object()])
+
     def object(self) -> QLoRAJob:
         """The job as it is now; raises NotFound."""
         job = self._connection.store.get_job(self.namespace, self.name)
@@ -105,11 +119,27 @@ class JobHandle:
         """What has come of the job so far."""
         return self.object().status
 
-    def wait(self, timeout_seconds: float | None = None) -> QLoRAJob:
-        """The job once it has finished, well or not; raises WaitTimedOut, NotFound, ServiceNotRunning."""
-        job = self.object()
-        for job in self.watch(timeout_seconds):  # noqa: B007  the last one is the answer
-            pass
+    @property
+    def state(self) -> str:
+        """Where the job is now, in the word that tables show; raises NotFound.
+
+        >>> handle.state
+        'Succeeded'
+        """
+        return state_word(self.object())
+
+    def wait(self, timeout_seconds: float | None = None, *, progress: bool = False) -> QLoRAJob:
+        """The job once it has finished, well or not; raises WaitTimedOut, NotFound, ServiceNotRunning.
+
+        `progress`: print a line for what changes on the way.
+
+        >>> job = handle.wait(timeout_seconds=3600, progress=True)
+        medical: Succeeded
+        """
+        job, news = self.object(), News()
+        for job in self.watch(timeout_seconds):
+            if progress and (line := news.line(job)) is not None:
+                print(in_lines(line), flush=True)  # noqa: T201  what was asked for
         return job
 
     def watch(self, timeout_seconds: float | None = None) -> Iterator[QLoRAJob]:
@@ -130,12 +160,19 @@ class JobHandle:
         stage: StageKind | None = None,
         attempt: int | None = None,
         tail: int | None = None,
-    ) -> Iterator[LogLine]:
+    ) -> LogLines:
         """Lines of the stages' logs in order; with `follow`, until the job has finished.
 
-        `tail`: of what is there already, only so many of the last lines.
+        `tail`: of what is there already, only so many of the last lines. As text they are as people read them.
+
+        >>> print(handle.logs(stage="train", tail=1))
+        12:03:11  the stage ended with OK (0)
         """
-        for line in last_lines(self.log_steps(follow, stage, attempt), tail):
+        return LogLines(self._log_lines(last_lines(self.log_steps(follow, stage, attempt), tail)))
+
+    @staticmethod
+    def _log_lines(steps: Iterator[LogLine | None]) -> Iterator[LogLine]:
+        for line in steps:
             if line is None:
                 time.sleep(FOLLOW_POLL_SECONDS)
             else:
@@ -193,7 +230,11 @@ class JobHandle:
         return records_of_job(self.object())
 
     def result(self) -> JobResult:
-        """Where the adapter is, and how good it became; raises JobFailed unless the job has succeeded."""
+        """Where the adapter is, and how good it became; raises JobFailed unless the job has succeeded.
+
+        >>> handle.result().eval_loss
+        1.75
+        """
         job = self.object()
         _require_success(job)
         status = job.status
@@ -214,8 +255,34 @@ class JobHandle:
             eval_loss=found.eval_loss,
         )
 
+    def metrics(self) -> DataFrame:
+        """The job's figures as a pandas DataFrame: a row a step, a column a metric.
+
+        They reach as far as a checkpoint is durable; step 0 is the evaluation of the untouched base. Raises NotFound
+        before there is a checkpoint, MissingExtra without pandas.
+
+        >>> handle.metrics()["eval/loss"].dropna().tolist()
+        [3.5, 1.75]
+        """
+        extras.require("local", purpose="metrics() as a DataFrame")
+        from pandas import DataFrame  # pyright: ignore[reportMissingTypeStubs]  it has none
+
+        status = self.object().status
+        uri = status.adapter_uri or (status.checkpoint.uri if status.checkpoint is not None else None)
+        if uri is None:
+            raise NotFound(f"job {self.namespace}/{self.name} has saved no checkpoint yet, so there are no figures")
+        records = stored_adapter.read_journal(uri)
+        rows = [{"time": _moment(record), **record.metrics} for record in records]
+        return DataFrame(rows, index=[record.step for record in records])
+
     def adapter(self, into: Path | str) -> Path:
-        """Download the adapter as the new folder `into`, every file verified against the manifest's sha256."""
+        """Download the adapter as the new folder `into`, every file verified against the manifest's sha256.
+
+        A folder that holds exactly this adapter already is left as it is.
+
+        >>> handle.adapter("medical-adapter")
+        PosixPath('medical-adapter')
+        """
         job = self.object()
         uri = job.status.adapter_uri
         if uri is None:
@@ -280,6 +347,10 @@ class Watch:
             self._service_seen = now
         elif now - self._service_seen > SERVICE_ABSENCE_SECONDS:
             raise ServiceNotRunning(f"job {job.key} waits for the service, which is down; start it: qlora up")
+
+
+def _moment(record: JournalRecord) -> datetime:
+    return datetime.fromtimestamp(record.time_ms / 1000, UTC)
 
 
 def _with_cancel(job: QLoRAJob) -> QLoRAJob:

@@ -17,8 +17,10 @@ from orchestrator.adapters.job_store import stored_adapter
 from orchestrator.api.formats import EARLIER_LOG_NAME, LOG_NAME, log_folder
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.stage_name import StageKind, StageName
+from orchestrator.api.words import in_lines
 from orchestrator.errors import NotFound, OrchestratorError
 from orchestrator.ports import StageLog, StageLogs, Tail
+from orchestrator.sdk.log_text import log_text
 
 LOG_SUFFIX = ".log"
 FOLLOW_POLL_SECONDS = 0.2
@@ -36,6 +38,19 @@ class LogLine:
 
     def __str__(self) -> str:
         return self.text
+
+
+class LogLines(Iterator[LogLine]):
+    """Lines to iterate over, once; as text, those that are left, as people read them."""
+
+    def __init__(self, lines: Iterator[LogLine]) -> None:
+        self._lines = lines
+
+    def __next__(self) -> LogLine:
+        return next(self._lines)
+
+    def __str__(self) -> str:
+        return "\n".join(in_lines(log_text(line.text)) for line in self._lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

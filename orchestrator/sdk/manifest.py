@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import choice
 from typing import Any, cast
 
 import yaml
@@ -49,6 +50,10 @@ MAX_PROBLEMS = 20
 """Told at one time; the next ones are told once these are mended."""
 
 MAX_YAML_WORDS = 200
+NAME_CHARACTERS, MADE_CHARACTERS = "bcdfghjklmnpqrstvwxz2456789", 5
+"""Of the end of a made name: no vowels, so that no words come of it, and nothing that looks like something else."""
+MAX_PREFIX_CHARACTERS = 43
+"""With the made end the longest name of a job."""
 NULL_IS_A_CHOICE: frozenset[FieldPath] = frozenset({("spec", "tracking", "alias")})
 """Where null is not the default. Everywhere else the API server drops it."""
 
@@ -241,7 +246,7 @@ def _to_object(data: object, origin: _Origin, changes: Changes = ()) -> UserObje
     if kind is QLoRAJob:
         for path, value in changes:
             _put(wire, path, _Plain(origin).read(value, path), origin)
-    wire = _without_nulls(wire, kind)
+    wire = _named(_without_nulls(wire, kind), origin)
     for path in _URI_FIELDS:
         _resolve(wire, path, origin)
     text = json.dumps(wire)
@@ -296,6 +301,19 @@ def _without_service_fields(data: Mapping[str, object]) -> dict[str, object]:
             kept["annotations"] = {k: v for k, v in named.items() if k != CANCEL_ANNOTATION or not isinstance(v, str)}
         wire["metadata"] = kept
     return wire
+
+
+def _named(wire: dict[str, object], origin: _Origin) -> dict[str, object]:
+    """The object with a name made of `metadata.generateName`, as the API server makes one, where it has none."""
+    metadata = wire.get("metadata")
+    if not isinstance(metadata, dict) or "generateName" not in metadata:
+        return wire
+    found = cast(dict[str, object], metadata)
+    prefix = found["generateName"]
+    if not isinstance(prefix, str) or not prefix:
+        raise origin.error(Problem(path=("metadata", "generateName"), message=f"must be text; found {shown(prefix)}"))
+    made = prefix[:MAX_PREFIX_CHARACTERS] + "".join(choice(NAME_CHARACTERS) for _ in range(MADE_CHARACTERS))
+    return {**wire, "metadata": {"name": made, **{key: value for key, value in found.items() if key != "generateName"}}}
 
 
 def _put(wire: dict[str, object], path: FieldPath, value: object, origin: _Origin) -> None:

@@ -57,6 +57,11 @@ class JobPlan:
     notes: tuple[str, ...] = ()
     """What else to know: what prepare may refuse, and what the times do not tell."""
 
+    def _repr_html_(self) -> str:
+        from orchestrator.sdk.notebook import plan_html  # which knows plans
+
+        return plan_html(self)
+
     def to_wire(self) -> dict[str, object]:
         """JSON types with wire names."""
         wire: dict[str, object] = {"job": self.job, "model": self.facts.to_wire()}

@@ -25,8 +25,8 @@ from typer.testing import CliRunner, Result
 from orchestrator.api.reasons import Reason
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import app
-from orchestrator.cli.words import gib
 from orchestrator.controller.supervisor import RECORD_NAME
+from orchestrator.sdk.words import gib
 from tests.sdk.paper_service import STEPS, PaperService, job_document, service_that_is_up
 
 CONTROL_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.cli.log_view import log_text
 from orchestrator.cli.output import Cell, Columns
 from orchestrator.cli.plan_view import bar
-from orchestrator.cli.words import duration, gib, short, step_time
+from orchestrator.sdk.log_text import log_text
+from orchestrator.sdk.words import duration, gib, short, step_time
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,12 @@ from orchestrator.api.formats import CheckpointManifest
 from orchestrator.api.job import QLoRAJob, TrackingSpec
 from orchestrator.api.reasons import Reason
 from orchestrator.api.task import StageTask
-from orchestrator.cli.log_view import log_text
 from orchestrator.cli.main import app
 from orchestrator.controller.logs import JsonFormatter
 from orchestrator.controller.metrics import Metrics
 from orchestrator.core.commands import Event
 from orchestrator.core.decide import decide
+from orchestrator.sdk.log_text import log_text
 from orchestrator.sdk.manifest import parse_object
 from tests.builders import DIGEST, gpus, make_task, prepare_result, snapshot, submitted_job
 from tests.sdk.paper_service import PaperService, job_document, service_that_is_up, write_inputs

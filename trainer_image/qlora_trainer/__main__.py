@@ -120,6 +120,10 @@ def set_environment(task: StageTask) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "true"
+    # What libraries draw and remark is for whoever calls them; what matters to the job, the stage says itself.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Tokenizers' threads and a later fork do not mix, and prepare forks nothing that would profit.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A thread that waits for another one sleeps: spinning on a core that somebody else needs makes training on two
@@ -231,6 +235,8 @@ def start_logging(**fields: str | int) -> None:
     logging.captureWarnings(True)
     for chatty in ("httpx", "httpcore", "urllib3", "botocore", "aiobotocore", "s3fs", "fsspec", "alembic", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    for remarking in ("py.warnings", "accelerate", "bitsandbytes", "peft", "torch"):
+        logging.getLogger(remarking).setLevel(logging.ERROR)
 
 
 def start_logging_of(task: StageTask) -> StoredLog:

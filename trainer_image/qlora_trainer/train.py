@@ -41,6 +41,7 @@ from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adap
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking.mlflow_run import RunLogger, attempt_tags
+from qlora_trainer.training.start_up import teller, weights_told
 from qlora_trainer.training.stop import AgentClient, Stop, StopNow
 
 if TYPE_CHECKING:
@@ -83,21 +84,25 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
 
     with ExitStack() as resources:
         agent = _agent(stop, resources)
+        tell = teller(agent)
 
         # 2. Prepared data and base model, on this machine.
         from qlora_trainer.model.source import resolve_model
 
+        tell("fetching the prepared data and the model")
         scratch = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="qlora-")))
         data = _fetch_prepared(store, prepared, scratch)
         folder = resolve_model(task.spec.model.source, prepared.model.revision)
 
         # 3. The libraries; quantized weights that are cached go to the card meanwhile.
+        tell("loading the libraries")
         device, cached = _load_libraries(task, folder)
 
         store.record_attempt(task.attempt, attempt_tags(task))
 
         # 4. Base in NF4 with double quantization, adapter in bfloat16.
-        model = _load_model(task, plan, folder, device, cached)
+        with weights_told(tell):
+            model = _load_model(task, plan, folder, device, cached)
 
         # 5. Optimizer, and the state of the last checkpoint if there is one.
         from qlora_trainer.data.micro_batch import PreparedRows
@@ -198,14 +203,15 @@ def _inputs(task: StageTask) -> tuple[MemoryPlan, PrepareResult]:
 
 
 def log_settings(task: StageTask, plan: MemoryPlan, prepared: PrepareResult) -> None:
-    """One line per resolved setting, with where it comes from."""
+    """One line per resolved setting, with where it comes from; of what is not set there is nothing to say."""
     for section in ("model", "dataset", "adapter", "training", "evaluation", "checkpoint"):
         settings: Model = getattr(task.spec, section)
         for name in type(settings).model_fields:
             origin = (
                 "spec" if section in task.spec.model_fields_set and name in settings.model_fields_set else "default"
             )
-            log.info("%s.%s = %s (%s)", section, to_camel(name), getattr(settings, name), origin)
+            if (value := getattr(settings, name)) is not None:
+                log.info("%s.%s = %s (%s)", section, to_camel(name), value, origin)
     for name in type(plan).model_fields:
         log.info("%s = %s (plan)", to_camel(name), getattr(plan, name))
     log.info("steps = %d (prepare)", prepared.steps)

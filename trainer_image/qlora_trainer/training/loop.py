@@ -49,6 +49,8 @@ from qlora_trainer.training.stop import AgentClient, Stop, Watchdog
 from qlora_trainer.training.telemetry import Card, PhaseClock, arithmetic
 
 STEP_TIMES_KEPT = 20
+LONG_STEP_SECONDS = 5.0
+"""Of a step that takes longer, its micro-batches are told of."""
 SLOWEST_STORE_BYTES_PER_SECOND = 50e6
 """Assumed until a checkpoint has been written."""
 
@@ -157,7 +159,9 @@ class Loop:
         """The mean loss over the step's supervised tokens; its gradients are added up."""
         self._model.train()
         total = torch.zeros((), device=self._model.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            if not self._step_seconds or self._step_seconds[-1] > LONG_STEP_SECONDS:
+                self.report(f"step {self._position.step + 1}: micro-batch {number} of {len(batches)}")
             self.clock.enter("forward")
             total += self._model.accumulate(batch, divisor=supervised, between=lambda: self.clock.enter("backward"))
             self._stop_inside_a_step_if_need_be()
