@@ -60,6 +60,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 256, "sliding_window": 512,
         "query_pre_attn_scalar": 256, **_shape(1152, 6912, 26, 4, 1, 262144), **_GEMMA,
     },
+    "gemma-3-27b": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 128, "sliding_window": 1024,
+        "query_pre_attn_scalar": 168, **_shape(5376, 21504, 62, 32, 16, 262208), **_GEMMA,
+    },
     "phi-3-mini-3.8b": {**_PHI3, **_shape(3072, 8192, 32, 32, 32, 32064), "sliding_window": 2047},
     "phi-4-14b": {**_PHI3, **_shape(5120, 17920, 40, 40, 10, 100352), "sliding_window": None},
     "olmo-2-7b": {

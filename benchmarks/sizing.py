@@ -249,6 +249,7 @@ WHOLE = (
     _whole("gemma-2-2b", _case(rank=16, cap_gib=CAP_24)),
     _whole("olmo-2-7b", _case(rank=16, cap_gib=CAP_24)),
     _whole("qwen3-30b-a3b", _case(rank=16, cap_gib=CAP_24)),
+    _whole("gemma-3-27b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_48, sequence=4096)),
 )
 LORA16 = (
     _whole("llama-2-13b", _case(rank=64), _case(rank=64, recompute=0), part="lora16"),
