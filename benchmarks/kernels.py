@@ -27,7 +27,7 @@ os.environ["QLORA_ALLOW_RANDOM_WEIGHTS"] = "1"
 
 import numpy as np
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import quantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from qlora_trainer.data.encoding import IGNORED_LABEL
@@ -168,7 +168,7 @@ def compare_experts(device: torch.device) -> dict[str, Any]:
         0.02 * draw(EXPERTS, 2 * EXPERT_SIZE, EXPERT_HIDDEN),
         0.02 * draw(EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE),
     )
-    experts = NF4Experts(EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, gate_up=gate_up, down=down).to(device)
+    experts = NF4Experts((gate_up, down)).to(device)
     x, grad = draw(EXPERT_TOKENS, EXPERT_HIDDEN), draw(EXPERT_TOKENS, EXPERT_HIDDEN)
     weights, index = torch.rand(EXPERT_TOKENS, EXPERTS - 1, device=device).topk(4)  # the last is never chosen
 
@@ -191,7 +191,7 @@ def time_experts(device: torch.device, experts: int, hidden: int, inner: int, ea
     """Both passes of a layer's experts over a tile of tokens."""
     shape: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     gate_up, down = torch.randn(experts, 2 * inner, hidden, **shape), torch.randn(experts, hidden, inner, **shape)
-    layer = NF4Experts(experts, hidden, inner, gate_up=0.02 * gate_up, down=0.02 * down).to(device)
+    layer = NF4Experts((0.02 * gate_up, 0.02 * down)).to(device)
     tokens = trainer_facts.EXPERT_TILE_TOKENS
     x, grad = torch.randn(tokens, hidden, **shape), torch.randn(tokens, hidden, **shape)
     weights, index = torch.rand(tokens, experts, device=device).topk(each)
@@ -203,7 +203,7 @@ def time_experts(device: torch.device, experts: int, hidden: int, inner: int, ea
 
 def _experts_in_plain_sight(experts: NF4Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Every expert on every token, in float32."""
-    gate_up, down = (dequantize_4bit(p.data, p.quant_state).float() for p in (experts.gate_up_proj, experts.down_proj))
+    gate_up, down = (experts.dense(name).float() for name in experts.matrices)
     output = torch.zeros(x.shape, device=x.device)
     for number in range(experts.experts):
         gate, up = (x.float() @ gate_up[number].t()).chunk(2, dim=1)

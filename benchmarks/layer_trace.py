@@ -31,7 +31,7 @@ from benchmarks.architectures import CONFIGS
 from benchmarks.report import argument_parser
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD, Moment, Polynomial, TableKey
-from orchestrator.api.model_facts import MIXTURES
+from orchestrator.api.model_facts import EXPERT_COUNTS, EXPERT_SIZES, SHARED_SIZES
 from orchestrator.api.package_data import TRACED_LAYERS_NAME
 
 FAMILIES = {
@@ -116,16 +116,15 @@ def _config(model: str, widths: Widths) -> Any:
         own["head_dim"] = widths.head
     if "query_pre_attn_scalar" in own:
         own["query_pre_attn_scalar"] = widths.head
-    if own["model_type"] in MIXTURES:
+    if any(name in own for name in EXPERT_COUNTS):
         own |= _expert_sizes(own, widths)
     return AutoConfig.for_model(**own)
 
 
 def _expert_sizes(own: dict[str, Any], widths: Widths) -> dict[str, Any]:
-    fields = MIXTURES[own["model_type"]]
-    sizes: dict[str, Any] = {name: widths.experts for name in fields.experts if name in own}
-    sizes |= {"num_experts_per_tok": widths.experts_per_token, fields.size: EXPERT_SIZE}
-    return sizes | ({fields.shared_size: widths.inner} if fields.shared_size else {})
+    sizes: dict[str, Any] = {name: widths.experts for name in EXPERT_COUNTS if name in own}
+    sizes |= {"num_experts_per_tok": widths.experts_per_token, next(n for n in EXPERT_SIZES if n in own): EXPERT_SIZE}
+    return sizes | {name: widths.inner for name in SHARED_SIZES if name in own}
 
 
 # --- from sizes to products of widths

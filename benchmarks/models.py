@@ -31,16 +31,18 @@ from collections.abc import Iterable, Mapping
 from inspect import getsource
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
-from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
+from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter, peft_takes
 from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.loading import load_base, quantized_layers
 from qlora_trainer.model.rehearsal import small_copies
@@ -61,7 +63,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.model_facts import MIXTURES
+from orchestrator.api.model_facts import ALIKE, CHOSEN, EXPERT_COUNTS
 from orchestrator.api.package_data import MODEL_TYPES_NAME
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.trainable import INNER_MODELS, assumed
@@ -151,11 +153,12 @@ def shipped_row(model_type: str, row: Row) -> Row:
 
 def _layers(model_type: str, targets: Iterable[str]) -> list[str]:
     """The linear layers that some model of a type has: those of the tiny one, and what its source makes otherwise."""
-    if model_type in MIXTURES:  # whose source makes layers without experts, which are refused
+    if model_type in ALIKE:  # whose source makes layers without experts, which are refused
         return sorted(targets)
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     made = re.findall(r"self\.(\w+) = (?:nn\.Linear|Conv1D)\(", getsource(sys.modules[architecture.__module__]))
-    return sorted({*targets, *made} - HEADS)
+    kind: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    return sorted(name for name in {*targets, *made} - HEADS if peft_takes(kind, name))
 
 
 def refused_table(rows: Mapping[str, Row]) -> str:
@@ -233,7 +236,7 @@ def try_type(model_type: str, scratch: Path) -> Row:
         facts["found_by"] = "trial"
         check_architecture(description, source, AdapterSpec())
     except UserError as error:
-        return _row("refused", error.message.removeprefix(f"{source}: "), **facts)
+        return _row("refused", error.message.removeprefix(f"{source}: ").replace(source, "the model"), **facts)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
         return _row("crashed", f"in prepare: {_line(error)}", traceback=traceback.format_exc(), **facts)
     try:
@@ -283,7 +286,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "nemotron": {"num_key_value_heads": 8},
-    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "dots1": {"n_shared_experts": 2, "n_routed_experts": 128, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+    "granitemoeshared": {"shared_intermediate_size": 1024},
+    "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8},
 }
 """What published models have, where transformers' defaults leave it open or are no such model."""
 REUSING = ("hrm_text", "zamba2")
@@ -329,9 +335,15 @@ def _still(config: Any) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(config, name, 0.0)
-    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(config, name, None))), None)
-    if experts and config.model_type in MIXTURES:
-        config.num_experts_per_tok = experts
+    experts = next((n for name in EXPERT_COUNTS if type(n := getattr(config, name, None)) is int), 0)
+    chosen = next((name for name in CHOSEN if getattr(config, name, None)), None)
+    if experts > 1 and chosen is not None:
+        before = getattr(config, chosen)
+        setattr(config, chosen, experts)
+        try:
+            config.validate()
+        except StrictDataclassError:  # some choose one, whatever happens
+            setattr(config, chosen, before)
 
 
 # --- the trainer, and the judge
@@ -425,7 +437,9 @@ def _judged(
 
 def _dense(folder: Path, model: TrainingModel) -> Any:
     """The model in float32, with the weights that the trainer's NF4 layers stand for."""
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     for name, layer in quantized_layers(model.base).items():
         weight: Any = layer.weight
         dense = dequantize_4bit(weight.data, weight.quant_state)
@@ -443,8 +457,9 @@ def _quantized(folder: Path, model: TrainingModel) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     base: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="eager", quantization_config=quantization
-    )
+        folder, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager",
+        quantization_config=quantization,
+    )  # fmt: skip
     for layer in quantized_layers(base).values():
         layer.support_avx512bf16_for_cpu = False
     _fill_experts(base, model)
@@ -456,11 +471,9 @@ def _fill_experts(base: Any, model: TrainingModel) -> None:
     for name, module in model.base.named_modules():
         if isinstance(module, NF4Experts):
             theirs = base.get_submodule(name)
-            for part in ("gate_up_proj", "down_proj"):
-                weight: Any = getattr(module, part)
-                dense = dequantize_4bit(weight.data, weight.quant_state)
+            for part in module.matrices:
                 own = getattr(theirs, part)
-                own.data = dense.reshape(own.shape).to(own.dtype)
+                own.data = module.dense(part).to(own.dtype)
 
 
 Outcome = tuple[float, Tensor, Mapping[str, Tensor]]

@@ -15,6 +15,7 @@ from orchestrator.api.base import Count, Model
 
 MOST_KINDS = 8
 MOST_INSTANTS = 12
+MOST_ROWS_PER_TOKEN = 1024
 KIND_LETTERS = "abcdefgh"
 LARGEST_COEFFICIENT = 1e15
 
@@ -34,6 +35,12 @@ class LayerInstants(Model):
     backward: Instants
     attention: Instants = ()
     """Moments of the backward pass at which attention is at work, its own workspace not counted."""
+    experts: Instants = ()
+    """Moments of the forward pass at which routed experts are at work, what they take by the way not counted."""
+    experts_again: Instants = ()
+    """Such moments of the backward pass, where the forward pass is computed once more."""
+    experts_backward: Instants = ()
+    """Such moments of the backward pass itself."""
 
 
 class EndInstants(Model):
@@ -49,6 +56,16 @@ class EndInstants(Model):
     """From there back to the last layer."""
 
 
+class ExpertInstants(Model):
+    """What a layer's routed experts take by the way, whatever tokens choose; tokens come in tiles."""
+
+    rows_per_token: int = Field(default=1, ge=1, le=MOST_ROWS_PER_TOKEN)
+    """Of what goes in: experts that do not choose get every token, one after the other."""
+    forward: Instants
+    """For a tile of so many rows."""
+    backward: Instants
+
+
 class LayerKind(Model):
     """Layers that take the same."""
 
@@ -60,6 +77,7 @@ class LayerKind(Model):
     """Of its adapters' gradients."""
     recomputed: LayerInstants
     whole: LayerInstants
+    experts: ExpertInstants | None = None
 
 
 class ModelTrace(Model):
@@ -72,6 +90,8 @@ class ModelTrace(Model):
     """The kind of each layer, a for the first of `kinds`."""
     recomputed: EndInstants
     whole: EndInstants
+    fusing_bytes: Count = 0
+    """More than a layer's quantized experts, while those of a checkpoint are put together on the card."""
     other_bytes: Count
     """Of 16-bit weights outside the layers, embeddings and head not counted."""
     adapter_parameters: Count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, cast
 
 from pydantic import Field
@@ -32,7 +31,7 @@ class FieldMissing(ValueError):
 
 
 class Mixture(Model):
-    """The experts of a model, the same in every layer."""
+    """The experts of a model: where not all layers have them, or not alike, the most that one has."""
 
     experts: Width
     """Routed experts of a layer, of which each token chooses some."""
@@ -81,7 +80,7 @@ class ModelFacts(Model):
             architecture=_architecture(config),
             hidden_size=hidden_size,
             intermediate_size=_count(text, *_INTERMEDIATE_SIZE, default=_default_intermediate_size(text, hidden_size)),
-            num_layers=_count(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers", most=MAX_LAYERS),
+            num_layers=_layers(text),
             num_attention_heads=num_attention_heads,
             num_key_value_heads=_key_value_heads(text, num_attention_heads),
             head_dim=_count(text, "head_dim", default=hidden_size // num_attention_heads),
@@ -93,49 +92,48 @@ class ModelFacts(Model):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _MixtureFields:
-    """What a family's config calls the sizes of its experts."""
-
-    experts: tuple[str, ...] = ("num_experts", "num_local_experts")
-    size: str = "moe_intermediate_size"
-    shared_size: str | None = None
-
-
-MIXTURES: Mapping[str, _MixtureFields] = {
-    "mixtral": _MixtureFields(size="intermediate_size"),
-    "olmoe": _MixtureFields(size="intermediate_size"),
-    "qwen2_moe": _MixtureFields(shared_size="shared_expert_intermediate_size"),
-    "qwen3_moe": _MixtureFields(),
-}
-"""Model types whose experts' memory is known."""
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+EXPERT_SIZES = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size")
+SHARED_SIZES = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
+_SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+MIXTURE_FIELDS = (*EXPERT_COUNTS, *CHOSEN, *EXPERT_SIZES, *SHARED_SIZES, *_SHARED_COUNTS)
+"""What configs call the sizes of experts."""
+ALIKE = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+"""Types whose layers are known before they are traced, if all of them have experts."""
 
 
-def expert_count(text: Mapping[str, object]) -> str | None:
-    """The name of the field that makes a model a mixture of experts; None where it is none."""
-    inner = cast("list[Mapping[str, object]]", [part for part in text.values() if isinstance(part, Mapping)])
-    return next(
-        (name for part in (text, *inner) for name in _EXPERT_COUNTS if isinstance(n := part.get(name), int) and n > 1),
-        None,
-    )
+def is_mixture(text: Mapping[str, object]) -> bool:
+    """Whether a config's layers have experts."""
+    if text.get("is_moe") is False:
+        return False
+    return any((count := _size_of(text, name)) is not None and count > 1 for name in EXPERT_COUNTS)
 
 
 def _mixture(text: Mapping[str, object]) -> Mixture | None:
-    fields = MIXTURES.get(str(text.get("model_type")))
-    if fields is None:
-        if name := expert_count(text):
-            known = ", ".join(MIXTURES)
-            raise ValueError(f"{name}: how much memory such a mixture of experts takes is not known; known are {known}")
+    """The experts of a config; of types that are not known before they are traced, as if every layer had them."""
+    if not is_mixture(text):
         return None
-    if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
+    if text.get("model_type") in ALIKE and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
         raise ValueError("some layers have experts and others none (mlp_only_layers, decoder_sparse_step)")
+    sizes = {name: size for name in MIXTURE_FIELDS if (size := _size_of(text, name)) is not None}
+    size = _count(sizes, *EXPERT_SIZES)
+    shared = next((sizes[name] for name in SHARED_SIZES if name in sizes), None)
     return Mixture(
-        experts=_count(text, *fields.experts),
-        experts_per_token=_count(text, "num_experts_per_tok"),
-        expert_size=_count(text, fields.size),
-        shared_size=_count(text, fields.shared_size) if fields.shared_size else 0,
+        experts=_count(sizes, *EXPERT_COUNTS),
+        experts_per_token=_count(sizes, *CHOSEN),
+        expert_size=size,
+        shared_size=size * next((sizes[name] for name in _SHARED_COUNTS if name in sizes), 0)
+        if shared is None
+        else shared,
     )
+
+
+def _size_of(text: Mapping[str, object], name: str) -> int | None:
+    """A size, the largest where layers have their own."""
+    value = text.get(name)
+    each = cast("list[object]", value if isinstance(value, list) else [value])
+    return max((one for one in each if type(one) is int), default=None)
 
 
 _INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dff", "dim_ff")
@@ -218,8 +216,20 @@ def _architecture(config: Mapping[str, object]) -> str:
     return str(cast(list[object], names)[0])
 
 
+def _layers(text: Mapping[str, object]) -> int:
+    """How many: some configs only list them."""
+    listed = next(
+        (found for name in ("layer_types", "layers_block_type") if isinstance(found := text.get(name), list)), []
+    )
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return _count(text, *names, default=len(cast("list[object]", listed)) or None, most=MAX_LAYERS)
+
+
 def _default_intermediate_size(text: Mapping[str, object], hidden_size: int) -> int | None:
-    return 4 * hidden_size if text.get("model_type") in _FOUR_TIMES_HIDDEN else None
+    """What some families leave out, or have only inside their experts."""
+    if text.get("model_type") in _FOUR_TIMES_HIDDEN:
+        return 4 * hidden_size
+    return _size_of(text, "moe_intermediate_size")
 
 
 def _key_value_heads(text: Mapping[str, object], num_attention_heads: int) -> int:

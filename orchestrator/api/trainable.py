@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, cast
 
-from orchestrator.api.model_facts import ATTENTION_HEADS, MIXTURES, FieldMissing, ModelFacts, expert_count
+from orchestrator.api.model_facts import ATTENTION_HEADS, MIXTURE_FIELDS, FieldMissing, ModelFacts, is_mixture
 from orchestrator.api.words import on_one_line
 
 INNER_MODELS = ("text_config", "decoder", "text_encoder", "generator")
 """Under which names transformers looks for a text model inside a model of more."""
 ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attention_heads", "per_layer_config")
-"""What decides in a config, besides models inside and counts of experts."""
+"""What decides in a config, besides models inside and sizes of experts."""
 VOCABULARIES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab.*", "*.tiktoken", "tekken.json")
 """The files that transformers reads a tokenizer's tokens from; each is enough, but for pairs' first."""
 LEFT_TO_RIGHT = "choose a model that generates text from left to right"
@@ -135,11 +135,6 @@ def refuse_fields(config: Json) -> None:
             f"the model is a {architecture} that sees the text on both sides (use_bidirectional_attention), not a "
             f"causal language model; {LEFT_TO_RIGHT}"
         )
-    if (name := expert_count(config)) is not None and config.get("model_type") not in MIXTURES:
-        raise ValueError(
-            f"the model is a {architecture}, a mixture of experts ({name}) whose memory is not known here; choose one "
-            f"of type {', '.join(MIXTURES)}, or a dense model"
-        )
     if config.get("per_layer_config"):
         raise ValueError(
             f"the model is a {architecture} whose layers have sizes of their own (per_layer_config), and how much "
@@ -171,7 +166,8 @@ def architecture_of(config: Json) -> str:
 
 def assumed(resolved: Json) -> dict[str, object]:
     """What of a type's own defaults decides whether it can be trained, where config.json leaves it out."""
-    names = [name for name in (*ASSUMED, expert_count(resolved) or "") if resolved.get(name)]
+    experts = MIXTURE_FIELDS if is_mixture(resolved) else ()
+    names = [name for name in (*ASSUMED, *experts) if resolved.get(name)]
     parts = [name for name, value in resolved.items() if isinstance(value, Mapping) and _is_part(name)]
     wraps = any(name in INNER_MODELS for name in parts)
     decisive = {name: True if isinstance(resolved[name], Mapping) else resolved[name] for name in names}

@@ -506,9 +506,16 @@ def _loading_bytes(question: _Question) -> int:
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
     later = sum(_state(question)) + 2 * trainer_facts.CUBLAS_WORKSPACE_BYTES
     adapter = question.trainable * (FP32_BYTES - BF16_BYTES)
-    mixture = None if question.loaded else facts.mixture
-    fusing = 0 if mixture is None else fusing_bytes(mixture, facts.hidden_size)
-    return max(0, round(max(adapter, fusing - question.trainable * BF16_BYTES) + table - later))
+    return max(0, round(max(adapter, _fusing_bytes(question) - question.trainable * BF16_BYTES) + table - later))
+
+
+def _fusing_bytes(question: _Question) -> int:
+    if question.loaded:
+        return 0
+    if question.trace is not None:
+        return question.trace.fusing_bytes
+    mixture = question.facts.mixture
+    return 0 if mixture is None else fusing_bytes(mixture, question.facts.hidden_size)
 
 
 def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, evaluates: bool) -> Rehearsed:

@@ -1,6 +1,7 @@
 """The highest point of a training step on the CPU, whose kernels are replaced by what they allocate on a GPU."""
 
 # pyright: reportUnknownMemberType=false, reportPrivateUsage=false, reportPrivateImportUsage=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
 # Why: torch and transformers declare some of these functions only in part, and a storage's identity is private.
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import weakref
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.kernels import ops
 from qlora_trainer.kernels import packed_attention as packed
 from qlora_trainer.model import recorded_step
 from qlora_trainer.model.adapter import add_adapter
@@ -23,6 +27,7 @@ from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training.optimizer import AdapterOptimizer
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
@@ -97,6 +102,52 @@ def write_random_model(folder: Path, config: dict[str, Any]) -> None:
 def step_plan(accumulation: int, recompute: int, **fields: Any) -> MemoryPlan:
     """A plan for one row at a time."""
     return MemoryPlan(micro_batch_size=1, accumulation_steps=accumulation, recompute_layers=recompute, **fields)
+
+
+def gpu_kernels() -> SimpleNamespace:
+    """The operations of `kernels.ops`: no arithmetic, only the tensors that Triton's versions make."""
+
+    def cross_entropy_(logits: Tensor, *_: Any) -> Tensor:
+        return torch.zeros(len(logits))
+
+    def attention(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.zeros(query.shape, dtype=query.dtype), torch.zeros(query.shape[1], len(query))
+
+    def attention_backward(grad: Tensor, *_: Any) -> None:
+        torch.zeros(grad.shape[1], len(grad))
+
+    return SimpleNamespace(
+        rms_norm=lambda x, *_: torch.zeros(x.shape, dtype=x.dtype),
+        rms_norm_backward=lambda grad, x, *_: torch.zeros(x.shape, dtype=x.dtype),
+        rotate=lambda *_: None,
+        swiglu=lambda x: torch.zeros(len(x), x.shape[1] // 2, dtype=x.dtype),
+        swiglu_backward_=lambda *_: None,
+        dropout=lambda x, *_: torch.zeros(x.shape, dtype=x.dtype),
+        add_dropout_=lambda *_: None,
+        dequantize=lambda *_: None,
+        cross_entropy_=cross_entropy_,
+        attention=attention,
+        attention_backward=attention_backward,
+        expert_products=lambda *_: None,
+        sum_rows=lambda *_: None,
+    )
+
+
+def run_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the trainer's operations take what they take on a GPU, and compute nothing."""
+    kernels = gpu_kernels()
+    monkeypatch.setattr(ops, "_of", lambda _: kernels)
+    monkeypatch.setattr(ops, "dequantize", lambda *_: None)
+    monkeypatch.setattr(ops, "product", torch.mm)
+    monkeypatch.setattr(ops, "affine", affine_on_a_gpu)
+    monkeypatch.setattr(ops, "add_product_", lambda y, one, other, factor=1.0: y.addmm_(one, other, alpha=factor))
+
+
+def affine_on_a_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, _factor: float = 1.0
+) -> Tensor:
+    """`ops.affine` as it is on a card: in one product."""
+    return functional.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.t())
 
 
 def peak_of_a_step(model: TrainingModel, plan: MemoryPlan) -> int:

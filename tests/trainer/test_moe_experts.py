@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.loading import load_base
-from qlora_trainer.model.quantization import refusal, replace_experts
+from qlora_trainer.model.quantization import nf4_experts, refusal, replace_experts
+from qlora_trainer.model.rehearsal import compare_experts
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 from safetensors import safe_open
@@ -24,7 +26,11 @@ from tiny_model import EXPERTS, build_tiny_model, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 CPU = torch.device("cpu")
 FAMILIES = tuple(EXPERTS)
@@ -40,14 +46,17 @@ def make_experts(seed: int = 0) -> tuple[NF4Experts, MixtralExperts]:
     theirs.config._experts_implementation = "eager"
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    ours = NF4Experts(4, 64, 256, gate_up=theirs.gate_up_proj.data.clone(), down=theirs.down_proj.data.clone()).to(CPU)
+    ours = NF4Experts((theirs.gate_up_proj.data.clone(), theirs.down_proj.data.clone())).to(CPU)
     for name, parameter in theirs.named_parameters():
         parameter.data = dense(getattr(ours, name)).requires_grad_(False)
     return ours, theirs
 
 
 def dense(parameter: Params4bit) -> Tensor:
-    return dequantize_4bit(parameter.data, parameter.quant_state)
+    """As bitsandbytes has it, whose blocks lie along the whole matrix, but on the CPU along a row of its shape."""
+    state = copy(parameter.quant_state)
+    state.shape = torch.Size((parameter.quant_state.shape.numel(),))
+    return dequantize_4bit(parameter.data, state).view(parameter.quant_state.shape)
 
 
 def make_tokens(tokens: int, experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +113,90 @@ class DenseWeights(TorchDispatchMode):
         if func is torch.ops.aten.new_empty.default and made.dim() == 3:
             self.shapes.append(tuple(made.shape))
         return made
+
+
+# --- of any structure
+
+STRUCTURES: dict[str, tuple[type[Any], Any]] = {
+    "biases, matrices that lie the other way, a gate of its own": (
+        GptOssExperts,
+        AutoConfig.for_model("gpt_oss", hidden_size=64, intermediate_size=96, num_local_experts=6),
+    ),
+    "no gate": (
+        NemotronHExperts,
+        AutoConfig.for_model("nemotron_h", hidden_size=64, moe_intermediate_size=160, n_routed_experts=6),
+    ),
+    "another activation": (
+        MixtralExperts,
+        AutoConfig.for_model("mixtral", hidden_size=64, intermediate_size=128, num_local_experts=6, hidden_act="gelu"),
+    ),
+    "a gate that is clamped": (
+        DeepseekV4Experts,
+        AutoConfig.for_model("deepseek_v4", hidden_size=64, moe_intermediate_size=128, n_routed_experts=6),
+    ),
+    "no choice": (
+        Llama4TextExperts,
+        AutoConfig.for_model("llama4_text", hidden_size=64, intermediate_size=128, num_local_experts=6),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), STRUCTURES.values(), ids=STRUCTURES)
+def test_experts_of_any_structure_compute_what_transformers_own_do(kind: type[Any], config: Any) -> None:
+    torch.manual_seed(0)
+    theirs = kind(config)
+    config._experts_implementation = "eager"
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = nf4_experts(deepcopy(theirs))
+    for name, parameter in theirs.requires_grad_(False).named_parameters():
+        if name not in ours.matrices:
+            getattr(ours, name).data.copy_(parameter)
+    ours.to(CPU)
+    for name in ours.matrices:
+        getattr(theirs, name).data = dense(getattr(ours, name))
+    ours.tile_tokens = 8
+    chooses = kind is not Llama4TextExperts
+    found = []
+    for module in (ours, theirs):
+        x, index, weights = make_tokens(24, experts=6)
+        output = module(x, index, weights) if chooses else module(x)
+        output.square().sum().backward()
+        found.append((output, x.grad, *([weights.grad] if chooses else [])))
+    for our, their in zip(*found, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-3 * float(their.detach().abs().max()))
+
+
+@pytest.mark.parametrize(("inner", "at_a_time"), [(256, 1), (96, 8), (40, 32)])
+def test_a_part_of_experts_begins_where_a_scale_does(inner: int, at_a_time: int) -> None:
+    torch.manual_seed(0)
+    ours = NF4Experts((torch.randn(40, 2 * inner, 64), torch.randn(40, 64, inner))).to(CPU)
+    ours.dense_bytes = 1
+    parts = ours.dense_parts("down_proj")
+    assert [part.first for part in parts] == list(range(0, 40, at_a_time))
+    joined = torch.cat([dequantize_4bit(part.packed, part.state).view(part.shape) for part in parts])
+    assert torch.equal(joined, dense(ours.down_proj))
+    assert torch.equal(joined, ours.dense("down_proj"))
+
+
+def test_experts_that_compute_otherwise_than_their_module_says_are_refused_on_a_small_copy() -> None:
+    class Odd(MixtralExperts):
+        def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return super().forward(hidden_states, index, weights) + 0.1 * hidden_states
+
+    config = AutoConfig.for_model("mixtral", hidden_size=64, **EXPERTS["mixtral"])
+    for kind in (MixtralExperts, Odd):
+        experts = kind(config)
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        model = torch.nn.ModuleDict({"experts": experts})
+        if kind is MixtralExperts:
+            compare_experts(model)
+        else:
+            with pytest.raises(
+                UserError, match=r"has experts \(experts\) that compute in a way that is not known here"
+            ):
+                compare_experts(model)
 
 
 # --- in a model
@@ -246,21 +339,15 @@ def weightless(family: str, **fields: Any) -> Any:
 
 
 REFUSED = {
-    "biases and another layout": ("gpt_oss", {}, "have biases, no gates, or weights that are laid out in another way"),
     "a size that scales do not divide": (
         "qwen3_moe",
-        {**EXPERTS["qwen3_moe"], "moe_intermediate_size": 128},
-        "have matrices of 8192 weights, which is no multiple of the 16384 that share a scale",
+        {**EXPERTS["qwen3_moe"], "moe_intermediate_size": 36, "hidden_size": 36},
+        "have matrices of 1296 weights, which is no multiple of the 64 that share a scale",
     ),
-    "another activation": (
+    "an activation that learns": (
         "qwen3_moe",
-        {**EXPERTS["qwen3_moe"], "hidden_act": "gelu"},
-        "are gated with GELUActivation",
-    ),
-    "a type whose memory is not known": (
-        "dots1",
-        {"n_routed_experts": 4, "moe_intermediate_size": 256, "n_shared_experts": 1, "first_k_dense_replace": 0},
-        "how much memory a mixture of type dots1 takes is not known; known are mixtral, olmoe, qwen2_moe, qwen3_moe",
+        {**EXPERTS["qwen3_moe"], "hidden_act": "xielu"},
+        "have more parameters than two matrices and their biases",
     ),
 }
 
@@ -278,6 +365,8 @@ def test_experts_that_cannot_be_handled_are_refused_with_the_reason(
 
 
 def test_a_base_with_such_experts_is_not_loaded(tmp_path: Path) -> None:
-    folder = build_tiny_model(tmp_path / "model", "mixtral", **{**EXPERTS["mixtral"], "intermediate_size": 128})
+    folder = build_tiny_model(
+        tmp_path / "model", "mixtral", hidden_size=40, **{**EXPERTS["mixtral"], "intermediate_size": 36}
+    )
     with pytest.raises(UserError, match=r"its experts .* would stay in 16 bits"):
         load_base(folder, CPU, PackedAttention())

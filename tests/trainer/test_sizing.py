@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from peaks import (
     peak_of_a_step,
     peak_of_traced_layers,
     predicted,
+    run_as_on_a_gpu,
     step_plan,
     write_random_model,
 )
@@ -63,50 +63,9 @@ CLASSES = {
 TILE_TOKENS = 128
 
 
-def gpu_kernels() -> SimpleNamespace:
-    """The operations of `kernels.ops`: no arithmetic, only the tensors that Triton's versions make."""
-
-    def cross_entropy_(logits: Tensor, *_: Any) -> Tensor:
-        return torch.zeros(len(logits))
-
-    def attention(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return torch.zeros(query.shape, dtype=query.dtype), torch.zeros(query.shape[1], len(query))
-
-    def attention_backward(grad: Tensor, *_: Any) -> None:
-        torch.zeros(grad.shape[1], len(grad))
-
-    return SimpleNamespace(
-        rms_norm=lambda x, *_: torch.zeros(x.shape, dtype=x.dtype),
-        rms_norm_backward=lambda grad, x, *_: torch.zeros(x.shape, dtype=x.dtype),
-        rotate=lambda *_: None,
-        swiglu=lambda x: torch.zeros(len(x), x.shape[1] // 2, dtype=x.dtype),
-        swiglu_backward_=lambda *_: None,
-        dropout=lambda x, *_: torch.zeros(x.shape, dtype=x.dtype),
-        add_dropout_=lambda *_: None,
-        dequantize=lambda *_: None,
-        cross_entropy_=cross_entropy_,
-        attention=attention,
-        attention_backward=attention_backward,
-        expert_products=lambda *_: None,
-        sum_rows=lambda *_: None,
-    )
-
-
 @pytest.fixture
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = gpu_kernels()
-    monkeypatch.setattr(ops, "_of", lambda _: kernels)
-    monkeypatch.setattr(ops, "dequantize", lambda *_: None)
-    monkeypatch.setattr(ops, "product", torch.mm)
-    monkeypatch.setattr(ops, "affine", affine_on_a_gpu)
-    monkeypatch.setattr(ops, "add_product_", lambda y, one, other, factor=1.0: y.addmm_(one, other, alpha=factor))
-
-
-def affine_on_a_gpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, _factor: float = 1.0
-) -> Tensor:
-    """`ops.affine` as it is on a card: in one product."""
-    return functional.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.t())
+    run_as_on_a_gpu(monkeypatch)
 
 
 def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPlan) -> int:
@@ -292,7 +251,7 @@ def test_every_tensor_of_routed_experts_is_counted_whatever_the_routing(
     hidden, number = 192, mixture.experts
     shapes = (number, 2 * mixture.expert_size, hidden), (number, hidden, mixture.expert_size)
     gate_up, down = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
-    experts = NF4Experts(number, hidden, mixture.expert_size, gate_up=gate_up, down=down).to("cpu")
+    experts = NF4Experts((gate_up, down)).to("cpu")
     shift = torch.arange(TOKENS) if routing == "even" else torch.zeros(TOKENS, dtype=torch.int64)
     index = torch.stack([shift % number, (shift + 3) % number], dim=1)
     x, grad = torch.randn(2, TOKENS, hidden, dtype=torch.bfloat16)

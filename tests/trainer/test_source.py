@@ -43,7 +43,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from orchestrator.adapters.job_store import model_config
 from orchestrator.api.job import AdapterSpec, ModelSource
-from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.model_facts import Mixture, ModelFacts
 from orchestrator.errors import InvalidObject
 
 FAMILIES = (
@@ -717,15 +717,18 @@ def test_mixtures_are_accepted_with_the_sizes_of_their_experts(family: str, expe
 
 
 def test_a_mixture_that_cannot_be_quantized_is_refused_with_the_reason(tmp_path: Path) -> None:
-    folder = build_tiny_model(tmp_path / "model", "qwen3_moe", moe_intermediate_size=128)
+    folder = build_tiny_model(tmp_path / "model", "qwen3_moe", hidden_size=40, moe_intermediate_size=36)
     with pytest.raises(UserError, match=r"Qwen3MoeForCausalLM cannot be trained here: its experts .* share a scale"):
         check(folder)
 
 
-def test_a_mixture_whose_memory_is_not_known_is_refused_by_its_config() -> None:
+def test_the_experts_of_any_config_are_known_before_its_layers_are_traced() -> None:
     config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 256}
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    with pytest.raises(ValueError, match=r"n_routed_experts: how much memory such a mixture .* known are mixtral"):
+    sizes = {"num_experts_per_tok": 8, "moe_intermediate_size": 32, "n_shared_experts": 2, "vocab_size": 512}
+    facts = ModelFacts.from_config({**config, **shape, **sizes}, "main")
+    assert facts.mixture == Mixture(experts=256, experts_per_token=8, expert_size=32, shared_size=64)
+    with pytest.raises(ValueError, match="num_experts_per_tok is missing"):
         ModelFacts.from_config({**config, **shape, "vocab_size": 512}, "main")
 
 

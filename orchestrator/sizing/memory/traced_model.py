@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from orchestrator.api.layer_trace import KIND_LETTERS, EndInstants, InTokens, LayerInstants, ModelTrace
+from orchestrator.api import trainer_facts
+from orchestrator.api.layer_trace import (
+    KIND_LETTERS,
+    EndInstants,
+    ExpertInstants,
+    InTokens,
+    LayerKind,
+    ModelTrace,
+)
 from orchestrator.sizing.memory.handwritten_layer import LayerBytes
 
 
@@ -12,13 +20,7 @@ def kinds_bytes(trace: ModelTrace, *, recomputes: bool, tokens: int, attention_b
     """What layers of each kind take in a micro-batch of so many tokens; attention's workspace is what it takes then."""
     first_kind, ends = trace.layers[0], trace.recomputed if recomputes else trace.whole
     return tuple(
-        _layer_bytes(
-            kind.recomputed if recomputes else kind.whole,
-            ends=ends if letter == first_kind else None,
-            gradients=kind.gradient_bytes,
-            tokens=tokens,
-            attention_bytes=attention_bytes,
-        )
+        _layer_bytes(kind, recomputes, ends if letter == first_kind else None, tokens, attention_bytes)
         for letter, kind in zip(KIND_LETTERS, trace.kinds, strict=False)
     )
 
@@ -29,22 +31,32 @@ def end_bytes(end: EndInstants, tokens: int) -> tuple[int, int]:
 
 
 def _layer_bytes(
-    layer: LayerInstants,
-    *,
-    ends: EndInstants | None,
-    gradients: int,
-    tokens: int,
-    attention_bytes: int,
+    kind: LayerKind, recomputes: bool, ends: EndInstants | None, tokens: int, attention_bytes: int
 ) -> LayerBytes:
+    layer = kind.recomputed if recomputes else kind.whole
     kept = _bytes(layer.kept, tokens)
+    mixing, mixing_back = _expert_bytes(kind.experts, tokens)
     return LayerBytes(
         kept=kept,
         first_kept=kept if ends is None else _bytes(ends.first_kept, tokens),
         released=0 if ends is None else _bytes(ends.released, tokens),
-        forward_peak=_largest(layer.forward, tokens),
-        backward_peak=max(_largest(layer.backward, tokens), _largest(layer.attention, tokens) + attention_bytes),
-        gradients=gradients,
+        forward_peak=max(_largest(layer.forward, tokens), _largest(layer.experts, tokens) + mixing),
+        backward_peak=max(
+            _largest(layer.backward, tokens),
+            _largest(layer.attention, tokens) + attention_bytes,
+            _largest(layer.experts_again, tokens) + mixing,
+            _largest(layer.experts_backward, tokens) + mixing_back,
+        ),
+        gradients=kind.gradient_bytes,
     )
+
+
+def _expert_bytes(experts: ExpertInstants | None, tokens: int) -> tuple[int, int]:
+    """What either pass of routed experts takes by the way: they take a tile of rows at a time."""
+    if experts is None:
+        return 0, 0
+    rows = min(tokens * experts.rows_per_token, trainer_facts.EXPERT_TILE_TOKENS)
+    return _largest(experts.forward, rows), _largest(experts.backward, rows)
 
 
 def _largest(instants: Iterable[InTokens], tokens: int) -> int:

@@ -37,7 +37,7 @@ from qlora_trainer.kernels.layer import (
     query_key_value,
 )
 from qlora_trainer.kernels.lora_linears import LinearGroup
-from qlora_trainer.kernels.moe_experts import NF4Experts
+from qlora_trainer.kernels.moe_experts import SWIGLU, NF4Experts
 from qlora_trainer.kernels.moe_layer import MixtureLayer
 from qlora_trainer.kernels.packed_attention import NAME, PackedAttention
 
@@ -201,8 +201,9 @@ def _obstacles(layers: list[Any], config: PreTrainedConfig, adapter_name: str) -
     for layer in layers:
         modules: list[Any] = [*query_key_value(layer.self_attn), layer.self_attn.o_proj]
         if isinstance(layer, MIXTURES):
-            if not isinstance(getattr(layer.mlp, "experts", None), NF4Experts):
-                yield "not every layer has experts in NF4"
+            experts = getattr(layer.mlp, "experts", None)
+            if not isinstance(experts, NF4Experts) or experts.layout != SWIGLU or experts.biased:
+                yield "not every layer has experts in NF4 that are gated with SwiGLU"
                 return
         else:
             modules += [*gate_and_up(layer.mlp), layer.mlp.down_proj]

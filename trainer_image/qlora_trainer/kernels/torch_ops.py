@@ -171,7 +171,7 @@ def _by_token(parts: Tensor, heads: int) -> Tensor:
 
 def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> None:
     """See `ops.dequantize`."""
-    out.copy_(dequantize_4bit(packed, state))
+    out.copy_(dequantize_4bit(packed, state).view(out.shape))
 
 
 def expert_products(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners import tuners_utils
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
 
     A target is a layer that is quantized; `base` may be without memory. UserError for any other.
     """
-    names = list(quantized_layers(base))
+    names = [name for name in quantized_layers(base) if peft_takes(base, name.rpartition(".")[2])]
     if adapter.target_modules == "all-linear":
         return _shortest(base, names)
     for wanted in adapter.target_modules:
@@ -77,21 +78,26 @@ def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
 
 def _shortest(base: PreTrainedModel, names: list[str]) -> list[str]:
     """The layers by their last names, but for those that PEFT would find other modules by as well."""
-    layers = {name for name in names if _peft_takes(base, name.rpartition(".")[2])}
-    others = {name.rpartition(".")[2] for name, _ in base.named_modules() if name not in layers}
-    last = {name: name.rpartition(".")[2] for name in layers}
+    others = {name.rpartition(".")[2] for name, _ in base.named_modules() if name not in names}
+    last = {name: name.rpartition(".")[2] for name in names}
     return sorted({name if short in others else short for name, short in last.items()})
 
 
-def _peft_takes(base: PreTrainedModel, name: str) -> bool:
-    """Whether PEFT lets layers of this name have an adapter: of state-space models, not all."""
+def peft_takes(base: Any, name: str) -> bool:
+    """Whether PEFT lets layers of this name have an adapter: of state-space models and of mixtures, not all.
+
+    In adapters that were trained with older versions of transformers a mixture's `gate_proj`, for one, is its routed
+    experts', and PEFT takes every target of that name for these, be it of a shared expert or of a dense layer.
+    """
+    config = LoraConfig(target_modules=[name])
     # The one place that knows.
     check: Any = tuners_utils._check_lora_target_modules_mamba  # pyright: ignore[reportPrivateUsage]
     try:
-        check(LoraConfig(), base, name)
+        check(config, base, name)
+        convert_peft_config_for_transformers(config, base, None)
     except ValueError:
         return False
-    return True
+    return bool(config.target_modules)
 
 
 def saved_parameters(model: PeftModel) -> dict[str, Parameter]:
@@ -101,7 +107,7 @@ def saved_parameters(model: PeftModel) -> dict[str, Parameter]:
     named = {name: parameters[tensor.data_ptr()] for name, tensor in saved.items()}
     assert len(named) == len(parameters), "PEFT saves something else than what is trained"
     base: Any = model.get_base_model()
-    dtype = base.get_output_embeddings().weight.dtype
+    dtype = base.get_input_embeddings().weight.dtype  # some heads are float32
     wrong = [name for name, parameter in named.items() if parameter.dtype != dtype]
     assert not wrong, f"the adapter must be {dtype} as the base is; {wrong[:3]} are not"
     return named

@@ -20,28 +20,39 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import Module, ModuleList
 from transformers import PreTrainedConfig
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.layer_tables import ATTENTION, has_table
+from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD, has_table
 from orchestrator.api.layer_trace import (
     KIND_LETTERS,
     MOST_INSTANTS,
     MOST_KINDS,
     EndInstants,
+    ExpertInstants,
     InTokens,
     LayerInstants,
     LayerKind,
     ModelTrace,
 )
 from orchestrator.api.model_facts import ModelFacts
+from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.attention import own_attention_implementation
-from qlora_trainer.model.loading import weightless_base
-from qlora_trainer.model.recorded_step import Event, decoder_layers, run_step, take_weights_away
+from qlora_trainer.model.loading import decoder_of, weightless_base
+from qlora_trainer.model.recorded_step import (
+    OUTPUTS,
+    Event,
+    TracedExperts,
+    decoder_layers,
+    run_experts,
+    run_step,
+    take_weights_away,
+)
 
 TOKENS = (1213, 2018, 3011)
 """Of the traced micro-batches."""
@@ -86,7 +97,7 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
     `base` is `loading.weightless_base`'s, and is good for nothing else afterwards.
     """
     take_weights_away(base)
-    layers = list(decoder_layers(base.get_decoder()))
+    layers = list(decoder_layers(decoder_of(base)))
     numbers, kinds = _kinds(base, layers)
     chosen = [0, *(numbers.index(kind, 1 if kind in numbers[1:] else 0) for kind in range(kinds)), len(layers) - 1]
     recomputed, whole = (
@@ -100,6 +111,7 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
             gradient_bytes=whole.gradient_bytes[place],
             recomputed=recomputed.instants(place),
             whole=whole.instants(place),
+            experts=whole.experts[place],
         )
         for place, index in enumerate(chosen[1:-1], start=1)
     ]
@@ -110,6 +122,7 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
         layers="".join(KIND_LETTERS[distinct.index(found[kind])] for kind in numbers),
         recomputed=recomputed.ends,
         whole=whole.ends,
+        fusing_bytes=max(_fusing_bytes(layer) for layer in layers),
         other_bytes=_outside_bytes(base, layers),
         adapter_parameters=sum(whole.adapter_parameters[1 + kind] for kind in numbers),
     )
@@ -153,15 +166,27 @@ def _settings(module: Module) -> dict[str, Any]:
 
 def _weight_bytes(layer: Module) -> int:
     """What bitsandbytes keeps of a layer's matrices (`orchestrator/sizing/memory/linear_layers` counts the same)."""
-    total = 0
-    for module in layer.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weights = module.in_features * module.out_features
-            scales = -(-weights // trainer_facts.NF4_BLOCK)
-            outer = -(-scales // trainer_facts.NF4_SCALE_BLOCK)
-            sizes = (-(-weights // 2), scales, 4 * outer, CODE_BYTES, OFFSET_BYTES)
-            total += sum(map(_allocated, sizes))
-    return total
+    return sum(
+        _nf4_bytes(module.in_features * module.out_features)
+        for module in layer.modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    ) + sum(_nf4_bytes(matrix.numel()) for matrix in _expert_matrices(layer))
+
+
+def _fusing_bytes(layer: Module) -> int:
+    """`ModelTrace.fusing_bytes` of a layer: twice its experts' larger matrix in 16 bits, instead of NF4."""
+    return max((2 * 2 * matrix.numel() - _nf4_bytes(matrix.numel()) for matrix in _expert_matrices(layer)), default=0)
+
+
+def _expert_matrices(layer: Module) -> list[Tensor]:
+    experts = [module for module in layer.modules() if isinstance(module, NF4Experts)]
+    return [getattr(module, name) for module in experts for name in module.matrices]
+
+
+def _nf4_bytes(weights: int) -> int:
+    scales = -(-weights // trainer_facts.NF4_BLOCK)
+    outer = -(-scales // trainer_facts.NF4_SCALE_BLOCK)
+    return sum(map(_allocated, (-(-weights // 2), scales, 4 * outer, CODE_BYTES, OFFSET_BYTES)))
 
 
 def _sixteen_bit_bytes(layer: Module) -> int:
@@ -203,6 +228,7 @@ class _Step:
         self._layers = layers
         self.adapter_parameters: list[int] = []
         self.gradient_bytes: list[int] = []
+        self.experts: list[ExpertInstants | None] = []
 
     @classmethod
     def of(cls, base: Any, chosen: Sequence[int], adapter: AdapterSpec, *, recomputes: bool, hidden: int) -> _Step:
@@ -213,10 +239,11 @@ class _Step:
             for copy, tokens in zip(copies, TOKENS, strict=True)
         ]
         found = cls(steps, len(chosen), hidden)
-        for layer in decoder_layers(copies[0].get_decoder()):
+        for layer in decoder_layers(decoder_of(copies[0])):
             adapted = [each for each in layer.parameters() if each.requires_grad]
             found.adapter_parameters.append(sum(each.numel() for each in adapted))
             found.gradient_bytes.append(sum(_allocated(2 * each.numel()) for each in adapted))
+            found.experts.append(_expert_instants(layer))
         return found
 
     def instants(self, index: int) -> LayerInstants:
@@ -227,9 +254,12 @@ class _Step:
         backward = self._segment(f"backward {index}", f"backward {index - 1}", kept + self._stream)
         return LayerInstants(
             kept=_in_tokens(kept),
-            forward=_largest(each for _, each in forward),
+            forward=_largest(each for at_work, each in forward if at_work != EXPERTS_FORWARD),
             backward=_largest(each for at_work, each in backward if not at_work),
-            attention=_largest(each for at_work, each in backward if at_work),
+            attention=_largest(each for at_work, each in backward if at_work == ATTENTION),
+            experts=_largest(each for at_work, each in forward if at_work == EXPERTS_FORWARD),
+            experts_again=_largest(each for at_work, each in backward if at_work == EXPERTS_FORWARD),
+            experts_backward=_largest(each for at_work, each in backward if at_work == EXPERTS_BACKWARD),
         )
 
     @property
@@ -261,23 +291,48 @@ class _Step:
             raise Untraceable(f"its step has no {mark}")
         return self._names.index(mark)
 
-    def _segment(self, first: str, last: str, start: Bytes, without: Event | None = None) -> list[tuple[bool, Bytes]]:
-        """What is alive after each event between two marks, and whether attention is at work."""
-        live, moments = start, [(False, start)]
-        for event in self._events[self._place(first) : self._place(last) + 1]:
+    def _segment(self, first: str, last: str, start: Bytes, without: Event | None = None) -> list[tuple[str, Bytes]]:
+        """What is alive after each event between two marks, and what of its own bytes is at work."""
+        live, moments = start, [("", start)]
+        begin, end = self._place(first), self._place(last) + 1
+        for place, event in enumerate(self._events[begin:end], start=begin):
             if event is without or event.kind == "mark":
                 continue
             if event.kind in ("take", "drop"):
                 live = live + (1 if event.kind == "take" else -1) * self._sizes[event.number]
-            elif event.kind != ATTENTION:
-                raise Untraceable("it has experts")
-            moments.append((event.kind == ATTENTION, live))
+                moments.append(("", live))
+            else:
+                moments.append((event.kind, live + self._outputs(place)))
         return moments
+
+    def _outputs(self, place: int) -> Bytes:
+        """What experts that begin their work have made by then: the tensors that they give."""
+        count = OUTPUTS.get(self._events[place].kind, 0)
+        return sum((self._sizes[event.number] for event in self._events[place + 1 : place + 1 + count]), np.zeros(3))
+
+
+def _expert_instants(layer: Module) -> ExpertInstants | None:
+    """What the experts of a layer that was traced take by the way; its first, which have the largest micro-batch."""
+    experts = next((module for module in layer.modules() if isinstance(module, TracedExperts)), None)
+    if experts is None or experts.row is None:
+        return None
+    tiles = [run_experts(experts, rows=rows) for rows in TOKENS]
+    forward, backward = (_largest(_alive([tile[number] for tile in tiles])) for number in range(2))
+    return ExpertInstants(rows_per_token=experts.row[0] // TOKENS[0], forward=forward, backward=backward)
+
+
+def _alive(runs: Sequence[list[Event]]) -> list[Bytes]:
+    """What is alive after each event."""
+    sizes, live, moments = _polynomials(runs), np.zeros(3), [np.zeros(3)]
+    for event in runs[0]:
+        live = live + (1 if event.kind == "take" else -1) * sizes[event.number]
+        moments.append(live)
+    return moments
 
 
 def _cut(base: Any, chosen: Sequence[int]) -> Any:
     """A copy of the model with a few of its layers, in the order given."""
-    layers = decoder_layers(base.get_decoder())
+    layers = decoder_layers(decoder_of(base))
     parent, name = next(
         (module, name) for module in base.modules() for name, each in module.named_children() if each is layers
     )

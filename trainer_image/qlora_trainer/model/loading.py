@@ -22,6 +22,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -164,15 +165,39 @@ def refuse_unquantized(base: PreTrainedModel) -> None:
     if reason := quantization.refusal(base):
         raise UserError(f"{type(base).__name__} cannot be trained here: {reason}; choose another model")
     matrix = base.config.get_text_config().hidden_size ** 2  # smaller ones, such as convolutions, do not matter
+    tables = _tables(base)
     for name, parameter in base.named_parameters():
-        large = parameter.dim() >= 3 and parameter.is_floating_point() and parameter.numel() >= matrix
-        if large and not quantization.holds(base, name):
+        if isinstance(base.get_submodule(name.rpartition(".")[0]), torch.nn.Conv1d):
+            continue  # a few weights for each channel
+        large = parameter.dim() >= 2 and parameter.is_floating_point() and parameter.numel() >= matrix
+        quantized = isinstance(parameter, bnb.nn.Params4bit) or quantization.holds(base, name)
+        if large and not quantized and id(parameter) not in tables:
             raise UserError(
-                f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that cannot "
-                "be quantized to NF4; choose a model of linear layers"
+                f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that is "
+                "not quantized to NF4; choose a model of linear layers"
             )
     if not quantized_layers(base):
         raise UserError(f"{type(base).__name__} has no linear layer that can be quantized to NF4; choose another model")
+
+
+def _tables(base: PreTrainedModel) -> set[int]:
+    """The embeddings of tokens and positions, and the head: their parameters' ids."""
+    in_layers = {
+        id(module)
+        for layer in base.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        for module in layer.modules()
+    }
+    modules = [each for each in base.modules() if isinstance(each, torch.nn.Embedding) and id(each) not in in_layers]
+    head = base.get_output_embeddings()
+    return {id(each) for module in (*modules, *([] if head is None else [head])) for each in module.parameters()}
+
+
+def decoder_of(base: Any) -> Any:
+    """The model without its head: Llama 4's text model cannot name its own."""
+    found = base.get_decoder()
+    inner = (each for each in base.children() if isinstance(each, PreTrainedModel))
+    return next(inner, found) if found is base else found
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, bnb.nn.Linear4bit]:

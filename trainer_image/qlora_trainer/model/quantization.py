@@ -5,13 +5,16 @@ four times the memory, of nearly all of the model. Rules:
 
 - Their modules become `kernels.moe_experts.NF4Experts` before weights are read; transformers fuses the experts of a
   checkpoint on the card, a layer at a time, and hands the result to be quantized.
-- What `NF4Experts` does not compute exactly is refused (`refusal`), and so are types whose memory nobody can predict.
+- Such modules are known by their structure, not by the model's type: what transformers' decorator says of them
+  (`use_experts_implementation`), or two matrices of Llama 4's names. What `NF4Experts` does not compute is refused
+  (`refusal`); whether it computes what the module does, is tried on a small copy of the model (`rehearsal`).
 - Weights that are no finite numbers are noticed before they are quantized (`not_finite`): NF4 may hide them.
 - Routers stay in bfloat16. Adapters go to linear layers, so the routed experts have none.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +28,12 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from orchestrator.api.model_facts import MIXTURES
-from qlora_trainer.kernels.moe_experts import SCALED_TOGETHER, NF4Experts
+from orchestrator.api import trainer_facts
+from qlora_trainer.kernels.moe_experts import SECOND, ExpertLayout, NF4Experts
 
 COMPUTE_DTYPE = torch.bfloat16
 METHOD = "nf4_with_experts"
-EXPECTED_LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-EXPECTED_PARAMETERS = {"gate_up_proj", "down_proj"}
+LLAMA4_MATRICES = {"gate_up_proj", "down_proj"}
 
 
 class Quantization(BitsAndBytesConfig):
@@ -74,8 +76,10 @@ class Quantizer(Bnb4BitHfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether it is a weight of a linear layer or of experts."""
-        module, _ = get_module_from_name(model, param_name)
-        return isinstance(module, NF4Experts) or super().param_needs_quantization(model, param_name, **kwargs)
+        module, name = get_module_from_name(model, param_name)
+        if isinstance(module, NF4Experts):
+            return name in module.matrices
+        return super().param_needs_quantization(model, param_name, **kwargs)
 
 
 def not_finite(model: Any) -> list[str]:
@@ -94,48 +98,88 @@ def _is_finite(weights: Tensor) -> bool:
 
 
 def replace_experts(model: Any) -> None:
-    """Put our module in the place of every module of experts that it computes exactly; see `refusal`."""
+    """Put our module in the place of every module of experts that it can compute; see `refusal`."""
     for name, module in list(model.named_modules()):
-        if _is_experts(module) and _obstacle(module) is None:
-            gate_up, down = module.gate_up_proj.data, module.down_proj.data
-            experts, hidden, inner = down.shape
-            model.set_submodule(name, NF4Experts(experts, hidden, inner, gate_up=gate_up, down=down))
+        if is_experts(module) and _obstacle(module) is None:
+            model.set_submodule(name, nf4_experts(module))
+
+
+def nf4_experts(module: Any) -> NF4Experts:
+    """Ours in the place of one of transformers' modules, with its matrices, which may be on meta; biases are empty."""
+    layout = _layout(module)
+    matrices = getattr(module, layout.first).data, getattr(module, SECOND).data
+    for name in [name for name, _ in module.named_parameters()]:
+        delattr(module, name)  # its activation function may hold on to the module
+    return NF4Experts(matrices, layout, biased=getattr(module, "has_bias", False))
 
 
 def refusal(model: Any) -> str | None:
     """Why a mixture cannot be handled; None if it can, or is none."""
-    model_type = model.config.model_type
     for name, module in model.named_modules():
-        if _is_experts(module) and (obstacle := _obstacle(module)):
+        if is_experts(module) and (obstacle := _obstacle(module)):
             return f"its experts ({name}) {obstacle}, so they cannot be quantized to NF4 and would stay in 16 bits"
-        if (_is_experts(module) or isinstance(module, NF4Experts)) and model_type not in MIXTURES:
-            return f"how much memory a mixture of type {model_type} takes is not known; known are {', '.join(MIXTURES)}"
     return None
 
 
 def holds(model: Module, name: str) -> bool:
     """Whether a parameter is one of experts, which are quantized although they have three dimensions."""
     module = model.get_submodule(name.rpartition(".")[0])
-    return _is_experts(module) or isinstance(module, NF4Experts)
+    return is_experts(module) or isinstance(module, NF4Experts)
 
 
-def _is_experts(module: Module) -> bool:
-    """Whether it is one of transformers' modules of experts (`use_experts_implementation`), not yet replaced."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+def is_experts(module: Module) -> bool:
+    """Whether it is one of transformers' modules of experts, not yet replaced."""
+    if isinstance(module, NF4Experts):
+        return False
+    return is_declared(module) or _is_llama4(module)
+
+
+def is_declared(module: Module) -> bool:
+    """Whether transformers says of it how its experts lie, which tokens choose."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")  # `use_experts_implementation` sets them
+
+
+def _is_llama4(module: Module) -> bool:
+    """Llama 4's: the only ones without that decorator that are gated; they lie as [experts, inputs, outputs]."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if parameters.keys() != LLAMA4_MATRICES or not all(each.dim() == 3 for each in parameters.values()):
+        return False
+    experts, inputs, outputs = parameters["gate_up_proj"].shape
+    return parameters["down_proj"].shape == (experts, outputs // 2, inputs) and "act_fn" in dict(
+        module.named_children()
+    )
+
+
+def _layout(module: Any) -> ExpertLayout:
+    if not is_declared(module):
+        return ExpertLayout(transposed=True, activation=None if _is_silu(module) else partial(_llama4_gate, module))
+    if not module.has_gate:
+        return ExpertLayout(gated=False, transposed=module.is_transposed, activation=module.act_fn)
+    default: Any = moe._default_apply_gate  # pyright: ignore[reportPrivateUsage] - what a class without its own has
+    own = type(module)._apply_gate is not default or not _is_silu(module)
+    return ExpertLayout(transposed=module.is_transposed, activation=module._apply_gate if own else None)
+
+
+def _llama4_gate(module: Any, first: Tensor) -> Tensor:
+    gate, up = first.chunk(2, dim=-1)
+    return up * module.act_fn(gate)
+
+
+def _is_silu(module: Any) -> bool:
+    return module.act_fn is torch.nn.functional.silu or isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation)
 
 
 def _obstacle(module: Any) -> str | None:
     """What `NF4Experts` would not compute exactly."""
-    if any(getattr(module, name) != value for name, value in EXPECTED_LAYOUT.items()):
-        return "have biases, no gates, or weights that are laid out in another way"
-    has_norm = getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has none
-    if {name for name, _ in module.named_parameters()} != EXPECTED_PARAMETERS or has_norm:
-        return "have more parameters than two matrices"
-    default: Any = moe._default_apply_gate  # pyright: ignore[reportPrivateUsage] - what a class without its own has
-    if type(module)._apply_gate is not default:
-        return "are gated in a way of their own"
-    if not isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation):
-        return f"are gated with {type(module.act_fn).__name__} instead of SiLU"
-    if (size := module.down_proj[0].numel()) % SCALED_TOGETHER:
-        return f"have matrices of {size} weights, which is no multiple of the {SCALED_TOGETHER} that share a scale"
+    layout = _layout(module)
+    expected = {layout.first, SECOND}
+    if getattr(module, "has_bias", False):
+        expected |= {f"{name}_bias" for name in expected}
+    # transformers 5.17 has no norm
+    if {name for name, _ in module.named_parameters()} != expected or getattr(module, "has_post_expert_norm", False):
+        return "have more parameters than two matrices and their biases"
+    if (size := getattr(module, SECOND)[0].numel()) % trainer_facts.NF4_BLOCK:
+        return (
+            f"have matrices of {size} weights, which is no multiple of the {trainer_facts.NF4_BLOCK} that share a scale"
+        )
     return None

@@ -13,7 +13,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -45,7 +44,7 @@ def random_base(config: PreTrainedConfig, implementation: str, device: torch.dev
     for name, module in list(base.named_modules()):
         if isinstance(module, NF4Experts):
             _draw_experts(module, device, generator)
-        elif isinstance(module, torch.nn.Linear) and module is not head:
+        elif type(module) is torch.nn.Linear and module is not head:  # as bitsandbytes replaces them
             base.set_submodule(name, _random_layer(module, device, generator))
         elif type(module).__name__.endswith("RotaryEmbedding"):
             rotary: Any = type(module)
@@ -89,12 +88,14 @@ def _random_layer(linear: Any, device: torch.device, generator: torch.Generator)
 
 def _draw_experts(module: NF4Experts, device: torch.device, generator: torch.Generator) -> None:
     """Put together from parts, as transformers fuses the experts of a checkpoint: that takes memory too."""
-
-    def drawn() -> Tensor:
-        shape = (module.experts, module.inner, module.hidden)
-        return torch.empty(shape, dtype=COMPUTE_DTYPE, device=device).normal_(0, 0.02, generator=generator)
-
-    quantized: Any = nf4(torch.cat([drawn(), drawn()], dim=1))
-    module.gate_up_proj = quantized.to(device)
-    quantized = nf4(drawn().view(module.down_proj.shape))
-    module.down_proj = quantized.to(device)
+    for name in module.matrices:
+        experts, *matrix = getattr(module, name).shape
+        fused = module.layout.gated and not module.layout.transposed and name == module.layout.first
+        shape = (experts, matrix[0] // 2, matrix[1]) if fused else (experts, *matrix)
+        halves = [
+            torch.empty(shape, dtype=COMPUTE_DTYPE, device=device).normal_(0, 0.02, generator=generator)
+            for _ in range(2 if fused else 1)
+        ]
+        quantized: Any = nf4(torch.cat(halves, dim=1) if fused else halves[0])
+        del halves
+        setattr(module, name, quantized.to(device))

@@ -25,6 +25,7 @@ from unittest import mock
 import bitsandbytes as bnb
 import numpy as np
 import torch
+from bitsandbytes.functional import QuantState
 from peft.tuners.lora import dora
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,10 +39,11 @@ from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD
 from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.kernels import ops
 from qlora_trainer.kernels import packed_attention as packed
-from qlora_trainer.kernels.moe_experts import NF4Experts
+from qlora_trainer.kernels.moe_experts import NF4Experts, Part, shares
 from qlora_trainer.model.adapter import add_adapter
-from qlora_trainer.model.loading import quantized_layers
+from qlora_trainer.model.loading import decoder_of, quantized_layers
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.training_model import set_recompute
 
@@ -145,19 +147,86 @@ class _AttentionFunction(torch.autograd.Function):
         return *found, None, None
 
 
-@contextmanager
-def _traced_experts(events: list[Event]) -> Generator[None]:
-    """`NF4Experts`: what they give, and events where they are at work."""
+class TracedExperts(NF4Experts):
+    """Experts whose weights are nowhere: what they give, and events where they are at work."""
 
-    def mix(_: Any, x: Tensor, *__: Tensor) -> Tensor:
-        events.append(Event(kind=EXPERTS_FORWARD))
+    row: tuple[int, int, torch.dtype] | None = None
+    """Of what went in: rows, experts of each, and the type of their weights."""
+    note: Note
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedExperts:
+        """As of a `TracedLinear`."""
+        copied = copy(self)
+        copied._parameters = {
+            name: each if isinstance(each, bnb.nn.Params4bit) else deepcopy(each, memo)
+            for name, each in self._parameters.items()
+        }
+        return copied
+
+    def dense_parts(self, name: str) -> list[Part]:
+        """Of nothing, in the shapes that they have."""
+        nothing = torch.empty(0, device="meta")
+        parts = shares(getattr(self, name).shape, COMPUTE_DTYPE.itemsize, self.dense_bytes)
+        return [Part(first, shape, nothing, QuantState(nothing)) for first, shape in parts]
+
+    def mix(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The output; the event comes before it."""
+        self.row = len(x), index.shape[1], weights.dtype
+        self.note(Event(kind=EXPERTS_FORWARD))
         return torch.empty_like(x)
 
-    def mix_backward(_: Any, __: Tensor, x: Tensor, ___: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        events.append(Event(kind=EXPERTS_BACKWARD))
+    def mix_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients; the event comes before them."""
+        del grad, index
+        self.note(Event(kind=EXPERTS_BACKWARD))
         return torch.empty_like(x), torch.empty_like(weights)
 
-    with mock.patch.multiple(NF4Experts, mix=mix, mix_backward=mix_backward):
+
+OUTPUTS = {EXPERTS_FORWARD: 1, EXPERTS_BACKWARD: 2}
+"""How many tensors experts at work have made when they begin: what they give."""
+
+
+def run_experts(experts: TracedExperts, *, rows: int) -> tuple[list[Event], list[Event]]:
+    """The events of both passes over one tile of so many rows, what goes in and comes out not counted."""
+    assert experts.row is not None, "a step has been traced"
+    _, each, dtype = experts.row
+    recorders = Recorder(), Recorder()
+    with FakeTensorMode(allow_non_fake_inputs=True), _kernels_without_work():
+        x, grad, out = (torch.empty(rows, experts.hidden, dtype=COMPUTE_DTYPE, device=DEVICE) for _ in range(3))
+        index = torch.empty(rows, each, dtype=torch.int64, device=DEVICE)
+        weights = torch.empty(rows, each, dtype=dtype, device=DEVICE)
+        for recorder in recorders:
+            for tensor in (x, grad, out, index, weights):
+                recorder.ignore(tensor)
+        with recorders[0]:
+            experts.mix_tile(x, index, weights, out=out)
+        with recorders[1]:
+            experts.mix_tile_backward(grad, x, index, weights, out=out)
+    return recorders[0].events, recorders[1].events
+
+
+@contextmanager
+def _kernels_without_work() -> Generator[None]:
+    """What experts compute on a GPU, as far as it takes memory."""
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+
+    def affine(x: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(len(x), len(weight))
+
+    with mock.patch.multiple(
+        ops,
+        dequantize=nothing,
+        expert_products=nothing,
+        sum_rows=nothing,
+        swiglu_backward_=nothing,
+        swiglu=swiglu,
+        affine=affine,
+    ):
         yield
 
 
@@ -265,7 +334,7 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
     with FakeTensorMode(allow_non_fake_inputs=True):
         _move_to_card(base)
         peft_model.train()
-        decoder = base.get_decoder()
+        decoder = decoder_of(base)
         layers = decoder_layers(decoder)
         set_recompute(decoder, len(layers) if recomputes else 0)
         _mark_layers(decoder, layers, recorder)
@@ -273,7 +342,10 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
             recorder.ignore(tensor)
         dense = mock.patch.object(dora, "dequantize_module_weight", TracedLinear.dense)
         dropout = mock.patch("torch.nn.functional.dropout", TracedDropout.apply_to)
-        with _traced_experts(recorder.events), recorder, dense, dropout:
+        for module in base.modules():
+            if isinstance(module, TracedExperts):
+                module.note = recorder.events.append
+        with recorder, dense, dropout:
             hidden = decoder(
                 input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
             ).last_hidden_state
@@ -284,9 +356,12 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
 
 
 def take_weights_away(base: Module) -> None:
-    """Make a model's quantized layers `TracedLinear`s."""
+    """Make a model's quantized layers `TracedLinear`s, and its experts `TracedExperts`."""
     for layer in quantized_layers(base).values():
         layer.__class__ = TracedLinear
+    for module in base.modules():
+        if isinstance(module, NF4Experts):
+            module.__class__ = TracedExperts
 
 
 def decoder_layers(decoder: Module) -> ModuleList:

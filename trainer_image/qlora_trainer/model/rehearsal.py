@@ -6,7 +6,8 @@ Rules:
   vocabulary, windows and positions. A probe of several records is longer than all of those windows and positions.
 - It goes the way of the train stage: load and quantize, adapter, `TrainingModel.check`, one step, save, reload; then it
   generates two tokens.
-- How it attends is held against transformers' own eager attention, in float32, one record at a time.
+- How it attends is held against transformers' own eager attention, in float32, one record at a time; what its experts
+  compute, against their own modules.
 - What fails in the model's own code is the user's to know, as a UserError that names the model, and so is a model that
   no copy can be made of. What fails in ours is raised as it is (`blame`).
 """
@@ -17,6 +18,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from itertools import pairwise
 from math import gcd
 from pathlib import Path
@@ -33,7 +35,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch
+from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model import quantization
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
 from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import load_base, quantized_layers
@@ -64,8 +68,9 @@ WIDTHS: Mapping[str, int] = {
 """The copy's widths, by the names that transformers has for them."""
 BOUNDS: Mapping[str, int] = {
     "sliding_window": WINDOW, "window_size": WINDOW, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "max_position_embeddings": POSITIONS, "vocab_size": VOCABULARY, "mamba_chunk_size": 16,
-    "mamba_d_state": 16,
+    "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "first_k_dense_replace": 1,
+    "num_dense_layers": 1, "moe_layer_start_index": 1, "index_n_heads": 4, "max_position_embeddings": POSITIONS,
+    "vocab_size": VOCABULARY, "mamba_chunk_size": 16, "mamba_d_state": 16,
 }  # fmt: skip
 """What the copy has at most."""
 SCALED = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -128,6 +133,7 @@ class _Unfit(Exception):
 def _rehearse(config: Any, adapter: AdapterSpec) -> str | None:
     torch.manual_seed(0)
     reference = _drawn(config)
+    compare_experts(reference)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
         folder = Path(scratch) / "model"
         reference.save_pretrained(folder)
@@ -308,14 +314,71 @@ def _reload(folder: Path, model: TrainingModel, saved: Path) -> None:
     )
     model.peft_model.peft_config[ADAPTER_NAME].save_pretrained(str(saved))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
-    reloaded: Any = PeftModel.from_pretrained(base, str(saved))
+    reloaded: Any = PeftModel.from_pretrained(base, str(saved), is_trainable=True)
     loaded = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
     odd = [name for name, tensor in model.adapter().items() if not torch.equal(loaded[name].to(tensor.dtype), tensor)]
     if odd or len(loaded) != len(model.adapter()):
         raise _Unfit(f"PEFT loads another adapter than was saved; {odd[:3]} differ")
+    _refuse_unused(reloaded, model)
     reloaded.eval().generate(
         input_ids=drawn_probe(LENGTHS, PROBE_TOKENS).input_ids[:, : LENGTHS[0]], max_new_tokens=2, do_sample=False
     )
+
+
+def _refuse_unused(reloaded: Any, model: TrainingModel) -> None:
+    """Where a layer computes otherwise once it is quantized, what was trained may be nothing to the model itself."""
+    ids = drawn_probe(LENGTHS, PROBE_TOKENS).input_ids[:, : LENGTHS[0]]
+    reloaded(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
+    used = {name for name, parameter in model.trainable() if parameter.grad is not None}
+    plain = {
+        name.replace(f".{ADAPTER_NAME}.", "."): parameter
+        for name, parameter in reloaded.named_parameters()
+        if parameter.requires_grad
+    }
+    if unused := sorted(name for name, parameter in plain.items() if parameter.grad is None and name in used):
+        raise _Unfit(f"without quantization the model does not compute with its adapter {unused[0]}")
+
+
+# --- experts
+
+
+def compare_experts(reference: Any) -> None:
+    """Hold every module of experts against ours with the same weights: outputs, and gradients to all that goes in."""
+    for name, module in reference.named_modules():
+        if quantization.is_experts(module) and not (difference := _experts_difference(module)) <= TOLERANCE:
+            raise UserError(
+                f"{type(reference).__name__} has experts ({name}) that compute in a way that is not known here, "
+                f"{difference:.1%} off; choose another model"
+            )
+
+
+def _experts_difference(module: Any) -> float:
+    """The largest relative difference."""
+    theirs = deepcopy(module).requires_grad_(False)
+    if hasattr(theirs, "config"):
+        theirs.config._experts_implementation = "eager"
+    ours = quantization.nf4_experts(deepcopy(module))
+    for name, parameter in theirs.named_parameters():
+        if name not in ours.matrices:
+            getattr(ours, name).data.copy_(parameter)
+    ours.to("cpu")
+    for name in ours.matrices:
+        getattr(theirs, name).data = ours.dense(name)
+    takes_index = quantization.is_declared(module)
+    found, expected = (_experts_passes(each, ours, takes_index) for each in (ours, theirs))
+    pairs = zip(found, expected, strict=True)
+    return max(float((one - other).norm() / other.norm().clamp(min=1e-30)) for one, other in pairs)
+
+
+def _experts_passes(module: Any, sizes: NF4Experts, takes_index: bool) -> tuple[Tensor, ...]:
+    """Output and gradients of experts, for tokens that do not choose all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6 * sizes.experts, sizes.hidden, generator=generator).requires_grad_()
+    weights, index = torch.rand(len(x), sizes.experts, generator=generator).topk(max(1, sizes.experts // 2))
+    inputs = (x, weights.requires_grad_()) if takes_index else (x,)
+    output = module(x, index, weights) if takes_index else module(x)
+    grad = torch.randn(output.shape, generator=generator)
+    return output.detach(), *torch.autograd.grad(output, inputs, grad)
 
 
 # --- attention

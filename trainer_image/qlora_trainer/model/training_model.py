@@ -37,7 +37,7 @@ from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, dra
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
 from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
-from qlora_trainer.model.loading import quantized_layers
+from qlora_trainer.model.loading import decoder_of, quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
 from qlora_trainer.model.probe import probe
 from qlora_trainer.outcome import UserError
@@ -61,7 +61,7 @@ class TrainingModel:
     ) -> None:
         self.peft_model = peft_model
         self.base: Any = peft_model.get_base_model()
-        self._decoder: Any = self.base.get_decoder()
+        self._decoder: Any = decoder_of(self.base)
         if not isinstance(self._decoder, PreTrainedModel):
             raise UserError(f"{type(self.base).__name__} has no decoder that transformers can name; choose another")
         self._head = _head(self.base)
