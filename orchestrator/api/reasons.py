@@ -83,6 +83,8 @@ class Reason(StrEnum):
     # ends of a stage that are not success
     USER_ERROR = "UserError"
     TRANSIENT_ERROR = "TransientError"
+    CREDENTIALS_REFUSED = "CredentialsRefused"
+    """A store, a hub or MLflow does not take the credentials of the stage, or no longer."""
     OUT_OF_MEMORY = "OutOfMemory"
     FENCED = "Fenced"
     DIVERGED = "Diverged"
@@ -132,6 +134,7 @@ _RECOVERIES = {
     Reason.FENCED: Recovery.RESUME,
     Reason.UNSCHEDULABLE: Recovery.WAIT,
     Reason.TRANSIENT_ERROR: Recovery.WAIT,
+    Reason.CREDENTIALS_REFUSED: Recovery.WAIT,
     Reason.START_FAILED: Recovery.WAIT,
     Reason.ADMISSION_REFUSED: Recovery.WAIT,
     Reason.QUOTA_EXCEEDED: Recovery.WAIT,
@@ -166,6 +169,7 @@ class ExitCode(IntEnum):
     PREEMPTED = 85
     """Stopped on request; the termination message names the durable checkpoint."""
     BROKEN_GPU = 86
+    CREDENTIALS_REFUSED = 87
 
     @property
     def reason(self) -> Reason:
@@ -183,6 +187,7 @@ _EXIT_REASONS = {
     ExitCode.FENCED: Reason.FENCED,
     ExitCode.PREEMPTED: Reason.PREEMPTED,
     ExitCode.BROKEN_GPU: Reason.BROKEN_GPU,
+    ExitCode.CREDENTIALS_REFUSED: Reason.CREDENTIALS_REFUSED,
 }
 
 

@@ -66,7 +66,8 @@ def _refusal(ended: subprocess.CompletedProcess[str]) -> Exception:
         return PermanentError(f"the trainer ended with status {ended.returncode}: {said[0]}")
     if ended.returncode == ExitCode.USER_ERROR:
         return InvalidObject(failure.message)
-    kind = TransientError if ended.returncode == ExitCode.TRANSIENT_ERROR else PermanentError
+    passes = ended.returncode in (ExitCode.TRANSIENT_ERROR, ExitCode.CREDENTIALS_REFUSED)
+    kind = TransientError if passes else PermanentError
     return kind(failure.message)
 
 

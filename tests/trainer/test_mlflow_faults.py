@@ -13,7 +13,7 @@ import pytest
 from fault_link import Cut, Fault, Link, Refusal, Request, fault_link, hurry
 from mlflow import MlflowClient
 from qlora_trainer import publish
-from qlora_trainer.outcome import Transient
+from qlora_trainer.outcome import CredentialsRefused, Transient
 from test_publish import RECORDS, make_store, make_task
 from test_tracking import free_port, make_journal, make_logger, make_record, mlflow_server
 
@@ -124,7 +124,7 @@ def test_a_server_that_answers_now_and_then_has_everything_once(
 def test_a_token_that_has_expired_is_waited_for(client: MlflowClient, link: Link, tmp_path: Path) -> None:
     task = job(client, tmp_path, "expired")
     link.rule = lambda request: EXPIRED if request.method == "POST" and link.faults < 3 else None
-    with pytest.raises(Transient, match="takes its credentials no longer"):
+    with pytest.raises(CredentialsRefused, match="takes its credentials no longer"):
         publish.run(task)
     check(client, task, publish_to_the_end(task))
 

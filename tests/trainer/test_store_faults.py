@@ -98,9 +98,10 @@ def at_each_checkpoint(faults: Sequence[tuple[Fault, int]]) -> Callable[[Request
 
 
 FAULTS: dict[str, list[tuple[Fault, int]]] = {
-    "throttled, then with rotated credentials": [
+    "throttled, then with rotated credentials, then without rights": [
         (s3_error(503, "SlowDown"), 20),
         (s3_error(403, "InvalidAccessKeyId"), 9),
+        (s3_error(403, "AccessDenied"), 3),
     ],
     "broken, then cut off in the middle of uploads": [(s3_error(500, "InternalError"), 12), (Cut.MIDWAY, 12)],
     "with expired credentials, then with lost answers": [(s3_error(400, "ExpiredToken"), 12), (Cut.AFTER, 12)],

@@ -3,6 +3,7 @@
     StageError
     |-- UserError       80  the job asks for something that cannot work: say what to change
     |-- Transient       81  the surroundings failed: the same attempt may succeed later
+    |   `-- CredentialsRefused  87  renew them, or grant what they lack: a new attempt reads them anew
     |-- OutOfMemory     82  the plan does not fit the card
     |-- DivergedError   83  the loss is not a number any more
     |-- FencedError     84  a newer attempt owns the job's store
@@ -54,6 +55,12 @@ class Transient(StageError):
     """The surroundings failed; trying again later may work."""
 
     exit_code = ExitCode.TRANSIENT_ERROR
+
+
+class CredentialsRefused(Transient):
+    """Whoever was asked does not take the credentials, or no longer; what was done so far is safe."""
+
+    exit_code = ExitCode.CREDENTIALS_REFUSED
 
 
 class OutOfMemory(StageError):

@@ -28,7 +28,7 @@ Told = tuple[QLoRAJob, QLoRAJobStatus]
 
 _OF_A_NAMESPACE = frozenset({Reason.ADMISSION_REFUSED, Reason.VOLUME_UNAVAILABLE, Reason.CONFIG_MISSING})
 _OF_EVERYBODY = frozenset({Reason.IMAGE_UNAVAILABLE, Reason.INIT_FAILED, Reason.START_FAILED})
-SHARED_REASONS = frozenset({Reason.TRANSIENT_ERROR}) | _OF_A_NAMESPACE | _OF_EVERYBODY
+SHARED_REASONS = frozenset({Reason.TRANSIENT_ERROR, Reason.CREDENTIALS_REFUSED}) | _OF_A_NAMESPACE | _OF_EVERYBODY
 """Reasons that may hit many jobs at one time; a broken card or a full cluster is met by one job after another."""
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import fsspec  # type: ignore[import-untyped]  # it has no types
 
 from orchestrator.api.contained_files import open_file, open_folder, refuse_link
-from qlora_trainer.outcome import StageError, Transient, UserError
+from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
 from qlora_trainer.storage.trouble import is_away, is_not_implemented, is_other_version
 
@@ -48,6 +48,7 @@ class Backend(Protocol):
     def fetch(self, name: str, file_names: list[str], into: Path) -> Path: ...
     def free_bytes(self) -> int | None: ...
     def vanished(self, message: str) -> StageError: ...
+    def denied(self, message: str) -> StageError: ...
 
 
 class FileSystem:
@@ -195,6 +196,9 @@ class FileSystem:
         # Missing folders are made, so this one was there a moment ago: a volume that went, or a later attempt's sweep.
         return Transient(f"{message}; it went away while it was in use")
 
+    def denied(self, message: str) -> StageError:
+        return UserError(message)  # the rights of files do not come and go by themselves
+
     def _name(self, folder: Path) -> str:
         return str(folder.relative_to(self._root))
 
@@ -337,6 +341,9 @@ class ObjectStore:
 
     def vanished(self, message: str) -> StageError:
         return UserError(f"{message}; spec.store.uri must name a bucket that exists")
+
+    def denied(self, message: str) -> StageError:
+        return CredentialsRefused(message)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -42,7 +42,7 @@ from orchestrator.api.formats import (
     log_folder,
 )
 from orchestrator.api.stage_name import StageKind
-from qlora_trainer.outcome import FencedError, StageError, Transient, UserError
+from qlora_trainer.outcome import CredentialsRefused, FencedError, StageError, Transient, UserError
 from qlora_trainer.storage.backends import (
     SCRATCH_FOLDER,
     STORE_BACKOFF,
@@ -272,9 +272,12 @@ class JobStore:
             case Trouble.AWAY:
                 return Transient(f"{what}: the store does not answer ({type(error).__name__}: {error})")
             case Trouble.STALE_CREDENTIALS:
-                return Transient(f"{what}: it takes its credentials no longer ({error}); a new attempt reads them anew")
+                message = f"{what}: it takes its credentials no longer ({error}); a new attempt reads them anew"
+                return CredentialsRefused(message)
             case Trouble.REFUSED:
-                return UserError(f"{what}: {error}; give the job a store and credentials that may read and write it")
+                return self._backend.denied(
+                    f"{what}: {error}; give the job a store and credentials that may read and write it"
+                )
             case Trouble.MISSING:
                 return self._backend.vanished(f"{what}: {error}")
             case None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.api.task import TRACKING_URI_VARIABLE
-from qlora_trainer.outcome import StageError, Transient, UserError
+from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
 from qlora_trainer.storage.trouble import Trouble, is_away, trouble
 
@@ -51,12 +51,14 @@ def insist(action: str, call: Callable[[MlflowClient], T], backoff: Backoff = PU
             case Trouble.AWAY:
                 raise Transient(f"MLflow is away, cannot {action}: {first_line(error)}") from error
             case Trouble.STALE_CREDENTIALS:
-                raise Transient(
+                raise CredentialsRefused(
                     f"MLflow takes its credentials no longer, cannot {action}: {first_line(error)}; "
                     "a new attempt reads them anew"
                 ) from error
             case Trouble.REFUSED:
-                raise UserError(f"MLflow refuses to {action}: {first_line(error)}; check its credentials") from error
+                raise CredentialsRefused(
+                    f"MLflow refuses to {action}: {first_line(error)}; check its credentials"
+                ) from error
             case _:
                 raise
 
