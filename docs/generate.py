@@ -14,8 +14,10 @@ from typing import cast
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from docs import sizes
+from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.api.crd import custom_resource_definitions
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
@@ -151,16 +153,35 @@ def kind_of(document: dict[str, object], field: dict[str, object]) -> str:
 
 
 def settings() -> str:
-    """The settings table."""
-    text = "# Settings\n\nRead from the environment.\n\n| variable | default | meaning |\n|---|---|---|\n"
-    for name, field in Settings.model_fields.items():
-        variable = f"QLORA_{name.upper()}"
-        default = field.default
-        if isinstance(default, str):
-            default = default.replace(sys.executable, "python")
-        shown = "derived" if field.is_required() or field.default_factory else code(default)
-        text += f"| `{variable}` | {shown} | {(field.description or '').replace(chr(10), ' ')} |\n"
-    return text
+    """The settings, those of both kinds of service first; the chart sets those of a cluster."""
+    here, cluster = Settings.model_fields, ClusterSettings.model_fields
+    both = [name for name in here if name in cluster and described(here[name]) == described(cluster[name])]
+    parts = (
+        ("", here, both),
+        ("## The service of a machine, and clients\n\n", here, [name for name in here if name not in both]),
+        (
+            "## A controller on a cluster\n\nSet them with the chart's values, or with `controller.settings`.\n\n",
+            cluster,
+            [name for name in cluster if name not in both],
+        ),
+    )
+    tables = [head + settings_table({name: fields[name] for name in names}) for head, fields, names in parts]
+    return "# Settings\n\nRead from the environment.\n\n" + "\n".join(tables)
+
+
+def settings_table(fields: Mapping[str, FieldInfo]) -> str:
+    """A row a setting."""
+    rows = ("| `QLORA_{}` | {} | {} |\n".format(name.upper(), *described(field)) for name, field in fields.items())
+    return "| variable | default | meaning |\n|---|---|---|\n" + "".join(rows)
+
+
+def described(field: FieldInfo) -> tuple[str, str]:
+    """A setting's default and meaning."""
+    default = field.default
+    if isinstance(default, str):
+        default = default.replace(sys.executable, "python")
+    shown = "required" if field.is_required() else "derived" if field.default_factory else code(default)
+    return shown, (field.description or "").replace("\n", " ")
 
 
 def reasons() -> str:
