@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
 from benchmarks.estimators import ROWS, ours, read_rows
 from benchmarks.report import RESULTS
@@ -22,13 +23,14 @@ PICTURE = Path(__file__).parents[1] / "docs" / "measured.svg"
 OURS, OTHERS = "#1f77b4", "#9a9a9a"
 GIB = 1 << 30
 SMOOTHED_STEPS = 5
-CASE = "2048x4"
 STACKS = {
-    "recipe": "transformers, PEFT,\nbitsandbytes",
-    "llamafactory": "LLaMA-Factory",
-    "unsloth": "unsloth",
-    "trainer": "this trainer",
+    ("recipe", "2048x4"): "transformers, PEFT,\nbitsandbytes",
+    ("llamafactory", "2048x4"): "LLaMA-Factory",
+    ("unsloth", "2048x4"): "unsloth",
+    ("unsloth", "2048x4/0"): "unsloth, told not\nto recompute",
+    ("trainer", "2048x4"): "this trainer",
 }
+"""Each stack and its case, by what it is called."""
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     # Text stays text, and the same data gives the same file.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": PICTURE.name})
     mpl.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"})
-    figure, ((memory, plans), (speed, loss)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure, ((memory, plans), (speed, loss)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     draw_memory(memory)
     draw_plans(plans, result("plans"))
     draw_speed(speed, result("peers_8b"))
@@ -52,17 +54,18 @@ def result(name: str) -> dict[str, Any]:
 
 
 def draw_memory(axes: Axes) -> None:
-    """Predicted and measured peaks of every job that was run for it."""
+    """How far the predicted peak of every job that was run for it is off, margin included; below 0 it would not fit."""
     rows = list(read_rows(ROWS))
-    measured = [row.measured_bytes / GIB for row in rows]
-    axes.plot([0.3, 60], [0.3, 60], color=OTHERS, linewidth=0.8)
-    axes.scatter(measured, [ours(row, margin=True) / GIB for row in rows], s=9, color=OURS, alpha=0.6)
-    axes.set(xscale="log", yscale="log", xlabel="measured peak, GiB", ylabel="predicted peak, GiB")
-    axes.set_title(f"{len(rows)} jobs, {len({row.model for row in rows})} models: predicted and measured")
+    errors = [100 * (ours(row, margin=True) / row.measured_bytes - 1) for row in rows]
+    axes.axhline(0, color=OTHERS, linewidth=0.8)
+    axes.scatter([row.measured_bytes / GIB for row in rows], errors, s=9, color=OURS, alpha=0.5, linewidths=0)
+    axes.set(xscale="log", xlabel="measured peak, GiB", ylabel="predicted over measured, less 1, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"Memory: error of {len(rows)} predictions, {len({row.model for row in rows})} models")
 
 
 def draw_plans(axes: Axes, plans: dict[str, Any]) -> None:
-    """The chosen plan of each question, and the rivals' times over its time."""
+    """The chosen plan of each question, and the rivals' times over its time; to the left of 1 a rival was faster."""
     names = list(plans["answers"])
     for place, name in enumerate(names):
         chosen, *rivals = (plan.get("step_seconds") for plan in plans["answers"][name]["plans"])
@@ -71,18 +74,25 @@ def draw_plans(axes: Axes, plans: dict[str, Any]) -> None:
         axes.scatter([1], [place], s=30, color=OURS, zorder=2)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds a step, over the chosen plan's")
-    axes.set_title("The chosen memory plan (blue) and its rivals")
+    axes.set(xscale="log", xlabel="seconds a step, over the chosen plan's")
+    axes.xaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4, 5]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_title("Plans: the chosen one (blue) and its rivals")
 
 
 def draw_speed(axes: Axes, peers: dict[str, Any]) -> None:
-    """Tokens a second of everybody, as each comes."""
-    stacks = {name: peers["stacks"][name]["cases"][CASE]["tokens_per_second"] for name in STACKS}
-    colors = [OURS if name == "trainer" else OTHERS for name in STACKS]
-    bars = axes.barh(list(STACKS.values()), list(stacks.values()), color=colors, height=0.5)
-    axes.bar_label(bars, [f"{speed:,.0f}" for speed in stacks.values()], padding=4)
-    axes.set(xlabel="tokens a second", xlim=(0, max(stacks.values()) * 1.15))
-    axes.set_title("Llama 3.1 8B's shape, 4 x 2,048 tokens, one H100, one run")
+    """Tokens a second of everybody as each comes, and the memory that it took for that."""
+    cases = [peers["stacks"][stack]["cases"][case] for stack, case in STACKS]
+    speeds = [case["tokens_per_second"] for case in cases]
+    colors = [OURS if stack == "trainer" else OTHERS for stack, _ in STACKS]
+    bars = axes.barh(list(STACKS.values()), speeds, color=colors, height=0.55)
+    told = [f"{case['tokens_per_second']:,.0f}, {case['peak_reserved_gib']:.0f} GiB" for case in cases]
+    axes.bar_label(bars, told, padding=4)
+    axes.set(xlabel="tokens a second, and memory reserved", xlim=(0, max(speeds) * 1.35))
+    axes.xaxis.set_major_locator(MultipleLocator(5000))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title("Speed: Llama 3.1 8B's shape, 4 x 2,048 tokens, one H100")
 
 
 def draw_loss(axes: Axes, curve: dict[str, Any]) -> None:
@@ -98,7 +108,7 @@ def draw_loss(axes: Axes, curve: dict[str, Any]) -> None:
         ]
         axes.plot(range(SMOOTHED_STEPS, len(losses) + 1), means, color=color, label=label, linewidth=1.2)
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHED_STEPS} steps")
-    axes.set_title("SmolLM2-135M: same rows, same start")
+    axes.set_title("Loss: SmolLM2-135M, same rows, same start")
     axes.legend(frameon=False)
 
 

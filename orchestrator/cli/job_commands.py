@@ -99,7 +99,9 @@ def submit(
     if not client.connection.is_running():
         raise ServiceNotRunning("the service is not running, so nothing would run the jobs; start it: qlora up")
     stored = [
-        client.submit(item, replace=replace).object() if isinstance(item, QLoRAJob) else client.apply_queue(item)
+        client.submit(item, replace=replace, told=say).object()
+        if isinstance(item, QLoRAJob)
+        else client.apply_queue(item)
         for item in checked
     ]
     if output is not None:

@@ -73,7 +73,7 @@ def run(
         for item in objects:
             if not isinstance(item, QLoRAJob):
                 client.apply_queue(item)
-        handle = client.submit(job, replace=replace)
+        handle = client.submit(job, replace=replace, told=say)
         say(f"submitted {job.key}", style="quiet")
         finish_following(handle, timeout, output)
 

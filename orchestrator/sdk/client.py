@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TypeVar, cast
 
@@ -23,7 +23,6 @@ from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
-from orchestrator.core.job.addresses import refused_file
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
 from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
 from orchestrator.sdk import first_job
@@ -35,6 +34,7 @@ from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
+from orchestrator.sdk.uploading import check_upload, uploaded
 from orchestrator.settings import Settings
 from orchestrator.sizing import margins
 
@@ -78,10 +78,12 @@ class Client:
             data = records_file(data, self.settings.home)
         return self.submit(first_job.document(os.fspath(data), model, name=name, spec=spec), replace=replace)
 
-    def submit(self, job: JobLike, *, replace: bool = False) -> JobHandle:
+    def submit(self, job: JobLike, *, replace: bool = False, told: Callable[[str], None] | None = None) -> JobHandle:
         """Check and store a job, with `replace` in the place of a finished one of its name.
 
-        What is replaced is removed as `delete` removes it. Raises InvalidObject, AlreadyExists, ServiceNotRunning.
+        What is replaced is removed as `delete` removes it. Data files of this machine are uploaded to the job's store
+        where that is a bucket of a cluster's, and `told` hears how far. Raises InvalidObject, AlreadyExists,
+        ServiceNotRunning.
 
         >>> client.submit("notes.yaml")
         JobHandle(default/notes)
@@ -89,6 +91,8 @@ class Client:
         checked = self.check(job, replace=replace)
         if not self.connection.is_running():
             raise ServiceNotRunning("the service is not running, so nothing would run the job; start it: qlora up")
+        if not self.connection.is_local:
+            checked = uploaded(checked, self.settings.store_uri, told or (lambda _: None))
         if (old := self._found(checked)) is not None and replace:
             self._handle(old).delete(wait_seconds=REPLACE_SECONDS)
         return self._handle(self.connection.store.create_job(checked))
@@ -102,8 +106,8 @@ class Client:
         if self.connection.is_local:
             check_files(checked, self.settings.store_uri)
             self._check_size(checked)
-        elif (refusal := refused_file(checked.spec)) is not None:
-            raise InvalidObject(refusal)
+        else:
+            check_upload(checked, self.settings.store_uri)
         return checked
 
     def plan(self, job: JobLike) -> JobPlan:

@@ -27,9 +27,9 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 def check_files(job: QLoRAJob, default_store_uri: str) -> None:
     """Raise InvalidObject naming the field for a model, dataset or store on this machine that cannot work."""
     check_model(job.spec.model)
-    _check_dataset("spec.dataset.source", job.spec.dataset.source)
+    check_dataset("spec.dataset.source", job.spec.dataset.source)
     if job.spec.dataset.eval_source is not None:
-        _check_dataset("spec.dataset.evalSource", job.spec.dataset.eval_source)
+        check_dataset("spec.dataset.evalSource", job.spec.dataset.eval_source)
     _check_store(job.spec.store.uri if job.spec.store is not None else default_store_uri)
 
 
@@ -123,7 +123,8 @@ def _check_index(folder: Path) -> None:
         )
 
 
-def _check_dataset(field: str, source: str) -> None:
+def check_dataset(field: str, source: str) -> None:
+    """Raise InvalidObject for a data file of this machine that cannot be read as one."""
     path = local_path(source)
     if path is None:
         return

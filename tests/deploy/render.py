@@ -33,9 +33,9 @@ metadata:
 """
 
 
-def rendered(values: Path | None = None, *arguments: str) -> str:
+def rendered(values: Path | None = None, *arguments: str, chart: Path = CHART) -> str:
     """What Helm would send to the API server."""
-    command = [tool("helm"), "template", RELEASE, CHART, "--namespace", NAMESPACE]
+    command = [tool("helm"), "template", RELEASE, chart, "--namespace", NAMESPACE]
     command += ["--kube-version", KUBERNETES_VERSION, *(["--values", values] if values else []), *arguments]
     done = run(command)
     assert done.returncode == 0, done.stderr

@@ -110,6 +110,14 @@ def test_what_was_rendered_is_up_to_date() -> None:
     assert stale == [], "run `make manifests` and look at the difference"
 
 
+def test_the_packaged_chart_renders_what_the_folder_does(tmp_path: Path) -> None:
+    """`helm package` leaves out what .helmignore names, and nothing that templates or the schema read."""
+    done = run([tool("helm"), "package", CHART, "--destination", tmp_path])
+    assert done.returncode == 0, done.stderr
+    [package] = tmp_path.glob("qlora-orchestrator-*.tgz")
+    assert rendered(PRODUCTION, chart=package) == rendered(PRODUCTION)
+
+
 def test_every_value_is_in_the_schema_and_every_default_keeps_to_it() -> None:
     """Helm checks the second when it lints; the first it would not miss."""
     schema = json.loads((CHART / "values.schema.json").read_text())

@@ -83,11 +83,11 @@ def _opened(source: str) -> Any:
         return Contained.of(Path(unquote(urlsplit(source).path))).open(CONFIG_NAME)
     import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
 
-    options = _S3_OPTIONS if source.startswith("s3://") else {}
+    options = S3_OPTIONS if source.startswith("s3://") else {}
     return cast(Any, fsspec).open(f"{source.rstrip('/')}/{CONFIG_NAME}", "rb", **options)
 
 
-_S3_OPTIONS: dict[str, Any] = {
+S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "read_timeout": READ_TIMEOUT_SECONDS,
