@@ -62,7 +62,7 @@ def measure(name: str) -> dict[str, object]:
     from transformers import AutoConfig
 
     torch.set_num_threads(1)
-    described = {"architectures": ["ForCausalLM"], **LARGE[name]} if name in LARGE else config(name)
+    described: dict[str, Any] = {"architectures": ["ForCausalLM"], **LARGE[name]} if name in LARGE else config(name)
     own: Any = AutoConfig.for_model(**described)
     facts = ModelFacts.from_config(described, "main")
     before = _peak_mib()
