@@ -236,6 +236,43 @@ def test_a_trainer_that_ignores_the_stop_is_killed_at_the_deadline(world: World)
     assert 0.9 < time.monotonic() - asked < 10
 
 
+def ask_long_ago(stage: Stage, overdue_seconds: float) -> None:
+    request = {"time_seconds": time.time() - overdue_seconds, "grace_seconds": 0, "reason": "NoProgress"}
+    (stage.folder / "stop.json").write_text(json.dumps(request))
+
+
+def test_a_stage_whose_shim_does_not_answer_is_killed_from_outside(world: World) -> None:
+    stage = world.run("stubborn")
+    shim, trainer = processes_of(stage)
+    os.kill(shim.pid, signal.SIGSTOP)
+    ask_long_ago(stage, 10)
+    world.stages.stop(stage, 0, Reason.NO_PROGRESS)
+    assert fact_of(stage).phase is StagePhase.RUNNING, "its shim is still given time"
+    ask_long_ago(stage, 20)
+    world.stages.stop(stage, 0, Reason.NO_PROGRESS)
+    assert world.ended(stage).exit_code is None
+    wait_for(lambda: not trainer.alive)
+
+
+def test_a_stage_that_does_not_end_is_given_up_and_its_slot_is_nobodys_until_it_has(world: World) -> None:
+    stage = world.run("stubborn")
+    shim, trainer = processes_of(stage)
+    os.kill(shim.pid, signal.SIGSTOP)  # as what hangs in a driver, it ends neither by itself nor soon
+    ask_long_ago(stage, 70)
+    assert fact_of(stage).phase is StagePhase.EXITED
+    world.stages.delete(stage)
+    assert world.stages.stranded() == {"24Gi": 1}
+    another = world.make(name="another")
+    assert not world.launch(another)
+    trainer.send(signal.SIGKILL)
+    shim.send(signal.SIGKILL)
+    wait_for(lambda: not shim.alive and not trainer.alive)
+    assert world.stages.stranded() == {}
+    assert world.launch(another)
+    world.stages.delete(stage)
+    assert stage.record is None
+
+
 def test_a_stage_stopped_before_its_start_never_starts(world: World) -> None:
     stage = world.make()
     world.stages.stop(stage, 5, Reason.CANCELLED)

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,9 @@ class RayStages:
         self._stages.delete(self._stages.get(namespace, name))
 
     def gpu_classes(self) -> Sequence[GpuClass]:
-        """The GPU classes of this machine."""
-        return self._slots.classes
+        """The GPU classes of this machine, without cards that a stage holds which does not end."""
+        held = self._stages.stranded()
+        return tuple(replace(known, capacity=known.capacity - held[known.name]) for known in self._slots.classes)
 
     def close(self) -> None:
         """End Ray; the stages go on."""

@@ -12,7 +12,7 @@ Nothing here knows Ray. A stage is `<stages>/<namespace>/<name>/`:
 
     no process.json, no exit.json        PENDING
     exit.json                            EXITED
-    process.json, shim or trainer alive  RUNNING
+    process.json, shim or trainer alive  RUNNING, unless it was to be killed so long ago that it is given up: EXITED
     process.json, neither alive          EXITED without an exit code: lost
 
 A stage's log is `<logs>/stages/<namespace>/<name>.log` and outlives the folder.
@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ STAGE_NAME, PROGRESS_NAME = "stage.json", "progress.json"
 SLOT_LOCK_NAME = ".slots.lock"
 NEW_PREFIX, DELETED_PREFIX = ".new-", ".deleted-"
 LAUNCH_TIMEOUT_SECONDS = 30.0
+UNANSWERED_SECONDS = 15.0
+"""A stage that is there so long after it was to be killed has a shim that does not answer, and is killed from here."""
+STRANDED_SECONDS = 60.0
+"""One that is still there after so long, because a card or a disk holds it in the kernel, is given up: its job goes on,
+and its slot is nobody's until it is gone."""
 PRIVATE_VARIABLES = ("RAY_", "CUDA_VISIBLE_DEVICES")
 """Not handed on to trainers: they belong to the process that launches."""
 
@@ -106,7 +112,12 @@ class StopRecord(BaseModel, frozen=True):
     @property
     def remaining_seconds(self) -> float:
         """Until the stage is killed."""
-        return max(0.0, self.time_seconds + self.grace_seconds - time.time())
+        return max(0.0, -self.overdue_seconds)
+
+    @property
+    def overdue_seconds(self) -> float:
+        """Since the stage was to be killed; below zero until then."""
+        return time.time() - self.time_seconds - self.grace_seconds
 
 
 class ExitRecord(BaseModel, frozen=True):
@@ -157,7 +168,18 @@ class Stage:
         process = _read(self.folder / PROCESS_NAME, ProcessRecord)
         if process is None:
             return StagePhase.PENDING
-        return StagePhase.RUNNING if process.alive else StagePhase.EXITED
+        return StagePhase.RUNNING if process.alive and not self._is_stranded else StagePhase.EXITED
+
+    @property
+    def holds_slot(self) -> bool:
+        """Whether something of it may use a GPU, given up or not."""
+        process = _read(self.folder / PROCESS_NAME, ProcessRecord)
+        return process is not None and not (self.folder / EXIT_NAME).exists() and process.alive
+
+    @property
+    def _is_stranded(self) -> bool:
+        stop = self.stop_request
+        return stop is not None and stop.overdue_seconds > STRANDED_SECONDS
 
     def fact(self) -> StageFact | None:
         """What is known of it; None when it is gone."""
@@ -265,7 +287,7 @@ class LocalStages:
         return stage.phase is not StagePhase.PENDING
 
     def _free_slot(self, slots: Sequence[Slot]) -> Slot | None:
-        launches = [_read(s.folder / LAUNCH_NAME, LaunchRecord) for s in self.all() if s.phase is StagePhase.RUNNING]
+        launches = [_read(s.folder / LAUNCH_NAME, LaunchRecord) for s in self.all() if s.holds_slot]
         taken = {launch.slot for launch in launches if launch is not None}
         return next((slot for slot in slots if slot.name not in taken), None)
 
@@ -298,7 +320,8 @@ class LocalStages:
         """Ask for a checkpoint and an end; the shim kills at the deadline. The first request stands."""
         if stage.record is None or stage.phase is StagePhase.EXITED:
             return
-        if stage.stop_request is None:
+        request = stage.stop_request
+        if request is None:
             request = StopRecord(time_seconds=time.time(), grace_seconds=grace_seconds, reason=reason)
             write_durably(stage.folder / STOP_NAME, request.model_dump_json())
         process = _read(stage.folder / PROCESS_NAME, ProcessRecord)
@@ -306,6 +329,11 @@ class LocalStages:
             with self._slot_lock():  # nobody is launching it now
                 if stage.phase is StagePhase.PENDING:
                     _record_unstarted(stage)
+        elif request.overdue_seconds > UNANSWERED_SECONDS:
+            log.warning("stage %s was to end %.0f s ago; it is killed", stage.key, request.overdue_seconds)
+            for each in (process.shim, process.trainer):
+                if each is not None:
+                    each.send(signal.SIGKILL)
         else:
             process.shim.send(signal.SIGTERM)
 
@@ -316,6 +344,8 @@ class LocalStages:
         if stage.phase is not StagePhase.EXITED:
             log.warning("stage %s has not ended and is not deleted", stage.key)
             return
+        if stage.holds_slot:
+            return  # given up; its folder says who has the slot
         self.socket_path(stage).unlink(missing_ok=True)
         gone = stage.folder.with_name(f"{DELETED_PREFIX}{stage.name}-{uuid4().hex}")
         try:
@@ -324,6 +354,12 @@ class LocalStages:
             return
         shutil.rmtree(gone, ignore_errors=True)
         self._prune_logs()
+
+    def stranded(self) -> Counter[str]:
+        """GPUs that stages hold which were given up, by class."""
+        given_up = (stage for stage in self.all() if stage.phase is StagePhase.EXITED and stage.holds_slot)
+        records = (stage.record for stage in given_up)
+        return Counter(record.gpu_class for record in records if record is not None and record.gpu_class is not None)
 
     def sweep(self) -> None:
         """Take away what interrupted calls left. Only while no other controller is at work."""
