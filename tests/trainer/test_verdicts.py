@@ -134,6 +134,15 @@ def no_template(tmp_path: Path) -> dict[str, Any]:
     return {"model": build_tiny_model(tmp_path / "base", chat_template=None)}
 
 
+def no_end(tmp_path: Path) -> dict[str, Any]:
+    model = build_tiny_model(tmp_path / "base")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    data = tmp_path / "a.jsonl"
+    data.write_bytes(lines({"text": "a"}))
+    return {"model": model, "dataset": {"source": data.as_uri(), "evalSource": None, "format": "text"}}
+
+
 def cut_weights(tmp_path: Path) -> dict[str, Any]:
     model = shutil.copytree(tiny_model(), tmp_path / "base")
     weights = model / "model.safetensors"
@@ -148,6 +157,10 @@ JOBS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "no model": (lambda path: {"model": path / "nowhere"}, "there is no model folder at .* check spec.model.source"),
     "no chat template": (no_template, "has no chat template: set spec.model.chatTemplate"),
+    "no token that ends a text": (
+        no_end,
+        r"base: its tokenizer names no eos_token, .* set it in tokenizer_config.json",
+    ),
     "weights that are cut off": (cut_weights, "model.safetensors"),
     "a template that is none": (lambda _: {"model_fields": {"chatTemplate": "{% if %}"}}, "not valid Jinja: .* line 1"),
     "a template that never ends": (

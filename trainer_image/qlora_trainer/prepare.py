@@ -29,7 +29,7 @@ from qlora_trainer.data.dataset import (
     EncodeRanges,
     Split,
     arrange,
-    check_chat_template,
+    check_tokenizer,
     in_process,
     read_dataset,
     read_first,
@@ -159,7 +159,7 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     config = known_config(description.folder, source)
     facts = traced_facts(facts, config, spec.adapter, packs=checked.separate_because is None)
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
-    check_chat_template(tokenizer, spec.dataset, source)
+    check_tokenizer(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
     return _Model(
         facts=facts.model_copy(update={"record_by_record": checked.separate_because is not None}),

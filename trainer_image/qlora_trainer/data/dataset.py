@@ -243,15 +243,21 @@ def _draw(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big")
 
 
-def check_chat_template(tokenizer: Any, dataset: DatasetSource, model_source: str) -> None:
-    """A conversation needs a template; a base model often has none."""
-    if dataset.format in CHAT_FORMATS and not tokenizer.chat_template:
+def check_tokenizer(tokenizer: Any, dataset: DatasetSource, model_source: str) -> None:
+    """Conversations need a template, which base models often lack; other records need a token that ends them."""
+    if dataset.format not in CHAT_FORMATS:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{model_source}: its tokenizer names no eos_token, so the model would not learn to stop; set it in "
+                "tokenizer_config.json"
+            )
+        return
+    if not tokenizer.chat_template:
         raise UserError(
             f"the dataset's format is {dataset.format}, but {model_source} has no chat template: set "
             "spec.model.chatTemplate, choose the model's instruct variant, or give the dataset as prompt-completion"
         )
-    if dataset.format in CHAT_FORMATS:
-        refuse_useless_template(tokenizer)
+    refuse_useless_template(tokenizer)
 
 
 def arrange(split: Split, training: TrainingSpec, *, fewest_rows: int = 0) -> list[Row]:

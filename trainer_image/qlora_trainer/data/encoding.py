@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from qlora_trainer.data.chat import Span, TrainOn
 from qlora_trainer.data.formats import Completion, Conversation, Sample, Text
 from qlora_trainer.data.rendering import LimitedRenderer
-from qlora_trainer.outcome import UserError
 
 IGNORED_LABEL = -100
 """The label of a token that carries no loss, torch's default for `ignore_index`."""
@@ -123,8 +122,7 @@ class Encoder:
 
     def _framed(self, sample: Completion | Text) -> EncodedRecord:
         eos = self._tokenizer.eos_token_id
-        if eos is None:
-            raise UserError("the model's tokenizer names no eos_token; set it in tokenizer_config.json")
+        assert eos is not None, "such a tokenizer is refused before records are read"
         text, start = (sample.text, 0) if isinstance(sample, Text) else self._joined(sample)
         tokenised = self._tokenised(text)
         ids, supervised = self._labelled(tokenised, [(start, len(text))])
