@@ -53,7 +53,7 @@ def measure(folder: Path, model: Path, repeat: int, *, trains: bool) -> dict[str
         (clone / "own.jsonl").write_text("".join(islice(records, RECORDS)))
     results: dict[str, object] = {"cores": len(os.sched_getaffinity(0)), "load_before": round(load_before, 1)}
     installed = seconds(["pip", "install", "--quiet", ".[local]"], clone, environment)
-    seconds(["qlora", "init", "own.jsonl", "--model", str(model)], clone, environment)
+    seconds(["qlora", "init", "own.jsonl", "--model", str(model), "--no-look"], clone, environment)
     results["install_seconds"] = round(installed, 1)
     if trains:
         trained = seconds(["qlora", "run", "job.yaml"], clone, environment)

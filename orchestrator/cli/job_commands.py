@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.sdk.handle import JobHandle
     from orchestrator.sdk.manifest import UserObject
 
+SHOWN_BY_INIT = 3
 WATCH_STEP_SECONDS = 5.0
 """`get --watch` draws anew at least so often, so that ages stay right."""
 
@@ -46,8 +47,11 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="SPEC.YAML", help="The manifest to write.")] = Path(
         "job.yaml"
     ),
+    look: Annotated[
+        bool, typer.Option("--look/--no-look", help="Show three records as they will be trained, and the plan.")
+    ] = True,
 ) -> None:
-    """Write a manifest for a file of records, whose format is found in the first one."""
+    """Write a manifest for a file of records, whose format is found in the first one, and show what will be trained."""
     from orchestrator.cli.console import say
     from orchestrator.cli.output import print_text
     from orchestrator.errors import AlreadyExists
@@ -55,14 +59,36 @@ def init(
     from orchestrator.sdk.manifest import parse_manifest
 
     text = first_job.manifest(data, model or first_job.DEFAULT_MODEL, output.parent)
-    parse_manifest(text, name=str(output), folder=output.resolve().parent)
+    objects = parse_manifest(text, name=str(output), folder=output.resolve().parent)
     try:
         with output.open("x") as file:
             file.write(text)
     except FileExistsError as error:
         raise AlreadyExists(f"{output} exists already; name another one: --output") from error
     print_text(f"{output} written: {first_job.format_of(data)} records")
-    say(f"next: qlora prepare --show 3 {output}; qlora plan {output}; qlora run {output}", style="quiet")
+    if look:
+        _look_at(only_job(objects, output))
+    say(f"next: look at {output}, then: qlora run {output}", style="quiet")
+
+
+def _look_at(job: QLoRAJob) -> None:
+    """The first records and the plan, as far as they can be had from here: a model may be out of reach for now."""
+    from orchestrator.cli.console import answers, say
+    from orchestrator.cli.plan_view import show_plan
+    from orchestrator.cli.records_view import legend, show_records
+    from orchestrator.errors import OrchestratorError
+
+    client = connect(None)
+    try:
+        shown = client.records(job, SHOWN_BY_INIT)
+        say(legend(answers()), style="quiet")
+        show_records(answers(), shown)
+    except OrchestratorError as error:
+        say(f"records not shown: {error}", style="waiting")
+    try:
+        show_plan(answers(), client.plan(job))
+    except OrchestratorError as error:
+        say(f"no plan: {error}", style="waiting")
 
 
 def submit(

@@ -194,15 +194,23 @@ def test_a_namespace_goes_with_the_command_or_the_manifest_but_not_against_it(se
 
 def test_init_writes_a_manifest_that_a_plan_takes_and_overwrites_nothing(service: PaperService) -> None:
     Path("notes.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    result = qlora("init", "notes.jsonl", "--model", "model")
+    result = qlora("init", "notes.jsonl", "--model", "model", "--no-look")
     assert result.stdout == "job.yaml written: prompt-completion records\n"
-    assert "next: qlora prepare --show 3 job.yaml" in result.stderr
+    assert result.stderr == "next: look at job.yaml, then: qlora run job.yaml\n"
     assert qlora("plan", "job.yaml").exit_code == ExitStatus.OK
     again = qlora("init", "notes.jsonl")
     assert (again.exit_code, again.stderr) == (
         ExitStatus.INVALID,
         "error: job.yaml exists already; name another one: --output\n",
     )
+
+
+def test_init_shows_the_plan_and_says_why_it_cannot_show_records(service: PaperService) -> None:
+    Path("notes.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    result = qlora("init", "notes.jsonl", "--model", "model")
+    assert result.exit_code == ExitStatus.OK
+    assert "records not shown: " in result.stderr
+    assert "usable on 24Gi" in result.stdout
 
 
 def test_fields_can_be_set_beside_the_manifest(service: PaperService) -> None:
