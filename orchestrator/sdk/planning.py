@@ -116,8 +116,39 @@ def plan_job(
         guess=guess_words(job.spec.adapter, facts),
         alternatives=tuple(replace(each, capacity=None) for each in alternatives) if unseen else alternatives,
         unseen=unseen,
-        notes=tuple(_notes(job.spec, facts)),
+        notes=(*_notes(job.spec, facts), *_better(chosen, every, alternatives)),
     )
+
+
+def _better(chosen: Estimate | None, every: Sequence[GpuClass], alternatives: Sequence[Alternative]) -> Iterator[str]:
+    """What of the classes that are here would be faster and cost less, and what no times can be told of."""
+    if chosen is None:
+        return
+    known = {gpu_class.name: gpu_class for gpu_class in every}
+    ours = known[chosen.gpu_class]
+    if ours.card is None and not ours.cpu:
+        yield f"cards of {ours.name} have no bfloat16: they train, at a speed that is not known, and not fast"
+    here = [each.estimate for each in alternatives if each.capacity and each.estimate is not None]
+    steps = {
+        estimate.gpu_class: (estimate.step_seconds, dollars)
+        for estimate in here
+        if estimate.step_seconds and (dollars := _dollars_a_step(estimate, known[estimate.gpu_class]))
+    }
+    if ours.name not in steps:
+        return
+    seconds, dollars = steps[ours.name]
+    for name, (other_seconds, other_dollars) in steps.items():
+        if other_seconds < seconds and other_dollars < dollars:
+            yield (
+                f"cheaper and faster: {name}, a step in {other_seconds / seconds:.0%} of the time for "
+                f"{other_dollars / dollars:.0%} of the price; ask for it: spec.resources.gpuClasses [{name}]"
+            )
+
+
+def _dollars_a_step(estimate: Estimate, gpu_class: GpuClass) -> float | None:
+    if estimate.step_seconds is None or gpu_class.dollars_per_hour is None:
+        return None
+    return estimate.step_seconds * gpu_class.dollars_per_hour / 3600
 
 
 def _notes(spec: QLoRAJobSpec, facts: ModelFacts) -> Iterator[str]:
@@ -162,6 +193,8 @@ def _alternative(
         remark = "fits; none here"
     else:
         remark = f"fits; {_why_not(spec, estimate, chosen)}"
+    if estimate is not None and remark != "chosen" and gpu_class.card is None and not gpu_class.cpu:
+        remark += "; no bfloat16"  # which is why there is no time
     return Alternative(gpu_class=gpu_class.name, capacity=gpu_class.capacity, estimate=estimate, remark=remark)
 
 

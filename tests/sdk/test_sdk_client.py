@@ -225,6 +225,20 @@ def test_a_plan_adds_up_and_holds_every_class_against_it(service: PaperService) 
     assert service.store.list_jobs() == []
 
 
+def test_a_plan_says_what_here_is_cheaper_and_faster_and_what_has_no_bfloat16(service: PaperService) -> None:
+    service.classes = (gpu_class("24Gi", 2), gpu_class("48Gi", 1))
+    notes = []
+    for prices in ("24Gi=0.5,48Gi=0.8", "24Gi=0.5,48Gi=5", "24Gi=0.5", ""):
+        settings = service.settings.model_copy(update={"gpu_prices": prices})
+        notes.append(Client(settings, connection=service.connection).plan(job_document()).notes)
+    assert [len(told) for told in notes] == [1, 0, 0, 0]
+    assert notes[0][0].startswith("cheaper and faster: 48Gi, a step in ")
+    service.classes = (gpu_class("16Gi", 1),)
+    assert service.client.plan(job_document()).notes == (
+        "cards of 16Gi have no bfloat16: they train, at a speed that is not known, and not fast",
+    )
+
+
 def test_a_plan_says_why_nothing_here_will_do(service: PaperService) -> None:
     plan = service.client.plan(job_document(resources={"vram": "80Gi"}))
     assert plan.chosen is None
