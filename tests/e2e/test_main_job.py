@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,20 +117,74 @@ def test_the_registered_chat_model_stops_by_itself_where_nobody_knows_of_us(
     assert stops_by_itself(found, "<|im_end|>"), found
 
 
-def test_a_base_model_stops_where_its_completions_ended(
-    client: Client, settings: Settings, base: Path, tmp_path: Path
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """Records as people tune a base model on, and how such a model is asked."""
+
+    fields: Document
+    model_fields: Document = field(default_factory=dict[str, object])
+    record: Callable[[str, str], Document]
+    asked: Callable[[str], Document]
+    end: str
+    ends: list[int]
+    """Of generation_config.json: the base's own, and what ended the trained answers."""
+
+
+def in_plain_text(question: str) -> str:
+    return f"P: {question}\nR:"
+
+
+def in_a_chat(question: str) -> Document:
+    return {"role": "user", "content": question}
+
+
+FORMS = {
+    "completions": Form(
+        fields={"format": "prompt-completion"},
+        record=lambda question, answer: {"prompt": in_plain_text(question), "completion": f" {answer}"},
+        asked=lambda question: {"prompt": in_plain_text(question)},
+        end="<|endoftext|>",
+        ends=[0],
+    ),
+    "texts": Form(
+        fields={"format": "text"},
+        record=lambda question, answer: {"text": f"{in_plain_text(question)} {answer}"},
+        asked=lambda question: {"prompt": in_plain_text(question)},
+        end="<|endoftext|>",
+        ends=[0],
+    ),
+    "chats in a named template": Form(
+        fields={"format": "messages"},
+        model_fields={"chatTemplate": "chatml"},
+        record=lambda question, answer: {
+            "messages": [in_a_chat(question), {"role": "assistant", "content": answer}],
+        },
+        asked=lambda question: {"messages": [in_a_chat(question)]},
+        end="<|im_end|>",
+        ends=[0, 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_base_model_stops_where_its_records_ended(
+    client: Client, settings: Settings, base: Path, tmp_path: Path, name: str
 ) -> None:
+    form = FORMS[name]
     records = [json.loads(line)["messages"] for line in (EXAMPLE / "train.jsonl").read_text().splitlines()]
-    lines = [{"prompt": f"P: {asked['content']}\nR:", "completion": f" {said['content']}"} for asked, said in records]
     data = tmp_path / "train.jsonl"
+    lines = [form.record(asked["content"], said["content"]) for asked, said in records]
     data.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    job = medical_job("base", base, steps=BASE_STEPS)
-    job["spec"] |= {"dataset": {"source": data.as_uri(), "format": "prompt-completion"}}
+    job: dict[str, Any] = medical_job(name.replace(" ", "-"), base, steps=BASE_STEPS)
+    job["spec"]["dataset"] = {"source": data.as_uri(), **form.fields}
+    job["spec"]["model"] |= form.model_fields
     handle = client.submit(job)
     handle.wait(timeout_seconds=900)
-    rows: list[Document] = [{"prompt": f"P: {question}\nR:"} for question in questions()]
+    saved = handle.adapter(tmp_path / "adapter") / "generation_config.json"
+    assert json.loads(saved.read_text())["eos_token_id"] == form.ends
+    rows = [form.asked(question) for question in questions()]
     found = answers_of_a_stranger(settings, str(handle.result().model_uri), base, rows)
-    assert stops_by_itself(found, "<|endoftext|>"), found
+    assert stops_by_itself(found, form.end), found
 
 
 def test_mlflow_shows_one_finished_run_with_every_step_once(done: JobHandle, settings: Settings) -> None:

@@ -293,6 +293,7 @@ def index_of(weight_map: dict[str, str]) -> Callable[[Path], None]:
         (configure(num_attention_heads=7), "config"),
         (tokenizer_config(model_max_length={}), "the tokenizer of .* cannot be used: TypeError"),
         (generation_config(pad_token_id=[1, 2]), r"generation_config.json is not valid: TypeError.*mend the file"),
+        (generation_config(eos_token_id={}), r"generation_config.json is not valid: TypeError: eos_token_id is"),
         (generation_config(eos_token_id={"a": 1}), r"generation_config.json is not valid: TypeError: eos_token_id is"),
         (index_of({}), "model.safetensors.index.json lists no files; copy the whole model"),
         (configure(hidden_size=128), r"hold \d+ tensors of other shapes than config.json says"),

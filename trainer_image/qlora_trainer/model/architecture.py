@@ -90,7 +90,7 @@ def _refuse_generation_config(source: str, folder: Path) -> None:
         config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         json.dumps(config.to_diff_dict())
         ends: Any = config.eos_token_id
-        if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends or 0])):
+        if not all(type(token) is int for token in (ends if isinstance(ends, list) else [0 if ends is None else ends])):
             raise TypeError(f"eos_token_id is neither a token nor a list of them: {ends!r}")
     except Exception as error:  # whatever the file provokes, it is the user's to mend
         raise UserError(
