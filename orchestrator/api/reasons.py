@@ -84,7 +84,7 @@ class Reason(StrEnum):
     USER_ERROR = "UserError"
     TRANSIENT_ERROR = "TransientError"
     CREDENTIALS_REFUSED = "CredentialsRefused"
-    """A store, a hub or MLflow does not take the credentials of the stage, or no longer."""
+    """The job's store or MLflow does not take the credentials of the stage, or no longer."""
     OUT_OF_MEMORY = "OutOfMemory"
     FENCED = "Fenced"
     DIVERGED = "Diverged"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from fault_link import Cut, Fault, Link, Request, Stale, fault_link, hurry, s3_error
 from qlora_trainer import train
-from qlora_trainer.outcome import FencedError, Transient
+from qlora_trainer.outcome import CredentialsRefused, FencedError, Transient, UserError
 from qlora_trainer.storage.job_store import JobStore
 from s3_server import ACCESS, BUCKET, REGION, SECRET, S3Server, s3_server
 from test_job_store import make_folder, make_manifest, publish
@@ -154,6 +154,13 @@ def test_an_upload_in_parts_that_is_cut_in_the_middle_is_made_again(
     assert link.faults == 1
     stored = server.bucket / "in-parts" / "checkpoints" / "step-00000001" / "weights"
     assert hashlib.sha256(stored.read_bytes()).digest() == hashlib.sha256(data).digest()
+
+
+def test_a_denial_is_final_only_before_the_job_has_used_its_store(server: S3Server, link: Link) -> None:
+    link.rule = lambda _request: s3_error(403, "AccessDenied")
+    for is_new, error in ((True, UserError), (False, CredentialsRefused)):
+        with pytest.raises(error, match="AccessDenied, says the link; give the job a store and credentials"):
+            JobStore(f"s3://{BUCKET}/denied", is_new=is_new).take_fence(1)
 
 
 # --- two writers

@@ -101,7 +101,7 @@ class _Datasets:
 
 def run(task: StageTask) -> PrepareResult:
     """Prepare a job's data, or find it prepared."""
-    store = JobStore(task.store_uri)
+    store = JobStore(task.store_uri, is_new=True)
     store.take_fence(task.attempt)
     store.sweep()
     with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:

@@ -236,12 +236,14 @@ class ObjectStore:
     only put where there is none. Where a store cannot do either, `check_fence` repairs what a race may do.
     """
 
-    def __init__(self, uri: str, backoff: Backoff) -> None:
+    def __init__(self, uri: str, backoff: Backoff, *, is_new: bool = False) -> None:
+        """`is_new`: nothing of the job is known to be there yet, so a denial is for its user to mend."""
         core: Any = fsspec.core  # Any: fsspec has no types
         self._fs, root = core.url_to_fs(uri, use_listings_cache=False)
         self._root = str(root)
         self._uri = uri
         self._backoff = backoff
+        self._is_new = is_new
         self._knows_conditions = True
 
     def read(self, name: str) -> bytes | None:
@@ -343,7 +345,7 @@ class ObjectStore:
         return UserError(f"{message}; spec.store.uri must name a bucket that exists")
 
     def denied(self, message: str) -> StageError:
-        return CredentialsRefused(message)
+        return UserError(message) if self._is_new else CredentialsRefused(message)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

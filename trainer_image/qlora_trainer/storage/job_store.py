@@ -8,7 +8,8 @@ Nothing else of the trainer touches the job's folder. Its rules:
 - A manifest vouches for the size and SHA-256 of every file; what does not match is a `DamagedFolder`, never data.
 - The store belongs to the highest attempt that has taken the fence. Take it first, check it before every manifest.
 - A store that may not be written to is a user's error; one that does not answer is asked again a few times, then
-  the attempt ends as transient; so it does where credentials have expired and where the disk is full.
+  the attempt ends as transient; so it does where credentials have expired, where rights are gone that the job had, and
+  where the disk is full.
 """
 
 from __future__ import annotations
@@ -63,12 +64,15 @@ M = TypeVar("M", bound=Model)
 class JobStore:
     """The folder of one job."""
 
-    def __init__(self, uri: str, backoff: Backoff = STORE_BACKOFF) -> None:
-        """`backoff` is for object stores; a file system is not asked again."""
+    def __init__(self, uri: str, backoff: Backoff = STORE_BACKOFF, *, is_new: bool = False) -> None:
+        """`backoff` is for object stores; a file system is not asked again.
+
+        `is_new`: no stage of the job is known to have used it.
+        """
         self.uri = uri.rstrip("/")
         path = local_path(self.uri)
         self._backend: Backend = (
-            ObjectStore(self.uri, backoff) if path is None else FileSystem(path, claim_path(self.uri))
+            ObjectStore(self.uri, backoff, is_new=is_new) if path is None else FileSystem(path, claim_path(self.uri))
         )
 
     # --- the fence
