@@ -181,6 +181,34 @@ UNTABLED: dict[str, dict[str, Any]] = {
         "vocab_size": 50400, "tie_word_embeddings": False, "n_positions": 32768, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 1,
     },
+    "deepseek-v2-lite-16b": {
+        "model_type": "deepseek_v2", **_GATED, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2,
+        "moe_intermediate_size": 1408, "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_group": 1, "topk_group": 1,
+        **_shape(2048, 10944, 27, 16, 16, 102400),
+    },
+    "granite-3-3b-a800m": {
+        "model_type": "granitemoe", **_GATED, "num_local_experts": 40, "num_experts_per_tok": 8,
+        **_shape(1536, 512, 32, 24, 8, 49155, tied=True),
+    },
+    "ernie-4.5-21b-a3b": {
+        "model_type": "ernie4_5_moe", **_GATED, "moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 1536, "moe_layer_start_index": 1, "use_bias": False,
+        **_shape(2560, 12288, 28, 20, 4, 103424, tied=True),
+    },
+    "phi-3.5-moe-42b": {
+        "model_type": "phimoe", **_GATED, "num_local_experts": 16, "num_experts_per_tok": 2, "attention_bias": True,
+        **_shape(4096, 6400, 32, 32, 8, 32064),
+    },
+    "glm-4.5-air-106b": {
+        "model_type": "glm4_moe", **_GATED, "n_routed_experts": 128, "num_experts_per_tok": 8, "n_shared_experts": 1,
+        "moe_intermediate_size": 1408, "first_k_dense_replace": 1, "attention_bias": True, "head_dim": 128,
+        "n_group": 1, "topk_group": 1, **_shape(4096, 10944, 46, 96, 8, 151552),
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64,
+        "sliding_window": 128, "attention_bias": True, **_shape(2880, 2880, 24, 64, 8, 201088),
+    },
 }  # fmt: skip
 """Models of types that are in no table, so that prepare traces them."""
 

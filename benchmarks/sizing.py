@@ -220,7 +220,10 @@ def _offload(draw: random.Random, model: str, recompute: int) -> tuple[Any, ...]
 
 def _few_targets(model: str) -> tuple[str, ...]:
     kind = (CONFIGS | UNTABLED)[model]["model_type"]
-    fused = {"phi3": ("qkv_proj",), "falcon": ("query_key_value",), "gpt_neox": ("query_key_value",)}
+    fused = {
+        "phi3": ("qkv_proj",), "falcon": ("query_key_value",), "gpt_neox": ("query_key_value",),
+        "deepseek_v2": ("q_proj", "kv_b_proj"),
+    }  # fmt: skip
     return fused.get(kind, ("q_proj", "v_proj"))
 
 
