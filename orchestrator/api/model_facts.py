@@ -180,6 +180,8 @@ def _text(config: Mapping[str, object], name: str) -> str:
     return value
 
 
+LAYER_LISTS = ("layer_types", "layers_block_type")
+"""Fields that have an entry for each layer."""
 STRETCHING_ROPE_TYPES = frozenset({"linear", "dynamic", "yarn", "longrope", "llama3"})
 
 
@@ -218,11 +220,9 @@ def _architecture(config: Mapping[str, object]) -> str:
 
 def _layers(text: Mapping[str, object]) -> int:
     """How many: some configs only list them."""
-    listed = next(
-        (found for name in ("layer_types", "layers_block_type") if isinstance(found := text.get(name), list)), []
-    )
+    lists = [cast("list[object]", each) for name in LAYER_LISTS if isinstance(each := text.get(name), list)]
     names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    return _count(text, *names, default=len(cast("list[object]", listed)) or None, most=MAX_LAYERS)
+    return _count(text, *names, default=len(lists[0]) if lists else None, most=MAX_LAYERS)
 
 
 def _default_intermediate_size(text: Mapping[str, object], hidden_size: int) -> int | None:

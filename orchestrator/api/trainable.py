@@ -183,10 +183,16 @@ def _is_part(name: str) -> bool:
     return name in INNER_MODELS or (name.endswith(("_config", "_encoder")) and name != "quantization_config")
 
 
+def is_mxfp4(config: Json) -> bool:
+    """Whether a checkpoint's experts are in MXFP4, which is read and quantized to NF4."""
+    return _mapping(config.get("quantization_config")).get("quant_method") == "mxfp4"
+
+
 def _refuse_quantized(config: Json) -> None:
-    for level in (config, _mapping(config.get("text_config"))):
+    inner = _mapping(config.get("text_config"))
+    for level in (config, inner):
         quantization: object = level.get("quantization_config")
-        if quantization:
+        if quantization and (level is inner or not is_mxfp4(level)):
             method = shown(str(_mapping(quantization).get("quant_method") or "an unnamed method"))
             raise ValueError(
                 f"the model is already quantized ({method}); give its 16-bit weights, training quantizes them to NF4"

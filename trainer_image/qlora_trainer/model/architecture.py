@@ -35,6 +35,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from orchestrator.api.job import AdapterSpec
 from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.model import mxfp4
 from qlora_trainer.model.adapter import target_modules
 from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import refuse_unquantized, weightless_base
@@ -73,8 +74,9 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
         ) from error
     stores_tied_twice = False
     if description.tensors is not None:
-        _refuse_two_for_one(source, base, description.tensors)
-        stores_tied_twice = _has_apart(_checked_weights(source, config, description.tensors))
+        tensors = mxfp4.as_read(source, description.tensors)
+        _refuse_two_for_one(source, base, tensors)
+        stores_tied_twice = _has_apart(_checked_weights(source, config, tensors))
     _refuse_unquantizable(source, base)
     refuse_reused_layers(source, base)
     target_modules(base, adapter)

@@ -20,7 +20,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import HfQuantizer
@@ -40,7 +40,7 @@ from qlora_trainer.model.quantized_cache import (
     tensors_of,
 )
 from qlora_trainer.model.random_weights import random_base, random_seed
-from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME
+from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME, config_of_weights_as_read
 from qlora_trainer.outcome import UserError
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def load_base(
     Its attention is the packed one only where that is the model's own; `base.config` names it.
     """
     began = time.perf_counter()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = config_of_weights_as_read(folder)
     packed_attention.register()
     implementation = attention_implementation(config)
     if (folder / RANDOM_WEIGHTS_NAME).is_file():

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import BitsAndBytesConfig
 from transformers.activations import SiLUActivation
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations import moe
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantizer
@@ -30,6 +31,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from orchestrator.api import trainer_facts
 from qlora_trainer.kernels.moe_experts import SECOND, ExpertLayout, NF4Experts
+from qlora_trainer.model import mxfp4
 
 COMPUTE_DTYPE = torch.bfloat16
 METHOD = "nf4_with_experts"
@@ -66,6 +68,10 @@ class Quantizer(Bnb4BitHfQuantizer):
     def get_quantize_ops(self) -> _Quantize:
         """What quantizes a weight."""
         return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How tensors become those of the model, beside the rules of its type."""
+        return mxfp4.conversions()
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
         # The one place where a quantizer replaces modules.

@@ -36,6 +36,7 @@ from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.trainable import (
     KnownType,
+    is_mxfp4,
     refuse_fields,
     refuse_files_without_tokenizer,
     shown,
@@ -516,17 +517,26 @@ def _refusals(source: str) -> Generator[None]:
         raise UserError(f"{source}: {error}") from error
 
 
+def config_of_weights_as_read(folder: Path) -> Any:
+    """transformers' config of a model folder, without what it says of MXFP4: such weights are quantized anew."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if is_mxfp4(config.to_dict()):
+        del config.quantization_config
+    return config
+
+
 def known_config(folder: Path, source: str) -> Any:
     """The config as transformers' own class for the model type reads it."""
     import transformers
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     config = _read_config(folder, source)
     if config["model_type"] not in CONFIG_MAPPING_NAMES:
         raise UserError(f"{source}: {unknown_type(config, transformers.__version__)}")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config_of_weights_as_read(folder)
     except Exception as error:  # whatever the config provokes, it is the user's to mend
         raise UserError(f"{source}: {CONFIG_NAME} is not valid: {library_words(error)}") from error
 
