@@ -617,7 +617,9 @@ def test_a_large_model_is_tried_in_seconds_by_a_small_copy() -> None:
 
 
 def test_an_adapter_that_peft_refuses_is_refused_in_prepare(model: Path) -> None:
-    with pytest.raises(UserError, match=r"adapter: PEFT refuses it for this model"):
+    with pytest.raises(
+        UserError, match="'out_proj' is no linear layer of the model that can have an adapter; choose of dt_proj"
+    ):
         rehearse(config_of("mamba"), "mamba", AdapterSpec(target_modules=("out_proj",)))
 
 

@@ -164,20 +164,22 @@ def refuse_unquantized(base: PreTrainedModel) -> None:
     """UserError if much of the base would stay in 16 bits, which is why it would not fit where it should."""
     if reason := quantization.refusal(base):
         raise UserError(f"{type(base).__name__} cannot be trained here: {reason}; choose another model")
-    matrix = base.config.get_text_config().hidden_size ** 2  # smaller ones, such as convolutions, do not matter
+    if not quantized_layers(base):
+        raise UserError(f"{type(base).__name__} has no linear layer that can be quantized to NF4; choose another model")
+    width = base.config.get_text_config().hidden_size
     tables = _tables(base)
     for name, parameter in base.named_parameters():
         if isinstance(base.get_submodule(name.rpartition(".")[0]), torch.nn.Conv1d):
             continue  # a few weights for each channel
-        large = parameter.dim() >= 2 and parameter.is_floating_point() and parameter.numel() >= matrix
+        # Smaller ones do not matter.
+        many = parameter.numel() >= width**2 if parameter.dim() > 2 else min(parameter.shape, default=0) >= width
+        large = parameter.dim() >= 2 and parameter.is_floating_point() and many
         quantized = isinstance(parameter, bnb.nn.Params4bit) or quantization.holds(base, name)
         if large and not quantized and id(parameter) not in tables:
             raise UserError(
                 f"{type(base).__name__} keeps weights in {name}, a {parameter.dim()}-dimensional parameter that is "
                 "not quantized to NF4; choose a model of linear layers"
             )
-    if not quantized_layers(base):
-        raise UserError(f"{type(base).__name__} has no linear layer that can be quantized to NF4; choose another model")
 
 
 def _tables(base: PreTrainedModel) -> set[int]:
