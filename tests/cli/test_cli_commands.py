@@ -446,6 +446,21 @@ def test_a_bucket_that_does_not_answer_is_status_4(service: PaperService, monkey
     assert result.stderr.startswith("error: s3://bucket/llama: could not be read: ")
 
 
+def test_a_hub_out_of_reach_is_status_4_at_once_and_one_line(service: PaperService) -> None:
+    """In a process of its own: the hub's library reads its variables when it is imported."""
+    manifest = write_manifest(job_document(model={"source": "hf://acme/tiny"}))
+    os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(service.folder / "hub")}
+    try:
+        process = start("plan", manifest)
+        began = time.monotonic()
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        del os.environ["HF_ENDPOINT"], os.environ["HF_HOME"]
+    assert process.returncode == ExitStatus.UNAVAILABLE
+    assert stderr == "error: hf://acme/tiny: the hub does not answer; try again later\n"
+    assert time.monotonic() - began < 20, "its library tries for 25 s"
+
+
 # --- steering -----------------------------------------------------------------------------------------------------
 
 

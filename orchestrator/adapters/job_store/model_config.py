@@ -6,10 +6,12 @@ only be read inside the cluster. Nothing but the config is fetched, and it is bo
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
 
 from orchestrator.api import package_data, trainable
 from orchestrator.api.contained_files import Contained, LinkRefused
@@ -21,6 +23,7 @@ from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, Perm
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 5
+HUB_SECONDS = 3.0
 READ_TIMEOUT_SECONDS = 15
 
 
@@ -104,6 +107,7 @@ def _from_hub(model: ModelSource) -> bytes:
         from huggingface_hub.errors import (
             EntryNotFoundError,
             GatedRepoError,
+            LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
@@ -113,16 +117,39 @@ def _from_hub(model: ModelSource) -> bytes:
         ) from error
     repository = model.source.removeprefix("hf://")
     try:
-        path = hf_hub_download(repository, CONFIG_NAME, revision=model.revision, etag_timeout=CONNECT_TIMEOUT_SECONDS)
+        path = hf_hub_download(
+            repository,
+            CONFIG_NAME,
+            revision=model.revision,
+            etag_timeout=CONNECT_TIMEOUT_SECONDS,
+            local_files_only=not _hub_listens(),
+        )
         return Path(path).read_bytes()[:MAX_CONFIG_BYTES]
     except GatedRepoError as error:
         raise PermanentError(
             f"{model.source}: access is gated; accept its terms on the hub and set HF_TOKEN"
         ) from error
+    except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
+        raise StoreUnavailable(f"{model.source}: the hub does not answer; try again later") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise _hub_not_found(model, error) from error
     except Exception as error:
         raise StoreUnavailable(f"{model.source}: the hub did not answer: {error}; try again later") from error
+
+
+def _hub_listens() -> bool:
+    """Whether the hub takes connections; its library would try for half a minute. Behind a proxy that is not known."""
+    from huggingface_hub.constants import ENDPOINT
+
+    address = urlsplit(ENDPOINT)
+    if getproxies().get(address.scheme):
+        return True
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=HUB_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def _hub_not_found(model: ModelSource, error: Exception) -> OrchestratorError:
