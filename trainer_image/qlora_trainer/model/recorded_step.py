@@ -139,11 +139,12 @@ class _AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *_ = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         grad = grads[0].contiguous()
+        copies = [part.contiguous() for part in kept]  # flash attention wants its output so, too
         found = tuple(torch.empty_like(part) for part in (query, key, value))
         ctx.note(Event(kind=ATTENTION))
-        del grad
+        del grad, copies
         return *found, None, None
 
 
