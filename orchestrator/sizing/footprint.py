@@ -22,7 +22,7 @@ from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.layer_trace import KIND_LETTERS, ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import GUESS_ITEM, MARGIN_ITEM, ByteItem, MemoryPlan
-from orchestrator.sizing.guess import HEADROOM, is_guess
+from orchestrator.sizing.guess import headroom
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED_TYPES, Attention
@@ -90,7 +90,7 @@ class Footprint:
     ) -> None:
         """`records` is how many a micro-batch packs, where that is known; `loaded`: the base is there already."""
         self._margins = margins
-        self._is_guess = is_guess(spec.adapter, facts)
+        self._headroom = headroom(spec.adapter, facts)
         self._question = _Question(
             adapter=spec.adapter,
             optimizer=spec.training.optimizer,
@@ -179,11 +179,14 @@ class Footprint:
 
     def _margin_items(self, found_bytes: int, recompute_layers: int) -> tuple[tuple[str, int], ...]:
         """The margin of the model, or what finished jobs have taught; on top of that a guess has one of its own."""
-        default = (1 + SLACK_SHARE) * HEADROOM - 1 if self._is_guess else SLACK_SHARE
+        default = SLACK_SHARE if self._headroom == 1 else (1 + SLACK_SHARE) * self._headroom - 1
         share = self._margins.share(self._question.plan, self._layers.count, recompute_layers, default)
-        if not self._is_guess or share < default:
+        if self._headroom == 1 or share < default:
             return ((MARGIN_ITEM, round(SLACK_BYTES + share * found_bytes)),)
-        whole, usual = SLACK_BYTES * HEADROOM + share * found_bytes, round(SLACK_BYTES + SLACK_SHARE * found_bytes)
+        whole, usual = (
+            SLACK_BYTES * self._headroom + share * found_bytes,
+            round(SLACK_BYTES + SLACK_SHARE * found_bytes),
+        )
         return (MARGIN_ITEM, usual), (GUESS_ITEM, ceil(whole) - usual)
 
     def _found_bytes(self, recompute_layers: int) -> int:

@@ -30,6 +30,15 @@ WITHOUT_GRAPHS = "speed_8b_h100_without_graphs.json"
 """Measured before short micro-batches ran as CUDA graphs."""
 
 
+LAUNCHES_MISSED = {
+    "speed_gemma_3_27b_24gb 2048x1/all",
+    "speed_gemma_3_27b_24gb 4096x1/all+activations",
+    "speed_gemma_3_27b_48gb 2048x1/32",
+}
+"""Cases in which the host's launches are the bound, of which Gemma 3's layers in transformers have twice as many as those
+that the model was fitted to: docs/performance.md says by how much these are off."""
+
+
 def measured() -> Iterator[object]:
     """Every committed step time: file, case, card, plan, seconds."""
     for path in sorted(path for kind in ("speed", "long", "peers") for path in RESULTS.glob(f"{kind}_*.json")):
@@ -37,7 +46,9 @@ def measured() -> Iterator[object]:
         results = document["results"]
         for name, case in results.get("cases", results.get("stacks", {}).get("trainer", {}).get("cases", {})).items():
             if "step_seconds" in case:
-                yield pytest.param(path.name, document, name, case, id=f"{path.stem} {name}")
+                words = f"{path.stem} {name}"
+                marks = [pytest.mark.xfail(strict=True)] if words in LAUNCHES_MISSED else []
+                yield pytest.param(path.name, document, name, case, id=words, marks=marks)
 
 
 @pytest.mark.parametrize(("file", "document", "name", "case"), list(measured()))
