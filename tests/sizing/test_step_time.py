@@ -35,8 +35,8 @@ LAUNCHES_MISSED = {
     "speed_gemma_3_27b_24gb 4096x1/all+activations",
     "speed_gemma_3_27b_48gb 2048x1/32",
 }
-"""Cases in which the host's launches are the bound, of which Gemma 3's layers in transformers have twice as many as those
-that the model was fitted to: docs/performance.md says by how much these are off."""
+"""Cases in which the host's launches are the bound, of which Gemma 3's layers in transformers have twice as many as
+those that the model was fitted to: docs/performance.md says by how much these are off."""
 
 
 def measured() -> Iterator[object]:
