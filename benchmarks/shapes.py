@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures import CONFIGS
+from benchmarks.architectures import config
 from tests.trainer.tiny_model import save_tokenizer
 
 LLAMA: dict[str, Any] = {
@@ -69,7 +69,7 @@ LLAMA_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
-    """A Hugging Face folder of one of the shapes above, or else of `CONFIGS`, whose weights the trainer draws."""
+    """A Hugging Face folder of one of the shapes above, or else of `benchmarks.architectures`, whose weights the trainer draws."""
     save_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config_of(shape)))
     (folder / "random_weights.json").write_text(json.dumps({"seed": seed}))
@@ -91,5 +91,5 @@ def write_texts(path: Path, *, records: int, words: int) -> Path:
 
 
 def config_of(shape: str) -> dict[str, Any]:
-    """The config.json of one of the shapes above, or else of `CONFIGS`."""
-    return {**LLAMA, **LLAMA_SHAPES[shape]} if shape in LLAMA_SHAPES else CONFIGS[shape]
+    """The config.json of one of the shapes above, or else of `benchmarks.architectures`."""
+    return {**LLAMA, **LLAMA_SHAPES[shape]} if shape in LLAMA_SHAPES else config(shape)

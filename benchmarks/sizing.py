@@ -237,7 +237,7 @@ def _case(*, rank: int, cap_gib: float = 0.0, recompute: int = 1024, sequence: i
 
 
 def _whole(model: str, *cases: Case, part: str = "whole") -> Group:
-    return Group(model=model, layers=CONFIGS[model]["num_hidden_layers"], cases=cases, part=part)
+    return Group(model=model, layers=config(model)["num_hidden_layers"], cases=cases, part=part)
 
 
 CAP_24, CAP_48 = 21.5, 44.0
@@ -252,6 +252,8 @@ WHOLE = (
     _whole("gemma-2-2b", _case(rank=16, cap_gib=CAP_24)),
     _whole("olmo-2-7b", _case(rank=16, cap_gib=CAP_24)),
     _whole("qwen3-30b-a3b", _case(rank=16, cap_gib=CAP_24)),
+    _whole("gpt-oss-20b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_24, sequence=1024)),
+    _whole("phi-3.5-moe-42b", _case(rank=16, cap_gib=CAP_48)),
     _whole("gemma-3-27b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_48, sequence=4096)),
 )
 LORA16 = (
@@ -454,9 +456,9 @@ class Job:
 
 
 def add_traces(rows: Path) -> None:
-    """Trace the layers of rows of `untabled`, and write that into the file."""
+    """Trace the layers of rows of types that no table knows, and write that into the file."""
     raw = [json.loads(line) for line in rows.read_text().splitlines()]
-    wanted = [each for each in raw if each["part"] == "untabled" and "separate" in each and "trace" not in each]
+    wanted = [each for each in raw if each["model"] in UNTABLED and "separate" in each and "trace" not in each]
     if not wanted:
         return
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=get_context("spawn")) as pool:
