@@ -69,7 +69,7 @@ LLAMA_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
-    """A Hugging Face folder of one of the shapes above, or else of `benchmarks.architectures`, whose weights the trainer draws."""
+    """A Hugging Face folder of a shape above or of `benchmarks.architectures`, whose weights the trainer draws."""
     save_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config_of(shape)))
     (folder / "random_weights.json").write_text(json.dumps({"seed": seed}))

@@ -30,13 +30,14 @@ WITHOUT_GRAPHS = "speed_8b_h100_without_graphs.json"
 """Measured before short micro-batches ran as CUDA graphs."""
 
 
-LAUNCHES_MISSED = {
+OFF_BY_MORE = {
     "speed_gemma_3_27b_24gb 2048x1/all",
     "speed_gemma_3_27b_24gb 4096x1/all+activations",
     "speed_gemma_3_27b_48gb 2048x1/32",
+    "speed_gpt_oss_20b_24gb 2048x1/all",
 }
-"""Cases in which the host's launches are the bound, of which Gemma 3's layers in transformers have twice as many as
-those that the model was fitted to: docs/performance.md says by how much these are off."""
+"""Layers in transformers with twice the launches of those that the model was fitted to, where these are the bound; and
+attention that writes its scores out. docs/performance.md says by how much."""
 
 
 def measured() -> Iterator[object]:
@@ -47,7 +48,7 @@ def measured() -> Iterator[object]:
         for name, case in results.get("cases", results.get("stacks", {}).get("trainer", {}).get("cases", {})).items():
             if "step_seconds" in case:
                 words = f"{path.stem} {name}"
-                marks = [pytest.mark.xfail(strict=True)] if words in LAUNCHES_MISSED else []
+                marks = [pytest.mark.xfail(strict=True)] if words in OFF_BY_MORE else []
                 yield pytest.param(path.name, document, name, case, id=words, marks=marks)
 
 
