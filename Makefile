@@ -75,7 +75,7 @@ test-core: $(VENV)/.synced ## The pure packages' tests, contract, sizing and cor
 test-strangers: $(VENV)/.synced ## What strangers send: poison objects, words, memory, a seeded fuzz (QLORA_FUZZ=100000 for a long one)
 	$(BIN)/python -m pytest -q tests/strangers
 
-nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its longest: fuzz, poison, memory, bad days, scale, documents (hours; FUZZ_SECONDS)
+nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris $(MODEL)/model.safetensors ## Every switch at its longest: fuzz, poison, memory, bad days, scale, documents (hours; FUZZ_SECONDS)
 	QLORA_FUZZ=100000 $(BIN)/python -m pytest -q --timeout=14400 tests/strangers/test_fuzz.py
 	QLORA_FUZZ=10000 QLORA_POISON=10000 QLORA_MEMORY_JOBS=10000 $(BIN)/python -m pytest -q --timeout=14400 \
 	  --ignore=tests/strangers/test_fuzz.py tests/strangers
@@ -85,6 +85,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris ## Every switch at its lon
 	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py
 	OMP_NUM_THREADS=1 QLORA_FUZZ_MODELS=500 QLORA_FUZZ_PLANS=400 QLORA_ALL_TYPES=1 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py
+	QLORA_TEST_MODEL=$(MODEL) QLORA_BASE_FORMS=all $(BIN)/python -m pytest -q tests/e2e/test_main_job.py
 	$(MAKE) --no-print-directory test-kills QLORA_KILLS=10
 	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1
 	$(MAKE) --no-print-directory test-docs QLORA_DOCUMENTS=all
