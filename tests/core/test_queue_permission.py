@@ -150,8 +150,14 @@ def is_allowed(job: QLoRAJob, rules: dict[str, tuple[tuple[str, ...], int | None
     """By the words of the documentation, and not by the code."""
     if job.spec.queue not in rules:
         return True
-    namespaces, bound, _ = rules[job.spec.queue]
-    return job.metadata.namespace in (namespaces or NAMESPACES) and (bound is None or job.spec.priority <= bound)
+    _, bound, _ = rules[job.spec.queue]
+    return is_open(job, rules) and (bound is None or job.spec.priority <= bound)
+
+
+def is_open(job: QLoRAJob, rules: dict[str, tuple[tuple[str, ...], int | None, int | None]]) -> bool:
+    """Whether GPU time that the job has had is its queue's, however high its priority is by now."""
+    namespaces, _, _ = rules[job.spec.queue]
+    return job.metadata.namespace in (namespaces or NAMESPACES)
 
 
 @given(drawn=JOBS, rules=QUEUES, cards=st.integers(0, 4))
@@ -163,7 +169,13 @@ def test_who_may_not_use_a_queue_changes_nothing_for_anybody_else(
         make_queue(name, {} if quota is None else {"24Gi": quota}, namespaces=namespaces, max_priority=bound)
         for name, (namespaces, bound, quota) in rules.items()
     )
-    waits = [j for j in jobs if j.status.active_attempt is None and not is_allowed(j, rules)]
+    waits = [
+        j
+        for j in jobs
+        if j.status.active_attempt is None
+        and not is_allowed(j, rules)
+        and not (j.status.gpu_seconds and is_open(j, rules))
+    ]
     with_them = world(*jobs, queues=queues, cards=cards)
     without = world(*(job for job in jobs if job not in waits), queues=queues, cards=cards)
     theirs = {job.key for job in waits}
