@@ -17,62 +17,33 @@ import time
 import tracemalloc
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from statistics import median
 
 from benchmarks.report import argument_parser, emit
-from orchestrator.api.job import (
-    AdapterSpec,
-    Attempt,
-    CheckpointStatus,
-    DatasetSource,
-    MlflowStatus,
-    ModelSource,
-    ObjectMeta,
-    QLoRAJob,
-    QLoRAJobSpec,
-    QLoRAJobStatus,
-    ResourcesSpec,
-    TrainingSpec,
-)
-from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, Quota
-from orchestrator.api.results import PrepareResult, ProgressReport
+from orchestrator.api.job import CheckpointStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue
 from orchestrator.core.commands import Command, WriteStatus
 from orchestrator.core.decide import decide
-from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
+from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.hardware import gpu_class
+from tests.builders import (
+    LLAMA_3_8B,
+    NOW,
+    after,
+    make_attempt,
+    make_job,
+    make_queue,
+    prepared_status,
+    progress,
+    stage,
+)
 
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CLASSES = ("24Gi", "48Gi", "80Gi", "141Gi")
 QUEUES, COHORTS = 50, 10
 RANKS = (8, 16, 32, 64)
+STAGE = "uid"
+"""Of every stage, which nothing is told apart by here."""
 MIB = 1 << 20
-FACTS = ModelFacts(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128_256,
-    tied_embeddings=False,
-    revision="main",
-)
-PREPARED = PrepareResult(
-    digest="sha256:" + "0" * 64,
-    uri="file:///store/prepared",
-    model=FACTS,
-    train_records=412,
-    train_sequences=57,
-    train_tokens=100_000,
-    supervised_tokens=60_000,
-    eval_records=0,
-    eval_sequences=0,
-    steps=120,
-)
 
 
 def main() -> None:
@@ -125,7 +96,7 @@ def busy_world(waiting: int) -> Snapshot:
         now=NOW,
         jobs=(*jobs, *trains),
         queues=queues,
-        stages={fact.key: fact for fact in map(_stage, trains)},
+        stages={fact.key: fact for fact in (stage(job, stage_uid=STAGE, progress=progress(1)) for job in trains)},
         gpu_classes=tuple(gpu_class(name, each) for name in CLASSES),
         policy=Policy(store_uri="file:///store", words_limit=waiting),
     )
@@ -134,62 +105,34 @@ def busy_world(waiting: int) -> Snapshot:
 def _queue(number: int, each: int) -> QLoRAQueue:
     """Odd queues have a third of what they would need, even ones more than their jobs hold."""
     nominal = each // QUEUES if number % 2 else each // QUEUES + 1
-    quotas = tuple(Quota(gpu_class=name, nominal=nominal) for name in CLASSES)
-    spec = QLoRAQueueSpec(cohort=f"cohort-{number % COHORTS}", quotas=quotas, weight=1 + number % 3)
-    return QLoRAQueue(metadata=ObjectMeta(name=f"queue-{number}"), spec=spec)
+    cohort = f"cohort-{number % COHORTS}"
+    return make_queue(f"queue-{number}", dict.fromkeys(CLASSES, nominal), cohort=cohort, weight=1 + number % 3)
 
 
-def _spec(seeded: random.Random) -> QLoRAJobSpec:
-    return QLoRAJobSpec(
-        model=ModelSource(source="file:///store/model"),
-        dataset=DatasetSource(source="file:///store/data.jsonl"),
-        adapter=AdapterSpec(rank=seeded.choice(RANKS)),
-        training=TrainingSpec(sequence_length=seeded.choice((512, 1024, 2048))),
-        resources=ResourcesSpec(vram=seeded.choice(("auto", "48Gi"))),
+def _job(name: str, status: QLoRAJobStatus, seeded: random.Random) -> QLoRAJob:
+    return make_job(
+        name,
+        status=status,
+        age_seconds=seeded.uniform(0, 86_400),
+        rank=seeded.choice(RANKS),
+        sequence_length=seeded.choice((512, 1024, 2048)),
+        packing=True,
+        vram=seeded.choice(("auto", "48Gi")),
         queue=f"queue-{seeded.randrange(QUEUES)}",
         priority=seeded.choice((0, 0, 0, 10, 100)),
     )
 
 
-def _metadata(name: str, seeded: random.Random) -> ObjectMeta:
-    created = NOW - timedelta(seconds=seeded.uniform(0, 86_400))
-    return ObjectMeta(name=name, uid=f"uid-{name}", resource_version="1", creation_timestamp=created, generation=1)
-
-
 def _waiting(number: int, seeded: random.Random) -> QLoRAJob:
-    status = QLoRAJobStatus(prepared=PREPARED, mlflow=MlflowStatus(run_id="run"), attempts_total=1)
-    return QLoRAJob(metadata=_metadata(f"waiting-{number}", seeded), spec=_spec(seeded), status=status)
+    return _job(f"waiting-{number}", prepared_status(LLAMA_3_8B), seeded)
 
 
 def _running(number: int, name: str, seeded: random.Random) -> QLoRAJob:
-    began = NOW - timedelta(seconds=seeded.uniform(1_000, 40_000))
-    attempt = Attempt(
-        stage="train", number=2, gpu_class=name, created_time=began, start_time=began, seen_time=began, stage_uid="uid"
-    )
-    status = QLoRAJobStatus(
-        prepared=PREPARED,
-        mlflow=MlflowStatus(run_id="run"),
-        attempts=(attempt,),
-        attempts_total=2,
-        checkpoint=CheckpointStatus(
-            step=1, uri="file:///store/c", time=NOW - timedelta(seconds=seeded.uniform(0, 900))
-        ),
-    )
-    return QLoRAJob(metadata=_metadata(f"running-{number}", seeded), spec=_spec(seeded), status=status)
-
-
-def _stage(job: QLoRAJob) -> StageFact:
-    attempt = job.status.active_attempt
-    assert attempt is not None, "made with one"
-    return StageFact(
-        namespace=job.metadata.namespace,
-        name=job.stage_name(attempt),
-        phase=StagePhase.RUNNING,
-        uid=job.metadata.uid,
-        stage_uid="uid",
-        start_time=attempt.start_time,
-        progress=ProgressReport(stage="train", step=1, steps=120, time=NOW),
-    )
+    began = after(-seeded.uniform(1_000, 40_000))
+    attempt = make_attempt(gpu_class=name, created_time=began, start_time=began, seen_time=began, stage_uid=STAGE)
+    checkpoint = CheckpointStatus(step=1, uri="file:///store/c", time=after(-seeded.uniform(0, 900)))
+    status = prepared_status(LLAMA_3_8B, attempts=(attempt,), attempts_total=2, checkpoint=checkpoint)
+    return _job(f"running-{number}", status, seeded)
 
 
 def settled(world: Snapshot) -> Snapshot:
@@ -212,10 +155,9 @@ def stored(world: Snapshot, commands: Iterable[Command]) -> Snapshot:
 
 def at(world: Snapshot, seconds: int) -> Snapshot:
     """The world so many seconds later, in which every running job has got a step further."""
-    now = NOW + timedelta(seconds=seconds)
-    report = ProgressReport(stage="train", step=1 + seconds, steps=120, time=now)
+    report = progress(1 + seconds, age_seconds=-seconds)
     stages = {key: replace(fact, progress=report) for key, fact in world.stages.items()}
-    return replace(world, now=now, stages=stages)
+    return replace(world, now=after(seconds), stages=stages)
 
 
 if __name__ == "__main__":
