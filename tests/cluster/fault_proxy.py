@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import urllib3
+
+from tests.servers import Server, serving
 
 WATCH_PIECE_BYTES = 1 << 16
 KEPT_HEADERS = ("authorization", "content-type", "accept", "user-agent")
@@ -59,26 +61,11 @@ class Proxy:
 @contextmanager
 def fault_proxy(upstream: str, faults: Faults | None = None, seed: int = 0) -> Generator[Proxy]:
     """A proxy on a free port, until the context ends."""
-    server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server = Server(BaseHTTPRequestHandler)
     proxy = Proxy(url=f"http://127.0.0.1:{server.server_port}", faults=faults or Faults())
     server.RequestHandlerClass = _handler(upstream, proxy, random.Random(seed))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(server):
         yield proxy
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-class _Server(ThreadingHTTPServer):
-    """Clients of tests are killed in the middle of everything; that is no error here."""
-
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing."""
 
 
 def _handler(upstream: str, proxy: Proxy, chance: random.Random) -> type[BaseHTTPRequestHandler]:

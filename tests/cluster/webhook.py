@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import ssl
-import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.errors import NotFound
+from tests.servers import Server, serving
 
 REGISTRATION = "admissionregistration.k8s.io/v1"
 WEBHOOKS = path_of(REGISTRATION, "validatingwebhookconfigurations")
@@ -61,20 +61,13 @@ class WebhookServer:
 @contextmanager
 def webhook_server(folder: Path) -> Generator[WebhookServer]:
     """A server on a free port, until the context ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
+    server = Server(_Handler)
     certificate, pair = _certificate(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(server):
         yield WebhookServer(url=f"https://127.0.0.1:{server.server_port}", certificate=certificate)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,9 +13,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
+
+from tests.servers import Server, serving
 
 LAYOUT_FOLDER = "images"
 REFERENCE = "org.opencontainers.image.ref.name"
@@ -74,13 +75,6 @@ class ImageHandler(BaseHTTPRequestHandler):
 @contextmanager
 def serve_images(cache: Path, address: str, port: int) -> Generator[int]:
     """Serve the cache's images; gives the port (0 asks for a free one)."""
-    server = ThreadingHTTPServer((address, port), partial(ImageHandler, layout=cache / LAYOUT_FOLDER))
-    server.daemon_threads = True
-    thread = Thread(target=server.serve_forever, name="registry", daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    handler = partial(ImageHandler, layout=cache / LAYOUT_FOLDER)
+    with serving(Server(handler, (address, port))) as server:
+        yield server.server_port

@@ -12,11 +12,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
 import pytest
 from qlora_trainer.storage import backoff
+
+from tests.servers import Server, serving
 
 PIECE_BYTES = 1 << 16
 HOP_HEADERS = ("connection", "transfer-encoding", "keep-alive")
@@ -90,24 +92,11 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def fault_link(host: str, port: int) -> Generator[Link]:
     """A line to the server at host and port, until the context ends."""
-    server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server = Server(BaseHTTPRequestHandler)
     link = Link(url=f"http://127.0.0.1:{server.server_port}")
     server.RequestHandlerClass = _handler(host, port, link)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serving(server):
         yield link
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are no error here."""
 
 
 def _handler(host: str, port: int, link: Link) -> type[BaseHTTPRequestHandler]:

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,8 @@ import pytest
 from fake_hub import Repository, serve
 from qlora_trainer.data.hub_files import Wanted, files_of_split
 from qlora_trainer.outcome import UserError
+
+from tests.servers import Server, serving
 
 CANARY = "CANARY-77aa01"
 ASK = """
@@ -101,15 +102,8 @@ def outside(folder: Path) -> Generator[Outside]:
         def log_message(self, format: str, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Server(Handler)) as server:
         yield Outside(folder, f"http://127.0.0.1:{server.server_port}", asked)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 HOSTILE = {
