@@ -66,12 +66,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """A table of left-aligned columns, whose last may be long."""
+    """A table whose last column may be long."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     optional: Sequence[str] = ()
     """Columns that are left out one after the other while there is too little room for the last one."""
+    right: Sequence[str] = ()
+    """Columns that are aligned at their right; not the last one."""
     wraps: bool = False
     """Whether the last column goes on below instead of being cut."""
 
@@ -81,8 +83,12 @@ class Columns:
         widths = narrow._widths()
         room = None if width is None else width - sum(widths[:-1]) - len(GAP) * (len(widths) - 1)
         head = [Cell(text=name, style="label") for name in narrow.header]
+        right = [name in narrow.right for name in narrow.header]
         for row in (head, *narrow.rows):
-            yield from _lines(row, widths, room, width, wraps=self.wraps)
+            fixed = Text()
+            for cell, cells, at_right in zip(row[:-1], widths, right, strict=False):
+                fixed.append(_sized(_flat(cell.text), cells, at_right) + GAP, style=cell.style)
+            yield from _lines(fixed, row[-1], room, width, wraps=self.wraps)
 
     def _for(self, width: int) -> Columns:
         """This table, or one of fewer columns that leaves the last one some room."""
@@ -132,18 +138,18 @@ def wrapped(text: str, cells: int) -> list[str]:
     return [line.plain.rstrip() for line in lines] or [""]
 
 
-def _lines(
-    row: Sequence[Cell], widths: Sequence[int], room: int | None, width: int | None, *, wraps: bool
-) -> Iterator[Text]:
-    *fixed, last = row
-    line, text = Text(), _flat(last.text)
-    for cell, cells in zip(fixed, widths, strict=False):
-        line.append(set_cell_size(_flat(cell.text), cells) + GAP, style=cell.style)
+def _sized(text: str, cells: int, at_right: bool) -> str:
+    return " " * (cells - cell_len(text)) + text if at_right else set_cell_size(text, cells)
+
+
+def _lines(line: Text, last: Cell, room: int | None, width: int | None, *, wraps: bool) -> Iterator[Text]:
+    """A row: what stands before the last cell, and the last cell, beside it or below."""
+    text = _flat(last.text)
     if room is None or width is None:
         yield _ended(line.append(text, style=last.style))
     elif not wraps:
         yield _ended(line.append(text, style=last.style), width)
-    elif room >= min(MIN_LAST_CELLS, widths[-1]):
+    elif room >= MIN_LAST_CELLS or room >= cell_len(text):
         under = Text(" " * line.cell_len)
         for number, part in enumerate(wrapped(text, room)):
             yield _ended((under.copy() if number else line).append(part, style=last.style), width)

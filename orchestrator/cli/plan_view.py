@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate, MemoryPlan
-from orchestrator.cli.output import print_fields
+from orchestrator.cli.output import Cell, Columns, print_columns, print_fields
+from orchestrator.sdk.data_count import DataCount
 from orchestrator.sdk.planning import Alternative, JobPlan
 from orchestrator.sdk.words import NOTHING, dollars, duration, gib, step_time
 from orchestrator.sizing.hardware import CPU_CLASS
@@ -30,7 +30,7 @@ def show_plan(console: Console, plan: JobPlan) -> None:
         for line in _item_lines(plan.chosen, console):
             console.print(line, no_wrap=True, overflow="ignore", crop=False)
         console.print()
-        print_fields(console, _choice_fields(plan.chosen), LABEL_CELLS)
+        print_fields(console, _choice_fields(plan.chosen, plan.data), LABEL_CELLS)
     if plan.guess is not None:
         console.print()
         console.print(Text.assemble(("a guess  ", "busy"), plan.guess))
@@ -45,7 +45,7 @@ def show_plan(console: Console, plan: JobPlan) -> None:
         told = "which GPUs are here is not this account's to read: every class is shown as if it were here"
         console.print(Text.assemble(("not seen  ", "busy"), told))
         console.print()
-    console.print(_alternatives(plan.alternatives))
+    print_columns(console, _alternatives(plan.alternatives), indent="  ")
 
 
 def bar(share: float, cells: int = BAR_CELLS, *, unicode: bool = True) -> str:
@@ -92,21 +92,29 @@ def _item_lines(estimate: Estimate, console: Console) -> Iterator[Text]:
         )
 
 
-def _choice_fields(estimate: Estimate) -> Iterator[tuple[str, str]]:
-    """Class, plan and length."""
+def _choice_fields(estimate: Estimate, data: DataCount | None) -> Iterator[tuple[str, str]]:
+    """Class, plan, data and length."""
     free = estimate.usable_bytes - estimate.peak_bytes
     yield "GPU class", f"{_class_words(estimate)}, {gib(free)} to spare"
     yield "plan", plan_words(estimate.plan)
-    yield "length", length_words(estimate)
+    if data is not None:
+        yield "data", _data_words(data)
+    yield "length", length_words(estimate, about=data is not None and not data.exact)
+
+
+def _data_words(data: DataCount) -> str:
+    counts = f"{data.records} records to train on in {data.sequences} sequences"
+    return counts if data.exact else f"about {counts}, estimated from bytes; prepare counts tokens"
 
 
 def _class_words(estimate: Estimate) -> str:
     return "cpu: no GPU is here, so it trains on the CPU" if estimate.gpu_class == CPU_CLASS else estimate.gpu_class
 
 
-def length_words(estimate: Estimate) -> str:
+def length_words(estimate: Estimate, *, about: bool = False) -> str:
     """How long the steps take, on which card, and what they cost."""
-    words = [f"{estimate.steps} steps" if estimate.steps else "steps are counted by prepare"]
+    steps = f"{'about ' if about else ''}{estimate.steps} steps"
+    words = [steps if estimate.steps else "steps are counted by prepare"]
     if estimate.step_seconds is not None:
         words.append(f"{step_time(estimate.step_seconds)} each on {estimate.card}")
     if estimate.seconds is not None:
@@ -116,28 +124,27 @@ def length_words(estimate: Estimate) -> str:
     return ", ".join(words)
 
 
-def _alternatives(alternatives: tuple[Alternative, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="label", collapse_padding=True)
-    table.add_column("  CLASS")
-    for name in ("HERE", "PEAK", "BATCH", "RECOMP.", "TIME", "PRICE"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("WHY", overflow="fold")
-    for alternative in alternatives:
-        estimate = alternative.estimate
-        chosen = alternative.remark == "chosen"
-        style = "good" if chosen else "quiet" if alternative.capacity == 0 else ""
-        table.add_row(
-            f"  {alternative.gpu_class}",
-            str(alternative.capacity) if alternative.capacity is not None else NOTHING,
-            gib(estimate.peak_bytes) if estimate is not None else NOTHING,
-            str(estimate.plan.micro_batch_size) if estimate is not None else NOTHING,
-            str(estimate.plan.recompute_layers) if estimate is not None else NOTHING,
-            _time(estimate) if estimate is not None else NOTHING,
-            dollars(estimate.dollars) if estimate is not None else NOTHING,
-            alternative.remark,
-            style=style,
-        )
-    return table
+def _alternatives(alternatives: tuple[Alternative, ...]) -> Columns:
+    numbers = ("HERE", "PEAK", "BATCH", "RECOMP.", "TIME", "PRICE")
+    rows = [_alternative_row(alternative) for alternative in alternatives]
+    return Columns(header=("CLASS", *numbers, "WHY"), rows=rows, right=numbers, optional=("RECOMP.",), wraps=True)
+
+
+def _alternative_row(alternative: Alternative) -> list[Cell]:
+    estimate = alternative.estimate
+    chosen = alternative.remark == "chosen"
+    style = "good" if chosen else "quiet" if alternative.capacity == 0 else ""
+    texts = (
+        alternative.gpu_class,
+        str(alternative.capacity) if alternative.capacity is not None else NOTHING,
+        gib(estimate.peak_bytes) if estimate is not None else NOTHING,
+        str(estimate.plan.micro_batch_size) if estimate is not None else NOTHING,
+        str(estimate.plan.recompute_layers) if estimate is not None else NOTHING,
+        _time(estimate) if estimate is not None else NOTHING,
+        dollars(estimate.dollars) if estimate is not None else NOTHING,
+        alternative.remark,
+    )
+    return [Cell(text=text, style=style) for text in texts]
 
 
 def _time(estimate: Estimate) -> str:

@@ -27,6 +27,7 @@ from orchestrator.core.scheduling.ordering import permission_refusal, queue_spec
 from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
 from orchestrator.sdk import first_job
 from orchestrator.sdk.connection import Connection, connect, read_settings
+from orchestrator.sdk.data_count import count_data
 from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.notebook import JobList, jobs_html
@@ -111,7 +112,8 @@ class Client:
         return checked
 
     def plan(self, job: JobLike) -> JobPlan:
-        """What the job would take and where it would run; reads the model's config and changes nothing.
+        """What the job would take and where it would run; reads the model's config and a local data file's records,
+        and changes nothing.
 
         >>> client.plan("notes.yaml").chosen.gpu_class
         '24Gi'
@@ -126,7 +128,7 @@ class Client:
             classes = self.connection.gpu_classes()
         except Forbidden:
             classes = None
-        return plan_job(checked, facts, classes, known)
+        return plan_job(checked, facts, classes, known, count_data(checked.spec))
 
     def records(self, job: JobLike, count: int = 3) -> ShownRecords:
         """The first training records with their masks, read on this machine as prepare would; changes nothing."""

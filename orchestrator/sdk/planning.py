@@ -11,12 +11,15 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.optimizer_steps import steps_warning
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Refusal
+from orchestrator.sdk.data_count import DataCount
 from orchestrator.sizing import hardware, plan_search
 from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
+from orchestrator.sizing.step_time import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,8 @@ class JobPlan:
     """Why the bytes are a guess, and how far such guesses were off; absent where they are none."""
     unseen: bool = False
     """Whether the account may not read which GPUs are here, so that nothing is said of that."""
+    data: DataCount | None = None
+    """What the job's data file gives; absent where it is not on this machine."""
     notes: tuple[str, ...] = ()
     """What else to know: what prepare may refuse, and what the times do not tell."""
 
@@ -73,6 +78,8 @@ class JobPlan:
             wire["guess"] = self.guess
         if self.unseen:
             wire["unseen"] = True
+        if self.data is not None:
+            wire["data"] = self.data.to_wire()
         if self.notes:
             wire["notes"] = list(self.notes)
         return {**wire, "alternatives": [alternative.to_wire() for alternative in self.alternatives]}
@@ -89,25 +96,30 @@ class Known:
 
 
 def plan_job(
-    job: QLoRAJob, facts: ModelFacts, classes: Sequence[GpuClass] | None, known: Known | None = None
+    job: QLoRAJob,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass] | None,
+    known: Known | None = None,
+    data: DataCount | None = None,
 ) -> JobPlan:
     """The choice among the classes that exist, beside what every other class would mean.
 
-    None: which classes exist may not be read, and the choice is among all.
+    No classes but None: which classes exist may not be read, and the choice is among all.
     """
     unseen = classes is None
     classes = [hardware.gpu_class(name, 1) for name in hardware.CLASS_NAMES] if classes is None else classes
     known = known or Known()
     prices, margins = known.prices, known.margins.get((job.metadata.namespace, facts.architecture), DEFAULT)
     classes = hardware.priced(classes, prices)
-    choice = plan_search.choose_class(job.spec, facts, classes, margins=margins)
+    work = data.work() if data is not None else None
+    choice = plan_search.choose_class(job.spec, facts, classes, work=work, margins=margins)
     chosen = choice if isinstance(choice, Estimate) else None
     present = {gpu_class.name for gpu_class in classes}
     absent = hardware.priced(
         (hardware.gpu_class(name, 0) for name in hardware.CLASS_NAMES if name not in present), prices
     )
     every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
-    alternatives = tuple(_alternative(job.spec, facts, gpu_class, chosen, margins) for gpu_class in every)
+    alternatives = tuple(_alternative(job.spec, facts, gpu_class, chosen, work, margins) for gpu_class in every)
     return JobPlan(
         job=job.key,
         facts=facts,
@@ -116,8 +128,17 @@ def plan_job(
         guess=guess_words(job.spec.adapter, facts),
         alternatives=tuple(replace(each, capacity=None) for each in alternatives) if unseen else alternatives,
         unseen=unseen,
-        notes=(*_notes(job.spec, facts), *_better(chosen, every, alternatives)),
+        data=data,
+        notes=(*_few_steps(job.spec, data), *_notes(job.spec, facts, data), *_better(chosen, every, alternatives)),
     )
+
+
+def _few_steps(spec: QLoRAJobSpec, data: DataCount | None) -> Iterator[str]:
+    """Prepare's own warning of few optimizer steps, where they are known."""
+    if data is not None:
+        yield from steps_warning(data.steps, data.sequences, spec.training)
+    elif spec.training.max_steps is not None:
+        yield from steps_warning(spec.training.max_steps, 0, spec.training)
 
 
 def _better(chosen: Estimate | None, every: Sequence[GpuClass], alternatives: Sequence[Alternative]) -> Iterator[str]:
@@ -151,12 +172,16 @@ def _dollars_a_step(estimate: Estimate, gpu_class: GpuClass) -> float | None:
     return estimate.step_seconds * gpu_class.dollars_per_hour / 3600
 
 
-def _notes(spec: QLoRAJobSpec, facts: ModelFacts) -> Iterator[str]:
+def _notes(spec: QLoRAJobSpec, facts: ModelFacts, data: DataCount | None) -> Iterator[str]:
     if facts.record_by_record:
         yield (
-            f"record by record: records of a {facts.model_type} model are computed one at a time, not in packed rows; "
-            f"the times are for records of {spec.training.sequence_length} tokens until prepare has counted them, and "
-            "shorter ones take longer"
+            f"record by record: records of a {facts.model_type} model are computed one at a time, not in packed rows"
+            + (
+                f"; the times are for records of {spec.training.sequence_length} tokens until prepare has counted "
+                "them, and shorter ones take longer"
+                if data is None
+                else ""
+            )
         )
     if facts.context_length is not None and spec.training.sequence_length > facts.context_length:
         yield (
@@ -179,9 +204,14 @@ def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | N
 
 
 def _alternative(
-    spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, chosen: Estimate | None, margins: Margins
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    gpu_class: GpuClass,
+    chosen: Estimate | None,
+    work: Work | None,
+    margins: Margins,
 ) -> Alternative:
-    choice = plan_search.choose_class(spec, facts, (gpu_class,), margins=margins)
+    choice = plan_search.choose_class(spec, facts, (gpu_class,), work=work, margins=margins)
     estimate = choice if isinstance(choice, Estimate) else None
     if estimate is not None and chosen is not None and estimate.gpu_class == chosen.gpu_class:
         remark = "chosen"

@@ -8,6 +8,7 @@ QLORA_WRITE_SCREENS=1 python -m pytest tests/cli/test_screens.py      writes the
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from collections.abc import Callable
@@ -81,11 +82,13 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PaperService:
     return service_that_is_up(tmp_path, monkeypatch)
 
 
-def plan_on(classes: tuple[GpuClass, ...], **spec: object) -> Draw:
-    """`qlora plan` of a job where these classes are."""
+def plan_on(classes: tuple[GpuClass, ...], *, records: int = 0, **spec: object) -> Draw:
+    """`qlora plan` of a job of so many records where these classes are."""
+    said = [{"role": role, "content": "What lowers a fever? " * 40} for role in ("user", "assistant")]
 
     def draw(service: PaperService, console: Console) -> None:
         service.classes = classes
+        (service.folder / "train.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * records)
         settings = service.settings.model_copy(update={"gpu_prices": "24Gi=0.5,48Gi=0.8"})
         show_plan(console, Client(settings, connection=service.connection).plan(job_document(**spec)))
 
@@ -223,8 +226,9 @@ def explained(job: QLoRAJob, *others: QLoRAJob, queues: tuple[QLoRAQueue, ...] =
 
 
 DRAWN: dict[str, Draw] = {
-    "plan": plan_on(GPUS),
-    "plan-long": plan_on(GPUS, training={"sequenceLength": 32768}),
+    "plan": plan_on(GPUS, records=200),
+    "plan-few": plan_on(GPUS, records=60, dataset={"source": "file://./train.jsonl", "evalFraction": "0.1"}),
+    "plan-long": plan_on(GPUS, records=20_000, training={"sequenceLength": 32768}),
     "plan-cpu": plan_on(CPU),
     "get": listed(),
     "get-wide": listed(wide=True, namespaces=True),

@@ -24,12 +24,12 @@ from pyarrow import parquet
 from qlora_trainer.data.dataset import Split, arrange, read_dataset, write_rows
 from qlora_trainer.data.encoding import EncodedRecord, Encoder
 from qlora_trainer.data.formats import read_sample
-from qlora_trainer.data.packing import pack
 from qlora_trainer.data.reader import Records
 from qlora_trainer.outcome import UserError
 from tiny_model import BOS, EOS, TURN_START, TokenizerKind, save_tokenizer
 
 from orchestrator.api.job import DatasetSource, TrainingSpec
+from orchestrator.api.packing import pack
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "medical-es"
 KINDS: tuple[TokenizerKind, ...] = ("byte-level", "byte-fallback")

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlora_trainer.data import reader
-from qlora_trainer.data.packing import pack
 from qlora_trainer.data.reader import BadRecord, Record, Records
-from qlora_trainer.data.report import optimizer_steps
 from qlora_trainer.outcome import UserError
-from qlora_trainer.prepare import FEWEST_ROWS
 
 from orchestrator.api.job import TrainingSpec
+from orchestrator.api.optimizer_steps import optimizer_steps
+from orchestrator.api.packing import FEWEST_ROWS, pack
 
 
 def read(path: Path) -> Iterator[Record | BadRecord]:

@@ -1,4 +1,4 @@
-"""A plan is never clean for a model that prepare refuses for its config or its files: both look at the same folders."""
+"""A plan and prepare agree: on models that are refused for their config or files, and on the steps that data gives."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qlora_trainer.data.dataset import arrange, read_dataset
+from qlora_trainer.data.reader import Records
 from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.source import describe_model, load_tokenizer, read_facts
 from qlora_trainer.outcome import UserError
 
 from benchmarks import models
 from orchestrator.adapters.job_store import model_config
-from orchestrator.api.job import AdapterSpec, ModelSource
+from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.optimizer_steps import optimizer_steps
+from orchestrator.api.packing import FEWEST_ROWS
 from orchestrator.errors import InvalidObject, OrchestratorError
+from orchestrator.sdk.data_count import count_data
 from orchestrator.sdk.preflight import check_planned_model
-from tests.trainer.tiny_model import tiny_model
+from tests.trainer.tiny_model import save_tokenizer, tiny_model
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 1048576\n"
 
@@ -154,6 +159,56 @@ def test_plan_and_prepare_have_one_verdict_where_config_json_says_enough(
     in_prepare = refusal(lambda: prepared(source, adapter))
     in_plan = refusal(lambda: model_config.read_facts(ModelSource(source=source), adapter))
     assert (in_plan is None) == (in_prepare is None), (fields, adapter.target_modules, in_plan, in_prepare)
+
+
+TALK = ("ja ", "Where does it hurt? ", "gripe ", "¿Qué es la fiebre? ", "発熱とは何ですか。", "0x1f9a 77 ")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("form", ["messages", "prompt-completion", "text"])
+def test_a_count_that_is_called_exact_is_prepares_and_others_are_near(
+    form: Any, kind: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Over data and settings of all kinds, with tokenizers of 512 tokens, which need more for a text than others."""
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path / "tokenizer", kind=kind), "tokenizer", None)
+    draw = random.Random(f"{form} {kind}")
+    exact, count = 0, PLANS // 2
+    for number in range(count):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(f"{json.dumps(told(form, draw))}\n" for _ in range(draw.choice((3, 40, 150, 500)))))
+        training = TrainingSpec(
+            packing=draw.random() < 0.8,
+            sequence_length=draw.choice((512, 2048)),
+            global_batch_size=draw.choice((4, 16)),
+            epochs=draw.choice(("1", "2.5", "3")),
+            seed=number,
+        )
+        dataset = DatasetSource(
+            source=f"file://{path}",
+            format=form,
+            eval_fraction=draw.choice(("0", "0.1")),
+            too_long=draw.choice(("truncate", "drop", "truncate")),
+        )
+        counted = count_data(QLoRAJobSpec(model=ModelSource(source="file:///m"), dataset=dataset, training=training))
+        records = Records(dataset.source, split="train", scratch=tmp_path, field="spec.dataset.source")
+        train = read_dataset(records, tokenizer, dataset, training).train
+        sequences = len(arrange(train, training, fewest_rows=FEWEST_ROWS))
+        assert counted is not None
+        if counted.exact:
+            exact += 1
+            assert (counted.records, counted.sequences) == (train.samples, sequences), (training, dataset)
+            assert counted.steps == optimizer_steps(training, sequences)
+        assert 1 / 4 < counted.sequences / sequences < 4
+    assert count // 8 < exact < count
+
+
+def told(form: str, draw: random.Random) -> dict[str, Any]:
+    """A record of some hundred characters."""
+    question, answer = ("".join(draw.choices(TALK, k=draw.randint(1, 12))) for _ in range(2))
+    if form == "messages":
+        turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        return {"messages": turns, "source": "what no template writes " * 9}
+    return {"prompt": question, "completion": answer} if form == "prompt-completion" else {"text": question + answer}
 
 
 def prepared(source: str, adapter: AdapterSpec) -> None:

@@ -22,6 +22,8 @@ from orchestrator.api.base import decimal
 from orchestrator.api.formats import PREPARED_FOLDER, SHOWN_NAME, FileEntry, PreparedManifest, ShownRecords
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.optimizer_steps import FEW_STEPS, optimizer_steps, steps_warning
+from orchestrator.api.packing import FEWEST_ROWS
 from orchestrator.api.results import PrepareResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.data.chat_templates import named_template
@@ -37,16 +39,13 @@ from qlora_trainer.data.dataset import (
 )
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
-    FEW_STEPS,
     RECORD_BY_RECORD,
     bounded,
     counts,
     data_warnings,
     in_brackets,
     mode_warning,
-    optimizer_steps,
     shown,
-    steps_warning,
 )
 from qlora_trainer.model.source import (
     describe_model,
@@ -64,8 +63,6 @@ FORMAT_VERSION = 5
 """Raise it when the same inputs would give other data than before."""
 TRAIN_NAME = "train.parquet"
 EVAL_NAME = "eval.parquet"
-FEWEST_ROWS = 112
-"""A small data set is not packed into fewer rows: three epochs in batches of 16, the defaults, are then 21 steps."""
 SHOWN_RECORDS = 3
 """So many of the first records are logged and kept with their masks."""
 
@@ -199,7 +196,7 @@ def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> 
 
 
 def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]) -> PrepareResult:
-    warnings = [*steps_warning(result, training), *about_data]
+    warnings = [*steps_warning(result.steps, result.train_sequences, training), *about_data]
     for warning in warnings:
         log.warning("%s", warning)
     return result.model_copy(update={"warnings": bounded(warnings)})

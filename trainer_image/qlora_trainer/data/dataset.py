@@ -10,9 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -26,9 +24,10 @@ from numpy.typing import NDArray
 
 from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
+from orchestrator.api.optimizer_steps import held_out
+from orchestrator.api.packing import Row, arranged
 from qlora_trainer.data.chat_templates import refuse_useless_template
 from qlora_trainer.data.formats import CHAT_FORMATS, named_fields
-from qlora_trainer.data.packing import Row, one_a_row, pack
 from qlora_trainer.data.ranges import EncodedRange, EncodedRecords, Range, RangeEncoder, in_ranges
 from qlora_trainer.data.reader import BadRecord, Record, Records
 from qlora_trainer.outcome import UserError
@@ -217,10 +216,7 @@ class _Progress:
 def _hold_out(
     encoded: EncodedRecords, fraction: Decimal, seed: int, source: str
 ) -> tuple[EncodedRecords, EncodedRecords]:
-    """Records for training and for evaluation.
-
-    Each sample's own hash decides, so samples that are added to the dataset later move none of the others.
-    """
+    """Records for training and for evaluation."""
     if fraction == 0:
         return encoded, EncodedRecords()
     samples = sorted(set(encoded.samples()))
@@ -228,19 +224,11 @@ def _hold_out(
         raise UserError(
             f"{source} has a single usable record, of which evalFraction cannot hold out a share; set it to 0"
         )
-    draws = np.array([_draw(seed, sample) for sample in samples], dtype=np.uint64)
-    wanted = int(np.count_nonzero(draws < np.uint64(math.ceil(fraction * 2**64))))
-    order: list[int] = np.argsort(draws, kind="stable").tolist()
-    held_out = {samples[number] for number in order[: min(max(wanted, 1), len(samples) - 1)]}
+    chosen = held_out(samples, fraction, seed)
     splits = EncodedRecords(), EncodedRecords()
     for sample, record in zip(encoded.samples(), encoded, strict=True):
-        splits[sample in held_out].append(record, sample)
+        splits[sample in chosen].append(record, sample)
     return splits
-
-
-def _draw(seed: int, index: int) -> int:
-    """A number below 2 ** 64 that depends on the seed and the record's index alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big")
 
 
 def check_tokenizer(tokenizer: Any, dataset: DatasetSource, model_source: str) -> None:
@@ -262,10 +250,7 @@ def check_tokenizer(tokenizer: Any, dataset: DatasetSource, model_source: str) -
 
 def arrange(split: Split, training: TrainingSpec, *, fewest_rows: int = 0) -> list[Row]:
     """The split's records in rows of at most the sequence length, packed no closer than `fewest_rows` allow."""
-    lengths = split.records.lengths()
-    if not training.packing:
-        return one_a_row(lengths)
-    rows = pack(lengths, training.sequence_length, training.seed, fewest_rows=fewest_rows)
+    rows = arranged(split.records.lengths(), training, fewest_rows=fewest_rows)
     return [_in_order(row, split.records.samples()) for row in rows]
 
 

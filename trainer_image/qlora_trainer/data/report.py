@@ -8,7 +8,6 @@ from fractions import Fraction
 from itertools import groupby
 from typing import Any
 
-from orchestrator.api.base import decimal
 from orchestrator.api.formats import ShownPart, ShownRecord
 from orchestrator.api.job import TrainingSpec
 from orchestrator.api.results import MAX_WARNING_CHARACTERS, MAX_WARNINGS, PrepareResult
@@ -16,25 +15,14 @@ from orchestrator.api.words import on_one_line
 from qlora_trainer.data.dataset import Split
 from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord
 
-FEWEST_STEPS = 20
-"""With fewer optimizer steps than about this an adapter hardly moves."""
 MOST_TRUNCATED = Fraction(5, 100)
 LEAST_SUPERVISED = Fraction(1, 100)
-FEW_STEPS = "few steps"
 RECORD_BY_RECORD = "record by record"
 """How the one warning begins that depends on more than the data."""
 SHOWN_CHARACTERS = 1000
 """How much of a part of a record is shown, from its start and its end."""
 SHOWN_PARTS = 40
 """How many parts of a record are shown, half of them from its start."""
-
-
-def optimizer_steps(training: TrainingSpec, train_sequences: int) -> int:
-    """Optimizer steps of the whole job; the last one may be of fewer sequences."""
-    if training.max_steps is not None:
-        return training.max_steps
-    # Exact: 0.1 epochs of 160 sequences is one batch of 16, not a little more.
-    return math.ceil(Fraction(decimal(training.epochs)) * train_sequences / training.global_batch_size)
 
 
 def counts(result: PrepareResult, training: TrainingSpec) -> str:
@@ -48,23 +36,6 @@ def counts(result: PrepareResult, training: TrainingSpec) -> str:
         f"{filled}; "
         f"{result.eval_records} held out in {result.eval_sequences}; {result.truncated_records} truncated, "
         f"{result.dropped_records} dropped; {result.steps} steps, {warmup} of them warm-up"
-    )
-
-
-def steps_warning(result: PrepareResult, training: TrainingSpec) -> Iterator[str]:
-    """A warning where the job ends before it has learnt anything."""
-    if result.steps >= FEWEST_STEPS:
-        return
-    if training.max_steps is not None:
-        yield f"{FEW_STEPS}: spec.training.maxSteps is {result.steps}, with which an adapter hardly learns; raise it"
-        return
-    batch = max(1, training.global_batch_size * result.steps // FEWEST_STEPS)
-    lower = f"lower spec.training.globalBatchSize to {batch}" if batch < training.global_batch_size else ""
-    more = "raise spec.training.epochs"
-    yield (
-        f"{FEW_STEPS}: {training.epochs} epochs of {result.train_sequences} sequences in batches of "
-        f"{training.global_batch_size} are {result.steps} optimizer steps, with which an adapter hardly learns; "
-        f"{f'{lower} or {more}' if lower else more}"
     )
 
 

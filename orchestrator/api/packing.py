@@ -1,4 +1,4 @@
-"""Puts records together into training sequences.
+"""Puts records together into training sequences: what prepare does, and a plan foresees.
 
 Records are told by their index and their length in tokens. The same lengths and seed give the same rows, on every
 machine and in every version of Python's `random.Random`.
@@ -10,8 +10,19 @@ import heapq
 import random
 from collections.abc import Sequence
 
+from orchestrator.api.job import TrainingSpec
+
 Row = list[int]
 """The records of one sequence, by index, in their order."""
+FEWEST_ROWS = 112
+"""A small data set is not packed into fewer rows: three epochs in batches of 16, the defaults, are then 21 steps."""
+
+
+def arranged(lengths: Sequence[int], training: TrainingSpec, *, fewest_rows: int = 0) -> list[Row]:
+    """Records of so many tokens, of which none is longer than a sequence, in rows as the job asks for them."""
+    if not training.packing:
+        return one_a_row(lengths)
+    return pack(lengths, training.sequence_length, training.seed, fewest_rows=fewest_rows)
 
 
 def one_a_row(lengths: Sequence[int]) -> list[Row]:
