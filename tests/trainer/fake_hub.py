@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Repository:
     folder: Path
     gated: bool = False
     kind: str = "models"
+    pause_seconds: float = 0.0
+    """Before each answer with a file's content."""
 
 
 @contextmanager
@@ -106,7 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._json([*entries, *(self._entry(name, files[name]) for name in inside)])
 
     def _entry(self, name: str, path: Path) -> dict[str, Any]:
-        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)[:40]}
+        entry = {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)[:40]}
+        is_large = path.suffix == ".safetensors"
+        large = {"oid": _etag(path), "size": path.stat().st_size, "pointerSize": 134}
+        return entry | ({"lfs": large} if is_large else {})
 
     def _answer_file(self, repository: Repository, revision: str, name: str) -> None:
         path = repository.folder / name
@@ -117,6 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.gated:
             return self._refuse(403, "GatedRepo")
         data = path.read_bytes()
+        time.sleep(repository.pause_seconds if self.command == "GET" else 0)
         first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
         part = data[int(first) : int(last) + 1 if last else None] if first else data
         headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}

@@ -41,6 +41,7 @@ def ask(folder: Path, home: Path, *questions: tuple[str | None, str, str]) -> li
     """In a process of its own, because huggingface_hub reads its endpoint when it is imported."""
     with serve({"acme/data": Repository(folder=folder, kind="datasets")}) as (endpoint, _):
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        environment["QLORA_MODEL_CACHE"] = str(home / "models")
         environment.pop("HF_HUB_OFFLINE", None)
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, "-c", READ, json.dumps(questions)]

@@ -61,6 +61,7 @@ Question = tuple[str, str | None, str]
 
 def ask(program: str, endpoint: str, home: Path, questions: list[Question]) -> list[Any]:
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment["QLORA_MODEL_CACHE"] = str(home / "models")
     environment.pop("HF_HUB_OFFLINE", None)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", program, json.dumps(questions)]

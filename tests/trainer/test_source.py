@@ -826,7 +826,7 @@ def test_another_version_in_the_bucket_is_another_folder(bucket: str) -> None:
     place = (after / "model.safetensors").resolve().parent
     assert place != kept[0]
     assert (after / "config.json").read_bytes() == (before / "config.json").read_bytes() + b"\n"
-    assert sorted(path.name for path in place.parent.iterdir()) == sorted({kept[0].name, place.name})
+    assert sorted(path.name for path in place.parent.iterdir()) == sorted({kept[0].name, place.name, "locks"})
 
 
 def test_a_bucket_that_does_not_answer_is_transient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -875,6 +875,7 @@ def ask_hub(
     """Answers from a process of its own, because huggingface_hub reads its endpoint when it is imported."""
     with serve(repositories) as (endpoint, requests):
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        environment["QLORA_MODEL_CACHE"] = str(home / "models")
         environment.pop("HF_HUB_OFFLINE", None)
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, "-c", HUB_QUESTIONS, json.dumps(questions)]

@@ -233,6 +233,8 @@ def _environment(task: StageTask, policy: PodPolicy) -> Iterator[tuple[str, str]
     if policy.model_cache:
         yield "HF_HOME", f"{CACHE_PATH}/huggingface"
         yield "QLORA_MODEL_CACHE", f"{CACHE_PATH}/models"
+        yield "QLORA_MODEL_CACHE_GIB", f"{policy.model_cache_gib:g}"
+        yield "QLORA_MODEL_CACHE_WAIT_SECONDS", f"{policy.model_cache_wait_seconds:g}"
     if task.stage in STAGES_ON_GPU:
         yield "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
     if _has_agent(task, policy):

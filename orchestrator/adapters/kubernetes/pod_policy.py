@@ -70,6 +70,8 @@ class PodPolicy:
     ray_node_port: int = 6380
     model_cache: str = ""
     """`pvc://claim` or `hostpath:///path`; empty means that models are fetched into scratch space."""
+    model_cache_gib: float = 1000.0
+    model_cache_wait_seconds: float = 600.0
     train_memory_bytes: int = 4 * GIB
     """Host memory of a train stage on top of what its model and plan ask for."""
     cpu_stage_memory_bytes: int = 2 * GIB

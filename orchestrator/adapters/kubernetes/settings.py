@@ -99,6 +99,11 @@ class ClusterSettings(ServiceSettings):
     """YAML with what is added to every pod."""
     model_cache: Annotated[str, StringConstraints(pattern=r"^(pvc://[a-z0-9.-]+|hostpath:///.+)?$")] = ""
     """Where models are kept between jobs; empty means that every stage fetches its own."""
+    model_cache_gib: float = Field(default=1000.0, gt=0, le=1_000_000)
+    """How much of it fetched models and data sets may take, in GiB; what is in use stays, and of the rest what was
+    used longest ago goes first. Quantized weights have a bound of their own."""
+    model_cache_wait_seconds: Seconds = 600.0
+    """A stage waits for another one that fetches the same model for as long as something comes, and so much longer."""
     train_memory_bytes: int = Field(default=4 * GIB, ge=2**28)
     """Host memory of a train stage on top of what its model and plan ask for; its limit is twice what it requests."""
     cpu_stage_memory_bytes: int = Field(default=2 * GIB, ge=2**28)
@@ -190,6 +195,8 @@ class ClusterSettings(ServiceSettings):
             ray_auth_secret=self.ray_auth_secret,
             ray_node_port=self.ray_node_port,
             model_cache=self.model_cache,
+            model_cache_gib=self.model_cache_gib,
+            model_cache_wait_seconds=self.model_cache_wait_seconds,
             train_memory_bytes=self.train_memory_bytes,
             cpu_stage_memory_bytes=self.cpu_stage_memory_bytes,
             short_grace_seconds=self.short_grace_seconds,

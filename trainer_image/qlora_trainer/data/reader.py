@@ -29,6 +29,7 @@ from orchestrator.api.contained_files import Contained, open_regular
 from qlora_trainer.data.formats import STRICT, json_problem, named_fields, parse_json
 from qlora_trainer.data.hub_files import CARD_NAME, MAX_CARD_BYTES, Wanted, files_of_split
 from qlora_trainer.outcome import UserError
+from qlora_trainer.storage.shared_cache import SharedCache, hub_entry
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.uri import claim_path, local_path
 
@@ -119,6 +120,7 @@ class HubDataset:
         self._wanted = wanted
         self._name = wanted.source.removeprefix("hf://").rstrip("/")
         info = HfApi().dataset_info(self._name)
+        SharedCache.from_environment().use(hub_entry(self._name, "dataset"))
         self._commit = str(info.sha)
         self._paths = [sibling.rfilename for sibling in info.siblings or ()]
 

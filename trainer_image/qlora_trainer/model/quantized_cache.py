@@ -45,9 +45,10 @@ from torch.nn import Module, Parameter
 
 from orchestrator.api.base import Model
 from orchestrator.api.formats import MANIFEST_NAME, FileEntry
-from qlora_trainer.model.source import CONFIG_NAME, MODEL_CACHE_VARIABLE
+from qlora_trainer.model.source import CONFIG_NAME
 from qlora_trainer.storage.backends import sync_folder
 from qlora_trainer.storage.job_store import describe_durably
+from qlora_trainer.storage.shared_cache import FOLDER_VARIABLE
 
 QUANTIZATION = {
     "load_in_4bit": True,
@@ -207,7 +208,7 @@ class QuantizedCache:
     @classmethod
     def from_environment(cls) -> QuantizedCache | None:
         """The cache next to the fetched models; None where there is no place for one."""
-        models = os.environ.get(MODEL_CACHE_VARIABLE)
+        models = os.environ.get(FOLDER_VARIABLE)
         limit_gib = float(os.environ.get(LIMIT_VARIABLE, DEFAULT_LIMIT_GIB))
         if not models or limit_gib <= 0:
             return None

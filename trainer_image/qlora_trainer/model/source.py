@@ -6,7 +6,7 @@
 - Only safetensors are read, and no code that comes with a model is run.
 - The weights of `file://` and `pvc://` models are used where they lie, and no link leads out of there. `s3://` models
   are copied to `$QLORA_MODEL_CACHE`, each version of the bucket's content into a folder of its own. `hf://` models live
-  in the hub's cache.
+  in the hub's cache. What is fetched is fetched once for all stages of a machine, see `shared_cache`.
 - Both read the same files of weights: one file, or the shards of an index; a folder with both is refused.
 - What is wrong with a model is a UserError that names the file or field; a source that does not answer is Transient.
 """
@@ -21,6 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -31,7 +32,7 @@ from typing import Any, cast
 import fsspec
 
 from orchestrator.api.base import MAX_COUNT
-from orchestrator.api.contained_files import Contained
+from orchestrator.api.contained_files import BLOBS, Contained
 from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.trainable import (
@@ -44,12 +45,13 @@ from orchestrator.api.trainable import (
     unknown_type,
 )
 from orchestrator.api.words import on_one_line
-from qlora_trainer.outcome import UserError
+from qlora_trainer.outcome import Transient, UserError
+from qlora_trainer.storage.shared_cache import SharedCache, fetch_file, fetched_bytes, hub_entry
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.uri import claim_path, local_path
 
-MODEL_CACHE_VARIABLE = "QLORA_MODEL_CACHE"
-DEFAULT_MODEL_CACHE = "~/.cache/qlora/models"
+FETCHERS = 8
+"""Files of a model that are fetched at one time; each takes a piece of host memory (`shared_cache.READ_BYTES`)."""
 RANDOM_WEIGHTS_NAME = "random_weights.json"
 RANDOM_WEIGHTS_VARIABLE = "QLORA_ALLOW_RANDOM_WEIGHTS"
 CONFIG_NAME = "config.json"
@@ -108,7 +110,9 @@ def describe_model(source: str, revision: str) -> ModelDescription:
     """A local folder with config and tokenizer, and what the weights' headers say; all of it checked."""
     with translated(source, field="spec.model.source"):
         location = _locate(source, revision)
-        headers = {name: location.read_header(name) for name in _weight_names(location)}
+        weights = _weight_names(location)
+        location.check_size(weights)
+        headers = {name: location.read_header(name) for name in weights}
         _check_index(location, headers)
         folder = location.fetch(location.description_names())
         _refuse_pointers(source, folder)
@@ -228,6 +232,9 @@ class _Location:
                 f"{self.source}: {name} is damaged or not a safetensors file ({error}); copy it again"
             ) from error
 
+    def check_size(self, names: Iterable[str]) -> None:
+        """Raises UserError for files that could not be fetched, whatever else has gone."""
+
     def fetch(self, names: Iterable[str]) -> Path:
         """A local folder with these files, which nobody else changes."""
         raise NotImplementedError
@@ -282,7 +289,50 @@ def _own_folder(contained: Contained, names: Iterable[str]) -> Path:
     return own
 
 
-class _Bucket(_Location):
+class _Remote(_Location):
+    """What is fetched into the cache that the stages of a machine share (`shared_cache`)."""
+
+    def check_size(self, names: Iterable[str]) -> None:
+        SharedCache.from_environment().refuse_if_too_large(self._bytes(names), self.source)
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        return sum(int(self.files[name]["size"]) for name in names)
+
+    def _fill(self, entry: Path, targets: Mapping[str, Path]) -> None:
+        """Bring these files to their places in an entry of the cache, unless they are there."""
+        cache = SharedCache.from_environment()
+        cache.use(entry)
+        if not self._missing(targets):
+            return
+        with cache.filling(entry, self.source):
+            missing = self._missing(targets)  # another stage may have fetched them meanwhile
+            if not missing:
+                return
+            here = sum(fetched_bytes(targets[name]) for name in missing)
+            cache.make_room(entry, max(0, self._bytes(missing) - here), self.source)
+            log.info("fetching %d files of %s, %.1f GiB", len(missing), self.source, self._bytes(missing) / 2**30)
+            pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+            try:
+                list(pool.map(self._fetch_file, missing, [targets[name] for name in missing]))
+            finally:  # who is asked to stop does not wait for files of many gigabytes
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _missing(self, targets: Mapping[str, Path]) -> list[str]:
+        sizes = {name: path.stat().st_size if path.is_file() else None for name, path in targets.items()}
+        return sorted(name for name, size in sizes.items() if size != self.files[name]["size"])
+
+    def _fetch_file(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._file_system.open(f"{self._root}/{name}", "rb", cache_type="none") as remote:
+            fetch_file(remote, target, int(self.files[name]["size"]), self._sha256(name))
+
+    def _sha256(self, name: str) -> str | None:
+        """The digest of a file's content, where the source states one: the hub does of large files."""
+        large = self.files[name].get("lfs")
+        return str(large["sha256"]) if large else None
+
+
+class _Bucket(_Remote):
     """`s3://` and whatever else fsspec can list."""
 
     def __init__(self, source: str) -> None:
@@ -291,34 +341,27 @@ class _Bucket(_Location):
 
     def fetch(self, names: Iterable[str]) -> Path:
         names = sorted(names)
-        cache = Path(os.environ.get(MODEL_CACHE_VARIABLE, DEFAULT_MODEL_CACHE)).expanduser()
-        target = cache / self._version(names)
-        if not target.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
-            self._download(names, target)
-        return _own_folder(Contained.of(target), names)
+        entry = SharedCache.from_environment().folder / self._version(names)
+        self._fill(entry, {name: entry / name for name in names})
+        return _own_folder(Contained.of(entry), names)
 
     def _version(self, names: list[str]) -> str:
         """A name for what the bucket holds now: where, which files, how long, which versions."""
-        stated = [(name, self.files[name]["size"], str(self.files[name].get("ETag", ""))) for name in names]
+        stated = [(name, self.files[name]["size"], self._tag(self.files[name])) for name in names]
         return hashlib.sha256(json.dumps([self.source, stated]).encode()).hexdigest()[:32]
 
-    def _download(self, names: list[str], target: Path) -> None:
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
-        try:
-            for name in names:
-                log.info("fetching %s/%s", self.source, name)
-                self._file_system.get_file(f"{self._root}/{name}", str(temporary / name))
-            try:
-                temporary.rename(target)
-            except OSError:
-                if not target.is_dir():  # otherwise another stage was faster
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    def _tag(self, entry: Mapping[str, Any]) -> str:
+        return str(entry.get("ETag", ""))
+
+    def _fetch_file(self, name: str, target: Path) -> None:
+        super()._fetch_file(name, target)
+        now = self._file_system.info(f"{self._root}/{name}")
+        if (now["size"], self._tag(now)) != (self.files[name]["size"], self._tag(self.files[name])):
+            target.unlink()
+            raise Transient(f"{self.source}/{name} changed while it was fetched; it is fetched again")
 
 
-class _HubModel(_Location):
+class _HubModel(_Remote):
     """`hf://owner/name` at one commit."""
 
     def __init__(self, source: str, revision: str) -> None:
@@ -331,9 +374,13 @@ class _HubModel(_Location):
         )
 
     def fetch(self, names: Iterable[str]) -> Path:
+        """Large files come as blobs of the hub's cache, which its client links; it fetches the small ones."""
         from huggingface_hub import snapshot_download
 
         names = sorted(names)
+        entry = hub_entry(self._repository, "model")
+        blobs = {name: entry / BLOBS / digest for name in names if (digest := self._sha256(name)) is not None}
+        self._fill(entry, blobs)
         folder = snapshot_download(
             self._repository, revision=self.commit, allow_patterns=names, ignore_patterns=["*/*"]
         )
