@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from qlora_trainer.data.micro_batch import collate
-from qlora_trainer.kernels import torch_ops
+from qlora_trainer.kernels import ops, torch_ops
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.kernels.takeover import draw_seed
 from qlora_trainer.model.training_model import TrainingModel
@@ -55,6 +55,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 MATRICES = {"phi3": 4}
 """Of a layer, where they are not 7."""
+
+
+@pytest.mark.parametrize("multiplies_bfloat16", [True, False])
+def test_products_are_rounded_once_whether_the_processor_multiplies_bfloat16_or_not(
+    multiplies_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_processor_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    torch.manual_seed(0)
+    x, weight, residual = (torch.randn(shape).bfloat16() for shape in ((33, 48), (20, 48), (33, 20)))
+    bias = torch.randn(20).bfloat16()
+    exact = x.double() @ weight.double().t()
+    wide = torch.zeros(33, 40).bfloat16()
+    wide[:, 20:] = residual
+    ops.add_product_(wide[:, 20:], x, weight.t(), 0.5)
+    filled = torch.zeros(33, 40).bfloat16()
+    ops.product(x, weight.t(), out=filled[:, :20])
+    found = {
+        "product": (ops.product(x, weight.t()), exact),
+        "affine": (ops.affine(x, weight, bias), exact + bias),
+        "onto a residual": (ops.affine(x, weight, residual=residual, factor=0.5), residual + 0.5 * exact),
+        "added in place": (wide[:, 20:], residual + 0.5 * exact),
+        "into columns": (filled[:, :20], exact),
+    }
+    once = 2.0**-8  # half a unit in the last place of bfloat16's eight bits
+    for name, (ours, wanted) in found.items():
+        assert ours.dtype == torch.bfloat16
+        error = (ours.double() - wanted).abs() - 1.01 * once * wanted.abs()
+        assert error.max() < 1e-3, (name, error.max())
+    assert not wide[:, :20].any()
+    assert not filled[:, 20:].any()
 
 
 def build_model(folder: Path, family: str, **fields: Any) -> TrainingModel:
