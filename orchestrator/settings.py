@@ -73,6 +73,9 @@ class ServiceSettings(BaseSettings):
 
     grace_seconds: int = Field(default=120, ge=1, le=86_400)
     """Seconds between asking a stage to stop and killing it."""
+    checkpoint_lag_seconds: Seconds = 900.0
+    """A checkpoint goes to the store while training goes on; training waits for one that has not arrived for so long,
+    or that has not when the next one is due."""
     backoff_base_seconds: Seconds = 10.0
     """Wait before a failed stage is tried again; doubles with every failure."""
     backoff_max_seconds: Seconds = 600.0

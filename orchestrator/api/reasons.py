@@ -52,6 +52,8 @@ class Reason(StrEnum):
     PUBLISHED = "Published"
     CHECKPOINT_SAVED = "CheckpointSaved"
     NO_CHECKPOINT = "NoCheckpoint"
+    CHECKPOINT_LATE = "CheckpointLate"
+    """Checkpoints reach the store later than they may, or than a signal to stop leaves time for."""
     SUCCEEDED = "Succeeded"
     # waiting
     NOT_PREPARED = "NotPrepared"

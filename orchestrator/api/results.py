@@ -142,4 +142,6 @@ class ProgressReport(Model):
     eta_seconds: Measured = None
     checkpoint_step: Count | None = None
     checkpoint_uri: Uri | None = None
+    warning: Sentence | None = None
+    """What is wrong with the way of checkpoints to the store, in words."""
     time: Time

@@ -50,6 +50,8 @@ class StageTask(Model):
     """The job's MLflow run. Always set for publish; for train it may be absent while MLflow is away."""
     grace_seconds: int = Field(default=120, ge=1, le=86_400)
     """Seconds that a signal to stop leaves at least before it is killed."""
+    checkpoint_lag_seconds: float = Field(default=900.0, gt=0, le=86_400)
+    """Training waits for a checkpoint that has not reached the store for so long."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the trainer; fixed, because the order of CPU sums depends on it."""
     host_memory_factor: float = Field(default=1.0, ge=1)

@@ -150,6 +150,8 @@ def _progress_fields(job: QLoRAJob) -> Iterator[Field]:
             yield "speed", f"{progress.tokens_per_second:.0f} tokens/s"
     if status.checkpoint is not None:
         yield "checkpoint", f"step {status.checkpoint.step} at {status.checkpoint.uri}"
+    if progress is not None and progress.warning is not None and status.active_attempt is not None:
+        yield "warning", progress.warning
     if status.evictions:
         yield "evictions", ", ".join(f"{reason} {count}" for reason, count in status.evictions.items())
     if status.gpu_seconds:

@@ -107,6 +107,8 @@ class Policy:
     """Where jobs that name no store keep their data."""
     grace_seconds: int = 120
     """Between asking a train stage to stop and killing it."""
+    checkpoint_lag_seconds: float = 900.0
+    """Training waits for a checkpoint that has not reached the store for so long."""
     backoff_base_seconds: float = 10.0
     """Wait before the first retry; doubles with every failure."""
     backoff_max_seconds: float = 600.0

@@ -24,6 +24,7 @@ from orchestrator.core.commands import (
     DeleteStage,
     EnsureRun,
     EnsureStage,
+    Event,
     FinishRun,
     StopStage,
     WriteStatus,
@@ -572,6 +573,17 @@ def test_a_new_checkpoint_is_written_at_once() -> None:
     status = decide_one(job, stage(job, progress=report))
     assert status.checkpoint == CheckpointStatus(step=10, uri=f"{STORED}/step-00000010", time=NOW, attempt=2)
     assert says(status, ConditionType.CHECKPOINTED) == ("True", Reason.CHECKPOINT_SAVED)
+
+
+def test_late_checkpoints_are_told_at_once_and_once() -> None:
+    job = make_job(status=running_status(progress=progress(10)))
+    words = "the store has not taken the checkpoint of step 8 for longer than the 900 s that it may lag behind"
+    [write] = decide(snapshot(job, stages=(stage(job, progress=progress(10, warning=words)),)))
+    assert isinstance(write, WriteStatus)
+    assert write.events == (Event(reason=Reason.CHECKPOINT_LATE, message=words, warning=True),)
+    assert write.status.progress == progress(10, warning=words)
+    told = make_job(status=write.status)
+    assert not decide(snapshot(told, stages=(stage(told, progress=progress(10, warning=words)),)))
 
 
 def test_a_report_has_no_say_in_where_a_checkpoint_lies() -> None:

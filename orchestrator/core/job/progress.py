@@ -14,6 +14,7 @@ from datetime import datetime
 from orchestrator.api.job import CheckpointStatus
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import ProgressReport
+from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding
 from orchestrator.core.job.stage_commands import checkpoint_uri
 from orchestrator.core.job.status_draft import Draft
@@ -27,12 +28,16 @@ def fold_progress(draft: Draft, report: ProgressReport, policy: Policy) -> Draft
         return draft
     if report.stage == "train" and report.checkpoint_step is not None and report.checkpoint_uri is not None:
         draft = record_checkpoint(draft, step=report.checkpoint_step, time=report.time, policy=policy)
-    if not _is_due(known, report, policy.progress_interval_seconds):
+    is_news = report.warning is not None and (known is None or known.warning is None)
+    if not is_news and not _is_due(known, report, policy.progress_interval_seconds):
         return draft
     changes: dict[str, object] = {"progress": _with_losses(report, known)}
     if attempt.progress_time is None or known is None or (known.step, known.detail) != (report.step, report.detail):
         changes["attempts"] = draft.change_attempt(progress_time=draft.now)
-    return draft.amend(**changes)
+    draft = draft.amend(**changes)
+    if not is_news:
+        return draft
+    return draft.tell(Event(reason=Reason.CHECKPOINT_LATE, message=str(report.warning), warning=True))
 
 
 def record_checkpoint(draft: Draft, *, step: int, time: datetime, policy: Policy) -> Draft:

@@ -94,6 +94,7 @@ def stage_task(job: QLoRAJob, attempt: Attempt, policy: Policy) -> StageTask:
         adapter_uri=status.adapter_uri if stage == "publish" else None,
         run_id=None if stage == "prepare" else status.mlflow.run_id,
         grace_seconds=policy.grace_seconds,
+        checkpoint_lag_seconds=policy.checkpoint_lag_seconds,
         threads=policy.trainer_threads,
         host_memory_factor=host_memory_factor(status.host_memory_escalations, policy),
         avoid_nodes=attempt.avoid_nodes,

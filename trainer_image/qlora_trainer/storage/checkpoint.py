@@ -18,7 +18,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import file_digest
@@ -138,6 +138,20 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OnItsWay:
+    """A checkpoint that is being written."""
+
+    step: int
+    since: float
+    """By `perf_counter`."""
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been on its way."""
+        return perf_counter() - self.since
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """What a checkpoint or adapter says about where it comes from."""
 
@@ -160,12 +174,14 @@ class Checkpointer:
         self._damaged: set[str] = set()
         self.last: StoredCheckpoint | None = None
         """The newest durable checkpoint of this job that this attempt has written or read."""
-        self.background_seconds = 0.0
-        """Seconds that the writer thread has worked, in all."""
+        self.last_seconds: float | None = None
+        """What the last checkpoint took until it was durable."""
+        self._on_its_way: OnItsWay | None = None
 
     def save(self, snapshot: Snapshot, *, wait: bool = False) -> None:
         """Copy the state and write it in the background; with `wait`, return when it is durable."""
         self.finish()
+        self._on_its_way = OnItsWay(step=snapshot.state.step, since=perf_counter())
         self._writing = self._writer.submit(self._write, snapshot.on_host())
         if wait:
             self.finish()
@@ -175,6 +191,15 @@ class Checkpointer:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    @property
+    def on_its_way(self) -> OnItsWay | None:
+        """The checkpoint that is being written, if there is one."""
+        return self._on_its_way if self._writing is not None and not self._writing.done() else None
+
+    def is_written_within(self, seconds: float) -> bool:
+        """Whether nothing is being written any more, after so long at the most."""
+        return self._writing is None or not wait([self._writing], seconds).not_done
 
     def raise_if_failed(self) -> None:
         """Raise what went wrong in the background, if it already has; costs nothing."""
@@ -235,9 +260,8 @@ class Checkpointer:
         self._damaged.discard(name)
         self.last = StoredCheckpoint(step=step, uri=uri)
         self._delete_superfluous(name)
-        seconds = perf_counter() - started
-        self.background_seconds += seconds
-        log.info("checkpoint %s is durable; written in %.2f s", uri, seconds)
+        self.last_seconds = perf_counter() - started
+        log.info("checkpoint %s is durable; written in %.2f s", uri, self.last_seconds)
 
     def _write_adapter(self, adapter: Tensors, journal: Sequence[JournalRecord], folder: Path) -> None:
         save_tensors(adapter, folder / ADAPTER_NAME)

@@ -5,6 +5,8 @@
 - Between step boundaries the adapter, the optimizer and the journal stay as they are; they change together, under a
   lock, when a step is complete. So whoever holds the lock may save a checkpoint at any instant, in the middle of a step
   too: it is the one of the last step boundary.
+- A checkpoint goes to the store while training goes on, but not for longer than the task allows: then, and where the
+  next one is due before, training waits for it at a step boundary. So what may be lost is bounded.
 - Asked to stop, the loop ends at the next step boundary if the grace period allows for that, and at once if not.
 """
 
@@ -35,6 +37,7 @@ from qlora_trainer.outcome import DivergedError, Preempted
 from qlora_trainer.storage.checkpoint import (
     BestEvaluation,
     Checkpointer,
+    OnItsWay,
     Snapshot,
     TrainingState,
 )
@@ -51,6 +54,7 @@ from qlora_trainer.training.telemetry import Card, PhaseClock, arithmetic
 STEP_TIMES_KEPT = 20
 LONG_STEP_SECONDS = 5.0
 """Of a step that takes longer, its micro-batches are told of."""
+POLL_SECONDS = 0.5
 SLOWEST_STORE_BYTES_PER_SECOND = 50e6
 """Assumed until a checkpoint has been written."""
 
@@ -88,6 +92,8 @@ class Loop:
         assert task.plan is not None, "train.run checks it"
         assert task.prepared is not None, "train.run checks it"
         self._spec = task.spec
+        self._grace_seconds = task.grace_seconds
+        self._lag_limit_seconds = task.checkpoint_lag_seconds
         self._plan: MemoryPlan = task.plan
         self.steps = task.prepared.steps
         self._model = model
@@ -99,7 +105,6 @@ class Loop:
         self._optimizer = AdapterOptimizer(model.trainable(), task.spec.training)
         self._parameters = [parameter for _, parameter in model.trainable()]
         self._checkpointer = checkpointer
-        self._saves = 0
         self._last_save = monotonic()
         self._stall_seconds = 0.0  # for which saving held up training, since a step was recorded
         self._stop = stop
@@ -109,6 +114,7 @@ class Loop:
         self._step_started = perf_counter()
         self.journal = Journal(resumed.journal if resumed else ())
         self._reports = Reports(agent, self.journal, self.steps)
+        self._warning: str | None = None
         self._position = self._restore(resumed)
         self._arithmetic = arithmetic(model)
         self._card = Card(model.device, latest(self.journal, Metric.ENERGY_JOULES) or 0.0)
@@ -234,7 +240,11 @@ class Loop:
     def _at_step_boundary(self) -> None:
         self._stop_if_asked()
         self._checkpointer.raise_if_failed()
-        if self._checkpoint_due():
+        self._warn()
+        is_due, on_its_way = self._checkpoint_due(), self._checkpointer.on_its_way
+        if on_its_way is not None and (is_due or on_its_way.seconds > self._lag_limit_seconds):
+            self._wait_for_the_store(on_its_way)
+        if is_due:
             self.clock.enter("checkpoint")
             with self._lock:
                 self._save(wait=False)
@@ -250,6 +260,42 @@ class Loop:
         on_step = spec.every_steps is not None and step % spec.every_steps == 0
         return asked or on_step or monotonic() - self._last_save >= spec.every_seconds
 
+    def _wait_for_the_store(self, checkpoint: OnItsWay) -> None:
+        """Let the store catch up; whoever asks to stop meanwhile is heard."""
+        words = f"waiting until the checkpoint of step {checkpoint.step} is stored"
+        log.warning("%s, which it has not been for %.1f s", words, checkpoint.seconds)
+        self.report(words)
+        self.clock.enter("checkpoint")
+        started = perf_counter()
+        while not self._checkpointer.is_written_within(POLL_SECONDS):
+            self._warn()
+            self.report(words)
+            self._stop_if_asked()
+        self._stall_seconds += perf_counter() - started
+        self.clock.close()
+
+    def _warn(self) -> None:
+        """Say once what is wrong with the way of checkpoints to the store, and until it is no longer so."""
+        warning = self._trouble_with_the_store()
+        if warning is not None and self._warning is None:
+            log.warning("%s", warning)
+        self._warning = warning
+
+    def _trouble_with_the_store(self) -> str | None:
+        """By the speed of the last checkpoint, or of the one that takes longer."""
+        on_its_way, seconds = self._checkpointer.on_its_way, self._seconds_of_a_checkpoint()
+        if on_its_way is not None and on_its_way.seconds > self._lag_limit_seconds:
+            return (
+                f"the store has not taken the checkpoint of step {on_its_way.step} for longer than the "
+                f"{self._lag_limit_seconds:g} s that it may lag behind; training waits for it"
+            )
+        if seconds is not None and seconds > self._grace_seconds:
+            return (
+                f"a checkpoint takes {seconds:.0f} s to reach the store, and a signal to stop leaves "
+                f"{self._grace_seconds} s: such a stop may cost the steps since the last one that is there"
+            )
+        return None
+
     def _stop_if_asked(self) -> None:
         if self._stop.asked.is_set():
             self._preempt()
@@ -264,10 +310,24 @@ class Loop:
             self._preempt()
 
     def _preempt(self) -> None:
+        self._say_if_there_is_no_time()
         with self._lock:
             self.save_durably()
         self._reports.announce(self._checkpointer.last)
         raise Preempted(self.result(complete=False))
+
+    def _say_if_there_is_no_time(self) -> None:
+        """Before it is tried all the same."""
+        needed, left, durable = self._seconds_to_save(), self._stop.seconds_left(), self._durable_step()
+        if self._position.step > durable and needed > left:
+            log.warning(
+                "%.0f s are left, and saving step %d may take %.0f s at the speed of the last checkpoint; if it is not "
+                "stored in time, the job goes on from step %d",
+                max(0.0, left),
+                self._position.step,
+                needed,
+                durable,
+            )
 
     def _rescue(self) -> None:
         """The watchdog's way out: the main thread is busy, perhaps for longer than the grace period lasts."""
@@ -293,7 +353,6 @@ class Loop:
         started = perf_counter()
         self._checkpointer.save(self._snapshot(), wait=wait)
         self._stall_seconds += perf_counter() - started
-        self._saves += 1
         self._last_save = monotonic()
 
     def _snapshot(self) -> Snapshot:
@@ -327,11 +386,19 @@ class Loop:
         )
 
     def _seconds_to_save(self) -> float:
-        """Twice what a checkpoint took so far, and a second for the way out."""
-        if self._saves and self._checkpointer.background_seconds:
-            return 2 * self._checkpointer.background_seconds / self._saves + 1
-        state = [*self._model.adapter().values(), *self._optimizer.export_state().values()]
-        return 2 * sum(tensor.nbytes for tensor in state) / SLOWEST_STORE_BYTES_PER_SECOND + 1
+        """Twice what the state and the rest of a checkpoint on its way will take, and a second for the way out."""
+        on_its_way, seconds = self._checkpointer.on_its_way, self._seconds_of_a_checkpoint()
+        if seconds is None:
+            state = [*self._model.adapter().values(), *self._optimizer.export_state().values()]
+            seconds = sum(tensor.nbytes for tensor in state) / SLOWEST_STORE_BYTES_PER_SECOND
+        rest = max(0.0, seconds - on_its_way.seconds) if on_its_way is not None else 0.0
+        return 2 * (seconds + rest) + 1
+
+    def _seconds_of_a_checkpoint(self) -> float | None:
+        """What the last one took, or the one on its way has taken already; None before the first."""
+        on_its_way = self._checkpointer.on_its_way
+        known = (self._checkpointer.last_seconds, on_its_way.seconds if on_its_way is not None else None)
+        return max((seconds for seconds in known if seconds is not None), default=None)
 
     def _durable_step(self) -> int:
         return self._checkpointer.last.step if self._checkpointer.last else 0
@@ -371,6 +438,7 @@ class Loop:
             step=self._position.step,
             step_seconds=self._step_seconds,
             checkpoint=self._checkpointer.last,
+            warning=self._warning,
         )
 
 

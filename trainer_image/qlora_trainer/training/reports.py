@@ -23,7 +23,13 @@ class Reports:
         self._announced_step = 0
 
     def report(
-        self, detail: str, *, step: int, step_seconds: Sequence[float], checkpoint: StoredCheckpoint | None
+        self,
+        detail: str,
+        *,
+        step: int,
+        step_seconds: Sequence[float],
+        checkpoint: StoredCheckpoint | None,
+        warning: str | None,
     ) -> None:
         """Hand over the figures after `step`, with the time that the steps before took."""
         if self._agent is None:
@@ -40,6 +46,7 @@ class Reports:
                 eta_seconds=median(step_seconds) * (self._steps - step) if step_seconds else None,
                 checkpoint_step=checkpoint.step if checkpoint else None,
                 checkpoint_uri=checkpoint.uri if checkpoint else None,
+                warning=warning,
                 time=datetime.now(tz=UTC),
             )
         )
