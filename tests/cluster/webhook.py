@@ -9,18 +9,12 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
-from ipaddress import ip_address
 from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.errors import NotFound
-from tests.servers import Server, serving
+from tests.servers import Server, certificate, serving
 
 REGISTRATION = "admissionregistration.k8s.io/v1"
 WEBHOOKS = path_of(REGISTRATION, "validatingwebhookconfigurations")
@@ -62,12 +56,12 @@ class WebhookServer:
 def webhook_server(folder: Path) -> Generator[WebhookServer]:
     """A server on a free port, until the context ends."""
     server = Server(_Handler)
-    certificate, pair = _certificate(folder)
+    authority, pair = certificate(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     with serving(server):
-        yield WebhookServer(url=f"https://127.0.0.1:{server.server_port}", certificate=certificate)
+        yield WebhookServer(url=f"https://127.0.0.1:{server.server_port}", certificate=authority)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -89,24 +83,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Silent."""
-
-
-def _certificate(folder: Path) -> tuple[bytes, Path]:
-    """A certificate of its own for 127.0.0.1, and a file with it and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "webhook")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    text = certificate.public_bytes(serialization.Encoding.PEM)
-    pair = folder / "webhook.pem"
-    private = serialization.PrivateFormat.PKCS8
-    secret = key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())
-    pair.write_bytes(secret + text)
-    return text, pair

@@ -56,8 +56,13 @@ def make(block: Block) -> Iterator[str]:
             yield command
 
 
+def logins(block: Block) -> Iterator[str]:
+    """It needs servers with logins, with which `test_logins` runs it: it exports variables."""
+    yield from (command for command in block.commands if not command.startswith("export "))
+
+
 REASONS: Mapping[str, Callable[[Block], Iterator[str]]] = {
-    function.__name__: function for function in (cluster, images, make)
+    function.__name__: function for function in (cluster, images, logins, make)
 }
 QLORA = {function.__name__ for functions in COMMANDS.values() for function in functions}
 

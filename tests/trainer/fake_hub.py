@@ -28,6 +28,8 @@ class Repository:
 
     folder: Path
     gated: bool = False
+    token: str = ""
+    """What opens it where it is gated; nothing does, where there is none."""
     kind: str = "models"
     pause_seconds: float = 0.0
     """Before each answer with a file's content."""
@@ -120,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound")
         if not path.is_file():
             return self._refuse(404, "EntryNotFound")
-        if repository.gated:
+        if repository.gated and self.headers.get("Authorization") != f"Bearer {repository.token or None}":
             return self._refuse(403, "GatedRepo")
         data = path.read_bytes()
         time.sleep(repository.pause_seconds if self.command == "GET" else 0)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from http.server import BaseHTTPRequestHandler
+from ssl import SSLContext
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,8 @@ class Request:
     body_bytes: int
     conditional: bool
     """Whether it is to be carried out only under a condition."""
+    authorization: str = ""
+    """What it says of who asks."""
 
 
 class Cut(Enum):
@@ -90,11 +93,13 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def fault_link(host: str, port: int) -> Generator[Link]:
-    """A line to the server at host and port, until the context ends."""
+def fault_link(host: str, port: int, *, tls: SSLContext | None = None) -> Generator[Link]:
+    """A line to the server at host and port, until the context ends; with `tls` its clients speak that."""
     server = Server(BaseHTTPRequestHandler)
-    link = Link(url=f"http://127.0.0.1:{server.server_port}")
+    link = Link(url=f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}")
     server.RequestHandlerClass = _handler(host, port, link)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     with serving(server):
         yield link
 
@@ -109,7 +114,13 @@ def _handler(host: str, port: int, link: Link) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             size = int(self.headers.get("Content-Length") or 0)
             conditional = "If-Match" in self.headers or "If-None-Match" in self.headers
-            request = Request(method=self.command, path=self.path, body_bytes=size, conditional=conditional)
+            request = Request(
+                method=self.command,
+                path=self.path,
+                body_bytes=size,
+                conditional=conditional,
+                authorization=self.headers.get("Authorization", ""),
+            )
             with lock:
                 link.seen.append(request)
                 fault = link.rule(request)

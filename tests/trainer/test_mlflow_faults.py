@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sqlite3
 import threading
 import time
@@ -12,13 +13,15 @@ from pathlib import Path
 import pytest
 from fault_link import Cut, Fault, Link, Refusal, Request, fault_link, hurry
 from mlflow import MlflowClient
+from mlflow_server import free_port, mlflow_server
 from qlora_trainer import publish
 from qlora_trainer.outcome import CredentialsRefused, Transient
 from test_publish import RECORDS, make_store, make_task
-from test_tracking import free_port, make_journal, make_logger, make_record, mlflow_server
+from test_tracking import make_journal, make_logger, make_record
 
 from orchestrator.api.results import PublishResult
 from orchestrator.api.task import StageTask
+from orchestrator.api.tracking_login import LOGIN_FOLDER_VARIABLE, LOGIN_VARIABLES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MAX_ATTEMPTS = 40
@@ -127,6 +130,31 @@ def test_a_token_that_has_expired_is_waited_for(client: MlflowClient, link: Link
     with pytest.raises(CredentialsRefused, match="takes its credentials no longer"):
         publish.run(task)
     check(client, task, publish_to_the_end(task))
+
+
+def test_a_login_in_files_is_read_anew_when_it_is_changed(
+    client: MlflowClient, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a Secret's keys are in a pod; afterwards the login is a token instead of a user and a password."""
+    folder = tmp_path / "login"
+    folder.mkdir()
+    monkeypatch.setenv(LOGIN_FOLDER_VARIABLE, str(folder))
+    for variable in LOGIN_VARIABLES.values():
+        monkeypatch.setenv(variable, "")  # and back to what it was, in the end
+    taken = f"Basic {base64.b64encode(b'ada:old').decode()}"
+    link.rule = lambda request: None if request.authorization == taken else EXPIRED
+    (folder / "username").write_text("ada\n")
+    (folder / "password").write_text("wrong")
+    task = job(client, tmp_path, "login")
+    with pytest.raises(CredentialsRefused):
+        publish.run(task)
+    (folder / "password").write_text("old\n")
+    check(client, task, publish_to_the_end(task))
+    (folder / "username").unlink()
+    (folder / "password").unlink()
+    (folder / "token").write_text("new")
+    taken = "Bearer new"
+    check(client, task, publish_to_the_end(task.model_copy(update={"attempt": 9})))
 
 
 def test_a_database_that_is_locked_is_waited_for(

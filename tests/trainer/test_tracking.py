@@ -5,19 +5,14 @@ What is asserted is what an MLflow client of its own reads back.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import free_port, is_healthy, mlflow_server
 from qlora_trainer.outcome import Transient, UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
@@ -200,46 +195,6 @@ def test_publish_gives_up_as_transient_when_mlflow_stays_away(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(Transient, match="MLflow is away, cannot bring the metrics up to date"):
         mlflow_run.reconcile("0" * 32, make_journal(1).records(), Backoff(tries=5, first_pause_seconds=0.01))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[None]:
-    """A real server on loopback, gone (SIGKILL) when the block ends."""
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop("MLFLOW_TRACKING_URI")
-    with (folder / "server.log").open("ab") as output:
-        # A session of its own, so that the workers go down with it.
-        server = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, cwd=folder, start_new_session=True
-        )
-    try:
-        until(lambda: server.poll() is not None or is_healthy(port), seconds=180)
-        assert server.poll() is None, (folder / "server.log").read_text()
-        yield
-    finally:
-        os.killpg(server.pid, 9)
-        server.wait(30)
-
-
-def is_healthy(port: int) -> bool:
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return answer.status == 200
-    except (URLError, OSError):
-        return False
 
 
 def test_a_server_that_goes_away_and_comes_back_has_every_step_once(

@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 import toy_job
 from mlflow import MlflowClient
+from mlflow_server import free_port, mlflow_server
 from pyarrow import Table, array, date32, parquet
 from test_data_fuzz import GOOD, SUFFIXES, mutated, write
 from test_prepare import make_task as prepare_task
 from test_publish import make_store
 from test_publish import make_task as publish_task
-from test_tracking import free_port, mlflow_server
 from tiny_model import build_tiny_model, tiny_model
 
 from orchestrator.api.reasons import ExitCode, Reason

@@ -164,7 +164,25 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* The bounded template of the jobs' pods: the user's fields, with the store's and the hub's credentials as files. */}}
+{{/* How the controller and the jobs log in to your own MLflow: variables, volumes and mounts, as JSON. */}}
+{{- define "qlora.mlflowLogin" -}}
+{{- $env := list -}}
+{{- $volumes := list -}}
+{{- $mounts := list -}}
+{{- with .Values.mlflow.auth.existingSecret -}}
+{{- $env = append $env (dict "name" "QLORA_TRACKING_LOGIN_FOLDER" "value" "/var/run/qlora-mlflow/login") -}}
+{{- $volumes = append $volumes (dict "name" "mlflow-login" "secret" (dict "defaultMode" 288 "secretName" .)) -}}
+{{- $mounts = append $mounts (dict "mountPath" "/var/run/qlora-mlflow/login" "name" "mlflow-login" "readOnly" true) -}}
+{{- end -}}
+{{- with .Values.mlflow.auth.caConfigMap -}}
+{{- $env = append $env (dict "name" "MLFLOW_TRACKING_SERVER_CERT_PATH" "value" "/var/run/qlora-mlflow/ca/ca.crt") -}}
+{{- $volumes = append $volumes (dict "name" "mlflow-ca" "configMap" (dict "items" (list (dict "key" "ca.crt" "path" "ca.crt")) "name" .)) -}}
+{{- $mounts = append $mounts (dict "mountPath" "/var/run/qlora-mlflow/ca" "name" "mlflow-ca" "readOnly" true) -}}
+{{- end -}}
+{{- dict "env" $env "volumes" $volumes "mounts" $mounts | toJson -}}
+{{- end -}}
+
+{{/* The bounded template of the jobs' pods: the user's fields, with credentials of store, hub and MLflow as files. */}}
 {{- define "qlora.podTemplate" -}}
 {{- $template := deepCopy .Values.trainer.podTemplate -}}
 {{- $env := $template.env -}}
@@ -190,6 +208,10 @@ imagePullSecrets:
 {{- $mounts = append $mounts (dict "mountPath" "/etc/qlora/hub" "name" "hub-token" "readOnly" true) -}}
 {{- end -}}
 {{- end -}}
+{{- $login := include "qlora.mlflowLogin" . | fromJson -}}
+{{- $env = concat $env $login.env -}}
+{{- $volumes = concat $volumes $login.volumes -}}
+{{- $mounts = concat $mounts $login.mounts -}}
 {{- $_ := set $template "env" $env -}}
 {{- $_ := set $template "volumes" $volumes -}}
 {{- $_ := set $template "volumeMounts" $mounts -}}

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
 from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
+from orchestrator.api.tracking_login import read_login
 from orchestrator.api.words import on_one_line, without_logins
 from orchestrator.errors import InvalidObject, TrackingUnavailable
 
@@ -207,6 +208,7 @@ class MlflowTracking:
             return self._connect()
 
     def _connect(self) -> Any:
+        read_login(os.environ)
         if self._client is None:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(self._settings.tracking_timeout_seconds)))
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(HTTP_RETRIES))

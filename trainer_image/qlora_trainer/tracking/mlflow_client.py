@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.api.task import TRACKING_URI_VARIABLE
+from orchestrator.api.tracking_login import read_login
 from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
 from qlora_trainer.storage.trouble import Trouble, is_away, trouble
@@ -28,6 +29,7 @@ def open_client() -> MlflowClient:
         raise UserError(f"{TRACKING_URI_VARIABLE} is not set; it must name the MLflow server that keeps the results")
     # A client that repeats a request by itself could create a second model version behind our back.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    read_login(os.environ)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
