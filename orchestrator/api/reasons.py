@@ -86,7 +86,8 @@ class Reason(StrEnum):
     USER_ERROR = "UserError"
     TRANSIENT_ERROR = "TransientError"
     CREDENTIALS_REFUSED = "CredentialsRefused"
-    """The job's store or MLflow does not take the credentials of the stage, or no longer."""
+    """The job's store, MLflow or where the model or data come from does not take the credentials of the stage, or no
+    longer."""
     OUT_OF_MEMORY = "OutOfMemory"
     FENCED = "Fenced"
     DIVERGED = "Diverged"

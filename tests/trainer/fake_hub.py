@@ -22,6 +22,15 @@ from tests.servers import Server, serving
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+EXPIRED = {
+    "expired-plain": (401, "", "Invalid credentials in Authorization header"),
+    "expired-private": (401, "RepoNotFound", "Repository not found"),
+    "expired-gated": (401, "GatedRepo", "Access to this model is restricted"),
+    "expired-denied": (403, "", "Your token has expired"),
+}
+"""Tokens that are valid no longer, and the hub's ways to say so."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
     """A folder that the hub serves."""
@@ -31,6 +40,7 @@ class Repository:
     token: str = ""
     """What opens it where it is gated; nothing does, where there is none."""
     kind: str = "models"
+    private: bool = False
     pause_seconds: float = 0.0
     """Before each answer with a file's content."""
 
@@ -73,6 +83,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind = parts[1] if in_api else "datasets" if parts[0] == "datasets" else "models"
         parts = parts[2:] if in_api else parts[1:] if kind == "datasets" else parts
         repository = self.known.get("/".join(parts[:2]))
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token in EXPIRED:
+            return self._refuse(*EXPIRED[token])
+        if repository is not None and repository.private and not token:
+            return self._refuse(401, "RepoNotFound")
         if repository is None or repository.kind != kind:
             return self._refuse(404, "RepoNotFound")
         if in_api:
@@ -133,8 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
         return self._send(206 if first else 200, part, headers)
 
-    def _refuse(self, status: int, code: str) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+    def _refuse(self, status: int, code: str, message: str = "") -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message or code})
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from fake_hub import COMMIT, Repository, serve
+from fake_hub import COMMIT, EXPIRED, Repository, serve
 from qlora_trainer.model import rehearsal
 from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.rehearsal import rehearse
@@ -870,12 +870,13 @@ print(json.dumps([answer(*question) for question in json.loads(sys.argv[1])]))
 
 
 def ask_hub(
-    questions: list[list[str]], repositories: Mapping[str, Repository], home: Path
+    questions: list[list[str]], repositories: Mapping[str, Repository], home: Path, token: str = ""
 ) -> tuple[list[Any], list[str]]:
     """Answers from a process of its own, because huggingface_hub reads its endpoint when it is imported."""
     with serve(repositories) as (endpoint, requests):
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         environment["QLORA_MODEL_CACHE"] = str(home / "models")
+        environment["HF_TOKEN"] = token
         environment.pop("HF_HUB_OFFLINE", None)
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, "-c", HUB_QUESTIONS, json.dumps(questions)]
@@ -919,6 +920,37 @@ def test_hub_refusals_say_what_to_do(tmp_path: Path) -> None:
         "UserError: hf://acme/tiny has no such revision; check spec.model.revision",
         f"UserError: {absent}",
     ]
+
+
+@pytest.mark.parametrize("token", EXPIRED)
+def test_a_token_of_the_hub_that_has_expired_is_waited_for_whatever_it_is_asked_for(tmp_path: Path, token: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"text": "a"}\n')
+    repositories = {
+        "acme/tiny": Repository(folder=tiny_model()),
+        "acme/gated": Repository(folder=tiny_model(), gated=True),
+        "acme/private": Repository(folder=tiny_model(), private=True),
+        "acme/data": Repository(folder=data, kind="datasets"),
+    }
+    questions = [["model", f"hf://acme/{name}", "main"] for name in ("tiny", "gated", "private")]
+    questions.append(["dataset", "hf://acme/data", "train"])
+    answers, _ = ask_hub(questions, repositories, tmp_path / "home", token=token)
+    for (_, source, _), answer in zip(questions, answers, strict=True):
+        assert answer.startswith(f"CredentialsRefused: {source} takes its credentials no longer")
+        assert answer.endswith("a new attempt reads them anew")
+
+
+def test_what_a_valid_token_or_none_may_not_read_is_the_users(tmp_path: Path) -> None:
+    repositories = {
+        "acme/gated": Repository(folder=tiny_model(), gated=True),
+        "acme/private": Repository(folder=tiny_model(), private=True),
+    }
+    questions = [["model", f"hf://acme/{name}", "main"] for name in ("gated", "none")]
+    for answer in ask_hub(questions, repositories, tmp_path / "with", token="valid")[0]:
+        assert answer.startswith("UserError: ")
+    [private], _ = ask_hub([["model", "hf://acme/private", "main"]], repositories, tmp_path / "without")
+    assert private.startswith("UserError: hf://acme/private is not on the hub, or is private; check its name, or give")
 
 
 def test_a_hub_dataset_gives_the_records_of_its_split(tmp_path: Path) -> None:

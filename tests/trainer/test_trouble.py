@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import hf_raise_for_status
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
-from qlora_trainer.outcome import StageError, Transient, UserError
+from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.trouble import Trouble, trouble
@@ -103,9 +103,11 @@ def test_a_hiccup_is_one_in_every_disguise(cause: Exception) -> None:
     ids=repr,
 )
 def test_credentials_that_a_new_attempt_has_anew_are_no_verdict(error: Exception) -> None:
-    assert trouble(error) is Trouble.STALE_CREDENTIALS
-    with pytest.raises(Transient, match="a new attempt reads them anew"), translated("s3://bucket/model", field="f"):
-        raise error
+    for each in in_disguise(error):
+        assert trouble(each) is Trouble.STALE_CREDENTIALS, repr(each)
+        expected = pytest.raises(CredentialsRefused, match="a new attempt reads them anew")
+        with expected, translated("s3://bucket/model", field="f"):
+            raise each
 
 
 @pytest.mark.parametrize(

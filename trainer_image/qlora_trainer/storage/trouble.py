@@ -116,7 +116,8 @@ def _by_answer(error: BaseException) -> Trouble | None:
 def _by_status(status: int, error: BaseException) -> Trouble | None:
     if status in BUSY_STATUSES or status >= 500:
         return Trouble.AWAY
-    if status == 401 and "RepositoryNotFoundError" not in _names(error):  # the hub's for what strangers may not see
+    # The hub answers strangers 401 for what they may not see, there or not; with credentials it means those.
+    if status == 401 and (_had_credentials(error) or "RepositoryNotFoundError" not in _names(error)):
         return Trouble.STALE_CREDENTIALS
     if status in (401, 403):
         return Trouble.STALE_CREDENTIALS if STALE_WORDS.search(str(error)) else Trouble.REFUSED
@@ -152,6 +153,12 @@ def _error_code(error: BaseException) -> str:
         return ""
     details: Any = cast("dict[str, Any]", response).get("Error", {})  # Any: botocore's parsed answer
     return str(details.get("Code", ""))
+
+
+def _had_credentials(error: BaseException) -> bool:
+    """Whether the request that was answered said who asks, as far as its client tells."""
+    headers: Any = getattr(getattr(getattr(error, "response", None), "request", None), "headers", None)
+    return headers is not None and "authorization" in headers
 
 
 def _http_status(error: BaseException) -> int | None:
