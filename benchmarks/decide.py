@@ -6,7 +6,11 @@ A tenth as many jobs train as wait, on as many GPUs of four classes, for 50 queu
 queues are over and under their quotas, and priorities differ, so that each decision chooses hundreds of victims.
 The waiting jobs say already why they wait, as they do after the first round; a running job reports a new step each
 time. Milliseconds of `orchestrator.core.decide.decide` on the processor, after a first round that loads and warms, and
-the peak of memory that a decision takes beside the snapshot.
+the peak of memory that a decision takes beside the snapshot: that is the decision that nothing came before.
+
+Then the decisions of a controller that goes on, `orchestrator.core.decide.Decider`, once what there was to move has
+moved, a second after each other: nothing has changed; a waiting job came, or went; one running job of all reports a
+step; one ended, and the GPU goes to whoever is next. What is kept in memory between decisions is told, too.
 """
 
 from __future__ import annotations
@@ -15,16 +19,18 @@ import gc
 import random
 import time
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from statistics import median
 
 from benchmarks.report import argument_parser, emit
 from orchestrator.api.job import CheckpointStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.core.commands import Command, WriteStatus
-from orchestrator.core.decide import decide
-from orchestrator.core.snapshot import Policy, Snapshot
+from orchestrator.api.reasons import ExitCode
+from orchestrator.core.commands import Command, DeleteStage, EnsureStage, StopStage, WriteStatus
+from orchestrator.core.decide import Decider, decide
+from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
 from orchestrator.sizing.hardware import gpu_class
 from tests.builders import (
     LLAMA_3_8B,
@@ -44,6 +50,11 @@ RANKS = (8, 16, 32, 64)
 STAGE = "uid"
 """Of every stage, which nothing is told apart by here."""
 MIB = 1 << 20
+SECOND = timedelta(seconds=1)
+MOST_ROUNDS = 100
+INCREMENTAL_TIMES = 5
+"""How much oftener an incremental decision is measured."""
+Change = Callable[[Snapshot, int], Snapshot]
 
 
 def main() -> None:
@@ -73,6 +84,7 @@ def measure(waiting: int, repetitions: int) -> dict[str, object]:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     gc.unfreeze()
+    print(f"{waiting} waiting: a full decision takes {1000 * median(seconds):.1f} ms", flush=True)
     return {
         "running": waiting // 10,
         "gpus": sum(each.capacity for each in world.gpu_classes),
@@ -81,7 +93,41 @@ def measure(waiting: int, repetitions: int) -> dict[str, object]:
         "slowest_ms": round(1000 * max(seconds), 1),
         "peak_mib": round(peak / MIB, 1),
         "commands": len(commands),
+        **going_on(world, repetitions),
     }
+
+
+def going_on(world: Snapshot, repetitions: int) -> dict[str, object]:
+    """Decisions that follow each other, with one job changed between them."""
+    world = come_to_rest(world)
+    gc.collect()
+    tracemalloc.start()
+    decider = Decider()
+    decider.decide(world)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    gc.freeze()
+    found: dict[str, object] = {"kept_mib": round(kept / MIB, 1)}
+    changes: Mapping[str, Change] = {
+        "nothing": lambda world, _: world,
+        "a_job_came": submitted,
+        "a_job_went": withdrawn,
+        "a_step": reported,
+        "a_job_ended": ended,
+    }
+    for name, change in changes.items():
+        seconds: list[float] = []
+        for number in range(INCREMENTAL_TIMES * repetitions):
+            world = replace(change(world, number), now=world.now + SECOND)
+            began = time.process_time()
+            commands = decider.decide(world)
+            seconds.append(time.process_time() - began)
+            if number == 0 and commands != decide(world):
+                raise AssertionError(f"after {name} the decision is not the one from nothing")
+            world = carried_out(world, commands)
+        found[f"{name}_ms"] = round(1000 * median(seconds), 2)
+    gc.unfreeze()
+    return found
 
 
 def busy_world(waiting: int) -> Snapshot:
@@ -133,6 +179,66 @@ def _running(number: int, name: str, seeded: random.Random) -> QLoRAJob:
     checkpoint = CheckpointStatus(step=1, uri="file:///store/c", time=after(-seeded.uniform(0, 900)))
     status = prepared_status(LLAMA_3_8B, attempts=(attempt,), attempts_total=2, checkpoint=checkpoint)
     return _job(f"running-{number}", status, seeded)
+
+
+def come_to_rest(world: Snapshot) -> Snapshot:
+    """The world once everybody has moved who is to be moved, and everybody has heard why he waits."""
+    for _ in range(MOST_ROUNDS):
+        commands = decide(world)
+        after_all = carried_out(world, commands)
+        if not commands:
+            return world
+        world = replace(after_all, now=world.now + SECOND)
+    raise AssertionError("this world does not come to rest")
+
+
+def carried_out(world: Snapshot, commands: Iterable[Command]) -> Snapshot:
+    """The world with what is decided done at once: stages start, and those that are to stop end with a checkpoint."""
+    changed: dict[str, QLoRAJob] = {}
+    stages = dict(world.stages)
+    for command in commands:
+        match command:
+            case WriteStatus(job=job, status=status):
+                changed[job.key] = job.model_copy(update={"status": status})
+            case EnsureStage(task=task):
+                fact = stage(changed[f"{task.namespace}/{task.job}"], stage_uid=STAGE)
+                stages[fact.key] = fact
+            case StopStage(namespace=namespace, name=name):
+                key = f"{namespace}/{name}"
+                stages[key] = replace(stages[key], phase=StagePhase.EXITED, exit_code=ExitCode.PREEMPTED)
+            case DeleteStage(namespace=namespace, name=name):
+                del stages[f"{namespace}/{name}"]
+            case _:
+                raise AssertionError(f"nothing here asks for {command}")
+    if not changed and stages == world.stages:
+        return world
+    return replace(world, jobs=tuple(changed.get(job.key, job) for job in world.jobs), stages=stages)
+
+
+def submitted(world: Snapshot, number: int) -> Snapshot:
+    """A job more, prepared."""
+    job = _job(f"late-{number}", prepared_status(LLAMA_3_8B), random.Random(number))
+    return replace(world, jobs=(*world.jobs, job))
+
+
+def withdrawn(world: Snapshot, number: int) -> Snapshot:
+    """One of those that wait is deleted."""
+    name = f"waiting-{number}"
+    return replace(world, jobs=tuple(job for job in world.jobs if job.metadata.name != name))
+
+
+def reported(world: Snapshot, number: int) -> Snapshot:
+    """A running job has got a step further."""
+    key = sorted(world.stages)[number % len(world.stages)]
+    report = progress(2 + number, age_seconds=(NOW - world.now).total_seconds())
+    return replace(world, stages={**world.stages, key: replace(world.stages[key], progress=report)})
+
+
+def ended(world: Snapshot, number: int) -> Snapshot:
+    """A running job's stage has ended for the platform's sake; the job goes back into the line."""
+    key = sorted(world.stages)[number % len(world.stages)]
+    gone = replace(world.stages[key], phase=StagePhase.EXITED, exit_code=ExitCode.PREEMPTED)
+    return replace(world, stages={**world.stages, key: gone})
 
 
 def settled(world: Snapshot) -> Snapshot:

@@ -31,7 +31,7 @@ from orchestrator.controller.health import Health, served
 from orchestrator.controller.logs import log_to_stderr
 from orchestrator.controller.loop import Controller, Ports
 from orchestrator.controller.metrics import Metrics
-from orchestrator.core.decide import decide
+from orchestrator.core.decide import Decider
 from orchestrator.errors import OrchestratorError, PermanentError, RuntimeLost
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _lead(settings: ClusterSettings, view: View, health: Health, metrics: Metric
         elif settings.ray_address:
             view.runtime.channel = stack.enter_context(FabricChannel(settings.ray_fabric_socket))
         ports = Ports(store=view.store, runtime=view.runtime, tracking=tracking)
-        controller = Controller(settings, ports, decide, metrics, health, writers=settings.writers)
+        controller = Controller(settings, ports, Decider().decide, metrics, health, writers=settings.writers)
         controller.run(stop, ready=lambda: None)
     metrics.leads(False)
     log.info("%s leads no more; stages go on: %s", settings.pod_name, controller.metrics.latencies())

@@ -24,7 +24,7 @@ from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.controller.logs import log_to_file
 from orchestrator.controller.loop import Controller, Ports
-from orchestrator.core.decide import decide
+from orchestrator.core.decide import Decider
 from orchestrator.errors import OrchestratorError, PermanentError, RuntimeLost
 from orchestrator.settings import Settings
 
@@ -82,7 +82,7 @@ def _work(settings: Settings) -> None:
     # After Ray, which sets a handler of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: _ask_to_stop(stop, number, frame))
     signal.signal(signal.SIGINT, lambda number, frame: _ask_to_stop(stop, number, frame))
-    controller = Controller(settings, Ports(store=store, runtime=runtime, tracking=tracking), decide)
+    controller = Controller(settings, Ports(store=store, runtime=runtime, tracking=tracking), Decider().decide)
     log.info("the controller of %s works", settings.home)
     controller.run(stop, ready=_Ready(settings))
     log.info("the controller ends, running stages go on: %s", controller.metrics.latencies())

@@ -33,28 +33,46 @@ from orchestrator.core.commands import (
 from orchestrator.core.job.containment import failed_by_defect
 from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, release_commands, stage_commands
-from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobState, state_of
+from orchestrator.core.job.state_machine import LAST_RUN_STATUS, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.cycle import schedule
+from orchestrator.core.scheduling.cycle import Round, Scheduler
+from orchestrator.core.scheduling.index import Index
 from orchestrator.core.snapshot import Policy, Snapshot
 
 
 def decide(snapshot: Snapshot) -> tuple[Command, ...]:
     """All that is to be done about a snapshot, in the order in which to do it."""
-    drafts = schedule(snapshot).drafts.values()
-    return tuple(_commands(list(drafts), snapshot))
+    return Decider().decide(snapshot)
 
 
-def _commands(drafts: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
-    for draft in drafts:
-        yield from _run_commands(draft.job, snapshot)
-    yield from _runs_of_gone_jobs(snapshot)
+class Decider:
+    """Decides again and again: what has not changed since the last decision is not worked out again.
+
+    Each decision equals one that nothing came before. A decision that raised leaves nothing behind.
+    """
+
+    def __init__(self) -> None:
+        self._scheduler = Scheduler()
+
+    def decide(self, snapshot: Snapshot) -> tuple[Command, ...]:
+        """All that is to be done about a snapshot, in the order in which to do it."""
+        scheduler, self._scheduler = self._scheduler, Scheduler()
+        commands = tuple(_commands(scheduler.round(snapshot), snapshot))
+        self._scheduler = scheduler
+        return commands
+
+
+def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
+    index = decided.index
+    for key in sorted(index.runners):
+        yield from _run_commands(index.entries[key].draft.job, snapshot)
+    yield from _runs_of_gone_jobs(index, snapshot)
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
     # just now, then figures of jobs that go on as before, and last come words about those who wait.
     moved: list[Command] = []
     figures: list[WriteStatus] = []
     waiting: list[Draft] = []
-    for draft in drafts:
+    for draft in decided.drafts.values():
         if draft.words_only and draft.job.status.active_attempt is None:
             waiting.append(draft)
             continue
@@ -67,11 +85,11 @@ def _commands(drafts: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
             moved += [own.write, *own.stage, *own.begun]
         yield from own.defects
     yield from moved
-    yield from leftover_commands(snapshot)
+    yield from leftover_commands(snapshot, snapshot.stages.keys() - index.wanted, index.job)
     yield from release_commands(snapshot)
     yield from figures
     yield from _words(waiting, snapshot)
-    yield from _expired(drafts, snapshot)
+    yield from _expired(index, snapshot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,34 +187,19 @@ def _left_behind(job: QLoRAJob, run_status: str, policy: Policy) -> Event:
     return Event(reason=Reason.TRACKING_UNAVAILABLE, message=message, warning=True)
 
 
-def _runs_of_gone_jobs(snapshot: Snapshot) -> Iterator[FinishRun]:
+def _runs_of_gone_jobs(index: Index, snapshot: Snapshot) -> Iterator[FinishRun]:
     """Runs whose jobs were deleted before they had them on record."""
-    if snapshot.runs:
-        here = {job.metadata.uid for job in snapshot.jobs}
-        for uid in sorted(snapshot.runs.keys() - here):
+    for uid in sorted(snapshot.runs):
+        if not index.uids.get(uid):
             yield FinishRun(job=snapshot.runs[uid].job, run_status=LAST_RUN_STATUS[JobState.CANCELLED])
 
 
-def _expired(drafts: list[Draft], snapshot: Snapshot) -> Iterator[DeleteJob]:
+def _expired(index: Index, snapshot: Snapshot) -> Iterator[DeleteJob]:
     """Finished jobs that are to go, once nothing outside is left to settle."""
-    named = {attempt.stage_uid for job in snapshot.jobs for attempt in job.status.attempts}
-    with_stages = {
-        (fact.namespace, name.job)
-        for fact in snapshot.stages.values()
-        if (name := StageName.parse(fact.name)) and (fact.vouched or fact.stage_uid in named)
-    }
-    for draft in drafts:
-        job = draft.job
-        settled = state_of(job.status) in TERMINAL_STATES and not owes_run_its_end(job)
-        has_stages = (job.metadata.namespace, job.metadata.name) in with_stages
-        if settled and not has_stages and _is_expired(job, snapshot):
-            yield DeleteJob(job=job)
-
-
-def _is_expired(job: QLoRAJob, snapshot: Snapshot) -> bool:
-    if job.metadata.deletion_timestamp is not None:
-        return True
-    ttl_seconds, finished = job.spec.ttl_seconds_after_finished, job.status.finish_time
-    if ttl_seconds is None or finished is None:
-        return False
-    return (snapshot.now - finished).total_seconds() >= ttl_seconds
+    named: set[str | None] | None = None
+    for key in sorted(index.expired):
+        facts = [snapshot.stages[stage] for stage in index.stages.get(key, ())]
+        if facts and named is None:
+            named = {attempt.stage_uid for other in snapshot.jobs for attempt in other.status.attempts}
+        if not any(StageName.parse(fact.name) and (fact.vouched or fact.stage_uid in (named or ())) for fact in facts):
+            yield DeleteJob(job=index.entries[key].draft.job)

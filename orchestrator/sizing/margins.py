@@ -112,16 +112,16 @@ def learned(jobs: Iterable[QLoRAJob]) -> Mapping[tuple[str, str], Margins]:
 
     The controller asks in every pass, and jobs that teach seldom change in between.
     """
-    teaching = [job for job in jobs if _teaches(job.status)]
+    teaching = [job for job in jobs if teaches(job.status)]
     return _learned(_Statuses(tuple(job.status for job in teaching), tuple(job.metadata.namespace for job in teaching)))
 
 
 def bounds(jobs: Iterable[QLoRAJob]) -> tuple[Bound, ...]:
     """Everything that is known, by namespace, architecture and kind."""
-    return _bounds((job.metadata.namespace, job.status) for job in jobs if _teaches(job.status))
+    return _bounds((job.metadata.namespace, job.status) for job in jobs if teaches(job.status))
 
 
-def _teaches(status: QLoRAJobStatus) -> bool:
+def teaches(status: QLoRAJobStatus) -> bool:
     """Whether an attempt came to its end, or ran out of memory."""
     return status.adapter_uri is not None or bool(status.step_ups)
 

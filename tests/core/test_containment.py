@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 
@@ -21,7 +22,7 @@ from orchestrator.core.commands import (
     WriteStatus,
 )
 from orchestrator.core.decide import decide
-from orchestrator.core.scheduling import cycle
+from orchestrator.core.scheduling import claims, cycle, index
 from orchestrator.core.snapshot import StageFact, StagePhase, UnreadableJob
 from tests.builders import (
     NOW,
@@ -70,11 +71,15 @@ def test_a_job_that_cannot_be_sized_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("error", DEFECTS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", ["reconcile", "start_cpu_stage", "candidates", "admit"])
+@pytest.mark.parametrize(
+    ("module", "where"),
+    [(index, "reconcile"), (cycle, "start_cpu_stage"), (claims, "candidates"), (cycle, "admit")],
+    ids=["reconcile", "start_cpu_stage", "candidates", "admit"],
+)
 def test_whatever_is_raised_wherever_is_one_jobs_failure(
-    where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., object] = getattr(cycle, where)
+    real: Callable[..., object] = getattr(module, where)
     poison = make_job("poison", rank=13) if where == "start_cpu_stage" else queued("poison", SMOLLM2_135M, rank=13)
 
     def raising(first: object, *rest: object, **named: object) -> object:
@@ -83,7 +88,7 @@ def test_whatever_is_raised_wherever_is_one_jobs_failure(
             raise error
         return real(first, *rest, **named)
 
-    monkeypatch.setattr(cycle, where, raising)
+    monkeypatch.setattr(module, where, raising)
     commands = decide(snapshot(poison, queued("sound", SMOLLM2_135M), gpu_classes=gpus(_24Gi=2)))
     assert [c.task.job for c in commands if isinstance(c, EnsureStage)] == ["sound"]
     assert finished_reason(commands, "poison") is Reason.INTERNAL_ERROR
@@ -163,7 +168,7 @@ def test_running_out_of_memory_is_no_jobs_failure(monkeypatch: pytest.MonkeyPatc
     def exhausted(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("orchestrator.core.scheduling.cycle.reconcile", exhausted)
+    monkeypatch.setattr("orchestrator.core.scheduling.index.reconcile", exhausted)
     with pytest.raises(MemoryError):
         decide(snapshot(make_job()))
 

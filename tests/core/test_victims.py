@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from orchestrator.api.queue import QLoRAQueueSpec, Quota
 from orchestrator.api.reasons import Reason
 from orchestrator.core.scheduling.admission import GROUNDS, Ledger, Quotas, place
+from orchestrator.core.scheduling.line import Line, RankedLine
 from orchestrator.core.scheduling.ordering import Claim
-from orchestrator.core.scheduling.preemption import Holding, choose_victims
+from orchestrator.core.scheduling.preemption import Holding, Hopeless, choose_victims, reserve_coming_free
 from orchestrator.sizing.plan_search import candidates
-from tests.builders import NOW, POLICY, SMOLLM2_135M, gpus, make_spec
+from tests.builders import POLICY, SMOLLM2_135M, after, gpus, make_spec
 
 CLASSES = ("16Gi", "24Gi", "48Gi")
 Served = list[tuple[str, str, str | None, Reason]]
 """Claim, class, victim and ground."""
 
 
-def a_world(seeded: random.Random) -> tuple[list[Claim], list[Holding], Ledger]:
+def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
     """Queues of some cohorts, GPUs that they hold, and claims for more."""
     queues = {
         f"queue-{n}": QLoRAQueueSpec(
@@ -63,7 +64,7 @@ def a_world(seeded: random.Random) -> tuple[list[Claim], list[Holding], Ledger]:
                 uid=f"claim-{n}",
                 queue=queue,
                 priority=priority,
-                created=NOW,
+                created=after(-seeded.randrange(5)),
                 estimates=chosen,
                 classes=classes,
             )
@@ -73,7 +74,24 @@ def a_world(seeded: random.Random) -> tuple[list[Claim], list[Holding], Ledger]:
     ledger = Ledger(capacity=capacity, quotas=Quotas.of(queues))
     for holding in holdings:
         ledger.take(holding.queue, holding.gpu_class)
-    return claims, holdings, ledger
+    line = Line()
+    line.change((), claims)
+    shares, steps = ({name: seeded.uniform(0, most) for name in queues} for most in (5, 2))
+    return RankedLine(line=line, shares=shares, steps=steps), holdings, ledger
+
+
+def rank(claim: Claim, line: RankedLine) -> tuple[object, ...]:
+    """The order of the line in its plainest form: the k-th of a queue counts as if those before it had started."""
+    own = sorted(
+        (-other.priority, other.created, other.uid) for other in line.line.claims.values() if other.queue == claim.queue
+    )
+    place = own.index((-claim.priority, claim.created, claim.uid))
+    share = line.shares[claim.queue] + place * line.steps[claim.queue]
+    return -claim.priority, share, claim.created, claim.uid
+
+
+def of_class(holdings: list[Holding]) -> Callable[[str], list[Holding]]:
+    return lambda name: [each for each in holdings if each.gpu_class == name]
 
 
 def placed_one_by_one(claims: list[Claim], ledger: Ledger) -> Iterator[tuple[str, str]]:
@@ -134,14 +152,21 @@ def room_without(holding: Holding, claim: Claim, books: Ledger) -> bool:
 def test_who_is_placed_and_who_makes_way_is_what_the_rules_say_one_by_one(seed: int) -> None:
     seeded = random.Random(seed)
     for _ in range(50):
-        claims, holdings, ledger = a_world(seeded)
-        plain = ledger.copy()
-        placements = place(claims, ledger)
+        line, holdings, ledger = a_world(seeded)
+        claims, plain = list(line.in_order()), ledger.copy()
+        assert claims == sorted(claims, key=lambda claim: rank(claim, line))
+        placements = place(line, ledger)
         assert [(p.claim.key, p.estimate.gpu_class) for p in placements] == list(placed_one_by_one(claims, plain))
         served = {p.claim.key for p in placements}
         blocked = [claim for claim in claims if claim.key not in served]
-        chosen = choose_victims(blocked, holdings, ledger, POLICY)
+        expected, left = victims_one_by_one(blocked, holdings, ledger.copy()), line.without(served)
+        stopping = [(each.queue, each.gpu_class) for each in holdings if each.stopping]
+        reserved = reserve_coming_free(left, stopping, ledger)
+        left, hopeless = left.without(p.claim.key for p in reserved), Hopeless()
+        chosen = (*reserved, *choose_victims(left, of_class(holdings), ledger.copy(), POLICY, hopeless))
+        again = choose_victims(left, of_class(holdings), ledger, POLICY, hopeless)
+        assert (*reserved, *again) == chosen, "what is known of the hopeless changes nothing"
         assert [
             (p.claim.key, p.estimate.gpu_class, p.victim.key if p.victim is not None else None, p.reason)
             for p in chosen
-        ] == victims_one_by_one(blocked, holdings, ledger.copy())
+        ] == expected

@@ -39,7 +39,7 @@ from orchestrator.core.commands import (
     StopStage,
     WriteStatus,
 )
-from orchestrator.core.decide import decide
+from orchestrator.core.decide import Decider, decide
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
 from orchestrator.core.snapshot import Policy, RunFact, Snapshot, StageFact, StagePhase
 from orchestrator.sizing.hardware import GpuClass
@@ -86,6 +86,8 @@ class World:
     """What others have put under names of stages, saying that it is ours."""
     refused: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
     """What the controller found there instead of its own."""
+    decider: Decider = field(default_factory=Decider)
+    """What the controller keeps between its decisions; gone when it is killed."""
 
     # --- the controller -----------------------------------------------------------------------------------------
 
@@ -106,7 +108,7 @@ class World:
 
     def beat(self, *, ended: bool) -> None:
         """A pass whose controller is killed once it has written, and a stranger who is faster than the next one."""
-        for command in decide(self.snapshot()):
+        for command in self.decide():
             if isinstance(command, WriteStatus):
                 self._act(command)
         self.forget()
@@ -121,12 +123,18 @@ class World:
         self.runs.clear()
         self.vouched.clear()
         self.refused.clear()
+        self.decider = Decider()
+
+    def decide(self) -> tuple[Command, ...]:
+        """What the controller decides, which is what anybody would who has never seen the world before."""
+        seen = self.snapshot()
+        commands = self.decider.decide(seen)
+        assert commands == decide(seen), "a decision depends on those before"
+        return commands
 
     def pass_once(self, commands_carried_out: int | None = None) -> tuple[Command, ...]:
         """One pass of the controller; returns what it decided."""
-        seen = self.snapshot()
-        commands = decide(seen)
-        assert commands == decide(seen), "the same snapshot must give the same commands"
+        commands = self.decide()
         writes = Counter(c.job.key for c in commands if isinstance(c, WriteStatus))
         assert all(count == 1 for count in writes.values()), "at most one status write a job"
         self._check_priority(commands)

@@ -16,7 +16,7 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import ProgressReport, StageResult
 from orchestrator.core.commands import Command, EnsureStage
-from orchestrator.core.decide import decide
+from orchestrator.core.decide import Decider
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 from tests.builders import PUBLISHED, SMOLLM2_135M, failure, prepare_result, train_result
@@ -157,12 +157,13 @@ class FaultyWorld(World):
 
     def control(self, commands_carried_out: int | None) -> None:
         """One pass of the controller; each command is checked as it is carried out."""
-        seen = self.snapshot()
+        commands = self.decide()
         self.clock_put = self._clock_put()
-        for command in decide(seen)[:commands_carried_out]:
+        for command in commands[:commands_carried_out]:
             self._act(command)
         if commands_carried_out is not None:
             self.runs.clear()
+            self.decider = Decider()
         self._note_records()
         self.check()
         self._check_bookings()

@@ -46,15 +46,16 @@ def says_the_same(condition: Condition, finding: Finding, generation: int) -> bo
 
     Those change all the time for everybody who waits; whoever wants them asks for an explanation.
     """
-    return (condition.status, condition.reason, _words(condition.message), condition.observed_generation) == (
+    return (condition.status, condition.reason, words(condition.message), condition.observed_generation) == (
         finding.status,
         finding.reason,
-        _words(clip(finding.message)),
+        words(clip(finding.message)),
         generation,
     )
 
 
-def _words(message: str) -> str:
+def words(message: str) -> str:
+    """A sentence without its figures."""
     return _known_words(message) if len(message) <= WORDS_KEPT_CHARACTERS else _FIGURES.sub("#", message)
 
 

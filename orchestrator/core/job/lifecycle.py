@@ -41,9 +41,8 @@ CLOCKED = ("created_time", "seen_time", "start_time", "progress_time", "stop_tim
 """An attempt's times by the controller's clock, from which durations are counted."""
 
 
-def reconcile(job: QLoRAJob, snapshot: Snapshot) -> Draft:
-    """The job's draft after the facts and the user's wishes."""
-    opened = Draft.open(job, snapshot.now)
+def reconcile(opened: Draft, snapshot: Snapshot) -> Draft:
+    """The job's draft, opened now, after the facts and the user's wishes."""
     draft = noted = _with_clock(_note_run(opened, snapshot), timedelta(seconds=snapshot.clock_step_seconds))
     if draft.state not in TERMINAL_STATES:
         draft = _observe(draft, snapshot)  # 1. what happened outside

@@ -85,7 +85,7 @@ def hits_others(job: QLoRAJob, attempt: Attempt, reason: Reason, snapshot: Snaps
     for other in snapshot.jobs:
         if needed <= 0:
             break
-        if other.metadata.uid != job.metadata.uid and _hit((other, other.status), snapshot) == cause:
+        if other.metadata.uid != job.metadata.uid and hit_by((other, other.status), policy) == cause:
             needed -= 1
     return needed <= 0
 
@@ -95,7 +95,7 @@ def current_outages(told: Iterable[Told], snapshot: Snapshot) -> Mapping[Cause, 
     everybody = list(told)
     hit: defaultdict[Cause, list[Told]] = defaultdict(list)
     for one in everybody:
-        cause = _hit(one, snapshot)
+        cause = hit_by(one, snapshot.policy)
         if cause is not None:
             hit[cause].append(one)
     found = {cause: _outage(cause, members, everybody, snapshot) for cause, members in hit.items()}
@@ -126,13 +126,13 @@ def holds_back(outages: Mapping[Cause, Outage], job: QLoRAJob, stage: StageKind,
     return min(met, key=lambda outage: outage.cause.reason.value, default=None)
 
 
-def _hit(told: Told, snapshot: Snapshot) -> Cause | None:
+def hit_by(told: Told, policy: Policy) -> Cause | None:
     """The cause that ended a waiting job's last attempt."""
     job, status = told
     last = status.attempts[-1] if status.attempts else None
     if last is None or last.active or last.reason is None or status.finish_time is not None or job.spec.suspend:
         return None
-    return cause_of(job, last.stage, last.reason, snapshot.policy)
+    return cause_of(job, last.stage, last.reason, policy)
 
 
 def _end_of(status: QLoRAJobStatus) -> datetime:

@@ -81,7 +81,7 @@ def stalled(draft: Draft, report: ProgressReport, policy: Policy) -> str:
         return ""
     since = attempt.progress_time or between(attempt.start_time, report.time, draft.now)
     silent_seconds = (draft.now - since).total_seconds()
-    bound_seconds = _patience_seconds(draft, report, policy)
+    bound_seconds = patience_seconds(draft, report, policy)
     if silent_seconds <= bound_seconds:
         return ""
     return (
@@ -108,7 +108,7 @@ def never_heard(draft: Draft, policy: Policy) -> str:
     return f"no progress: nothing was heard of it in {silent_seconds:.0f} s; it is stopped and resumed"
 
 
-def _patience_seconds(draft: Draft, report: ProgressReport, policy: Policy) -> float:
+def patience_seconds(draft: Draft, report: ProgressReport, policy: Policy) -> float:
     """How long the stage may take for its next step."""
     left = report.steps - report.step
     if report.tokens_per_second is None or report.eta_seconds is None or left <= 0:

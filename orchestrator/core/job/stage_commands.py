@@ -6,7 +6,7 @@ down first. Repeating any of these commands changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from orchestrator.api.formats import CHECKPOINTS_FOLDER, checkpoint_folder
 from orchestrator.api.job import Attempt, QLoRAJob
@@ -112,23 +112,22 @@ def checkpoint_uri(job: QLoRAJob, step: int, policy: Policy) -> str:
     return f"{job_store_uri(job, policy)}/{CHECKPOINTS_FOLDER}/{checkpoint_folder(step)}"
 
 
-def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
-    """Ends and forgets stages that no stored active attempt stands for.
+def leftover_commands(
+    snapshot: Snapshot, unwanted: Iterable[str], jobs: Callable[[str], QLoRAJob | None]
+) -> Iterator[StopStage | DeleteStage]:
+    """Ends and forgets stages that no stored active attempt stands for, those of `unwanted` keys.
 
     Those are ended attempts, whose end the status records, and stages of jobs that are gone. A stage is created only
     after its attempt was stored, so an observer that lists stages before jobs never shows a wanted one here.
     """
-    wanted, recorded = _wanted_stages(snapshot) | _claimed_names(snapshot), _recorded_stages(snapshot)
     unreadable = {job.key: job for job in snapshot.unreadable}
-    for key in sorted(snapshot.stages):
+    for key in sorted(unwanted):
         fact = snapshot.stages[key]
-        if key in wanted:
-            continue
         owner = unreadable.get(job_key_of(fact.namespace, fact.name))
         if owner is not None and not _is_over(owner, fact, snapshot):
             continue
         if fact.phase is StagePhase.EXITED:
-            yield DeleteStage(namespace=fact.namespace, name=fact.name, recorded=key in recorded)
+            yield DeleteStage(namespace=fact.namespace, name=fact.name, recorded=_is_recorded(fact, jobs))
         else:
             yield StopStage(
                 namespace=fact.namespace,
@@ -136,6 +135,15 @@ def leftover_commands(snapshot: Snapshot) -> Iterator[StopStage | DeleteStage]:
                 grace_seconds=snapshot.policy.grace_seconds,
                 reason=Reason.FENCED,
             )
+
+
+def _is_recorded(fact: StageFact, jobs: Callable[[str], QLoRAJob | None]) -> bool:
+    """Whether a stored status says that the stage's attempt has ended."""
+    job = jobs(job_key_of(fact.namespace, fact.name))
+    return job is not None and any(
+        not attempt.active and _key(job, attempt) == fact.key and _belongs(fact, job, attempt)
+        for attempt in job.status.attempts
+    )
 
 
 def _is_over(job: UnreadableJob, fact: StageFact, snapshot: Snapshot) -> bool:
@@ -149,55 +157,19 @@ def _is_over(job: UnreadableJob, fact: StageFact, snapshot: Snapshot) -> bool:
 
 def release_commands(snapshot: Snapshot) -> Iterator[ReleaseUnreadable]:
     """Lets deleted jobs go that do not parse, once they have no stage."""
-    with_stages = {job_key_of(fact.namespace, fact.name) for fact in snapshot.stages.values()}
-    for job in snapshot.unreadable:
-        if job.deleted and job.held and job.key not in with_stages:
+    leaving = [job for job in snapshot.unreadable if job.deleted and job.held]
+    with_stages = (
+        {job_key_of(fact.namespace, fact.name) for fact in snapshot.stages.values()} if leaving else set[str]()
+    )
+    for job in leaving:
+        if job.key not in with_stages:
             yield ReleaseUnreadable(namespace=job.namespace, name=job.name, uid=job.uid)
 
 
-def unexplained_holders(snapshot: Snapshot) -> Iterator[StageFact]:
-    """Stages with GPUs that no status accounts for: jobs that are gone left them, or a stranger made them."""
-    jobs = {job.key: job for job in snapshot.jobs}
-    unreadable = {f"{job.namespace}/{job.stage}" for job in snapshot.unreadable}
-    for key, fact in snapshot.stages.items():
-        if fact.gpus == 0 or fact.gpu_class is None or key in unreadable:
-            continue
-        job = jobs.get(job_key_of(fact.namespace, fact.name))
-        if job is None or not any(_accounts_for(job, attempt, fact) for attempt in job.status.attempts):
-            yield fact
-
-
-def _accounts_for(job: QLoRAJob, attempt: Attempt, fact: StageFact) -> bool:
+def accounts_for(job: QLoRAJob, attempt: Attempt, fact: StageFact) -> bool:
     """Whether the attempt's own entry in the books is the stage's, or for what is about to stand in its place.
 
     One that has ended has none, so it does not account for a stage that runs on: its node was out of reach.
     """
     is_over = fact.phase is StagePhase.EXITED and fact.stage_uid == (attempt.stage_uid or "")
     return job.stage_name(attempt) == fact.name and (attempt.active or is_over)
-
-
-def _claimed_names(snapshot: Snapshot) -> frozenset[str]:
-    """Where an attempt's own commands deal with what stands there."""
-    return frozenset(
-        _key(job, attempt)
-        for job in snapshot.jobs
-        if (attempt := job.status.active_attempt) is not None and claimant_of(job, attempt, snapshot) is not None
-    )
-
-
-def _recorded_stages(snapshot: Snapshot) -> frozenset[str]:
-    """Stages of attempts that a stored status says have ended."""
-    found = (
-        stage_of(job, attempt, snapshot)
-        for job in snapshot.jobs
-        for attempt in job.status.attempts
-        if not attempt.active
-    )
-    return frozenset(fact.key for fact in found if fact is not None)
-
-
-def _wanted_stages(snapshot: Snapshot) -> frozenset[str]:
-    found = (
-        stage_of(job, attempt, snapshot) for job in snapshot.jobs if (attempt := job.status.active_attempt) is not None
-    )
-    return frozenset(fact.key for fact in found if fact is not None)

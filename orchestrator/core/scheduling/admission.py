@@ -8,13 +8,14 @@ a quota need not wait for someone who uses it meanwhile, whatever the priority.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec, Quota
 from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.core.scheduling.line import Fare, RankedLine, fare_of
 from orchestrator.core.scheduling.ordering import Claim
 
 Ground = Literal["guarantee", "no quota", "loan"]
@@ -134,30 +135,40 @@ class Ledger:
             self.used_in_cohort[cohort, gpu_class] = self.used_in_cohort.get((cohort, gpu_class), 0) + count
 
 
-def place(claims: Sequence[Claim], ledger: Ledger) -> tuple[Placement, ...]:
+def place(line: RankedLine, ledger: Ledger) -> tuple[Placement, ...]:
     """Give free GPUs to claims in order; the ledger then holds them."""
-    return tuple(Placement(claim=claim, estimate=estimate) for claim, estimate in granted(claims, ledger))
+    return tuple(Placement(claim=claim, estimate=estimate) for claim, estimate in granted(line, ledger))
 
 
-def granted(claims: Sequence[Claim], ledger: Ledger) -> Iterator[tuple[Claim, Estimate]]:
+def granted(line: RankedLine, ledger: Ledger) -> Iterator[tuple[Claim, Estimate]]:
     """The claims that find room, each with the first of its classes that has some, which the ledger then holds.
 
     Room only gets less on the way, so where one claim found none, those alike need not look.
     """
-    left = claims
     for ground in GROUNDS:
-        blocked: list[Claim] = []
-        hopeless: set[tuple[str, tuple[str, ...]]] = set()
-        for claim in left:
-            kind = claim.queue, claim.classes
-            estimate = None if kind in hopeless else _first_with_room(claim, ledger, ground)
+        served: set[str] = set()
+        hopeful = _with_room(line.line.by_fare, ledger, ground)
+        for claim in line.in_order_of(hopeful) if hopeful else ():
+            estimate = _first_with_room(claim, ledger, ground)
             if estimate is None:
-                hopeless.add(kind)
-                blocked.append(claim)
+                hopeful.discard(fare_of(claim))
                 continue
             ledger.take(claim.queue, estimate.gpu_class)
+            served.add(claim.key)
             yield claim, estimate
-        left = blocked
+        line = line.without(served)
+
+
+def _with_room(fares: Iterable[Fare], ledger: Ledger, ground: Ground) -> set[Fare]:
+    """Those of which a claim would find room now."""
+    free = {name for name in ledger.capacity if ledger.has_gpu(name)}
+    if not free:
+        return set()
+    return {
+        (queue, classes)
+        for queue, classes in fares
+        if not free.isdisjoint(classes) and any(ledger.has_room_for(queue, name, ground) for name in classes)
+    }
 
 
 def _first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate | None:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -60,12 +60,14 @@ class CpuSlots:
         return ""
 
 
-def in_turn(ready: Iterable[Draft], everyone: Iterable[Draft], slots: CpuSlots) -> list[Draft]:
-    """The jobs that are ready for a CPU stage, in the order in which they are to get one."""
+def in_turn(ready: Iterable[Draft], served: Mapping[str, datetime], slots: CpuSlots) -> list[Draft]:
+    """The jobs that are ready for a CPU stage, in the order in which they are to get one.
+
+    `served` says when each namespace last began one, as far as its jobs tell.
+    """
     lines: defaultdict[str, list[Draft]] = defaultdict(list)
     for draft in ready:
         lines[draft.job.metadata.namespace].append(draft)
-    served = _last_served(everyone)
     ranked: list[tuple[tuple[int, datetime, bool, str], Draft]] = []
     for namespace, line in lines.items():
         line.sort(key=lambda draft: (-draft.job.spec.priority, _waits_since(draft), draft.job.metadata.uid))
@@ -94,16 +96,6 @@ def _waits_since(draft: Draft) -> datetime:
     return came if last is None else min(max(came, last.finish_time or last.created_time), draft.now)
 
 
-def _last_served(everyone: Iterable[Draft]) -> Mapping[str, datetime]:
-    """When each namespace last began a CPU stage, as far as its jobs tell."""
-    served: dict[str, datetime] = {}
-    for draft in everyone:
-        for attempt in _cpu_attempts(draft):
-            namespace = draft.job.metadata.namespace
-            began = min(attempt, draft.now)
-            served[namespace] = max(began, served.get(namespace, began))
-    return served
-
-
-def _cpu_attempts(draft: Draft) -> Sequence[datetime]:
-    return [attempt.created_time for attempt in draft.status.attempts if attempt.stage != "train"]
+def last_served(draft: Draft) -> datetime | None:
+    """When the job last began a CPU stage, if ever."""
+    return max((a.created_time for a in draft.status.attempts if a.stage != "train"), default=None)

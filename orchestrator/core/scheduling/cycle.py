@@ -1,56 +1,81 @@
 """All jobs together: which stages start now, who makes way, and why everybody else waits.
 
-One `Schedule` is the whole decision: commands and explanations are both read from it. What is worked out for one job is
-contained there (`core/job/containment`): it can fail that job, never the others' round.
+One `Round` is the whole decision: commands and explanations are both read from it. What is worked out for one job is
+contained there (`core/job/containment`): it can fail that job, never the others' round. A `Scheduler` keeps between
+rounds what `core/scheduling/index` tells; `schedule` is a round that begins with nothing, and comes to the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 
-from orchestrator.api.job import QLoRAJob
 from orchestrator.api.plan import Estimate
-from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.api.stage_name import StageKind
 from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
-from orchestrator.core.job.containment import abandon, contained, failed_by_defect
-from orchestrator.core.job.lifecycle import is_ready, reconcile, wait
+from orchestrator.core.job.conditions import words
+from orchestrator.core.job.containment import contained
+from orchestrator.core.job.lifecycle import is_ready, wait
 from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_back
 from orchestrator.core.job.recovery import fail
-from orchestrator.core.job.setbacks import avoided_classes, broken_nodes
-from orchestrator.core.job.stage_commands import unexplained_holders
-from orchestrator.core.job.state_machine import GPU_STATES, JobState, state_of
+from orchestrator.core.job.setbacks import broken_nodes
+from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.admission import Ledger, Placement, Quotas, place, why_blocked
+from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
-from orchestrator.core.scheduling.ordering import (
-    NO_QUEUE,
-    Claim,
-    account,
-    created,
-    in_order,
-    next_shares,
-    permission_refusal,
-    queue_refusal,
-    queue_shares,
-    queue_specs,
-    standing,
+from orchestrator.core.scheduling.index import Index
+from orchestrator.core.scheduling.line import Fare, RankedLine, fare_of
+from orchestrator.core.scheduling.ordering import Claim, permission_refusal
+from orchestrator.core.scheduling.preemption import (
+    Held,
+    Holding,
+    Hopeless,
+    Preemption,
+    choose_victims,
+    reserve_coming_free,
 )
-from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, Preemption, choose_victims, lost_seconds
-from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
-from orchestrator.sizing.hardware import GpuClass
-from orchestrator.sizing.margins import DEFAULT, Margins, learned
-from orchestrator.sizing.plan_search import candidates
-from orchestrator.sizing.step_time import Work
+from orchestrator.core.snapshot import Policy, Snapshot
+
+PLACES_TOLD = ((1, "first in line"), (10, "among the first ten in line"), (100, "among the first hundred in line"))
+BEYOND = "beyond the first hundred in line"
+Tried = tuple[Draft, Estimate, tuple[str, ...]]
+"""An admission: of whom, on what, and on no machine of these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What one look at the world leads to."""
+
+    index: Index
+    """All jobs as they are by themselves."""
+    drafts: Mapping[str, Draft]
+    """Of whom something becomes, by key; of all others nothing does."""
+    line: RankedLine
+    """Who waits for a GPU, those that got one now included."""
+    placements: tuple[Placement, ...]
+    preemptions: tuple[Preemption, ...]
+    refusals: Refusals
+
+    def whole(self, snapshot: Snapshot) -> Schedule:
+        """The same, job by job."""
+        everyone = self.index.drafts(self.index.entries, snapshot.now)
+        return Schedule(
+            drafts={**everyone, **self.drafts},
+            line=tuple(self.line.in_order()),
+            placements=self.placements,
+            preemptions=self.preemptions,
+            refusals={key: found for key in everyone if (found := self.refusals.of_job(key)) is not None},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What one look at the world leads to."""
+    """A round, with everybody."""
 
     drafts: Mapping[str, Draft]
     """Every job, by its key, in the order of the keys."""
@@ -64,61 +89,122 @@ class Schedule:
 
 def schedule(snapshot: Snapshot) -> Schedule:
     """Reconcile each job, then start, evict and refuse."""
-    jobs = sorted(snapshot.jobs, key=lambda job: job.key)
-    drafts = {job.key: _reconciled(job, snapshot) for job in jobs}  # 1. each job by itself
-    queues = queue_specs(snapshot.queues)
-    drafts |= _start_cpu_stages(drafts.values(), queues, snapshot)  # 2. prepare and publish
-
-    outages = current_outages(((draft.job, draft.status) for draft in drafts.values()), snapshot)
-    drafts |= _told_of_outages(drafts, outages, snapshot)
-    claims, refusals, failed = _claims(drafts.values(), queues, snapshot)  # 3. who wants a GPU
-    drafts |= failed
-    line = _line(claims, drafts.values(), queues, snapshot)  # 4. in which order
-    line, held = _without_held(line, drafts, outages, snapshot.policy)
-    refusals |= held
-    holdings = _holdings(drafts.values(), queues, snapshot)
-    ledger = _ledger(holdings, queues, snapshot)
-    placements = place(line, ledger)  # 5. who gets one now
-    placed = {placement.claim.key for placement in placements}
-    blocked = [claim for claim in line if claim.key not in placed]
-    chosen = choose_victims(blocked, holdings, ledger, snapshot.policy)  # 6. who makes way
-    nodes = broken_nodes(snapshot.jobs, snapshot.now, snapshot.policy)
-    preemptions, failed = _worth_a_victim(drafts, chosen, nodes, snapshot)
-    drafts |= failed
-    blocked = [claim for claim in blocked if claim.key not in failed]
-    refusals |= _blocked_refusals(blocked, preemptions, ledger)
-
-    drafts |= _admitted(drafts, placements, nodes, snapshot)
-    drafts |= _evicted(drafts, preemptions)
-    drafts |= _refused(drafts, refusals | _with_places(refusals, blocked), snapshot)
-    return Schedule(drafts=drafts, line=tuple(line), placements=placements, preemptions=preemptions, refusals=refusals)
+    return Scheduler().round(snapshot).whole(snapshot)
 
 
-def _reconciled(job: QLoRAJob, snapshot: Snapshot) -> Draft:
-    """The job by itself; one of which nothing can come takes part in nothing, and ends."""
-    opened = Draft.open(job, snapshot.now)
-    refused = snapshot.refused.get(job.metadata.uid)
-    if refused is not None:
-        return contained(opened, snapshot, partial(abandon, snapshot=snapshot, message=refused))
-    return contained(opened, snapshot, lambda _: reconcile(job, snapshot))
+@dataclass(slots=True)
+class Scheduler:
+    """Round after round, each equal to one that begins with nothing."""
+
+    _index: Index | None = None
+    _hopeless: Hopeless = field(default_factory=Hopeless)
+    _taken: Counter[Held] = field(default_factory=Counter[Held])
+    """What the last round gave out, of what was free or coming free."""
+    _told: Told = field(default_factory=lambda: Told())
+    _storable: dict[str, Tried] = field(default_factory=dict[str, Tried])
+    """What admissions could be stored, by job: what was tried in the last round is not tried again."""
+
+    def round(self, snapshot: Snapshot) -> Round:
+        """Look at what has changed, then start, evict and refuse."""
+        index = self._follow(snapshot)
+        drafts = index.drafts(index.restless, snapshot.now)  # 1. each job by itself
+        drafts |= _start_cpu_stages(drafts, index, snapshot)  # 2. prepare and publish
+
+        outages = _outages(drafts, index, snapshot)
+        drafts |= _told_of_outages(drafts, outages, index, snapshot)
+        line = RankedLine.of(index.line, index.shares, snapshot.now)  # 3. who wants a GPU, in which order
+        held = _held(line, outages, index, snapshot.policy)
+        line = line.without(held)
+        ledger = index.ledger.copy()
+        placements = place(line, ledger)  # 4. who gets one now
+        nodes = broken_nodes((index.entries[key].draft.job for key in index.broken), snapshot.now, snapshot.policy)
+        blocked = line.without(placement.claim.key for placement in placements)
+        chosen, moved = self._who_makes_way(blocked, placements, ledger, index, snapshot)  # 5. who makes way
+        preemptions, failed = self._worth_a_victim(chosen, nodes, index, snapshot)
+        drafts |= failed
+        blocked = blocked.without(failed)
+        refusals = Refusals.of(blocked, held, preemptions, ledger, index)
+
+        drafts |= _admitted(drafts, placements, nodes, index, snapshot)
+        drafts |= _evicted(drafts, preemptions, index, snapshot)
+        drafts |= self._told.refused(drafts, refusals, moved, snapshot)  # 6. why everybody else waits
+        drafts = {key: drafts[key] for key in sorted(drafts)}
+        return Round(
+            index=index, drafts=drafts, line=line, placements=placements, preemptions=preemptions, refusals=refusals
+        )
+
+    def _follow(self, snapshot: Snapshot) -> Index:
+        """The index of the snapshot; with a new one begins everything else, too."""
+        index = Index.of(snapshot) if self._index is None else self._index.follow(snapshot)
+        if index is not self._index:
+            self._index, self._hopeless, self._taken, self._told = index, Hopeless(), Counter(), Told()
+            self._storable = {}
+        return index
+
+    def _who_makes_way(
+        self,
+        blocked: RankedLine,
+        placements: tuple[Placement, ...],
+        ledger: Ledger,
+        index: Index,
+        snapshot: Snapshot,
+    ) -> tuple[tuple[Preemption, ...], set[str]]:
+        """What each blocked claim may count on, and the classes of which others have the GPUs than before."""
+        books = ledger.copy()
+        reserved = reserve_coming_free(blocked, index.coming_free(), books)
+        taken = Counter((p.claim.queue, p.estimate.gpu_class) for p in (*placements, *reserved))
+        moved = index.moved_classes | {
+            held[1] for held in taken.keys() | self._taken.keys() if taken[held] != self._taken[held]
+        }
+        self._taken = taken
+        self._hopeless.forget(moved)
+        left = blocked.without(preemption.claim.key for preemption in reserved)
+        holdings = partial(index.holdings, snapshot=snapshot)
+        return (*reserved, *choose_victims(left, holdings, books, snapshot.policy, self._hopeless)), moved
+
+    def _worth_a_victim(
+        self, preemptions: Iterable[Preemption], nodes: tuple[str, ...], index: Index, snapshot: Snapshot
+    ) -> tuple[tuple[Preemption, ...], dict[str, Draft]]:
+        """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody.
+
+        Nor does one whose claim is not on record yet: what it claims by may be what no store takes.
+        """
+        worth: list[Preemption] = []
+        failed: dict[str, Draft] = {}
+        tried: dict[str, Tried] = {}
+        for preemption in preemptions:
+            key, estimate = preemption.claim.key, preemption.estimate
+            known = index.entries[key].draft
+            if state_of(known.job.status) is not JobState.QUEUED:
+                continue
+            before = self._storable.get(key)
+            if before is None or before[0] is not known or before[1] is not estimate or before[2] != nodes:
+                admission = partial(_storable_admission, estimate=estimate, nodes=nodes, snapshot=snapshot)
+                draft = contained(index.draft(key, snapshot.now), snapshot, admission)
+                if draft.defect:
+                    failed[key] = draft
+                    continue
+            tried[key] = known, estimate, nodes
+            worth.append(preemption)
+        self._storable = tried
+        return tuple(worth), failed
 
 
 # --- prepare and publish ----------------------------------------------------------------------------------------
 
 
-def _start_cpu_stages(
-    drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot
-) -> dict[str, Draft]:
+def _start_cpu_stages(drafts: Mapping[str, Draft], index: Index, snapshot: Snapshot) -> dict[str, Draft]:
     """Start prepare and publish stages within their bound, each namespace in its turn.
 
     Nothing is prepared for a queue that the job may not use; what is trained is published all the same.
     """
-    policy, everyone = snapshot.policy, list(drafts)
-    ready = [d for d in everyone if d.state in (JobState.NEW, JobState.TRAINED) and is_ready(d, policy)]
+    idle = index.drafts(index.idle, snapshot.now).values()
     changed: dict[str, Draft] = {}
     runnable: list[Draft] = []
-    for draft in ready:
-        refusal = permission_refusal(draft.job, queues) if draft.state is JobState.NEW else None
+    for draft in idle:
+        if not is_ready(draft, snapshot.policy):
+            continue
+        refusal = permission_refusal(draft.job, index.queues) if draft.state is JobState.NEW else None
         if refusal is not None:
             changed[draft.job.key] = wait(draft, refusal.reason, refusal.message)
         elif draft.state is JobState.TRAINED and draft.status.mlflow.run_id is None:
@@ -126,8 +212,14 @@ def _start_cpu_stages(
             changed[draft.job.key] = wait(draft, Reason.TRACKING_UNAVAILABLE, message)
         else:
             runnable.append(draft)
-    slots = CpuSlots.of(everyone, snapshot)
-    for draft in in_turn(runnable, everyone, slots):
+    if not runnable:
+        return changed
+    slots = CpuSlots.of((drafts[key] for key in index.in_cpu_stage), snapshot)
+    namespaces = {draft.job.metadata.namespace for draft in runnable}
+    served = {
+        name: min(max(index.served[name].values()), snapshot.now) for name in namespaces if index.served.get(name)
+    }
+    for draft in in_turn(runnable, served, slots):
         changed[draft.job.key] = _in_cpu_slot(draft, slots, snapshot)
     return changed
 
@@ -141,140 +233,34 @@ def _in_cpu_slot(draft: Draft, slots: CpuSlots, snapshot: Snapshot) -> Draft:
     return contained(draft, snapshot, partial(start_cpu_stage, stage=stage, snapshot=snapshot))
 
 
-# --- train: who wants a GPU, who has one ------------------------------------------------------------------------
+# --- train ------------------------------------------------------------------------------------------------------
 
 
-def _claims(
-    drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot
-) -> tuple[list[Claim], dict[str, Refusal], dict[str, Draft]]:
-    """The claims of all jobs ready to train, why some of them have none, and those that cannot be sized at all."""
-    claims: list[Claim] = []
-    refusals: dict[str, Refusal] = {}
-    failed: dict[str, Draft] = {}
-    margins = learned(snapshot.jobs)
-    for draft in drafts:
-        if draft.state is not JobState.QUEUED or not is_ready(draft, snapshot.policy):
-            continue
-        try:
-            found = queue_refusal(draft.job, queues) or _estimates(draft, snapshot, margins)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
-            failed[draft.job.key] = failed_by_defect(draft.job, snapshot, error)
-            continue
-        if isinstance(found, Refusal):
-            refusals[draft.job.key] = found
-        else:
-            claims.append(_claim(draft, found))
-    return claims, refusals, failed
+def _outages(drafts: Mapping[str, Draft], index: Index, snapshot: Snapshot) -> Mapping[Cause, Outage]:
+    """The outages that are on; hardly ever does any cause keep enough jobs waiting to be one."""
+    if max(index.causes.values(), default=0) < snapshot.policy.outage_jobs:
+        return {}
+    everyone = {**index.drafts(index.entries, snapshot.now), **drafts}
+    return current_outages(((draft.job, draft.status) for draft in everyone.values()), snapshot)
 
 
-def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
-    job = draft.job
-    return Claim(
-        key=job.key,
-        uid=job.metadata.uid,
-        queue=job.spec.queue,
-        priority=job.spec.priority,
-        created=created(job, draft.now),
-        estimates=estimates,
-        classes=tuple(estimate.gpu_class for estimate in estimates),
-    )
-
-
-def _estimates(
-    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
-) -> tuple[Estimate, ...] | Refusal:
-    """Where the job may train; one that must go on just as it began keeps its class and plan.
-
-    A class that failed the job lately is passed over while another fits: a job that ran out of memory goes to none of
-    less. Where none is left, they are tried again, with the pauses that failures bring.
-    """
-    spot = draft.job.spec.resources.spot
-    classes = _on_machines(spot, snapshot.gpu_classes)
-    if snapshot.gpu_classes and not classes:
-        return Refusal(reason=Reason.WAITING_FOR_GPU, message=_NO_SUCH_MACHINE[spot])
-    snapshot = snapshot if classes == snapshot.gpu_classes else replace(snapshot, gpu_classes=classes)
-    found = _fitting(draft, snapshot, margins)
-    avoided = avoided_classes(draft.status, draft.now, snapshot.policy)
-    if isinstance(found, Refusal) or not avoided:
-        return found
-    others = tuple(estimate for estimate in found if estimate.gpu_class not in avoided)
-    if others or draft.status.estimate is None:
-        return others or found
-    elsewhere = _sized(draft, snapshot, margins)  # what goes on just as it began goes on otherwise before it waits
-    if isinstance(elsewhere, Refusal):
-        return found
-    least = draft.status.estimate.usable_bytes if draft.status.step_ups > 0 else 0
-    others = tuple(e for e in elsewhere if e.gpu_class not in avoided and e.usable_bytes >= least)
-    return others or found
-
-
-def _fitting(
-    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
-) -> tuple[Estimate, ...] | Refusal:
-    """Where the job may train by what it needs."""
-    status, spec = draft.status, draft.job.spec
-    exact_resume = spec.training.deterministic and status.checkpoint is not None
-    if status.estimate is not None and (exact_resume or status.step_ups > 0):
-        here = {c.name for c in snapshot.gpu_classes if c.capacity > 0}
-        if status.estimate.gpu_class in here:
-            return (status.estimate,)
-    return _sized(draft, snapshot, margins)
-
-
-def _sized(
-    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
-) -> tuple[Estimate, ...] | Refusal:
-    """Every class here that the job fits."""
-    spec, prepared = draft.job.spec, draft.status.prepared
-    assert prepared is not None, "a queued job is prepared"
-    of_model = margins.get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
-    return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)
-
-
-_NO_SUCH_MACHINE: Mapping[str, str] = {
-    "required": "resources.spot is required, and no GPU here is on a spot machine; waits for one, or allow others",
-    "forbidden": "resources.spot is forbidden, and every GPU here is on a spot machine; waits for another, or allow it",
-}
-
-
-def _on_machines(spot: str, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
-    """Classes with a GPU on the kind of machine that the job asks for: nobody makes way for one that cannot start."""
-    if spot == "allowed":
-        return tuple(classes)
-    return tuple(c for c in classes if c.spot is None or (c.spot > 0 if spot == "required" else c.spot < c.capacity))
-
-
-def _line(
-    claims: Sequence[Claim], drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot
-) -> list[Claim]:
-    shares = queue_shares(drafts, queues, snapshot.gpu_classes, snapshot.policy)
-    return in_order(claims, shares, next_shares(claims, queues, snapshot.gpu_classes, snapshot.policy))
-
-
-def _without_held(
-    line: list[Claim], drafts: Mapping[str, Draft], outages: Mapping[Cause, Outage], policy: Policy
-) -> tuple[list[Claim], dict[str, Refusal]]:
-    """The line without those that an outage would stop; of each outage the first in line tries whether it is over."""
+def _held(line: RankedLine, outages: Mapping[Cause, Outage], index: Index, policy: Policy) -> dict[str, Refusal]:
+    """Whom an outage would stop; of each outage the first in line tries whether it is over."""
     if not outages:
-        return line, {}
+        return {}
     probed = {cause for cause, outage in outages.items() if outage.probe is not None}
-    kept: list[Claim] = []
     held: dict[str, Refusal] = {}
-    for claim in line:
-        outage = holds_back(outages, drafts[claim.key].job, "train", policy)
+    for claim in line.in_order():
+        outage = holds_back(outages, index.entries[claim.key].draft.job, "train", policy)
         if outage is not None and outage.cause in probed:
             held[claim.key] = Refusal(reason=Reason.OUTAGE, message=outage.sentence)
-            continue
-        if outage is not None:
+        elif outage is not None:
             probed.add(outage.cause)
-        kept.append(claim)
-    return kept, held
+    return held
 
 
 def _told_of_outages(
-    drafts: Mapping[str, Draft], outages: Mapping[Cause, Outage], snapshot: Snapshot
+    drafts: Mapping[str, Draft], outages: Mapping[Cause, Outage], index: Index, snapshot: Snapshot
 ) -> dict[str, Draft]:
     """One event for each outage that has just begun, at the first of its jobs."""
     if not outages:
@@ -285,106 +271,12 @@ def _told_of_outages(
         if cause not in known:
             key = outage.jobs[0]
             told = Event(reason=Reason.OUTAGE, message=outage.sentence, warning=True)
-            changed[key] = changed.get(key, drafts[key]).tell(told)
+            draft = changed.get(key) or drafts.get(key) or index.draft(key, snapshot.now)
+            changed[key] = draft.tell(told)
     return changed
 
 
-def _holdings(drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> tuple[Holding, ...]:
-    """The GPUs that train stages have: admitted, running, or stopping."""
-    return tuple(_holding(draft, queues, snapshot) for draft in drafts if draft.state in GPU_STATES)
-
-
-def _holding(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Holding:
-    attempt, job = draft.attempt, draft.job
-    assert attempt is not None, "a GPU is held by an attempt"
-    since = attempt.start_time or attempt.created_time
-    return Holding(
-        key=job.key,
-        uid=job.metadata.uid,
-        queue=account(job.metadata.namespace, job.spec.queue, queues),
-        priority=standing(job, queues),
-        gpu_class=attempt.gpu_class or "",
-        stopping=attempt.stop_time is not None,
-        run_seconds=max(0.0, (snapshot.now - since).total_seconds()),
-        lost_seconds=lost_seconds(draft.status, snapshot.now, snapshot.policy),
-        was_evicted=any(reason.value in draft.status.evictions for reason in EVICTIONS_BY_US),
-    )
-
-
-def _ledger(holdings: Iterable[Holding], queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Ledger:
-    ledger = Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues))
-    for holding in holdings:
-        ledger.take(holding.queue, holding.gpu_class)
-    for job in snapshot.unreadable:
-        fact = snapshot.stages.get(f"{job.namespace}/{job.stage}")
-        if fact is not None and fact.phase is not StagePhase.EXITED and job.gpu_class is not None:
-            ledger.take(account(job.namespace, job.queue, queues), job.gpu_class)
-    for fact in unexplained_holders(snapshot):
-        for _ in range(fact.gpus):
-            ledger.take(NO_QUEUE, fact.gpu_class or "")
-    return ledger
-
-
 # --- what comes of it -------------------------------------------------------------------------------------------
-
-
-def _blocked_refusals(
-    blocked: Iterable[Claim], preemptions: Iterable[Preemption], ledger: Ledger
-) -> dict[str, Refusal]:
-    coming = {preemption.claim.key: preemption.estimate.gpu_class for preemption in preemptions}
-    whys: dict[tuple[str, tuple[str, ...]], Refusal] = {}
-    refusals: dict[str, Refusal] = {}
-    for claim in blocked:
-        gpu_class, kind = coming.get(claim.key), (claim.queue, claim.classes)
-        if gpu_class is not None:
-            message = f"waits for a job on {gpu_class} to checkpoint, stop and free its GPU"
-            refusals[claim.key] = Refusal(reason=Reason.WAITING_FOR_PREEMPTION, message=message)
-            continue
-        if kind not in whys:
-            whys[kind] = why_blocked(claim, ledger)
-        refusals[claim.key] = whys[kind]
-    return refusals
-
-
-def _with_places(refusals: Mapping[str, Refusal], blocked: Sequence[Claim]) -> dict[str, Refusal]:
-    """The refusals of those in line with where in it they are, for whoever may not see the others.
-
-    In words: a figure would be another with every job that starts, and a status is not written for a figure.
-    """
-    return {
-        claim.key: replace(refusal, message=f"{refusal.message}; {_place_in_words(place)}")
-        for place, claim in enumerate(blocked)
-        if (refusal := refusals.get(claim.key)) is not None
-    }
-
-
-def _place_in_words(place: int) -> str:
-    if place == 0:
-        return "first in line"
-    named = next((words for bound, words in ((10, "ten"), (100, "hundred"), (1000, "thousand")) if place < bound), None)
-    return f"among the first {named} in line" if named else "beyond the first thousand in line"
-
-
-def _worth_a_victim(
-    drafts: Mapping[str, Draft], preemptions: Iterable[Preemption], nodes: tuple[str, ...], snapshot: Snapshot
-) -> tuple[tuple[Preemption, ...], dict[str, Draft]]:
-    """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody.
-
-    Nor does one whose claim is not on record yet: what it claims by may be what no store takes.
-    """
-    worth: list[Preemption] = []
-    failed: dict[str, Draft] = {}
-    for preemption in preemptions:
-        draft = drafts[preemption.claim.key]
-        if state_of(draft.job.status) is not JobState.QUEUED:
-            continue
-        admission = partial(_storable_admission, estimate=preemption.estimate, nodes=nodes, snapshot=snapshot)
-        tried = contained(draft, snapshot, admission)
-        if tried.defect:
-            failed[preemption.claim.key] = tried
-        else:
-            worth.append(preemption)
-    return tuple(worth), failed
 
 
 def _storable_admission(draft: Draft, estimate: Estimate, nodes: tuple[str, ...], snapshot: Snapshot) -> Draft:
@@ -394,11 +286,15 @@ def _storable_admission(draft: Draft, estimate: Estimate, nodes: tuple[str, ...]
 
 
 def _admitted(
-    drafts: Mapping[str, Draft], placements: Iterable[Placement], nodes: tuple[str, ...], snapshot: Snapshot
+    drafts: Mapping[str, Draft],
+    placements: Iterable[Placement],
+    nodes: tuple[str, ...],
+    index: Index,
+    snapshot: Snapshot,
 ) -> dict[str, Draft]:
     return {
         p.claim.key: contained(
-            drafts[p.claim.key],
+            drafts.get(p.claim.key) or index.draft(p.claim.key, snapshot.now),
             snapshot,
             partial(_storable_admission, estimate=p.estimate, nodes=nodes, snapshot=snapshot),
         )
@@ -406,13 +302,16 @@ def _admitted(
     }
 
 
-def _evicted(drafts: Mapping[str, Draft], preemptions: Iterable[Preemption]) -> dict[str, Draft]:
+def _evicted(
+    drafts: Mapping[str, Draft], preemptions: Iterable[Preemption], index: Index, snapshot: Snapshot
+) -> dict[str, Draft]:
     changed: dict[str, Draft] = {}
     for preemption in preemptions:
         victim = preemption.victim
         if victim is not None:
             message = _eviction_sentence(preemption, victim)
-            changed[victim.key] = request_stop(drafts[victim.key], preemption.reason, message)
+            draft = drafts.get(victim.key) or index.draft(victim.key, snapshot.now)
+            changed[victim.key] = request_stop(draft, preemption.reason, message)
     return changed
 
 
@@ -426,13 +325,135 @@ def _eviction_sentence(preemption: Preemption, victim: Holding) -> str:
     return f"makes way on {victim.gpu_class} for {claim.key}: priority {claim.priority} over {victim.priority}"
 
 
-def _refused(drafts: Mapping[str, Draft], refusals: Mapping[str, Refusal], snapshot: Snapshot) -> dict[str, Draft]:
+# --- why everybody else waits -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusals:
+    """Why each waiting job gets no GPU in a round, worked out for whoever asks: most have heard it."""
+
+    blocked: RankedLine
+    held: Mapping[str, Refusal]
+    coming: Mapping[str, str]
+    """The classes of GPUs that are coming free, by the key of the job that each is for."""
+    front: Mapping[str, str]
+    """Where in line they are, by key: of those who are near its beginning."""
+    ledger: Ledger
+    index: Index
+    _whys: dict[Fare, Refusal] = field(default_factory=dict[Fare, Refusal])
+
+    @classmethod
+    def of(
+        cls,
+        blocked: RankedLine,
+        held: Mapping[str, Refusal],
+        preemptions: Iterable[Preemption],
+        ledger: Ledger,
+        index: Index,
+    ) -> Refusals:
+        """Those of the jobs that are blocked, or held back."""
+        coming = {preemption.claim.key: preemption.estimate.gpu_class for preemption in preemptions}
+        front = dict(_places_in_words(blocked.in_order()))
+        return cls(blocked=blocked, held=held, coming=coming, front=front, ledger=ledger, index=index)
+
+    def of_job(self, key: str) -> Refusal | None:
+        """Why the job gets none; None where it gets one, or does not ask for one."""
+        claim = self.blocked.line.claims.get(key)
+        if claim is None:
+            return self.index.entries[key].refusal
+        if key in self.blocked.absent:
+            return self.held.get(key)
+        gpu_class = self.coming.get(key)
+        if gpu_class is None:
+            return self.of_fare(claim)
+        message = f"waits for a job on {gpu_class} to checkpoint, stop and free its GPU"
+        return Refusal(reason=Reason.WAITING_FOR_PREEMPTION, message=message)
+
+    def of_fare(self, claim: Claim) -> Refusal:
+        """Why everybody waits who fits the same in the same queue."""
+        fare = fare_of(claim)
+        if fare not in self._whys:
+            self._whys[fare] = why_blocked(claim, self.ledger)
+        return self._whys[fare]
+
+    def with_place(self, key: str) -> Refusal | None:
+        """The same with where in line the job is, for whoever may not see the others.
+
+        In words: a figure would be another with every job that starts, and a status is not written for a figure.
+        """
+        refusal = self.of_job(key)
+        if refusal is None or key not in self.blocked.line.claims or key in self.blocked.absent:
+            return refusal
+        return replace(refusal, message=f"{refusal.message}; {self.front.get(key, BEYOND)}")
+
+    def exceptions(self) -> dict[str, tuple[str, str]]:
+        """What is not said to everybody of a fare, by key of those to whom it is not."""
+        found = {key: (self.coming.get(key, ""), self.front.get(key, "")) for key in (*self.coming, *self.front)}
+        for key in self.blocked.absent:
+            found[key] = "absent", self.held[key].message if key in self.held else ""
+        return found
+
+
+def _places_in_words(blocked: Iterator[Claim]) -> Iterator[tuple[str, str]]:
+    place = 0
+    for bound, told in PLACES_TOLD:
+        for claim in islice(blocked, bound - place):
+            yield claim.key, told
+        place = bound
+
+
+@dataclass(slots=True)
+class Told:
+    """Who has heard why it waits: of thousands only those are looked at for whom something changed."""
+
+    _news: set[str] = field(default_factory=set[str])
+    """Of whom a status says something else."""
+    _words: dict[Fare, tuple[Reason, str]] = field(default_factory=dict[Fare, tuple[Reason, str]])
+    """What everybody of a fare is told, but for figures."""
+    _exceptions: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+
+    def refused(
+        self, drafts: Mapping[str, Draft], refusals: Refusals, moved: Set[str], snapshot: Snapshot
+    ) -> dict[str, Draft]:
+        """The drafts of those of whom a status says something else than is so. `moved` are the classes of which others
+        have the GPUs than in the last round."""
+        index, found = refusals.index, dict[str, Draft]()
+        looked_at = {key for key in index.changed if key in index.line.claims or key in index.refused}
+        looked_at |= self._of_changed_fares(refusals, moved)
+        exceptions = refusals.exceptions()
+        differs = exceptions.items() ^ self._exceptions.items()
+        self._exceptions = exceptions
+        looked_at |= {key for key, _ in differs if key in index.line.claims}
+        self._news = {key for key in self._news if key in index.line.claims or key in index.refused}
+        for key in looked_at | self._news:
+            draft = drafts.get(key) or index.draft(key, snapshot.now)
+            refused = _refused(draft, refusals.with_place(key), snapshot.policy)
+            if refused is not None and refused.says_something_new:
+                self._news.add(key)
+                found[key] = refused
+            else:
+                self._news.discard(key)
+        return found
+
+    def _of_changed_fares(self, refusals: Refusals, moved: Set[str]) -> set[str]:
+        by_fare, found = refusals.index.line.by_fare, set[str]()
+        for fare, places in by_fare.items():
+            if fare in self._words and moved.isdisjoint(fare[1]):
+                continue
+            refusal = refusals.of_fare(refusals.index.line.claims[places[0][-1]])
+            said = refusal.reason, words(refusal.message)
+            if self._words.get(fare) != said:
+                self._words[fare] = said
+                found.update(place[-1] for place in places)
+        if len(self._words) > len(by_fare):
+            self._words = {fare: self._words[fare] for fare in by_fare}
+        return found
+
+
+def _refused(draft: Draft, refusal: Refusal | None, policy: Policy) -> Draft | None:
     """Say why; where no other GPU can ever appear, a job that fits none is told so for good."""
-    for_good = snapshot.policy.gpu_classes_are_fixed
-    changed: dict[str, Draft] = {}
-    for key, refusal in refusals.items():
-        if refusal.reason is Reason.DOES_NOT_FIT and for_good:
-            changed[key] = fail(drafts[key], refusal.reason, refusal.message)
-        else:
-            changed[key] = wait(drafts[key], refusal.reason, refusal.message)
-    return changed
+    if refusal is None:
+        return None
+    if refusal.reason is Reason.DOES_NOT_FIT and policy.gpu_classes_are_fixed:
+        return fail(draft, refusal.reason, refusal.message)
+    return wait(draft, refusal.reason, refusal.message)

@@ -1,4 +1,4 @@
-"""Whose turn it is: the order in which waiting jobs are looked at, and the shares that it rests on.
+"""Whose turn it is: what the order of waiting jobs (`core/scheduling/line`) rests on.
 
 Priority first, then fair share between queues, then age, then uid. A queue's share is its GPU time, weighted by
 the card's VRAM and divided by the queue's weight. The k-th job in a queue's own line counts as if those before it
@@ -7,9 +7,10 @@ had started, so queues take turns even when nobody has run yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJob
 from orchestrator.api.plan import Estimate
@@ -23,6 +24,8 @@ DEFAULT_QUEUE = "default"
 NO_QUEUE = ""
 """On whose account GPUs are that no queue has given."""
 UNKNOWN_CLASS_GIB = 1  # weight of GPU time on a class that is not here any more
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND, MICROSECONDS = timedelta(microseconds=1), 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,58 +110,84 @@ def _is_open_to(namespace: str, spec: QLoRAQueueSpec) -> bool:
     return not spec.namespaces or namespace in spec.namespaces
 
 
-def in_order(claims: Sequence[Claim], shares: Mapping[str, float], next_share: Mapping[str, float]) -> list[Claim]:
-    """The claims in the order in which they are to be placed.
-
-    `shares` is what each queue has had, `next_share` what one more job adds to that.
-    """
-    ranked: list[tuple[tuple[int, float, datetime, str], Claim]] = []
-    places: dict[str, int] = {}
-    for claim in sorted(claims, key=lambda c: (-c.priority, c.created, c.uid)):
-        place = places.get(claim.queue, 0)
-        places[claim.queue] = place + 1
-        share = shares.get(claim.queue, 0.0) + place * next_share.get(claim.queue, 0.0)
-        ranked.append(((-claim.priority, share, claim.created, claim.uid), claim))
-    return [claim for _, claim in sorted(ranked, key=lambda pair: pair[0])]
-
-
-def queue_shares(
-    drafts: Iterable[Draft], queues: Mapping[str, QLoRAQueueSpec], classes: Sequence[GpuClass], policy: Policy
-) -> Mapping[str, float]:
-    """GPU time that each queue's jobs have had, by VRAM and weight; a running job counts its minimum run at once."""
-    gib = {gpu_class.name: gpu_class.marketed_gib for gpu_class in classes}
-    shares: dict[str, float] = {}
-    for draft in drafts:
-        name = account(draft.job.metadata.namespace, draft.job.spec.queue, queues)
-        shares[name] = shares.get(name, 0.0) + _gib_seconds(draft, gib, policy) / _weight(name, queues)
-    return shares
-
-
-def next_shares(
-    claims: Iterable[Claim], queues: Mapping[str, QLoRAQueueSpec], classes: Sequence[GpuClass], policy: Policy
-) -> Mapping[str, float]:
-    """What one more job adds to its queue's share: a minimum run on the smallest card here."""
-    smallest_gib = min((c.marketed_gib for c in classes), default=UNKNOWN_CLASS_GIB)
-    added = policy.minimum_run_seconds * smallest_gib
-    return {claim.queue: added / _weight(claim.queue, queues) for claim in claims}
-
-
 def created(job: QLoRAJob, now: datetime) -> datetime:
     """When the job was created; a job without that time is the youngest."""
     return job.metadata.creation_timestamp or now
 
 
-def _weight(name: str, queues: Mapping[str, QLoRAQueueSpec]) -> int:
+def weight(name: str, queues: Mapping[str, QLoRAQueueSpec]) -> int:
+    """The queue's weight; one that is gone has the least."""
     spec = queues.get(name)
     return spec.weight if spec else 1
 
 
-def _gib_seconds(draft: Draft, gib: Mapping[str, int], policy: Policy) -> float:
-    status, attempt = draft.status, draft.attempt
-    past_class = status.estimate.gpu_class if status.estimate else ""
-    had = status.gpu_seconds * gib.get(past_class, UNKNOWN_CLASS_GIB)
-    if attempt is None or attempt.stage != "train":
-        return had
-    since = attempt.start_time or draft.now
-    seconds = max((draft.now - since).total_seconds(), policy.minimum_run_seconds)
-    return had + seconds * gib.get(attempt.gpu_class or "", UNKNOWN_CLASS_GIB)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """GPU time of one job, by VRAM, at any time: `had + gib x (now - since)`, in GiB-microseconds.
+
+    Whole numbers, so that a sum over jobs is the same in whatever order they came and went.
+    """
+
+    had: int = 0
+    gib: int = 0
+    """Of the card that it has, once it has run for its minimum: until then that counts at once, in `had`."""
+    since: int = 0
+    """In microseconds of `microseconds`."""
+
+    @classmethod
+    def of(cls, draft: Draft, gib: Mapping[str, int], policy: Policy) -> Usage:
+        """What the job has had until its draft's `now`, and goes on to have."""
+        status, attempt = draft.status, draft.attempt
+        past_class = status.estimate.gpu_class if status.estimate else ""
+        had = round(status.gpu_seconds * MICROSECONDS) * gib.get(past_class, UNKNOWN_CLASS_GIB)
+        if attempt is None or attempt.stage != "train":
+            return cls(had=had)
+        card_gib = gib.get(attempt.gpu_class or "", UNKNOWN_CLASS_GIB)
+        minimum = round(policy.minimum_run_seconds * MICROSECONDS)
+        since = microseconds(attempt.start_time or draft.now)
+        if microseconds(draft.now) - since < minimum:
+            return cls(had=had + minimum * card_gib)
+        return cls(had=had, gib=card_gib, since=since)
+
+
+@dataclass(slots=True, kw_only=True)
+class Shares:
+    """What each queue has had, kept up to date job by job."""
+
+    queues: Mapping[str, QLoRAQueueSpec]
+    next_gib: int
+    """Of the smallest card here."""
+    minimum: int
+    """Microseconds that a job counts for at once."""
+    _sums: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """By queue: what was had, GiB that run, and the sum of `gib x since`."""
+
+    @classmethod
+    def empty(cls, queues: Mapping[str, QLoRAQueueSpec], classes: Iterable[GpuClass], policy: Policy) -> Shares:
+        """Nobody has had anything."""
+        smallest_gib = min((c.marketed_gib for c in classes), default=UNKNOWN_CLASS_GIB)
+        return cls(queues=queues, next_gib=smallest_gib, minimum=round(policy.minimum_run_seconds * MICROSECONDS))
+
+    def count(self, queue: str, usage: Usage, times: Literal[1, -1]) -> None:
+        """A job's usage comes to the queue's, or goes."""
+        sums = self._sums.setdefault(queue, [0, 0, 0])
+        sums[0] += times * usage.had
+        sums[1] += times * usage.gib
+        sums[2] += times * usage.gib * usage.since
+
+    def at(self, now: datetime) -> Mapping[str, float]:
+        """GiB-microseconds of each queue over its weight."""
+        present = microseconds(now)
+        return {
+            name: (had + gib * present - started) / weight(name, self.queues)
+            for name, (had, gib, started) in self._sums.items()
+        }
+
+    def step(self, queue: str) -> float:
+        """What one more job adds to its queue's share: a minimum run on the smallest card here."""
+        return self.minimum * self.next_gib / weight(queue, self.queues)
+
+
+def microseconds(time: datetime) -> int:
+    """Since EPOCH, exactly."""
+    return (time - EPOCH) // MICROSECOND

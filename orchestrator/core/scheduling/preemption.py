@@ -8,17 +8,21 @@ enough. GPUs whose stage is already stopping count as coming free, and no new vi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
 from orchestrator.core.scheduling.admission import Ledger, granted
+from orchestrator.core.scheduling.line import Kind, RankedLine, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
+Held = tuple[str, str]
+"""Queue and class of a GPU in use."""
 EVICTIONS_BY_US = (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED)
 
 
@@ -62,39 +66,64 @@ def lost_seconds(status: QLoRAJobStatus, now: datetime, policy: Policy) -> float
     return max(0.0, (now - durable).total_seconds()) + policy.restart_cost_seconds
 
 
+@dataclass(slots=True)
+class Hopeless:
+    """The kinds of claims for which nobody may make way, while the GPUs of their classes are held as they are."""
+
+    kinds: set[Kind] = field(default_factory=set[Kind])
+
+    def forget(self, classes: Set[str]) -> None:
+        """Something has changed about who holds these classes."""
+        if classes:
+            self.kinds = {kind for kind in self.kinds if classes.isdisjoint(kind[2])}
+
+
+def reserve_coming_free(blocked: RankedLine, stopping: Iterable[Held], books: Ledger) -> tuple[Preemption, ...]:
+    """Hand out what is coming free just as placement will; the books are then as they will be."""
+    for queue, gpu_class in stopping:
+        books.release(queue, gpu_class)
+    return tuple(Preemption(claim=claim, estimate=estimate, victim=None) for claim, estimate in granted(blocked, books))
+
+
 def choose_victims(
-    blocked: Sequence[Claim], holdings: Sequence[Holding], ledger: Ledger, policy: Policy
+    blocked: RankedLine, holdings: Callable[[str], Iterable[Holding]], books: Ledger, policy: Policy, hopeless: Hopeless
 ) -> tuple[Preemption, ...]:
-    """What each blocked claim may count on, in their order: a GPU that is coming free, or a victim's."""
-    books = ledger.copy()
-    for holding in holdings:
-        if holding.stopping:
-            books.release(holding.queue, holding.gpu_class)
-    reserved = tuple(_reserve_coming_free(blocked, books))
-    served = {preemption.claim.key for preemption in reserved}
-    left = [claim for claim in blocked if claim.key not in served]
-    return (*reserved, *_evict(left, _Running(holdings, policy), books))
+    """A victim for each blocked claim that has one, in their order.
+
+    `holdings` gives those of a class. What is `hopeless` by these books already is not looked at again; who is chosen
+    changes the books, and then nothing is known any more.
+    """
+    running = _Running(holdings, policy)
+    unknown = blocked.line.by_kind.keys() - hopeless.kinds
+    found = {kind for kind in unknown if running.choose(_one_of(blocked.line.by_kind[kind]), books) is None}
+    hopeless.kinds |= found
+    if found == unknown:
+        return ()
+    chosen = tuple(_evict(blocked.in_order(), running, books, hopeless.kinds))
+    if chosen:
+        hopeless.kinds.clear()
+    return chosen
 
 
-def _reserve_coming_free(blocked: Sequence[Claim], books: Ledger) -> Iterator[Preemption]:
-    """Hand out what is coming free just as placement will."""
-    for claim, estimate in granted(blocked, books):
-        yield Preemption(claim=claim, estimate=estimate, victim=None)
+def _one_of(claims: Mapping[str, Claim]) -> Claim:
+    return next(iter(claims.values()))
 
 
-def _evict(claims: Iterable[Claim], running: _Running, books: Ledger) -> Iterator[Preemption]:
-    """The best victim for each claim that has one; claims alike fare alike until somebody is chosen."""
-    hopeless: set[tuple[str, int, tuple[str, ...]]] = set()
+def _evict(claims: Iterable[Claim], running: _Running, books: Ledger, hopeless: Iterable[Kind]) -> Iterator[Preemption]:
+    """The best victim for each claim that has one; claims alike fare alike until somebody of their classes is taken."""
+    taken: Counter[str] = Counter()
+    looked = dict.fromkeys(hopeless, 0)
+    """How many had been taken of a kind's classes when it found nobody."""
     for claim in claims:
-        kind = claim.queue, claim.priority, claim.classes
-        if kind in hopeless:
+        kind, before = kind_of(claim), sum(map(taken.__getitem__, claim.classes))
+        if looked.get(kind) == before:
             continue
         chosen = running.choose(claim, books)
         if chosen is None:
-            hopeless.add(kind)
+            looked[kind] = before
             continue
-        hopeless.clear()
         victim = running.take(chosen.victim)
+        taken[victim.gpu_class] += 1
         books.release(victim.queue, victim.gpu_class)
         books.take(claim.queue, victim.gpu_class)
         yield chosen
@@ -103,12 +132,10 @@ def _evict(claims: Iterable[Claim], running: _Running, books: Ledger) -> Iterato
 class _Running:
     """Those who may be asked to stop, by class and queue; in each, whoever is to be asked first comes first."""
 
-    def __init__(self, holdings: Iterable[Holding], policy: Policy) -> None:
+    def __init__(self, holdings: Callable[[str], Iterable[Holding]], policy: Policy) -> None:
         self._policy = policy
+        self._holdings = holdings
         self._by_class: dict[str, dict[str, list[Holding]]] = {}
-        may_move = (each for each in holdings if not (each.stopping or _is_cooling_down(each, policy)))
-        for holding in sorted(may_move, key=lambda each: self._rank(each, 0)):
-            self._by_class.setdefault(holding.gpu_class, {}).setdefault(holding.queue, []).append(holding)
         self._over: dict[str, list[str]] = {}
         """The queues with more GPUs of a class than are their own, by class, until somebody of it is taken."""
 
@@ -138,9 +165,20 @@ class _Running:
         self._by_class[victim.gpu_class][victim.queue].remove(victim)
         return victim
 
+    def _of(self, gpu_class: str) -> Mapping[str, list[Holding]]:
+        """Those of a class, by queue."""
+        found = self._by_class.get(gpu_class)
+        if found is None:
+            found = self._by_class[gpu_class] = {}
+            here = self._holdings(gpu_class)
+            may_move = (each for each in here if not (each.stopping or is_cooling_down(each, self._policy)))
+            for holding in sorted(may_move, key=lambda each: self._rank(each, 0)):
+                found.setdefault(holding.queue, []).append(holding)
+        return found
+
     def _of_class(self, claim: Claim, gpu_class: str, lower: int, books: Ledger) -> Iterator[Holding]:
         """Of each queue the first that would do; `lower` is what a victim's priority has to be below."""
-        by_queue = self._by_class.get(gpu_class, {})
+        by_queue = self._of(gpu_class)
         if gpu_class not in self._over:
             self._over[gpu_class] = [queue for queue in by_queue if books.is_over_guarantee(queue, gpu_class)]
         foreign = (queue for queue in self._over[gpu_class] if queue != claim.queue)
@@ -174,5 +212,6 @@ def _makes_room(claim: Claim, holding: Holding, books: Ledger) -> bool:
     return room
 
 
-def _is_cooling_down(holding: Holding, policy: Policy) -> bool:
+def is_cooling_down(holding: Holding, policy: Policy) -> bool:
+    """Whether a job that had to make way lately is left alone."""
     return holding.was_evicted and holding.run_seconds < policy.preemption_cooldown_seconds

@@ -1,0 +1,106 @@
+"""A waiting job's claim on a GPU: what it may run on, preferred first, or why it has none now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from orchestrator.api.plan import Estimate
+from orchestrator.api.queue import QLoRAQueueSpec
+from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.core.job.setbacks import avoided_classes
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.ordering import Claim, created, queue_refusal
+from orchestrator.core.snapshot import Snapshot
+from orchestrator.sizing.hardware import GpuClass
+from orchestrator.sizing.margins import DEFAULT, Margins
+from orchestrator.sizing.plan_search import candidates
+from orchestrator.sizing.step_time import Work
+
+
+def claim_of(
+    draft: Draft,
+    queues: Mapping[str, QLoRAQueueSpec],
+    snapshot: Snapshot,
+    margins: Mapping[tuple[str, str], Margins],
+) -> Claim | Refusal:
+    """The claim of a job that is ready to train. `margins` are those learned, by namespace and architecture."""
+    found = queue_refusal(draft.job, queues) or _estimates(draft, snapshot, margins)
+    return found if isinstance(found, Refusal) else _claim(draft, found)
+
+
+def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
+    job = draft.job
+    return Claim(
+        key=job.key,
+        uid=job.metadata.uid,
+        queue=job.spec.queue,
+        priority=job.spec.priority,
+        created=created(job, draft.now),
+        estimates=estimates,
+        classes=tuple(estimate.gpu_class for estimate in estimates),
+    )
+
+
+def _estimates(
+    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
+) -> tuple[Estimate, ...] | Refusal:
+    """Where the job may train; one that must go on just as it began keeps its class and plan.
+
+    A class that failed the job lately is passed over while another fits: a job that ran out of memory goes to none of
+    less. Where none is left, they are tried again, with the pauses that failures bring.
+    """
+    spot = draft.job.spec.resources.spot
+    classes = _on_machines(spot, snapshot.gpu_classes)
+    if snapshot.gpu_classes and not classes:
+        return Refusal(reason=Reason.WAITING_FOR_GPU, message=_NO_SUCH_MACHINE[spot])
+    snapshot = snapshot if classes == snapshot.gpu_classes else replace(snapshot, gpu_classes=classes)
+    found = _fitting(draft, snapshot, margins)
+    avoided = avoided_classes(draft.status, draft.now, snapshot.policy)
+    if isinstance(found, Refusal) or not avoided:
+        return found
+    others = tuple(estimate for estimate in found if estimate.gpu_class not in avoided)
+    if others or draft.status.estimate is None:
+        return others or found
+    elsewhere = _sized(draft, snapshot, margins)  # what goes on just as it began goes on otherwise before it waits
+    if isinstance(elsewhere, Refusal):
+        return found
+    least = draft.status.estimate.usable_bytes if draft.status.step_ups > 0 else 0
+    others = tuple(e for e in elsewhere if e.gpu_class not in avoided and e.usable_bytes >= least)
+    return others or found
+
+
+def _fitting(
+    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
+) -> tuple[Estimate, ...] | Refusal:
+    """Where the job may train by what it needs."""
+    status, spec = draft.status, draft.job.spec
+    exact_resume = spec.training.deterministic and status.checkpoint is not None
+    if status.estimate is not None and (exact_resume or status.step_ups > 0):
+        here = {c.name for c in snapshot.gpu_classes if c.capacity > 0}
+        if status.estimate.gpu_class in here:
+            return (status.estimate,)
+    return _sized(draft, snapshot, margins)
+
+
+def _sized(
+    draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
+) -> tuple[Estimate, ...] | Refusal:
+    """Every class here that the job fits."""
+    spec, prepared = draft.job.spec, draft.status.prepared
+    assert prepared is not None, "a queued job is prepared"
+    of_model = margins.get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
+    return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)
+
+
+_NO_SUCH_MACHINE: Mapping[str, str] = {
+    "required": "resources.spot is required, and no GPU here is on a spot machine; waits for one, or allow others",
+    "forbidden": "resources.spot is forbidden, and every GPU here is on a spot machine; waits for another, or allow it",
+}
+
+
+def _on_machines(spot: str, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
+    """Classes with a GPU on the kind of machine that the job asks for: nobody makes way for one that cannot start."""
+    if spot == "allowed":
+        return tuple(classes)
+    return tuple(c for c in classes if c.spot is None or (c.spot > 0 if spot == "required" else c.spot < c.capacity))

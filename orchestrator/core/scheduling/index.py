@@ -1,0 +1,460 @@
+"""What is kept of a snapshot between decisions, and what a changed object invalidates.
+
+- A job's own outcome holds while the job, its stages, its run and what its namespace has taught of its model are the
+  same, until the time that `core/job/rest` tells. A job of which something becomes now is looked at in every decision.
+- What is counted over all jobs (the line, the books of GPUs, shares, who teaches, where cards broke) is changed by the
+  difference that a job makes.
+- Where anything else changed (queues, classes of GPUs, settings, jobs that do not parse, the clock), all is forgotten.
+
+So the index never depends on how it came about: one that has followed a thousand changes equals one that is new.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
+from heapq import heappop, heappush
+from itertools import compress, count
+from operator import is_not
+
+from orchestrator.api.job import QLoRAJob
+from orchestrator.api.queue import QLoRAQueueSpec
+from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.core.job.containment import abandon, contained, failed_by_defect
+from orchestrator.core.job.finalizer import owes_run_its_end
+from orchestrator.core.job.lifecycle import is_ready, reconcile
+from orchestrator.core.job.outages import Cause, hit_by
+from orchestrator.core.job.rest import FOR_EVER, is_expired, rests_until
+from orchestrator.core.job.stage_commands import accounts_for, claimant_of, stage_of
+from orchestrator.core.job.state_machine import GPU_STATES, JobState
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.job.unreadable import job_key_of
+from orchestrator.core.scheduling.admission import Ledger, Quotas
+from orchestrator.core.scheduling.claims import claim_of
+from orchestrator.core.scheduling.cpu_slots import IN_CPU_STAGE, last_served
+from orchestrator.core.scheduling.line import Line
+from orchestrator.core.scheduling.ordering import NO_QUEUE, Claim, Shares, Usage, account, queue_specs, standing
+from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Held, Holding, is_cooling_down, lost_seconds
+from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
+from orchestrator.sizing.margins import Margins, learned, teaches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What is known of one job."""
+
+    draft: Draft
+    """As it is to be by itself."""
+    until: datetime
+    """When it has to be looked at again, whatever else happens."""
+    claim: Claim | None
+    refusal: Refusal | None
+    """Why it is ready to train and has no claim."""
+    holding: Holding | None
+    cools_down: bool
+    account: str
+    usage: Usage
+    wanted: frozenset[str]
+    """Keys of the stages that its stored attempt stands for."""
+    is_expired: bool
+    cause: Cause | None
+    """What it waits for, if others may wait for the same."""
+
+    @property
+    def is_restless(self) -> bool:
+        """Whether something becomes of the job now."""
+        return self.until <= self.draft.now
+
+    def moves_like(self, other: Entry) -> bool:
+        """Whether it makes the same of the books: who may be moved for whom."""
+        return self._standing() == other._standing()
+
+    def _standing(self) -> tuple[object, ...] | None:
+        held = self.holding
+        return None if held is None else (held.queue, held.gpu_class, held.priority, held.stopping, self.cools_down)
+
+
+@dataclass(slots=True, kw_only=True)
+class Index:
+    """All of it, of one snapshot; `follow` makes it that of a later one, and nothing else changes it."""
+
+    queues: Mapping[str, QLoRAQueueSpec]
+    ledger: Ledger
+    """Who has how many GPUs, those of unexplained stages included."""
+    shares: Shares
+    _gib: Mapping[str, int]
+    _seen: Snapshot
+    entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
+    """By the job's key."""
+    line: Line = field(default_factory=Line)
+    margins: Mapping[tuple[str, str], Margins] = field(default_factory=dict[tuple[str, str], Margins])
+    restless: set[str] = field(default_factory=set[str])
+    """Of whom something becomes now."""
+    idle: set[str] = field(default_factory=set[str])
+    """Who is ready to prepare or to publish."""
+    in_cpu_stage: set[str] = field(default_factory=set[str])
+    refused: set[str] = field(default_factory=set[str])
+    """Who is ready to train and has no claim."""
+    holders: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Who has a GPU, by class."""
+    stopping: set[str] = field(default_factory=set[str])
+    """Whose GPU is coming free."""
+    runners: set[str] = field(default_factory=set[str])
+    """Whose MLflow run is owed something."""
+    expired: set[str] = field(default_factory=set[str])
+    """Finished jobs whose objects are to go, once nothing outside is left of them."""
+    broken: set[str] = field(default_factory=set[str])
+    """On whom a card broke."""
+    causes: Counter[Cause] = field(default_factory=Counter[Cause])
+    """How many wait for each."""
+    served: defaultdict[str, dict[str, datetime]] = field(default_factory=lambda: defaultdict(dict))
+    """When each job last began a CPU stage, by namespace."""
+    uids: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Keys of jobs by uid."""
+    stages: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Keys of stages by the key of the job that they are named after."""
+    wanted: set[str] = field(default_factory=set[str])
+    """Stages that stored attempts stand for."""
+    changed: set[str] = field(default_factory=set[str])
+    """Whose entries the last update made or removed."""
+    moved_classes: set[str] = field(default_factory=set[str])
+    """Of which the last update changed who holds them."""
+    _teaching: dict[str, QLoRAJob] = field(default_factory=dict[str, QLoRAJob])
+    _unexplained: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
+    """Stages with GPUs that no status accounts for: jobs that are gone left them, or a stranger made them."""
+    _extra: tuple[Held, ...] = ()
+    """What is in the books for them, and for jobs that do not parse."""
+    _due: list[tuple[datetime, str]] = field(default_factory=list[tuple[datetime, str]])
+    _gone: list[Claim] = field(default_factory=list[Claim])
+    _came: list[Claim] = field(default_factory=list[Claim])
+
+    def holdings(self, gpu_class: str, snapshot: Snapshot) -> Iterator[Holding]:
+        """The GPUs of a class that jobs have, by the snapshot's time."""
+        for key in self.holders[gpu_class]:
+            found = holding_of(self.entries[key].draft, self.queues, snapshot)
+            if found is not None:
+                yield found
+
+    def coming_free(self) -> Iterator[Held]:
+        """What stages hold that are stopping already."""
+        for key in self.stopping:
+            holding = self.entries[key].holding
+            if holding is not None:
+                yield holding.queue, holding.gpu_class
+
+    def job(self, key: str) -> QLoRAJob | None:
+        """A job by its key."""
+        entry = self.entries.get(key)
+        return entry.draft.job if entry is not None else None
+
+    def drafts(self, keys: Iterable[str], now: datetime) -> dict[str, Draft]:
+        """The drafts of some jobs, by key in the keys' order, as of now."""
+        return {key: self.draft(key, now) for key in sorted(keys)}
+
+    def draft(self, key: str, now: datetime) -> Draft:
+        """A job's draft as of now."""
+        found = self.entries[key].draft
+        return found if found.now == now else Draft.open(found.job, now)
+
+    def follow(self, snapshot: Snapshot) -> Index:
+        """That of a snapshot: this one, brought up to date, or a new one where more than jobs and stages changed."""
+        if not _continues(self._seen, snapshot):
+            return Index.of(snapshot)
+        self._update(snapshot)
+        return self
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Index:
+        """That of a snapshot, from nothing."""
+        queues = queue_specs(snapshot.queues)
+        index = cls(
+            queues=queues,
+            ledger=Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues)),
+            shares=Shares.empty(queues, snapshot.gpu_classes, snapshot.policy),
+            _gib={c.name: c.marketed_gib for c in snapshot.gpu_classes},
+            _seen=replace(snapshot, jobs=(), stages={}, runs={}),
+        )
+        index._update(snapshot)
+        return index
+
+    def _update(self, snapshot: Snapshot) -> None:
+        left, came = _difference(self._seen.jobs, snapshot.jobs)
+        stages = _changed_stages(self._seen.stages, snapshot.stages)
+        runs = _changed_runs(self._seen, snapshot)
+        self._seen = snapshot
+        self.changed, self.moved_classes = set(), set()
+        jobs = {job.key: job for job in came}
+        gone = {job.key for job in left} - jobs.keys()
+        self._note_stages(stages, snapshot)
+        dirty = {job_key_of_stage(key) for key in stages} | self.restless
+        dirty |= {key for uid in runs for key in self.uids.get(uid, ())}
+        dirty |= self._due_by(snapshot.now)
+        dirty |= self._taught(jobs, gone)
+        dirty = (dirty & self.entries.keys()) | jobs.keys()
+        for key in gone:
+            self._replace(key, None)
+        for key in dirty - gone:
+            job = jobs.get(key) or self.entries[key].draft.job
+            self._replace(key, self._entry(job, snapshot))
+        self.line.change(self._gone, self._came)
+        self._gone, self._came = [], []
+        self._explain_stages({*stages, *(s for key in (*dirty, *gone) for s in self.stages.get(key, ()))}, snapshot)
+        self._book_extra(snapshot)
+
+    # --- what has to be looked at --------------------------------------------------------------------------------
+
+    def _note_stages(self, changed: Iterable[str], snapshot: Snapshot) -> None:
+        for key in changed:
+            job = job_key_of_stage(key)
+            if key in snapshot.stages:
+                self.stages[job].add(key)
+            else:
+                self.stages[job].discard(key)
+                if not self.stages[job]:
+                    del self.stages[job]
+
+    def _due_by(self, now: datetime) -> set[str]:
+        """Whose time has come."""
+        found: set[str] = set()
+        while self._due and self._due[0][0] <= now:
+            until, key = heappop(self._due)
+            entry = self.entries.get(key)
+            if entry is not None and entry.until == until:
+                found.add(key)
+        return found
+
+    def _taught(self, jobs: Mapping[str, QLoRAJob], gone: Iterable[str]) -> set[str]:
+        """Learn from jobs that changed; the keys of those who wait and are to be sized anew."""
+        before = len(self._teaching)
+        removed = [self._teaching.pop(key) for key in (*jobs, *gone) if key in self._teaching]
+        for key, job in jobs.items():
+            if teaches(job.status):
+                self._teaching[key] = job
+        if not removed and len(self._teaching) == before:
+            return set()
+        known, self.margins = self.margins, learned(self._teaching[key] for key in sorted(self._teaching))
+        if known == self.margins:
+            return set()
+        changed = {of for of in known.keys() | self.margins.keys() if known.get(of) != self.margins.get(of)}
+        waiting = (*self.line.claims, *self.refused)
+        return {key for key in waiting if _model_of(self.entries[key].draft) in changed}
+
+    # --- one job -------------------------------------------------------------------------------------------------
+
+    def _entry(self, job: QLoRAJob, snapshot: Snapshot) -> Entry:
+        draft = _reconciled(job, snapshot)
+        claim: Claim | Refusal | None = None
+        if draft.state is JobState.QUEUED and is_ready(draft, snapshot.policy):
+            try:
+                claim = claim_of(draft, self.queues, snapshot, self.margins)
+            except MemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
+                draft = failed_by_defect(job, snapshot, error)
+        holding = holding_of(draft, self.queues, snapshot)
+        attempt = job.status.active_attempt
+        fact = stage_of(job, attempt, snapshot) if attempt is not None else None
+        claimant = claimant_of(job, attempt, snapshot) if attempt is not None and fact is None else None
+        return Entry(
+            draft=draft,
+            until=_until(draft, fact, claim, snapshot),
+            claim=claim if isinstance(claim, Claim) else None,
+            refusal=claim if isinstance(claim, Refusal) else None,
+            holding=holding,
+            cools_down=holding is not None and is_cooling_down(holding, snapshot.policy),
+            account=account(job.metadata.namespace, job.spec.queue, self.queues),
+            usage=Usage.of(draft, self._gib, snapshot.policy),
+            wanted=frozenset(found.key for found in (fact, claimant) if found is not None),
+            is_expired=is_expired(job, snapshot.now),
+            cause=hit_by((job, draft.status), snapshot.policy),
+        )
+
+    def _replace(self, key: str, new: Entry | None) -> None:
+        old = self.entries.get(key)
+        self.changed.add(key)
+        if old is not None:
+            self._count(key, old, is_there=False)
+            del self.entries[key]
+        if new is not None:
+            self.entries[key] = new
+            self._count(key, new, is_there=True)
+            if not new.is_restless and new.until is not FOR_EVER:
+                heappush(self._due, (new.until, key))
+        same = old.moves_like(new) if old is not None and new is not None else False
+        if not same:
+            self.moved_classes |= {e.holding.gpu_class for e in (old, new) if e is not None and e.holding is not None}
+
+    def _count(self, key: str, entry: Entry, *, is_there: bool) -> None:
+        """The difference that a job makes."""
+        draft, job = entry.draft, entry.draft.job
+        put = set[str].add if is_there else set[str].discard
+        if entry.is_restless:
+            put(self.restless, key)
+        if draft.state in (JobState.NEW, JobState.TRAINED):
+            put(self.idle, key)
+        elif draft.state in IN_CPU_STAGE:
+            put(self.in_cpu_stage, key)
+        if entry.refusal is not None:
+            put(self.refused, key)
+        if entry.claim is not None:
+            (self._came if is_there else self._gone).append(entry.claim)
+        self.shares.count(entry.account, entry.usage, 1 if is_there else -1)
+        if entry.holding is not None:
+            put(self.holders[entry.holding.gpu_class], key)
+            book = self.ledger.take if is_there else self.ledger.release
+            book(entry.holding.queue, entry.holding.gpu_class)
+            if entry.holding.stopping:
+                put(self.stopping, key)
+        if owes_run_its_end(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
+            put(self.runners, key)
+        if entry.is_expired:
+            put(self.expired, key)
+        if any(attempt.reason is Reason.BROKEN_GPU for attempt in job.status.attempts):
+            put(self.broken, key)
+        if entry.cause is not None:
+            self.causes[entry.cause] += 1 if is_there else -1
+        put(self.uids[job.metadata.uid], key)
+        for stage in entry.wanted:
+            put(self.wanted, stage)
+        served = last_served(draft)
+        if served is not None:
+            of_namespace = self.served[job.metadata.namespace]
+            if is_there:
+                of_namespace[key] = served
+            else:
+                of_namespace.pop(key, None)
+
+    # --- stages that no job accounts for -------------------------------------------------------------------------
+
+    def _explain_stages(self, keys: Set[str], snapshot: Snapshot) -> None:
+        unreadable = {f"{job.namespace}/{job.stage}" for job in snapshot.unreadable}
+        for key in keys:
+            fact = snapshot.stages.get(key)
+            self._unexplained.pop(key, None)
+            if fact is None or fact.gpus == 0 or fact.gpu_class is None or key in unreadable:
+                continue
+            owner = self.entries.get(job_key_of_stage(key))
+            attempts = owner.draft.job.status.attempts if owner is not None else ()
+            if owner is None or not any(accounts_for(owner.draft.job, attempt, fact) for attempt in attempts):
+                self._unexplained[key] = fact
+
+    def _book_extra(self, snapshot: Snapshot) -> None:
+        """Put into the books what stages hold beside those of the jobs."""
+        extra = tuple(sorted((*self._of_unreadable(snapshot), *self._of_strangers())))
+        if extra == self._extra:
+            return
+        for queue, gpu_class in self._extra:
+            self.ledger.release(queue, gpu_class)
+        for queue, gpu_class in extra:
+            self.ledger.take(queue, gpu_class)
+        self.moved_classes |= {gpu_class for _, gpu_class in (*self._extra, *extra)}
+        self._extra = extra
+
+    def _of_strangers(self) -> Iterator[Held]:
+        for fact in self._unexplained.values():
+            for _ in range(fact.gpus):
+                yield NO_QUEUE, fact.gpu_class or ""
+
+    def _of_unreadable(self, snapshot: Snapshot) -> Iterator[Held]:
+        for job in snapshot.unreadable:
+            fact = snapshot.stages.get(f"{job.namespace}/{job.stage}")
+            if fact is not None and fact.phase is not StagePhase.EXITED and job.gpu_class is not None:
+                yield account(job.namespace, job.queue, self.queues), job.gpu_class
+
+
+def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Holding | None:
+    """The GPU that a job's train stage has: admitted, running, or stopping."""
+    attempt, job, now = draft.attempt, draft.job, snapshot.now
+    if draft.state not in GPU_STATES or attempt is None:
+        return None
+    since = attempt.start_time or attempt.created_time
+    return Holding(
+        key=job.key,
+        uid=job.metadata.uid,
+        queue=account(job.metadata.namespace, job.spec.queue, queues),
+        priority=standing(job, queues),
+        gpu_class=attempt.gpu_class or "",
+        stopping=attempt.stop_time is not None,
+        run_seconds=max(0.0, (now - since).total_seconds()),
+        lost_seconds=lost_seconds(draft.status, now, snapshot.policy),
+        was_evicted=any(reason.value in draft.status.evictions for reason in EVICTIONS_BY_US),
+    )
+
+
+def _reconciled(job: QLoRAJob, snapshot: Snapshot) -> Draft:
+    """The job by itself; one of which nothing can come takes part in nothing, and ends."""
+    opened = Draft.open(job, snapshot.now)
+    refused = snapshot.refused.get(job.metadata.uid)
+    if refused is not None:
+        return contained(opened, snapshot, partial(abandon, snapshot=snapshot, message=refused))
+    return contained(opened, snapshot, lambda draft: reconcile(draft, snapshot))
+
+
+def _until(draft: Draft, fact: StageFact | None, claim: Claim | Refusal | None, snapshot: Snapshot) -> datetime:
+    """Until when an entry holds; one whose times cannot be reckoned with holds for this moment."""
+    if isinstance(claim, Claim) and draft.job.metadata.creation_timestamp is None:
+        return draft.now
+    try:
+        return rests_until(draft, fact, snapshot.policy)
+    except (ArithmeticError, TypeError, ValueError):
+        return draft.now
+
+
+def _model_of(draft: Draft) -> tuple[str, str] | None:
+    prepared = draft.status.prepared
+    return None if prepared is None else (draft.job.metadata.namespace, prepared.model.architecture)
+
+
+def job_key_of_stage(key: str) -> str:
+    """The key of the job that a stage of this key is named after."""
+    namespace, _, name = key.partition("/")
+    return job_key_of(namespace, name)
+
+
+# --- what two snapshots differ in --------------------------------------------------------------------------------
+
+
+def _continues(seen: Snapshot, snapshot: Snapshot) -> bool:
+    """Whether a snapshot differs from the one before in jobs, stages and runs alone, and time went on."""
+    return (
+        seen.now <= snapshot.now
+        and not snapshot.clock_step_seconds
+        and not seen.clock_step_seconds
+        and seen.queues == snapshot.queues
+        and seen.gpu_classes == snapshot.gpu_classes
+        and seen.refused == snapshot.refused
+        and seen.unreadable == snapshot.unreadable
+        and (seen.policy is snapshot.policy or seen.policy == snapshot.policy)
+    )
+
+
+def _difference(before: Sequence[QLoRAJob], after: Sequence[QLoRAJob]) -> tuple[Sequence[QLoRAJob], Sequence[QLoRAJob]]:
+    """The objects that are gone, and those that came; a store that watches gives unchanged jobs as they were."""
+    if len(before) == len(after):
+        if before == after:
+            return (), ()
+        differs = list(map(is_not, before, after))
+        return list(compress(before, differs)), list(compress(after, differs))
+    shorter = min(len(before), len(after))
+    first = next(compress(count(), map(is_not, before, after)), shorter)
+    last = next(compress(count(), map(is_not, reversed(before), reversed(after))), shorter)
+    last = min(last, shorter - first)
+    old, new = before[first : len(before) - last], after[first : len(after) - last]
+    known, now_known = set(map(id, old)), set(map(id, new))
+    return [job for job in old if id(job) not in now_known], [job for job in new if id(job) not in known]
+
+
+def _changed_stages(before: Mapping[str, StageFact], after: Mapping[str, StageFact]) -> list[str]:
+    if before is after:
+        return []
+    came = [key for key, fact in after.items() if (known := before.get(key)) is not fact and known != fact]
+    return came + [key for key in before if key not in after]
+
+
+def _changed_runs(seen: Snapshot, snapshot: Snapshot) -> set[str]:
+    """Uids of jobs about whose run something else is known."""
+    before, after = seen.runs, snapshot.runs
+    return {uid for uid in before.keys() | after.keys() if before.get(uid) is not after.get(uid)}
