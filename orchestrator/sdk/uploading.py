@@ -1,4 +1,4 @@
-"""Data files of this machine for a job of a cluster: they go into the bucket of the job's store.
+"""Data files and a model folder of this machine for a job of a cluster: they go into the bucket of the job's store.
 
 A claim cannot be reached from here, so such a job is refused with what would do.
 """
@@ -13,10 +13,11 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.core.job.addresses import refused_file
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
-from orchestrator.sdk.preflight import check_dataset, local_path
+from orchestrator.sdk.preflight import check_dataset, check_model, local_path
 from orchestrator.sdk.words import gib
 
 BUCKET_SCHEME = "s3://"
+MODEL = "model"
 TOLD_PERCENT = 10
 
 
@@ -26,23 +27,28 @@ def check_upload(job: QLoRAJob, default_store: str) -> None:
         refusal = refused_file(job.spec)
         if refusal is not None:
             raise InvalidObject(
-                f"{refusal}; or name the cluster's bucket, for data files to be uploaded: QLORA_STORE_URI=s3://..."
+                f"{refusal}. What is here is uploaded to a bucket alone: QLORA_STORE_URI=s3://..., or spec.store.uri; "
+                "into a claim a pod of yours brings it (kubectl cp)"
             )
         return
-    for field, path in _files(job).items():
-        check_dataset(f"spec.dataset.{field}", path.as_uri())
-    if (refusal := refused_file(_with_sources(job, dict.fromkeys(_files(job), "s3://bucket/data")).spec)) is not None:
+    if local_path(job.spec.model.source) is not None:
+        check_model(job.spec.model)
+    for field, path in _named(job).items():
+        if field != MODEL:
+            check_dataset(f"spec.dataset.{field}", path.as_uri())
+        uploads.refuse_large(path)
+    if (refusal := refused_file(_with_sources(job, dict.fromkeys(_named(job), "s3://bucket/data")).spec)) is not None:
         raise InvalidObject(refusal)
 
 
 def uploaded(job: QLoRAJob, default_store: str, told: Callable[[str], None]) -> QLoRAJob:
-    """The job with its data files in the bucket; raises InvalidObject, MissingExtra, StoreUnavailable."""
-    store, files = _store(job, default_store), _files(job)
-    if store is None or not files:
+    """The job with what it names here in the bucket; raises InvalidObject, MissingExtra, StoreUnavailable."""
+    store, named = _store(job, default_store), _named(job)
+    if store is None or not named:
         return job
-    extras.require("s3", purpose="uploading data")
+    extras.require("s3", purpose="uploading data and models")
     sources: dict[str, str] = {}
-    for field, path in files.items():
+    for field, path in named.items():
         uri = sources[field] = uploads.upload_uri(path, store, job.metadata.namespace)
         uploads.upload(path, uri, _Progress(path.name, told))
     return _with_sources(job, sources)
@@ -66,12 +72,16 @@ def _store(job: QLoRAJob, default_store: str) -> str | None:
     return uri if uri.startswith(BUCKET_SCHEME) else None
 
 
-def _files(job: QLoRAJob) -> dict[str, Path]:
-    """The data files of this machine, by the field of `spec.dataset` that names them."""
-    named = {"source": job.spec.dataset.source, "eval_source": job.spec.dataset.eval_source or ""}
-    return {field: path for field, uri in named.items() if (path := local_path(uri)) is not None}
+def _named(job: QLoRAJob) -> dict[str, Path]:
+    """What of this machine the job names: the model's folder, and data files by the field of `spec.dataset`."""
+    dataset = job.spec.dataset
+    uris = {MODEL: job.spec.model.source, "source": dataset.source, "eval_source": dataset.eval_source or ""}
+    return {field: path for field, uri in uris.items() if (path := local_path(uri)) is not None}
 
 
 def _with_sources(job: QLoRAJob, sources: dict[str, str]) -> QLoRAJob:
-    dataset = job.spec.dataset.model_copy(update=sources)
-    return job.model_copy(update={"spec": job.spec.model_copy(update={"dataset": dataset})})
+    data = {field: uri for field, uri in sources.items() if field != MODEL}
+    spec = job.spec.model_copy(update={"dataset": job.spec.dataset.model_copy(update=data)})
+    if MODEL in sources:
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": sources[MODEL]})})
+    return job.model_copy(update={"spec": spec})

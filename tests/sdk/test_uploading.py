@@ -68,10 +68,36 @@ def test_a_local_file_goes_into_the_jobs_bucket_once(
     assert {name: path.stat().st_mtime_ns for name, path in objects.items()} == before
 
 
+def test_a_local_model_goes_into_the_jobs_bucket_with_the_files_that_the_trainer_reads(
+    service: PaperService, server: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("model")
+    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+    (folder / "code.py").write_text("print('never')")
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    client = client_of(service, monkeypatch, server.port)
+    source = client.submit(job_document("mine"), told=say).object().spec.model.source
+    assert source.startswith(f"{STORE}/default/uploads/")
+    there = server.bucket / source.removeprefix(f"s3://{BUCKET}/")
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    assert sorted(path.name for path in there.iterdir()) == sorted(names)
+    assert all((there / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    assert "uploading model: 100 % of 0.0 MiB" in capsys.readouterr().err
+    (there / "model.safetensors").unlink()  # as if the first try had been cut off
+    kept = (there / "config.json").stat().st_mtime_ns
+    client.submit(job_document("again"), told=say)
+    assert (there / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (there / "config.json").stat().st_mtime_ns == kept
+    (folder / "model.safetensors").write_bytes(b"others" * 1000)
+    assert client.submit(job_document("other")).object().spec.model.source != source
+
+
 def test_without_a_bucket_it_is_said_what_would_do(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
     for store in ("pvc://jobs/store", service.settings.store_uri):
         client = client_of(service, monkeypatch, 9, store)
-        with pytest.raises(InvalidObject, match=r"spec\.dataset\.source: .* is a file of one .*QLORA_STORE_URI=s3://"):
+        with pytest.raises(
+            InvalidObject, match=r"dataset\.source: .* is a file of one .*QLORA_STORE_URI=s3://.*kubectl cp"
+        ):
             client.submit(job_document(**ON_THE_HUB))
 
 
@@ -79,7 +105,8 @@ def test_what_cannot_be_uploaded_is_refused_before_anything_is_stored(
     service: PaperService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = client_of(service, monkeypatch, 9)
-    with pytest.raises(InvalidObject, match=r"spec\.model\.source: .* is a file of one machine"):
+    Path("model/model.safetensors").rename("model/weights.bin")
+    with pytest.raises(InvalidObject, match=r"spec\.model\.source: .* holds only pickled weights"):
         client.submit(job_document())
     Path("train.jsonl").write_bytes(b"")
     with pytest.raises(InvalidObject, match=r"spec\.dataset\.source: .*train\.jsonl is empty"):
