@@ -75,10 +75,11 @@ def _look_at(job: QLoRAJob) -> None:
     """The first records and the plan, as far as they can be had from here: a model may be out of reach for now."""
     from orchestrator.cli.console import answers, say
     from orchestrator.cli.plan_view import show_plan
-    from orchestrator.cli.records_view import legend, show_records
+    from orchestrator.cli.records_view import legend, show_records, template_words
     from orchestrator.errors import OrchestratorError
 
     client = connect(None)
+    say(template_words(job.spec), style="quiet")
     try:
         shown = client.records(job, SHOWN_BY_INIT)
         say(legend(answers()), style="quiet")
@@ -308,11 +309,13 @@ def prepare(
     """Show records as they are trained: what carries loss, what is context. Starts nothing."""
     from orchestrator.cli.console import answers, say
     from orchestrator.cli.output import print_data
-    from orchestrator.cli.records_view import legend, show_records
+    from orchestrator.cli.records_view import legend, show_records, template_words
 
     client, path = connect(namespace), Path(job)
     if job == "-" or path.suffix in (".yaml", ".yml", ".json") or path.is_file():
-        shown = client.records(only_job(load(path, namespace, changes), path), show)
+        described = only_job(load(path, namespace, changes), path)
+        shown = client.records(described, show)
+        say(template_words(described.spec), style="quiet")
     else:
         shown = client.handle(job).records()
         shown = shown.model_copy(update={"records": shown.records[:show]})

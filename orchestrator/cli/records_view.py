@@ -6,8 +6,10 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.api.formats import ShownRecord, ShownRecords
+from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.cli.output import print_text
 
+CHAT_FORMATS = frozenset({"messages", "sharegpt"})
 OPENING, CLOSING = "⟦", "⟧"
 
 
@@ -29,6 +31,17 @@ def legend(console: Console) -> str:
     """How to read the records on this console."""
     colored = console.is_terminal and console.color_system is not None
     return f"what carries loss is {'green' if colored else f'between {OPENING} and {CLOSING}'}, the rest is context"
+
+
+def template_words(spec: QLoRAJobSpec) -> str:
+    """Which chat template writes the records."""
+    if spec.dataset.format not in CHAT_FORMATS:
+        return f"chat template: none, records of the format {spec.dataset.format} are trained as they stand"
+    template = spec.model.chat_template
+    if template is None:
+        return f"chat template: the one of {spec.model.source}"
+    name = "the text" if "{" in template else template
+    return f"chat template: {name} in spec.model.chatTemplate"
 
 
 def in_brackets(record: ShownRecord) -> str:

@@ -11,9 +11,11 @@ length, so that a cancelled task leaves no thread behind for longer than one ste
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.stage_name import StageKind
@@ -22,9 +24,16 @@ from orchestrator.sdk.client import Client, JobLike, QueueLike
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation
 from orchestrator.sdk.handle import JobHandle, JobResult
-from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine
+from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, last_lines
+from orchestrator.sdk.notebook import JobList
 from orchestrator.sdk.planning import JobPlan
+from orchestrator.sdk.progress import News
+from orchestrator.sdk.records import Records
 from orchestrator.settings import Settings
+from orchestrator.sizing.margins import Bound
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # pyright: ignore[reportMissingTypeStubs]  it has none
 
 
 class AsyncClient:
@@ -36,12 +45,23 @@ class AsyncClient:
         self.sync = Client(settings, namespace=namespace, connection=connection)
         """The client that does the work."""
 
-    async def submit(self, job: JobLike, *, replace: bool = False) -> AsyncJobHandle:
-        """Check and store a job, with `replace` in the place of a finished one of its name.
+    async def tune(
+        self, model: str, data: Records, *, name: str | None = None, replace: bool = False, **spec: object
+    ) -> AsyncJobHandle:
+        """Fine-tune a model on a file, a list of records or a DataFrame, in one call.
 
         Raises InvalidObject, AlreadyExists, ServiceNotRunning.
         """
-        return AsyncJobHandle(await asyncio.to_thread(self.sync.submit, job, replace=replace))
+        return AsyncJobHandle(await asyncio.to_thread(self.sync.tune, model, data, name=name, replace=replace, **spec))
+
+    async def submit(
+        self, job: JobLike, *, replace: bool = False, told: Callable[[str], None] | None = None
+    ) -> AsyncJobHandle:
+        """Check and store a job, with `replace` in the place of a finished one of its name.
+
+        `told` hears, in another thread, how far an upload is. Raises InvalidObject, AlreadyExists, ServiceNotRunning.
+        """
+        return AsyncJobHandle(await asyncio.to_thread(self.sync.submit, job, replace=replace, told=told))
 
     async def check(self, job: JobLike, *, replace: bool = False) -> QLoRAJob:
         """The job as `submit` would store it; changes nothing."""
@@ -51,6 +71,14 @@ class AsyncClient:
         """What the job would take and where it would run."""
         return await asyncio.to_thread(self.sync.plan, job)
 
+    async def records(self, job: JobLike, count: int = 3) -> ShownRecords:
+        """The first training records with their masks, read on this machine as prepare would."""
+        return await asyncio.to_thread(self.sync.records, job, count)
+
+    async def calibration(self) -> Sequence[Bound]:
+        """What finished jobs have taught about the memory model, each namespace for itself."""
+        return await asyncio.to_thread(self.sync.calibration)
+
     async def handle(self, name: str, *, namespace: str | None = None) -> AsyncJobHandle:
         """A handle on a job that exists; raises NotFound."""
         return AsyncJobHandle(await asyncio.to_thread(self.sync.handle, name, namespace=namespace))
@@ -59,9 +87,15 @@ class AsyncClient:
         """A job as it is now; raises NotFound."""
         return await asyncio.to_thread(self.sync.get, name, namespace=namespace)
 
-    async def list(self, *, namespace: str | None = None, all_namespaces: bool = False) -> Sequence[QLoRAJob]:
+    async def list(self, *, namespace: str | None = None, all_namespaces: bool = False) -> JobList:
         """Jobs, ordered by namespace and name."""
         return await asyncio.to_thread(self.sync.list, namespace=namespace, all_namespaces=all_namespaces)
+
+    async def wait_all(
+        self, handles: Iterable[AsyncJobHandle], timeout_seconds: float | None = None, *, progress: bool = False
+    ) -> Sequence[QLoRAJob]:
+        """The jobs once all have finished, well or not; raises WaitTimedOut, NotFound, ServiceNotRunning."""
+        return await asyncio.gather(*(handle.wait(timeout_seconds, progress=progress) for handle in handles))
 
     async def delete(self, name: str, *, namespace: str | None = None) -> None:
         """Remove a job; raises NotFound."""
@@ -74,6 +108,18 @@ class AsyncClient:
     async def list_queues(self) -> Sequence[QLoRAQueue]:
         """All queues, ordered by name."""
         return await asyncio.to_thread(self.sync.list_queues)
+
+    async def get_queue(self, name: str) -> QLoRAQueue:
+        """A queue as it is now; raises NotFound."""
+        return await asyncio.to_thread(self.sync.get_queue, name)
+
+    async def hold_queue(self, name: str, *, hold: bool = True) -> QLoRAQueue:
+        """Admit none of its jobs, or some again; those that run go on. Raises NotFound."""
+        return await asyncio.to_thread(self.sync.hold_queue, name, hold=hold)
+
+    async def delete_queue(self, name: str) -> None:
+        """Remove a queue; jobs that name it wait until it is there again. Raises NotFound."""
+        await asyncio.to_thread(self.sync.delete_queue, name)
 
 
 class AsyncJobHandle:
@@ -92,11 +138,19 @@ class AsyncJobHandle:
         """What has come of the job so far."""
         return await asyncio.to_thread(self.sync.status)
 
-    async def wait(self, timeout_seconds: float | None = None) -> QLoRAJob:
-        """The job once it has finished, well or not; raises WaitTimedOut, NotFound, ServiceNotRunning."""
-        job = await self.object()
-        async for job in self.watch(timeout_seconds):  # noqa: B007  the last one is the answer
-            pass
+    async def state(self) -> str:
+        """Where the job is now, in the word that tables show; raises NotFound."""
+        return await asyncio.to_thread(lambda: self.sync.state)
+
+    async def wait(self, timeout_seconds: float | None = None, *, progress: bool = False) -> QLoRAJob:
+        """The job once it has finished, well or not; raises WaitTimedOut, NotFound, ServiceNotRunning.
+
+        `progress`: print a line for what changes on the way.
+        """
+        job, news = await self.object(), News()
+        async for job in self.watch(timeout_seconds):
+            if progress:
+                news.tell(job)
         return job
 
     async def watch(self, timeout_seconds: float | None = None) -> AsyncIterator[QLoRAJob]:
@@ -108,10 +162,17 @@ class AsyncJobHandle:
                 yield job
 
     async def logs(
-        self, follow: bool = False, stage: StageKind | None = None, attempt: int | None = None
+        self,
+        follow: bool = False,
+        stage: StageKind | None = None,
+        attempt: int | None = None,
+        tail: int | None = None,
     ) -> AsyncIterator[LogLine]:
-        """Lines of the stages' logs in order; with `follow`, until the job has finished."""
-        lines = await asyncio.to_thread(self.sync.log_steps, follow, stage, attempt)
+        """Lines of the stages' logs in order; with `follow`, until the job has finished.
+
+        `tail`: of what is there already, only so many of the last lines.
+        """
+        lines = last_lines(await asyncio.to_thread(self.sync.log_steps, follow, stage, attempt), tail)
         while (line := await asyncio.to_thread(next, lines, _END)) is not _END:
             if isinstance(line, LogLine):
                 yield line
@@ -130,9 +191,9 @@ class AsyncJobHandle:
         """Let a suspended job go on from its checkpoint."""
         return await asyncio.to_thread(self.sync.resume)
 
-    async def delete(self) -> None:
-        """Remove the job; a running stage is stopped."""
-        await asyncio.to_thread(self.sync.delete)
+    async def delete(self, *, wait_seconds: float = 0.0) -> None:
+        """Remove the job; a running stage is stopped. Raises WaitTimedOut if it is there after `wait_seconds`."""
+        await asyncio.to_thread(self.sync.delete, wait_seconds=wait_seconds)
 
     async def events(self) -> Sequence[tuple[str, Event]]:
         """What was decided about the job, with RFC 3339 times, oldest first."""
@@ -141,6 +202,14 @@ class AsyncJobHandle:
     async def explain(self) -> Explanation:
         """Why the job is where it is, and what would change that."""
         return await asyncio.to_thread(self.sync.explain)
+
+    async def records(self) -> ShownRecords:
+        """The first training records with their masks, as prepare kept them; raises NotFound before it has ended."""
+        return await asyncio.to_thread(self.sync.records)
+
+    async def metrics(self) -> DataFrame:
+        """The job's figures as a pandas DataFrame: a row a step, a column a metric; raises NotFound, MissingExtra."""
+        return await asyncio.to_thread(self.sync.metrics)
 
     async def result(self) -> JobResult:
         """Where the adapter is, and how good it became; raises JobFailed unless the job has succeeded."""

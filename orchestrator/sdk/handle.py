@@ -18,7 +18,6 @@ from orchestrator.api.formats import JournalRecord, ShownRecords
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.losses import losses
 from orchestrator.api.stage_name import StageKind
-from orchestrator.api.words import in_lines
 from orchestrator.core.commands import Event
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
@@ -138,8 +137,8 @@ class JobHandle:
         """
         job, news = self.object(), News()
         for job in self.watch(timeout_seconds):
-            if progress and (line := news.line(job)) is not None:
-                print(in_lines(line), flush=True)  # noqa: T201  what was asked for
+            if progress:
+                news.tell(job)
         return job
 
     def watch(self, timeout_seconds: float | None = None) -> Iterator[QLoRAJob]:

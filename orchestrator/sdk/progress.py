@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.words import in_lines
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.sdk.words import duration, figure, state_word
 
@@ -25,6 +26,11 @@ class News:
             return None
         self._said = news
         return plain_line(job)
+
+    def tell(self, job: QLoRAJob) -> None:
+        """Print that line."""
+        if (line := self.line(job)) is not None:
+            print(in_lines(line), flush=True)  # noqa: T201  what was asked for
 
 
 def plain_line(job: QLoRAJob) -> str:

@@ -210,6 +210,7 @@ def test_init_shows_the_plan_and_says_why_it_cannot_show_records(service: PaperS
     result = qlora("init", "notes.jsonl", "--model", "model")
     assert result.exit_code == ExitStatus.OK
     assert "records not shown: " in result.stderr
+    assert "chat template: none, records of the format prompt-completion are trained as they stand" in result.stderr
     assert "usable on 24Gi" in result.stdout
 
 

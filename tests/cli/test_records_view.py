@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
 from orchestrator.api.formats import ShownPart, ShownRecord, ShownRecords
+from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
 from orchestrator.cli.console import THEME
-from orchestrator.cli.records_view import legend, show_records
+from orchestrator.cli.records_view import legend, show_records, template_words
 
 SHOWN = ShownRecords(
     records=(
@@ -56,3 +58,20 @@ def test_a_pipe_gets_brackets_and_whole_lines(capsys: pytest.CaptureFixture[str]
     shown, _ = console(80, terminal=False, color=False)
     show_records(shown, SHOWN)
     assert f"⟦{'good morning ' * 20}<|end|>⟧\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("form", "template", "words"),
+    [
+        ("messages", None, "chat template: the one of hf://acme/small"),
+        ("sharegpt", "chatml", "chat template: chatml in spec.model.chatTemplate"),
+        ("messages", "{{ messages }}", "chat template: the text in spec.model.chatTemplate"),
+        ("text", None, "chat template: none, records of the format text are trained as they stand"),
+    ],
+)
+def test_the_chat_template_is_named(form: Any, template: str | None, words: str) -> None:
+    spec = QLoRAJobSpec(
+        model=ModelSource(source="hf://acme/small", chat_template=template),
+        dataset=DatasetSource(source="file:///a.jsonl", format=form),
+    )
+    assert template_words(spec) == words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +35,7 @@ from orchestrator.errors import (
     ServiceNotRunning,
     WaitTimedOut,
 )
-from orchestrator.sdk import AsyncClient, Client, JobHandle
+from orchestrator.sdk import AsyncClient, AsyncJobHandle, Client, JobHandle
 from orchestrator.sdk.handle import SERVICE_ABSENCE_SECONDS
 from orchestrator.sizing.hardware import gpu_class
 from tests.sdk.paper_service import STEPS, PaperService, job_document, write_inputs
@@ -549,6 +551,50 @@ def test_the_async_client_says_the_same(service: PaperService) -> None:
         return [job.key, lines, (await handle.result()).eval_loss, len(await client.list())]
 
     assert asyncio.run(story()) == ["default/medical", ["a line"], 1.75, 1]
+
+
+STEPWISE = {"start_watch", "log_steps"}
+"""What the async client itself is made of."""
+
+
+@pytest.mark.parametrize(("sync", "awaited"), [(Client, AsyncClient), (JobHandle, AsyncJobHandle)])
+def test_the_async_client_has_what_the_client_has(sync: type, awaited: type) -> None:
+    def surface(of: type) -> dict[str, list[tuple[str, object, object]]]:
+        members = {name: value for name, value in vars(of).items() if not name.startswith("_")}
+        functions = {name: value.fget if isinstance(value, property) else value for name, value in members.items()}
+        return {name: parameters(function) for name, function in functions.items()}
+
+    def parameters(function: Any) -> list[tuple[str, object, object]]:
+        given = list(inspect.signature(function).parameters.values())[1:]
+        return [(each.name, each.kind, each.default) for each in given]
+
+    wanted = {name: known for name, known in surface(sync).items() if name not in STEPWISE}
+    assert surface(awaited) == wanted
+    assert all(
+        inspect.iscoroutinefunction(it) or inspect.isasyncgenfunction(it) for it in map(vars(awaited).get, wanted)
+    )
+
+
+def test_the_rest_of_the_async_client_works(service: PaperService) -> None:
+    async def story() -> None:
+        client = AsyncClient(service.settings, connection=service.connection)
+        handle = await client.tune("./model", [{"prompt": "2 + 2 =", "completion": " 4"}], name="medical")
+        assert await handle.state() == "New"
+        service.prepare()
+        service.write_log("train-2", "first\nlast\n")
+        service.succeed()
+        assert [job.key for job in await client.wait_all([handle], 10)] == ["default/medical"]
+        assert await _collect(handle.logs(tail=1)) == ["last"]
+        assert (await handle.metrics()).index.tolist()
+        queue = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAQueue", "metadata": {"name": "team-a"}}
+        await client.apply_queue(queue)
+        assert (await client.hold_queue("team-a")).spec.hold
+        assert (await client.get_queue("team-a")).spec.hold
+        await client.delete_queue("team-a")
+        assert await client.list_queues() == []
+        await handle.delete(wait_seconds=0)
+
+    asyncio.run(story())
 
 
 async def _collect(lines: object) -> list[str]:
