@@ -30,6 +30,14 @@ def tool(name: str) -> str:
         absent(str(error))
 
 
+def packaged_chart(folder: Path) -> Path:
+    """The chart as it is published, an archive in the folder."""
+    done = run([tool("helm"), "package", CHART, "--destination", folder])
+    assert done.returncode == 0, done.stderr
+    [package] = folder.glob("qlora-orchestrator-*.tgz")
+    return package
+
+
 def checkov() -> str:
     """The program in its own environment, which `make test-chart` sets up: its pins differ from ours."""
     found = os.environ.get(CHECKOV_VARIABLE) or shutil.which("checkov")

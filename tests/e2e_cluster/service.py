@@ -22,7 +22,8 @@ from urllib.request import Request, urlopen
 import yaml
 
 from tests.cluster.binaries import program
-from tests.e2e_cluster.images import CHART, CHECKOUT
+from tests.deploy.tools import packaged_chart
+from tests.e2e_cluster.images import CHECKOUT
 from tests.e2e_cluster.lab import S3, S3_ACCESS, S3_REGION, S3_SECRET, Lab
 
 SYSTEM, TEAM, RELEASE = "qlora-system", "team-e2e", "qlora-orchestrator"
@@ -86,7 +87,7 @@ def make_volumes(lab: Lab, model: Path) -> Path:
 
 
 def install(lab: Lab, volumes: Path, values: Path) -> None:
-    """Install the chart with Helm into namespaces where Pod Security `restricted` is enforced."""
+    """Install the packaged chart with Helm into namespaces where Pod Security `restricted` is enforced."""
     for namespace in (SYSTEM, TEAM):
         lab.make_namespace(namespace)
     lab.apply(
@@ -98,7 +99,8 @@ def install(lab: Lab, volumes: Path, values: Path) -> None:
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": S3_CREDENTIALS}}
     lab.apply(_claim("store"), _claim("data"), {**secret, "stringData": {"credentials": credentials}}, namespace=TEAM)
     values.write_text(yaml.safe_dump(VALUES))
-    _helm(lab, "install", RELEASE, str(CHART), f"--values={values}", "--wait", f"--timeout={INSTALL_SECONDS}s")
+    chart = packaged_chart(values.parent)
+    _helm(lab, "install", RELEASE, str(chart), f"--values={values}", "--wait", f"--timeout={INSTALL_SECONDS}s")
 
 
 def _volume(name: str, path: Path, mode: str) -> dict[str, Any]:
