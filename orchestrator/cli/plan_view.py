@@ -104,7 +104,7 @@ def _choice_fields(estimate: Estimate, data: DataCount | None) -> Iterator[tuple
 
 def _data_words(data: DataCount) -> str:
     counts = f"{data.records} records to train on in {data.sequences} sequences"
-    return counts if data.exact else f"about {counts}, estimated from bytes; prepare counts tokens"
+    return counts if data.exact else f"about {counts}, an estimate; prepare counts the tokens"
 
 
 def _class_words(estimate: Estimate) -> str:

@@ -1,9 +1,12 @@
 """How much a data file of this machine gives to train on, told before prepare has counted it.
 
 Which samples are held out, how records become sequences and sequences steps is prepare's own code (`api/packing`,
-`api/optimizer_steps`). Only the tokens of a record are guessed from its bytes, for a tokenizer takes seconds to load.
-A small data set has as many sequences as records, or `FEWEST_ROWS`, however many tokens a byte is within what
-tokenizers do: such a count is exact. Others are estimates, and of a large file only the beginning is read.
+`api/optimizer_steps`). Only the tokens of a record are told from its bytes: rendering and tokenising all takes seconds.
+
+- A small data set has as many sequences as records, or `FEWEST_ROWS`, however many tokens a byte is within what
+  tokenizers do: such a count is exact.
+- Others are estimates. Where the model's tokenizer is on this machine it says how many bytes a token has, of a part.
+- Of a large file only the beginning is read.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from orchestrator.api.base import decimal
-from orchestrator.api.job import DatasetSource, QLoRAJobSpec
+from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
 from orchestrator.api.optimizer_steps import held_out, optimizer_steps
 from orchestrator.api.packing import FEWEST_ROWS, arranged
 from orchestrator.sdk import extras
@@ -29,12 +32,10 @@ from orchestrator.sizing.step_time import Work
 MAX_READ_BYTES = 4 << 20
 """Of a file's text; what follows is taken to be like it."""
 MAX_READ_RECORDS = 10_000
-BYTES_PER_TOKEN = (8.0, 4.0, 1.0)
-"""With which the fewest tokens of a text are counted, as many as are likely, and the most: no tokenizer that falls
-back to bytes takes more than a token for one."""
-TOKENS_PER_RECORD = (0, 16, 128)
-"""What a chat template writes once, a system message of its own above all: fewest, likely, most."""
-TOKENS_PER_MESSAGE = (1, 6, 16)
+TOKENIZER_NAME = "tokenizer.json"
+MEASURED_RECORDS = 64
+MEASURED_CHARACTERS = 1 << 16
+"""Of the texts, from all over what is read, that the model's tokenizer is tried on."""
 FIELDS: Mapping[str, Sequence[str]] = {
     "messages": ("messages", "tools"),
     "sharegpt": ("conversations", "system", "tools"),
@@ -48,6 +49,22 @@ NO_TEXT = frozenset({"role", "from", "weight", "train", "training", "loss"})
 ANSWERING = frozenset({"assistant", "gpt", "chatgpt", "bing", "bard"})
 
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What makes tokens of a record."""
+
+    bytes_per_token: float
+    tokens_per_record: int
+    """What a chat template writes once, a system message of its own above all."""
+    tokens_per_message: int
+
+
+FEWEST = Rates(bytes_per_token=8.0, tokens_per_record=0, tokens_per_message=1)
+LIKELY = Rates(bytes_per_token=4.0, tokens_per_record=16, tokens_per_message=6)
+MOST = Rates(bytes_per_token=1.0, tokens_per_record=128, tokens_per_message=16)
+"""No tokenizer that falls back to bytes makes more than a token of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +107,15 @@ class _Read:
 class _Size:
     """What is known of one record."""
 
-    tokens: tuple[int, int, int]
-    """Fewest, likely, most."""
+    text_bytes: int
+    messages: int
     plain: bool
-    """Whether it is text in one context, whose tokens cannot be out of these bounds."""
+    """Whether it is text in one context, whose tokens cannot be out of the bounds."""
+
+    def tokens(self, rates: Rates) -> int:
+        """So many at these rates."""
+        text = math.ceil(self.text_bytes / rates.bytes_per_token)
+        return text + rates.tokens_per_record + rates.tokens_per_message * self.messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,39 +137,42 @@ def count_data(spec: QLoRAJobSpec) -> DataCount | None:
         sizes = [_size(record, spec.dataset) for record in read.records]
     except (OSError, EOFError, ValueError, RecursionError, csv.Error):
         return None
-    return _counted(sizes, read.share, spec)
-
-
-def _counted(sizes: Sequence[_Size], share: float, spec: QLoRAJobSpec) -> DataCount | None:
-    whole = share == 1.0
-    likely = _arranged([size.tokens[1] for size in sizes], spec, fewest_rows=FEWEST_ROWS if whole else 0)
+    whole = read.share == 1.0
+    likely = _arranged(sizes, LIKELY, spec, fewest_rows=FEWEST_ROWS)
+    if whole and likely is not None and _is_certain(sizes, spec, likely):
+        return _count(likely, spec, exact=True)
+    rates = LIKELY
+    if (measured := _bytes_per_token(read.records, spec)) is not None:
+        rates = replace(LIKELY, bytes_per_token=measured)
+    likely = _arranged(sizes, rates, spec, fewest_rows=FEWEST_ROWS if whole else 0)
     if likely is None:
         return None
     if not whole:
-        records = round(likely.records / share)
-        sequences = max(math.ceil(likely.sequences / share), min(FEWEST_ROWS, records))
-        likely = _Arranged(records=records, sequences=sequences, tokens=round(likely.tokens / share))
-    exact = whole and all(size.plain for size in sizes) and _is_certain(sizes, spec, likely)
-    steps = optimizer_steps(spec.training, likely.sequences)
-    return DataCount(records=likely.records, sequences=likely.sequences, tokens=likely.tokens, steps=steps, exact=exact)
+        records = round(likely.records / read.share)
+        sequences = max(math.ceil(likely.sequences / read.share), min(FEWEST_ROWS, records))
+        likely = _Arranged(records=records, sequences=sequences, tokens=round(likely.tokens / read.share))
+    return _count(likely, spec, exact=False)
+
+
+def _count(found: _Arranged, spec: QLoRAJobSpec, *, exact: bool) -> DataCount:
+    steps = optimizer_steps(spec.training, found.sequences)
+    return DataCount(records=found.records, sequences=found.sequences, tokens=found.tokens, steps=steps, exact=exact)
 
 
 def _is_certain(sizes: Sequence[_Size], spec: QLoRAJobSpec, likely: _Arranged) -> bool:
     """Whether the fewest and the most tokens make as many sequences."""
-    if spec.training.packing and likely.sequences > FEWEST_ROWS:
+    if not all(size.plain for size in sizes) or (spec.training.packing and likely.sequences > FEWEST_ROWS):
         return False
-    longest = max(size.tokens[2] for size in sizes)
+    longest = max(size.tokens(MOST) for size in sizes)
     if spec.dataset.too_long != "fail" and longest > spec.training.sequence_length:
         return False  # who is cut or dropped is not known
-    for bound in (0, 2):
-        arranged_so = _arranged([size.tokens[bound] for size in sizes], spec, fewest_rows=FEWEST_ROWS)
-        if arranged_so is None or arranged_so.sequences != likely.sequences:
-            return False
-    return True
+    bounds = (_arranged(sizes, rates, spec, fewest_rows=FEWEST_ROWS) for rates in (FEWEST, MOST))
+    return all(bound is not None and bound.sequences == likely.sequences for bound in bounds)
 
 
-def _arranged(lengths: Sequence[int], spec: QLoRAJobSpec, *, fewest_rows: int) -> _Arranged | None:
-    """Records of so many tokens as prepare puts them together; None where nothing is left to train on."""
+def _arranged(sizes: Sequence[_Size], rates: Rates, spec: QLoRAJobSpec, *, fewest_rows: int) -> _Arranged | None:
+    """The records as prepare puts them together; None where nothing is left to train on."""
+    lengths = [size.tokens(rates) for size in sizes]
     most, fraction = spec.training.sequence_length, decimal(spec.dataset.eval_fraction)
     samples = [index for index, tokens in enumerate(lengths) if tokens <= most or spec.dataset.too_long != "drop"]
     if len(samples) < (2 if fraction else 1):
@@ -165,17 +190,13 @@ def _size(record: Record, dataset: DatasetSource) -> _Size:
     given = [record[name] for name in FIELDS[dataset.format] if record.get(name) is not None]
     messages = [message for value in given if isinstance(value, list) for message in cast("list[Any]", value)]
     answers = sum(_answers(message) for message in messages)
-    texts = list(_texts(given))
-    bytes_of_text = sum(len(text.encode(errors="replace")) for text in texts)
-    if not bytes_of_text:
+    text_bytes = sum(len(text.encode(errors="replace")) for text in _texts(given))
+    if not text_bytes:
         raise ValueError("there is nothing to train on, which prepare says better")
-    fewest, likely, most = (
-        math.ceil(bytes_of_text / ratio) + per_record + per_message * len(messages)
-        for ratio, per_record, per_message in zip(BYTES_PER_TOKEN, TOKENS_PER_RECORD, TOKENS_PER_MESSAGE, strict=True)
-    )
     nested = any(isinstance(inner, dict | list) for message in messages for inner in _inside(message))
     several = answers > 1 and dataset.train_on == "assistant"  # templates may want a context for each
-    return _Size(tokens=(fewest, likely, most), plain=not nested and not several and "tools" not in record)
+    plain = not nested and not several and "tools" not in record
+    return _Size(text_bytes=text_bytes, messages=len(messages), plain=plain)
 
 
 def _answers(message: Any) -> bool:
@@ -201,6 +222,42 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in cast("list[Any]", value):
             yield from _texts(inner)
+
+
+# --- the model's tokenizer
+
+
+def _bytes_per_token(records: Sequence[Record], spec: QLoRAJobSpec) -> float | None:
+    """How many bytes of these records' texts make a token; None where the tokenizer is not on this machine."""
+    path = _tokenizer_path(spec.model)
+    if path is None or not extras.is_installed("tokenizers"):
+        return None
+    from tokenizers import Tokenizer  # pyright: ignore[reportMissingTypeStubs]  it has none
+
+    try:
+        tokenizer: Any = Tokenizer.from_file(str(path))
+    except Exception:  # noqa: BLE001 - whatever is wrong with the file, prepare says it
+        return None
+    names, characters, size, tokens = FIELDS[spec.dataset.format], 0, 0, 0
+    for record in records[:: max(1, len(records) // MEASURED_RECORDS)]:
+        text = "\n".join(_texts([record.get(name) for name in names]))[: MEASURED_CHARACTERS - characters]
+        characters += len(text)
+        size += len(text.encode(errors="replace"))
+        tokens += len(tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids)
+    return size / tokens if tokens else None
+
+
+def _tokenizer_path(model: ModelSource) -> Path | None:
+    """The tokenizer's file in the model's folder, or in the cache of what was fetched from the hub."""
+    if model.source.startswith("file://"):
+        path = Path(model.source.removeprefix("file://")) / TOKENIZER_NAME
+        return path if path.is_file() else None
+    if not model.source.startswith("hf://") or not extras.is_installed("huggingface_hub"):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model.source.removeprefix("hf://"), TOKENIZER_NAME, revision=model.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 # --- the beginning of a file
