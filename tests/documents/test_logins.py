@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.resources import require
 from tests.documents.blocks import blocks_of
 from tests.servers import certificate
 from tests.trainer.fake_hub import Repository
@@ -56,6 +57,7 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    require("versitygw")
     folder, port = tmp_path_factory.mktemp("logins"), free_port()
     authority, pair = certificate(folder)
     (folder / "ca.crt").write_bytes(authority)
