@@ -46,24 +46,30 @@ from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter, peft_takes
 from qlora_trainer.model.architecture import check_architecture
 from qlora_trainer.model.loading import load_base, quantized_layers
 from qlora_trainer.model.rehearsal import small_copies
-from qlora_trainer.model.source import ModelDescription, describe_model, read_facts
+from qlora_trainer.model.source import ModelDescription, describe_model, holds_text_model, read_facts
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.model_facts import ALIKE, CHOSEN, EXPERT_COUNTS
+from orchestrator.api.model_facts import ALIKE, CHOSEN, EXPERT_COUNTS, TEXT_CONFIG
 from orchestrator.api.package_data import MODEL_TYPES_NAME
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.trainable import INNER_MODELS, assumed
@@ -71,7 +77,9 @@ from orchestrator.api.trainable import INNER_MODELS, assumed
 RESULTS = Path(__file__).parent / "results" / "models.json"
 PAGE = RESULTS.parents[2] / "docs" / "models.md"
 SHIPPED = RESULTS.parents[2] / "orchestrator" / "api" / MODEL_TYPES_NAME
-TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+WRAPPERS = frozenset(filter(holds_text_model, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+"""Types of models of images and text, whose text part is trained."""
+TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | WRAPPERS))
 LENGTHS = (9, 27, 2, 19)
 """Tokens of the records, which are one row: longer than windows, and together than positions."""
 SECONDS = 240
@@ -83,6 +91,10 @@ SMALLEST_GRADIENT = 1e-2
 GENERATED = 4
 NO_DEFAULT = "cannot be built from its config"
 """What is said of a type whose own defaults are no model, and need not be true of others of the type."""
+SIZES = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings"),
+)
 HEADS = {"lm_head", "embed_out", "output_projection", "classifier", "score", "qa_outputs", "summary"}
 """Linear layers that are none for an adapter."""
 
@@ -141,10 +153,10 @@ def written(known: Mapping[str, Any]) -> dict[Path, str]:
 
 def shipped_row(model_type: str, row: Row) -> Row:
     """What a plan must know of a type."""
-    known = {name: row[name] for name in ("classes", "sees_both_sides", "assumes") if name in row}
+    known = {name: row[name] for name in ("classes", "wraps", "sees_both_sides", "assumes") if name in row}
     if row["verdict"] == "refused" and row["found_by"] == "trial" and NO_DEFAULT not in row["reason"]:
         known["refused"] = row["reason"]
-    if row["verdict"] == "trained":
+    if row["verdict"] == "trained" and model_type not in WRAPPERS:  # which may hold any text model
         known["layers"] = _layers(model_type, row["targets"])
     if "because" in row:
         known["separate_because"] = row["because"]
@@ -249,19 +261,28 @@ def try_type(model_type: str, scratch: Path) -> Row:
 
 def _facts(model_type: str, config: Any = None) -> Row:
     """What the table that ships with the package says of a type, whatever the outcome."""
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    row: Row = {"classes": [causal] if isinstance(causal, str) else sorted(causal), "found_by": "config"}
+    row: Row = {"classes": _classes(model_type), "found_by": "config"}
+    if model_type in WRAPPERS:
+        row["wraps"] = True
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         row["sees_both_sides"] = True
     if config is not None and (assumes := assumed(config.to_dict())):
         row["assumes"] = assumes
+        if model_type in WRAPPERS:
+            row["assumes"][TEXT_CONFIG] = {**row["assumes"][TEXT_CONFIG], **_sizes(config.get_text_config())}
     return row
+
+
+def _sizes(config: Any) -> Row:
+    """What a class has for sizes that published models of images and text leave out of their text model's config."""
+    found = {name: getattr(type(config), config.attribute_map.get(name, name), None) for name in SIZES}
+    return {name: each for name, each in found.items() if isinstance(each, int | str) and each != ""}
 
 
 def _description(config: Any, folder: Path) -> ModelDescription:
     """A tiny model as prepare finds it; only the config where there is none that is like those of the type."""
-    wraps = any(isinstance(getattr(config, name, None), PreTrainedConfig) for name in INNER_MODELS)
-    if not wraps and config.model_type not in REUSING and _make(config, folder):
+    inside = any(isinstance(getattr(config, name, None), PreTrainedConfig) for name in INNER_MODELS)
+    if (config.model_type in WRAPPERS or not inside) and config.model_type not in REUSING and make(config, folder):
         return describe_model(f"file://{folder}", "main")
     folder.mkdir()
     config.save_pretrained(folder)
@@ -279,8 +300,21 @@ def _line(error: BaseException) -> str:
 # --- the model
 
 
+def _mrope(share: float, *sections: int, **others: int) -> Mapping[str, Any]:
+    """How much of a head is rotated, with frequencies for the three positions of a patch, which are one in a text."""
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": share,
+        "mrope_section": list(sections),
+    }
+    return {"text_config": {"rope_parameters": rope, **others}}
+
+
+_LFM2 = {"layer_types": ["conv", "full_attention"] * 16}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "lfm2": _LFM2,
+    "lfm2_vl": {"text_config": {"model_type": "lfm2", **_LFM2}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 8, "num_hidden_layers": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16, "num_local_experts": 0},
     "bamba": {"attn_layer_indices": [1]},
@@ -290,6 +324,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "granitemoeshared": {"shared_intermediate_size": 1024},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), _mrope(1.0, 16, 24, 24)),
+    "glm4v_moe": _mrope(0.5, 8, 12, 12, head_dim=128),
+    "glm_ocr": _mrope(1.0, 8, 12, 12),
+    **dict.fromkeys(("glm4v", "glm46v", "glmga"), _mrope(0.5, 8, 12, 12)),
 }
 """What published models have, where transformers' defaults leave it open or are no such model."""
 REUSING = ("hrm_text", "zamba2")
@@ -305,16 +343,16 @@ def default_config(model_type: str) -> Any:
     return config
 
 
-def _make(config: Any, folder: Path) -> bool:
+def make(config: Any, folder: Path) -> bool:
     """Save a tiny model of a config; whether one can be made."""
     copy = next(small_copies(config), None)
     if copy is None:
         return False
-    _still(copy)
+    _still(copy.get_text_config())
     copy.architectures = config.architectures
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model: Any = AutoModelForCausalLM.from_config(copy, dtype=torch.float32)
+        model: Any = _auto(config.model_type).from_config(copy, dtype=torch.float32)
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape)
             if parameter.dim() > 1:
@@ -326,8 +364,18 @@ def _make(config: Any, folder: Path) -> bool:
 
 
 def _architecture(model_type: str) -> str:
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    return causal if isinstance(causal, str) else causal[0]
+    return _classes(model_type)[0]
+
+
+def _classes(model_type: str) -> list[str]:
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if model_type in WRAPPERS else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found = names[model_type]
+    return [found] if isinstance(found, str) else list(found)
+
+
+def _auto(model_type: str) -> Any:
+    """What loads a whole model of a type, images' part included."""
+    return AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
 
 
 def _still(config: Any) -> None:
@@ -350,7 +398,7 @@ def _still(config: Any) -> None:
 
 
 def _trained(folder: Path, scratch: Path) -> Row:
-    batch = _records()
+    batch = records()
     attention = PackedAttention()
     base = load_base(folder, torch.device("cpu"), attention)
     model = TrainingModel(
@@ -389,7 +437,8 @@ def faults(off: Mapping[str, tuple[float, float]]) -> list[str]:
     ]
 
 
-def _records() -> MicroBatch:
+def records() -> MicroBatch:
+    """The tokens that every type is tried with."""
     draw = np.random.RandomState(7)
     records = [draw.randint(3, 200, size=length).astype(np.int32) for length in LENGTHS]
     return collate([(ids, ids, np.arange(len(ids), dtype=np.int32)) for ids in records])
@@ -437,7 +486,7 @@ def _judged(
 
 def _dense(folder: Path, model: TrainingModel) -> Any:
     """The model in float32, with the weights that the trainer's NF4 layers stand for."""
-    base: Any = AutoModelForCausalLM.from_pretrained(
+    base: Any = _auto(model.base.config.model_type).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     for name, layer in quantized_layers(model.base).items():
@@ -446,7 +495,7 @@ def _dense(folder: Path, model: TrainingModel) -> Any:
         dense = dense.reshape(layer.out_features, -1).float()
         own = base.get_submodule(name.replace(".base_layer", ""))
         own.weight.data = dense.T if isinstance(own, Conv1D) else dense
-    _fill_experts(base, model)
+    fill_experts(base, model)
     return base
 
 
@@ -456,17 +505,22 @@ def _quantized(folder: Path, model: TrainingModel) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    base: Any = AutoModelForCausalLM.from_pretrained(
+    base: Any = _auto(model.base.config.model_type).from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager",
         quantization_config=quantization,
     )  # fmt: skip
+    fill_experts(base, model)
+    return as_trained(base)
+
+
+def as_trained(base: Any) -> Any:
+    """A model that bitsandbytes quantized, kept from another way to compute that knows no gradients."""
     for layer in quantized_layers(base).values():
         layer.support_avx512bf16_for_cpu = False
-    _fill_experts(base, model)
     return base
 
 
-def _fill_experts(base: Any, model: TrainingModel) -> None:
+def fill_experts(base: Any, model: TrainingModel) -> None:
     """What the trainer's experts stand for; plain bitsandbytes leaves these in 16 bits."""
     for name, module in model.base.named_modules():
         if isinstance(module, NF4Experts):
@@ -510,10 +564,11 @@ def _reloaded(folder: Path, model: TrainingModel, saved: Path) -> Iterable[str]:
     own = {name: tensor.contiguous() for name, tensor in model.adapter().items()}
     save_file(own, saved / "adapter_model.safetensors")
     model.peft_model.peft_config[ADAPTER_NAME].save_pretrained(str(saved))
-    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    plain: Any = _auto(model.base.config.model_type).from_pretrained(folder, dtype=torch.bfloat16)
     loaded: Any = PeftModel.from_pretrained(plain, str(saved), autocast_adapter_dtype=False).eval()
     parameters = {name.replace(f".{ADAPTER_NAME}.", "."): each for name, each in loaded.named_parameters()}
     odd = [name for name, each in own.items() if name not in parameters or not torch.equal(parameters[name], each)]
+    odd += [name for name in parameters if ".lora_" in name and name not in own]
     if odd:
         yield f"PEFT loads another adapter than was saved: {odd[0]}"
     ids = torch.arange(5, 12).unsqueeze(0)

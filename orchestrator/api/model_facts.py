@@ -18,6 +18,8 @@ MAX_WIDTH = 1 << 20
 MAX_VOCABULARY = 1 << 24
 
 ATTENTION_HEADS = "num_attention_heads"
+TEXT_CONFIG = "text_config"
+"""Where the config of a model of images and text has that of its text model."""
 
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
@@ -47,6 +49,8 @@ class ModelFacts(Model):
 
     model_type: ShortText
     architecture: ShortText
+    part_of: ShortText | None = None
+    """The type of the model of images or sound whose text part this is; nothing else of it is loaded."""
     hidden_size: Width
     intermediate_size: Width
     num_layers: int = Field(ge=1, le=MAX_LAYERS)
@@ -76,7 +80,8 @@ class ModelFacts(Model):
         hidden_size = _count(text, "hidden_size", "n_embd", "d_model")
         num_attention_heads = _count(text, ATTENTION_HEADS, "n_head", "n_heads", "num_heads", "attention_heads")
         return cls(
-            model_type=_text(config, "model_type"),
+            model_type=_text(text, "model_type"),
+            part_of=None if text is config else _text(config, "model_type"),
             architecture=_architecture(config),
             hidden_size=hidden_size,
             intermediate_size=_count(text, *_INTERMEDIATE_SIZE, default=_default_intermediate_size(text, hidden_size)),
@@ -150,7 +155,7 @@ _TIED_BY_DEFAULT = frozenset(
 
 
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    nested = config.get("text_config")
+    nested = config.get(TEXT_CONFIG)
     return cast(Mapping[str, object], nested) if isinstance(nested, Mapping) else config
 
 
@@ -243,4 +248,4 @@ def _tied_embeddings(config: Mapping[str, object], text: Mapping[str, object]) -
     for level in (config, text):
         if isinstance(tied := level.get("tie_word_embeddings"), bool):
             return tied
-    return config.get("model_type") in _TIED_BY_DEFAULT
+    return not {config.get("model_type"), text.get("model_type")}.isdisjoint(_TIED_BY_DEFAULT)

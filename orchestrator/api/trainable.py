@@ -17,10 +17,17 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, cast
 
-from orchestrator.api.model_facts import ATTENTION_HEADS, MIXTURE_FIELDS, FieldMissing, ModelFacts, is_mixture
+from orchestrator.api.model_facts import (
+    ATTENTION_HEADS,
+    MIXTURE_FIELDS,
+    TEXT_CONFIG,
+    FieldMissing,
+    ModelFacts,
+    is_mixture,
+)
 from orchestrator.api.words import on_one_line
 
-INNER_MODELS = ("text_config", "decoder", "text_encoder", "generator")
+INNER_MODELS = (TEXT_CONFIG, "decoder", "text_encoder", "generator")
 """Under which names transformers looks for a text model inside a model of more."""
 ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attention_heads", "per_layer_config")
 """What decides in a config, besides models inside and sizes of experts."""
@@ -38,7 +45,9 @@ class KnownType:
     """What is known of a model type, whatever a config says."""
 
     classes: tuple[str, ...]
-    """Its causal language models."""
+    """Its models that are trained."""
+    wraps: bool = False
+    """Whether these hold a text model beside others, which alone is trained."""
     sees_both_sides: bool = False
     """Whether it is made to fill in masks."""
     assumes: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -53,13 +62,20 @@ class KnownType:
 
 def trainable_facts(config: Json, revision: str, known: KnownType) -> ModelFacts:
     """The facts in a config; ValueError where it, or its type, cannot be trained."""
-    config = {**known.assumes, **config}
+    config = _completed(config, known.assumes)
     refuse_fields(config)
     architecture = architecture_of(config)
+    if not known.wraps:
+        _refuse_inner(config, INNER_MODELS)
     if known.sees_both_sides:
         raise ValueError(
             f"the model is a {architecture} of a type that fills in masks with the text on both sides, not a causal "
             f"language model; {LEFT_TO_RIGHT}"
+        )
+    if known.wraps and architecture not in known.classes:
+        raise ValueError(
+            f"the model is a {architecture}, but its config is that of a {known.classes[0]}, which holds a text model "
+            "beside others; give that model, or save the text model alone"
         )
     if architecture not in known.classes:
         raise ValueError(f"the model is a {architecture}, not a causal language model; {LEFT_TO_RIGHT}")
@@ -117,14 +133,14 @@ def unknown_type(config: Json, version: str) -> str:
 def refuse_fields(config: Json) -> None:
     """ValueError for what the fields of a config rule out, whatever its type."""
     model_type_of(config)
-    architecture = architecture_of(config)
     _refuse_quantized(config)
-    if any(isinstance(config.get(name), Mapping) for name in INNER_MODELS):
-        parts = sorted(name for name, value in config.items() if isinstance(value, Mapping) and _is_part(name))
-        raise ValueError(
-            f"the model is a {architecture}, which holds a text model beside others ({', '.join(parts)}); only text "
-            "models by themselves are tuned here: choose one, or save the text model alone"
-        )
+    _refuse_inner(config, INNER_MODELS[1:])
+    architecture = architecture_of(config)
+    for level in (config, _mapping(config.get(TEXT_CONFIG))):
+        _refuse_level(level, architecture)
+
+
+def _refuse_level(config: Json, architecture: str) -> None:
     if config.get("is_encoder_decoder") or config.get("decoder_attention_heads"):
         raise ValueError(
             f"the model is a {architecture}, which is made of an encoder and a decoder, not a causal language model; "
@@ -140,6 +156,24 @@ def refuse_fields(config: Json) -> None:
             f"the model is a {architecture} whose layers have sizes of their own (per_layer_config), and how much "
             "memory such layers take is not known here; choose a model of equal layers"
         )
+
+
+def _refuse_inner(config: Json, names: Iterable[str]) -> None:
+    if any(isinstance(config.get(name), Mapping) for name in names):
+        parts = sorted(name for name, value in config.items() if isinstance(value, Mapping) and _is_part(name))
+        raise ValueError(
+            f"the model is a {architecture_of(config)}, which holds a text model beside others ({', '.join(parts)}) in "
+            "a way that is not known here; choose a text model, or save the text model alone"
+        )
+
+
+def _completed(config: Json, assumes: Json) -> Json:
+    """The config with what its type assumes; some have the fields of the text model inside among their own."""
+    if TEXT_CONFIG not in assumes:
+        return {**assumes, **config}
+    own = {name: each for name, each in config.items() if name != "model_type"}
+    text = _mapping(config[TEXT_CONFIG]) if isinstance(config.get(TEXT_CONFIG), Mapping) else own
+    return {**assumes, **config, TEXT_CONFIG: {**_mapping(assumes[TEXT_CONFIG]), **text}}
 
 
 def model_type_of(config: Json) -> str:
@@ -171,7 +205,10 @@ def assumed(resolved: Json) -> dict[str, object]:
     parts = [name for name, value in resolved.items() if isinstance(value, Mapping) and _is_part(name)]
     wraps = any(name in INNER_MODELS for name in parts)
     decisive = {name: True if isinstance(resolved[name], Mapping) else resolved[name] for name in names}
-    return {**decisive, **({name: {} for name in parts} if wraps else {})}
+    return {
+        **decisive,
+        **({name: assumed(resolved[name]) if name == TEXT_CONFIG else {} for name in parts} if wraps else {}),
+    }
 
 
 def shown(name: str) -> str:
@@ -189,7 +226,7 @@ def is_mxfp4(config: Json) -> bool:
 
 
 def _refuse_quantized(config: Json) -> None:
-    inner = _mapping(config.get("text_config"))
+    inner = _mapping(config.get(TEXT_CONFIG))
     for level in (config, inner):
         quantization: object = level.get("quantization_config")
         if quantization and (level is inner or not is_mxfp4(level)):

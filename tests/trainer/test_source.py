@@ -139,7 +139,7 @@ def test_falcon_keeps_one_some_or_all_key_value_heads(fields: Mapping[str, Any],
 def test_the_text_model_of_a_nested_config_is_described() -> None:
     config = CONFIG_MAPPING["gemma3"]()
     facts = ModelFacts.from_config({**config.to_dict(), "architectures": ["Gemma3ForConditionalGeneration"]}, "abc")
-    assert facts.model_type == "gemma3"
+    assert (facts.model_type, facts.part_of) == ("gemma3_text", "gemma3")
     assert facts.hidden_size == config.text_config.hidden_size
     assert facts.head_dim == config.text_config.head_dim
     assert facts.num_layers == config.text_config.num_hidden_layers

@@ -158,6 +158,8 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_tokenizer(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
+    if facts.part_of is not None:
+        log.info("text part of %s: the image tower is not loaded", facts.part_of)
     return _Model(
         facts=facts.model_copy(update={"record_by_record": checked.separate_because is not None}),
         tokenizer=tokenizer,

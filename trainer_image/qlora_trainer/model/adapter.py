@@ -24,6 +24,7 @@ from orchestrator.api.job import AdapterSpec
 from orchestrator.api.words import on_one_line
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.text_part import is_text_part
 from qlora_trainer.outcome import UserError
 
 ADAPTER_NAME = "default"
@@ -33,12 +34,13 @@ MAX_REASON_CHARACTERS = 400
 
 def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> PeftModel:
     """The base with a fresh adapter: A drawn from the seed, B zero, so it begins as the base itself."""
+    targets = target_modules(base, adapter)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=float(adapter.dropout),
-        target_modules=target_modules(base, adapter),
+        target_modules=targets,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         bias="none",
@@ -52,6 +54,8 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
         except ValueError as error:  # modules of an architecture that PEFT knows to be unfit
             reason = on_one_line(str(error))[:MAX_REASON_CHARACTERS]
             raise UserError(f"adapter: PEFT refuses it for this model; {reason}") from error
+    own: Any = model.peft_config[ADAPTER_NAME]
+    own.target_modules = set(targets)  # PEFT has shortened them to what tells them apart here
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(COMPUTE_DTYPE)
@@ -61,11 +65,12 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
 def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
     """What the adapter is on, as PEFT matches names: a layer's last name, or more of its path.
 
-    A target is a layer that is quantized; `base` may be without memory. UserError for any other.
+    A target is a layer that is quantized; `base` may be without memory. UserError for any other. Layers of a text part
+    are named in full: in the whole model, others may have the same last names.
     """
     names = [name for name in quantized_layers(base) if peft_takes(base, name.rpartition(".")[2])]
     if adapter.target_modules == "all-linear":
-        return _shortest(base, names)
+        return sorted(names) if is_text_part(base) else _shortest(base, names)
     for wanted in adapter.target_modules:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
@@ -73,6 +78,9 @@ def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
                 f"spec.adapter.targetModules: {wanted!r} is no linear layer of the model that can have an "
                 f"adapter; choose of {known}, or all-linear"
             )
+    if is_text_part(base):
+        ends = tuple(f".{wanted}" for wanted in adapter.target_modules)
+        return sorted(name for name in names if f".{name}".endswith(ends))
     return list(adapter.target_modules)
 
 

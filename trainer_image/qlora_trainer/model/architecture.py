@@ -30,7 +30,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from orchestrator.api.job import AdapterSpec
@@ -41,6 +40,7 @@ from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import refuse_unquantized, weightless_base
 from qlora_trainer.model.rehearsal import rehearse
 from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, library_words
+from qlora_trainer.model.text_part import model_class
 from qlora_trainer.outcome import UserError
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -76,6 +76,7 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
     if description.tensors is not None:
         tensors = mxfp4.as_read(source, description.tensors)
         _refuse_two_for_one(source, base, tensors)
+        _refuse_unusable_dtypes(source, base, tensors)
         stores_tied_twice = _has_apart(_checked_weights(source, config, tensors))
     refuse_reused_layers(source, base)
     _refuse_unquantizable(source, base)
@@ -132,11 +133,7 @@ def refuse_reused_layers(source: str, base: Any) -> None:
 
 def _checked_weights(source: str, config: Any, tensors: Mapping[str, TensorShape]) -> PreTrainedModel:
     """The model without memory, as transformers loads such a checkpoint; UserError where that is not all of it."""
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    ignored: Iterable[str] = getattr(architecture, "_keys_to_ignore_on_load_unexpected", None) or ()
-    _refuse_unusable_dtypes(
-        source, {name: each for name, each in tensors.items() if not any(re.search(part, name) for part in ignored)}
-    )
+    architecture = model_class(config)
     base, found = _loaded_without_memory(source, architecture, config, tensors)
     for reason, names, hint in (
         ("lack {count} of the model's tensors", found["missing_keys"], "copy the whole model"),
@@ -195,8 +192,10 @@ def _ways_in(base: PreTrainedModel, tensors: Iterable[str]) -> dict[str, dict[st
     return ways
 
 
-def _refuse_unusable_dtypes(source: str, tensors: Mapping[str, TensorShape]) -> None:
-    unusable = {name: shape.dtype for name, shape in tensors.items() if shape.dtype not in WEIGHT_DTYPES}
+def _refuse_unusable_dtypes(source: str, base: Any, tensors: Mapping[str, TensorShape]) -> None:
+    ignored: Iterable[str] = base._keys_to_ignore_on_load_unexpected
+    read = {name: each for name, each in tensors.items() if not any(re.search(part, name) for part in ignored)}
+    unusable = {name: shape.dtype for name, shape in read.items() if shape.dtype not in WEIGHT_DTYPES}
     if unusable:
         types = ", ".join(sorted(set(unusable.values())))
         raise UserError(

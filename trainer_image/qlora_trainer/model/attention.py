@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_trainer.data.micro_batch import MicroBatch
 from qlora_trainer.kernels.moe_experts import silent_experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
 from qlora_trainer.model.probe import drawn_probe
+from qlora_trainer.model.text_part import model_class
 
 COMPARED_ATTENTION = "qlora_compared"
 """The name of the attention that computes every call both ways."""
@@ -46,17 +46,17 @@ log = logging.getLogger(__name__)
 def attention_implementation(config: PreTrainedConfig) -> str:
     """The name of packed attention where the architecture may be able to use it, else of transformers' own."""
     text = config.get_text_config()
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     layer_types = set(getattr(text, "layer_types", None) or CHECKED_LAYER_TYPES)
-    if architecture._supports_attention_backend and layer_types <= CHECKED_LAYER_TYPES:
+    if model_class(config)._supports_attention_backend and layer_types <= CHECKED_LAYER_TYPES:
         return PACKED_ATTENTION
     return own_attention_implementation(config)
 
 
 def own_attention_implementation(config: PreTrainedConfig) -> str:
     """The name of transformers' own attention that the architecture is made for."""
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if architecture._supports_sdpa else "eager"  # it may look its attention up in a table of its own
+    return (
+        "sdpa" if model_class(config)._supports_sdpa else "eager"
+    )  # it may look its attention up in a table of its own
 
 
 def settle_attention(base: PreTrainedModel, packed: PackedAttention) -> None:

@@ -43,7 +43,7 @@ from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.attention import own_attention_implementation
-from qlora_trainer.model.loading import decoder_of, weightless_base
+from qlora_trainer.model.loading import weightless_base
 from qlora_trainer.model.recorded_step import (
     OUTPUTS,
     Event,
@@ -53,6 +53,7 @@ from qlora_trainer.model.recorded_step import (
     run_step,
     take_weights_away,
 )
+from qlora_trainer.model.text_part import decoder_of
 
 TOKENS = (1213, 2018, 3011)
 """Of the traced micro-batches."""

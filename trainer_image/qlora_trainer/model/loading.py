@@ -20,7 +20,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import HfQuantizer
@@ -41,6 +41,7 @@ from qlora_trainer.model.quantized_cache import (
 )
 from qlora_trainer.model.random_weights import random_base, random_seed
 from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME, config_of_weights_as_read
+from qlora_trainer.model.text_part import from_config, model_class
 from qlora_trainer.outcome import UserError
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def _quantized_base(
     folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
 ) -> PreTrainedModel:
     """Read through a memory map and quantized on the device, one tensor after the other."""
-    return AutoModelForCausalLM.from_pretrained(
+    return model_class(config).from_pretrained(
         folder,
         config=config,
         quantization_config=_quantization(),
@@ -107,7 +108,6 @@ def _quantized_base(
         device_map={"": str(device)},
         attn_implementation=implementation,
         use_safetensors=True,
-        trust_remote_code=False,
         local_files_only=True,
     )
 
@@ -141,9 +141,7 @@ def weightless_base(config: PreTrainedConfig, device: torch.device) -> tuple[Any
     """What `from_pretrained` builds before it reads weights: the linear layers are replaced, nothing takes memory."""
     # Not `torch.device("meta")`: to compute on tensors without memory, as for buffers and first weights, imports sympy.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        base = AutoModelForCausalLM.from_config(
-            config, dtype=COMPUTE_DTYPE, attn_implementation=attention_implementation(config)
-        )
+        base = from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=attention_implementation(config))
         quantizer = quantization.Quantizer(_quantization())
         quantizer.preprocess_model(base, device_map={"": str(device)})
     base.config.quantization_config = quantizer.quantization_config
@@ -193,13 +191,6 @@ def _tables(base: PreTrainedModel) -> set[int]:
     modules = [each for each in base.modules() if isinstance(each, torch.nn.Embedding) and id(each) not in in_layers]
     head = base.get_output_embeddings()
     return {id(each) for module in (*modules, *([] if head is None else [head])) for each in module.parameters()}
-
-
-def decoder_of(base: Any) -> Any:
-    """The model without its head: Llama 4's text model cannot name its own."""
-    found = base.get_decoder()
-    inner = (each for each in base.children() if isinstance(each, PreTrainedModel))
-    return next(inner, found) if found is base else found
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, bnb.nn.Linear4bit]:

@@ -111,7 +111,7 @@ def entry_key(folder: Path, device: torch.device) -> str:
         "device": device.type,  # the card's kernels and the processor's differ in the last bit
         "quantization": QUANTIZATION,
         "config": hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest(),
-        "weights": [_identity(path) for path in sorted(folder.glob("*.safetensors*"))],
+        "weights": [_identity(path) for path in sorted(folder.glob("*.safetensors"))],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 

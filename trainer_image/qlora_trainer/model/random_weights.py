@@ -14,12 +14,13 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch.nn import Parameter
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.kernels.moe_experts import NF4Experts, nf4
 from qlora_trainer.model import quantization
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
+from qlora_trainer.model.text_part import from_config
 from qlora_trainer.outcome import UserError
 
 
@@ -36,7 +37,7 @@ def random_seed(folder: Path) -> int:
 def random_base(config: PreTrainedConfig, implementation: str, device: torch.device, *, seed: int) -> PreTrainedModel:
     """N(0, 0.02) drawn and quantized layer by layer: the memory layout of a real checkpoint, with no file read."""
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
+        base = from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
     quantization.replace_experts(base)
     generator = torch.Generator(device).manual_seed(seed)
     head = base.get_output_embeddings()
@@ -48,7 +49,7 @@ def random_base(config: PreTrainedConfig, implementation: str, device: torch.dev
             base.set_submodule(name, _random_layer(module, device, generator))
         elif type(module).__name__.endswith("RotaryEmbedding"):
             rotary: Any = type(module)
-            base.set_submodule(name, rotary(config).to(device))
+            base.set_submodule(name, rotary(config.get_text_config()).to(device))
         elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _fill_buffers(base, module, device)
     for name, parameter in list(base.named_parameters()):

@@ -43,8 +43,9 @@ from qlora_trainer.kernels import ops
 from qlora_trainer.kernels import packed_attention as packed
 from qlora_trainer.kernels.moe_experts import NF4Experts, Part, shares
 from qlora_trainer.model.adapter import add_adapter
-from qlora_trainer.model.loading import decoder_of, quantized_layers
+from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.text_part import decoder_of
 from qlora_trainer.model.training_model import set_recompute
 
 DEVICE = "cpu"

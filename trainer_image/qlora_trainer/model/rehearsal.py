@@ -29,7 +29,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
@@ -43,6 +43,7 @@ from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import load_base, quantized_layers
 from qlora_trainer.model.probe import drawn_probe
 from qlora_trainer.model.source import library_words
+from qlora_trainer.model.text_part import from_config, model_class
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 
@@ -160,7 +161,7 @@ def _built(config: Any, change: Callable[[Any], Mapping[str, Any]]) -> Any:
     try:
         copy = type(config).from_dict(dict(change(config)))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy)
+            model = from_config(copy)
     except Exception as error:  # configs check themselves in many ways, and some sizes belong together
         if is_models(error):
             raise _NoCopy(library_words(error)) from error
@@ -182,13 +183,24 @@ def _shrunk(config: Any) -> dict[str, Any]:
     for name in KEY_HEADS:
         if _is_number(values.get(name)):
             values[name] = 4 if key_heads == heads else min(values[name], 2)
+    if sections := (values.get("rope_parameters") or {}).get("mrope_section"):
+        values["rope_parameters"] = values["rope_parameters"] | {"mrope_section": _fewer(sections, config, values)}
     return values | {name: _shrunk(inner) for name, inner in _inner_configs(config)}
+
+
+def _fewer(sections: list[int], config: Any, values: Mapping[str, Any]) -> list[int]:
+    """Parts of a head's frequencies, one for each of three positions, of a copy's smaller head."""
+    before = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    after = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    fewer = [size * after // before for size in sections]
+    return [sum(sections) * after // before - sum(fewer[1:]), *fewer[1:]]
 
 
 def _shrunk_with_plain_rope(config: Any) -> dict[str, Any]:
     values = _shrunk(config)
     if values.get("rope_parameters"):
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        sections = {name: each for name, each in values["rope_parameters"].items() if name == "mrope_section"}
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, **sections}
     return values
 
 
@@ -264,7 +276,7 @@ def _fewer_layers(config: Any) -> dict[str, Any]:
 
 def _drawn(config: Any) -> Any:
     """The copy in float32, with weights that no part of it can hide behind: nothing is zero, nothing is one."""
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model: Any = from_config(config, dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -313,7 +325,7 @@ def _reload(folder: Path, model: TrainingModel, saved: Path) -> None:
         {name: tensor.contiguous() for name, tensor in model.adapter().items()}, saved / "adapter_model.safetensors"
     )
     model.peft_model.peft_config[ADAPTER_NAME].save_pretrained(str(saved))
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    base = model_class(model.base.config).from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     reloaded: Any = PeftModel.from_pretrained(base, str(saved), is_trainable=True)
     loaded = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
     odd = [name for name, tensor in model.adapter().items() if not torch.equal(loaded[name].to(tensor.dtype), tensor)]

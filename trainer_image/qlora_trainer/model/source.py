@@ -18,9 +18,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ import fsspec
 from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.contained_files import BLOBS, Contained
 from orchestrator.api.json_text import read_json
-from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.model_facts import TEXT_CONFIG, ModelFacts
 from orchestrator.api.trainable import (
     KnownType,
     is_mxfp4,
@@ -55,6 +56,7 @@ FETCHERS = 8
 RANDOM_WEIGHTS_NAME = "random_weights.json"
 RANDOM_WEIGHTS_VARIABLE = "QLORA_ALLOW_RANDOM_WEIGHTS"
 CONFIG_NAME = "config.json"
+PROCESSOR_TEMPLATE_NAME = "chat_template.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
@@ -73,6 +75,12 @@ ITEM_BYTES = {
 }
 """Bytes of an element, by what safetensors calls its type."""
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+BESIDE_TEXT = re.compile(
+    r"(^|\.)((vision|visual|audio|speech)(_tower|_model|_encoder|_embed_tokens)?|multi_modal_projector|embed_(vision|audio))\."
+)
+"""Names of weights of the other parts of a model that holds a text model: a file of nothing else is not fetched."""
+PARTS = (TEXT_CONFIG, "vision_config", "audio_config")
+"""One of them is in the config of a model that holds a text model beside others."""
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS has left in place of a large one."""
 
@@ -103,7 +111,11 @@ def resolve_model(source: str, revision: str) -> Path:
     """A local folder with the whole model, weights included."""
     with translated(source, field="spec.model.source"):
         location = _locate(source, revision)
-        return location.fetch([*location.description_names(), *_weight_names(location)])
+        names = _weight_names(location)
+        folder = location.fetch([*location.description_names(), *names])
+        if INDEX_NAME in location.files:
+            _write_index(folder, _weight_map(location), names)
+        return folder
 
 
 def describe_model(source: str, revision: str) -> ModelDescription:
@@ -146,11 +158,18 @@ def load_tokenizer(folder: Path, source: str, chat_template: str | None) -> Any:
         _try_tokenizer(tokenizer)
     except Exception as error:  # whatever the files provoke, they are the user's to mend
         raise UserError(f"the tokenizer of {source} cannot be used: {library_words(error)}") from error
-    template = chat_template or tokenizer.chat_template
+    template = chat_template or tokenizer.chat_template or _template_of_processor(folder)
     if isinstance(template, dict):  # some models ship several by name
         template = template.get("default")
     tokenizer.chat_template = template
     return tokenizer
+
+
+def _template_of_processor(folder: Path) -> Any:
+    """Where older models of images and text have their chats' template."""
+    path = folder / PROCESSOR_TEMPLATE_NAME
+    content: Any = read_json(path.read_bytes()) if path.is_file() else {}
+    return content.get("chat_template")
 
 
 def _try_tokenizer(tokenizer: Any) -> None:
@@ -398,11 +417,14 @@ def _locate(source: str, revision: str) -> _Location:
 
 
 def _weight_names(location: _Location) -> list[str]:
-    """The files that hold the weights, all of them there."""
+    """The files that hold the weights that are trained, all of them there."""
     files = location.files
     location.refuse_adapter()
     if INDEX_NAME in files:
-        names = sorted(set(_weight_map(location).values()))
+        weight_map = _weight_map(location)
+        if _holds_more_than_text(location):
+            weight_map = {tensor: name for tensor, name in weight_map.items() if not BESIDE_TEXT.search(tensor)}
+        names = sorted(set(weight_map.values()))
         if not names:
             raise UserError(f"{location.source}: {INDEX_NAME} lists no files; copy the whole model")
         if SINGLE_FILE_NAME in files and names != [SINGLE_FILE_NAME]:
@@ -436,6 +458,25 @@ def _what_instead_of_weights(files: Iterable[str]) -> str:
     return f"holds neither {SINGLE_FILE_NAME} nor {INDEX_NAME}; give the folder of a Hugging Face model"
 
 
+def _holds_more_than_text(location: _Location) -> bool:
+    """As config.json has it, before transformers is imported."""
+    if CONFIG_NAME not in location.files:
+        return False
+    try:
+        config: Any = read_json(location.read(CONFIG_NAME))
+    except ValueError:  # which is told where the config is read
+        return False
+    return isinstance(config, dict) and any(isinstance(config.get(name), dict) for name in PARTS)
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str], names: Collection[str]) -> None:
+    """An index of the files that were fetched, in the place of the whole one."""
+    fetched = {tensor: name for tensor, name in weight_map.items() if name in names}
+    if len(fetched) < len(weight_map):
+        (folder / INDEX_NAME).unlink()
+        (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": fetched}))
+
+
 def _weight_map(location: _Location) -> Mapping[str, str]:
     try:
         index: Any = read_json(location.read(INDEX_NAME))
@@ -448,7 +489,8 @@ def _weight_map(location: _Location) -> Mapping[str, str]:
 def _check_index(location: _Location, headers: Mapping[str, _Header]) -> None:
     if INDEX_NAME not in location.files:
         return
-    absent = [tensor for tensor, name in _weight_map(location).items() if tensor not in headers[name].tensors]
+    listed = {tensor: name for tensor, name in _weight_map(location).items() if name in headers}
+    absent = [tensor for tensor, name in listed.items() if tensor not in headers[name].tensors]
     if absent:
         raise UserError(
             f"{location.source}: {INDEX_NAME} lists {len(absent)} tensors that its files do not hold, the first is "
@@ -588,14 +630,29 @@ def known_config(folder: Path, source: str) -> Any:
         raise UserError(f"{source}: {CONFIG_NAME} is not valid: {library_words(error)}") from error
 
 
+def holds_text_model(model_type: str) -> bool:
+    """Whether models of this type are of images and text, and hold a text model, which alone is trained."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return False
+    parts: Any = CONFIG_MAPPING[model_type].sub_configs
+    return TEXT_CONFIG in parts
+
+
 def _known_type(model_type: str) -> KnownType:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    wraps = holds_text_model(model_type)
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if wraps else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found = names.get(model_type, ())
     return KnownType(
-        classes=(causal,) if isinstance(causal, str) else tuple(causal),
+        classes=(found,) if isinstance(found, str) else tuple(found),
+        wraps=wraps,
         sees_both_sides=model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )

@@ -37,9 +37,10 @@ from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, dra
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
 from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
-from qlora_trainer.model.loading import decoder_of, quantized_layers
+from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
 from qlora_trainer.model.probe import probe
+from qlora_trainer.model.text_part import decoder_of
 from qlora_trainer.outcome import UserError
 
 log = logging.getLogger(__name__)

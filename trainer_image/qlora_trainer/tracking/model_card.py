@@ -76,6 +76,8 @@ def results(task: StageTask, adapter: FinalAdapter) -> str:
 
 def usage(task: StageTask, name: str, base: str) -> str:
     """How to load it, with MLflow alone and with PEFT."""
+    is_part = task.prepared is not None and task.prepared.model.part_of is not None
+    auto = "AutoModelForImageTextToText" if is_part else "AutoModelForCausalLM"
     uri = f"models:/{name}@{task.spec.tracking.alias}" if task.spec.tracking.alias else f"models:/{name}/<version>"
     return f"""With MLflow alone (set `QLORA_BASE_MODEL` where the base lies elsewhere):
 
@@ -93,14 +95,14 @@ With transformers and PEFT:
 import mlflow
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import {auto}, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 mlflow.set_tracking_uri({_quoted(registry_address())})
 folder = mlflow.artifacts.download_artifacts({_quoted(uri)}) + "/artifacts/adapter"
 nf4 = BitsAndBytesConfig(  # the base as the adapter met it; without, the base in full precision
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
 )
-base = AutoModelForCausalLM.from_pretrained({_quoted(base)}, quantization_config=nf4, dtype=torch.bfloat16)
+base = {auto}.from_pretrained({_quoted(base)}, quantization_config=nf4, dtype=torch.bfloat16)
 model = PeftModel.from_pretrained(base, folder)
 model.generation_config = GenerationConfig.from_pretrained(folder)  # with the token that ends an answer
 tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -44,7 +44,7 @@ class AdapterModel(_pyfunc.PythonModel):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = _auto_class(transformers, base, revision).from_pretrained(
             base,
             revision=revision,
             dtype=torch.bfloat16,
@@ -165,6 +165,14 @@ def _ends(adapter: Path) -> dict[str, Any]:
     file = adapter / "generation_config.json"
     ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     return {"eos_token_id": ids} if ids else {}
+
+
+def _auto_class(transformers: Any, base: str, revision: str | None) -> Any:
+    """What loads the whole of a model, in which the adapter has its names: images' part and all, where there is one."""
+    config = transformers.AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    whole = transformers.AutoModelForImageTextToText
+    holds_text_model = "text_config" in config.sub_configs and type(config) in whole._model_mapping
+    return whole if holds_text_model else transformers.AutoModelForCausalLM
 
 
 def _base_model(adapter: Path, model_config: dict[str, Any]) -> tuple[str, str | None]:
