@@ -275,8 +275,8 @@ def _facts(model_type: str, config: Any = None) -> Row:
 
 def _sizes(config: Any) -> Row:
     """What a class has for sizes that published models of images and text leave out of their text model's config."""
-    found = {name: getattr(type(config), config.attribute_map.get(name, name), None) for name in SIZES}
-    return {name: each for name, each in found.items() if isinstance(each, int | str) and each != ""}
+    found = {name: getattr(type(config), name, None) for name in config.to_dict().keys() & set(SIZES)}
+    return {name: found[name] for name in SIZES if isinstance(found.get(name), int | str)}
 
 
 def _description(config: Any, folder: Path) -> ModelDescription:

@@ -50,7 +50,8 @@ INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
 CHANGES: dict[str, Callable[[Path], None]] = {
     "quantized": config(quantization_config={"quant_method": "fp8"}),
     "quantized inside": config(text_config={"quantization_config": {"quant_method": "mxfp4"}}),
-    "a wrapper": config(model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], text_config={}),
+    "a text model inside one that holds none": config(text_config={"hidden_size": 8}),
+    "a whole model by its text model's class": config(model_type="gemma3", architectures=["Gemma3ForCausalLM"]),
     "classifies": config(architectures=["LlamaForSequenceClassification"]),
     "an encoder and a decoder": config(is_encoder_decoder=True),
     "experts of unknown size": config(num_experts=8),
