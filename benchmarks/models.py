@@ -266,10 +266,11 @@ def _facts(model_type: str, config: Any = None) -> Row:
         row["wraps"] = True
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         row["sees_both_sides"] = True
-    if config is not None and (assumes := assumed(config.to_dict())):
+    assumes: Row = assumed(config.to_dict()) if config is not None else {}
+    if config is not None and model_type in WRAPPERS:
+        assumes[TEXT_CONFIG] = {**assumes[TEXT_CONFIG], **_sizes(config.get_text_config())}
+    if assumes:
         row["assumes"] = assumes
-        if model_type in WRAPPERS:
-            row["assumes"][TEXT_CONFIG] = {**row["assumes"][TEXT_CONFIG], **_sizes(config.get_text_config())}
     return row
 
 
