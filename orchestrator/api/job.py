@@ -452,6 +452,8 @@ class QLoRAJobStatus(Model):
     evictions: Annotated[dict[ShortText, Count], Field(max_length=16)] = {}
     """Evictions by reason."""
     finish_time: Time | None = None
+    release_since: Time | None = None
+    """Since when the deleted job waits for MLflow to take the end of its run, by the controller's clock."""
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of this type, if it has been set."""

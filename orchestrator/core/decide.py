@@ -65,7 +65,7 @@ class Decider:
 def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     index = decided.index
     for key in sorted(index.runners):
-        yield from _run_commands(index.entries[key].draft.job, snapshot)
+        yield from _run_commands(index.entries[key].draft, snapshot)
     yield from _runs_of_gone_jobs(index, snapshot)
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
     # just now, then figures of jobs that go on as before, and last come words about those who wait.
@@ -154,16 +154,17 @@ def _begun(write: WriteStatus, policy: Policy) -> Iterator[EnsureStage]:
     yield ensure_stage(write.job.model_copy(update={"status": write.status}), attempt, policy)
 
 
-def _run_commands(job: QLoRAJob, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun | ReleaseJob]:
+def _run_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun | ReleaseJob]:
     """A run for every job whose data are prepared, and its last status once the job has finished.
 
     A job that ends before has nothing to show. It is asked for even if the job is over by now: a controller that was
     killed may have opened it.
     """
+    job = draft.job
     if owes_run_its_end(job):
         run_status = LAST_RUN_STATUS[state_of(job.status)]
         yield FinishRun(job=job, run_status=run_status)
-        if _is_held_too_long(job, snapshot):
+        if _is_held_too_long(draft, snapshot):
             yield ReleaseJob(job=job, event=_left_behind(job, run_status, snapshot.policy))
         return
     is_known = job.status.mlflow.run_id is not None or job.metadata.uid in snapshot.runs
@@ -171,12 +172,10 @@ def _run_commands(job: QLoRAJob, snapshot: Snapshot) -> Iterator[EnsureRun | Fin
         yield EnsureRun(job=job)
 
 
-def _is_held_too_long(job: QLoRAJob, snapshot: Snapshot) -> bool:
+def _is_held_too_long(draft: Draft, snapshot: Snapshot) -> bool:
     """Whether somebody who deletes a finished job has waited for MLflow for as long as that may take."""
-    deleted, finished = job.metadata.deletion_timestamp, job.status.finish_time
-    if deleted is None or finished is None:
-        return False
-    return (snapshot.now - max(deleted, finished)).total_seconds() >= snapshot.policy.release_limit_seconds
+    since = draft.status.release_since
+    return since is not None and (snapshot.now - since).total_seconds() >= snapshot.policy.release_limit_seconds
 
 
 def _left_behind(job: QLoRAJob, run_status: str, policy: Policy) -> Event:

@@ -62,6 +62,8 @@ def test_a_deleted_job_waits_for_mlflow_within_a_bound_and_says_what_is_left_the
     deleted_seconds: float | None, finished_seconds: float, is_released: bool
 ) -> None:
     status = OVER_WITH_RUN.model_copy(update={"finish_time": after(finished_seconds)})
+    if deleted_seconds is not None:  # as the controller has noted it, by its own clock
+        status = status.model_copy(update={"release_since": after(max(deleted_seconds, finished_seconds))})
     owing = make_job(status=status, finalizers=(RELEASE_FINALIZER,))
     deleted = after(deleted_seconds) if deleted_seconds is not None else None
     owing = owing.model_copy(update={"metadata": owing.metadata.model_copy(update={"deletion_timestamp": deleted})})

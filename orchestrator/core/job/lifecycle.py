@@ -5,17 +5,18 @@ It looks at no other job, and starts no stage: that is decided for all jobs toge
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from orchestrator.api.job import Attempt, QLoRAJob
+from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason, Recovery
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.core.commands import Event
 from orchestrator.core.job.addresses import refused_address
 from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, says_the_same
+from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.progress import between, fold_progress, never_heard, stalled
 from orchestrator.core.job.recovery import end_attempt, fail
 from orchestrator.core.job.setbacks import (
@@ -37,13 +38,19 @@ WAITING_CONDITION: Mapping[JobState, ConditionType] = {
     JobState.TRAINED: ConditionType.PUBLISHED,
 }
 """The condition that says what an idle job waits for."""
-CLOCKED = ("created_time", "seen_time", "start_time", "progress_time", "stop_time")
+CLOCKED = ("created_time", "seen_time", "start_time", "progress_time", "stop_time", "finish_time")
 """An attempt's times by the controller's clock, from which durations are counted."""
 
 
 def reconcile(opened: Draft, snapshot: Snapshot) -> Draft:
     """The job's draft, opened now, after the facts and the user's wishes."""
     draft = noted = _with_clock(_note_run(opened, snapshot), timedelta(seconds=snapshot.clock_step_seconds))
+    if (
+        draft.job.metadata.deletion_timestamp is not None
+        and draft.status.release_since is None
+        and owes_run_its_end(draft.job)
+    ):
+        draft = draft.amend(release_since=draft.now)  # when it was deleted, another clock says
     if draft.state not in TERMINAL_STATES:
         draft = _observe(draft, snapshot)  # 1. what happened outside
     if draft.state not in TERMINAL_STATES:
@@ -73,13 +80,33 @@ def wait(draft: Draft, reason: Reason, message: str) -> Draft:
 
 
 def _with_clock(draft: Draft, step: timedelta) -> Draft:
-    """The draft by a clock that was put: what goes on has begun, and was last heard of, as long ago as before."""
-    attempt = draft.attempt
-    if attempt is None or not step:
+    """The draft by a clock that was put: whatever durations are counted from is as long ago as before.
+
+    A step that nobody noticed shows in a time that is still to come: that is now, and nothing waits for it.
+    """
+    status, now = draft.status, draft.now
+    latest = max((time for time in _clocked(status) if time is not None), default=now)
+    if not step and latest <= now:
         return draft
-    times = {name: getattr(attempt, name) for name in CLOCKED}
-    moved = {name: time + step for name, time in times.items() if time is not None}
-    return draft.amend(attempts=draft.change_attempt(**moved))
+
+    def put(time: datetime | None) -> datetime | None:
+        return None if time is None else min(time + step, now)
+
+    changes: dict[str, object] = {"finish_time": put(status.finish_time), "release_since": put(status.release_since)}
+    if draft.state not in TERMINAL_STATES:
+        changes["attempts"] = tuple(
+            attempt.model_copy(update={name: put(getattr(attempt, name)) for name in CLOCKED})
+            for attempt in status.attempts
+        )
+        changes["retry_after"] = None if status.retry_after is None else status.retry_after + step
+    return draft.amend(**changes)
+
+
+def _clocked(status: QLoRAJobStatus) -> Iterator[datetime | None]:
+    """The latest of the times that durations are counted from, and others before them."""
+    yield from (status.finish_time, status.release_since)
+    if status.attempts and status.finish_time is None:
+        yield from (getattr(status.attempts[-1], name) for name in CLOCKED)
 
 
 def _note_run(draft: Draft, snapshot: Snapshot) -> Draft:

@@ -39,14 +39,15 @@ def rests_until(draft: Draft, fact: StageFact | None, policy: Policy) -> datetim
     return _next(draft.now, _training(draft, attempt, fact, policy))
 
 
-def is_expired(job: QLoRAJob, now: datetime) -> bool:
+def is_expired(draft: Draft) -> bool:
     """Whether a finished job's object is to go: it is deleted, or its time is up."""
+    job = draft.job
     if state_of(job.status) not in TERMINAL_STATES or owes_run_its_end(job):
         return False
     if job.metadata.deletion_timestamp is not None:
         return True
-    ttl_seconds, finished = job.spec.ttl_seconds_after_finished, job.status.finish_time
-    return ttl_seconds is not None and finished is not None and (now - finished).total_seconds() >= ttl_seconds
+    ttl_seconds, finished = job.spec.ttl_seconds_after_finished, draft.status.finish_time
+    return ttl_seconds is not None and finished is not None and (draft.now - finished).total_seconds() >= ttl_seconds
 
 
 def _next(now: datetime, times: Iterator[datetime] | tuple[datetime, ...]) -> datetime:

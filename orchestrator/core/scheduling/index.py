@@ -268,7 +268,7 @@ class Index:
             account=account(job.metadata.namespace, job.spec.queue, self.queues),
             usage=Usage.of(draft, self._gib, snapshot.policy),
             wanted=frozenset(found.key for found in (fact, claimant) if found is not None),
-            is_expired=is_expired(job, snapshot.now),
+            is_expired=is_expired(draft),
             cause=hit_by((job, draft.status), snapshot.policy),
         )
 
