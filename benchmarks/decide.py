@@ -10,7 +10,8 @@ the peak of memory that a decision takes beside the snapshot: that is the decisi
 
 Then the decisions of a controller that goes on, `orchestrator.core.decide.Decider`, once what there was to move has
 moved, a second after each other: nothing has changed; a waiting job came, or went; one running job of all reports a
-step; one ended, and the GPU goes to whoever is next. What is kept in memory between decisions is told, too.
+step; one ended, and the GPU goes to whoever is next; and a queue's weight changed, so that everybody's turn is another.
+What is kept in memory between decisions is told, too.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def going_on(world: Snapshot, repetitions: int) -> dict[str, object]:
         "a_job_went": withdrawn,
         "a_step": reported,
         "a_job_ended": ended,
+        "a_queue_changed": reweighed,
     }
     for name, change in changes.items():
         seconds: list[float] = []
@@ -183,8 +185,9 @@ def _running(number: int, name: str, seeded: random.Random) -> QLoRAJob:
 
 def come_to_rest(world: Snapshot) -> Snapshot:
     """The world once everybody has moved who is to be moved, and everybody has heard why he waits."""
+    decider = Decider()
     for _ in range(MOST_ROUNDS):
-        commands = decide(world)
+        commands = decider.decide(world)
         after_all = carried_out(world, commands)
         if not commands:
             return world
@@ -239,6 +242,13 @@ def ended(world: Snapshot, number: int) -> Snapshot:
     key = sorted(world.stages)[number % len(world.stages)]
     gone = replace(world.stages[key], phase=StagePhase.EXITED, exit_code=ExitCode.PREEMPTED)
     return replace(world, stages={**world.stages, key: gone})
+
+
+def reweighed(world: Snapshot, number: int) -> Snapshot:
+    """A queue has another weight."""
+    first, *others = world.queues
+    spec = first.spec.model_copy(update={"weight": 1 + number % 2})
+    return replace(world, queues=(first.model_copy(update={"spec": spec}), *others))
 
 
 def settled(world: Snapshot) -> Snapshot:

@@ -46,11 +46,11 @@ def says_the_same(condition: Condition, finding: Finding, generation: int) -> bo
 
     Those change all the time for everybody who waits; whoever wants them asks for an explanation.
     """
-    return (condition.status, condition.reason, words(condition.message), condition.observed_generation) == (
-        finding.status,
-        finding.reason,
-        words(clip(finding.message)),
-        generation,
+    return (
+        condition.reason is finding.reason
+        and condition.status == finding.status
+        and condition.observed_generation == generation
+        and words(condition.message) == words(clip(finding.message))
     )
 
 

@@ -13,7 +13,7 @@ from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import Reason
 from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.progress import patience_seconds
-from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Policy, StageFact, StagePhase
 
@@ -32,6 +32,8 @@ def rests_until(draft: Draft, fact: StageFact | None, policy: Policy) -> datetim
     if draft.state in TERMINAL_STATES:
         return _next(draft.now, _ends(draft.job))
     attempt = draft.attempt
+    if attempt is None and draft.status.retry_after is None and not draft.status.attempts:
+        return FOR_EVER
     if attempt is None:
         return _next(draft.now, (*_pause(draft, policy), *_avoided(draft, policy)))
     if attempt.stage != "train" or attempt.stop_time is not None or fact is None or fact.phase is StagePhase.EXITED:
@@ -41,13 +43,12 @@ def rests_until(draft: Draft, fact: StageFact | None, policy: Policy) -> datetim
 
 def is_expired(draft: Draft) -> bool:
     """Whether a finished job's object is to go: it is deleted, or its time is up."""
-    job = draft.job
-    if state_of(job.status) not in TERMINAL_STATES or owes_run_its_end(job):
+    job, finished = draft.job, draft.status.finish_time
+    if job.status.finish_time is None or finished is None or owes_run_its_end(job):
         return False
-    if job.metadata.deletion_timestamp is not None:
-        return True
-    ttl_seconds, finished = job.spec.ttl_seconds_after_finished, draft.status.finish_time
-    return ttl_seconds is not None and finished is not None and (draft.now - finished).total_seconds() >= ttl_seconds
+    ttl_seconds = job.spec.ttl_seconds_after_finished
+    is_over = ttl_seconds is not None and (draft.now - finished).total_seconds() >= ttl_seconds
+    return is_over or job.metadata.deletion_timestamp is not None
 
 
 def _next(now: datetime, times: Iterator[datetime] | tuple[datetime, ...]) -> datetime:

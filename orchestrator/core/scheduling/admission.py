@@ -91,15 +91,16 @@ class Ledger:
             return False
         return self.has_room(queue, gpu_class, borrow=ground == "loan")
 
-    def has_room(self, queue: str, gpu_class: str, *, borrow: bool) -> bool:
-        """Whether the queue may take a GPU of the class now."""
-        return self.has_gpu(gpu_class) and self.has_quota(queue, gpu_class, borrow=borrow)
+    def has_room(self, queue: str, gpu_class: str, *, borrow: bool, without: str | None = None) -> bool:
+        """Whether the queue may take a GPU of the class now, or could if one queue had one less of them."""
+        has_gpu = self.has_gpu(gpu_class, 0 if without is None else 1)
+        return has_gpu and self.has_quota(queue, gpu_class, borrow=borrow, without=without)
 
-    def has_gpu(self, gpu_class: str) -> bool:
+    def has_gpu(self, gpu_class: str, coming_free: int = 0) -> bool:
         """Whether a GPU of the class is free."""
-        return self.taken.get(gpu_class, 0) < self.capacity.get(gpu_class, 0)
+        return self.taken.get(gpu_class, 0) - coming_free < self.capacity.get(gpu_class, 0)
 
-    def has_quota(self, queue: str, gpu_class: str, *, borrow: bool) -> bool:
+    def has_quota(self, queue: str, gpu_class: str, *, borrow: bool, without: str | None = None) -> bool:
         """Whether the queue's quota, or with `borrow` its cohort's, allows one more GPU of the class."""
         spec = self.quotas.queues.get(queue)
         if spec is None or not spec.quotas:
@@ -107,12 +108,12 @@ class Ledger:
         quota = self.quotas.of_queue.get((queue, gpu_class))
         if quota is None:
             return False
-        used = self.used.get((queue, gpu_class), 0)
+        used = self.used.get((queue, gpu_class), 0) - (without == queue)
         if used < quota.nominal:
-            return spec.cohort is None or self._cohort_has_room(spec.cohort, gpu_class)
+            return spec.cohort is None or self._cohort_has_room(spec.cohort, gpu_class, without)
         if not borrow or spec.cohort is None or _at_borrowing_limit(quota, used):
             return False
-        return self._cohort_has_room(spec.cohort, gpu_class)
+        return self._cohort_has_room(spec.cohort, gpu_class, without)
 
     def is_over_guarantee(self, queue: str, gpu_class: str) -> bool:
         """Whether the queue has more GPUs of the class than are its own; without a quota, or gone, it owns none."""
@@ -124,8 +125,10 @@ class Ledger:
         quota = self.quotas.of_queue.get((queue, gpu_class))
         return quota is not None and self.used.get((queue, gpu_class), 0) < quota.nominal
 
-    def _cohort_has_room(self, cohort: str, gpu_class: str) -> bool:
-        return self.used_in_cohort.get((cohort, gpu_class), 0) < self.quotas.of_cohort.get((cohort, gpu_class), 0)
+    def _cohort_has_room(self, cohort: str, gpu_class: str, without: str | None) -> bool:
+        coming_free = without is not None and self.quotas.cohort(without, gpu_class) == cohort
+        used = self.used_in_cohort.get((cohort, gpu_class), 0) - coming_free
+        return used < self.quotas.of_cohort.get((cohort, gpu_class), 0)
 
     def _add(self, queue: str, gpu_class: str, count: int) -> None:
         self.used[queue, gpu_class] = self.used.get((queue, gpu_class), 0) + count

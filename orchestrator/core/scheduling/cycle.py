@@ -134,11 +134,10 @@ class Scheduler:
         )
 
     def _follow(self, snapshot: Snapshot) -> Index:
-        """The index of the snapshot; with a new one begins everything else, too."""
+        """The index of the snapshot; with a new one begins what depends on queues and GPUs, too."""
         index = Index.of(snapshot) if self._index is None else self._index.follow(snapshot)
         if index is not self._index:
-            self._index, self._hopeless, self._taken, self._told = index, Hopeless(), Counter(), Told()
-            self._storable = {}
+            self._index, self._hopeless, self._taken, self._storable = index, Hopeless(), Counter(), {}
         return index
 
     def _who_makes_way(
@@ -341,6 +340,7 @@ class Refusals:
     ledger: Ledger
     index: Index
     _whys: dict[Fare, Refusal] = field(default_factory=dict[Fare, Refusal])
+    _rest: dict[Fare, Refusal] = field(default_factory=dict[Fare, Refusal])
 
     @classmethod
     def of(
@@ -381,10 +381,21 @@ class Refusals:
 
         In words: a figure would be another with every job that starts, and a status is not written for a figure.
         """
+        claim = self.blocked.line.claims.get(key)
+        if claim is not None and key not in self.front and key not in self.coming and key not in self.blocked.absent:
+            return self._of_the_rest(claim)
         refusal = self.of_job(key)
-        if refusal is None or key not in self.blocked.line.claims or key in self.blocked.absent:
+        if refusal is None or claim is None or key in self.blocked.absent:
             return refusal
         return replace(refusal, message=f"{refusal.message}; {self.front.get(key, BEYOND)}")
+
+    def _of_the_rest(self, claim: Claim) -> Refusal:
+        """What those of a fare are told who are not near the front."""
+        fare = fare_of(claim)
+        if fare not in self._rest:
+            refusal = self.of_fare(claim)
+            self._rest[fare] = replace(refusal, message=f"{refusal.message}; {BEYOND}")
+        return self._rest[fare]
 
     def exceptions(self) -> dict[str, tuple[str, str]]:
         """What is not said to everybody of a fare, by key of those to whom it is not."""
@@ -445,8 +456,8 @@ class Told:
             if self._words.get(fare) != said:
                 self._words[fare] = said
                 found.update(place[-1] for place in places)
-        if len(self._words) > len(by_fare):
-            self._words = {fare: self._words[fare] for fare in by_fare}
+        for fare in self._words.keys() - by_fare.keys():
+            del self._words[fare]  # whoever joins it is looked at alone
         return found
 
 

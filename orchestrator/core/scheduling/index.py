@@ -4,7 +4,8 @@
   same, until the time that `core/job/rest` tells. A job of which something becomes now is looked at in every decision.
 - What is counted over all jobs (the line, the books of GPUs, shares, who teaches, where cards broke) is changed by the
   difference that a job makes.
-- Where anything else changed (queues, classes of GPUs, settings, jobs that do not parse, the clock), all is forgotten.
+- Where queues, classes of GPUs or jobs that do not parse changed, only jobs' own outcomes are kept; where settings
+  changed, the clock, or what the store takes, nothing is.
 
 So the index never depends on how it came about: one that has followed a thousand changes equals one that is new.
 """
@@ -36,7 +37,16 @@ from orchestrator.core.scheduling.admission import Ledger, Quotas
 from orchestrator.core.scheduling.claims import claim_of
 from orchestrator.core.scheduling.cpu_slots import IN_CPU_STAGE, last_served
 from orchestrator.core.scheduling.line import Line
-from orchestrator.core.scheduling.ordering import NO_QUEUE, Claim, Shares, Usage, account, queue_specs, standing
+from orchestrator.core.scheduling.ordering import (
+    NO_QUEUE,
+    Claim,
+    Shares,
+    Usage,
+    account,
+    queue_refusal,
+    queue_specs,
+    standing,
+)
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Held, Holding, is_cooling_down, lost_seconds
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 from orchestrator.sizing.margins import Margins, learned, teaches
@@ -57,7 +67,7 @@ class Entry:
     cools_down: bool
     account: str
     usage: Usage
-    wanted: frozenset[str]
+    wanted: tuple[str, ...]
     """Keys of the stages that its stored attempt stands for."""
     is_expired: bool
     cause: Cause | None
@@ -87,6 +97,10 @@ class Index:
     shares: Shares
     _gib: Mapping[str, int]
     _seen: Snapshot
+    _known: Mapping[str, Entry]
+    """Entries of an index before, while this one is made."""
+    _sizes_hold: bool = False
+    """Whether what they fit is still so."""
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
     """By the job's key."""
     line: Line = field(default_factory=Line)
@@ -163,12 +177,14 @@ class Index:
         """That of a snapshot: this one, brought up to date, or a new one where more than jobs and stages changed."""
         if not _continues(self._seen, snapshot):
             return Index.of(snapshot)
+        if not _has_same_quotas(self._seen, snapshot):
+            return Index.of(snapshot, self)
         self._update(snapshot)
         return self
 
     @classmethod
-    def of(cls, snapshot: Snapshot) -> Index:
-        """That of a snapshot, from nothing."""
+    def of(cls, snapshot: Snapshot, before: Index | None = None) -> Index:
+        """That of a snapshot, from nothing, or with what jobs were by themselves under other queues and GPUs."""
         queues = queue_specs(snapshot.queues)
         index = cls(
             queues=queues,
@@ -176,9 +192,31 @@ class Index:
             shares=Shares.empty(queues, snapshot.gpu_classes, snapshot.policy),
             _gib={c.name: c.marketed_gib for c in snapshot.gpu_classes},
             _seen=replace(snapshot, jobs=(), stages={}, runs={}),
+            _known={} if before is None else before._unchanged(snapshot),
         )
+        if before is not None and before._seen.gpu_classes == snapshot.gpu_classes:
+            index._sizes_hold = learned(snapshot.jobs) == before.margins
         index._update(snapshot)
+        index.changed -= index._as_before()
+        index.moved_classes |= index.ledger.capacity.keys()
+        index._known = {}
         return index
+
+    def _as_before(self) -> set[str]:
+        """Whose entries say the same as those that they were made of."""
+        pairs = ((key, known, self.entries.get(key)) for key, known in self._known.items())
+        return {
+            key
+            for key, known, new in pairs
+            if new is not None and new.draft is known.draft and new.claim is known.claim and new.refusal is None
+        }
+
+    def _unchanged(self, snapshot: Snapshot) -> Mapping[str, Entry]:
+        """The jobs that are by themselves as they were."""
+        stages = _changed_stages(self._seen.stages, snapshot.stages)
+        changed = {job_key_of_stage(key) for key in stages} | self.restless
+        changed |= {key for uid in _changed_runs(self._seen, snapshot) for key in self.uids.get(uid, ())}
+        return {key: entry for key, entry in self.entries.items() if key not in changed and entry.until > snapshot.now}
 
     def _update(self, snapshot: Snapshot) -> None:
         left, came = _difference(self._seen.jobs, snapshot.jobs)
@@ -198,7 +236,7 @@ class Index:
             self._replace(key, None)
         for key in dirty - gone:
             job = jobs.get(key) or self.entries[key].draft.job
-            self._replace(key, self._entry(job, snapshot))
+            self._replace(key, self._entry(key, job, snapshot))
         self.line.change(self._gone, self._came)
         self._gone, self._came = [], []
         self._explain_stages({*stages, *(s for key in (*dirty, *gone) for s in self.stages.get(key, ()))}, snapshot)
@@ -244,12 +282,15 @@ class Index:
 
     # --- one job -------------------------------------------------------------------------------------------------
 
-    def _entry(self, job: QLoRAJob, snapshot: Snapshot) -> Entry:
-        draft = _reconciled(job, snapshot)
+    def _entry(self, key: str, job: QLoRAJob, snapshot: Snapshot) -> Entry:
+        known = self._known.get(key)
+        if known is not None and known.draft.job is not job:
+            known = None
+        draft = _reconciled(job, snapshot) if known is None else known.draft
         claim: Claim | Refusal | None = None
         if draft.state is JobState.QUEUED and is_ready(draft, snapshot.policy):
             try:
-                claim = claim_of(draft, self.queues, snapshot, self.margins)
+                claim = self._claim(draft, known, snapshot)
             except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
@@ -260,17 +301,23 @@ class Index:
         claimant = claimant_of(job, attempt, snapshot) if attempt is not None and fact is None else None
         return Entry(
             draft=draft,
-            until=_until(draft, fact, claim, snapshot),
+            until=known.until if known is not None and known.draft is draft else _until(draft, fact, claim, snapshot),
             claim=claim if isinstance(claim, Claim) else None,
             refusal=claim if isinstance(claim, Refusal) else None,
             holding=holding,
             cools_down=holding is not None and is_cooling_down(holding, snapshot.policy),
             account=account(job.metadata.namespace, job.spec.queue, self.queues),
             usage=Usage.of(draft, self._gib, snapshot.policy),
-            wanted=frozenset(found.key for found in (fact, claimant) if found is not None),
-            is_expired=is_expired(draft),
+            wanted=tuple(found.key for found in (fact, claimant) if found is not None) if attempt is not None else (),
+            is_expired=is_expired(draft) if known is None else known.is_expired,
             cause=hit_by((job, draft.status), snapshot.policy),
         )
+
+    def _claim(self, draft: Draft, known: Entry | None, snapshot: Snapshot) -> Claim | Refusal:
+        """The claim of a job that is ready to train; what it fits need not be worked out again if that is known."""
+        if known is None or known.claim is None or not self._sizes_hold:
+            return claim_of(draft, self.queues, snapshot, self.margins)
+        return queue_refusal(draft.job, self.queues) or known.claim
 
     def _replace(self, key: str, new: Entry | None) -> None:
         old = self.entries.get(key)
@@ -312,14 +359,14 @@ class Index:
             put(self.runners, key)
         if entry.is_expired:
             put(self.expired, key)
-        if any(attempt.reason is Reason.BROKEN_GPU for attempt in job.status.attempts):
+        if job.status.attempts and any(attempt.reason is Reason.BROKEN_GPU for attempt in job.status.attempts):
             put(self.broken, key)
         if entry.cause is not None:
             self.causes[entry.cause] += 1 if is_there else -1
         put(self.uids[job.metadata.uid], key)
         for stage in entry.wanted:
             put(self.wanted, stage)
-        served = last_served(draft)
+        served = last_served(draft) if draft.status.attempts else None
         if served is not None:
             of_namespace = self.served[job.metadata.namespace]
             if is_there:
@@ -367,9 +414,10 @@ class Index:
 
 def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Holding | None:
     """The GPU that a job's train stage has: admitted, running, or stopping."""
-    attempt, job, now = draft.attempt, draft.job, snapshot.now
-    if draft.state not in GPU_STATES or attempt is None:
+    if draft.state not in GPU_STATES:
         return None
+    attempt, job, now = draft.attempt, draft.job, snapshot.now
+    assert attempt is not None, "a GPU is held by an attempt"
     since = attempt.start_time or attempt.created_time
     return Holding(
         key=job.key,
@@ -418,26 +466,29 @@ def job_key_of_stage(key: str) -> str:
 
 
 def _continues(seen: Snapshot, snapshot: Snapshot) -> bool:
-    """Whether a snapshot differs from the one before in jobs, stages and runs alone, and time went on."""
+    """Whether what jobs were by themselves they still are: time went on, under the same settings."""
     return (
         seen.now <= snapshot.now
         and not snapshot.clock_step_seconds
         and not seen.clock_step_seconds
-        and seen.queues == snapshot.queues
-        and seen.gpu_classes == snapshot.gpu_classes
         and seen.refused == snapshot.refused
-        and seen.unreadable == snapshot.unreadable
         and (seen.policy is snapshot.policy or seen.policy == snapshot.policy)
+    )
+
+
+def _has_same_quotas(seen: Snapshot, snapshot: Snapshot) -> bool:
+    """Whether what they may have is the same, too."""
+    return (
+        seen.queues == snapshot.queues
+        and seen.gpu_classes == snapshot.gpu_classes
+        and seen.unreadable == snapshot.unreadable
     )
 
 
 def _difference(before: Sequence[QLoRAJob], after: Sequence[QLoRAJob]) -> tuple[Sequence[QLoRAJob], Sequence[QLoRAJob]]:
     """The objects that are gone, and those that came; a store that watches gives unchanged jobs as they were."""
-    if len(before) == len(after):
-        if before == after:
-            return (), ()
-        differs = list(map(is_not, before, after))
-        return list(compress(before, differs)), list(compress(after, differs))
+    if before == after:  # which looks at no object that is the same
+        return (), ()
     shorter = min(len(before), len(after))
     first = next(compress(count(), map(is_not, before, after)), shorter)
     last = next(compress(count(), map(is_not, reversed(before), reversed(after))), shorter)

@@ -138,6 +138,8 @@ class Usage:
     def of(cls, draft: Draft, gib: Mapping[str, int], policy: Policy) -> Usage:
         """What the job has had until its draft's `now`, and goes on to have."""
         status, attempt = draft.status, draft.attempt
+        if attempt is None and not status.gpu_seconds:
+            return NO_USAGE
         past_class = status.estimate.gpu_class if status.estimate else ""
         had = round(status.gpu_seconds * MICROSECONDS) * gib.get(past_class, UNKNOWN_CLASS_GIB)
         if attempt is None or attempt.stage != "train":
@@ -148,6 +150,9 @@ class Usage:
         if microseconds(draft.now) - since < minimum:
             return cls(had=had + minimum * card_gib)
         return cls(had=had, gib=card_gib, since=since)
+
+
+NO_USAGE = Usage()
 
 
 @dataclass(slots=True, kw_only=True)

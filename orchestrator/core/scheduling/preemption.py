@@ -94,10 +94,11 @@ def choose_victims(
     changes the books, and then nothing is known any more.
     """
     running = _Running(holdings, policy)
-    unknown = blocked.line.by_kind.keys() - hopeless.kinds
-    found = {kind for kind in unknown if running.choose(_one_of(blocked.line.by_kind[kind]), books) is None}
-    hopeless.kinds |= found
-    if found == unknown:
+    for kind in blocked.line.by_kind.keys() - hopeless.kinds:
+        if running.choose(_one_of(blocked.line.by_kind[kind]), books) is not None:
+            break
+        hopeless.kinds.add(kind)
+    else:
         return ()
     chosen = tuple(_evict(blocked.in_order(), running, books, hopeless.kinds))
     if chosen:
@@ -206,10 +207,8 @@ def _makes_room(claim: Claim, holding: Holding, books: Ledger) -> bool:
 
     A claim that would borrow moves nobody but its own queue's jobs: otherwise the owner would take the GPU back.
     """
-    books.release(holding.queue, holding.gpu_class)
-    room = books.has_room(claim.queue, holding.gpu_class, borrow=holding.queue == claim.queue)
-    books.take(holding.queue, holding.gpu_class)
-    return room
+    is_own = holding.queue == claim.queue
+    return books.has_room(claim.queue, holding.gpu_class, borrow=is_own, without=holding.queue)
 
 
 def is_cooling_down(holding: Holding, policy: Policy) -> bool:
