@@ -114,11 +114,18 @@ def hub(folder: Path, resources: ExitStack) -> Machine:
     return Machine(
         folder=folder / "machine",
         source=lambda name: f"hf://acme/{name}",
-        pieces=lambda: sum("GET" in request and "model.safetensors" in request for request in list(requests)),
+        pieces=lambda: sum(map(pieces_asked_for, list(requests))),
         add=add,
         environment={**os.environ, **home, "QLORA_MODEL_CACHE": str(folder / "machine" / "models")},
         stages=[],
     )
+
+
+def pieces_asked_for(request: str) -> int:
+    """Of the weights: a request for no range of them is for all."""
+    if not request.startswith("GET") or "model.safetensors" not in request:
+        return 0
+    return 1 if "bytes=" in request else PIECES
 
 
 def bucket(folder: Path, resources: ExitStack) -> Machine:
