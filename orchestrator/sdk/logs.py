@@ -6,12 +6,15 @@ any more the copy in the job's store. Following goes on to the next attempt by i
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import get_args
+from urllib.parse import urlsplit
 
 from orchestrator.adapters.job_store import stored_adapter
 from orchestrator.api.formats import EARLIER_LOG_NAME, LOG_NAME, log_folder
@@ -23,6 +26,8 @@ from orchestrator.ports import StageLog, StageLogs, Tail
 from orchestrator.sdk.log_text import log_text
 
 LOG_SUFFIX = ".log"
+READER, READER_IMAGE, READER_USER_ID = "read-log", "busybox", 65532
+"""A pod that prints a log from a claim, with the user of the jobs' pods."""
 FOLLOW_POLL_SECONDS = 0.2
 MAX_LINE_BYTES = 1 << 20
 """A longer line is cut into several."""
@@ -159,7 +164,8 @@ class KeptLogs:
         """One of them, from its beginning."""
         if log in self._in_place:
             return self._place.tail(log)
-        return StoredTail(f"{self._uri}/{log_folder(log.name.stage, log.name.attempt)}")
+        folder_uri = f"{self._uri}/{log_folder(log.name.stage, log.name.attempt)}"
+        return ClaimTail(folder_uri, log.namespace) if folder_uri.startswith("pvc://") else StoredTail(folder_uri)
 
 
 def _ended(job: QLoRAJob, query: LogQuery) -> Iterator[StageLog]:
@@ -170,6 +176,49 @@ def _ended(job: QLoRAJob, query: LogQuery) -> Iterator[StageLog]:
         found = [StageName(job=name, stage=stage, attempt=query.attempt) for stage in get_args(StageKind)]
     logs = (StageLog(namespace=job.metadata.namespace, name=each) for each in found)
     return (log for log in logs if query.wants(log))
+
+
+class ClaimTail:
+    """The log of an ended attempt on a claim, which pods alone can read: one line says so, and what prints it."""
+
+    def __init__(self, folder_uri: str, namespace: str) -> None:
+        self._uri = folder_uri
+        self._namespace = namespace
+        self._is_told = False
+
+    def new_lines(self, closed: bool) -> Iterator[str]:  # noqa: ARG002 - it grows no more
+        """The line, at the first call."""
+        if not self._is_told:
+            self._is_told = True
+            yield (
+                f"the log of this attempt is at {self._uri}, on a claim that only pods read; who may make one there "
+                f"prints it with: {shlex.join(_reader(self._uri, self._namespace))}"
+            )
+
+
+def _reader(folder_uri: str, namespace: str) -> Sequence[str]:
+    """The command that prints a log from a claim, by a pod within Pod Security `restricted`."""
+    parts = urlsplit(folder_uri)
+    names = " ".join(shlex.quote(f"{parts.path.strip('/')}/{name}") for name in (EARLIER_LOG_NAME, LOG_NAME))
+    container: dict[str, object] = {
+        "name": READER,
+        "image": READER_IMAGE,
+        "command": ["sh", "-c", f"cd /store && cat {names} 2>/dev/null"],
+        "volumeMounts": [{"name": "store", "mountPath": "/store", "readOnly": True}],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    spec: dict[str, object] = {
+        "containers": [container],
+        "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": parts.netloc, "readOnly": True}}],
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": READER_USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+    overrides = json.dumps({"spec": spec}, separators=(",", ":"))
+    run = ["run", READER, "--rm", "--stdin", "--quiet", "--restart=Never", f"--image={READER_IMAGE}"]
+    return ["kubectl", f"--namespace={namespace}", *run, f"--overrides={overrides}"]
 
 
 class StoredTail:

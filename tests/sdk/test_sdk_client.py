@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import inspect
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -504,14 +505,22 @@ def test_a_log_that_its_place_has_forgotten_comes_from_the_jobs_store(service: P
     assert list(handle.logs(attempt=7)) == []
 
 
-def test_a_stored_log_that_cannot_be_read_from_here_is_told_of_and_hides_no_other(
+def test_a_log_on_a_claim_is_told_of_with_the_command_that_prints_it_and_hides_no_other(
     service: PaperService, handle: JobHandle
 ) -> None:
     ended = service.attempt("train", 2, finish_time=datetime.now(UTC), reason=Reason.LOST)
-    service.write(service.job(), store_uri="pvc://jobs/medical", attempts=(ended,), attempts_total=3)
+    service.write(service.job(), store_uri="pvc://jobs/a/medical", attempts=(ended,), attempts_total=3)
     service.write_log("train-3", "a line\n")
     told, line = handle.logs()
-    assert "the log of this attempt is at pvc://jobs/medical/logs/train-2 and cannot be read from here" in told.text
+    words, command = told.text.split("prints it with: ")
+    assert "the log of this attempt is at pvc://jobs/a/medical/logs/train-2, on a claim that only pods read" in words
+    *kubectl, overrides = shlex.split(command)
+    assert kubectl[:3] == ["kubectl", "--namespace=default", "run"]
+    spec = json.loads(overrides.removeprefix("--overrides="))["spec"]
+    assert spec["volumes"][0]["persistentVolumeClaim"] == {"claimName": "jobs", "readOnly": True}
+    [container] = spec["containers"]
+    where = container["volumeMounts"][0]["mountPath"]
+    assert container["command"][-1].startswith(f"cd {where} && cat a/medical/logs/train-2/log.1.jsonl a/medical/logs/")
     assert line.text == "a line"
 
 
