@@ -7,9 +7,9 @@ from rich.text import Text
 
 from orchestrator.api.formats import ShownRecord, ShownRecords
 from orchestrator.api.job import QLoRAJobSpec
+from orchestrator.api.record_fields import CHAT_FORMATS
 from orchestrator.cli.output import print_text
 
-CHAT_FORMATS = frozenset({"messages", "sharegpt"})
 OPENING, CLOSING = "⟦", "⟧"
 
 

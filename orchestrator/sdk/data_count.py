@@ -26,6 +26,7 @@ from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
 from orchestrator.api.optimizer_steps import held_out, optimizer_steps
 from orchestrator.api.packing import FEWEST_ROWS, arranged
+from orchestrator.api.record_fields import MASK_FIELDS, RECORD_FIELDS, SHAREGPT_ROLES
 from orchestrator.sdk import extras
 from orchestrator.sizing.step_time import Work
 
@@ -36,17 +37,9 @@ TOKENIZER_NAME = "tokenizer.json"
 MEASURED_RECORDS = 64
 MEASURED_CHARACTERS = 1 << 16
 """Of the texts, from all over what is read, that the model's tokenizer is tried on."""
-FIELDS: Mapping[str, Sequence[str]] = {
-    "messages": ("messages", "tools"),
-    "sharegpt": ("conversations", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""The fields of each format that are trained on, or are context."""
-NO_TEXT = frozenset({"role", "from", "weight", "train", "training", "loss"})
+NO_TEXT = frozenset({"role", "from", *MASK_FIELDS})
 """Fields of a message that a template does not write out."""
-ANSWERING = frozenset({"assistant", "gpt", "chatgpt", "bing", "bard"})
+ANSWERING = frozenset(role for role, means in SHAREGPT_ROLES.items() if means == "assistant")
 
 Record = Mapping[str, Any]
 
@@ -187,7 +180,7 @@ def _arranged(sizes: Sequence[_Size], rates: Rates, spec: QLoRAJobSpec, *, fewes
 
 
 def _size(record: Record, dataset: DatasetSource) -> _Size:
-    given = [record[name] for name in FIELDS[dataset.format] if record.get(name) is not None]
+    given = [record[name] for name in RECORD_FIELDS[dataset.format] if record.get(name) is not None]
     messages = [message for value in given if isinstance(value, list) for message in cast("list[Any]", value)]
     answers = sum(_answers(message) for message in messages)
     text_bytes = sum(len(text.encode(errors="replace")) for text in _texts(given))
@@ -238,7 +231,7 @@ def _bytes_per_token(records: Sequence[Record], spec: QLoRAJobSpec) -> float | N
         tokenizer: Any = Tokenizer.from_file(str(path))
     except Exception:  # noqa: BLE001 - whatever is wrong with the file, prepare says it
         return None
-    names, characters, size, tokens = FIELDS[spec.dataset.format], 0, 0, 0
+    names, characters, size, tokens = sorted(RECORD_FIELDS[spec.dataset.format]), 0, 0, 0
     for record in records[:: max(1, len(records) // MEASURED_RECORDS)]:
         text = "\n".join(_texts([record.get(name) for name in names]))[: MEASURED_CHARACTERS - characters]
         characters += len(text)
@@ -316,7 +309,7 @@ def _parquet(path: Path, dataset: DatasetSource) -> _Read:
     import pyarrow.parquet  # pyright: ignore[reportMissingTypeStubs]  it has none
 
     file: Any = pyarrow.parquet.ParquetFile(path)
-    names = [name for name in FIELDS[dataset.format] if name in file.schema_arrow.names]
+    names = [name for name in sorted(RECORD_FIELDS[dataset.format]) if name in file.schema_arrow.names]
     records: list[Record] = []
     size = 0
     for batch in file.iter_batches(batch_size=256, columns=names):

@@ -15,18 +15,11 @@ from pathlib import Path
 from typing import IO, cast
 
 from orchestrator.api.base import API_VERSION
+from orchestrator.api.record_fields import REQUIRED_FIELDS
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
 from orchestrator.sdk.problems import closest, cut
 
-FIELDS: Mapping[str, frozenset[str]] = {
-    "messages": frozenset({"messages"}),
-    "sharegpt": frozenset({"conversations"}),
-    "alpaca": frozenset({"instruction", "output"}),
-    "prompt-completion": frozenset({"prompt", "completion"}),
-    "text": frozenset({"text"}),
-}
-"""The fields that a record of each format has, the formats in the order in which they are looked for."""
 MAX_RECORD_CHARACTERS = 64 << 20
 MAX_NAME_CHARACTERS = 40
 DEFAULT_MODEL = "hf://Qwen/Qwen2.5-7B-Instruct"
@@ -97,12 +90,15 @@ def job_name(data: Path) -> str:
 def format_of(data: Path) -> str:
     """The format whose fields the first record has."""
     found = first_fields(data)
-    for name, wanted in FIELDS.items():
+    for name, wanted in REQUIRED_FIELDS.items():
         if wanted <= found:
             return name
-    near = {field: closest(field, {each for wanted in FIELDS.values() for each in wanted}) for field in sorted(found)}
+    near = {
+        field: closest(field, {each for wanted in REQUIRED_FIELDS.values() for each in wanted})
+        for field in sorted(found)
+    }
     advice = "; ".join(f"did you mean {good} by {bad}?" for bad, good in near.items() if good is not None)
-    known = ", ".join(f"{name} ({' and '.join(sorted(wanted))})" for name, wanted in FIELDS.items())
+    known = ", ".join(f"{name} ({' and '.join(sorted(wanted))})" for name, wanted in REQUIRED_FIELDS.items())
     has = ", ".join(cut(field) for field in sorted(found)) or "none"
     raise InvalidObject(
         f"{data}: the fields of its first record are those of no format: {has}; " + (advice or f"known are {known}")

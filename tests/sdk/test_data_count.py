@@ -90,6 +90,10 @@ def test_turns_that_may_need_contexts_of_their_own_are_an_estimate(tmp_path: Pat
     assert several is not None
     assert last is not None
     assert (several.exact, last.exact) == (False, True)
+    shared = [{"from": role, "value": "so"} for role in ("human", "model") * 2]
+    other = counted(write(tmp_path / "b.jsonl", [{"conversations": shared}] * 60), "sharegpt")
+    assert other is not None
+    assert not other.exact
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
 from orchestrator.api.optimizer_steps import held_out
 from orchestrator.api.packing import Row, arranged
+from orchestrator.api.record_fields import CHAT_FORMATS
 from qlora_trainer.data.chat_templates import refuse_useless_template
-from qlora_trainer.data.formats import CHAT_FORMATS, named_fields
+from qlora_trainer.data.formats import named_fields
 from qlora_trainer.data.ranges import EncodedRange, EncodedRecords, Range, RangeEncoder, in_ranges
 from qlora_trainer.data.reader import BadRecord, Record, Records
 from qlora_trainer.outcome import UserError

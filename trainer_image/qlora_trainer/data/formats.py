@@ -12,12 +12,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from orchestrator.api.record_fields import (
+    CHAT_FORMATS,
+    MASK_FIELDS,
+    RECORD_FIELDS,
+    REQUIRED_FIELDS,
+    SHAREGPT_ROLES,
+    Format,
+)
 from orchestrator.api.words import on_one_line
 
-Format = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
-CHAT_FORMATS: frozenset[Format] = frozenset({"messages", "sharegpt"})
 Fields = Mapping[str, Any]
 Message = Fields
 
@@ -28,18 +34,6 @@ ALPACA_PREAMBLE = (
 ALPACA_PAIRED = ", paired with an input that provides further context"
 # As axolotl's `alpaca_w_system`: the system prompt stands where the preamble was.
 ALPACA_SYSTEM = "### System:\n{}\n\n"
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 MAY_FOLLOW = {
     "system": ("system", "user"),
     "user": ("system", "assistant"),
@@ -51,22 +45,6 @@ NOTHING: tuple[Any, ...] = (None, [], {}, "")
 """Values of a field that is there because other records have it."""
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """What servers and templates call an assistant's thoughts."""
-RECORD_FIELDS: Mapping[Format, frozenset[str]] = {
-    "messages": frozenset({"messages", "tools"}),
-    "sharegpt": frozenset({"conversations", "system", "tools"}),
-    "alpaca": frozenset({"instruction", "input", "output", "system", "history"}),
-    "prompt-completion": frozenset({"prompt", "completion"}),
-    "text": frozenset({"text"}),
-}
-REQUIRED_FIELDS: Mapping[Format, frozenset[str]] = {
-    "messages": frozenset({"messages"}),
-    "sharegpt": frozenset({"conversations"}),
-    "alpaca": frozenset({"instruction", "output"}),
-    "prompt-completion": frozenset({"prompt", "completion"}),
-    "text": frozenset({"text"}),
-}
-MASK_FIELDS = ("weight", "train", "training", "loss")
-"""How OpenAI, axolotl (the two in the middle) and ms-swift say whether an assistant's turn carries loss: 0 or 1."""
 MESSAGE_FIELDS = frozenset(
     {"role", "content", "tool_calls", "tool_call_id", "name", *MASK_FIELDS, *REASONING_FIELDS},
 )
