@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import sys
 import tempfile
 import traceback
@@ -82,8 +83,8 @@ WRAPPERS = frozenset(filter(holds_text_model, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPI
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | WRAPPERS))
 LENGTHS = (9, 27, 2, 19)
 """Tokens of the records, which are one row: longer than windows, and together than positions."""
-SECONDS = 240
-"""A type that takes longer hangs."""
+SECONDS, LONGEST_SECONDS = 240, 3600
+"""A type that takes a processor for longer hangs, and so does one that waits for longer."""
 ROUNDINGS, SLACK = 3.0, 0.02
 """How many times as far from the truth the trainer may be as plain QLoRA, and how far besides."""
 SMALLEST_GRADIENT = 1e-2
@@ -211,9 +212,9 @@ def try_apart(model_type: str) -> Row:
     process = context.Process(target=_try_and_send, args=(model_type, sender))
     process.start()
     sender.close()
-    row: Row = _row("crashed", f"no outcome within {SECONDS} s")
+    row: Row = _row("crashed", f"no outcome within {LONGEST_SECONDS} s")
     try:
-        if receiver.poll(SECONDS):
+        if receiver.poll(LONGEST_SECONDS):
             row = receiver.recv()
     except EOFError:
         process.join()
@@ -224,6 +225,7 @@ def try_apart(model_type: str) -> Row:
 
 
 def _try_and_send(model_type: str, sender: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="models-") as scratch:
@@ -416,7 +418,7 @@ def _trained(folder: Path, scratch: Path) -> Row:
     with torch.no_grad():
         logits = model.logits(batch)
     targets = sorted(_targets(model))
-    truth = _judged(_dense(folder, model), targets, model, batch)
+    truth = _judged(dense(folder, model, torch.float32), targets, model, batch)
     qlora = _judged(_quantized(folder, model), targets, model, batch)
     row: Row = {
         "mode": "packed" if model.separate_because is None else "record by record",
@@ -485,17 +487,16 @@ def _judged(
     return float(loss.detach()), torch.cat(logits).detach(), gradients
 
 
-def _dense(folder: Path, model: TrainingModel) -> Any:
-    """The model in float32, with the weights that the trainer's NF4 layers stand for."""
+def dense(folder: Path, model: TrainingModel, dtype: torch.dtype) -> Any:
+    """The model in 16 or 32 bits, with the weights that the trainer's NF4 layers stand for."""
     base: Any = _auto(model.base.config.model_type).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
     for name, layer in quantized_layers(model.base).items():
         weight: Any = layer.weight
-        dense = dequantize_4bit(weight.data, weight.quant_state)
-        dense = dense.reshape(layer.out_features, -1).float()
+        values = dequantize_4bit(weight.data, weight.quant_state).reshape(layer.out_features, -1).to(dtype)
         own = base.get_submodule(name.replace(".base_layer", ""))
-        own.weight.data = dense.T if isinstance(own, Conv1D) else dense
+        own.weight.data = values.T if isinstance(own, Conv1D) else values
     fill_experts(base, model)
     return base
 
@@ -525,7 +526,7 @@ def fill_experts(base: Any, model: TrainingModel) -> None:
     """What the trainer's experts stand for; plain bitsandbytes leaves these in 16 bits."""
     for name, module in model.base.named_modules():
         if isinstance(module, NF4Experts):
-            theirs = base.get_submodule(name)
+            theirs = base.get_submodule(name.replace(".base_layer", ""))  # an adapter's
             for part in module.matrices:
                 own = getattr(theirs, part)
                 own.data = module.dense(part).to(own.dtype)

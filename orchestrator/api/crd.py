@@ -89,7 +89,21 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
             ),
         )
     },
-    AdapterSpec: {"_dropout_is_a_probability": _compared(("dropout",), "< 1.0", "must be at least 0 and below 1")},
+    AdapterSpec: {
+        "_dropout_is_a_probability": _compared(("dropout",), "< 1.0", "must be at least 0 and below 1"),
+        "_experts_are_plain": (
+            Rule(
+                rule="!self.experts || double(self.dropout) == 0.0",
+                message='experts have no dropout in PEFT: set dropout to "0", or leave experts out',
+                field="dropout",
+            ),
+            Rule(
+                rule="!self.experts || !self.useDora",
+                message="experts have no DoRA in PEFT: leave out useDora or experts",
+                field="useDora",
+            ),
+        ),
+    },
     ModelSource: {
         "_chat_template_fits": (
             Rule(

@@ -174,6 +174,16 @@ class AdapterSpec(Model):
     """Scale by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
     use_dora: bool = False
     """Weight-decomposed adaptation (Liu et al., 2024)."""
+    experts: bool = False
+    """A and B for each routed expert of a mixture, too, as PEFT's `target_parameters`; has no dropout and no DoRA."""
+
+    @model_validator(mode="after")
+    def _experts_are_plain(self) -> AdapterSpec:
+        if self.experts and float(self.dropout) != 0:
+            raise ValueError('experts have no dropout in PEFT: set dropout to "0", or leave experts out')
+        if self.experts and self.use_dora:
+            raise ValueError("experts have no DoRA in PEFT: leave out useDora or experts")
+        return self
 
     @field_validator("dropout")
     @classmethod

@@ -54,8 +54,10 @@ def few_targets(names: Iterable[str]) -> bool:
     return QUERY_AND_VALUE.issuperset(names)
 
 
-def has_table(model_type: str, *, use_dora: bool) -> bool:
+def has_table(model_type: str, *, use_dora: bool, experts: bool) -> bool:
     """Whether it is known before prepare what layers of this type take: traced, or written by hand."""
+    if experts:
+        return False
     if model_type in trainer_facts.HANDWRITTEN_TYPES and not use_dora:
         return True
     return model_type in traced_layers()

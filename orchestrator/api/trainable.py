@@ -33,6 +33,7 @@ ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attenti
 """What decides in a config, besides models inside and sizes of experts."""
 VOCABULARIES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab.*", "*.tiktoken", "tekken.json")
 """The files that transformers reads a tokenizer's tokens from; each is enough, but for pairs' first."""
+NO_EXPERTS = "spec.adapter.experts: the model has no routed experts; leave it out, or choose a mixture of experts"
 LEFT_TO_RIGHT = "choose a model that generates text from left to right"
 MAX_NAME_SHOWN = 200
 """Characters of a stranger's name in a message."""

@@ -175,6 +175,11 @@ def _dollars_a_step(estimate: Estimate, gpu_class: GpuClass) -> float | None:
 def _notes(spec: QLoRAJobSpec, facts: ModelFacts, data: DataCount | None) -> Iterator[str]:
     if facts.part_of is not None:
         yield f"text part of {facts.part_of}: the image tower is not loaded, and the records are of text alone"
+    if spec.adapter.experts and facts.mixture is not None:
+        yield (
+            f"adapters on experts: A and B for each of {facts.mixture.experts} experts of a layer; layers are "
+            "computed by transformers, not by hand"
+        )
     if facts.record_by_record:
         yield (
             f"record by record: records of a {facts.model_type} model are computed one at a time, not in packed rows"

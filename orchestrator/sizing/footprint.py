@@ -235,7 +235,15 @@ def _adapter_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
         adapter.rank * (linear.inputs + linear.outputs) + magnitudes * linear.outputs
         for linear in targeted(adapter, linears(facts))
     )
-    return each * facts.num_layers
+    return (each + _experts_parameters(adapter, facts)) * facts.num_layers
+
+
+def _experts_parameters(adapter: AdapterSpec, facts: ModelFacts) -> int:
+    """Of a layer's routed experts: A and B of gate and up as one matrix, and of down."""
+    if not adapter.experts or facts.mixture is None:
+        return 0
+    size, hidden = facts.mixture.expert_size, facts.hidden_size
+    return facts.mixture.experts * adapter.rank * ((hidden + 2 * size) + (size + hidden))
 
 
 def _trace(adapter: AdapterSpec, facts: ModelFacts) -> ModelTrace | None:
@@ -245,7 +253,7 @@ def _trace(adapter: AdapterSpec, facts: ModelFacts) -> ModelTrace | None:
 
 def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
     """Whether the trainer computes this model's layers by hand."""
-    return facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not adapter.use_dora
+    return facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not adapter.use_dora and not adapter.experts
 
 
 def card_matters(adapter: AdapterSpec, facts: ModelFacts) -> bool:

@@ -27,7 +27,7 @@ def _is_guess(adapter: AdapterSpec, facts: ModelFacts) -> bool:
     A trace shows what layers take, but not the workspaces of attention kernels that transformers chooses; under DoRA
     traces were from 2.2 % under to 15 % over.
     """
-    if has_table(facts.model_type, use_dora=adapter.use_dora):
+    if has_table(facts.model_type, use_dora=adapter.use_dora, experts=adapter.experts):
         return False
     return facts.trace is None or not facts.trace.packed or adapter.use_dora
 
@@ -53,8 +53,9 @@ def guess_words(adapter: AdapterSpec, facts: ModelFacts) -> str | None:
             f"kernels' workspaces are not traced: the worst of {RECORDS_JOBS} measured jobs was predicted "
             f"{-RECORDS_WORST_UNDER:.1%} under what it took, {more}"
         )
+    adapted = " with adapters on their experts" if adapter.experts else ""
     return (
-        f"layers of model type {facts.model_type} were never traced: until prepare does, they are sized like "
+        f"layers of model type {facts.model_type}{adapted} were never traced: until prepare does, they are sized like "
         f"Llama's; {JOBS} measured jobs of such types were predicted from {-WORST_UNDER:.1%} under to "
         f"{WORST_OVER:.1%} over what they took, {MEAN_ERROR:.2%} off on average, {JOBS_UNDER} of them under, {more}"
     )

@@ -41,6 +41,8 @@ def read_facts(model: ModelSource, adapter: AdapterSpec | None = None) -> ModelF
         facts = trainable.trainable_facts(config, model.revision, known)
         if adapter is not None and adapter.target_modules != "all-linear":
             trainable.refuse_targets(adapter.target_modules, known)
+        if adapter is not None and adapter.experts and facts.mixture is None:
+            raise ValueError(trainable.NO_EXPERTS)
         return facts
     except ValueError as error:
         raise InvalidObject(f"{model.source}: {error}") from error

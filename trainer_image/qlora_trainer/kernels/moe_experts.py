@@ -8,6 +8,7 @@ in, the weighted sum of those experts' outputs out. Rules:
 - Experts have biases or none, gates or none, and matrices that lie either way (`ExpertLayout`). What they compute
   between their matrices is the module's own function, for which autograd is asked; SwiGLU has kernels.
 - No dense weight and nothing of an expert's insides outlives a pass: the backward pass computes them again.
+- Matrices may have an adapter each, A and B for every expert, in PEFT's layout (`ExpertAdapter`).
 - Tokens are sorted by expert, multiplied by their experts' weights in one operation, and gathered back. Nothing is
   added to a place by two threads, so the same tokens give the same bits. The host never asks where tokens went, so it
   does not wait for the card, and what is allocated does not depend on the routing.
@@ -16,7 +17,7 @@ in, the weighted sum of those experts' outputs out. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
@@ -48,6 +49,8 @@ class ExpertLayout:
     """Whether the first matrix gives gates as well, and so is twice as wide."""
     transposed: bool = False
     """Whether matrices are [inputs, outputs] instead of [outputs, inputs]."""
+    declared: bool = True
+    """Whether the module itself says how they lie, to PEFT as well."""
     activation: Activation | None = None
     """[rows, width of the first matrix] -> [rows, inner size]; None for SwiGLU, gates first."""
 
@@ -69,6 +72,32 @@ class Part:
     """[experts, outputs, inputs], or the other way round."""
     packed: Tensor
     state: QuantState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertAdapter:
+    """LoRA (Hu et al., 2021) on one matrix of every expert: PEFT's layers, whose weights lie as it saves them."""
+
+    a: Linear
+    """[rank x experts, inputs], the ranks of an expert together."""
+    b: Linear
+    """[outputs, rank x experts], the experts of a rank together."""
+    scaling: float
+
+    def matrices(self, experts: int) -> tuple[Tensor, Tensor]:
+        """A [experts, rank, inputs] and B [experts, outputs, rank]."""
+        a, b = self.a.weight.detach(), self.b.weight.detach()
+        return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1).contiguous()
+
+    def gradients(self, sums: AdapterSums) -> tuple[Tensor, Tensor]:
+        """Those of both weights, from those of `matrices`."""
+        a, b = sums
+        b_grad = b.permute(1, 2, 0).reshape(self.b.weight.shape)
+        return a.view(self.a.weight.shape).to(self.a.weight.dtype), b_grad.to(self.b.weight.dtype)
+
+
+AdapterSums = tuple[Tensor, Tensor]
+"""Gradients to an adapter's `matrices`, float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +129,9 @@ class _Routing:
         return weights.flatten()[self.slots].unsqueeze(1)
 
 
+NO_ADAPTERS: Mapping[str, AdapterSums] = {}
+
+
 class NF4Experts(Module):
     """Experts of two matrices: `second(activation(first(x)))`."""
 
@@ -120,6 +152,8 @@ class NF4Experts(Module):
                 empty = torch.empty(self.experts, outputs, dtype=matrix.dtype, device=matrix.device)
                 self.register_parameter(f"{name}_bias", Parameter(empty, requires_grad=False))
         self._parts: dict[str, list[Part]] = {}
+        self.adapters: dict[str, ExpertAdapter] = {}
+        """By the name of the matrix that they are on."""
         self.silent = False
         """Whether they add nothing to any token."""
         self.tile_tokens, self.dense_bytes = trainer_facts.EXPERT_TILE_TOKENS, trainer_facts.EXPERT_DENSE_BYTES
@@ -147,7 +181,7 @@ class NF4Experts(Module):
             own = torch.arange(len(hidden_states), device=hidden_states.device)
             top_k_index = (own // (len(hidden_states) // self.experts)).unsqueeze(1)
             top_k_weights = torch.ones_like(top_k_index, dtype=hidden_states.dtype)
-        return _Mixture.apply(hidden_states, top_k_index, top_k_weights, self)
+        return _Mixture.apply(hidden_states, top_k_index, top_k_weights, self, *self.adapter_weights())
 
     def mix(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The forward pass, without autograd."""
@@ -156,14 +190,30 @@ class NF4Experts(Module):
             self.mix_tile(x[tile], index[tile], weights[tile], out=output[tile])
         return output
 
-    def mix_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients to `x` and to `weights`."""
+    def mix_backward(
+        self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, sums: Mapping[str, AdapterSums] = NO_ADAPTERS
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients to `x` and to `weights`; those of adapters are added to `sums`."""
         x_grad, weights_grad = torch.empty_like(x), torch.empty_like(weights)
         for tile in self._tiles(len(x)):
             weights_grad[tile] = self.mix_tile_backward(
-                grad[tile], x[tile], index[tile], weights[tile], out=x_grad[tile]
+                grad[tile], x[tile], index[tile], weights[tile], out=x_grad[tile], sums=sums
             )
         return x_grad, weights_grad
+
+    def adapter_weights(self) -> list[Tensor]:
+        """A and B of each adapter, as PEFT has them."""
+        return [layer.weight for each in self.adapters.values() for layer in (each.a, each.b)]
+
+    def adapter_sums(self) -> dict[str, AdapterSums]:
+        """Zeros, to add the gradients of adapters to."""
+        return {
+            name: (
+                torch.zeros_like(each.a.weight, dtype=torch.float32).view(self.experts, -1, each.a.in_features),
+                torch.zeros_like(each.b.weight, dtype=torch.float32).view(self.experts, each.b.out_features, -1),
+            )
+            for name, each in self.adapters.items()
+        }
 
     def mix_tile(self, x: Tensor, index: Tensor, weights: Tensor, *, out: Tensor) -> None:
         """`mix` of one tile, into `out`."""
@@ -173,11 +223,24 @@ class NF4Experts(Module):
         del inner
         ops.sum_rows(rows, routing.rows, weights, out)
 
-    def mix_tile_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, *, out: Tensor) -> Tensor:
+    def mix_tile_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        *,
+        out: Tensor,
+        sums: Mapping[str, AdapterSums] = NO_ADAPTERS,
+    ) -> Tensor:
         """`mix_backward` of one tile: the gradient to `x` into `out`; that to `weights` is given."""
         routing = self._routing(index)
         first = self._products(x, self.layout.first, routing, of_tokens=True)
         inner_grad = self._products(grad, SECOND, routing, of_tokens=True, back=True)
+        if SECOND in sums:
+            inner = self._activated(first)
+            self._add_gradients(SECOND, inner, grad, routing, sums[SECOND], rows_weights=routing.of_rows(weights))
+            del inner
         # A row's product with its gradient is that of both one matrix earlier, where they are narrower.
         if self.layout.activation is None:
             weights_grad = (ops.swiglu(first) * inner_grad).sum(1, dtype=torch.float32)
@@ -189,6 +252,8 @@ class NF4Experts(Module):
             (first,) = torch.autograd.grad(inner, first, inner_grad.mul_(routing.of_rows(weights)))
             del inner
         del inner_grad
+        if self.layout.first in sums:
+            self._add_gradients(self.layout.first, x, first, routing, sums[self.layout.first])
         rows = self._products(first, self.layout.first, routing, back=True)
         del first
         ops.sum_rows(rows, routing.rows, None, out)
@@ -221,7 +286,43 @@ class NF4Experts(Module):
             del weights  # before the next ones are there
         if routing.experts is not None and not back:
             output += getattr(self, f"{name}_bias")[routing.experts]
+        if name in self.adapters:
+            a, b = self.adapters[name].matrices(self.experts)
+            low = self._low(x, b if back else a, name, routing, of_tokens=of_tokens, back=back)
+            of_adapter = torch.empty_like(output)
+            ops.expert_products(low, None, a if back else b, routing.offsets, of_adapter, back)
+            output += of_adapter
         return output
+
+    def _low(self, x: Tensor, matrix: Tensor, name: str, routing: _Routing, *, of_tokens: bool, back: bool) -> Tensor:
+        """[rows, rank] What an adapter makes of rows before its second matrix, scaled."""
+        low = x.new_empty(len(routing.slots), matrix.shape[2 if back else 1])
+        ops.expert_products(x, routing.tokens if of_tokens else None, matrix, routing.offsets, low, back)
+        return low.mul_(self.adapters[name].scaling)
+
+    def _add_gradients(
+        self,
+        name: str,
+        x: Tensor,
+        grad: Tensor,
+        routing: _Routing,
+        sums: AdapterSums,
+        rows_weights: Tensor | None = None,
+    ) -> None:
+        """Add a tile's gradients to an adapter's `matrices`.
+
+        The first matrix has `x` of tokens and `grad` of rows; the second has them the other way round, and the rows'
+        weights are not in `grad` yet.
+        """
+        of_tokens = rows_weights is None
+        a, b = self.adapters[name].matrices(self.experts)
+        low = self._low(x, a, name, routing, of_tokens=of_tokens, back=False)
+        low_grad = self._low(grad, b, name, routing, of_tokens=not of_tokens, back=True)
+        if rows_weights is not None:
+            low, low_grad = (each.mul_(rows_weights) for each in (low, low_grad))
+        x_source, grad_source = (routing.tokens, None) if of_tokens else (None, routing.tokens)
+        ops.expert_outer_products(low_grad, None, x, x_source, routing.offsets, sums[0])
+        ops.expert_outer_products(grad, grad_source, low, None, routing.offsets, sums[1])
 
     def _tiles(self, tokens: int) -> Iterator[slice]:
         return (slice(start, start + self.tile_tokens) for start in range(0, tokens, self.tile_tokens))
@@ -262,15 +363,19 @@ def nf4(weights: Tensor) -> Params4bit:
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, weights: Tensor, experts: NF4Experts) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, weights: Tensor, experts: NF4Experts, *adapter: Tensor) -> Tensor:
         ctx.save_for_backward(x, index, weights)
+        del adapter  # the experts know it; autograd wants it named
         ctx.experts = experts
         return experts.mix(x, index, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_grad, weights_grad = ctx.experts.mix_backward(grads[0].contiguous(), *ctx.saved_tensors)
-        return x_grad, None, weights_grad, None
+        experts: NF4Experts = ctx.experts
+        sums = experts.adapter_sums()
+        x_grad, weights_grad = experts.mix_backward(grads[0].contiguous(), *ctx.saved_tensors, sums=sums)
+        adapter = [each for name in list(sums) for each in experts.adapters[name].gradients(sums.pop(name))]
+        return x_grad, None, weights_grad, None, *adapter
 
 
 def shares(shape: torch.Size, itemsize: int, dense_bytes: int) -> Iterator[tuple[int, torch.Size]]:

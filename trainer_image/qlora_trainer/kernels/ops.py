@@ -160,6 +160,16 @@ def expert_products(
     _of(x).expert_products(x, source, weights, offsets, out, back)
 
 
+def expert_outer_products(
+    left: Tensor, left_source: Tensor | None, right: Tensor, right_source: Tensor | None, offsets: Tensor, out: Tensor
+) -> None:
+    """Add each expert's sum of its rows' outer products to `out` [experts, width of left, width of right], float32.
+
+    Rows are sorted by expert, and taken from a source, as those of `expert_products`.
+    """
+    _of(left).expert_outer_products(left, left_source, right, right_source, offsets, out)
+
+
 def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None, out: Tensor) -> None:
     """Sum `rows[places[i]]`, each times its weight if there are any, into row i of `out`; in float32."""
     _of(rows).sum_rows(rows, places, weights, out)

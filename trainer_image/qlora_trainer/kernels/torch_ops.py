@@ -184,6 +184,16 @@ def expert_products(
             out[begin:end] = rows.float() @ (dense if back else dense.t()).float()
 
 
+def expert_outer_products(
+    left: Tensor, left_source: Tensor | None, right: Tensor, right_source: Tensor | None, offsets: Tensor, out: Tensor
+) -> None:
+    """See `ops.expert_outer_products`."""
+    for total, (begin, end) in zip(out, pairwise(offsets.tolist()), strict=True):
+        one = left[begin:end] if left_source is None else left[left_source[begin:end]]
+        other = right[begin:end] if right_source is None else right[right_source[begin:end]]
+        total += one.float().t() @ other.float()
+
+
 def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None, out: Tensor) -> None:
     """See `ops.sum_rows`."""
     chosen = rows[places].float()

@@ -3,7 +3,7 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportUnknownVariableType=false
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # pyright: reportArgumentType=false, reportCallIssue=false
-"""What routed experts compute, as Triton kernels: `ops.expert_products` and `ops.sum_rows`.
+"""What routed experts compute, as Triton kernels: `ops.expert_products`, `ops.expert_outer_products`, `ops.sum_rows`.
 
 A program makes one tile of the products of one expert's rows. Which expert that is, it finds out itself: the host does
 not know how many rows each has, and starts as many programs as there can be tiles. The rules of `triton_ops` hold.
@@ -23,6 +23,7 @@ from torch import Tensor
 from qlora_trainer.kernels.device_generation import is_hopper
 
 SUM_BLOCK = 1024
+OUTER, OUTER_STEP = 64, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,49 @@ def expert_products(
         x, offsets if source is None else source, weights, offsets, out, experts, outputs, inputs,
         HAS_SOURCE=source is not None, BACK=back, EXPERTS=triton.next_power_of_2(experts), ROWS=tiles.rows,
         COLUMNS=tiles.columns, STEP=tiles.step, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def _expert_outer_products(
+    left, left_source, right, right_source, offsets, out, height, width, LEFT_SOURCE: tl.constexpr,
+    RIGHT_SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0)
+    begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    row, column = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(begin, end, STEP):
+        place = start + tl.arange(0, STEP)
+        inside = place < end
+        one = tl.load(left_source + place, mask=inside, other=0) if LEFT_SOURCE else place.to(tl.int64)
+        other = tl.load(right_source + place, mask=inside, other=0) if RIGHT_SOURCE else place.to(tl.int64)
+        ones = tl.load(
+            left + one[None, :] * height + row[:, None], mask=inside[None, :] & (row < height)[:, None], other=0.0
+        )
+        others = tl.load(
+            right + other[:, None] * width + column[None, :],
+            mask=inside[:, None] & (column < width)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(ones, others, total, input_precision="ieee")
+    target = out + expert.to(tl.int64) * height * width + row[:, None] * width + column[None, :]
+    known = (row < height)[:, None] & (column < width)[None, :]
+    tl.store(target, total + tl.load(target, mask=known, other=0.0), mask=known)
+
+
+def expert_outer_products(
+    left: Tensor, left_source: Tensor | None, right: Tensor, right_source: Tensor | None, offsets: Tensor, out: Tensor
+) -> None:
+    """See `ops.expert_outer_products`."""
+    assert left.is_contiguous(), "rows are one after the other"
+    assert right.is_contiguous(), "rows are one after the other"
+    experts, height, width = out.shape
+    _expert_outer_products[(experts, triton.cdiv(height, OUTER), triton.cdiv(width, OUTER))](
+        left, offsets if left_source is None else left_source, right,
+        offsets if right_source is None else right_source, offsets, out, height, width,
+        LEFT_SOURCE=left_source is not None, RIGHT_SOURCE=right_source is not None, ROWS=OUTER, COLUMNS=OUTER,
+        STEP=OUTER_STEP,
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ Rules:
 
 - The adapter has the type of the base's other weights, bfloat16. PEFT would make it float32, and again on reload.
 - It begins as the base itself: A is drawn from the seed, B is zero.
-- Only linear layers in NF4 can have one: not the head, not routed experts.
+- Linear layers in NF4 can have one, and routed experts where the job asks for it: not the head. PEFT keeps that of
+  experts, whose matrices are parameters (`target_parameters`); `NF4Experts` computes with it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners import tuners_utils
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.trainable import NO_EXPERTS
 from orchestrator.api.words import on_one_line
+from qlora_trainer.kernels.moe_experts import ExpertAdapter, NF4Experts
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.text_part import is_text_part
@@ -41,6 +45,7 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
         lora_alpha=adapter.alpha,
         lora_dropout=float(adapter.dropout),
         target_modules=targets,
+        target_parameters=target_parameters(base, adapter),
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         bias="none",
@@ -54,12 +59,45 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, *, seed: int) -> Pe
         except ValueError as error:  # modules of an architecture that PEFT knows to be unfit
             reason = on_one_line(str(error))[:MAX_REASON_CHARACTERS]
             raise UserError(f"adapter: PEFT refuses it for this model; {reason}") from error
+    _hand_over(model)
     own: Any = model.peft_config[ADAPTER_NAME]
     own.target_modules = set(targets)  # PEFT has shortened them to what tells them apart here
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(COMPUTE_DTYPE)
     return model
+
+
+def target_parameters(base: Any, adapter: AdapterSpec) -> list[str] | None:
+    """The matrices of routed experts, by the ends of their names, where the adapter is on them. UserError for none."""
+    if not adapter.experts:
+        return None
+    found = {name: module for name, module in base.named_modules() if isinstance(module, NF4Experts)}
+    if not found:
+        raise UserError(NO_EXPERTS)
+    if odd := next((name for name, module in found.items() if not module.layout.declared), None):
+        raise UserError(
+            f"spec.adapter.experts: PEFT takes the matrices of this model's experts ({odd}) for others than they are; "
+            "leave it out"
+        )
+    for module in found.values():
+        for name in module.matrices:
+            parameter: Any = getattr(module, name)
+            state = parameter.quant_state
+            parameter.ds_shape = parameter.shape if state is None else state.shape  # where PEFT looks for it first
+    return sorted({f"{path.rpartition('.')[2]}.{name}" for path, each in found.items() for name in each.matrices})
+
+
+def _hand_over(model: PeftModel) -> None:
+    """Let experts in NF4 compute with what PEFT has put around them, which would add it to dense weights."""
+    wrapper: Any
+    for wrapper in model.modules():
+        if isinstance(wrapper, ParamWrapper):
+            experts: Any = wrapper.get_base_layer()
+            a: Any = wrapper.lora_A[ADAPTER_NAME]
+            b: Any = wrapper.lora_B[ADAPTER_NAME]
+            experts.adapters[wrapper.parameter_name] = ExpertAdapter(a=a, b=b, scaling=wrapper.scaling[ADAPTER_NAME])
+            wrapper.forward = experts.__call__
 
 
 def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:

@@ -75,7 +75,7 @@ def traced_facts(facts: ModelFacts, config: PreTrainedConfig, adapter: AdapterSp
 
     `packs`: whether rows of records are packed; else each is attended to by transformers.
     """
-    if has_table(facts.model_type, use_dora=adapter.use_dora):
+    if has_table(facts.model_type, use_dora=adapter.use_dora, experts=adapter.experts):
         return facts
     began = time.perf_counter()
     PackedAttention().register()

@@ -158,7 +158,9 @@ def _is_llama4(module: Module) -> bool:
 
 def _layout(module: Any) -> ExpertLayout:
     if not is_declared(module):
-        return ExpertLayout(transposed=True, activation=None if _is_silu(module) else partial(_llama4_gate, module))
+        return ExpertLayout(
+            transposed=True, declared=False, activation=None if _is_silu(module) else partial(_llama4_gate, module)
+        )
     if not module.has_gate:
         return ExpertLayout(gated=False, transposed=module.is_transposed, activation=module.act_fn)
     default: Any = moe._default_apply_gate  # pyright: ignore[reportPrivateUsage] - what a class without its own has

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_F
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels import packed_attention as packed
-from qlora_trainer.kernels.moe_experts import NF4Experts, Part, shares
+from qlora_trainer.kernels.moe_experts import NO_ADAPTERS, AdapterSums, NF4Experts, Part, shares
 from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
@@ -177,9 +177,11 @@ class TracedExperts(NF4Experts):
         self.note(Event(kind=EXPERTS_FORWARD))
         return torch.empty_like(x)
 
-    def mix_backward(self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_backward(
+        self, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, sums: Mapping[str, AdapterSums] = NO_ADAPTERS
+    ) -> tuple[Tensor, Tensor]:
         """The gradients; the event comes before them."""
-        del grad, index
+        del grad, index, sums
         self.note(Event(kind=EXPERTS_BACKWARD))
         return torch.empty_like(x), torch.empty_like(weights)
 
@@ -197,13 +199,14 @@ def run_experts(experts: TracedExperts, *, rows: int) -> tuple[list[Event], list
         x, grad, out = (torch.empty(rows, experts.hidden, dtype=COMPUTE_DTYPE, device=DEVICE) for _ in range(3))
         index = torch.empty(rows, each, dtype=torch.int64, device=DEVICE)
         weights = torch.empty(rows, each, dtype=dtype, device=DEVICE)
+        sums = experts.adapter_sums()  # there for the whole pass
         for recorder in recorders:
-            for tensor in (x, grad, out, index, weights):
+            for tensor in (x, grad, out, index, weights, *tree_leaves(sums), *tree_leaves(experts.adapter_weights())):
                 recorder.ignore(tensor)
         with recorders[0]:
             experts.mix_tile(x, index, weights, out=out)
         with recorders[1]:
-            experts.mix_tile_backward(grad, x, index, weights, out=out)
+            experts.mix_tile_backward(grad, x, index, weights, out=out, sums=sums)
     return recorders[0].events, recorders[1].events
 
 
@@ -224,6 +227,7 @@ def _kernels_without_work() -> Generator[None]:
         ops,
         dequantize=nothing,
         expert_products=nothing,
+        expert_outer_products=nothing,
         sum_rows=nothing,
         swiglu_backward_=nothing,
         swiglu=swiglu,
