@@ -34,6 +34,10 @@ def _shape(
     }
 
 
+def _sparse(most: str, few: str, layers: int, at: tuple[int, ...]) -> list[str]:
+    return [few if layer in at else most for layer in range(layers)]
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {**_LLAMA, **_shape(256, 512, 4, 4, 2, 1024)},
     "smollm2-135m": {**_LLAMA, **_shape(576, 1536, 30, 9, 3, 49152, tied=True)},
@@ -209,6 +213,29 @@ UNTABLED: dict[str, dict[str, Any]] = {
         "model_type": "gpt_oss", "num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64,
         "sliding_window": 128, "attention_bias": True, **_shape(2880, 2880, 24, 64, 8, 201088),
     },
+    "qwen3.5-9b": {
+        "model_type": "qwen3_5_text", **_GATED, "head_dim": 256, "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, **_shape(4096, 12288, 32, 16, 4, 248320),
+    },
+    "qwen3-next-80b-a3b": {
+        "model_type": "qwen3_next", **_GATED, "head_dim": 256, "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "num_experts": 512, "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True,
+        **_shape(2048, 5120, 48, 16, 2, 151936),
+    },
+    "lfm2-1.2b": {
+        "model_type": "lfm2", "full_attn_idxs": [2, 5, 8, 10, 12, 14], "conv_L_cache": 3, "conv_bias": False,
+        "block_auto_adjust_ff_dim": True, **_shape(2048, 12288, 16, 32, 8, 65536, tied=True),
+    },
+    "granite-4-h-micro-3b": {
+        "model_type": "granitemoehybrid", **_GATED, "num_local_experts": 0, "num_experts_per_tok": 0,
+        "shared_intermediate_size": 8192, "layer_types": _sparse("mamba", "attention", 40, (5, 15, 25, 35)),
+        "mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2,
+        "attention_multiplier": 0.015625, "embedding_multiplier": 12, "residual_multiplier": 0.22,
+        "logits_scaling": 8, **_shape(2048, 8192, 40, 32, 8, 100352, tied=True),
+    },
 }  # fmt: skip
 """Models of types that are in no table, so that prepare traces them."""
 
@@ -218,4 +245,12 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
     found = {"architectures": ["ForCausalLM"], **(CONFIGS | UNTABLED)[name]}
     if layers is not None:
         found["n_layer" if "n_layer" in found else "num_hidden_layers"] = layers
+        if "layer_types" in found:
+            found["layer_types"] = _stretch(found["layer_types"], layers)
     return found
+
+
+def _stretch(kinds: list[str], layers: int) -> list[str]:
+    """The first so many layers in a row that are of the most kinds."""
+    stretches = [kinds[first : first + layers] for first in range(len(kinds) - layers + 1)]
+    return max(stretches, key=lambda stretch: len(set(stretch)))

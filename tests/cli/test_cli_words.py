@@ -50,7 +50,7 @@ def test_columns_line_up_whatever_the_width_of_a_character_and_fit() -> None:
 def test_a_long_column_goes_on_under_itself_or_below_where_it_has_no_room() -> None:
     wraps = replace(TABLE, wraps=True)
     assert told(wraps, 26) == ["NAME  MESSAGE", "日本  a long message that", "      goes on", "x"]
-    assert told(wraps, 22) == ["NAME", "      MESSAGE", "日本", "      a long message", "      that goes on", "x"]
+    assert told(wraps, 22) == ["NAME  MESSAGE", "日本", "      a long message", "      that goes on", "x"]
 
 
 def test_columns_that_may_be_left_out_make_room_one_after_the_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from peaks import (
 )
 from peaks import write_random_model as write_model
 from qlora_trainer.kernels.packed_attention import PackedAttention
-from qlora_trainer.model import recorded_step
+from qlora_trainer.model import layer_trace, recorded_step
 from qlora_trainer.model.layer_trace import Untraceable, trace_layers, traced_facts
 from qlora_trainer.model.loading import weightless_base
 from torch.nn import functional
@@ -49,8 +50,16 @@ UNTABLED: dict[str, dict[str, Any]] = {
 """Types of which no table ships: gated and not, windows, heads that are turned in part, latent heads, experts."""
 
 
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 64,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+"""Of a type whose layers carry a state over chunks of 64 tokens, one after the other."""
+SHORT_CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}
+
+
 def config_of(model_type: str, **fields: Any) -> dict[str, Any]:
-    own = UNTABLED[model_type] | fields
+    own = UNTABLED.get(model_type, {}) | fields
     return {**CONFIG, "model_type": model_type, "architectures": ["ForCausalLM"], **own}
 
 
@@ -134,6 +143,42 @@ def test_records_that_go_one_by_one_are_traced_with_the_models_own_attention_and
     assert facts.trace is not None
     assert not facts.trace.packed
     assert "one by one" in str(guess_words(AdapterSpec(), facts))
+
+
+def test_layers_that_go_from_chunk_to_chunk_take_what_their_largest_moments_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_of("qwen3_5_text", **DELTA_NET)
+    near, far = (129, 257, 385), (129, 321, 641)
+    traces: list[ModelTrace] = []
+    for tokens in (near, far):
+        monkeypatch.setattr(layer_trace, "TOKENS", tokens)
+        trace = facts_of(config, AdapterSpec(rank=16), packs=False).trace
+        assert trace is not None
+        traces.append(trace)
+    foreseen, seen = traces
+    assert foreseen.layers == "aba"
+    for kind, measured in zip(foreseen.kinds, seen.kinds, strict=True):
+        for name in ("recomputed", "whole"):
+            one, other = getattr(kind, name), getattr(measured, name)
+            for moments in ("forward", "backward"):
+                (told,), (taken,) = (at(getattr(each, moments), far[-1]) for each in (one, other))
+                assert 0 < 0.999 * taken <= told <= 1.05 * taken
+            assert at((one.kept,), far[-1]) == pytest.approx(at((other.kept,), far[-1]), rel=0.01)
+
+
+def at(moments: Sequence[tuple[float, ...]], tokens: int) -> list[float]:
+    """Bytes of polynomials."""
+    return [sum(each * tokens**power for power, each in enumerate(polynomial)) for polynomial in moments]
+
+
+def test_layers_without_adapters_are_traced_as_they_are_behind_one_that_has_them() -> None:
+    config = config_of("lfm2", **SHORT_CONVOLUTIONS)
+    trace = facts_of(config, AdapterSpec(rank=16, target_modules=("q_proj", "v_proj")), packs=False).trace
+    assert trace is not None
+    convolution, attention = trace.kinds
+    assert convolution.gradient_bytes == 0 < attention.gradient_bytes
+    assert at((convolution.whole.kept,), 1000)[0] > at((convolution.recomputed.kept,), 1000)[0] > 0
 
 
 def test_a_model_that_cannot_be_traced_is_sized_by_the_guess(

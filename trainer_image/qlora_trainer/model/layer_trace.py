@@ -4,15 +4,17 @@ Rules:
 
 - Layers of one kind have the same modules, sizes and settings. A decoder of the first layer, one of each kind and a
   last one is traced instead of the whole; each kind's own part of the step is cut out of the middle.
-- A step is traced with three numbers of tokens, which gives every allocation's polynomial in them.
-- Of the moments of a pass those are kept that are the largest for some number of tokens.
+- A step is traced with three numbers of tokens, which gives every allocation's polynomial in them. Of the moments of a
+  pass those are kept that are the largest for some number of tokens.
+- Where the tokens decide how often something is computed, as in layers that carry a state from one chunk of them to the
+  next, allocations have no counterparts; the largest moments of the three steps give the polynomial then.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -55,8 +57,8 @@ from qlora_trainer.model.recorded_step import (
 )
 from qlora_trainer.model.text_part import decoder_of
 
-TOKENS = (1213, 2018, 3011)
-"""Of the traced micro-batches."""
+TOKENS = (769, 1281, 2049)
+"""Of the traced micro-batches: one more than whole chunks of 256 or fewer, which is what is padded most."""
 MOST_TOKENS = 1 << 20
 ALLOCATION_BYTES, CODE_BYTES, OFFSET_BYTES = 512, 64, 4
 ITS_NUMBER = frozenset({"layer_idx", "layer_id", "layer_number"})
@@ -102,7 +104,7 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
     numbers, kinds = _kinds(base, layers)
     chosen = [0, *(numbers.index(kind, 1 if kind in numbers[1:] else 0) for kind in range(kinds)), len(layers) - 1]
     recomputed, whole = (
-        _Step.of(base, chosen, adapter, recomputes=recomputes, hidden=base.config.get_text_config().hidden_size)
+        _Step(base, chosen, adapter, recomputes=recomputes, hidden=base.config.get_text_config().hidden_size)
         for recomputes in (True, False)
     )
     found = [
@@ -213,68 +215,47 @@ def _allocated(size_bytes: int) -> int:
 
 
 Bytes = NDArray[np.float64]
-"""Coefficients [3] of 1, t and t squared."""
+"""Coefficients [3] of 1, t and t squared; or [1], a number of them."""
 
 
-class _Step:
-    """A step over a decoder of chosen layers, its bytes as polynomials of the tokens."""
+class _Run:
+    """A step over a decoder of chosen layers; the bytes of its allocations, as an array for each."""
 
-    def __init__(self, steps: Sequence[list[Event]], layers: int, hidden: int) -> None:
-        self._events = steps[0]
-        if any([each.kind for each in step] != [each.kind for each in self._events] for step in steps):
-            raise Untraceable("how many tokens there are changes what is computed")
-        self._names = [event.name if event.kind == "mark" else "" for event in self._events]
-        self._sizes = _polynomials(steps)
-        self._stream = np.array([0.0, 2.0 * hidden, 0.0])
+    def __init__(self, events: Sequence[Event], sizes: Mapping[int, Bytes], stream: Bytes, layers: int) -> None:
+        self._events = events
+        self._names = [event.name if event.kind == "mark" else "" for event in events]
+        self._sizes = sizes
+        self._stream = stream
         self._layers = layers
-        self.adapter_parameters: list[int] = []
-        self.gradient_bytes: list[int] = []
-        self.experts: list[ExpertInstants | None] = []
 
-    @classmethod
-    def of(cls, base: Any, chosen: Sequence[int], adapter: AdapterSpec, *, recomputes: bool, hidden: int) -> _Step:
-        """Run it."""
-        copies = [_cut(base, chosen) for _ in TOKENS]
-        steps = [
-            run_step(copy, adapter, tokens=tokens, recomputes=recomputes)
-            for copy, tokens in zip(copies, TOKENS, strict=True)
-        ]
-        found = cls(steps, len(chosen), hidden)
-        for layer in decoder_layers(decoder_of(copies[0])):
-            adapted = [each for each in layer.parameters() if each.requires_grad]
-            found.adapter_parameters.append(sum(each.numel() for each in adapted))
-            found.gradient_bytes.append(sum(_allocated(2 * each.numel()) for each in adapted))
-            found.experts.append(_expert_instants(layer))
-        return found
-
-    def instants(self, index: int) -> LayerInstants:
-        """Those of a layer that is neither the first nor the last."""
+    def layer(self, index: int) -> dict[str, list[Bytes]]:
+        """The moments of a layer that is neither the first nor the last, by their field of `LayerInstants`."""
         following = f"forward {index + 1}"
         forward = self._segment(f"forward {index}", following, self._stream)
         kept = forward[-1][1] - self._stream
         backward = self._segment(f"backward {index}", f"backward {index - 1}", kept + self._stream)
-        return LayerInstants(
-            kept=_in_tokens(kept),
-            forward=_largest(each for at_work, each in forward if at_work != EXPERTS_FORWARD),
-            backward=_largest(each for at_work, each in backward if not at_work),
-            attention=_largest(each for at_work, each in backward if at_work == ATTENTION),
-            experts=_largest(each for at_work, each in forward if at_work == EXPERTS_FORWARD),
-            experts_again=_largest(each for at_work, each in backward if at_work == EXPERTS_FORWARD),
-            experts_backward=_largest(each for at_work, each in backward if at_work == EXPERTS_BACKWARD),
-        )
+        return {
+            "kept": [kept],
+            "forward": [each for at_work, each in forward if at_work != EXPERTS_FORWARD],
+            "backward": [each for at_work, each in backward if not at_work],
+            "attention": [each for at_work, each in backward if at_work == ATTENTION],
+            "experts": [each for at_work, each in forward if at_work == EXPERTS_FORWARD],
+            "experts_again": [each for at_work, each in backward if at_work == EXPERTS_FORWARD],
+            "experts_backward": [each for at_work, each in backward if at_work == EXPERTS_BACKWARD],
+        }
 
-    @property
-    def ends(self) -> EndInstants:
-        """The first layer's, and from the end of the last one's forward pass to the beginning of its backward pass."""
+    def ends(self) -> dict[str, list[Bytes]]:
+        """Of the first layer, and from the end of the last one's forward pass to the beginning of its backward pass:
+        the moments by their field of `EndInstants`."""
         held = self._embeddings_drop()
         loss = self._segment("end", "loss", self._stream, without=held)[-1][1]
         norm = self._segment("loss", f"backward {self._layers - 1}", loss, without=held)
-        return EndInstants(
-            first_kept=_in_tokens(self._segment("forward 0", "forward 1", np.zeros(3))[-1][1]),
-            released=() if held is None else _in_tokens(self._stream),
-            loss=_in_tokens(loss),
-            norm=_largest(each for _, each in norm),
-        )
+        return {
+            "first_kept": [self._segment("forward 0", "forward 1", np.zeros_like(self._stream))[-1][1]],
+            "released": [] if held is None else [self._stream],
+            "loss": [loss],
+            "norm": [each for _, each in norm],
+        }
 
     def _embeddings_drop(self) -> Event | None:
         """The end of the first layer's input, where nothing needs it by the time that the decoder lets go of it."""
@@ -309,7 +290,62 @@ class _Step:
     def _outputs(self, place: int) -> Bytes:
         """What experts that begin their work have made by then: the tensors that they give."""
         count = OUTPUTS.get(self._events[place].kind, 0)
-        return sum((self._sizes[event.number] for event in self._events[place + 1 : place + 1 + count]), np.zeros(3))
+        outputs = self._events[place + 1 : place + 1 + count]
+        return sum((self._sizes[event.number] for event in outputs), np.zeros_like(self._stream))
+
+
+class _Step:
+    """The same step with several numbers of tokens: its bytes as polynomials of them."""
+
+    def __init__(
+        self, base: Any, chosen: Sequence[int], adapter: AdapterSpec, *, recomputes: bool, hidden: int
+    ) -> None:
+        copies = [_cut(base, chosen) for _ in TOKENS]
+        steps = [
+            run_step(copy, adapter, tokens=tokens, recomputes=recomputes)
+            for copy, tokens in zip(copies, TOKENS, strict=True)
+        ]
+        if _alike(steps):
+            stream = np.array([0.0, 2.0 * hidden, 0.0])
+            self._runs = [_Run(steps[0], _polynomials(steps), stream, len(chosen))]
+        else:
+            streams = [np.array([2.0 * hidden * tokens]) for tokens in TOKENS]
+            self._runs = [
+                _Run(step, _bytes(step), each, len(chosen)) for step, each in zip(steps, streams, strict=True)
+            ]
+        layers = list(decoder_layers(decoder_of(copies[0])))
+        adapted = [[each for each in layer.parameters() if each.requires_grad] for layer in layers]
+        self.adapter_parameters = [sum(each.numel() for each in parameters) for parameters in adapted]
+        self.gradient_bytes = [sum(_allocated(2 * each.numel()) for each in parameters) for parameters in adapted]
+        self.experts = [_expert_instants(layer) for layer in layers]
+
+    def instants(self, index: int) -> LayerInstants:
+        """Those of a layer that is neither the first nor the last."""
+        found = self._joined([run.layer(index) for run in self._runs])
+        return LayerInstants.model_validate({**found, "kept": found["kept"][0]})
+
+    @property
+    def ends(self) -> EndInstants:
+        """The first layer's, and what is between the passes."""
+        found = self._joined([run.ends() for run in self._runs])
+        alone = {name: next(iter(found.get(name, ())), ()) for name in ("first_kept", "released", "loss")}
+        return EndInstants.model_validate({**found, **alone})
+
+    def _joined(self, found: Sequence[Mapping[str, Sequence[Bytes]]]) -> dict[str, tuple[InTokens, ...]]:
+        """The moments that can be the largest ones, by field."""
+        if len(found) == 1:
+            return {name: _largest(moments) for name, moments in found[0].items()}
+        return {
+            name: (_in_tokens(_solved([max(float(each[0]) for each in run[name]) for run in found])),)
+            for name in found[0]
+            if all(run[name] for run in found)
+        }
+
+
+def _alike(steps: Sequence[Sequence[Event]]) -> bool:
+    """Whether the same is computed whatever the number of tokens."""
+    first, *others = ([event.kind for event in step] for step in steps)
+    return all(other == first for other in others)
 
 
 def _expert_instants(layer: Module) -> ExpertInstants | None:
@@ -354,13 +390,22 @@ def _cut(base: Any, chosen: Sequence[int]) -> Any:
 
 
 def _polynomials(steps: Sequence[Sequence[Event]]) -> dict[int, Bytes]:
+    """Of each allocation, by its number in the first step; all steps do the same."""
+    return {
+        events[0].number: _solved([event.size for event in events])
+        for events in zip(*steps, strict=True)
+        if events[0].kind == "take"
+    }
+
+
+def _bytes(step: Sequence[Event]) -> dict[int, Bytes]:
+    return {event.number: np.array([float(event.size)]) for event in step if event.kind == "take"}
+
+
+def _solved(values: Sequence[float]) -> Bytes:
+    """The polynomial that has these values where a step has `TOKENS`."""
     powers = np.vander(np.array(TOKENS, dtype=np.float64), 3, increasing=True)
-    found: dict[int, Bytes] = {}
-    for events in zip(*steps, strict=True):
-        if events[0].kind == "take":
-            sizes = np.array([event.size for event in events], dtype=np.float64)
-            found[events[0].number] = np.linalg.solve(powers, sizes).round(6).astype(np.float64)
-    return found
+    return np.linalg.solve(powers, np.array(values, dtype=np.float64)).round(6).astype(np.float64)
 
 
 def _largest(moments: Iterable[Bytes]) -> tuple[InTokens, ...]:

@@ -358,7 +358,7 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
             loss = _Loss.apply(hidden, recorder)
             del hidden
             loss.backward()
-    return recorder.events
+    return list(recorder.events)  # it goes on for as long as anything of this step is alive
 
 
 def take_weights_away(base: Module) -> None:
@@ -405,5 +405,8 @@ def _mark(recorder: Recorder, name: str, *_: Any) -> None:
 
 def _mark_gradient(recorder: Recorder, name: str, _module: Any, _inputs: Any, out: Any) -> None:
     tensor: Any = out[0] if isinstance(out, tuple) else out
-    if tensor.requires_grad:
-        tensor.register_hook(partial(_mark, recorder, name))
+    if not torch.is_grad_enabled():
+        return
+    if not tensor.requires_grad:
+        tensor.requires_grad_()  # a first layer without adapters stands in for one with, that others come behind
+    tensor.register_hook(partial(_mark, recorder, name))

@@ -241,6 +241,10 @@ class TrainingModel:
                 self._go_separately("records of a packed row see each other")
         except UnknownAttention as error:
             self._go_separately(str(error))
+        if not bool(self.logits(probe(first)).isfinite().all()):
+            raise UserError(
+                f"{name} answers a few tokens with what is no number (NaN): it cannot be trained; get its weights anew"
+            )
         if not self._records_are_apart():
             raise UserError(f"{name} lets records see each other, so it cannot be trained here")
         if self._looks_ahead():
