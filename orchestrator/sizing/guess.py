@@ -57,5 +57,6 @@ def guess_words(adapter: AdapterSpec, facts: ModelFacts) -> str | None:
     return (
         f"layers of model type {facts.model_type}{adapted} were never traced: until prepare does, they are sized like "
         f"Llama's; {JOBS} measured jobs of such types were predicted from {-WORST_UNDER:.1%} under to "
-        f"{WORST_OVER:.1%} over what they took, {MEAN_ERROR:.2%} off on average, {JOBS_UNDER} of them under, {more}"
+        f"{WORST_OVER:.1%} over what they took, {MEAN_ERROR:.2%} off on average, {JOBS_UNDER} of them under, {more}; "
+        "layers that carry a state (Mamba, delta nets) may take many times as much, which prepare finds on a CPU"
     )

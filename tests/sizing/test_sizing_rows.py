@@ -37,7 +37,7 @@ def untabled(*, sure: bool) -> list[float]:
     raw = [json.loads(line) for line in UNTABLED_ROWS.read_text().splitlines()]
     rows = [(each, row) for each in raw if (row := Row.read(each)) is not None]
     assert all(each["trace"] for each, _ in rows)
-    assert len({row.facts.model_type for _, row in rows}) >= 27
+    assert len({row.facts.model_type for _, row in rows}) >= 31
     return [error(row) for each, row in rows if sure == (not each["separate"] and not each["adapter"]["useDora"])]
 
 
