@@ -156,8 +156,8 @@ def test_what_is_kept_of_termination_messages_and_words_is_bounded() -> None:
 
     def say_all() -> None:
         for number in range(tried):
-            conditions._words(f"模{number:_>500}")  # pyright: ignore[reportPrivateUsage]
-            conditions._words(f"模{number:_>2000}")  # pyright: ignore[reportPrivateUsage]
+            conditions.words(f"模{number:_>500}")
+            conditions.words(f"模{number:_>2000}")
 
     assert bytes_of(read_all) / tried * pod_facts.RESULTS_KEPT < LARGEST_CACHES_BYTES["termination messages"]
     assert bytes_of(say_all) / tried * conditions.WORDS_KEPT < LARGEST_CACHES_BYTES["words"]

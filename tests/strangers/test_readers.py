@@ -131,6 +131,30 @@ def test_what_cannot_be_read_of_a_job_counts_as_not_told() -> None:
     assert min(seen.values()) > ROUNDS / 10
 
 
+FIELDS_READ = (
+    *(("metadata", name) for name in ("uid", "annotations", "deletionTimestamp", "finalizers")),
+    *(("spec", name) for name in ("queue", "suspend", "activeDeadlineSeconds")),
+    *(("status", name) for name in ("attempts", "activeSeconds")),
+    *(("attempt", name) for name in ("stage", "number", "gpuClass", "finishTime")),
+)
+VALUES: tuple[Any, ...] = (None, True, 0, 1.5, 10**40, "", "train", [], ["train"], [[]], {}, {"a": []})
+
+
+@pytest.mark.parametrize(("part", "field"), FIELDS_READ)
+def test_each_field_that_is_read_of_it_may_be_of_any_type(part: str, field: str) -> None:
+    for value in VALUES:
+        attempt = {"stage": "train", "number": 1, "gpuClass": "24Gi"} | ({field: value} if part == "attempt" else {})
+        odd: Json = {"metadata": {"uid": "u"}, "spec": {}, "status": {"attempts": [attempt]}}
+        if part != "attempt":
+            odd[part] |= {field: value}
+        found = read_leniently(odd, namespace="team-a", name="odd")
+        assert isinstance(found.uid, str)
+        assert isinstance(found.queue, str)
+        assert found.gpu_class is None or isinstance(found.gpu_class, str)
+        assert found.stage in ("", "odd-train-1", "odd-train-0")
+        hash(found)  # what it is kept by
+
+
 def without(dice: random.Random, job: Json) -> Json:
     return {**job, dice.choice(["spec", "status"]): any_value(dice)}
 

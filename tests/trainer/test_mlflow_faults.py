@@ -15,10 +15,11 @@ from fault_link import Cut, Fault, Link, Refusal, Request, fault_link, hurry
 from mlflow import MlflowClient
 from mlflow_server import free_port, mlflow_server
 from qlora_trainer import publish
-from qlora_trainer.outcome import CredentialsRefused, Transient
+from qlora_trainer.outcome import Transient
 from test_publish import RECORDS, make_store, make_task
 from test_tracking import make_journal, make_logger, make_record
 
+from orchestrator.api.reasons import Reason
 from orchestrator.api.results import PublishResult
 from orchestrator.api.task import StageTask
 from orchestrator.api.tracking_login import LOGIN_FOLDER_VARIABLE, LOGIN_VARIABLES
@@ -127,8 +128,9 @@ def test_a_server_that_answers_now_and_then_has_everything_once(
 def test_a_token_that_has_expired_is_waited_for(client: MlflowClient, link: Link, tmp_path: Path) -> None:
     task = job(client, tmp_path, "expired")
     link.rule = lambda request: EXPIRED if request.method == "POST" and link.faults < 3 else None
-    with pytest.raises(CredentialsRefused, match="takes its credentials no longer"):
+    with pytest.raises(Transient, match="takes its credentials no longer") as refused:
         publish.run(task)
+    assert refused.value.reason is Reason.CREDENTIALS_REFUSED
     check(client, task, publish_to_the_end(task))
 
 
@@ -146,7 +148,7 @@ def test_a_login_in_files_is_read_anew_when_it_is_changed(
     (folder / "username").write_text("ada\n")
     (folder / "password").write_text("wrong")
     task = job(client, tmp_path, "login")
-    with pytest.raises(CredentialsRefused):
+    with pytest.raises(Transient, match="takes its credentials no longer"):
         publish.run(task)
     (folder / "password").write_text("old\n")
     check(client, task, publish_to_the_end(task))

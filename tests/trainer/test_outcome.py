@@ -16,7 +16,6 @@ import pytest
 from qlora_trainer import __main__ as frame
 from qlora_trainer.outcome import (
     BrokenGpu,
-    CredentialsRefused,
     DivergedError,
     FencedError,
     OutOfMemory,
@@ -142,7 +141,7 @@ def test_a_password_in_a_url_is_hidden() -> None:
         (FencedError("x"), 84),
         (Preempted(), 85),
         (BrokenGpu("x"), 86),
-        (CredentialsRefused("x"), 87),
+        (Transient("x", of_credentials=True), 87),
         (StageError("x"), 1),
         (ValueError("x"), 1),
         (OSError(errno.ENOSPC, "No space left on device", "/data/file"), 81),

@@ -937,7 +937,7 @@ def test_a_token_of_the_hub_that_has_expired_is_waited_for_whatever_it_is_asked_
     questions.append(["dataset", "hf://acme/data", "train"])
     answers, _ = ask_hub(questions, repositories, tmp_path / "home", token=token)
     for (_, source, _), answer in zip(questions, answers, strict=True):
-        assert answer.startswith(f"CredentialsRefused: {source} takes its credentials no longer")
+        assert answer.startswith(f"Transient: {source} takes its credentials no longer")
         assert answer.endswith("a new attempt reads them anew")
 
 

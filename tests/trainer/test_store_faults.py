@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 from fault_link import Cut, Fault, Link, Request, Stale, fault_link, hurry, s3_error
 from qlora_trainer import train
-from qlora_trainer.outcome import CredentialsRefused, FencedError, Transient, UserError
+from qlora_trainer.outcome import FencedError, StageError, Transient
 from qlora_trainer.storage.job_store import JobStore
 from s3_server import ACCESS, BUCKET, REGION, SECRET, S3Server, s3_server
 from test_job_store import make_folder, make_manifest, publish
 from toy_job import digest_of_adapter, make_task
 
 from orchestrator.api.formats import AttemptLog, CheckpointManifest, Fence, FileEntry
+from orchestrator.api.reasons import Reason
 from orchestrator.api.task import StageTask
 from tests.cluster.resources import require
 
@@ -158,9 +159,10 @@ def test_an_upload_in_parts_that_is_cut_in_the_middle_is_made_again(
 
 def test_a_denial_is_final_only_before_the_job_has_used_its_store(server: S3Server, link: Link) -> None:
     link.rule = lambda _request: s3_error(403, "AccessDenied")
-    for is_new, error in ((True, UserError), (False, CredentialsRefused)):
-        with pytest.raises(error, match="AccessDenied, says the link; give the job a store and credentials"):
+    for is_new, reason in ((True, Reason.USER_ERROR), (False, Reason.CREDENTIALS_REFUSED)):
+        with pytest.raises(StageError, match="AccessDenied, says the link; give the job a store and cred") as denied:
             JobStore(f"s3://{BUCKET}/denied", is_new=is_new).take_fence(1)
+        assert denied.value.reason is reason
 
 
 # --- two writers

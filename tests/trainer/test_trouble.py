@@ -14,11 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import hf_raise_for_status
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
-from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
+from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.source_errors import translated
 from qlora_trainer.storage.trouble import Trouble, trouble
 from s3fs.errors import translate_boto_error
+
+from orchestrator.api.reasons import Reason
 
 httpx = import_module(HfHubHTTPError.__mro__[1].__module__.split(".")[0])
 """The HTTP library of the hub's client, which has changed with its versions."""
@@ -105,9 +107,10 @@ def test_a_hiccup_is_one_in_every_disguise(cause: Exception) -> None:
 def test_credentials_that_a_new_attempt_has_anew_are_no_verdict(error: Exception) -> None:
     for each in in_disguise(error):
         assert trouble(each) is Trouble.STALE_CREDENTIALS, repr(each)
-        expected = pytest.raises(CredentialsRefused, match="a new attempt reads them anew")
-        with expected, translated("s3://bucket/model", field="f"):
+        expected = pytest.raises(Transient, match="a new attempt reads them anew")
+        with expected as refused, translated("s3://bucket/model", field="f"):
             raise each
+        assert refused.value.reason is Reason.CREDENTIALS_REFUSED
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     StageError
     |-- UserError       80  the job asks for something that cannot work: say what to change
     |-- Transient       81  the surroundings failed: the same attempt may succeed later
-    |   `-- CredentialsRefused  87  renew them, or grant what they lack: a new attempt reads them anew
+    |                   87  ... once credentials are renewed or granted what they lack: a new attempt reads them anew
     |-- OutOfMemory     82  the plan does not fit the card
     |-- DivergedError   83  the loss is not a number any more
     |-- FencedError     84  a newer attempt owns the job's store
@@ -19,7 +19,6 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import ClassVar
 
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.api.results import StageResult, TrainResult
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 class StageError(Exception):
     """Base of all errors that a stage raises on purpose."""
 
-    exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL_ERROR
+    exit_code: ExitCode = ExitCode.INTERNAL_ERROR
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -52,15 +51,12 @@ class UserError(StageError):
 
 
 class Transient(StageError):
-    """The surroundings failed; trying again later may work."""
+    """The surroundings failed; trying again later may work, and what was done so far is safe."""
 
-    exit_code = ExitCode.TRANSIENT_ERROR
-
-
-class CredentialsRefused(Transient):
-    """Whoever was asked does not take the credentials, or no longer; what was done so far is safe."""
-
-    exit_code = ExitCode.CREDENTIALS_REFUSED
+    def __init__(self, message: str, *, of_credentials: bool = False) -> None:
+        """`of_credentials`: whoever was asked does not take them, or no longer."""
+        super().__init__(message)
+        self.exit_code = ExitCode.CREDENTIALS_REFUSED if of_credentials else ExitCode.TRANSIENT_ERROR
 
 
 class OutOfMemory(StageError):

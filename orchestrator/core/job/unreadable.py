@@ -24,7 +24,7 @@ def read_leniently(item: object, *, namespace: str, name: str) -> UnreadableJob:
     deleted = meta.get("deletionTimestamp") is not None
     cancelled = _mapping(meta, "annotations").get(CANCEL_ANNOTATION) == "true"
     attempt = _active_attempt(status)
-    stage, number, gpu_class = attempt.get("stage"), attempt.get("number"), attempt.get("gpuClass")
+    stage, number, gpu_class = _text(attempt, "stage"), attempt.get("number"), _text(attempt, "gpuClass")
     known = stage in _STAGES and _is_count(number)
     finalizers = meta.get("finalizers")
     return UnreadableJob(
@@ -33,7 +33,7 @@ def read_leniently(item: object, *, namespace: str, name: str) -> UnreadableJob:
         uid=_text(meta, "uid"),
         queue=_text(spec, "queue"),
         stage=f"{name}-{stage}-{number}" if known else "",
-        gpu_class=gpu_class if isinstance(gpu_class, str) and stage in STAGES_ON_GPU else None,
+        gpu_class=(gpu_class or None) if stage in STAGES_ON_GPU else None,
         stop=deleted or cancelled or spec.get("suspend") is True,
         deleted=deleted,
         held=isinstance(finalizers, list | tuple) and RELEASE_FINALIZER in finalizers,

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import fsspec  # type: ignore[import-untyped]  # it has no types
 
 from orchestrator.api.contained_files import open_file, open_folder, refuse_link
-from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
+from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
 from qlora_trainer.storage.trouble import is_away, is_not_implemented, is_other_version
 
@@ -345,7 +345,7 @@ class ObjectStore:
         return UserError(f"{message}; spec.store.uri must name a bucket that exists")
 
     def denied(self, message: str) -> StageError:
-        return UserError(message) if self._is_new else CredentialsRefused(message)
+        return UserError(message) if self._is_new else Transient(message, of_credentials=True)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -43,7 +43,7 @@ from orchestrator.api.formats import (
     log_folder,
 )
 from orchestrator.api.stage_name import StageKind
-from qlora_trainer.outcome import CredentialsRefused, FencedError, StageError, Transient, UserError
+from qlora_trainer.outcome import FencedError, StageError, Transient, UserError
 from qlora_trainer.storage.backends import (
     SCRATCH_FOLDER,
     STORE_BACKOFF,
@@ -277,7 +277,7 @@ class JobStore:
                 return Transient(f"{what}: the store does not answer ({type(error).__name__}: {error})")
             case Trouble.STALE_CREDENTIALS:
                 message = f"{what}: it takes its credentials no longer ({error}); a new attempt reads them anew"
-                return CredentialsRefused(message)
+                return Transient(message, of_credentials=True)
             case Trouble.REFUSED:
                 return self._backend.denied(
                     f"{what}: {error}; give the job a store and credentials that may read and write it"

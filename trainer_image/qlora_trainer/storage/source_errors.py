@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from orchestrator.api.contained_files import LinkRefused
-from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
+from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.trouble import Trouble, names_in_chain, trouble
 
 
@@ -33,7 +33,8 @@ def _meaning(error: Exception, source: str, field: str) -> StageError | None:
     if found is Trouble.AWAY:
         return Transient(f"{source} does not answer ({type(error).__name__}: {error})")
     if found is Trouble.STALE_CREDENTIALS:
-        return CredentialsRefused(f"{source} takes its credentials no longer ({error}); a new attempt reads them anew")
+        message = f"{source} takes its credentials no longer ({error}); a new attempt reads them anew"
+        return Transient(message, of_credentials=True)
     kinds = names_in_chain(error)
     if kinds & {"GatedRepoError", "DisabledRepoError"}:
         return UserError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.api.task import TRACKING_URI_VARIABLE
 from orchestrator.api.tracking_login import read_login
-from qlora_trainer.outcome import CredentialsRefused, StageError, Transient, UserError
+from qlora_trainer.outcome import StageError, Transient, UserError
 from qlora_trainer.storage.backoff import Backoff, retry
 from qlora_trainer.storage.trouble import Trouble, is_away, trouble
 
@@ -53,13 +53,14 @@ def insist(action: str, call: Callable[[MlflowClient], T], backoff: Backoff = PU
             case Trouble.AWAY:
                 raise Transient(f"MLflow is away, cannot {action}: {first_line(error)}") from error
             case Trouble.STALE_CREDENTIALS:
-                raise CredentialsRefused(
+                raise Transient(
                     f"MLflow takes its credentials no longer, cannot {action}: {first_line(error)}; "
-                    "a new attempt reads them anew"
+                    "a new attempt reads them anew",
+                    of_credentials=True,
                 ) from error
             case Trouble.REFUSED:
-                raise CredentialsRefused(
-                    f"MLflow refuses to {action}: {first_line(error)}; check its credentials"
+                raise Transient(
+                    f"MLflow refuses to {action}: {first_line(error)}; check its credentials", of_credentials=True
                 ) from error
             case _:
                 raise

@@ -6,8 +6,9 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from orchestrator.api.reasons import ExitCode
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
-from qlora_trainer.outcome import CredentialsRefused, Transient
+from qlora_trainer.outcome import Transient
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.tracking.mlflow_client import insist
 from qlora_trainer.tracking.mlflow_run import refuse_foreign_experiment
@@ -31,7 +32,7 @@ def refuse_foreign_names(task: StageTask) -> None:
 
     try:
         insist("look at the job's names", look, ONCE)
-    except CredentialsRefused:
-        raise  # publish would wait for the same, and by then a GPU has trained
     except Transient as error:
+        if error.exit_code is ExitCode.CREDENTIALS_REFUSED:
+            raise  # publish would wait for the same, and by then a GPU has trained
         log.warning("%s; publish looks whose they are", error)
