@@ -285,6 +285,36 @@ def test_hubs_are_reached_only_where_the_job_names_one(
     assert os.environ["DO_NOT_TRACK"] == "true"
 
 
+SWALLOWING = """
+import contextlib, os, signal, sys, time
+from qlora_trainer import __main__ as frame
+
+def run_stage(task):
+    with contextlib.suppress(BaseException):  # as an import does, of what a library can do without
+        os.kill(os.getpid(), signal.SIGTERM)
+    with contextlib.suppress(BaseException):
+        time.sleep(20)
+    time.sleep(20)
+
+frame.run_stage = run_stage
+sys.exit(frame.main(["publish"]))
+"""
+
+
+def test_a_stop_that_a_library_swallows_is_repeated(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "QLORA_TASK": make_task(tmp_path).model_dump_json(by_alias=True),
+        "QLORA_TERMINATION_LOG": str(tmp_path / "termination-log"),
+    }
+    ended = subprocess.run([sys.executable, "-c", SWALLOWING], env=environment, timeout=30, check=False)
+    assert ended.returncode == ExitCode.PREEMPTED
+    result = StageResult.model_validate_json((tmp_path / "termination-log").read_text())
+    assert result.failure is not None
+    assert result.failure.reason is Reason.PREEMPTED
+
+
 def test_sigterm_ends_a_stage_without_state_as_preempted(tmp_path: Path) -> None:
     # The store answers nobody, so publish is busy asking it again when it is told to stop.
     pytest.importorskip("s3fs")

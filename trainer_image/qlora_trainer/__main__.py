@@ -35,6 +35,8 @@ MIN_SECRET_CHARACTERS = 6
 """Shorter values are none, and would be found in every other word."""
 END_SECONDS, HURRIED_END_SECONDS = 5.0, 1.0
 """How long the end of a stage waits for the last lines of its log to be stored."""
+INSIST_SECONDS = 1.0
+"""How long after SIGTERM, and how often from then on, a stage that goes on is stopped again."""
 MAX_MESSAGE_CHARACTERS = 2048  # the bound of orchestrator.api.base.Sentence
 
 GPU_FAULTS = re.compile(
@@ -63,13 +65,17 @@ def main(arguments: list[str]) -> ExitCode:
     start_logging(stage=stage)
     stored_log: StoredLog | None = None
     try:
-        task = read_task(stage)
-        stored_log = start_logging_of(task)
-        set_environment(task)
-        if stage != "train":  # train listens for SIGTERM itself, because it has something to save
-            signal.signal(signal.SIGTERM, _stop)
-        result = run_stage(task)
+        try:
+            task = read_task(stage)
+            stored_log = start_logging_of(task)
+            set_environment(task)
+            if stage != "train":  # train listens for SIGTERM itself, because it has something to save
+                signal.signal(signal.SIGTERM, _stop)
+            result = run_stage(task)
+        finally:
+            _insist_no_more()
     except Stopped:
+        _insist_no_more()
         exit_code, result = verdict(Preempted())
     except Exception as error:  # noqa: BLE001 - the frame: whatever comes out of a stage becomes its verdict
         # Native code that `Stopped` interrupts, in an import above all, may raise an error of its own instead.
@@ -195,7 +201,19 @@ def _gpu_name() -> str:
 
 def _stop(_signal_number: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out must not be interrupted
+    # But a library may take `Stopped` for an import that failed, and go on without what it wanted to import.
+    signal.signal(signal.SIGALRM, _insist)
+    signal.setitimer(signal.ITIMER_REAL, INSIST_SECONDS, INSIST_SECONDS)
     raise Stopped
+
+
+def _insist(_signal_number: int, _frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _insist_no_more() -> None:
+    if signal.getsignal(signal.SIGALRM) is _insist:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def redact(text: str) -> str:
