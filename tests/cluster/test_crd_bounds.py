@@ -128,8 +128,11 @@ QUEUE_FIELDS = dict(leaves(QLoRAQueueSpec))
 
 @pytest.mark.parametrize("path", JOB_FIELDS)
 def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> None:
-    needed = {"dataset": {**SPEC["dataset"], "evalSource": "s3://b/e"}} if path == "dataset.evalSplit" else {}
-    agree_on_all(api, QLoRAJob, {**SPEC, **needed}, path, JOB_FIELDS[path])
+    needed: Json = {
+        "dataset.evalSplit": {"dataset": {**SPEC["dataset"], "evalSource": "s3://b/e"}},
+        "adapter.experts": {"adapter": {"dropout": "0"}},
+    }
+    agree_on_all(api, QLoRAJob, {**SPEC, **needed.get(path, {})}, path, JOB_FIELDS[path])
 
 
 @pytest.mark.parametrize("path", QUEUE_FIELDS)
@@ -154,7 +157,8 @@ def rule_breakers() -> list[tuple[str, object]]:
     both = {"source": "s3://b/t", "evalSource": "s3://b/e", "evalFraction": "0.1"}
     found: list[tuple[str, object]] = [("dataset.evalFraction", "0.6"), ("dataset", both)]
     found += [("adapter.dropout", "1"), ("tracking.alias", "v1"), ("tracking.registeredModel", "..")]
-    found += [("tracking.registeredModel", "a/b")]
+    found += [("tracking.registeredModel", "a/b"), ("adapter", {"experts": True})]
+    found += [("adapter", {"experts": True, "dropout": "0", "useDora": True})]
     found += [("dataset.evalSplit", "test"), ("training.epochs", "1000001")]
     found += [("model.chatTemplate", "templates/chat.jinja"), ("model.chatTemplate", "{{ '模' }}" + "模" * 20_000)]
     aliases = {
