@@ -87,6 +87,13 @@ def test_products_are_rounded_once_whether_the_processor_multiplies_bfloat16_or_
     assert not filled[:, 20:].any()
 
 
+def test_a_torch_that_does_not_tell_what_the_processor_can_multiplies_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not ops._processor_multiplies_bfloat16.__wrapped__()  # pyright: ignore[reportPrivateUsage]
+
+
 def build_model(folder: Path, family: str, **fields: Any) -> TrainingModel:
     base = build_tiny_model(folder, family.partition(" ")[0], **FAMILIES[family])
     weights = load_file(base / "model.safetensors")

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> ExitCode:
         finally:
             _insist_no_more()
     except Stopped:
-        _insist_no_more()
+        _insist_no_more()  # again, for it may have come on the way out, before the first time
         exit_code, result = verdict(Preempted())
     except Exception as error:  # noqa: BLE001 - the frame: whatever comes out of a stage becomes its verdict
         # Native code that `Stopped` interrupts, in an import above all, may raise an error of its own instead.

@@ -8,6 +8,7 @@ may be further apart than they are wide; sums are taken in float32.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
@@ -61,7 +62,8 @@ def _multiplies(x: Tensor) -> bool:
 
 @cache
 def _processor_multiplies_bfloat16() -> bool:
-    has = torch.cpu.get_capabilities()
+    # Older releases of torch do not tell: their products are in float32, which is slower and never wrong.
+    has: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict[str, object])()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
