@@ -218,6 +218,13 @@ UNTABLED: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
         "linear_num_key_heads": 16, "linear_num_value_heads": 32, **_shape(4096, 12288, 32, 16, 4, 248320),
     },
+    "qwen3.5-35b-a3b": {
+        "model_type": "qwen3_5_moe_text", **_GATED, "head_dim": 256, "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "num_experts": 256, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        **_shape(2048, 5120, 40, 16, 2, 248320),
+    },
     "qwen3-next-80b-a3b": {
         "model_type": "qwen3_next", **_GATED, "head_dim": 256, "full_attention_interval": 4,
         "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,

@@ -255,6 +255,7 @@ WHOLE = (
     _whole("gpt-oss-20b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_24, sequence=1024)),
     _whole("phi-3.5-moe-42b", _case(rank=16, cap_gib=CAP_48)),
     _whole("gemma-3-27b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_48, sequence=4096)),
+    _whole("qwen3.5-35b-a3b", _case(rank=16, cap_gib=CAP_48), _case(rank=16, cap_gib=CAP_48, sequence=8192)),
 )
 LORA16 = (
     _whole("llama-2-13b", _case(rank=64), _case(rank=64, recompute=0), part="lora16"),
