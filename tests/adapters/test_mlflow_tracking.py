@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from orchestrator.api.reasons import Reason
 from orchestrator.errors import InvalidObject, TrackingUnavailable
 from orchestrator.settings import Settings
 from tests.builders import NOW, make_attempt, submitted_job
+from tests.trainer.fault_link import Cut, Fault, Link, Request, fault_link
+from tests.trainer.mlflow_server import free_port, mlflow_server
 
 # MLflow's imports and its database layer warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -213,6 +216,80 @@ def test_an_experiment_that_was_deleted_meanwhile_is_restored(settings: Settings
     with pytest.raises(TrackingUnavailable):
         tracking.ensure_run(job("u-12", tracking=experiment))
     assert tracking.ensure_run(job("u-12", tracking=experiment)).experiment_id == first.experiment_id
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a real server."""
+    port = free_port()
+    with mlflow_server(tmp_path_factory.mktemp("server"), port):
+        yield port
+
+
+@pytest.fixture
+def link(server: int) -> Iterator[Link]:
+    with fault_link("127.0.0.1", server) as link:
+        yield link
+
+
+def ensured(tracking: MlflowTracking, wanted: QLoRAJob) -> MlflowStatus:
+    """As the controller has it: asked again for as long as MLflow is away."""
+    for _ in range(20):
+        try:
+            return tracking.ensure_run(wanted)
+        except TrackingUnavailable:
+            time.sleep(0.3)
+    raise AssertionError("there is no run after twenty tries")
+
+
+@pytest.mark.parametrize("lost", [Cut.AFTER, Cut.LATE])
+def test_a_run_whose_answer_is_lost_after_the_commit_is_made_once(
+    server: int, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: Cut
+) -> None:
+    """Whatever writes is carried out and its answer lost, once each."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # as an operator may have it
+    written: set[str] = set()
+
+    def rule(request: Request) -> Fault | None:
+        if request.method == "GET" or request.path.endswith("search") or request.path in written:
+            return None
+        written.add(request.path)
+        return lost
+
+    link.rule = rule
+    tracking = MlflowTracking(Settings(home=tmp_path, tracking_uri=link.url, tracking_timeout_seconds=60))
+    wanted = job(f"u-{lost.name}", tracking=TrackingSpec(experiment=lost.name))
+    status = ensured(tracking, wanted)
+    assert [path.rpartition("mlflow/")[2] for path in sorted(written)][:2] == ["experiments/create", "runs/create"]
+    made = MlflowClient(f"http://127.0.0.1:{server}")
+    assert [run.info.run_id for run in made.search_runs([status.experiment_id])] == [status.run_id]
+
+
+def test_of_the_runs_that_two_controllers_make_at_once_the_one_on_record_stays(
+    server: int, link: Link, tmp_path: Path
+) -> None:
+    """Both have looked for it before either makes it, and the job's status takes the word of one."""
+    other = MlflowTracking(Settings(home=tmp_path, tracking_uri=f"http://127.0.0.1:{server}"))
+    wanted = job("u-two", tracking=TrackingSpec(experiment="two"))
+    other.ensure_run(job("u-before", tracking=TrackingSpec(experiment="two")))  # so that the experiment is there
+    made: list[MlflowStatus] = []
+
+    def rule(request: Request) -> Fault | None:
+        if request.path.endswith("runs/create") and not made:
+            made.append(other.ensure_run(wanted))
+        return None
+
+    link.rule = rule
+    late = MlflowTracking(Settings(home=tmp_path, tracking_uri=link.url))
+    assert late.ensure_run(wanted) != made[0], "its start time is the earlier one"
+    wanted = recorded(wanted, made[0])
+    for tracking in (late, other):
+        assert tracking.ensure_run(wanted) == made[0]
+    late.finish_run(wanted, "FINISHED")
+    found = MlflowClient(f"http://127.0.0.1:{server}").search_runs([str(made[0].experiment_id)])
+    assert [run.info.run_id for run in found if run.data.tags["qlora.dev/job-uid"] == "u-two"] == [made[0].run_id]
+    assert len(found) == 2, "another job's run was touched"
 
 
 def test_a_server_that_refuses_connections_is_unavailable(tmp_path: Path) -> None:

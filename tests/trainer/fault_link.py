@@ -22,6 +22,8 @@ from qlora_trainer.storage import backoff
 from tests.servers import Server, serving
 
 PIECE_BYTES = 1 << 16
+PATIENCE_SECONDS = 300.0
+"""No client waits longer for an answer."""
 HOP_HEADERS = ("connection", "transfer-encoding", "keep-alive")
 
 
@@ -45,6 +47,7 @@ class Cut(Enum):
     BEFORE = "nothing reaches the server"
     MIDWAY = "half of the body reaches the server"
     AFTER = "all of it is carried out, and no answer comes back"
+    LATE = "all of it is carried out, and no answer comes for as long as the client waits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +150,9 @@ def _handler(host: str, port: int, link: Link) -> type[BaseHTTPRequestHandler]:
             answer = self._pass_on(body, size)
             assert answer is not None
             earlier.setdefault(key, answer)
-            if fault is Cut.AFTER:
+            if fault is Cut.LATE:
+                self._wait_for_the_clients_end()
+            if isinstance(fault, Cut):
                 self._hang_up()
             else:
                 self._answer(*answer)
@@ -188,6 +193,11 @@ def _handler(host: str, port: int, link: Link) -> type[BaseHTTPRequestHandler]:
         def _drain(self, size: int) -> None:
             while size > 0:
                 size -= len(self.rfile.read(min(size, PIECE_BYTES)))
+
+        def _wait_for_the_clients_end(self) -> None:
+            self.connection.settimeout(PATIENCE_SECONDS)
+            with suppress(OSError):
+                self.connection.recv(1)
 
         def _hang_up(self) -> None:
             self.close_connection = True

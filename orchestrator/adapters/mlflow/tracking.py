@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 JOB_TAG, UID_TAG, QUEUE_TAG = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/queue"
 PLAN_TAG, END_TAG = "qlora.dev/plan", "qlora.dev/end"
-HTTP_RETRIES = 1  # the caller tries again, with a backoff
 EXPERIMENTS_KNOWN = 1000
 RUNS_LOOKED_AT = 1000
+RUNS_OF_A_JOB = 100
 TAGS_AT_ONCE = 100  # MLflow's bound
 RUNNING = "RUNNING"
 Answer = TypeVar("Answer")
@@ -119,6 +119,12 @@ class MlflowTracking:
         self._say(run, _last_words(job))
         if run.info.status != run_status:
             self._connected().set_terminated(run.info.run_id, status=run_status)
+        for other in self._runs(job, run.info.experiment_id):
+            if other.info.run_id != run.info.run_id:  # two controllers made one each at a time
+                log.warning(
+                    "deleting MLflow run %s: the run of job %s is %s", other.info.run_id, job.key, run.info.run_id
+                )
+                self._connected().delete_run(other.info.run_id)
 
     def _say(self, run: Any, words: dict[str, str]) -> None:
         entities: Any = importlib.import_module("mlflow.entities")
@@ -147,12 +153,16 @@ class MlflowTracking:
         return own | run_tags(meta.namespace, meta.name, self._user)
 
     def _find_run(self, job: QLoRAJob, experiment_id: str) -> Any:
+        """The run on record, or else the oldest, should there ever be two; None where there is none."""
+        found = self._runs(job, experiment_id)
+        on_record = (run for run in found if run.info.run_id == job.status.mlflow.run_id)
+        return next(on_record, found[0] if found else None)
+
+    def _runs(self, job: QLoRAJob, experiment_id: str) -> Sequence[Any]:
+        """The runs with the job's tag in an experiment, the oldest first."""
         query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
-        # The oldest, should there ever be two: every caller finds the same one.
-        found = self._connected().search_runs(
-            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
-        )
-        return found[0] if found else None
+        order = ["attributes.start_time ASC"]
+        return self._connected().search_runs([experiment_id], query, max_results=RUNS_OF_A_JOB, order_by=order)
 
     def _ensure_experiment(self, job: QLoRAJob) -> str:
         key = _experiment_key(job)
@@ -211,7 +221,8 @@ class MlflowTracking:
         read_login(os.environ)
         if self._client is None:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(self._settings.tracking_timeout_seconds)))
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(HTTP_RETRIES))
+            # The caller tries again: a client that does by itself makes a second run when an answer is lost.
+            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             mlflow: Any = importlib.import_module("mlflow")
             self._client = mlflow.MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
