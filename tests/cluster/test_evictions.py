@@ -1,4 +1,7 @@
-"""The eviction API on stages' pods: it leaves them their grace period, or is refused where a budget is wanted."""
+"""Other people's controllers: what they read on stages' pods, and what the eviction API makes of their wishes.
+
+It leaves a pod its grace period, or is refused where a budget is wanted.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,23 @@ def test_an_eviction_leaves_the_grace_period_and_is_refused_where_a_budget_is_wa
         fact = until(pods, lambda fact: fact.disruption)
         assert (fact.phase, fact.disruption) == (StagePhase.RUNNING, Reason.DISRUPTED)
         assert api.get(PATH)["metadata"]["deletionGracePeriodSeconds"] == 120
+
+
+LEAVE_ALONE = {
+    "karpenter.sh/do-not-disrupt": "true",
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "descheduler.alpha.kubernetes.io/prefer-no-eviction": "true",
+}
+"""What each of them documents as the wish of a pod that is not to be moved for a controller's own convenience."""
+
+
+def test_other_peoples_controllers_read_on_each_pod_that_it_is_to_be_left_alone(plane: ControlPlane) -> None:
+    api = plane.api()
+    with started_runtimes(plane, POLICY, BOUNDS) as start:
+        run_on_node(api, start())
+        (pod,) = api.get(path_of("v1", "pods", NAMESPACE))["items"]
+        found = pod["metadata"].get("annotations", {})
+        assert {name: found.get(name) for name in LEAVE_ALONE} == LEAVE_ALONE
 
 
 def evict(api: KubeApi) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import Condition, ModelSource
 from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.cli.main import app
 from orchestrator.errors import WaitTimedOut
 from orchestrator.sdk.client import Client
 from orchestrator.sdk.explanation import ON_RECORD
@@ -195,6 +197,32 @@ def test_a_submitter_lists_follows_plans_and_is_told_why_without_a_right_beyond_
         client.list(all_namespaces=True)
     handle.cancel()
     handle.delete()
+
+
+def test_a_tenant_can_ask_why_a_job_waits_and_where_its_queue_stands(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the command line, with rights in the own namespace alone: a submitter may look at no queue and no node."""
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig_of(plane, "submitter")))
+    monkeypatch.setenv("QLORA_CONTEXT", CONTEXT)
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
+    jobs = KubernetesStore(plane.api())
+    standing = "queue research uses 2 of its 2 24Gi GPUs; third in line"
+    why = Condition(
+        type=ConditionType.ADMITTED,
+        status="False",
+        reason=Reason.WAITING_FOR_QUOTA,
+        message=standing,
+        last_transition_time=NOW,
+        observed_generation=1,
+    )
+    waiting = jobs.create_job(submitted_job("waits", **ON_THE_HUB))
+    jobs.update_status(waiting, prepared_status(conditions=(why,), summary=standing))
+    for command in ("explain", "describe"):
+        told = CliRunner().invoke(app, [command, "waits", "--namespace", "team-a"])
+        assert told.exit_code == 0, told.output
+        assert standing in " ".join(told.output.split())
+    jobs.delete_job("team-a", "waits")
 
 
 def test_a_viewer_changes_nothing(plane: ControlPlane) -> None:

@@ -47,7 +47,11 @@ MANAGED_BY_LABEL, MANAGER = "app.kubernetes.io/managed-by", "qlora-orchestrator"
 
 TRAINER, AGENT = "trainer", "ray-agent"
 USER_ID = 65532
-LET_IT_END = {"karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+LET_IT_END = {
+    "karpenter.sh/do-not-disrupt": "true",
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "descheduler.alpha.kubernetes.io/prefer-no-eviction": "true",
+}
 FOR_THE_POD = {"host_memory_factor", "avoid_nodes"}
 """What a task says of its pod, and no trainer needs to know."""
 AGENT_SOCKET = f"{SOCKET_FOLDER}/agent.sock"
