@@ -29,7 +29,7 @@ from benchmarks.report import argument_parser, emit
 from orchestrator.api.job import CheckpointStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ExitCode
-from orchestrator.core.commands import Command, DeleteStage, EnsureStage, StopStage, WriteStatus
+from orchestrator.core.commands import Command, DeleteStage, EnsureStage, StopStage, WriteQueueStatus, WriteStatus
 from orchestrator.core.decide import Decider, decide
 from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
 from orchestrator.sizing.hardware import gpu_class
@@ -189,8 +189,8 @@ def come_to_rest(world: Snapshot) -> Snapshot:
     for _ in range(MOST_ROUNDS):
         commands = decider.decide(world)
         after_all = carried_out(world, commands)
-        if not commands:
-            return world
+        if all(isinstance(command, WriteQueueStatus) for command in commands):
+            return after_all
         world = replace(after_all, now=world.now + SECOND)
     raise AssertionError("this world does not come to rest")
 
@@ -199,10 +199,13 @@ def carried_out(world: Snapshot, commands: Iterable[Command]) -> Snapshot:
     """The world with what is decided done at once: stages start, and those that are to stop end with a checkpoint."""
     changed: dict[str, QLoRAJob] = {}
     stages = dict(world.stages)
+    told: dict[str, QLoRAQueue] = {}
     for command in commands:
         match command:
             case WriteStatus(job=job, status=status):
                 changed[job.key] = job.model_copy(update={"status": status})
+            case WriteQueueStatus(queue=queue, status=status):
+                told[queue.metadata.name] = queue.model_copy(update={"status": status})
             case EnsureStage(task=task):
                 fact = stage(changed[f"{task.namespace}/{task.job}"], stage_uid=STAGE)
                 stages[fact.key] = fact
@@ -213,6 +216,8 @@ def carried_out(world: Snapshot, commands: Iterable[Command]) -> Snapshot:
                 del stages[f"{namespace}/{name}"]
             case _:
                 raise AssertionError(f"nothing here asks for {command}")
+    if told:
+        world = replace(world, queues=tuple(told.get(queue.metadata.name, queue) for queue in world.queues))
     if not changed and stages == world.stages:
         return world
     return replace(world, jobs=tuple(changed.get(job.key, job) for job in world.jobs), stages=stages)

@@ -20,7 +20,7 @@ from docs import sizes
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.api.crd import custom_resource_definitions
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
-from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, QLoRAQueueStatus
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.core.job.state_machine import mermaid
 from orchestrator.settings import Settings
@@ -54,7 +54,7 @@ def pages() -> dict[str, str]:
     """Every generated file by name."""
     return {
         "qlorajob.md": HEADER + page(QLoRAJob, ("spec", QLoRAJobSpec), ("status", QLoRAJobStatus)),
-        "qloraqueue.md": HEADER + page(QLoRAQueue, ("spec", QLoRAQueueSpec)),
+        "qloraqueue.md": HEADER + page(QLoRAQueue, ("spec", QLoRAQueueSpec), ("status", QLoRAQueueStatus)),
         "qlorajob.schema.json": schema(QLoRAJob),
         "qloraqueue.schema.json": schema(QLoRAQueue),
         "settings.md": HEADER + settings(),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport
 from orchestrator.api.stage_name import StageName
@@ -68,7 +68,11 @@ class Store(Protocol):
         ...
 
     def apply_queue(self, queue: QLoRAQueue) -> QLoRAQueue:
-        """Create or replace a queue."""
+        """Create a queue, or replace its spec, never its status."""
+        ...
+
+    def update_queue_status(self, queue: QLoRAQueue, status: QLoRAQueueStatus) -> QLoRAQueue:
+        """Replace the status alone; raises Conflict if `queue.metadata.resource_version` is stale, NotFound."""
         ...
 
     def delete_queue(self, name: str) -> None:

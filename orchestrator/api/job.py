@@ -359,6 +359,8 @@ class Attempt(Model):
     stage: StageKind
     number: PositiveCount
     """Counts over all stages of the job, from 1: the fencing token."""
+    queue: DnsLabel | None = None
+    """Of train: whose GPU it was given, and on whose account it is, though the job may be moved meanwhile."""
     gpu_class: ShortText | None = None
     plan: MemoryPlan | None = None
     created_time: Time

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from orchestrator.api.base import API_VERSION, DnsLabel, Model
+from orchestrator.api.base import API_VERSION, Amount, DnsLabel, Model, Time
 from orchestrator.api.job import MAX_PRIORITY, MIN_PRIORITY, GpuClassName, ObjectMeta
+
+MAX_USERS = 256
+"""Of whom a queue's status tells."""
+MAX_MONTHLY = 1024
+MONTH_PATTERN = r"^[0-9]{4}-(0[1-9]|1[0-2])$"
 
 
 class Quota(Model):
@@ -50,6 +55,42 @@ class QLoRAQueueSpec(Model):
         return self
 
 
+class UserUsage(Model):
+    """GPU time that one user has had of a queue's, decayed until the status's `countedUntil`."""
+
+    user: DnsLabel
+    """The namespace of the jobs: the one thing about whose they are that no job can choose."""
+    gpu_seconds: Amount
+    gib_seconds: Amount
+    """The same weighted by the cards' VRAM."""
+
+
+class MonthlyUsage(Model):
+    """GPU time that one user has had of a queue's in one month (UTC), on cards of one class. It does not decay."""
+
+    month: Annotated[str, StringConstraints(pattern=MONTH_PATTERN, max_length=7)]
+    """Such as `2026-11`."""
+    user: DnsLabel
+    gpu_class: GpuClassName
+    gpu_seconds: Amount
+    dollars: Amount = 0
+    """By the prices (`QLORA_GPU_PRICES`) of the time."""
+
+
+class QLoRAQueueStatus(Model):
+    """What the queue's jobs have had. Written by the controller alone, every now and then while they hold GPUs.
+
+    All of it is as of one moment, which is written with it: what came before is counted, what comes after is not.
+    """
+
+    counted_until: Time | None = None
+    """By the controller's clock. Absent: nothing is counted yet."""
+    usage: Annotated[tuple[UserUsage, ...], Field(max_length=MAX_USERS)] = ()
+    """By user, those with the most VRAM time if there are more."""
+    months: Annotated[tuple[MonthlyUsage, ...], Field(max_length=MAX_MONTHLY)] = ()
+    """By month, user and class, the latest months if there are more."""
+
+
 class QLoRAQueue(Model):
     """A share of the cluster's GPUs."""
 
@@ -57,3 +98,4 @@ class QLoRAQueue(Model):
     kind: Literal["QLoRAQueue"] = "QLoRAQueue"
     metadata: ObjectMeta
     spec: QLoRAQueueSpec = QLoRAQueueSpec()
+    status: QLoRAQueueStatus = QLoRAQueueStatus()

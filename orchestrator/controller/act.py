@@ -37,6 +37,7 @@ from orchestrator.core.commands import (
     ReleaseUnreadable,
     ReportDefect,
     StopStage,
+    WriteQueueStatus,
     WriteStatus,
 )
 from orchestrator.core.snapshot import RunFact
@@ -51,7 +52,9 @@ ACT_PER_LOOK = 4.0
 TRIES_BEFORE_REFUSED = 5
 """So often a stage that cannot be created, for a reason that waiting does not change, is tried again."""
 
-ByCall = WriteStatus | EnsureStage | StopStage | DeleteStage | ReleaseJob | DeleteJob | ReleaseUnreadable
+ByCall = (
+    WriteStatus | WriteQueueStatus | EnsureStage | StopStage | DeleteStage | ReleaseJob | DeleteJob | ReleaseUnreadable
+)
 """Commands that one call to a port carries out."""
 
 
@@ -162,6 +165,8 @@ class Actor:
                     level = logging.WARNING if event.warning else logging.INFO
                     log.log(level, "%s: %s", event.reason, event.message, extra=_about(command))
                     self._store.record_event(written, event)
+            case WriteQueueStatus(queue=queue, status=status):
+                self._store.update_queue_status(queue, status)
             case EnsureStage(task=task, gpu_class=gpu_class):
                 self._runtime.ensure(task, gpu_class)
             case StopStage(namespace=namespace, name=name, grace_seconds=grace_seconds, reason=reason):
@@ -205,6 +210,8 @@ def _key(command: Command) -> str:
             return f"{kind} {task.namespace}/{task.stage_name}"
         case ReleaseUnreadable(namespace=namespace, name=name, uid=uid):
             return f"{kind} {namespace}/{name} {uid}"
+        case WriteQueueStatus(queue=queue):
+            return f"{kind} {queue.metadata.name} {queue.metadata.uid}"
         case (
             ReportDefect(job=job)
             | WriteStatus(job=job)
@@ -235,6 +242,8 @@ def _job_key(command: Command) -> str:
             return f"{task.namespace}/{task.job}"
         case ReleaseUnreadable(namespace=namespace, name=name):
             return f"{namespace}/{name}"
+        case WriteQueueStatus(queue=queue):
+            return f"queue {queue.metadata.name}"  # which is no job's
         case (
             ReportDefect(job=job)
             | WriteStatus(job=job)
@@ -256,5 +265,7 @@ def _about(command: Command) -> Mapping[str, str | int]:
             return about(_job_key(command), int(number) if number.isdecimal() else None)
         case WriteStatus(status=status):
             return about(_job_key(command), status.attempts_total or None)
+        case WriteQueueStatus():
+            return {}
         case EnsureRun() | FinishRun() | ReleaseJob() | DeleteJob() | ReportDefect() | ReleaseUnreadable():
             return about(_job_key(command))

@@ -22,10 +22,14 @@ from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.local.ray_stages import LOST_EXIT_CODE, RayStages
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.adapters.sqlite.store import SqliteStore
+from orchestrator.api.job import ObjectMeta
+from orchestrator.api.queue import QLoRAQueue
 from orchestrator.controller.logs import log_to_file
 from orchestrator.controller.loop import Controller, Ports
 from orchestrator.core.decide import Decider
+from orchestrator.core.scheduling.ordering import DEFAULT_QUEUE
 from orchestrator.errors import OrchestratorError, PermanentError, RuntimeLost
+from orchestrator.ports import Store
 from orchestrator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ def _work(settings: Settings) -> None:
     connecting = threading.Thread(target=_connect, args=(tracking,), daemon=True)
     connecting.start()  # while Ray starts, which takes as long
     store = SqliteStore(settings)
+    _describe_default(store)
     runtime = RayStages(settings)
     if is_new:
         connecting.join()  # two processes must not make a new database at once, and trainers would try
@@ -87,6 +92,12 @@ def _work(settings: Settings) -> None:
     controller.run(stop, ready=_Ready(settings))
     log.info("the controller ends, running stages go on: %s", controller.metrics.latencies())
     runtime.close()
+
+
+def _describe_default(store: Store) -> None:
+    """Make the queue that jobs name by default, as the chart does: what its jobs have had is kept in its status."""
+    if all(queue.metadata.name != DEFAULT_QUEUE for queue in store.list_queues()):
+        store.apply_queue(QLoRAQueue(metadata=ObjectMeta(name=DEFAULT_QUEUE)))
 
 
 def _connect(tracking: MlflowTracking) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.task import StageTask
 
@@ -27,6 +28,14 @@ class WriteStatus:
     events: tuple[Event, ...] = ()
     words_only: bool = False
     """Whether nothing changes but what is said about a job that waits; that may come late."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteQueueStatus:
+    """Record what a queue's jobs have had, if the queue is still at this resource version."""
+
+    queue: QLoRAQueue
+    status: QLoRAQueueStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +118,7 @@ Command = (
     ReleaseUnreadable
     | ReportDefect
     | WriteStatus
+    | WriteQueueStatus
     | EnsureStage
     | StopStage
     | DeleteStage

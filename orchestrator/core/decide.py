@@ -28,6 +28,7 @@ from orchestrator.core.commands import (
     ReleaseJob,
     ReportDefect,
     StopStage,
+    WriteQueueStatus,
     WriteStatus,
 )
 from orchestrator.core.job.containment import failed_by_defect
@@ -67,6 +68,7 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     for key in sorted(index.runners):
         yield from _run_commands(index.entries[key].draft, snapshot)
     yield from _runs_of_gone_jobs(index, snapshot)
+    yield from _queue_statuses(index, snapshot)  # before a job that has ended may be deleted
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
     # just now, then figures of jobs that go on as before, and last come words about those who wait.
     moved: list[Command] = []
@@ -193,10 +195,18 @@ def _runs_of_gone_jobs(index: Index, snapshot: Snapshot) -> Iterator[FinishRun]:
             yield FinishRun(job=snapshot.runs[uid].job, run_status=LAST_RUN_STATUS[JobState.CANCELLED])
 
 
+def _queue_statuses(index: Index, snapshot: Snapshot) -> Iterator[WriteQueueStatus]:
+    given_back = index.given_back()
+    for queue in snapshot.queues:
+        status = index.shares.due(queue, given_back, snapshot)
+        if status is not None:
+            yield WriteQueueStatus(queue=queue, status=status)
+
+
 def _expired(index: Index, snapshot: Snapshot) -> Iterator[DeleteJob]:
-    """Finished jobs that are to go, once nothing outside is left to settle."""
+    """Finished jobs that are to go, once nothing outside is left to settle, and what they had is counted."""
     named: set[str | None] | None = None
-    for key in sorted(index.expired):
+    for key in sorted(filter(index.shares.is_counted, index.expired)):
         facts = [snapshot.stages[stage] for stage in index.stages.get(key, ())]
         if facts and named is None:
             named = {attempt.stage_uid for other in snapshot.jobs for attempt in other.status.attempts}

@@ -157,6 +157,10 @@ class Policy:
     """A running stage's progress is written to the status at most this often."""
     words_limit: int = 100
     """Jobs of which one decision says something new while nothing else about them changes."""
+    usage_half_life_seconds: float = 604_800.0
+    """GPU time that a queue has had counts for half after so long."""
+    usage_write_seconds: float = 30.0
+    """What a queue's jobs have had is written to its status so often while they hold GPUs."""
     gpu_prices: str = ""
     """Dollars for an hour of a GPU, by class: `24Gi=0.5,48Gi=0.8`."""
     addresses: AddressRules = field(default_factory=AddressRules)

@@ -10,8 +10,16 @@ from datetime import UTC, datetime
 import pytest
 
 from orchestrator.api.base import utc
-from orchestrator.api.job import RELEASE_FINALIZER, Attempt, MlflowStatus, QLoRAJobStatus, TrackingSpec, TrainingSpec
-from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, Quota
+from orchestrator.api.job import (
+    RELEASE_FINALIZER,
+    Attempt,
+    MlflowStatus,
+    ObjectMeta,
+    QLoRAJobStatus,
+    TrackingSpec,
+    TrainingSpec,
+)
+from orchestrator.api.queue import MonthlyUsage, QLoRAQueue, QLoRAQueueSpec, QLoRAQueueStatus, Quota, UserUsage
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
@@ -250,6 +258,23 @@ class StoreContract(ABC):
         with pytest.raises(NotFound, match=f"there is no queue {queue.metadata.name}"):
             store.delete_queue(queue.metadata.name)
         assert store.apply_queue(queue).metadata.uid != first.metadata.uid
+
+    def test_a_queues_status_is_written_apart_from_its_spec_and_only_by_who_has_read_this_version(self) -> None:
+        store = self.open()
+        queue = store.apply_queue(QLoRAQueue(metadata=ObjectMeta(name="research")))
+        had = UserUsage(user="team-a", gpu_seconds=12.5, gib_seconds=300.0)
+        month = MonthlyUsage(month="2026-11", user="team-a", gpu_class="24Gi", gpu_seconds=12.5, dollars=0.25)
+        status = QLoRAQueueStatus(counted_until=datetime(2026, 11, 30, 12, tzinfo=UTC), usage=(had,), months=(month,))
+        written = store.update_queue_status(queue, status)
+        assert (written.spec, written.status) == (queue.spec, status)
+        assert written.metadata.generation == queue.metadata.generation
+        with pytest.raises(Conflict):
+            store.update_queue_status(queue, QLoRAQueueStatus())
+        heavy = store.apply_queue(queue.model_copy(update={"spec": QLoRAQueueSpec(weight=3)}))
+        assert (heavy.spec.weight, heavy.status) == (3, status)
+        assert self.open().list_queues() == [heavy]
+        with pytest.raises(NotFound):
+            store.update_queue_status(QLoRAQueue(metadata=ObjectMeta(name="gone", resource_version="1")), status)
 
     def test_events_are_kept_in_order(self) -> None:
         store = self.open()

@@ -74,6 +74,7 @@ RIGHTS: Mapping[str, Rights] = {
     "controller": {
         (CLUSTER, "nodes"): "list watch",
         (CLUSTER, "qloraqueues.qlora.dev"): "list watch",
+        (CLUSTER, "qloraqueues/status.qlora.dev"): "update",
         ("team-a", "qlorajobs.qlora.dev"): "delete get list patch watch",
         ("team-a", "qlorajobs/finalizers.qlora.dev"): "update",
         ("team-a", "qlorajobs/status.qlora.dev"): "update",

@@ -211,6 +211,7 @@ def test_a_prepared_job_with_a_free_gpu_is_admitted_in_the_same_write() -> None:
         Attempt(
             stage="train",
             number=2,
+            queue="default",
             gpu_class="24Gi",
             plan=estimate.plan,
             predicted_bytes=estimate.predicted_bytes,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from orchestrator.api.job import Attempt, CheckpointStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
-from orchestrator.core.commands import Command, DeleteJob, DeleteStage, EnsureStage, WriteStatus
+from orchestrator.core.commands import Command, DeleteJob, DeleteStage, EnsureStage, WriteQueueStatus, WriteStatus
 from orchestrator.core.decide import Decider, decide
 from orchestrator.core.job.lifecycle import reconcile
 from orchestrator.core.job.rest import rests_until
@@ -39,7 +39,13 @@ from tests.builders import (
     stage,
 )
 
-POLICY = Policy(store_uri="file:///store", words_limit=40, minimum_run_seconds=30, preemption_cooldown_seconds=400)
+POLICY = Policy(
+    store_uri="file:///store",
+    words_limit=40,
+    minimum_run_seconds=30,
+    preemption_cooldown_seconds=400,
+    usage_half_life_seconds=3_000,
+)
 CLASSES = ("24Gi", "48Gi")
 NAMES = ("a", "b", "c")
 ENDS = (Reason.TRANSIENT_ERROR, Reason.BROKEN_GPU, Reason.UNSCHEDULABLE, Reason.PREEMPTED)
@@ -189,6 +195,10 @@ class Crowd:
             match command:
                 case WriteStatus(job=job, status=status) if job.key in self.jobs:
                     self.put(job.model_copy(update={"status": status}))
+                case WriteQueueStatus(queue=queue, status=status):
+                    others = (other for other in self.seen.queues if other.metadata.name != queue.metadata.name)
+                    told = queue.model_copy(update={"status": status})
+                    self.seen = replace(self.seen, queues=(*others, told))
                 case DeleteJob(job=job) if job.key in self.jobs:
                     del self.jobs[job.key]
                 case DeleteStage(namespace=namespace, name=name):

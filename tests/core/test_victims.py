@@ -76,7 +76,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
         ledger.take(holding.queue, holding.gpu_class)
     line = Line()
     line.change((), claims)
-    shares, steps = ({name: seeded.uniform(0, most) for name in queues} for most in (5, 2))
+    shares, steps = ({name: (seeded.uniform(0, most), seeded.uniform(0, most)) for name in queues} for most in (5, 2))
     return RankedLine(line=line, shares=shares, steps=steps), holdings, ledger
 
 
@@ -86,7 +86,7 @@ def rank(claim: Claim, line: RankedLine) -> tuple[object, ...]:
         (-other.priority, other.created, other.uid) for other in line.line.claims.values() if other.queue == claim.queue
     )
     place = own.index((-claim.priority, claim.created, claim.uid))
-    share = line.shares[claim.queue] + place * line.steps[claim.queue]
+    share = max(had + place * more for had, more in zip(line.shares[claim.queue], line.steps[claim.queue], strict=True))
     return -claim.priority, share, claim.created, claim.uid
 
 

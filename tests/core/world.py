@@ -21,7 +21,7 @@ from orchestrator.api.job import (
     QLoRAJobStatus,
 )
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
 from orchestrator.api.results import Failure, PublishResult, StageResult
 from orchestrator.api.stage_name import StageKind, StageName
@@ -37,6 +37,7 @@ from orchestrator.core.commands import (
     ReleaseUnreadable,
     ReportDefect,
     StopStage,
+    WriteQueueStatus,
     WriteStatus,
 )
 from orchestrator.core.decide import Decider, decide
@@ -153,6 +154,8 @@ class World:
                 raise AssertionError("every job of this world parses")
             case WriteStatus():
                 self._write(command.job, command.status)
+            case WriteQueueStatus(queue=queue, status=status):
+                self._write_queue(queue, status)
             case EnsureStage():
                 self._ensure(command)
             case StopStage():
@@ -189,6 +192,18 @@ class World:
         self._replace(stored, status=parsed, metadata=stored.metadata.model_copy(update={"finalizers": finalizers}))
         if parsed.mlflow.run_id is not None:
             self.runs.pop(stored.metadata.uid, None)
+
+    def _write_queue(self, queue: QLoRAQueue, status: QLoRAQueueStatus) -> None:
+        self.versions += 1
+        meta = queue.metadata.model_copy(update={"resource_version": str(self.versions)})
+        parsed = QLoRAQueueStatus.model_validate(status.to_wire())
+        assert parsed == status, "a status must survive the store"
+        self.queues = tuple(
+            stored.model_copy(update={"metadata": meta, "status": parsed})
+            if stored.metadata == queue.metadata  # or else somebody was faster
+            else stored
+            for stored in self.queues
+        )
 
     def _finish_run(self, command: FinishRun) -> None:
         """As the MLflow workers do: in MLflow, then on the object, if it is still there."""

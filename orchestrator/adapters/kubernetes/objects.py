@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.adapters.kubernetes.api import Json
 from orchestrator.adapters.kubernetes.watch import key_of
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import CANCEL_ANNOTATION, Attempt, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.job import CANCEL_ANNOTATION, Attempt, ObjectMeta, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.core.job.unreadable import read_leniently
 from orchestrator.core.snapshot import UnreadableJob
 from orchestrator.errors import InvalidObject
@@ -82,7 +82,8 @@ class Parser:
     def queue(self, item: Json) -> QLoRAQueue | None:
         """The queue, or None for one that cannot be read."""
         try:
-            return QLoRAQueue.model_validate({"metadata": _projected(item["metadata"]), "spec": item.get("spec", {})})
+            told = {"spec": item.get("spec", {}), "status": item.get("status", {})}
+            return QLoRAQueue.model_validate({"metadata": _projected(item["metadata"]), **told})
         except ValidationError as error:
             log.error("queue %s cannot be read by this version and is left alone: %s", item["metadata"]["name"], error)
             return None
@@ -163,18 +164,20 @@ def metadata_wire(job: QLoRAJob) -> Json:
 
 def status_wire(job: QLoRAJob, status: QLoRAJobStatus) -> Json:
     """A status as it is sent: of this very job, and only if it is still at the version that was read."""
-    meta = job.metadata
-    return {
-        "apiVersion": API_VERSION,
-        "kind": job.kind,
-        "metadata": {
-            "name": meta.name,
-            "namespace": meta.namespace,
-            "uid": meta.uid,
-            "resourceVersion": meta.resource_version,
-        },
-        "status": status.to_wire(),
-    }
+    return _status_wire(job, status) | {"metadata": _version(job.metadata) | {"namespace": job.metadata.namespace}}
+
+
+def queue_status_wire(queue: QLoRAQueue, status: QLoRAQueueStatus) -> Json:
+    """The same of a queue, which is in no namespace."""
+    return _status_wire(queue, status) | {"metadata": _version(queue.metadata)}
+
+
+def _status_wire(thing: QLoRAJob | QLoRAQueue, status: QLoRAJobStatus | QLoRAQueueStatus) -> Json:
+    return {"apiVersion": API_VERSION, "kind": thing.kind, "status": status.to_wire()}
+
+
+def _version(meta: ObjectMeta) -> Json:
+    return {"name": meta.name, "uid": meta.uid, "resourceVersion": meta.resource_version}
 
 
 def ours(annotations: Mapping[str, str]) -> dict[str, str]:

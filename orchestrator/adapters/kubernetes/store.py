@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.events import Recorder
-from orchestrator.adapters.kubernetes.objects import Parser, job_wire, metadata_wire, status_wire
+from orchestrator.adapters.kubernetes.objects import Parser, job_wire, metadata_wire, queue_status_wire, status_wire
 from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
 from orchestrator.core.snapshot import UnreadableJob
@@ -216,11 +216,17 @@ class KubernetesStore:
         except AlreadyExists:
             spec = queue.spec.model_dump(mode="json", by_alias=True)  # with nulls, which take a field away
             item = self._api.patch(path_of(API_VERSION, QUEUES, name=name), {"spec": spec})
-        applied = self._parser.queue(item)
-        self._queues.put(item, applied)
-        if applied is None:
-            raise InvalidObject(f"queue {name} as the server stored it cannot be read by this version")
-        return applied
+        return self._took_queue(item)
+
+    def update_queue_status(self, queue: QLoRAQueue, status: QLoRAQueueStatus) -> QLoRAQueue:
+        """Replace the status alone."""
+        name = queue.metadata.name
+        path = path_of(API_VERSION, QUEUES, name=name)
+        try:
+            return self._took_queue(self._api.replace(f"{path}/status", queue_status_wire(queue, status)))
+        except NotFound as error:
+            self._queues.drop(f"/{name}")
+            raise NotFound(f"there is no queue {name}") from error
 
     def delete_queue(self, name: str) -> None:
         """Remove a queue."""
@@ -230,6 +236,14 @@ class KubernetesStore:
             raise NotFound(f"there is no queue {name}") from error
         finally:
             self._queues.drop(f"/{name}")
+
+    def _took_queue(self, item: Json) -> QLoRAQueue:
+        taken = self._parser.queue(item)
+        self._queues.put(item, taken)
+        if taken is None:
+            name = item["metadata"]["name"]
+            raise InvalidObject(f"queue {name} as the server stored it cannot be read by this version")
+        return taken
 
     # events
 

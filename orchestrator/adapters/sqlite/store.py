@@ -27,7 +27,7 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 
 from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus, new_uid
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
@@ -187,7 +187,7 @@ class SqliteStore:
         return [queue for queue in parsed if queue is not None]
 
     def apply_queue(self, queue: QLoRAQueue) -> QLoRAQueue:
-        """Create or replace a queue."""
+        """Create a queue, or replace its spec."""
         with self._transaction() as (connection, version):
             row = _find(connection, QUEUE, QUEUE_NAMESPACE, queue.metadata.name)
             stored = self._parse(QLoRAQueue, row) if row is not None else None
@@ -200,9 +200,25 @@ class SqliteStore:
                     "resource_version": str(version),
                 }
             )
-            applied = _checked(queue.model_copy(update={"metadata": meta}))
+            status = stored.status if stored else QLoRAQueueStatus()
+            applied = _checked(queue.model_copy(update={"metadata": meta, "status": status}))
             _put(connection, QUEUE, QUEUE_NAMESPACE, applied)
             return applied
+
+    def update_queue_status(self, queue: QLoRAQueue, status: QLoRAQueueStatus) -> QLoRAQueue:
+        """Replace the status alone."""
+        name = queue.metadata.name
+        with self._transaction() as (connection, version):
+            row = _find(connection, QUEUE, QUEUE_NAMESPACE, name)
+            stored = self._parse(QLoRAQueue, row) if row is not None else None
+            if row is None:
+                raise NotFound(f"there is no queue {name}")
+            if stored is None or stored.metadata.resource_version != queue.metadata.resource_version:
+                raise Conflict(f"queue {name} changed since it was read")
+            meta = stored.metadata.model_copy(update={"resource_version": str(version)})
+            updated = _checked(stored.model_copy(update={"metadata": meta, "status": status}))
+            _put(connection, QUEUE, QUEUE_NAMESPACE, updated)
+            return updated
 
     def delete_queue(self, name: str) -> None:
         """Remove a queue, one that does not parse included."""

@@ -48,6 +48,7 @@ def admit(draft: Draft, estimate: Estimate, snapshot: Snapshot, avoid_nodes: tup
     attempt = Attempt(
         stage="train",
         number=number,
+        queue=draft.job.spec.queue,
         gpu_class=estimate.gpu_class,
         plan=estimate.plan,
         predicted_bytes=estimate.predicted_bytes,

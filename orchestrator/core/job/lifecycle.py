@@ -93,11 +93,11 @@ def _with_clock(draft: Draft, step: timedelta) -> Draft:
         return None if time is None else min(time + step, now)
 
     changes: dict[str, object] = {"finish_time": put(status.finish_time), "release_since": put(status.release_since)}
+    changes["attempts"] = tuple(
+        attempt.model_copy(update={name: put(getattr(attempt, name)) for name in CLOCKED})
+        for attempt in status.attempts
+    )
     if draft.state not in TERMINAL_STATES:
-        changes["attempts"] = tuple(
-            attempt.model_copy(update={name: put(getattr(attempt, name)) for name in CLOCKED})
-            for attempt in status.attempts
-        )
         changes["retry_after"] = None if status.retry_after is None else status.retry_after + step
     return draft.amend(**changes)
 

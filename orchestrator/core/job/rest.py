@@ -81,10 +81,12 @@ def _avoided(draft: Draft, policy: Policy) -> Iterator[datetime]:
 
 
 def _training(draft: Draft, attempt: Attempt, fact: StageFact, policy: Policy) -> Iterator[datetime]:
-    """When it has run for long enough to be moved, when its deadline comes, when it is taken for stuck."""
+    """When it has run for long enough to be moved, or counts for what it holds alone, when its deadline comes, when it
+    is taken for stuck."""
     since = attempt.start_time or attempt.created_time
     yield since + timedelta(seconds=policy.minimum_run_seconds)
     yield since + timedelta(seconds=policy.preemption_cooldown_seconds)
+    yield attempt.created_time + timedelta(seconds=policy.minimum_run_seconds)
     if attempt.start_time is None:
         return
     deadline = draft.job.spec.active_deadline_seconds

@@ -40,14 +40,13 @@ from orchestrator.core.scheduling.line import Line
 from orchestrator.core.scheduling.ordering import (
     NO_QUEUE,
     Claim,
-    Shares,
-    Usage,
     account,
     queue_refusal,
     queue_specs,
     standing,
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Held, Holding, is_cooling_down, lost_seconds
+from orchestrator.core.scheduling.usage import Shares, Stint
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 from orchestrator.sizing.margins import Margins, learned, teaches
 
@@ -65,8 +64,8 @@ class Entry:
     """Why it is ready to train and has no claim."""
     holding: Holding | None
     cools_down: bool
-    account: str
-    usage: Usage
+    stints: tuple[Stint, ...]
+    """What it has had and has, as far as that is not counted in a queue's status."""
     wanted: tuple[str, ...]
     """Keys of the stages that its stored attempt stands for."""
     is_expired: bool
@@ -95,7 +94,6 @@ class Index:
     ledger: Ledger
     """Who has how many GPUs, those of unexplained stages included."""
     shares: Shares
-    _gib: Mapping[str, int]
     _seen: Snapshot
     _known: Mapping[str, Entry]
     """Entries of an index before, while this one is made."""
@@ -159,6 +157,17 @@ class Index:
             if holding is not None:
                 yield holding.queue, holding.gpu_class
 
+    def given_back(self) -> set[str]:
+        """Queues one of whose GPUs comes free now, though that is not stored yet."""
+        drafts = (self.entries[key].draft for key in self.restless)
+        return {
+            attempt.queue or draft.job.spec.queue
+            for draft in drafts
+            if draft.attempt is None
+            and (attempt := draft.job.status.active_attempt) is not None
+            and attempt.stage == "train"
+        }
+
     def job(self, key: str) -> QLoRAJob | None:
         """A job by its key."""
         entry = self.entries.get(key)
@@ -189,8 +198,7 @@ class Index:
         index = cls(
             queues=queues,
             ledger=Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues)),
-            shares=Shares.empty(queues, snapshot.gpu_classes, snapshot.policy),
-            _gib={c.name: c.marketed_gib for c in snapshot.gpu_classes},
+            shares=Shares.of(snapshot, {name: spec.weight for name, spec in queues.items()}),
             _seen=replace(snapshot, jobs=(), stages={}, runs={}),
             _known={} if before is None else before._unchanged(snapshot),
         )
@@ -224,6 +232,7 @@ class Index:
         runs = _changed_runs(self._seen, snapshot)
         self._seen = snapshot
         self.changed, self.moved_classes = set(), set()
+        self.shares.follow(snapshot)
         jobs = {job.key: job for job in came}
         gone = {job.key for job in left} - jobs.keys()
         self._note_stages(stages, snapshot)
@@ -306,8 +315,7 @@ class Index:
             refusal=claim if isinstance(claim, Refusal) else None,
             holding=holding,
             cools_down=holding is not None and is_cooling_down(holding, snapshot.policy),
-            account=account(job.metadata.namespace, job.spec.queue, self.queues),
-            usage=Usage.of(draft, self._gib, snapshot.policy),
+            stints=self.shares.stints(draft, account(job.metadata.namespace, job.spec.queue, self.queues)),
             wanted=tuple(found.key for found in (fact, claimant) if found is not None) if attempt is not None else (),
             is_expired=is_expired(draft) if known is None else known.is_expired,
             cause=hit_by((job, draft.status), snapshot.policy),
@@ -348,7 +356,7 @@ class Index:
             put(self.refused, key)
         if entry.claim is not None:
             (self._came if is_there else self._gone).append(entry.claim)
-        self.shares.count(entry.account, entry.usage, 1 if is_there else -1)
+        self.shares.count(key, entry.stints, is_there=is_there)
         if entry.holding is not None:
             put(self.holders[entry.holding.gpu_class], key)
             book = self.ledger.take if is_there else self.ledger.release
@@ -479,10 +487,15 @@ def _continues(seen: Snapshot, snapshot: Snapshot) -> bool:
 def _has_same_quotas(seen: Snapshot, snapshot: Snapshot) -> bool:
     """Whether what they may have is the same, too."""
     return (
-        seen.queues == snapshot.queues
+        _rules(seen) == _rules(snapshot)
         and seen.gpu_classes == snapshot.gpu_classes
         and seen.unreadable == snapshot.unreadable
     )
+
+
+def _rules(snapshot: Snapshot) -> Mapping[str, QLoRAQueueSpec]:
+    """What is said of queues; what becomes of them, their statuses tell."""
+    return {queue.metadata.name: queue.spec for queue in snapshot.queues}
 
 
 def _difference(before: Sequence[QLoRAJob], after: Sequence[QLoRAJob]) -> tuple[Sequence[QLoRAJob], Sequence[QLoRAJob]]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from heapq import heapify, heappop, heapreplace
 
-from orchestrator.core.scheduling.ordering import Claim, Shares
+from orchestrator.core.scheduling.ordering import Claim
+from orchestrator.core.scheduling.usage import NOTHING, Share, Shares, dominant
 
 Fare = tuple[str, tuple[str, ...]]
 """Queue and classes."""
@@ -101,9 +102,9 @@ class RankedLine:
     """
 
     line: Line
-    shares: Mapping[str, float]
+    shares: Mapping[str, Share]
     """What each queue has had."""
-    steps: Mapping[str, float]
+    steps: Mapping[str, Share]
     """What one more job adds to that."""
     absent: Set[str] = frozenset()
     """Keys of claims that are passed over."""
@@ -157,5 +158,5 @@ class RankedLine:
         return self._rank(queue, bisect_left(self.line.by_queue[queue], place), place), fare, index
 
     def _rank(self, queue: str, index: int, place: Place) -> Rank:
-        share = self.shares.get(queue, 0.0) + index * self.steps[queue]
+        share = dominant(self.shares.get(queue, NOTHING), self.steps[queue], index)
         return place[0], share, *place[1:]

@@ -1,0 +1,346 @@
+"""What queues and their users have had of the GPUs: whose turn it is, and what goes into a queue's status.
+
+A queue's share is the part of the cluster that it has held of late: GPU time and VRAM time, each over what there is of
+it, averaged over the past with weights that halve with every half-life, and of the two the larger one. That is the
+dominant share of Ghodsi et al. (Dominant Resource Fairness, NSDI 2011) over GPUs and VRAM, with the decay of SLURM's
+fair-share factor. Rules:
+
+- A second of holding is counted once. A status says until when everything is counted; what jobs hold after that is read
+  from their attempts. One write moves both, so whoever carries on after a crash neither misses nor repeats anything.
+- An attempt is on the account of the queue that gave it its GPU, from then until its end, wherever its job goes.
+- Decay is one factor for everybody. It is taken out of what is kept: sums over jobs are of whole numbers, by a common
+  reference time, and are changed by the difference that one job makes, in whatever order.
+- A job that was just started counts for its minimum run at once, so that queues take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from math import exp2, expm1, log
+
+from orchestrator.api.job import Attempt
+from orchestrator.api.queue import MAX_MONTHLY, MAX_USERS, MonthlyUsage, QLoRAQueue, QLoRAQueueStatus, UserUsage
+from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.ordering import EPOCH, UNKNOWN_CLASS_GIB
+from orchestrator.core.snapshot import Policy, Snapshot
+from orchestrator.sizing.hardware import GpuClass
+
+UNIT = 1 << 60
+"""Of whole numbers that stand for fractions: a second of a half-life of years is still told to nine digits."""
+MOST_HALVES = 64.0
+"""Older than so many half-lives is nothing; and nothing is so far in the future."""
+LEAST_SECONDS = 0.001
+"""Less than that is forgotten."""
+HOUR_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decay:
+    """Weights that double with every half-life; what is weighed by them at `now` has decayed."""
+
+    half_life_seconds: float
+    origin: datetime
+    """Where the weight is one."""
+
+    @classmethod
+    def at(cls, now: datetime, half_life_seconds: float) -> Decay:
+        """That of the half-life that `now` lies in, which is the same for everybody who decides then."""
+        half_life = timedelta(seconds=half_life_seconds)
+        return cls(half_life_seconds=half_life_seconds, origin=EPOCH + (now - EPOCH) // half_life * half_life)
+
+    def weight(self, time: datetime) -> int:
+        """Of a time, in UNITs."""
+        return round(UNIT * exp2(self._halves(time)))
+
+    def factor(self, now: datetime) -> float:
+        """What turns a sum of weights into what it is at `now`."""
+        return exp2(-self._halves(now))
+
+    @property
+    def mean_life_seconds(self) -> float:
+        """GPU time that somebody has who has held one GPU for ever."""
+        return self.half_life_seconds / log(2)
+
+    def _halves(self, time: datetime) -> float:
+        halves = (time - self.origin).total_seconds() / self.half_life_seconds
+        return min(max(halves, -MOST_HALVES), MOST_HALVES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stint:
+    """A train attempt's hold on a GPU."""
+
+    queue: str
+    user: str
+    gpu_class: str
+    gib: int
+    start: datetime
+    end: datetime | None
+    """Absent while it holds it."""
+    counts_until: datetime | None
+    """Its end; of one that has not run for its minimum, that; absent while it counts for what it holds."""
+
+
+@dataclass(slots=True)
+class Held:
+    """GPUs and VRAM over time: `had` in UNITs of half-lives by weight, and what is held now."""
+
+    gpus_had: int = 0
+    gib_had: int = 0
+    gpus: int = 0
+    gib: int = 0
+
+    @classmethod
+    def of(cls, stint: Stint, since: datetime | None, decay: Decay) -> Held:
+        """What a stint makes of it, without what is counted already."""
+        start = stint.start if since is None else max(stint.start, since)
+        if stint.counts_until is None:
+            had = -decay.weight(start)
+            return cls(gpus_had=had, gib_had=stint.gib * had, gpus=1, gib=stint.gib)
+        had = decay.weight(stint.counts_until) - decay.weight(start) if stint.counts_until > start else 0
+        return cls(gpus_had=had, gib_had=stint.gib * had)
+
+    def add(self, other: Held, times: int) -> None:
+        """So many times the other comes to it."""
+        self.gpus_had += times * other.gpus_had
+        self.gib_had += times * other.gib_had
+        self.gpus += times * other.gpus
+        self.gib += times * other.gib
+
+    def average(self, factor: float) -> tuple[float, float]:
+        """GPUs and GiB that were held on average, the past by its weight; `factor` is the decay's."""
+        return self.gpus_had / UNIT * factor + self.gpus, self.gib_had / UNIT * factor + self.gib
+
+
+Share = tuple[float, float]
+"""Of the GPUs and of the VRAM that there are, over the queue's weight."""
+NOTHING: Share = 0.0, 0.0
+
+
+def dominant(share: Share, step: Share, steps: int) -> float:
+    """The larger part, with so many more jobs started."""
+    return max(share[0] + steps * step[0], share[1] + steps * step[1])
+
+
+@dataclass(slots=True, kw_only=True)
+class Shares:
+    """What each queue has had, kept up to date job by job."""
+
+    policy: Policy
+    decay: Decay
+    weights: Mapping[str, int]
+    classes: Mapping[str, GpuClass]
+    gpus: int
+    """In all; where there are none, shares are of one of a GiB."""
+    gib: int
+    next: tuple[float, float]
+    """GPUs and GiB that one more job holds at first: for its minimum run, the smallest card here."""
+    _statuses: dict[str, QLoRAQueueStatus] = field(default_factory=dict[str, QLoRAQueueStatus])
+    _counted: dict[str, datetime] = field(default_factory=dict[str, datetime])
+    """Until when, by queue."""
+    _stints: dict[str, dict[str, tuple[Stint, ...]]] = field(default_factory=dict[str, dict[str, tuple[Stint, ...]]])
+    """By queue and job; some may be counted already."""
+    _held: dict[str, Held] = field(default_factory=dict[str, Held])
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, weights: Mapping[str, int]) -> Shares:
+        """What the queues' statuses say; no job has come to it yet."""
+        policy, classes = snapshot.policy, snapshot.gpu_classes
+        decay = Decay.at(snapshot.now, policy.usage_half_life_seconds)
+        part = -expm1(-policy.minimum_run_seconds / decay.mean_life_seconds)
+        shares = cls(
+            policy=policy,
+            decay=decay,
+            weights=weights,
+            classes={each.name: each for each in classes},
+            gpus=max(1, sum(each.capacity for each in classes)),
+            gib=max(1, sum(each.capacity * each.marketed_gib for each in classes)),
+            next=(part, part * min((each.marketed_gib for each in classes), default=UNKNOWN_CLASS_GIB)),
+        )
+        shares.follow(snapshot)
+        return shares
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """Bring it up to date with what queues' statuses say, and with the time."""
+        decay = Decay.at(snapshot.now, self.policy.usage_half_life_seconds)
+        is_moved, self.decay = decay != self.decay, decay
+        for queue in snapshot.queues:
+            name, status = queue.metadata.name, queue.status
+            if is_moved or self._statuses.get(name) is not status or status.counted_until != self._counted.get(name):
+                self._statuses[name] = status
+                counted = counted_until(status, snapshot)
+                if counted is not None:
+                    self._counted[name] = counted
+                self._recount(name)
+        if is_moved:
+            for name in self._held.keys() - self._statuses.keys():
+                self._recount(name)
+
+    def stints(self, draft: Draft, account: str) -> tuple[Stint, ...]:
+        """Those of a job that are not counted yet; `account` is of attempts that say none."""
+        found = (self._stint(attempt, draft, account) for attempt in draft.status.attempts if attempt.stage == "train")
+        return tuple(stint for stint in found if not self._is_counted(stint))
+
+    def count(self, key: str, stints: Iterable[Stint], *, is_there: bool) -> None:
+        """A job's stints come to it, or go."""
+        for stint in stints:
+            of_queue = self._stints.setdefault(stint.queue, {})
+            if is_there:
+                of_queue[key] = (*of_queue.get(key, ()), stint)
+            else:
+                of_queue.pop(key, None)
+            held = Held.of(stint, self._counted.get(stint.queue), self.decay)
+            self._held.setdefault(stint.queue, Held()).add(held, 1 if is_there else -1)
+
+    def at(self, now: datetime) -> Mapping[str, Share]:
+        """Each queue's share."""
+        factor = self.decay.factor(now)
+        return {name: self._share(name, held.average(factor)) for name, held in self._held.items()}
+
+    def step(self, queue: str) -> Share:
+        """What one more job adds to its queue's share: a minimum run on the smallest card here."""
+        return self._share(queue, self.next)
+
+    def is_counted(self, key: str) -> bool:
+        """Whether all that a job has had is in the statuses of queues that have one."""
+        theirs = (stint for name in self._statuses for stint in self._stints.get(name, {}).get(key, ()))
+        return all(map(self._is_counted, theirs))
+
+    def due(self, queue: QLoRAQueue, given_back: Set[str], snapshot: Snapshot) -> QLoRAQueueStatus | None:
+        """What is to be stored of a queue now, if so; `given_back` are queues one of whose GPUs comes free."""
+        name, counted = queue.metadata.name, self._counted.get(queue.metadata.name)
+        is_put = queue.status.counted_until is not None and queue.status.counted_until != counted
+        waited = counted is None or (snapshot.now - counted).total_seconds() >= self.policy.usage_write_seconds
+        if not is_put and not waited and name not in given_back:
+            return None
+        left = [stint for of_job in self._stints.get(name, {}).values() for stint in of_job]
+        left = [stint for stint in left if not self._is_counted(stint)]
+        return self._counted_on(queue, left, snapshot.now) if left or is_put else None
+
+    # --- pieces --------------------------------------------------------------------------------------------------
+
+    def _stint(self, attempt: Attempt, draft: Draft, account: str) -> Stint:
+        gpu_class, start, end = attempt.gpu_class or "", attempt.created_time, attempt.finish_time
+        minimum = start + timedelta(seconds=self.policy.minimum_run_seconds)
+        return Stint(
+            queue=attempt.queue or account,
+            user=draft.job.metadata.namespace,
+            gpu_class=gpu_class,
+            gib=self.classes[gpu_class].marketed_gib if gpu_class in self.classes else UNKNOWN_CLASS_GIB,
+            start=start,
+            end=end,
+            counts_until=end or (minimum if draft.now < minimum else None),
+        )
+
+    def _is_counted(self, stint: Stint) -> bool:
+        counted = self._counted.get(stint.queue)
+        return counted is not None and stint.end is not None and stint.end <= counted
+
+    def _share(self, queue: str, held: tuple[float, float]) -> Share:
+        """Its part of what there is, over its weight; a queue that is gone has the least."""
+        weight = self.weights.get(queue, 1)
+        return held[0] / (self.gpus * weight), held[1] / (self.gib * weight)
+
+    def _recount(self, name: str) -> None:
+        """Add up one queue, from its status and the stints since."""
+        counted, status = self._counted.get(name), self._statuses.get(name, QLoRAQueueStatus())
+        held = Held()
+        if counted is not None:
+            by_weight = self.decay.weight(counted) / self.decay.mean_life_seconds
+            held.gpus_had = sum(round(by_weight * each.gpu_seconds) for each in status.usage)
+            held.gib_had = sum(round(by_weight * each.gib_seconds) for each in status.usage)
+        left = {
+            key: kept
+            for key, stints in self._stints.get(name, {}).items()
+            if (kept := tuple(stint for stint in stints if not self._is_counted(stint)))
+        }
+        for stints in left.values():
+            for stint in stints:
+                held.add(Held.of(stint, counted, self.decay), 1)
+        self._stints[name], self._held[name] = left, held
+
+    def _counted_on(self, queue: QLoRAQueue, stints: Iterable[Stint], now: datetime) -> QLoRAQueueStatus:
+        """The queue's status with everything counted until now."""
+        counted = self._counted.get(queue.metadata.name)
+        pieces = sorted(_pieces(stints, counted, now), key=lambda piece: (piece.user, piece.start, piece.gpu_class))
+        return queue.status.model_copy(
+            update={
+                "counted_until": now,
+                "usage": tuple(self._by_user(queue.status.usage, counted or now, pieces, now)),
+                "months": tuple(self._by_month(queue.status.months, pieces)),
+            }
+        )
+
+    def _by_user(
+        self, before: Iterable[UserUsage], counted: datetime, pieces: Iterable[Stint], now: datetime
+    ) -> Sequence[UserUsage]:
+        kept = exp2(-(now - counted).total_seconds() / self.decay.half_life_seconds)
+        gpu_seconds = {each.user: kept * each.gpu_seconds for each in before}
+        gib_seconds = {each.user: kept * each.gib_seconds for each in before}
+        for piece in pieces:
+            seconds = self._decayed_seconds(piece, now)
+            gpu_seconds[piece.user] = gpu_seconds.get(piece.user, 0.0) + seconds
+            gib_seconds[piece.user] = gib_seconds.get(piece.user, 0.0) + seconds * piece.gib
+        users = sorted(gib_seconds, key=lambda user: (-gib_seconds[user], user))[:MAX_USERS]
+        return [
+            UserUsage(user=user, gpu_seconds=round(gpu_seconds[user], 3), gib_seconds=round(gib_seconds[user], 3))
+            for user in sorted(users)
+            if gpu_seconds[user] >= LEAST_SECONDS
+        ]
+
+    def _decayed_seconds(self, piece: Stint, now: datetime) -> float:
+        """What is left at `now` of the time of a piece, which has an end."""
+        assert piece.end is not None, "pieces have ended"
+        mean_life = self.decay.mean_life_seconds
+        ago, length = (now - piece.end).total_seconds(), (piece.end - piece.start).total_seconds()
+        return mean_life * exp2(-ago / self.decay.half_life_seconds) * -expm1(-length / mean_life)
+
+    def _by_month(self, before: Iterable[MonthlyUsage], pieces: Iterable[Stint]) -> Sequence[MonthlyUsage]:
+        known = {(each.month, each.user, each.gpu_class): each for each in before}
+        for month, piece in ((month, piece) for whole in pieces for month, piece in _months(whole)):
+            key = month, piece.user, piece.gpu_class
+            had = known.get(key) or MonthlyUsage(
+                month=month, user=piece.user, gpu_class=piece.gpu_class, gpu_seconds=0.0
+            )
+            assert piece.end is not None, "pieces have ended"
+            seconds = (piece.end - piece.start).total_seconds()
+            price = self.classes[piece.gpu_class].dollars_per_hour if piece.gpu_class in self.classes else None
+            known[key] = had.model_copy(
+                update={
+                    "gpu_seconds": round(had.gpu_seconds + seconds, 6),
+                    "dollars": round(had.dollars + seconds / HOUR_SECONDS * (price or 0.0), 6),
+                }
+            )
+        return [known[key] for key in sorted(known)[-MAX_MONTHLY:]]
+
+
+def counted_until(status: QLoRAQueueStatus, snapshot: Snapshot) -> datetime | None:
+    """Until when everything is counted, by the clock of `snapshot.now`, which may have been put since.
+
+    A step that nobody noticed shows in a time that is still to come: that is now, as in the statuses of jobs.
+    """
+    if status.counted_until is None:
+        return None
+    return min(status.counted_until + timedelta(seconds=snapshot.clock_step_seconds), snapshot.now)
+
+
+def _pieces(stints: Iterable[Stint], counted: datetime | None, now: datetime) -> Iterator[Stint]:
+    """What of the stints is not counted and is over."""
+    for stint in stints:
+        start = stint.start if counted is None else max(stint.start, counted)
+        end = now if stint.end is None else min(stint.end, now)
+        if start < end:
+            yield replace(stint, start=start, end=end)
+
+
+def _months(piece: Stint) -> Iterator[tuple[str, Stint]]:
+    """A piece by months (UTC), which are named `2026-11`."""
+    assert piece.end is not None, "pieces have ended"
+    start = piece.start.astimezone(UTC)
+    while start < piece.end:
+        first = start.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        end = min((first + timedelta(days=32)).replace(day=1), piece.end)
+        yield f"{start:%Y-%m}", replace(piece, start=start, end=end)
+        start = end
