@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.api.reasons import Reason, Recovery
 from tests.e2e_cluster.daemons import wait_until
 from tests.e2e_cluster.lab import Lab
 from tests.e2e_cluster.service import (
@@ -78,7 +79,7 @@ def undisturbed(lab: Lab, installed: None) -> dict[str, Any]:
 
 def test_a_job_goes_from_apply_to_the_registry(lab: Lab, volumes: Path, undisturbed: dict[str, Any]) -> None:
     status = undisturbed
-    assert [attempt["stage"] for attempt in status["attempts"]] == ["prepare", "train", "publish"]
+    assert stages_of(status) == ["prepare", "train", "publish"]
     folder = volumes / "store" / status["adapterUri"].removeprefix("pvc://store/")
     assert digest(folder / WEIGHTS) == status["adapterDigest"]
     assert sha256(registered_weights(lab, "undisturbed")) == status["adapterDigest"]
@@ -92,7 +93,7 @@ def test_a_job_goes_from_apply_to_the_registry(lab: Lab, volumes: Path, undistur
 
 def test_pods_of_stages_are_restricted_and_know_no_account(lab: Lab, undisturbed: dict[str, Any]) -> None:
     pods = lab.get("pods", f"--namespace={TEAM}", "--selector=qlora.dev/job=undisturbed")["items"]
-    assert len(pods) == 3
+    assert {pod["metadata"]["labels"]["qlora.dev/stage"] for pod in pods} == {"prepare", "train", "publish"}
     for pod in pods:
         assert pod["spec"]["automountServiceAccountToken"] is False
         mounts = [mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]]
@@ -125,7 +126,7 @@ def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undistur
     status = succeeded(lab, "disturbed")
 
     assert status["evictions"] == {"Preempted": 1, "Disrupted": 2}
-    assert [attempt["stage"] for attempt in status["attempts"]] == ["prepare", *["train"] * 4, "publish"]
+    assert stages_of(status) == ["prepare", *["train"] * 4, "publish"]
     assert reason_of(succeeded(lab, "urgent"), "Evicted") is None
     weights = lab.buckets / BUCKET / status["adapterUri"].removeprefix(f"s3://{BUCKET}/") / WEIGHTS
     assert digest(weights) == status["adapterDigest"] == undisturbed["adapterDigest"]
@@ -141,6 +142,15 @@ def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undistur
     ]
     assert sum(restarts) >= sum(killed.values())
     lab.kubectl("uncordon", "node-1")
+
+
+def stages_of(status: dict[str, Any]) -> list[str]:
+    """The stages, but for those on the CPU that the surroundings ended: a machine that is busy answers late."""
+    return [a["stage"] for a in status["attempts"] if a["stage"] == "train" or not came_to_nothing(a)]
+
+
+def came_to_nothing(attempt: dict[str, Any]) -> bool:
+    return "reason" in attempt and Reason(attempt["reason"]).recovery is Recovery.WAIT
 
 
 def urgent_comes(lab: Lab, _: str) -> None:
