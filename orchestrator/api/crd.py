@@ -37,7 +37,7 @@ from orchestrator.api.job import (
 )
 from orchestrator.api.layer_trace import KIND_LETTERS, ModelTrace
 from orchestrator.api.plan import Estimate
-from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
+from orchestrator.api.queue import Budget, QLoRAQueue, QLoRAQueueSpec
 
 Json = dict[str, Any]  # Any: schemas and manifests, as they come
 
@@ -165,6 +165,15 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
             ),
         )
     },
+    Budget: {
+        "_says_how_much": (
+            Rule(
+                rule="has(self.gpuHours) || has(self.dollars)",
+                message="budget must name gpuHours or dollars",
+                field="gpuHours",
+            ),
+        )
+    },
     QLoRAQueueSpec: {
         "_one_quota_a_class": (
             Rule(
@@ -225,7 +234,10 @@ QUEUE_COLUMNS = (
     Column(name="Cohort", kind="string", path=".spec.cohort", description="Queues that lend each other quota."),
     Column(name="Weight", kind="integer", path=".spec.weight", description="Fair share relative to others."),
     Column(name="Preemption", kind="string", path=".spec.preemption", description="Whom its jobs may evict."),
-    Column(name="Hold", kind="boolean", path=".spec.hold", description="Whether nothing is admitted."),
+    Column(name="Stop", kind="string", path=".spec.stopPolicy", description="Whether nothing is admitted."),
+    Column(name="Pending", kind="integer", path=".status.pending", description="Jobs that wait for a GPU."),
+    Column(name="Running", kind="integer", path=".status.running", description="Jobs that hold a GPU."),
+    Column(name="Pending-Since", kind="date", path=".status.pendingSince", description="The longest wait.", wide=True),
     AGE,
 )
 
@@ -398,7 +410,7 @@ def _without_null(default: Any) -> Any:
     """A default without the fields that have none; it is whole, because rules are tried on it as it stands."""
     if not isinstance(default, dict):
         return default
-    return {name: value for name, value in cast(Json, default).items() if value is not None}
+    return {name: _without_null(value) for name, value in cast(Json, default).items() if value is not None}
 
 
 def _re2(pattern: str) -> str:

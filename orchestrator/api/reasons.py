@@ -67,6 +67,12 @@ class Reason(StrEnum):
     """The queue is not for jobs of this namespace."""
     PRIORITY_TOO_HIGH = "PriorityTooHigh"
     """Higher than the queue allows."""
+    USER_LIMIT = "UserLimit"
+    """The queue lets no more jobs of this user run, or wait."""
+    BUDGET_SPENT = "BudgetSpent"
+    """The queue has no more of its month's budget."""
+    WAITING_IN_ORDER = "WaitingInOrder"
+    """Its queue is StrictFIFO, and the job that is next waits."""
     BACKING_OFF = "BackingOff"
     OUTAGE = "Outage"
     """Many jobs fail for the same cause: it is waited for, and nobody's budget is spent."""
@@ -76,6 +82,8 @@ class Reason(StrEnum):
     NOT_EVICTED = "NotEvicted"
     PREEMPTED = "Preempted"
     QUOTA_RECLAIMED = "QuotaReclaimed"
+    QUEUE_DRAINED = "QueueDrained"
+    """The queue's stopPolicy is HoldAndDrain."""
     DISRUPTED = "Disrupted"
     """The platform takes the machine away, or somebody the stage."""
     UNSCHEDULABLE = "Unschedulable"
@@ -131,6 +139,7 @@ class Reason(StrEnum):
 _RECOVERIES = {
     Reason.PREEMPTED: Recovery.RESUME,
     Reason.QUOTA_RECLAIMED: Recovery.RESUME,
+    Reason.QUEUE_DRAINED: Recovery.RESUME,
     Reason.DISRUPTED: Recovery.RESUME,
     Reason.SUSPENDED: Recovery.RESUME,
     Reason.LOST: Recovery.RESUME,

@@ -37,7 +37,7 @@ def complete_queue(ctx: typer.Context, incomplete: str) -> list[str]:
     return _offered(
         ctx,
         incomplete,
-        lambda client: [q.metadata.name for q in client.list_queues() if held in (None, q.spec.hold)],
+        lambda client: [q.metadata.name for q in client.list_queues() if held in (None, q.spec.stops != "None")],
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.api.job import Attempt, Condition, QLoRAJob
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import QLoRAQueue, UserUsage
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
 from orchestrator.cli.plan_view import length_words, plan_words
 from orchestrator.cli.tables import job_table
@@ -21,13 +21,17 @@ from orchestrator.sdk.explanation import Explanation
 from orchestrator.sdk.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
 
 CONDITION_HEADER = ("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE")
-QUOTA_HEADER = ("CLASS", "HELD", "NOMINAL", "BORROWS")
+QUOTA_HEADER = ("CLASS", "HELD", "NOMINAL", "BORROWS", "BORROWED", "LENT")
+USER_HEADER = ("USER", "GPU TIME", "VRAM TIME")
+MAX_USERS_SHOWN = 10
+SECONDS_AN_HOUR = 3600.0
 ATTEMPT_HEADER = ("#", "STAGE", "GPU", "STARTED", "TOOK", "EXIT", "REASON", "MESSAGE")
 EVENT_HEADER = ("AGE", "REASON", "MESSAGE")
 LABEL_CELLS = 16
 MAX_EVENTS = 20
 """The newest so many events are shown."""
 Field = tuple[str, str]
+_QUEUE_STATES = {"None": ("open", "good"), "Hold": ("held", "waiting"), "HoldAndDrain": ("drained", "waiting")}
 
 
 def show_job(console: Console, job: QLoRAJob, events: Sequence[tuple[str, Event]], now: datetime) -> None:
@@ -51,21 +55,27 @@ def show_job(console: Console, job: QLoRAJob, events: Sequence[tuple[str, Event]
 def show_queue(console: Console, queue: QLoRAQueue, unfinished: Sequence[QLoRAJob], now: datetime) -> None:
     """A queue's rules, what its jobs hold of each quota, and who they are."""
     spec = queue.spec
-    state = ("held", "waiting") if spec.hold else ("open", "good")
+    state = _QUEUE_STATES[spec.stops]
     print_paragraph(console, Text.assemble((f"queue {queue.metadata.name}", "bold"), "  ", state))
     _print_section(console, "Rules", _queue_fields(queue))
     held = Counter(a.gpu_class for job in unfinished if (a := job.status.active_attempt) is not None and a.gpu_class)
     borrowing = {q.gpu_class: "any" if q.borrowing_limit is None else str(q.borrowing_limit) for q in spec.quotas}
+    borrowed = {use.gpu_class: use.borrowed for use in queue.status.classes}
+    lent = {use.gpu_class: use.lent for use in queue.status.classes}
     quotas = [
         [
             Cell(text=quota.gpu_class),
             Cell(text=str(held[quota.gpu_class])),
             Cell(text=str(quota.nominal)),
             Cell(text=borrowing[quota.gpu_class] if spec.cohort else NOTHING),
+            Cell(text=str(borrowed.get(quota.gpu_class, 0))),
+            Cell(text=str(lent.get(quota.gpu_class, 0))),
         ]
         for quota in spec.quotas
     ]
     _print_table(console, "Quotas", QUOTA_HEADER, quotas)
+    most = sorted(queue.status.usage, key=lambda each: -each.gib_seconds)[:MAX_USERS_SHOWN]
+    _print_table(console, "Had of late", USER_HEADER, [_user_row(each) for each in most])
     if unfinished:
         console.print(Text("\nUnfinished jobs", style="bold"))
         print_columns(console, job_table(unfinished, now, namespaces=True), indent="  ")
@@ -89,9 +99,34 @@ def _queue_fields(queue: QLoRAQueue) -> Iterator[Field]:
     yield "priority", "any" if spec.max_priority is None else f"at most {spec.max_priority}"
     yield "preemption", "its jobs move others of lower priority" if spec.preemption != "Never" else "it moves nobody"
     yield "fair share", f"weight {spec.weight}"
+    yield (
+        "order",
+        "strict: nobody goes before the one who is next"
+        if spec.queueing_strategy == "StrictFIFO"
+        else ("whoever finds a GPU goes"),
+    )
+    if spec.per_user.running is not None or spec.per_user.waiting is not None:
+        running, waiting = (_bound(limit) for limit in (spec.per_user.running, spec.per_user.waiting))
+        yield "of a namespace", f"{running} running, {waiting} waiting"
+    if (budget := spec.budget) is not None:
+        use = queue.status.budget
+        hours, dollars = (use.gpu_hours, use.dollars) if use is not None else (0.0, 0.0)
+        of_hours = [f"{hours:.1f} of {budget.gpu_hours} GPU-hours"] if budget.gpu_hours is not None else []
+        of_dollars = [f"${dollars:.2f} of ${budget.dollars}"] if budget.dollars is not None else []
+        then = "nothing is admitted then" if budget.when_spent == "Hold" else "a warning then"
+        yield "budget", f"{', '.join((*of_hours, *of_dollars))} this month; {then}"
     yield "cohort", spec.cohort or "none: it neither lends nor borrows"
     if not spec.quotas:
         yield "quotas", "none: no limit"
+
+
+def _bound(limit: int | None) -> str:
+    return "any number" if limit is None else f"at most {limit}"
+
+
+def _user_row(usage: UserUsage) -> list[Cell]:
+    gpu_hours, gib_hours = usage.gpu_seconds / SECONDS_AN_HOUR, usage.gib_seconds / SECONDS_AN_HOUR
+    return [Cell(text=usage.user), Cell(text=f"{gpu_hours:.1f} h"), Cell(text=f"{gib_hours:.0f} GiB h")]
 
 
 def _spec_fields(job: QLoRAJob) -> Iterator[Field]:

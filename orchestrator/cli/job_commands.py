@@ -463,7 +463,7 @@ def _show_list(client: Client, kind: Kind, name: str | None, all_namespaces: boo
         say(f"no {kind.value}{'' if all_namespaces or kind is Kind.QUEUES else f' in namespace {client.namespace}'}")
     elif kind is Kind.QUEUES:
         queues = [item for item in items if isinstance(item, QLoRAQueue)]
-        print_columns(answers(), queue_table(queues, client.list(all_namespaces=True)))
+        print_columns(answers(), queue_table(queues, client.list(all_namespaces=True), datetime.now(UTC)))
     else:
         jobs = [item for item in items if isinstance(item, QLoRAJob)]
         wide = form is TableFormat.WIDE

@@ -14,6 +14,7 @@ from orchestrator.cli.options import DryRun, Output
 
 if TYPE_CHECKING:
     from orchestrator.api.job import QLoRAJob
+    from orchestrator.api.queue import StopPolicy
     from orchestrator.sdk.client import Client
 
 QueueName = Annotated[str, typer.Argument(metavar="NAME", help="The queue's name.", autocompletion=complete_queue)]
@@ -52,6 +53,25 @@ def create(
         typer.Option("--max-priority", metavar="PRIORITY", help="Jobs of a higher one wait.", show_default=False),
     ] = None,
     never_preempt: Annotated[bool, typer.Option("--never-preempt", help="Its jobs move nobody.")] = False,
+    user_running: Annotated[
+        int | None,
+        typer.Option("--user-running", metavar="JOBS", min=1, help="GPUs that a namespace holds.", show_default=False),
+    ] = None,
+    user_waiting: Annotated[
+        int | None,
+        typer.Option(
+            "--user-waiting", metavar="JOBS", min=1, help="Jobs of a namespace that wait.", show_default=False
+        ),
+    ] = None,
+    gpu_hours: Annotated[
+        int | None,
+        typer.Option("--gpu-hours", metavar="HOURS", min=0, help="Its budget of a month.", show_default=False),
+    ] = None,
+    dollars: Annotated[
+        int | None,
+        typer.Option("--dollars", metavar="DOLLARS", min=0, help="The same by QLORA_GPU_PRICES.", show_default=False),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Nobody goes before the one who is next.")] = False,
     hold: Annotated[bool, typer.Option("--hold", help="Admit nothing before `qlora queue release`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -68,7 +88,10 @@ def create(
         "namespaces": list(namespaces or ()),
         "maxPriority": max_priority,
         "preemption": "Never" if never_preempt else "LowerPriority",
-        "hold": hold,
+        "queueingStrategy": "StrictFIFO" if strict else "BestEffortFIFO",
+        "stopPolicy": "Hold" if hold else "None",
+        "perUser": {"running": user_running, "waiting": user_waiting},
+        "budget": None if gpu_hours is None and dollars is None else {"gpuHours": gpu_hours, "dollars": dollars},
     }
     wanted = parse_object({"apiVersion": API_VERSION, "kind": "QLoRAQueue", "metadata": {"name": name}, "spec": spec})
     client = connect(None)
@@ -93,14 +116,18 @@ def describe(name: QueueName, output: Output = None) -> None:
         show_queue(answers(), found, _unfinished(client, name), datetime.now(UTC))
 
 
-def hold(name: QueueName, dry_run: DryRun = False) -> None:
+def hold(
+    name: QueueName,
+    drain: Annotated[bool, typer.Option("--drain", help="Those that run save a checkpoint and wait, too.")] = False,
+    dry_run: DryRun = False,
+) -> None:
     """Admit no more of a queue's jobs. Those that run go on."""
-    _set_hold(name, hold=True, dry_run=dry_run)
+    _set_stop(name, "HoldAndDrain" if drain else "Hold", dry_run=dry_run)
 
 
 def release(name: QueueName, dry_run: DryRun = False) -> None:
     """Admit a held queue's jobs again."""
-    _set_hold(name, hold=False, dry_run=dry_run)
+    _set_stop(name, "None", dry_run=dry_run)
 
 
 def delete(name: QueueName, dry_run: DryRun = False) -> None:
@@ -119,16 +146,19 @@ def delete(name: QueueName, dry_run: DryRun = False) -> None:
 COMMANDS = (create, describe, hold, release, delete)
 
 
-def _set_hold(name: str, *, hold: bool, dry_run: bool) -> None:
+_STOPPED = {"None": "released", "Hold": "held", "HoldAndDrain": "drained"}
+
+
+def _set_stop(name: str, stop_policy: StopPolicy, *, dry_run: bool) -> None:
     from orchestrator.cli.output import print_text
 
-    client, word = connect(None), "held" if hold else "released"
-    if client.get_queue(name).spec.hold is hold:
-        print_text(f"queue/{name} is {'held' if hold else 'not held'} already")
+    client, word = connect(None), _STOPPED[stop_policy]
+    if client.get_queue(name).spec.stops == stop_policy:
+        print_text(f"queue/{name} is {'not held' if stop_policy == 'None' else word} already")
     elif dry_run:
         print_text(f"queue/{name} would be {word}")
     else:
-        client.hold_queue(name, hold=hold)
+        client.hold_queue(name, hold=stop_policy != "None", drain=stop_policy == "HoldAndDrain")
         print_text(f"queue/{name} {word}")
 
 

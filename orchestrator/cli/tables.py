@@ -15,7 +15,7 @@ from orchestrator.sizing.margins import Bound
 JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "AGE")
 LEFT_OUT_FIRST = ("PRIORITY", "GPU", "QUEUE", "ETA")
 WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")
-QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "HOLD", "RUNNING", "WAITING", "QUOTAS")
+QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "STOP", "RUNNING", "WAITING", "LONGEST", "QUOTAS")
 CALIBRATION_HEADER = ("NAMESPACE", "ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
 _SPEAKS_FOR_ITSELF = frozenset({JobState.PREPARING, JobState.TRAINING, JobState.PUBLISHING, JobState.SUCCEEDED})
 _RUNNING = frozenset({JobState.STARTING, JobState.TRAINING, JobState.STOPPING})
@@ -56,8 +56,8 @@ def message(job: QLoRAJob) -> str:
     return "" if state_of(job.status) in _SPEAKS_FOR_ITSELF else job.status.summary
 
 
-def queue_table(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob]) -> Columns:
-    """One row a queue."""
+def queue_table(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob], now: datetime) -> Columns:
+    """One row a queue; LONGEST is for how long the one waits who has waited for longest."""
     everyone = [(job.spec.queue, state_of(job.status)) for job in jobs]
     rows: list[list[Cell]] = []
     for queue in queues:
@@ -68,9 +68,10 @@ def queue_table(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob]) -> Colum
             spec.cohort or NOTHING,
             str(spec.weight),
             spec.preemption,
-            "yes" if spec.hold else "no",
+            spec.stops,
             str(sum(1 for of, state in everyone if of == name and state in _RUNNING)),
             str(sum(1 for of, state in everyone if of == name and state in _WAITING)),
+            since(queue.status.pending_since, now),
             quotas or "no limit",
         )
         rows.append([Cell(text=text) for text in texts])

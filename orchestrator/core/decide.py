@@ -28,7 +28,6 @@ from orchestrator.core.commands import (
     ReleaseJob,
     ReportDefect,
     StopStage,
-    WriteQueueStatus,
     WriteStatus,
 )
 from orchestrator.core.job.containment import failed_by_defect
@@ -38,6 +37,7 @@ from orchestrator.core.job.state_machine import LAST_RUN_STATUS, JobState, state
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Round, Scheduler
 from orchestrator.core.scheduling.index import Index
+from orchestrator.core.scheduling.queue_status import queue_statuses
 from orchestrator.core.snapshot import Policy, Snapshot
 
 
@@ -68,7 +68,7 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     for key in sorted(index.runners):
         yield from _run_commands(index.entries[key].draft, snapshot)
     yield from _runs_of_gone_jobs(index, snapshot)
-    yield from _queue_statuses(index, snapshot)  # before a job that has ended may be deleted
+    yield from queue_statuses(index, snapshot)  # before a job that has ended may be deleted
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
     # just now, then figures of jobs that go on as before, and last come words about those who wait.
     moved: list[Command] = []
@@ -193,14 +193,6 @@ def _runs_of_gone_jobs(index: Index, snapshot: Snapshot) -> Iterator[FinishRun]:
     for uid in sorted(snapshot.runs):
         if not index.uids.get(uid):
             yield FinishRun(job=snapshot.runs[uid].job, run_status=LAST_RUN_STATUS[JobState.CANCELLED])
-
-
-def _queue_statuses(index: Index, snapshot: Snapshot) -> Iterator[WriteQueueStatus]:
-    given_back = index.given_back()
-    for queue in snapshot.queues:
-        status = index.shares.due(queue, given_back, snapshot)
-        if status is not None:
-            yield WriteQueueStatus(queue=queue, status=status)
 
 
 def _expired(index: Index, snapshot: Snapshot) -> Iterator[DeleteJob]:

@@ -113,9 +113,9 @@ class AsyncClient:
         """A queue as it is now; raises NotFound."""
         return await asyncio.to_thread(self.sync.get_queue, name)
 
-    async def hold_queue(self, name: str, *, hold: bool = True) -> QLoRAQueue:
-        """Admit none of its jobs, or some again; those that run go on. Raises NotFound."""
-        return await asyncio.to_thread(self.sync.hold_queue, name, hold=hold)
+    async def hold_queue(self, name: str, *, hold: bool = True, drain: bool = False) -> QLoRAQueue:
+        """Admit none of its jobs, or some again; those that run go on, unless it is drained. Raises NotFound."""
+        return await asyncio.to_thread(self.sync.hold_queue, name, hold=hold, drain=drain)
 
     async def delete_queue(self, name: str) -> None:
         """Remove a queue; jobs that name it wait until it is there again. Raises NotFound."""

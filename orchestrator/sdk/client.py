@@ -187,10 +187,12 @@ class Client:
                 return queue
         raise NotFound(f"there is no queue {name}; list them with: qlora get queues")
 
-    def hold_queue(self, name: str, *, hold: bool = True) -> QLoRAQueue:
-        """Admit none of its jobs, or some again; those that run go on. Raises NotFound."""
+    def hold_queue(self, name: str, *, hold: bool = True, drain: bool = False) -> QLoRAQueue:
+        """Admit none of its jobs, or some again; those that run go on, unless it is drained. Raises NotFound."""
         queue = self.get_queue(name)
-        return self.apply_queue(queue.model_copy(update={"spec": queue.spec.model_copy(update={"hold": hold})}))
+        stop_policy = ("HoldAndDrain" if drain else "Hold") if hold else "None"
+        spec = queue.spec.model_copy(update={"stop_policy": stop_policy, "hold": False})
+        return self.apply_queue(queue.model_copy(update={"spec": spec}))
 
     def delete_queue(self, name: str) -> None:
         """Remove a queue; jobs that name it wait until it is there again. Raises NotFound."""

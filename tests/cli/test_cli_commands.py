@@ -293,7 +293,7 @@ def test_get_queues_counts_their_jobs(service: PaperService) -> None:
     service.prepare("a")
     service.train("a")
     row = qlora("get", "queues").stdout.splitlines()[1]
-    assert row.split() == ["team-a", "-", "1", "LowerPriority", "no", "1", "1", "no", "limit"]
+    assert row.split() == ["team-a", "-", "1", "LowerPriority", "None", "1", "1", "-", "no", "limit"]
 
 
 def test_answers_for_programs_have_the_state_that_the_table_shows(service: PaperService) -> None:
@@ -515,12 +515,13 @@ def test_queues_are_made_held_released_and_deleted(service: PaperService) -> Non
     assert qlora("queue", "hold", "research").stdout == "queue/research held\n"
     assert qlora("queue", "hold", "research").stdout == "queue/research is held already\n"
     [held] = service.store.list_queues()
-    assert held.spec == queue.spec.model_copy(update={"hold": True})
+    assert held.spec == queue.spec.model_copy(update={"stop_policy": "Hold"})
     service.client.submit(job_document("one", queue="research") | {"metadata": {"name": "one", "namespace": "team-a"}})
     page = qlora("queue", "describe", "research").stdout
     assert page.startswith("queue research  held\n")
-    assert re.search(r"24Gi +0 +4 +any\n", page)
+    assert re.search(r"24Gi +0 +4 +any +0 +0\n", page)
     assert re.search(r"team-a +one ", page)
+    assert qlora("queue", "hold", "research", "--drain").stdout == "queue/research drained\n"
     assert qlora("queue", "release", "research").stdout == "queue/research released\n"
     assert service.store.list_queues()[0].spec == queue.spec
     assert "1 unfinished job of it" in qlora("queue", "delete", "research", "--dry-run").stdout

@@ -232,7 +232,7 @@ DRAWN: dict[str, Draw] = {
     "plan-cpu": plan_on(CPU),
     "get": listed(),
     "get-wide": listed(wide=True, namespaces=True),
-    "get-queues": lambda _, console: print_columns(console, queue_table([RESEARCH, make_queue("default")], JOBS)),
+    "get-queues": lambda _, console: print_columns(console, queue_table([RESEARCH, make_queue("default")], JOBS, NOW)),
     "describe": described(SUCCEEDED),
     "describe-failed": described(FAILED, *EVENTS),
     "describe-waiting": described(WAITING),

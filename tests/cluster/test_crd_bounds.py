@@ -137,7 +137,8 @@ def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> N
 
 @pytest.mark.parametrize("path", QUEUE_FIELDS)
 def test_every_bound_of_a_queue_is_the_same_for_both(api: KubeApi, path: str) -> None:
-    agree_on_all(api, QLoRAQueue, {}, path, QUEUE_FIELDS[path])
+    needed: Json = {"budget.whenSpent": {"budget": {"gpuHours": 1}}}
+    agree_on_all(api, QLoRAQueue, needed.get(path, {}), path, QUEUE_FIELDS[path])
 
 
 def agree_on_all(api: KubeApi, kind: type[QLoRAJob] | type[QLoRAQueue], spec: Json, path: str, node: Json) -> None:
@@ -172,7 +173,7 @@ def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> Non
     """The field that each names is in the answer, too."""
     own = {rule for model, rules in RULES.items() if model not in IN_STATUS for each in rules.values() for rule in each}
     cases = [(QLoRAJob, changed(SPEC, path, value)) for path, value in rule_breakers()]
-    cases.append((QLoRAQueue, {"quotas": [QUOTA, QUOTA]}))
+    cases += [(QLoRAQueue, {"quotas": [QUOTA, QUOTA]}), (QLoRAQueue, {"budget": {}})]
     met = set[Any]()
     for kind, spec in cases:
         ours, theirs = complaints(api, kind, spec)

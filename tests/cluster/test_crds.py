@@ -148,6 +148,19 @@ QUEUE_CASES: list[tuple[str, object, bool]] = [
     ("preemption", "Never", True),
     ("preemption", "Always", False),
     ("hold", True, True),
+    ("stopPolicy", "HoldAndDrain", True),
+    ("stopPolicy", "Drain", False),
+    ("queueingStrategy", "StrictFIFO", True),
+    ("queueingStrategy", "FIFO", False),
+    ("perUser", {"running": 1, "waiting": 1_000_000}, True),
+    ("perUser.running", 0, False),
+    ("perUser.waiting", 1_000_001, False),
+    ("budget", {"gpuHours": 0}, True),
+    ("budget", {"dollars": 100, "whenSpent": "Warn"}, True),
+    ("budget", {}, False),
+    ("budget", {"whenSpent": "Hold"}, False),
+    ("budget", {"gpuHours": -1}, False),
+    ("budget", {"gpuHours": 1, "whenSpent": "Stop"}, False),
 ]
 
 

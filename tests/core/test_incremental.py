@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.api.job import Attempt, CheckpointStatus, QLoRAJob, QLoRAJobStatus
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import Budget, QLoRAQueue, UserLimits
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Command, DeleteJob, DeleteStage, EnsureStage, WriteQueueStatus, WriteStatus
 from orchestrator.core.decide import Decider, decide
@@ -61,6 +61,10 @@ def a_queue(name: str, seeded: random.Random) -> QLoRAQueue:
         hold=seeded.random() < 0.1,
         preemption=seeded.choice(("LowerPriority", "LowerPriority", "Never")),
         max_priority=seeded.choice((None, None, 5)),
+        stop_policy="HoldAndDrain" if seeded.random() < 0.05 else "None",
+        queueing_strategy=seeded.choice(("BestEffortFIFO", "BestEffortFIFO", "StrictFIFO")),
+        per_user=UserLimits(running=seeded.choice((None, 1, 2)), waiting=seeded.choice((None, None, 3))),
+        budget=Budget(gpu_hours=seeded.choice((0, 1, 2))) if seeded.random() < 0.1 else None,
     )
 
 
@@ -135,6 +139,8 @@ class Crowd:
             ttl_seconds_after_finished=seeded.choice((None, 100)),
             active_deadline_seconds=seeded.choice((None, None, 1_000)),
         )
+        meta = job.metadata.model_copy(update={"namespace": seeded.choice(("default", "default", "team-b"))})
+        job = job.model_copy(update={"metadata": meta})
         self.put(job)
         if status.active_attempt is not None and seeded.random() < 0.9:
             phase = StagePhase.RUNNING if seeded.random() < 0.8 else StagePhase.PENDING

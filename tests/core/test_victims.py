@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from orchestrator.api.queue import QLoRAQueueSpec, Quota
+from orchestrator.api.queue import QLoRAQueueSpec, Quota, UserLimits
 from orchestrator.api.reasons import Reason
 from orchestrator.core.scheduling.admission import GROUNDS, Ledger, Quotas, place
 from orchestrator.core.scheduling.line import Line, RankedLine
-from orchestrator.core.scheduling.ordering import Claim
+from orchestrator.core.scheduling.ordering import Claim, limited_user
 from orchestrator.core.scheduling.preemption import Holding, Hopeless, choose_victims, reserve_coming_free
 from orchestrator.sizing.plan_search import candidates
 from tests.builders import POLICY, SMOLLM2_135M, after, gpus, make_spec
@@ -27,6 +27,8 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
         f"queue-{n}": QLoRAQueueSpec(
             cohort=seeded.choice((None, "a", "b")),
             preemption=seeded.choice(("LowerPriority", "LowerPriority", "Never")),
+            queueing_strategy=seeded.choice(("BestEffortFIFO", "BestEffortFIFO", "StrictFIFO")),
+            per_user=UserLimits(running=seeded.choice((None, None, 1, 2))),
             quotas=tuple(
                 Quota(gpu_class=name, nominal=seeded.randrange(3), borrowing_limit=seeded.choice((None, 0, 2)))
                 for name in CLASSES
@@ -39,11 +41,14 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
     estimates = candidates(make_spec(), SMOLLM2_135M, every)
     assert isinstance(estimates, tuple), "a small model fits all of them"
     names = [*queues, "gone"]
+    users = ("ann", "ben", "eve")
+    held_of = [seeded.choice(names) for _ in range(seeded.randrange(12))]
     holdings = [
         Holding(
             key=f"job-{n}",
             uid=f"uid-{n:03}",
-            queue=seeded.choice(names),
+            queue=queue,
+            user=limited_user(seeded.choice(users), queues.get(queue)),
             priority=seeded.choice((0, 0, 5, 10)),
             gpu_class=seeded.choice(CLASSES),
             stopping=seeded.random() < 0.2,
@@ -51,7 +56,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
             lost_seconds=float(seeded.randrange(3)),
             was_evicted=seeded.random() < 0.2,
         )
-        for n in range(seeded.randrange(12))
+        for n, queue in enumerate(held_of)
     ]
     claims = []
     for n in range(seeded.randrange(12)):
@@ -67,13 +72,14 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
                 created=after(-seeded.randrange(5)),
                 estimates=chosen,
                 classes=classes,
+                user=limited_user(seeded.choice(users), queues[queue]),
             )
         )
     held = [sum(h.gpu_class == name for h in holdings) for name in CLASSES]
     capacity = {name: count + seeded.choice((-1, 0, 1)) for name, count in zip(CLASSES, held, strict=True)}
     ledger = Ledger(capacity=capacity, quotas=Quotas.of(queues))
     for holding in holdings:
-        ledger.take(holding.queue, holding.gpu_class)
+        ledger.take(holding.queue, holding.gpu_class, holding.user)
     line = Line()
     line.change((), claims)
     shares, steps = ({name: (seeded.uniform(0, most), seeded.uniform(0, most)) for name in queues} for most in (5, 2))
@@ -97,23 +103,39 @@ def of_class(holdings: list[Holding]) -> Callable[[str], list[Holding]]:
 def placed_one_by_one(claims: list[Claim], ledger: Ledger) -> Iterator[tuple[str, str]]:
     served: set[str] = set()
     for ground in GROUNDS:
+        stuck: set[str] = set()
         for claim in claims:
             for name in claim.classes:
-                if claim.key not in served and ledger.has_room_for(claim.queue, name, ground):
+                is_free = claim.key not in served and claim.queue not in stuck
+                if is_free and ledger.has_room_for(claim.queue, name, ground) and not is_full(claim, ledger):
                     served.add(claim.key)
-                    ledger.take(claim.queue, name)
+                    ledger.take(claim.queue, name, claim.user)
                     yield claim.key, name
+            if claim.key not in served and is_strict(claim, ledger):
+                stuck.add(claim.queue)
+
+
+def is_strict(claim: Claim, books: Ledger) -> bool:
+    return books.quotas.queues[claim.queue].queueing_strategy == "StrictFIFO"
+
+
+def is_full(claim: Claim, books: Ledger) -> bool:
+    limit = books.quotas.queues[claim.queue].per_user.running
+    return limit is not None and books.by_user.get((claim.queue, claim.user), 0) >= limit
 
 
 def victims_one_by_one(claims: list[Claim], holdings: list[Holding], books: Ledger) -> Served:
     """The rules of `core/scheduling/preemption` in their plainest form."""
     for each in holdings:
         if each.stopping:
-            books.release(each.queue, each.gpu_class)
+            books.release(each.queue, each.gpu_class, each.user)
     found: Served = [(key, name, None, Reason.PREEMPTED) for key, name in placed_one_by_one(claims, books)]
     reserved = {key for key, _, _, _ in found}
     running = [each for each in holdings if not each.stopping]
+    stuck: set[str] = set()
     for claim in claims:
+        if claim.queue in stuck:
+            continue
         options: list[tuple[tuple[bool, float, int, int, str], Holding, Reason]] = []
         for each in running if claim.key not in reserved else ():
             reason = reason_to_move(claim, each, books)
@@ -124,9 +146,11 @@ def victims_one_by_one(claims: list[Claim], holdings: list[Holding], books: Ledg
         if options:
             _, victim, reason = min(options, key=lambda option: option[0])
             running.remove(victim)
-            books.release(victim.queue, victim.gpu_class)
-            books.take(claim.queue, victim.gpu_class)
+            books.release(victim.queue, victim.gpu_class, victim.user)
+            books.take(claim.queue, victim.gpu_class, claim.user)
             found.append((claim.key, victim.gpu_class, victim.key, reason))
+        elif claim.key not in reserved and is_strict(claim, books):
+            stuck.add(claim.queue)
     return found
 
 
@@ -144,8 +168,9 @@ def reason_to_move(claim: Claim, holding: Holding, books: Ledger) -> Reason | No
 
 def room_without(holding: Holding, claim: Claim, books: Ledger) -> bool:
     after = books.copy()
-    after.release(holding.queue, holding.gpu_class)
-    return after.has_room(claim.queue, holding.gpu_class, borrow=holding.queue == claim.queue)
+    after.release(holding.queue, holding.gpu_class, holding.user)
+    has_room = after.has_room(claim.queue, holding.gpu_class, borrow=holding.queue == claim.queue)
+    return has_room and not is_full(claim, after)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -160,7 +185,7 @@ def test_who_is_placed_and_who_makes_way_is_what_the_rules_say_one_by_one(seed: 
         served = {p.claim.key for p in placements}
         blocked = [claim for claim in claims if claim.key not in served]
         expected, left = victims_one_by_one(blocked, holdings, ledger.copy()), line.without(served)
-        stopping = [(each.queue, each.gpu_class) for each in holdings if each.stopping]
+        stopping = [(each.queue, each.gpu_class, each.user) for each in holdings if each.stopping]
         reserved = reserve_coming_free(left, stopping, ledger)
         left, hopeless = left.without(p.claim.key for p in reserved), Hopeless()
         chosen = (*reserved, *choose_victims(left, of_class(holdings), ledger.copy(), POLICY, hopeless))

@@ -597,8 +597,9 @@ def test_the_rest_of_the_async_client_works(service: PaperService) -> None:
         assert (await handle.metrics()).index.tolist()
         queue = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAQueue", "metadata": {"name": "team-a"}}
         await client.apply_queue(queue)
-        assert (await client.hold_queue("team-a")).spec.hold
-        assert (await client.get_queue("team-a")).spec.hold
+        assert (await client.hold_queue("team-a")).spec.stops == "Hold"
+        assert (await client.hold_queue("team-a", drain=True)).spec.stops == "HoldAndDrain"
+        assert (await client.get_queue("team-a")).spec.stops == "HoldAndDrain"
         await client.delete_queue("team-a")
         assert await client.list_queues() == []
         await handle.delete(wait_seconds=0)

@@ -18,6 +18,8 @@ from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.scheduling.line import Fare, RankedLine, fare_of
 from orchestrator.core.scheduling.ordering import Claim
 
+Held = tuple[str, str, str]
+"""Queue and class of a GPU in use, and the user where the queue counts users' GPUs."""
 Ground = Literal["guarantee", "no quota", "loan"]
 """What a queue takes a GPU on: its nominal quota, that nothing bounds it, or what its cohort does not use."""
 GROUNDS: tuple[Ground, ...] = ("guarantee", "no quota", "loan")
@@ -72,18 +74,37 @@ class Ledger:
     """GPUs taken by queues that have a quota for their class, by cohort and class."""
     taken: dict[str, int] = field(default_factory=dict[str, int])
     """GPUs taken, by class."""
+    by_user: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """GPUs taken, by queue and user, of users whose GPUs are counted."""
 
-    def take(self, queue: str, gpu_class: str) -> None:
+    def take(self, queue: str, gpu_class: str, user: str = "") -> None:
         """A GPU of the class goes to the queue."""
-        self._add(queue, gpu_class, 1)
+        self._add(queue, gpu_class, user, 1)
 
-    def release(self, queue: str, gpu_class: str) -> None:
+    def release(self, queue: str, gpu_class: str, user: str = "") -> None:
         """The queue gives a GPU of the class back."""
-        self._add(queue, gpu_class, -1)
+        self._add(queue, gpu_class, user, -1)
 
     def copy(self) -> Ledger:
         """The same books, to be changed independently."""
-        return replace(self, used=dict(self.used), used_in_cohort=dict(self.used_in_cohort), taken=dict(self.taken))
+        return replace(
+            self,
+            used=dict(self.used),
+            used_in_cohort=dict(self.used_in_cohort),
+            taken=dict(self.taken),
+            by_user=dict(self.by_user),
+        )
+
+    def is_strict(self, queue: str) -> bool:
+        """Whether nobody of the queue goes before the one who is next."""
+        spec = self.quotas.queues.get(queue)
+        return spec is not None and spec.queueing_strategy == "StrictFIFO"
+
+    def is_full(self, queue: str, user: str, coming_free: int = 0) -> bool:
+        """Whether a user holds as many of the queue's GPUs as it lets one have."""
+        spec = self.quotas.queues.get(queue) if user else None
+        limit = spec.per_user.running if spec is not None else None
+        return limit is not None and self.by_user.get((queue, user), 0) - coming_free >= limit
 
     def has_room_for(self, queue: str, gpu_class: str, ground: Ground) -> bool:
         """Whether the queue may take a GPU of the class now, on that ground."""
@@ -115,6 +136,24 @@ class Ledger:
             return False
         return self._cohort_has_room(spec.cohort, gpu_class, without)
 
+    def lent(self) -> Mapping[tuple[str, str], int]:
+        """What queues hold beyond their own, by queue and class, laid on those of their cohort that leave some, in the
+        order of their names."""
+        left: dict[tuple[str, str], int] = {}
+        beyond: dict[tuple[str, str], int] = {}
+        for (queue, gpu_class), quota in sorted(self.quotas.of_queue.items()):
+            cohort = self.quotas.cohort(queue, gpu_class)
+            if cohort is not None:
+                rest = quota.nominal - self.used.get((queue, gpu_class), 0)
+                left[queue, gpu_class] = max(0, rest)
+                beyond[cohort, gpu_class] = beyond.get((cohort, gpu_class), 0) + max(0, -rest)
+        found: dict[tuple[str, str], int] = {}
+        for (queue, gpu_class), rest in left.items():
+            key = self.quotas.cohort(queue, gpu_class) or "", gpu_class
+            found[queue, gpu_class] = min(rest, beyond[key])
+            beyond[key] -= found[queue, gpu_class]
+        return found
+
     def is_over_guarantee(self, queue: str, gpu_class: str) -> bool:
         """Whether the queue has more GPUs of the class than are its own; without a quota, or gone, it owns none."""
         quota = self.quotas.of_queue.get((queue, gpu_class))
@@ -130,12 +169,19 @@ class Ledger:
         used = self.used_in_cohort.get((cohort, gpu_class), 0) - coming_free
         return used < self.quotas.of_cohort.get((cohort, gpu_class), 0)
 
-    def _add(self, queue: str, gpu_class: str, count: int) -> None:
+    def _add(self, queue: str, gpu_class: str, user: str, count: int) -> None:
+        if user:
+            self.by_user[queue, user] = self.by_user.get((queue, user), 0) + count
         self.used[queue, gpu_class] = self.used.get((queue, gpu_class), 0) + count
         self.taken[gpu_class] = self.taken.get(gpu_class, 0) + count
         cohort = self.quotas.cohort(queue, gpu_class)
         if cohort is not None:
             self.used_in_cohort[cohort, gpu_class] = self.used_in_cohort.get((cohort, gpu_class), 0) + count
+
+
+def depends_on(queue: str, classes: Iterable[str], user: str) -> tuple[str, ...]:
+    """What a job's chances change with: who holds GPUs of its classes, and of its user's."""
+    return (*classes, f"{queue}/{user}") if user else tuple(classes)
 
 
 def place(line: RankedLine, ledger: Ledger) -> tuple[Placement, ...]:
@@ -152,39 +198,63 @@ def granted(line: RankedLine, ledger: Ledger) -> Iterator[tuple[Claim, Estimate]
         served: set[str] = set()
         hopeful = _with_room(line.line.by_fare, ledger, ground)
         for claim in line.in_order_of(hopeful) if hopeful else ():
+            fare = fare_of(claim)
+            if fare not in hopeful:
+                continue
             estimate = _first_with_room(claim, ledger, ground)
             if estimate is None:
-                hopeful.discard(fare_of(claim))
+                hopeful -= (
+                    {other for other in hopeful if other[0] == claim.queue} if ledger.is_strict(claim.queue) else {fare}
+                )
                 continue
-            ledger.take(claim.queue, estimate.gpu_class)
+            ledger.take(claim.queue, estimate.gpu_class, claim.user)
             served.add(claim.key)
             yield claim, estimate
         line = line.without(served)
 
 
 def _with_room(fares: Iterable[Fare], ledger: Ledger, ground: Ground) -> set[Fare]:
-    """Those of which a claim would find room now."""
+    """Those of which a claim would find room now, and all of a queue where one has to wait for the other."""
     free = {name for name in ledger.capacity if ledger.has_gpu(name)}
     if not free:
         return set()
-    return {
-        (queue, classes)
-        for queue, classes in fares
-        if not free.isdisjoint(classes) and any(ledger.has_room_for(queue, name, ground) for name in classes)
+    found = {
+        (queue, classes, user)
+        for queue, classes, user in fares
+        if not free.isdisjoint(classes)
+        and not ledger.is_full(queue, user)
+        and any(ledger.has_room_for(queue, name, ground) for name in classes)
     }
+    strict = {fare[0] for fare in found if ledger.is_strict(fare[0])}
+    return found | {fare for fare in fares if fare[0] in strict} if strict else found
 
 
 def _first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate | None:
+    if ledger.is_full(claim.queue, claim.user):
+        return None
     return next((e for e in claim.estimates if ledger.has_room_for(claim.queue, e.gpu_class, ground)), None)
 
 
 def why_blocked(claim: Claim, ledger: Ledger) -> Refusal:
     """Why a claim got nothing: its quota allows no class, or no GPU of an allowed class is free."""
     names = claim.classes
+    if ledger.is_full(claim.queue, claim.user):
+        return Refusal(reason=Reason.USER_LIMIT, message=_user_sentence(claim, ledger))
+    if ledger.is_strict(claim.queue) and any(ledger.has_room(claim.queue, name, borrow=True) for name in names):
+        message = f"queue {claim.queue} is StrictFIFO, and the job that is next waits; waits for that one to start"
+        return Refusal(reason=Reason.WAITING_IN_ORDER, message=message)
     within_quota = [name for name in names if ledger.has_quota(claim.queue, name, borrow=True)]
     if not within_quota:
         return Refusal(reason=Reason.WAITING_FOR_QUOTA, message=_quota_sentence(claim.queue, names, ledger))
     return Refusal(reason=Reason.WAITING_FOR_GPU, message=_gpu_sentence(within_quota, ledger))
+
+
+def _user_sentence(claim: Claim, ledger: Ledger) -> str:
+    limit = ledger.quotas.queues[claim.queue].per_user.running
+    return (
+        f"queue {claim.queue} lets a namespace hold {limit} GPUs (perUser.running), and {claim.user} does; waits for "
+        "one of its jobs to end, or raise the limit"
+    )
 
 
 def _at_borrowing_limit(quota: Quota, used: int) -> bool:

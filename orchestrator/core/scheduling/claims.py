@@ -10,7 +10,7 @@ from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.setbacks import avoided_classes
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.ordering import Claim, created, queue_refusal
+from orchestrator.core.scheduling.ordering import Claim, created, limited_user, queue_refusal
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
@@ -21,15 +21,21 @@ from orchestrator.sizing.step_time import Work
 def claim_of(
     draft: Draft,
     queues: Mapping[str, QLoRAQueueSpec],
+    closed: Mapping[str, Refusal],
     snapshot: Snapshot,
     margins: Mapping[tuple[str, str], Margins],
 ) -> Claim | Refusal:
-    """The claim of a job that is ready to train. `margins` are those learned, by namespace and architecture."""
-    found = queue_refusal(draft.job, queues) or _estimates(draft, snapshot, margins)
-    return found if isinstance(found, Refusal) else _claim(draft, found)
+    """The claim of a job that is ready to train.
+
+    `closed` are the queues that admit nobody; `margins` are those learned, by namespace and architecture.
+    """
+    found = queue_refusal(draft.job, queues, closed) or _estimates(draft, snapshot, margins)
+    if isinstance(found, Refusal):
+        return found
+    return _claim(draft, found, limited_user(draft.job.metadata.namespace, queues.get(draft.job.spec.queue)))
 
 
-def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
+def _claim(draft: Draft, estimates: tuple[Estimate, ...], user: str) -> Claim:
     job = draft.job
     return Claim(
         key=job.key,
@@ -39,6 +45,7 @@ def _claim(draft: Draft, estimates: tuple[Estimate, ...]) -> Claim:
         created=created(job, draft.now),
         estimates=estimates,
         classes=tuple(estimate.gpu_class for estimate in estimates),
+        user=user,
     )
 
 

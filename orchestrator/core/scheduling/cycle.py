@@ -26,13 +26,12 @@ from orchestrator.core.job.recovery import fail
 from orchestrator.core.job.setbacks import broken_nodes
 from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.admission import Ledger, Placement, place, why_blocked
+from orchestrator.core.scheduling.admission import Held, Ledger, Placement, depends_on, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
 from orchestrator.core.scheduling.index import Index
 from orchestrator.core.scheduling.line import Fare, RankedLine, fare_of
-from orchestrator.core.scheduling.ordering import Claim, permission_refusal
+from orchestrator.core.scheduling.ordering import Claim, created, permission_refusal
 from orchestrator.core.scheduling.preemption import (
-    Held,
     Holding,
     Hopeless,
     Preemption,
@@ -108,6 +107,7 @@ class Scheduler:
         """Look at what has changed, then start, evict and refuse."""
         index = self._follow(snapshot)
         drafts = index.drafts(index.restless, snapshot.now)  # 1. each job by itself
+        drafts |= _drained(drafts, index, snapshot)
         drafts |= _start_cpu_stages(drafts, index, snapshot)  # 2. prepare and publish
 
         outages = _outages(drafts, index, snapshot)
@@ -148,13 +148,12 @@ class Scheduler:
         index: Index,
         snapshot: Snapshot,
     ) -> tuple[tuple[Preemption, ...], set[str]]:
-        """What each blocked claim may count on, and the classes of which others have the GPUs than before."""
+        """What each blocked claim may count on, and of what others have the GPUs than before (`depends_on`)."""
         books = ledger.copy()
         reserved = reserve_coming_free(blocked, index.coming_free(), books)
-        taken = Counter((p.claim.queue, p.estimate.gpu_class) for p in (*placements, *reserved))
-        moved = index.moved_classes | {
-            held[1] for held in taken.keys() | self._taken.keys() if taken[held] != self._taken[held]
-        }
+        taken = Counter((p.claim.queue, p.estimate.gpu_class, p.claim.user) for p in (*placements, *reserved))
+        others = [held for held in taken.keys() | self._taken.keys() if taken[held] != self._taken[held]]
+        moved = index.moved.union(*(depends_on(queue, (gpu_class,), user) for queue, gpu_class, user in others))
         self._taken = taken
         self._hopeless.forget(moved)
         left = blocked.without(preemption.claim.key for preemption in reserved)
@@ -189,6 +188,24 @@ class Scheduler:
         return tuple(worth), failed
 
 
+# --- queues that are drained ------------------------------------------------------------------------------------
+
+
+def _drained(drafts: Mapping[str, Draft], index: Index, snapshot: Snapshot) -> dict[str, Draft]:
+    """The jobs that hold GPUs of queues with stopPolicy HoldAndDrain, asked to stop."""
+    draining = {name for name, spec in index.queues.items() if spec.stops == "HoldAndDrain"}
+    if not draining:
+        return {}
+    changed: dict[str, Draft] = {}
+    for key in sorted(set[str]().union(*index.holders.values()) - index.stopping):
+        holding = index.entries[key].holding
+        if holding is not None and holding.queue in draining:
+            message = f"queue {holding.queue} is drained; goes on once it is released"
+            ask = partial(request_stop, reason=Reason.QUEUE_DRAINED, message=message)
+            changed[key] = contained(drafts.get(key) or index.draft(key, snapshot.now), snapshot, ask)
+    return changed
+
+
 # --- prepare and publish ----------------------------------------------------------------------------------------
 
 
@@ -198,12 +215,15 @@ def _start_cpu_stages(drafts: Mapping[str, Draft], index: Index, snapshot: Snaps
     Nothing is prepared for a queue that the job may not use; what is trained is published all the same.
     """
     idle = index.drafts(index.idle, snapshot.now).values()
+    crowded = _crowded(idle, index, snapshot)
     changed: dict[str, Draft] = {}
     runnable: list[Draft] = []
     for draft in idle:
         if not is_ready(draft, snapshot.policy):
             continue
-        refusal = permission_refusal(draft.job, index.queues) if draft.state is JobState.NEW else None
+        refusal = crowded.get(draft.job.key) or (
+            permission_refusal(draft.job, index.queues) if draft.state is JobState.NEW else None
+        )
         if refusal is not None:
             changed[draft.job.key] = wait(draft, refusal.reason, refusal.message)
         elif draft.state is JobState.TRAINED and draft.status.mlflow.run_id is None:
@@ -221,6 +241,27 @@ def _start_cpu_stages(drafts: Mapping[str, Draft], index: Index, snapshot: Snaps
     for draft in in_turn(runnable, served, slots):
         changed[draft.job.key] = _in_cpu_slot(draft, slots, snapshot)
     return changed
+
+
+def _crowded(idle: Iterable[Draft], index: Index, snapshot: Snapshot) -> dict[str, Refusal]:
+    """Who is not prepared because as many of his user's jobs wait as the queue lets; the oldest come first."""
+    limits = {name: spec.per_user.waiting for name, spec in index.queues.items() if spec.per_user.waiting is not None}
+    if not limits:
+        return {}
+    found: dict[str, Refusal] = {}
+    waiting = Counter(index.waiting)
+    new = [d for d in idle if d.state is JobState.NEW and d.job.spec.queue in limits and is_ready(d, snapshot.policy)]
+    for draft in sorted(new, key=lambda draft: (created(draft.job, draft.now), draft.job.key)):
+        queue, namespace = draft.job.spec.queue, draft.job.metadata.namespace
+        if waiting[queue, namespace] < limits[queue]:
+            waiting[queue, namespace] += 1
+            continue
+        message = (
+            f"queue {queue} lets {limits[queue]} jobs of a namespace wait (perUser.waiting), and so many of "
+            f"{namespace} do; waits for one of them to start, or raise the limit"
+        )
+        found[draft.job.key] = Refusal(reason=Reason.USER_LIMIT, message=message)
+    return found
 
 
 def _in_cpu_slot(draft: Draft, slots: CpuSlots, snapshot: Snapshot) -> Draft:
@@ -426,8 +467,8 @@ class Told:
     def refused(
         self, drafts: Mapping[str, Draft], refusals: Refusals, moved: Set[str], snapshot: Snapshot
     ) -> dict[str, Draft]:
-        """The drafts of those of whom a status says something else than is so. `moved` are the classes of which others
-        have the GPUs than in the last round."""
+        """The drafts of those of whom a status says something else than is so. `moved` is of what others have the GPUs
+        than in the last round (`depends_on`)."""
         index, found = refusals.index, dict[str, Draft]()
         looked_at = {key for key in index.changed if key in index.line.claims or key in index.refused}
         looked_at |= self._of_changed_fares(refusals, moved)
@@ -449,7 +490,7 @@ class Told:
     def _of_changed_fares(self, refusals: Refusals, moved: Set[str]) -> set[str]:
         by_fare, found = refusals.index.line.by_fare, set[str]()
         for fare, places in by_fare.items():
-            if fare in self._words and moved.isdisjoint(fare[1]):
+            if fare in self._words and moved.isdisjoint(depends_on(*fare)):
                 continue
             refusal = refusals.of_fare(refusals.index.line.claims[places[0][-1]])
             said = refusal.reason, words(refusal.message)

@@ -12,6 +12,7 @@ So the index never depends on how it came about: one that has followed a thousan
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from orchestrator.core.job.stage_commands import accounts_for, claimant_of, stag
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.unreadable import job_key_of
-from orchestrator.core.scheduling.admission import Ledger, Quotas
+from orchestrator.core.scheduling.admission import Held, Ledger, Quotas, depends_on
 from orchestrator.core.scheduling.claims import claim_of
 from orchestrator.core.scheduling.cpu_slots import IN_CPU_STAGE, last_served
 from orchestrator.core.scheduling.line import Line
@@ -41,11 +42,13 @@ from orchestrator.core.scheduling.ordering import (
     NO_QUEUE,
     Claim,
     account,
+    closures,
+    limited_user,
     queue_refusal,
     queue_specs,
     standing,
 )
-from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Held, Holding, is_cooling_down, lost_seconds
+from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, is_cooling_down, lost_seconds
 from orchestrator.core.scheduling.usage import Shares, Stint
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 from orchestrator.sizing.margins import Margins, learned, teaches
@@ -83,7 +86,9 @@ class Entry:
 
     def _standing(self) -> tuple[object, ...] | None:
         held = self.holding
-        return None if held is None else (held.queue, held.gpu_class, held.priority, held.stopping, self.cools_down)
+        if held is None:
+            return None
+        return held.queue, held.user, held.gpu_class, held.priority, held.stopping, self.cools_down
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +96,8 @@ class Index:
     """All of it, of one snapshot; `follow` makes it that of a later one, and nothing else changes it."""
 
     queues: Mapping[str, QLoRAQueueSpec]
+    closed: Mapping[str, Refusal]
+    """Queues that admit nobody, and why."""
     ledger: Ledger
     """Who has how many GPUs, those of unexplained stages included."""
     shares: Shares
@@ -122,6 +129,10 @@ class Index:
     """On whom a card broke."""
     causes: Counter[Cause] = field(default_factory=Counter[Cause])
     """How many wait for each."""
+    pending: defaultdict[str, list[tuple[datetime, str]]] = field(default_factory=lambda: defaultdict(list))
+    """Who is ready to train and holds no GPU, by queue: since when, oldest first, and the key."""
+    waiting: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    """How many are prepared, or being prepared, and hold no GPU, by queue and namespace."""
     served: defaultdict[str, dict[str, datetime]] = field(default_factory=lambda: defaultdict(dict))
     """When each job last began a CPU stage, by namespace."""
     uids: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -132,13 +143,15 @@ class Index:
     """Stages that stored attempts stand for."""
     changed: set[str] = field(default_factory=set[str])
     """Whose entries the last update made or removed."""
-    moved_classes: set[str] = field(default_factory=set[str])
-    """Of which the last update changed who holds them."""
+    moved: set[str] = field(default_factory=set[str])
+    """Of what the last update changed who holds it: classes, and users (`depends_on`)."""
     _teaching: dict[str, QLoRAJob] = field(default_factory=dict[str, QLoRAJob])
     _unexplained: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
     """Stages with GPUs that no status accounts for: jobs that are gone left them, or a stranger made them."""
     _extra: tuple[Held, ...] = ()
     """What is in the books for them, and for jobs that do not parse."""
+    _lent: Mapping[tuple[str, str], int] | None = None
+    """As long as nobody else holds anything."""
     _due: list[tuple[datetime, str]] = field(default_factory=list[tuple[datetime, str]])
     _gone: list[Claim] = field(default_factory=list[Claim])
     _came: list[Claim] = field(default_factory=list[Claim])
@@ -155,7 +168,13 @@ class Index:
         for key in self.stopping:
             holding = self.entries[key].holding
             if holding is not None:
-                yield holding.queue, holding.gpu_class
+                yield holding.queue, holding.gpu_class, holding.user
+
+    def lent(self) -> Mapping[tuple[str, str], int]:
+        """What queues lend, by queue and class."""
+        if self._lent is None:
+            self._lent = self.ledger.lent()
+        return self._lent
 
     def given_back(self) -> set[str]:
         """Queues one of whose GPUs comes free now, though that is not stored yet."""
@@ -197,6 +216,7 @@ class Index:
         queues = queue_specs(snapshot.queues)
         index = cls(
             queues=queues,
+            closed=closures(snapshot.queues, snapshot.now),
             ledger=Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues)),
             shares=Shares.of(snapshot, {name: spec.weight for name, spec in queues.items()}),
             _seen=replace(snapshot, jobs=(), stages={}, runs={}),
@@ -206,7 +226,7 @@ class Index:
             index._sizes_hold = learned(snapshot.jobs) == before.margins
         index._update(snapshot)
         index.changed -= index._as_before()
-        index.moved_classes |= index.ledger.capacity.keys()
+        index.moved |= index.ledger.capacity.keys()
         index._known = {}
         return index
 
@@ -231,7 +251,7 @@ class Index:
         stages = _changed_stages(self._seen.stages, snapshot.stages)
         runs = _changed_runs(self._seen, snapshot)
         self._seen = snapshot
-        self.changed, self.moved_classes = set(), set()
+        self.changed, self.moved = set(), set()
         self.shares.follow(snapshot)
         jobs = {job.key: job for job in came}
         gone = {job.key for job in left} - jobs.keys()
@@ -250,6 +270,8 @@ class Index:
         self._gone, self._came = [], []
         self._explain_stages({*stages, *(s for key in (*dirty, *gone) for s in self.stages.get(key, ()))}, snapshot)
         self._book_extra(snapshot)
+        if self.moved:
+            self._lent = None
 
     # --- what has to be looked at --------------------------------------------------------------------------------
 
@@ -324,8 +346,10 @@ class Index:
     def _claim(self, draft: Draft, known: Entry | None, snapshot: Snapshot) -> Claim | Refusal:
         """The claim of a job that is ready to train; what it fits need not be worked out again if that is known."""
         if known is None or known.claim is None or not self._sizes_hold:
-            return claim_of(draft, self.queues, snapshot, self.margins)
-        return queue_refusal(draft.job, self.queues) or known.claim
+            return claim_of(draft, self.queues, self.closed, snapshot, self.margins)
+        user = limited_user(draft.job.metadata.namespace, self.queues.get(draft.job.spec.queue))
+        claim = known.claim if known.claim.user == user else replace(known.claim, user=user)
+        return queue_refusal(draft.job, self.queues, self.closed) or claim
 
     def _replace(self, key: str, new: Entry | None) -> None:
         old = self.entries.get(key)
@@ -340,7 +364,9 @@ class Index:
                 heappush(self._due, (new.until, key))
         same = old.moves_like(new) if old is not None and new is not None else False
         if not same:
-            self.moved_classes |= {e.holding.gpu_class for e in (old, new) if e is not None and e.holding is not None}
+            for entry in (old, new):
+                if entry is not None and (held := entry.holding) is not None:
+                    self.moved |= set(depends_on(held.queue, (held.gpu_class,), held.user))
 
     def _count(self, key: str, entry: Entry, *, is_there: bool) -> None:
         """The difference that a job makes."""
@@ -354,13 +380,22 @@ class Index:
             put(self.in_cpu_stage, key)
         if entry.refusal is not None:
             put(self.refused, key)
+        if entry.claim is not None or entry.refusal is not None:
+            place = _ready_since(draft), key
+            of_queue = self.pending[job.spec.queue]
+            if is_there:
+                insort(of_queue, place)
+            else:
+                del of_queue[bisect_left(of_queue, place)]
+        if draft.state in (JobState.PREPARING, JobState.QUEUED):
+            self.waiting[job.spec.queue, job.metadata.namespace] += 1 if is_there else -1
         if entry.claim is not None:
             (self._came if is_there else self._gone).append(entry.claim)
         self.shares.count(key, entry.stints, is_there=is_there)
         if entry.holding is not None:
             put(self.holders[entry.holding.gpu_class], key)
             book = self.ledger.take if is_there else self.ledger.release
-            book(entry.holding.queue, entry.holding.gpu_class)
+            book(entry.holding.queue, entry.holding.gpu_class, entry.holding.user)
             if entry.holding.stopping:
                 put(self.stopping, key)
         if owes_run_its_end(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
@@ -401,23 +436,30 @@ class Index:
         extra = tuple(sorted((*self._of_unreadable(snapshot), *self._of_strangers())))
         if extra == self._extra:
             return
-        for queue, gpu_class in self._extra:
-            self.ledger.release(queue, gpu_class)
-        for queue, gpu_class in extra:
-            self.ledger.take(queue, gpu_class)
-        self.moved_classes |= {gpu_class for _, gpu_class in (*self._extra, *extra)}
+        for held in self._extra:
+            self.ledger.release(*held)
+        for held in extra:
+            self.ledger.take(*held)
+        self.moved |= {gpu_class for _, gpu_class, _ in (*self._extra, *extra)}
         self._extra = extra
 
     def _of_strangers(self) -> Iterator[Held]:
         for fact in self._unexplained.values():
             for _ in range(fact.gpus):
-                yield NO_QUEUE, fact.gpu_class or ""
+                yield NO_QUEUE, fact.gpu_class or "", ""
 
     def _of_unreadable(self, snapshot: Snapshot) -> Iterator[Held]:
         for job in snapshot.unreadable:
             fact = snapshot.stages.get(f"{job.namespace}/{job.stage}")
             if fact is not None and fact.phase is not StagePhase.EXITED and job.gpu_class is not None:
-                yield account(job.namespace, job.queue, self.queues), job.gpu_class
+                yield account(job.namespace, job.queue, self.queues), job.gpu_class, ""
+
+
+def _ready_since(draft: Draft) -> datetime:
+    """Since when a job that waits for a GPU does: the end of its last attempt."""
+    attempts = draft.status.attempts
+    last = attempts[-1].finish_time if attempts else None
+    return last or draft.job.metadata.creation_timestamp or draft.now
 
 
 def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Holding | None:
@@ -431,6 +473,7 @@ def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Sna
         key=job.key,
         uid=job.metadata.uid,
         queue=account(job.metadata.namespace, job.spec.queue, queues),
+        user=limited_user(job.metadata.namespace, queues.get(job.spec.queue)),
         priority=standing(job, queues),
         gpu_class=attempt.gpu_class or "",
         stopping=attempt.stop_time is not None,
@@ -493,9 +536,10 @@ def _has_same_quotas(seen: Snapshot, snapshot: Snapshot) -> bool:
     )
 
 
-def _rules(snapshot: Snapshot) -> Mapping[str, QLoRAQueueSpec]:
-    """What is said of queues; what becomes of them, their statuses tell."""
-    return {queue.metadata.name: queue.spec for queue in snapshot.queues}
+def _rules(snapshot: Snapshot) -> tuple[object, ...]:
+    """What is said of queues, and which admit nobody; what else becomes of them changes no claim."""
+    specs = {queue.metadata.name: queue.spec for queue in snapshot.queues}
+    return specs, closures(snapshot.queues, snapshot.now)
 
 
 def _difference(before: Sequence[QLoRAJob], after: Sequence[QLoRAJob]) -> tuple[Sequence[QLoRAJob], Sequence[QLoRAJob]]:

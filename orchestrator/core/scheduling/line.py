@@ -16,9 +16,9 @@ from heapq import heapify, heappop, heapreplace
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.scheduling.usage import NOTHING, Share, Shares, dominant
 
-Fare = tuple[str, tuple[str, ...]]
-"""Queue and classes."""
-Kind = tuple[str, int, tuple[str, ...]]
+Fare = tuple[str, tuple[str, ...], str]
+"""Queue, classes, and the user where the queue counts users' GPUs."""
+Kind = tuple[str, int, tuple[str, ...], str]
 """The same with the priority: what a victim depends on."""
 Place = tuple[int, datetime, str, str]
 """Priority below zero, age, uid, key: the order within a queue."""
@@ -35,12 +35,12 @@ def place_of(claim: Claim) -> Place:
 
 def fare_of(claim: Claim) -> Fare:
     """What decides whether a free GPU does."""
-    return claim.queue, claim.classes
+    return claim.queue, claim.classes, claim.user
 
 
 def kind_of(claim: Claim) -> Kind:
     """What decides whether somebody may make way."""
-    return claim.queue, claim.priority, claim.classes
+    return claim.queue, claim.priority, claim.classes, claim.user
 
 
 @dataclass(slots=True)

@@ -12,13 +12,14 @@ from datetime import UTC, datetime
 
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJob
 from orchestrator.api.plan import Estimate
-from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
+from orchestrator.api.queue import Budget, BudgetUse, MonthlyUsage, QLoRAQueue, QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 
 DEFAULT_QUEUE = "default"
 NO_QUEUE = ""
 """On whose account GPUs are that no queue has given."""
 UNKNOWN_CLASS_GIB = 1  # weight of GPU time on a class that is not here any more
+SECONDS_AN_HOUR = 3600.0
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -35,6 +36,8 @@ class Claim:
     """One for each class that would do, the preferred first."""
     classes: tuple[str, ...]
     """Their names: claims of one queue with the same fare alike."""
+    user: str = ""
+    """Whose GPUs the queue counts; empty where it does not count any user's."""
 
 
 def queue_specs(queues: Iterable[QLoRAQueue]) -> Mapping[str, QLoRAQueueSpec]:
@@ -42,8 +45,46 @@ def queue_specs(queues: Iterable[QLoRAQueue]) -> Mapping[str, QLoRAQueueSpec]:
     return {DEFAULT_QUEUE: QLoRAQueueSpec(), **{queue.metadata.name: queue.spec for queue in queues}}
 
 
-def queue_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec]) -> Refusal | None:
-    """Why the job's queue does not admit it, if so."""
+def closures(queues: Iterable[QLoRAQueue], now: datetime) -> Mapping[str, Refusal]:
+    """The queues that admit nobody, and why."""
+    found = ((queue.metadata.name, _closure(queue, now)) for queue in queues)
+    return {name: refusal for name, refusal in found if refusal is not None}
+
+
+def _closure(queue: QLoRAQueue, now: datetime) -> Refusal | None:
+    name, spec = queue.metadata.name, queue.spec
+    if spec.stops != "None":
+        return Refusal(reason=Reason.QUEUE_HELD, message=f"queue {name} is held, until: qlora queue release {name}")
+    if spec.budget is None or spec.budget.when_spent == "Warn":
+        return None
+    use = budget_use(spec.budget, queue.status.months, now)
+    if not use.spent:
+        return None
+    bounds = (("GPU-hours", spec.budget.gpu_hours), ("dollars", spec.budget.dollars))
+    told = " and ".join(f"{bound} {unit}" for unit, bound in bounds if bound is not None)
+    message = f"queue {name} has spent its budget of {told} for {use.month}; waits for the next month, or raise it"
+    return Refusal(reason=Reason.BUDGET_SPENT, message=message)
+
+
+def budget_use(budget: Budget, months: Iterable[MonthlyUsage], now: datetime) -> BudgetUse:
+    """What is spent of this month's budget, by what is counted."""
+    month = f"{now.astimezone(UTC):%Y-%m}"
+    had = [each for each in months if each.month == month]
+    gpu_hours = sum(each.gpu_seconds for each in had) / SECONDS_AN_HOUR
+    dollars = sum(each.dollars for each in had)
+    is_spent = (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours) or (
+        budget.dollars is not None and dollars >= budget.dollars
+    )
+    return BudgetUse(month=month, gpu_hours=round(gpu_hours, 3), dollars=round(dollars, 2), spent=is_spent)
+
+
+def limited_user(namespace: str, spec: QLoRAQueueSpec | None) -> str:
+    """The user whose GPUs the queue counts: empty where it counts none."""
+    return namespace if spec is not None and spec.per_user.running is not None else ""
+
+
+def queue_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec], closed: Mapping[str, Refusal]) -> Refusal | None:
+    """Why the job's queue does not admit it, if so; `closed` are those that admit nobody."""
     name = job.spec.queue
     spec = queues.get(name)
     if spec is None:
@@ -54,10 +95,7 @@ def queue_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec]) -> Refusa
                 f"set spec.queue to one of {', '.join(sorted(queues))}"
             ),
         )
-    refusal = permission_refusal(job, queues)
-    if refusal is None and spec.hold:
-        return Refusal(reason=Reason.QUEUE_HELD, message=f"queue {name} is held, until: qlora queue release {name}")
-    return refusal
+    return permission_refusal(job, queues) or closed.get(name)
 
 
 def permission_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec]) -> Refusal | None:

@@ -16,13 +16,11 @@ from datetime import datetime
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
-from orchestrator.core.scheduling.admission import Ledger, granted
-from orchestrator.core.scheduling.line import Kind, RankedLine, kind_of
+from orchestrator.core.scheduling.admission import Held, Ledger, depends_on, granted
+from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
-Held = tuple[str, str]
-"""Queue and class of a GPU in use."""
 EVICTIONS_BY_US = (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED)
 
 
@@ -33,6 +31,8 @@ class Holding:
     key: str
     uid: str
     queue: str
+    user: str
+    """Empty where the queue counts no users' GPUs."""
     priority: int
     gpu_class: str
     stopping: bool
@@ -72,16 +72,16 @@ class Hopeless:
 
     kinds: set[Kind] = field(default_factory=set[Kind])
 
-    def forget(self, classes: Set[str]) -> None:
-        """Something has changed about who holds these classes."""
-        if classes:
-            self.kinds = {kind for kind in self.kinds if classes.isdisjoint(kind[2])}
+    def forget(self, names: Set[str]) -> None:
+        """Something has changed about who holds what of these names is meant (`depends_on`)."""
+        if names:
+            self.kinds = {kind for kind in self.kinds if names.isdisjoint(depends_on(kind[0], kind[2], kind[3]))}
 
 
 def reserve_coming_free(blocked: RankedLine, stopping: Iterable[Held], books: Ledger) -> tuple[Preemption, ...]:
     """Hand out what is coming free just as placement will; the books are then as they will be."""
-    for queue, gpu_class in stopping:
-        books.release(queue, gpu_class)
+    for held in stopping:
+        books.release(*held)
     return tuple(Preemption(claim=claim, estimate=estimate, victim=None) for claim, estimate in granted(blocked, books))
 
 
@@ -115,18 +115,24 @@ def _evict(claims: Iterable[Claim], running: _Running, books: Ledger, hopeless: 
     taken: Counter[str] = Counter()
     looked = dict.fromkeys(hopeless, 0)
     """How many had been taken of a kind's classes when it found nobody."""
+    stuck: set[str] = set()
+    """Queues in which nobody goes before the one who is next, and that one found nobody."""
     for claim in claims:
-        kind, before = kind_of(claim), sum(map(taken.__getitem__, claim.classes))
-        if looked.get(kind) == before:
+        if claim.queue in stuck:
             continue
-        chosen = running.choose(claim, books)
+        kind, before = kind_of(claim), sum(map(taken.__getitem__, depends_on(*fare_of(claim))))
+        chosen = running.choose(claim, books) if looked.get(kind) != before else None
         if chosen is None:
             looked[kind] = before
+            if books.is_strict(claim.queue):
+                stuck.add(claim.queue)
             continue
         victim = running.take(chosen.victim)
-        taken[victim.gpu_class] += 1
-        books.release(victim.queue, victim.gpu_class)
-        books.take(claim.queue, victim.gpu_class)
+        taken.update(
+            {*depends_on(victim.queue, (victim.gpu_class,), victim.user), *depends_on(claim.queue, (), claim.user)}
+        )
+        books.release(victim.queue, victim.gpu_class, victim.user)
+        books.take(claim.queue, victim.gpu_class, claim.user)
         yield chosen
 
 
@@ -178,16 +184,23 @@ class _Running:
         return found
 
     def _of_class(self, claim: Claim, gpu_class: str, lower: int, books: Ledger) -> Iterator[Holding]:
-        """Of each queue the first that would do; `lower` is what a victim's priority has to be below."""
+        """Of each queue the first that would do; `lower` is what a victim's priority has to be below.
+
+        Only his own jobs make way for a user who holds as many GPUs as he may.
+        """
         by_queue = self._of(gpu_class)
         if gpu_class not in self._over:
             self._over[gpu_class] = [queue for queue in by_queue if books.is_over_guarantee(queue, gpu_class)]
-        foreign = (queue for queue in self._over[gpu_class] if queue != claim.queue)
+        is_full = books.is_full(claim.queue, claim.user)
+        if is_full and books.is_full(claim.queue, claim.user, coming_free=1):
+            return
+        foreign = (queue for queue in self._over[gpu_class] if queue != claim.queue and not is_full)
         owns = books.is_within_nominal(claim.queue, gpu_class)
         room: dict[tuple[bool, str | None], bool] = {}
         for queue in (claim.queue, *foreign):
             takes_any = owns and queue != claim.queue
-            victim = next((each for each in by_queue.get(queue, ()) if takes_any or each.priority < lower), None)
+            may_move = (each for each in by_queue.get(queue, ()) if not is_full or each.user == claim.user)
+            victim = next((each for each in may_move if takes_any or each.priority < lower), None)
             if victim is None:
                 continue
             kind = queue == claim.queue, books.quotas.cohort(queue, gpu_class)

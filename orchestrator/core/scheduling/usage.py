@@ -15,7 +15,7 @@ fair-share factor. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from math import exp2, expm1, log
@@ -23,7 +23,7 @@ from math import exp2, expm1, log
 from orchestrator.api.job import Attempt
 from orchestrator.api.queue import MAX_MONTHLY, MAX_USERS, MonthlyUsage, QLoRAQueue, QLoRAQueueStatus, UserUsage
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.ordering import EPOCH, UNKNOWN_CLASS_GIB
+from orchestrator.core.scheduling.ordering import EPOCH, SECONDS_AN_HOUR, UNKNOWN_CLASS_GIB
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.hardware import GpuClass
 
@@ -33,7 +33,6 @@ MOST_HALVES = 64.0
 """Older than so many half-lives is nothing; and nothing is so far in the future."""
 LEAST_SECONDS = 0.001
 """Less than that is forgotten."""
-HOUR_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,16 +207,33 @@ class Shares:
         theirs = (stint for name in self._statuses for stint in self._stints.get(name, {}).get(key, ()))
         return all(map(self._is_counted, theirs))
 
-    def due(self, queue: QLoRAQueue, given_back: Set[str], snapshot: Snapshot) -> QLoRAQueueStatus | None:
-        """What is to be stored of a queue now, if so; `given_back` are queues one of whose GPUs comes free."""
-        name, counted = queue.metadata.name, self._counted.get(queue.metadata.name)
-        is_put = queue.status.counted_until is not None and queue.status.counted_until != counted
-        waited = counted is None or (snapshot.now - counted).total_seconds() >= self.policy.usage_write_seconds
-        if not is_put and not waited and name not in given_back:
-            return None
-        left = [stint for of_job in self._stints.get(name, {}).values() for stint in of_job]
-        left = [stint for stint in left if not self._is_counted(stint)]
-        return self._counted_on(queue, left, snapshot.now) if left or is_put else None
+    def is_put(self, queue: QLoRAQueue) -> bool:
+        """Whether the clock was put since the queue's status was written."""
+        return queue.status.counted_until != self._counted.get(queue.metadata.name)
+
+    def may_write(self, queue: QLoRAQueue, now: datetime) -> bool:
+        """Whether it is so long ago that the queue's status was written."""
+        counted = self._counted.get(queue.metadata.name)
+        return counted is None or (now - counted).total_seconds() >= self.policy.usage_write_seconds
+
+    def has_more(self, queue: QLoRAQueue) -> bool:
+        """Whether the queue's jobs have had anything since, or hold it."""
+        stints = (stint for of_job in self._stints.get(queue.metadata.name, {}).values() for stint in of_job)
+        return any(not self._is_counted(stint) for stint in stints)
+
+    def counted_on(self, queue: QLoRAQueue, now: datetime) -> QLoRAQueueStatus:
+        """The queue's status with everything counted until now."""
+        name = queue.metadata.name
+        counted = self._counted.get(name)
+        stints = (stint for of_job in self._stints.get(name, {}).values() for stint in of_job)
+        pieces = sorted(_pieces(stints, counted, now), key=lambda piece: (piece.user, piece.start, piece.gpu_class))
+        return queue.status.model_copy(
+            update={
+                "counted_until": now,
+                "usage": tuple(self._by_user(queue.status.usage, counted or now, pieces, now)),
+                "months": tuple(self._by_month(queue.status.months, pieces)),
+            }
+        )
 
     # --- pieces --------------------------------------------------------------------------------------------------
 
@@ -261,18 +277,6 @@ class Shares:
                 held.add(Held.of(stint, counted, self.decay), 1)
         self._stints[name], self._held[name] = left, held
 
-    def _counted_on(self, queue: QLoRAQueue, stints: Iterable[Stint], now: datetime) -> QLoRAQueueStatus:
-        """The queue's status with everything counted until now."""
-        counted = self._counted.get(queue.metadata.name)
-        pieces = sorted(_pieces(stints, counted, now), key=lambda piece: (piece.user, piece.start, piece.gpu_class))
-        return queue.status.model_copy(
-            update={
-                "counted_until": now,
-                "usage": tuple(self._by_user(queue.status.usage, counted or now, pieces, now)),
-                "months": tuple(self._by_month(queue.status.months, pieces)),
-            }
-        )
-
     def _by_user(
         self, before: Iterable[UserUsage], counted: datetime, pieces: Iterable[Stint], now: datetime
     ) -> Sequence[UserUsage]:
@@ -310,7 +314,7 @@ class Shares:
             known[key] = had.model_copy(
                 update={
                     "gpu_seconds": round(had.gpu_seconds + seconds, 6),
-                    "dollars": round(had.dollars + seconds / HOUR_SECONDS * (price or 0.0), 6),
+                    "dollars": round(had.dollars + seconds / SECONDS_AN_HOUR * (price or 0.0), 6),
                 }
             )
         return [known[key] for key in sorted(known)[-MAX_MONTHLY:]]
