@@ -12,7 +12,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 # What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
-TIERS := check test-core test-docs test-outages test-strangers test-trainer test-api test-service test-chart test-kills test-scale test-e2e
+TIERS := check test-core test-docs test-outages test-strangers test-trainer test-api test-service test-chart test-kills test-demo test-scale test-e2e
 # Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
 # the longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
@@ -51,6 +51,9 @@ test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, co
 test-kills: $(VENV)/.synced ## Twelve kills and, beside them, four preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
 	$(PYTEST) --dist=load tests/e2e/test_kills.py
 
+test-demo: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The demo's job beside a store or an MLflow that fails: one fault of eight (QLORA_DEMO_FAULTS=all: each)
+	PATH="$(abspath $(BIN)):$$PATH" QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q tests/e2e/test_demo_faults.py
+
 test-chart: $(VENV)/.synced $(VENV)/.go $(CHECKOV)/.synced ## The chart: linters, golden manifests, unit tests; builds their programs once
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_CHECKOV=$(CHECKOV)/bin/checkov $(BIN)/python -m pytest tests/deploy
 
@@ -87,6 +90,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris $(MODEL)/model.safetensors
 	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py
 	QLORA_TEST_MODEL=$(MODEL) QLORA_BASE_FORMS=all $(BIN)/python -m pytest -q tests/e2e/test_main_job.py
 	$(MAKE) --no-print-directory test-kills QLORA_KILLS=10
+	$(MAKE) --no-print-directory test-demo QLORA_DEMO_FAULTS=all
 	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1
 	$(MAKE) --no-print-directory test-docs QLORA_DOCUMENTS=all
 
