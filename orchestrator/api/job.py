@@ -80,7 +80,8 @@ MAX_PARALLELISM = 64
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", min_length=1, max_length=128)]
-GpuClassName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$", max_length=32)]
+GPU_CLASS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$"
+GpuClassName = Annotated[str, StringConstraints(pattern=GPU_CLASS_PATTERN, max_length=32)]
 
 
 class ObjectMeta(Model):

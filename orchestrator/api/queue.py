@@ -17,7 +17,8 @@ from orchestrator.api.job import MAX_PRIORITY, MIN_PRIORITY, GpuClassName, Objec
 MAX_USERS = 256
 """Of whom a queue's status tells."""
 MAX_MONTHLY = 1024
-Month = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-(0[1-9]|1[0-2])$", max_length=7)]
+MONTH_PATTERN = r"^[0-9]{4}-(0[1-9]|1[0-2])$"
+Month = Annotated[str, StringConstraints(pattern=MONTH_PATTERN, max_length=7)]
 """Such as `2026-11`."""
 
 MAX_BUDGET = 1_000_000_000

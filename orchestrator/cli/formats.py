@@ -22,6 +22,23 @@ class TableFormat(StrEnum):
     NAME = "name"
 
 
+class UsageFormat(StrEnum):
+    """How `qlora usage` answers."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    YAML = "yaml"
+
+
+class UsageOf(StrEnum):
+    """What a line of `qlora usage` is of."""
+
+    USER = "user"
+    QUEUE = "queue"
+    JOB = "job"
+
+
 class Kind(StrEnum):
     """What `qlora get` lists."""
 

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         job_commands.suspend,
         job_commands.resume,
         job_commands.delete,
+        queue_commands.usage,
         queue_commands.queue,
     ),
     "The embedded service": (

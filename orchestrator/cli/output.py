@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.cells import cell_len, set_cell_size
@@ -27,6 +29,15 @@ MIN_LAST_CELLS = 20
 def print_data(data: object, form: DataFormat) -> None:
     """JSON types as JSON or YAML on stdout."""
     print_text(_as_yaml(data) if form is DataFormat.YAML else in_json(json.dumps(data, indent=2, ensure_ascii=False)))
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """RFC 4180, with a line of names; what a row has not is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def print_text(text: str) -> None:

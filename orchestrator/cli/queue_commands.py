@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.completion import complete_namespace, complete_queue
+from orchestrator.cli.formats import DataFormat, UsageFormat, UsageOf
 from orchestrator.cli.job_commands import connect
 from orchestrator.cli.options import DryRun, Output
 
@@ -141,6 +142,29 @@ def delete(name: QueueName, dry_run: DryRun = False) -> None:
         client.delete_queue(name)
     left = f"; {count} unfinished job{'s' if count > 1 else ''} of it" if count else ""
     print_text(f"queue/{name} {'would be deleted' if dry_run else 'deleted'}{left}")
+
+
+def usage(
+    by: Annotated[UsageOf, typer.Option("--by", metavar="user|queue|job", help="What a line is of.")] = UsageOf.USER,
+    month: Annotated[
+        str, typer.Option("--month", metavar="YYYY-MM", help="Which month (UTC); this one.", show_default=False)
+    ] = "",
+    output: Annotated[
+        UsageFormat, typer.Option("--output", "-o", metavar="table|csv|json|yaml", help="How to answer.")
+    ] = UsageFormat.TABLE,
+) -> None:
+    """Say what GPU time and money a month took, by user (namespace), queue or job, deleted jobs included."""
+    from orchestrator.cli.console import answers
+    from orchestrator.cli.output import csv_text, print_columns, print_data, print_text
+    from orchestrator.cli.tables import USAGE_FIELDS, usage_table
+
+    rows = connect(None).usage(month, by.value)
+    if output is UsageFormat.TABLE:
+        print_columns(answers(), usage_table(rows, by.value))
+    elif output is UsageFormat.CSV:
+        print_text(csv_text(USAGE_FIELDS, [row.to_wire() for row in rows]))
+    else:
+        print_data({"usage": [row.to_wire() for row in rows]}, DataFormat(output.value))
 
 
 COMMANDS = (create, describe, hold, release, delete)

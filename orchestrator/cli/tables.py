@@ -9,6 +9,7 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.cli.output import Cell, Columns
 from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.sdk.usage import UsageBy, UsageRow
 from orchestrator.sdk.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
 from orchestrator.sizing.margins import Bound
 
@@ -16,6 +17,8 @@ JOB_HEADER = ("NAME", "QUEUE", "PRIORITY", "STATE", "GPU", "PROGRESS", "ETA", "A
 LEFT_OUT_FIRST = ("PRIORITY", "GPU", "QUEUE", "ETA")
 WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")
 QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "STOP", "RUNNING", "WAITING", "LONGEST", "QUOTAS")
+USAGE_FIELDS = ("month", "queue", "user", "job", "gpuSeconds", "dollars")
+"""Of a program's answer."""
 CALIBRATION_HEADER = ("NAMESPACE", "ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
 _SPEAKS_FOR_ITSELF = frozenset({JobState.PREPARING, JobState.TRAINING, JobState.PUBLISHING, JobState.SUCCEEDED})
 _RUNNING = frozenset({JobState.STARTING, JobState.TRAINING, JobState.STOPPING})
@@ -76,6 +79,17 @@ def queue_table(queues: Iterable[QLoRAQueue], jobs: Iterable[QLoRAJob], now: dat
         )
         rows.append([Cell(text=text) for text in texts])
     return Columns(header=QUEUE_HEADER, rows=rows, optional=("PREEMPTION", "WEIGHT"))
+
+
+def usage_table(rows: Iterable[UsageRow], by: UsageBy) -> Columns:
+    """One row each, with what it is of."""
+    names = {"user": ("user",), "queue": ("queue",), "job": ("queue", "user", "job")}[by]
+    texts = [
+        (row.month, *(getattr(row, name) for name in names), f"{row.gpu_seconds / 3600:.2f}", f"{row.dollars:.2f}")
+        for row in rows
+    ]
+    header = ("MONTH", *(name.upper() for name in names), "GPU HOURS", "DOLLARS")
+    return Columns(header=header, rows=[[Cell(text=text) for text in each] for each in texts], right=("GPU HOURS",))
 
 
 def _wide_cells(job: QLoRAJob) -> list[Cell]:

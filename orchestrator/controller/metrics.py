@@ -20,7 +20,7 @@ from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from statistics import quantiles
 
 from prometheus_client import (
@@ -260,10 +260,16 @@ class _Labels:
         self._classes = {gpu_class.name for gpu_class in snapshot.gpu_classes}
 
     def queue(self, job: QLoRAJob) -> str:
-        return job.spec.queue if job.spec.queue in self._queues else OTHER
+        return self.queue_name(job.spec.queue)
+
+    def queue_name(self, name: str) -> str:
+        return name if name in self._queues else OTHER
 
     def gpu_class(self, attempt: Attempt) -> str:
-        return attempt.gpu_class if attempt.gpu_class in self._classes else OTHER
+        return self.class_name(attempt.gpu_class)
+
+    def class_name(self, name: str | None) -> str:
+        return name if name is not None and name in self._classes else OTHER
 
 
 class _Jobs(Collector):
@@ -307,6 +313,10 @@ class _Jobs(Collector):
         yield _gauge("qlora_outages", "Causes that many jobs fail for together", ("reason", "stage"), outages)
         capacity = {(c.name,): float(c.capacity) for c in snapshot.gpu_classes}
         yield _gauge("qlora_gpus", "GPUs that exist", ("gpu_class",), capacity)
+        seconds, dollars = _this_month(snapshot, labels)
+        of = ("queue", "user", "gpu_class")
+        yield _gauge("qlora_month_gpu_seconds", "GPU time of this month (UTC) that is counted", of, seconds)
+        yield _gauge("qlora_month_dollars", "What that cost", of, dollars)
         yield _gauge("qlora_gpus_in_use", "GPUs held by jobs", ("queue", "gpu_class"), _in_use(states, labels))
 
 
@@ -364,6 +374,20 @@ def _by_reason(states: States, labels: _Labels) -> Samples:
         if state is JobState.QUEUED and admitted is not None:
             waiting[labels.queue(job), admitted.reason.value] += 1
     return waiting
+
+
+def _this_month(snapshot: Snapshot, labels: _Labels) -> tuple[Samples, Samples]:
+    """GPU-seconds and dollars, as queues' statuses have them."""
+    month = f"{snapshot.now.astimezone(UTC):%Y-%m}"
+    seconds: dict[tuple[str, ...], float] = {}
+    dollars: dict[tuple[str, ...], float] = {}
+    for queue in snapshot.queues:
+        for each in queue.status.months:
+            if each.month == month:
+                of = labels.queue_name(queue.metadata.name), each.user, labels.class_name(each.gpu_class)
+                seconds[of] = seconds.get(of, 0.0) + each.gpu_seconds
+                dollars[of] = dollars.get(of, 0.0) + each.dollars
+    return seconds, dollars
 
 
 def _oldest(states: States, labels: _Labels, now: datetime) -> Samples:

@@ -29,6 +29,7 @@ from orchestrator.sdk.notebook import JobList
 from orchestrator.sdk.planning import JobPlan
 from orchestrator.sdk.progress import News
 from orchestrator.sdk.records import Records
+from orchestrator.sdk.usage import UsageBy, UsageRow
 from orchestrator.settings import Settings
 from orchestrator.sizing.margins import Bound
 
@@ -78,6 +79,10 @@ class AsyncClient:
     async def calibration(self) -> Sequence[Bound]:
         """What finished jobs have taught about the memory model, each namespace for itself."""
         return await asyncio.to_thread(self.sync.calibration)
+
+    async def usage(self, month: str = "", by: UsageBy = "user") -> Sequence[UsageRow]:
+        """What was had of the GPUs in a month, by user, queue or job."""
+        return await asyncio.to_thread(self.sync.usage, month, by)
 
     async def handle(self, name: str, *, namespace: str | None = None) -> AsyncJobHandle:
         """A handle on a job that exists; raises NotFound."""

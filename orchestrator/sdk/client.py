@@ -13,15 +13,17 @@ this machine can know.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from typing import TypeVar, cast
 
 from orchestrator.adapters.job_store import model_config
 from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import MONTH_PATTERN, QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
 from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
@@ -36,6 +38,7 @@ from orchestrator.sdk.preflight import check_files, check_planned_model, local_p
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
 from orchestrator.sdk.uploading import check_upload, uploaded
+from orchestrator.sdk.usage import UsageBy, UsageRow, usage_rows
 from orchestrator.settings import Settings
 from orchestrator.sizing import margins
 
@@ -137,6 +140,14 @@ class Client:
     def calibration(self) -> Sequence[margins.Bound]:
         """What finished jobs have taught about the memory model, each namespace for itself."""
         return margins.bounds(self.connection.store.list_jobs())
+
+    def usage(self, month: str = "", by: UsageBy = "user") -> Sequence[UsageRow]:
+        """What was had of the GPUs in a month such as `2026-11` (UTC; by default this one), by user, queue or job."""
+        month = month or f"{datetime.now(UTC):%Y-%m}"
+        if re.fullmatch(MONTH_PATTERN, month) is None:
+            raise InvalidObject(f"month {month}: must be a year and a month, such as 2026-11")
+        jobs = self.connection.store.list_jobs() if by == "job" else ()
+        return usage_rows(self.list_queues(), jobs, month, by)
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
         """A handle on a job that exists; raises NotFound."""

@@ -22,6 +22,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from orchestrator.api.job import ObjectMeta
+from orchestrator.api.queue import MonthlyUsage, QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import app
@@ -543,6 +545,29 @@ def test_a_quota_that_makes_no_sense_is_told_in_one_line(service: PaperService, 
     assert "a number of GPUs, such as 24Gi=4" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert service.store.list_queues() == []
+
+
+def test_what_a_month_took_is_told_as_a_table_and_for_programs(service: PaperService) -> None:
+    store = service.store
+    queue = store.apply_queue(QLoRAQueue(metadata=ObjectMeta(name="research")))
+    had = MonthlyUsage(month="2026-11", user="team-a", gpu_class="24Gi", gpu_seconds=5400.0, dollars=1.5)
+    store.update_queue_status(queue, QLoRAQueueStatus(counted_until=datetime.now(UTC), months=(had,)))
+    month = ("--month", "2026-11")
+    assert qlora("usage", *month).stdout.split() == [
+        *["MONTH", "USER", "GPU", "HOURS", "DOLLARS"],
+        *["2026-11", "team-a", "1.50", "1.50"],
+    ]
+    assert qlora("usage", *month, "--by", "job", "--output", "csv").stdout == (
+        "month,queue,user,job,gpuSeconds,dollars\n2026-11,research,team-a,(deleted),5400.0,1.5\n"
+    )
+    told = {"month": "2026-11", "queue": "research", "gpuSeconds": 5400.0, "dollars": 1.5}
+    assert json.loads(qlora("usage", *month, "--by", "queue", "-o", "json").stdout) == {"usage": [told]}
+    assert qlora("usage", "--month", "2026-10", "-o", "csv").stdout == "month,queue,user,job,gpuSeconds,dollars\n"
+    wrong = qlora("usage", "--month", "November")
+    assert (wrong.exit_code, wrong.stderr) == (
+        ExitStatus.INVALID,
+        "error: month November: must be a year and a month, such as 2026-11\n",
+    )
 
 
 def test_an_adapter_is_downloaded_as_a_folder(service: PaperService) -> None:

@@ -13,13 +13,13 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.api.job import Attempt, CheckpointStatus, ObjectMeta, QLoRAJob, QLoRAJobStatus
-from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.queue import MonthlyUsage, QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.metrics import OTHER, QUEUES_LIMIT, Metrics
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.errors import StoreUnavailable
 from orchestrator.sizing.hardware import gpu_class
-from tests.builders import submitted_job
+from tests.builders import make_queue, submitted_job
 from tests.controller.test_loop import World
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -206,6 +206,8 @@ def test_these_are_the_metrics_and_no_others() -> None:
         "qlora_jobs_waiting",
         "qlora_last_round_timestamp_seconds",
         "qlora_leader",
+        "qlora_month_dollars",
+        "qlora_month_gpu_seconds",
         "qlora_outages",
         "qlora_queue_oldest_wait_seconds",
         "qlora_queue_wait_seconds",
@@ -214,3 +216,20 @@ def test_these_are_the_metrics_and_no_others() -> None:
         "qlora_rounds",
         "qlora_watch_restarts",
     }
+
+
+def test_a_months_gpu_time_is_told_as_queues_statuses_have_it() -> None:
+    had = [
+        MonthlyUsage(month=month, user=user, gpu_class=gpu_class, gpu_seconds=seconds, dollars=seconds / 100)
+        for month, user, gpu_class, seconds in (
+            (f"{NOW:%Y-%m}", "team-a", "24Gi", 600.0),
+            (f"{NOW:%Y-%m}", "team-a", "gone", 60.0),
+            ("2001-01", "team-a", "24Gi", 5.0),
+        )
+    ]
+    queue = make_queue("research").model_copy(update={"status": QLoRAQueueStatus(months=tuple(had))})
+    metrics = Metrics()
+    take(metrics, replace(make_snapshot(), queues=(queue,)))
+    told = samples(metrics, "qlora_month_gpu_seconds")
+    assert told == {("24Gi", "research", "team-a"): 600.0, (OTHER, "research", "team-a"): 60.0}
+    assert samples(metrics, "qlora_month_dollars")["24Gi", "research", "team-a"] == 6.0

@@ -15,12 +15,13 @@ fair-share factor. Rules:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from math import exp2, expm1, log
 
-from orchestrator.api.job import Attempt
+from orchestrator.api.job import GPU_CLASS_PATTERN, Attempt
 from orchestrator.api.queue import MAX_MONTHLY, MAX_USERS, MonthlyUsage, QLoRAQueue, QLoRAQueueStatus, UserUsage
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.ordering import EPOCH, SECONDS_AN_HOUR, UNKNOWN_CLASS_GIB
@@ -178,9 +179,16 @@ class Shares:
                 self._recount(name)
 
     def stints(self, draft: Draft, account: str) -> tuple[Stint, ...]:
-        """Those of a job that are not counted yet; `account` is of attempts that say none."""
-        found = (self._stint(attempt, draft, account) for attempt in draft.status.attempts if attempt.stage == "train")
-        return tuple(stint for stint in found if not self._is_counted(stint))
+        """Those of a job that are not counted yet; `account` is of attempts that say none.
+
+        None of a job whose status has what no status of ours has: times that cannot be reckoned with.
+        """
+        attempts = (each for each in draft.status.attempts if each.stage == "train" and _has_class(each))
+        try:
+            found = [self._stint(attempt, draft, account) for attempt in attempts]
+            return tuple(stint for stint in found if not self._is_counted(stint))
+        except (ArithmeticError, TypeError, ValueError):
+            return ()
 
     def count(self, key: str, stints: Iterable[Stint], *, is_there: bool) -> None:
         """A job's stints come to it, or go."""
@@ -303,21 +311,25 @@ class Shares:
 
     def _by_month(self, before: Iterable[MonthlyUsage], pieces: Iterable[Stint]) -> Sequence[MonthlyUsage]:
         known = {(each.month, each.user, each.gpu_class): each for each in before}
-        for month, piece in ((month, piece) for whole in pieces for month, piece in _months(whole)):
-            key = month, piece.user, piece.gpu_class
-            had = known.get(key) or MonthlyUsage(
-                month=month, user=piece.user, gpu_class=piece.gpu_class, gpu_seconds=0.0
-            )
+        for piece in pieces:
             assert piece.end is not None, "pieces have ended"
-            seconds = (piece.end - piece.start).total_seconds()
             price = self.classes[piece.gpu_class].dollars_per_hour if piece.gpu_class in self.classes else None
-            known[key] = had.model_copy(
-                update={
-                    "gpu_seconds": round(had.gpu_seconds + seconds, 6),
-                    "dollars": round(had.dollars + seconds / SECONDS_AN_HOUR * (price or 0.0), 6),
-                }
-            )
+            for month, seconds in by_month(piece.start, piece.end):
+                key = month, piece.user, piece.gpu_class
+                had = known.get(key) or MonthlyUsage(
+                    month=month, user=piece.user, gpu_class=piece.gpu_class, gpu_seconds=0.0
+                )
+                known[key] = had.model_copy(
+                    update={
+                        "gpu_seconds": round(had.gpu_seconds + seconds, 6),
+                        "dollars": round(had.dollars + seconds / SECONDS_AN_HOUR * (price or 0.0), 6),
+                    }
+                )
         return [known[key] for key in sorted(known)[-MAX_MONTHLY:]]
+
+
+def _has_class(attempt: Attempt) -> bool:
+    return attempt.gpu_class is not None and re.fullmatch(GPU_CLASS_PATTERN, attempt.gpu_class) is not None
 
 
 def counted_until(status: QLoRAQueueStatus, snapshot: Snapshot) -> datetime | None:
@@ -339,12 +351,11 @@ def _pieces(stints: Iterable[Stint], counted: datetime | None, now: datetime) ->
             yield replace(stint, start=start, end=end)
 
 
-def _months(piece: Stint) -> Iterator[tuple[str, Stint]]:
-    """A piece by months (UTC), which are named `2026-11`."""
-    assert piece.end is not None, "pieces have ended"
-    start = piece.start.astimezone(UTC)
-    while start < piece.end:
+def by_month(start: datetime, end: datetime) -> Iterator[tuple[str, float]]:
+    """The seconds of a time by months (UTC), which are named `2026-11`."""
+    start = start.astimezone(UTC)
+    while start < end:
         first = start.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-        end = min((first + timedelta(days=32)).replace(day=1), piece.end)
-        yield f"{start:%Y-%m}", replace(piece, start=start, end=end)
-        start = end
+        next_start = min((first + timedelta(days=32)).replace(day=1), end)
+        yield f"{start:%Y-%m}", (next_start - start).total_seconds()
+        start = next_start
