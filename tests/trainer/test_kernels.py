@@ -6,8 +6,10 @@ and on a card in `benchmarks/kernels.py`.
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -371,6 +373,22 @@ def test_the_optimizer_may_move_the_adapter(tmp_path: Path) -> None:
 
 # --- the Triton kernels
 
+
+def test_every_operation_is_there_on_cards_too() -> None:
+    """By its source: Triton is not imported where there is no card."""
+    kernels = Path(ops.__file__).parent
+
+    def names(module: str) -> set[str]:
+        body = ast.parse((kernels / f"{module}.py").read_text()).body
+        own = {each.name for each in body if isinstance(each, ast.FunctionDef)}
+        return own | {alias.name for each in body if isinstance(each, ast.ImportFrom) for alias in each.names}
+
+    wanted = set(re.findall(r"_of\(\w+\)\.(\w+)\(", Path(ops.__file__).read_text()))
+    assert len(wanted) > 10
+    assert wanted - names("triton_ops") == set()
+    assert wanted - names("torch_ops") == set()
+
+
 INTERPRETED = """
 import numpy as np
 import torch
@@ -425,6 +443,11 @@ for back, width in ((False, 96), (True, 72)):
     for parts, of in ((weights, offsets), (weights[:2], offsets[2:])):  # the last rows are another part's
         both("expert_products", torch.randn(70, width), None, parts, of, room, back, changed=(4,))
         both("expert_products", torch.randn(9, width), torch.randint(0, 9, (70,)), parts, of, room, back, changed=(4,))
+for height, width in ((8, 96), (72, 16)):
+    for sources in ((None, torch.randint(0, 9, (70,))), (torch.randint(0, 9, (70,)), None)):
+        left, right = (torch.randn(70 if source is None else 9, size) for source, size in zip(sources, (height, width)))
+        both("expert_outer_products", left, sources[0], right, sources[1], offsets, torch.randn(5, height, width),
+             changed=(5,))
 for weights in (None, torch.rand(6, 3)):
     places, room = torch.randperm(18).view(6, 3), torch.zeros(6, 100)
     both("sum_rows", torch.randn(18, 100), places, weights, room, changed=(3,))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qlora_trainer.kernels.triton_attention import attention as attention
 from qlora_trainer.kernels.triton_attention import attention_backward as attention_backward
+from qlora_trainer.kernels.triton_experts import expert_outer_products as expert_outer_products
 from qlora_trainer.kernels.triton_experts import expert_products as expert_products
 from qlora_trainer.kernels.triton_experts import sum_rows as sum_rows
 
