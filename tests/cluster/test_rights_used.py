@@ -23,6 +23,8 @@ from orchestrator.adapters.kubernetes.pods import KubernetesPods
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.base import API_VERSION
+from orchestrator.api.job import ObjectMeta
+from orchestrator.api.queue import QLoRAQueue
 from orchestrator.errors import NotFound
 from tests.builders import ON_THE_HUB, submitted_job
 from tests.cluster.accounts import (
@@ -97,9 +99,12 @@ def test_the_controller_uses_each_of_its_rights_and_asks_for_no_other(
 
 def run_a_job_that_expires_and_one_that_is_suspended(api: KubeApi, program: Program) -> None:
     store = KubernetesStore(api)
+    store.apply_queue(QLoRAQueue(metadata=ObjectMeta(name="default")))  # as the chart does
     with PaperKubelet(api, "gpu-1", train_seconds=0.2) as kubelet:
         store.create_job(submitted_job("brief", ttl_seconds_after_finished=1, **ON_THE_HUB))
         wait_for(program, lambda: is_gone(store, "brief"))
+    [queue] = store.list_queues()
+    assert {had.user for had in queue.status.months} == {"team-a"}, "what the job had outlives it"
     with PaperKubelet(api, "gpu-1", train_seconds=PATIENCE_SECONDS) as kubelet:
         held = store.create_job(submitted_job("held", **ON_THE_HUB))
         wait_for(program, lambda: bool(kubelet.books.running.get(held.metadata.uid)))
