@@ -321,6 +321,22 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 8, "num_hidden_layers": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16, "num_local_experts": 0},
     "bamba": {"attn_layer_indices": [1]},
+    "gemma4_text": {
+        "num_hidden_layers": 35,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "num_key_value_heads": 1,
+    },
+    "gemma4": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "use_bidirectional_attention": "vision",
+            "final_logit_softcapping": 30.0,
+        },
+    },
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "nemotron": {"num_key_value_heads": 8},
     "dots1": {"n_shared_experts": 2, "n_routed_experts": 128, "num_experts_per_tok": 6, "first_k_dense_replace": 1},

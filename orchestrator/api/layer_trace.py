@@ -18,6 +18,8 @@ MOST_INSTANTS = 12
 MOST_ROWS_PER_TOKEN = 1024
 KIND_LETTERS = "abcdefgh"
 LARGEST_COEFFICIENT = 1e15
+MAX_WIDTH = 1 << 20
+"""Of a layer, an expert or a head, and so many heads or experts: ten times what any known model has."""
 
 Coefficient = Annotated[float, Field(ge=-LARGEST_COEFFICIENT, le=LARGEST_COEFFICIENT)]
 InTokens = Annotated[tuple[Coefficient, ...], Field(max_length=3)]
@@ -27,7 +29,8 @@ Instants = Annotated[tuple[InTokens, ...], Field(max_length=MOST_INSTANTS)]
 
 
 class LayerInstants(Model):
-    """One layer's passes, with its input and, in the backward pass, the gradient to its output among the bytes."""
+    """One layer's passes, with its input and, in the backward pass, the gradient to its output among the bytes, and all
+    else that is there but for what layers keep, and adapters and their gradients."""
 
     kept: InTokens
     """What waits for the backward pass, the layer's input counted if it does, its output not."""
@@ -54,6 +57,19 @@ class EndInstants(Model):
     """What is there at the loss, beside what layers keep."""
     norm: Instants
     """From there back to the last layer."""
+    shared: InTokens = ()
+    """What all layers get beside their input, which is counted in every moment; in older traces there is none, and no
+    moment has it."""
+    outside: Instants = ()
+    """Before the first layer, and in the backward pass from that layer on."""
+
+
+class Heads(Model):
+    """What a layer attends with."""
+
+    query: int = Field(ge=1, le=MAX_WIDTH)
+    key: int = Field(ge=1, le=MAX_WIDTH)
+    size: int = Field(ge=1, le=MAX_WIDTH)
 
 
 class ExpertInstants(Model):
@@ -78,6 +94,8 @@ class LayerKind(Model):
     recomputed: LayerInstants
     whole: LayerInstants
     experts: ExpertInstants | None = None
+    heads: Heads | None = None
+    """None where they are the model's."""
 
 
 class ModelTrace(Model):
@@ -93,7 +111,9 @@ class ModelTrace(Model):
     fusing_bytes: Count = 0
     """More than a layer's quantized experts, while those of a checkpoint are put together on the card."""
     other_bytes: Count
-    """Of 16-bit weights outside the layers, embeddings and head not counted."""
+    """Of weights outside the layers, but for embeddings, head, and what stays on the host."""
+    other_gradient_bytes: Count = 0
+    """Of adapters' gradients outside the layers."""
     adapter_parameters: Count
 
     @model_validator(mode="after")

@@ -7,17 +7,17 @@ from typing import Annotated, cast
 
 from pydantic import Field
 
-from orchestrator.api.base import MAX_COUNT, Model, ShortText
-from orchestrator.api.layer_trace import ModelTrace
+from orchestrator.api.base import MAX_COUNT, Count, Model, ShortText
+from orchestrator.api.layer_trace import MAX_WIDTH, ModelTrace
 from orchestrator.api.words import on_one_line
 
 MAX_SHOWN_CHARACTERS = 60
 MAX_LAYERS = 1024
-MAX_WIDTH = 1 << 20
-"""Of a layer, an expert or a head, and so many heads or experts: ten times what any known model has."""
 MAX_VOCABULARY = 1 << 24
 
 ATTENTION_HEADS = "num_attention_heads"
+OVERRIDES = "per_layer_config"
+"""What of a layer is other than in the others, by the layer's number."""
 TEXT_CONFIG = "text_config"
 """Where the config of a model of images and text has that of its text model."""
 
@@ -59,6 +59,8 @@ class ModelFacts(Model):
     head_dim: Width
     vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
     tied_embeddings: bool
+    layer_inputs: Count = 0
+    """Weights of the embeddings of which every layer has its own part, and which stay in host memory; 0 for none."""
     mixture: Mixture | None = None
     """Its experts, where it has any."""
     context_length: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
@@ -76,21 +78,22 @@ class ModelFacts(Model):
 
         Raises ValueError naming the field that is missing or not what it should be.
         """
-        text = _text_config(config)
-        hidden_size = _count(text, "hidden_size", "n_embd", "d_model")
+        text = _widest(_text_config(config))
+        hidden_size, num_layers = _count(text, "hidden_size", "n_embd", "d_model"), _layers(text)
         num_attention_heads = _count(text, ATTENTION_HEADS, "n_head", "n_heads", "num_heads", "attention_heads")
         return cls(
             model_type=_text(text, "model_type"),
-            part_of=None if text is config else _text(config, "model_type"),
+            part_of=_text(config, "model_type") if isinstance(config.get(TEXT_CONFIG), Mapping) else None,
             architecture=_architecture(config),
             hidden_size=hidden_size,
             intermediate_size=_count(text, *_INTERMEDIATE_SIZE, default=_default_intermediate_size(text, hidden_size)),
-            num_layers=_layers(text),
+            num_layers=num_layers,
             num_attention_heads=num_attention_heads,
             num_key_value_heads=_key_value_heads(text, num_attention_heads),
             head_dim=_count(text, "head_dim", default=hidden_size // num_attention_heads),
             vocab_size=_count({**config, **text}, "vocab_size", most=MAX_VOCABULARY),
             tied_embeddings=_tied_embeddings(config, text),
+            layer_inputs=num_layers * _layer_inputs(text),
             mixture=_mixture(text),
             context_length=_context_length(text),
             revision=revision,
@@ -98,7 +101,7 @@ class ModelFacts(Model):
 
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 EXPERT_SIZES = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size")
 SHARED_SIZES = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
 _SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
@@ -110,7 +113,7 @@ ALIKE = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 
 def is_mixture(text: Mapping[str, object]) -> bool:
     """Whether a config's layers have experts."""
-    if text.get("is_moe") is False:
+    if text.get("is_moe") is False or text.get("enable_moe_block") is False:
         return False
     return any((count := _size_of(text, name)) is not None and count > 1 for name in EXPERT_COUNTS)
 
@@ -157,6 +160,19 @@ _TIED_BY_DEFAULT = frozenset(
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     nested = config.get(TEXT_CONFIG)
     return cast(Mapping[str, object], nested) if isinstance(nested, Mapping) else config
+
+
+def _widest(text: Mapping[str, object]) -> Mapping[str, object]:
+    """A config whose sizes are the largest that any of its layers has."""
+    overrides = text.get(OVERRIDES)
+    layers = cast("Mapping[str, object]", overrides if isinstance(overrides, Mapping) else {}).values()
+    found = dict(text)
+    for own in (cast("Mapping[str, object]", each) for each in layers if isinstance(each, Mapping)):
+        for name, value in own.items():
+            known = found.get(name)
+            if type(value) is int and (known is None or (type(known) is int and value > known)):
+                found[name] = value
+    return found
 
 
 def _count(config: Mapping[str, object], *names: str, default: int | None = None, most: int = MAX_WIDTH) -> int:
@@ -242,6 +258,14 @@ def _key_value_heads(text: Mapping[str, object], num_attention_heads: int) -> in
     if text.get("multi_query") is True and not text.get("new_decoder_architecture"):
         return 1
     return _count(text, "num_key_value_heads", "num_kv_heads", default=num_attention_heads)
+
+
+def _layer_inputs(text: Mapping[str, object]) -> int:
+    """Weights of a layer's own embeddings of tokens, by the names that Gemma 3n and Gemma 4 have for their sizes."""
+    if not text.get("hidden_size_per_layer_input"):
+        return 0
+    rows = _count(text, "vocab_size_per_layer_input", "vocab_size", most=MAX_VOCABULARY)
+    return rows * _count(text, "hidden_size_per_layer_input")
 
 
 def _tied_embeddings(config: Mapping[str, object], text: Mapping[str, object]) -> bool:

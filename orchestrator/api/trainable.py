@@ -20,6 +20,7 @@ from typing import Any, cast
 from orchestrator.api.model_facts import (
     ATTENTION_HEADS,
     MIXTURE_FIELDS,
+    OVERRIDES,
     TEXT_CONFIG,
     FieldMissing,
     ModelFacts,
@@ -29,11 +30,13 @@ from orchestrator.api.words import on_one_line
 
 INNER_MODELS = (TEXT_CONFIG, "decoder", "text_encoder", "generator")
 """Under which names transformers looks for a text model inside a model of more."""
-ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attention_heads", "per_layer_config")
+ASSUMED = ("is_encoder_decoder", "use_bidirectional_attention", "decoder_attention_heads", OVERRIDES)
 """What decides in a config, besides models inside and sizes of experts."""
 VOCABULARIES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab.*", "*.tiktoken", "tekken.json")
 """The files that transformers reads a tokenizer's tokens from; each is enough, but for pairs' first."""
 NO_EXPERTS = "spec.adapter.experts: the model has no routed experts; leave it out, or choose a mixture of experts"
+IMAGES_ALONE = "vision"
+"""Of `use_bidirectional_attention`: an image is seen as a whole, a text from left to right."""
 LEFT_TO_RIGHT = "choose a model that generates text from left to right"
 MAX_NAME_SHOWN = 200
 """Characters of a stranger's name in a message."""
@@ -66,6 +69,7 @@ def trainable_facts(config: Json, revision: str, known: KnownType) -> ModelFacts
     config = _completed(config, known.assumes)
     refuse_fields(config)
     architecture = architecture_of(config)
+    _refuse_overrides(config, architecture, known.assumes)
     if not known.wraps:
         _refuse_inner(config, INNER_MODELS)
     if known.sees_both_sides:
@@ -147,15 +151,20 @@ def _refuse_level(config: Json, architecture: str) -> None:
             f"the model is a {architecture}, which is made of an encoder and a decoder, not a causal language model; "
             f"{LEFT_TO_RIGHT}"
         )
-    if config.get("use_bidirectional_attention"):
+    if config.get("use_bidirectional_attention") not in (None, False, IMAGES_ALONE):
         raise ValueError(
             f"the model is a {architecture} that sees the text on both sides (use_bidirectional_attention), not a "
             f"causal language model; {LEFT_TO_RIGHT}"
         )
-    if config.get("per_layer_config"):
+
+
+def _refuse_overrides(config: Json, architecture: str, assumes: Json) -> None:
+    """ValueError for layers of sizes of their own, but for types whose class makes such layers: these were tried."""
+    levels = (config, assumes), (_mapping(config.get(TEXT_CONFIG)), _mapping(assumes.get(TEXT_CONFIG)))
+    if any(level.get(OVERRIDES) and not own.get(OVERRIDES) for level, own in levels):
         raise ValueError(
-            f"the model is a {architecture} whose layers have sizes of their own (per_layer_config), and how much "
-            "memory such layers take is not known here; choose a model of equal layers"
+            f"the model is a {architecture} whose layers have sizes of their own ({OVERRIDES}), and how much memory "
+            "such layers take is not known here; choose a model of equal layers"
         )
 
 

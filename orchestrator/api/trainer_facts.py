@@ -24,6 +24,8 @@ EXPERT_DENSE_BYTES = 256 << 20
 
 LARGEST_TRITON_HEAD = 128
 """The largest head size of the trainer's own attention kernels."""
+LARGEST_FLASH_HEAD = 256
+"""The largest of flash attention; with larger ones scores are computed tile by tile."""
 SCORES_BYTES = 64 << 20
 """Of a float32 tile of scores where attention is computed tile by tile; a few such tensors are alive at once."""
 

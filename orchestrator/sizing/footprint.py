@@ -19,7 +19,7 @@ from typing import NamedTuple
 from orchestrator.api import trainer_facts
 from orchestrator.api.base import decimal
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
-from orchestrator.api.layer_trace import KIND_LETTERS, ModelTrace
+from orchestrator.api.layer_trace import KIND_LETTERS, Heads, ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import GUESS_ITEM, MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.sizing.guess import headroom
@@ -33,7 +33,7 @@ from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes,
 from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
-from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes
+from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes, outside_bytes, shared_bytes
 
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
@@ -330,6 +330,23 @@ class _Question:
         return _final_norm(self, recomputes=False), _final_norm(self, recomputes=True)
 
     @cached_property
+    def outside(self) -> tuple[int, int]:
+        """Before the first layer, and behind it: where that keeps its activations, and where it recomputes."""
+        if self.trace is None:
+            return 0, 0
+        return tuple(outside_bytes(end, self.pass_tokens) for end in (self.trace.whole, self.trace.recomputed))
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """What all layers of a pass get beside their input, as a trace has it; 0 where none tells."""
+        return 0 if self.trace is None else shared_bytes(self.trace, self.pass_tokens)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens that go through the layers at a time."""
+        return -(-self.tokens // self.passes)
+
+    @cached_property
     def loading_bytes(self) -> int:
         """What loading takes on top of what lasts."""
         return _loading_bytes(self)
@@ -402,8 +419,11 @@ class _Instants:
         self._held = _held_bytes(question)
         self._from_host = _from_host_bytes(question)
         self._forward, self._backward = _shared_bytes(question)
+        self._batch = TOKEN_BYTES * question.tokens
         self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
         self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
+        self._outside = question.outside
+        self._shared = question.shared_bytes
         self._loading = question.loading_bytes
         self._passes = question.passes
 
@@ -424,7 +444,7 @@ class _Instants:
         layers, gradients = self._layers, self._gradients
         everything = layers.kept(layers.count, recomputing)
         first = layers.at(0, recomputing)  # which may keep what goes at the decoder's end
-        others = (self._passes - 1) * (everything + first.kept - first.first_kept)
+        others = (self._passes - 1) * (everything + first.kept - first.first_kept + self._shared)
         for index in layers.ends(recomputing):
             layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
             held = (self._held if index else 0) + self._from_host
@@ -435,6 +455,8 @@ class _Instants:
         every_layer = recomputing == layers.count
         yield "loss", everything, gradients.before, self._loss[every_layer]
         yield "the last norm's backward pass", everything, gradients.before, self._norm[every_layer]
+        outside = self._outside[every_layer] + self._batch
+        yield "what the decoder does around its layers", others, gradients.after(0), outside
         yield "optimizer", 0, gradients.all, gradients.all
         yield LOADING, 0, 0, self._loading
 
@@ -446,7 +468,7 @@ class _GradientBytes:
     behind: tuple[int, ...]
     """Those of the layers behind each one."""
     all: int
-    """Those of every layer."""
+    """Those of every layer, and of what is beside them."""
     before: int
     """What is there when the pass begins: sums of earlier micro-batches, or those that graphs add to."""
     sums_at_once: bool
@@ -457,10 +479,11 @@ class _GradientBytes:
         """Those of the question."""
         each = [layers.at(index, layers.count).gradients for index in range(layers.count)]
         upto, graphs = list(accumulate(each)), question.uses_cuda_graphs
+        every = upto[-1] + (0 if question.trace is None else question.trace.other_gradient_bytes)
         return cls(
             behind=tuple(upto[-1] - done for done in upto),
-            all=upto[-1],
-            before=upto[-1] if question.plan.accumulation_steps > 1 or graphs else 0,
+            all=every,
+            before=every if question.plan.accumulation_steps > 1 or graphs else 0,
             sums_at_once=graphs,
         )
 
@@ -473,7 +496,8 @@ class _GradientBytes:
 
 def _shared_bytes(question: _Question) -> tuple[int, int]:
     """What all layers share, in the forward and in the backward pass: rotary tables, the batch, a workspace."""
-    shared = 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)
+    told = question.shared_bytes > 0  # and so counted where it is
+    shared = 0 if told else 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)
     if isinstance(question.shape, FusedLayer):
         shared += 2 * allocated(question.shape.span)
     # Graphs are captured on a stream of their own, in each pass.
@@ -511,13 +535,14 @@ def _logits_bytes(question: _Question) -> int:
 def _loading_bytes(question: _Question) -> int:
     """PEFT 0.18 makes the adapter in float32; embeddings leave the card after they were loaded; the rest comes later.
 
-    The experts of the last layer are fused before there is an adapter.
+    The experts of the last layer are fused, and layers' own embeddings leave, before there is an adapter.
     """
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES) if _embeddings_leave(question) else 0
     later = sum(_state(question)) + 2 * trainer_facts.CUBLAS_WORKSPACE_BYTES
     adapter = question.trainable * (FP32_BYTES - BF16_BYTES)
-    return max(0, round(max(adapter, _fusing_bytes(question) - question.trainable * BF16_BYTES) + table - later))
+    early = _fusing_bytes(question) + (0 if question.loaded else allocated(facts.layer_inputs * BF16_BYTES))
+    return max(0, round(max(adapter, early - question.trainable * BF16_BYTES) + table - later))
 
 
 def _fusing_bytes(question: _Question) -> int:
@@ -621,13 +646,17 @@ def _kept_sums(kinds: tuple[int, ...], layers: tuple[LayerBytes, ...]) -> tuple[
 
 
 @memoized(TRACES_KEPT)
-def _all_kinds(trace: ModelTrace, recomputes: bool, tokens: int, attention_bytes: int) -> tuple[LayerBytes, ...]:
+def _all_kinds(
+    trace: ModelTrace, recomputes: bool, tokens: int, attention_bytes: tuple[int, ...]
+) -> tuple[LayerBytes, ...]:
     return kinds_bytes(trace, recomputes=recomputes, tokens=tokens, attention_bytes=attention_bytes)
 
 
 def _kinds(question: _Question, trace: ModelTrace, recomputes: bool) -> tuple[LayerBytes, ...]:
-    attention = 0 if not trace.packed else _attention(question).traced_workspace_bytes
-    return _all_kinds(trace, recomputes, -(-question.tokens // question.passes), attention)
+    attention = tuple(
+        _attention(question, kind.heads).traced_workspace_bytes if trace.packed else 0 for kind in trace.kinds
+    )
+    return _all_kinds(trace, recomputes, question.pass_tokens, attention)
 
 
 _traced_layer_bytes = lru_cache(maxsize=RESULTS_KEPT)(traced_layer_bytes)
@@ -669,8 +698,9 @@ def _groups(adapter: AdapterSpec, facts: ModelFacts) -> dict[str, Group]:
     return {name: group(members, every, adapted) for name, members in GROUPS.items()}
 
 
-def _attention(question: _Question) -> Attention:
+def _attention(question: _Question, heads: Heads | None = None) -> Attention:
     facts = question.facts
+    heads = heads or Heads(query=facts.num_attention_heads, key=facts.num_key_value_heads, size=facts.head_dim)
     least = question.plan.micro_batch_size
     most = max(least, question.tokens // SHORT_RECORD_TOKENS) if question.packing else least
     least, most = question.records or least, question.records or most
@@ -679,9 +709,9 @@ def _attention(question: _Question) -> Attention:
         tokens=question.tokens,
         records=1 if own else least,
         most_records=1 if own else most,
-        query_heads=facts.num_attention_heads,
-        key_heads=facts.num_key_value_heads,
-        head_size=facts.head_dim,
+        query_heads=heads.query,
+        key_heads=heads.key,
+        head_size=heads.size,
         deterministic=question.deterministic and not own,
         multiprocessors=1 if own else question.multiprocessors,
         softcaps=facts.model_type in SOFTCAPPED_TYPES,

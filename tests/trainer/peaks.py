@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.layer_trace import Heads
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import footprint
@@ -161,15 +162,15 @@ def peak_of_a_step(model: TrainingModel, plan: MemoryPlan) -> int:
     return traced.peak
 
 
-def attention_workspace_bytes(facts: ModelFacts) -> int:
+def attention_workspace_bytes(heads: Heads) -> int:
     """What attention's backward pass takes by the way, where transformers computes the layers."""
     return Attention(
         tokens=TOKENS,
         records=1,
         most_records=1,
-        query_heads=facts.num_attention_heads,
-        key_heads=facts.num_key_value_heads,
-        head_size=facts.head_dim,
+        query_heads=heads.query,
+        key_heads=heads.key,
+        head_size=heads.size,
         deterministic=True,
         multiprocessors=1,
     ).traced_workspace_bytes
@@ -186,22 +187,22 @@ def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
 class TracedAttention(packed.PackedAttention):
     """Attention as the layer tables' trace has it, and a workspace of the size that `sizing/memory/attention` gives."""
 
-    def __init__(self, workspace_bytes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._workspace_bytes = workspace_bytes
         self._attention = recorded_step.TracedAttention(self._at_work)
 
     def register(self) -> None:
         """Be what transformers calls."""
         AttentionInterface.register(packed.NAME, self._attention)
 
-    def _at_work(self, _: object) -> None:
-        torch.zeros(self._workspace_bytes, dtype=torch.uint8)
+    def _at_work(self, event: recorded_step.Event) -> None:
+        assert event.heads is not None
+        torch.zeros(attention_workspace_bytes(event.heads), dtype=torch.uint8)
 
 
-def peak_of_traced_layers(folder: Path, adapter: AdapterSpec, plan: MemoryPlan, workspace_bytes: int) -> int:
+def peak_of_traced_layers(folder: Path, adapter: AdapterSpec, plan: MemoryPlan) -> int:
     """What `peak_of_two_micro_batches` gives, where transformers and PEFT compute the layers."""
-    attention = TracedAttention(workspace_bytes)
+    attention = TracedAttention()
     base = load_base(folder, torch.device("cpu"), attention)
     for module in base.modules():
         if isinstance(module, Linear4bit):

@@ -20,7 +20,6 @@ from peaks import (
     SCALARS_BYTES,
     TOKENS,
     Traced,
-    attention_workspace_bytes,
     peak_of_a_step,
     peak_of_traced_layers,
     predicted,
@@ -340,7 +339,7 @@ def test_a_training_step_of_a_mixture_takes_what_its_layer_table_says(
     plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
     facts = ModelFacts.from_config(config, "main")
     assert facts.mixture is not None
-    measured = peak_of_traced_layers(tmp_path, adapter, plan, attention_workspace_bytes(facts))
+    measured = peak_of_traced_layers(tmp_path, adapter, plan)
     expected = predicted(facts, adapter, plan) + SCALARS_BYTES + 4 * (facts.mixture.experts + 1)
     # The first layer's input, of which the walk does not know when it goes; and the batch, which is not copied, but
     # counted where it has not gone before the peak; and the numbers by which experts' outputs are weighted, which some

@@ -53,7 +53,9 @@ def _memory_bytes(task: StageTask, policy: PodPolicy) -> int:
     if task.stage not in STAGES_ON_GPU or task.prepared is None or task.plan is None:
         return policy.cpu_stage_memory_bytes + _prepare_workers_bytes(_prepare_workers(task, policy))
     facts, spec = task.prepared.model, task.spec
-    largest = max(facts.vocab_size * facts.hidden_size, *(linear.parameters for linear in linears(facts)))
+    largest = max(
+        facts.vocab_size * facts.hidden_size, facts.layer_inputs, *(linear.parameters for linear in linears(facts))
+    )
     paged = spec.training.optimizer.startswith("paged_")
     state = (
         adapter_parameters(spec.adapter, facts) * trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer] if paged else 0
@@ -76,7 +78,8 @@ def _prepare_workers_bytes(workers: int) -> int:
 def _offloaded_bytes(plan: MemoryPlan, facts: ModelFacts, tokens: int) -> int:
     activations = plan.recompute_layers * tokens * facts.hidden_size * BF16_BYTES
     embeddings = facts.vocab_size * facts.hidden_size * BF16_BYTES
-    return ("activations" in plan.offload) * activations + ("embeddings" in plan.offload) * embeddings
+    moved = ("activations" in plan.offload) * activations + ("embeddings" in plan.offload) * embeddings
+    return moved + facts.layer_inputs * BF16_BYTES
 
 
 def scratch_bytes(task: StageTask, policy: PodPolicy) -> int:
@@ -89,7 +92,7 @@ def scratch_bytes(task: StageTask, policy: PodPolicy) -> int:
 
 def _parameters(facts: ModelFacts) -> int:
     tables = (1 if facts.tied_embeddings else 2) * facts.vocab_size * facts.hidden_size
-    return tables + facts.num_layers * sum(linear.parameters for linear in linears(facts))
+    return tables + facts.layer_inputs + facts.num_layers * sum(linear.parameters for linear in linears(facts))
 
 
 def mebibytes(count: int) -> str:

@@ -47,7 +47,7 @@ class Attention:
     multiprocessors: int
     """How many the card has: in deterministic mode each sums for itself."""
     softcaps: bool = False
-    """Whether scores are softcapped, which flash attention cannot (Gemma 2)."""
+    """Whether scores are softcapped, which flash attention cannot (Gemma 2), nor heads beyond its largest."""
 
     @cached_property
     def query_width(self) -> int:
@@ -75,7 +75,7 @@ class Attention:
     @cached_property
     def traced_workspace_bytes(self) -> int:
         """What comes and goes beside the gradients, where transformers computes the layer."""
-        if self.softcaps:
+        if self.softcaps or self.head_size > trainer_facts.LARGEST_FLASH_HEAD:
             tile = min(trainer_facts.SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
             return SCORES_ALIVE * tile + 2 * allocated(self.tokens * self.key_width * FP32_BYTES)
         return sum(self._torch_workspace())

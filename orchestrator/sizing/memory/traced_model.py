@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.layer_trace import (
@@ -16,18 +16,30 @@ from orchestrator.api.layer_trace import (
 from orchestrator.sizing.memory.handwritten_layer import LayerBytes
 
 
-def kinds_bytes(trace: ModelTrace, *, recomputes: bool, tokens: int, attention_bytes: int) -> tuple[LayerBytes, ...]:
-    """What layers of each kind take in a micro-batch of so many tokens; attention's workspace is what it takes then."""
+def kinds_bytes(
+    trace: ModelTrace, *, recomputes: bool, tokens: int, attention_bytes: Sequence[int]
+) -> tuple[LayerBytes, ...]:
+    """What layers of each kind take in a micro-batch of so many tokens; each kind's attention has its own workspace."""
     first_kind, ends = trace.layers[0], trace.recomputed if recomputes else trace.whole
     return tuple(
-        _layer_bytes(kind, recomputes, ends if letter == first_kind else None, tokens, attention_bytes)
-        for letter, kind in zip(KIND_LETTERS, trace.kinds, strict=False)
+        _layer_bytes(kind, recomputes, ends if letter == first_kind else None, tokens, workspace)
+        for letter, kind, workspace in zip(KIND_LETTERS, trace.kinds, attention_bytes, strict=False)
     )
 
 
 def end_bytes(end: EndInstants, tokens: int) -> tuple[int, int]:
     """While the loss is computed, and at the most from there back to the last layer, beside what layers keep."""
     return _bytes(end.loss, tokens), _largest(end.norm, tokens)
+
+
+def shared_bytes(trace: ModelTrace, tokens: int) -> int:
+    """What all layers of a pass get beside their input; 0 where a trace does not tell."""
+    return _bytes(trace.whole.shared, tokens)
+
+
+def outside_bytes(end: EndInstants, tokens: int) -> int:
+    """At the most before the first layer, and in the backward pass from it on."""
+    return _largest(end.outside, tokens)
 
 
 def _layer_bytes(

@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from orchestrator.api import trainer_facts
 from qlora_trainer.data.micro_batch import MicroBatch
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.tiled_attention import ScoreOptions, tiled_attention
 
 NAME = "qlora_packed"
 """The name under which transformers finds it."""
-LARGEST_FLASH_HEAD = 256
 LARGEST_COMMON_HEAD = 192
-"""Between these two, flash attention's backward pass takes heads of the largest size alone on most cards."""
+"""Above, flash attention's backward pass takes heads of the largest size alone on most cards."""
 FLASH_HEAD_MULTIPLE = 8
 
 
@@ -187,8 +187,13 @@ def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
 
 def fits_flash(size: int, value_size: int) -> bool:
     """Whether flash attention takes heads of such sizes."""
-    known = size == LARGEST_FLASH_HEAD or size <= LARGEST_COMMON_HEAD
+    known = size == trainer_facts.LARGEST_FLASH_HEAD or size <= LARGEST_COMMON_HEAD
     return size == value_size and known and size % FLASH_HEAD_MULTIPLE == 0
+
+
+def goes_by_tiles(size: int, softcap: float | None) -> bool:
+    """Whether scores are computed tile by tile where nothing is dropped: no other kernel does so in little memory."""
+    return softcap is not None or size > trainer_facts.LARGEST_FLASH_HEAD
 
 
 def _grouped(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, Any]:
@@ -208,9 +213,9 @@ def _one_record(
 ) -> Tensor:
     """Causal attention over one record [1, heads, tokens, size]."""
     mask = None
+    assert dropout == 0 or softcap is None, "attention that softcaps its scores drops nothing"
     own_window = window if window is not None and window < query.shape[2] else None
-    if softcap is not None or (own_window is not None and dropout == 0):
-        assert dropout == 0, "attention that softcaps its scores drops nothing"
+    if dropout == 0 and (own_window is not None or goes_by_tiles(query.shape[-1], softcap)):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         options = ScoreOptions(scale, own_window, softcap)
         return tiled_attention(query[0], key[0], value[0], options).unsqueeze(0)

@@ -126,6 +126,7 @@ def _own_eager_attention(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def _probe(config: Any) -> MicroBatch:
-    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window_size")]
+    sizes = config.to_dict()  # layers may have some of their own
+    windows = [sizes.get(name) for name in ("sliding_window", "window_size", "attention_window_size")]
     longest = max((window + 5 for window in windows if isinstance(window, int)), default=0)
     return drawn_probe((*FIRST_LENGTHS, min(max(longest, FIRST_LENGTHS[0]), LONGEST_RECORD)), PROBE_TOKENS)

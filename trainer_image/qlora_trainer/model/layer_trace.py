@@ -35,6 +35,7 @@ from orchestrator.api.layer_trace import (
     MOST_KINDS,
     EndInstants,
     ExpertInstants,
+    Heads,
     InTokens,
     LayerInstants,
     LayerKind,
@@ -45,6 +46,7 @@ from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.attention import own_attention_implementation
+from qlora_trainer.model.layer_inputs import layer_inputs_table
 from qlora_trainer.model.loading import weightless_base
 from qlora_trainer.model.recorded_step import (
     OUTPUTS,
@@ -103,8 +105,9 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
     layers = list(decoder_layers(decoder_of(base)))
     numbers, kinds = _kinds(base, layers)
     chosen = [0, *(numbers.index(kind, 1 if kind in numbers[1:] else 0) for kind in range(kinds)), len(layers) - 1]
+    hidden = base.config.get_text_config().hidden_size
     recomputed, whole = (
-        _Step(base, chosen, adapter, recomputes=recomputes, hidden=base.config.get_text_config().hidden_size)
+        _Step(base, chosen, adapter, recomputes=recomputes, hidden=hidden, like_last=1 + numbers[-1])
         for recomputes in (True, False)
     )
     found = [
@@ -115,6 +118,7 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
             recomputed=recomputed.instants(place),
             whole=whole.instants(place),
             experts=whole.experts[place],
+            heads=whole.heads(place),
         )
         for place, index in enumerate(chosen[1:-1], start=1)
     ]
@@ -127,7 +131,8 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
         whole=whole.ends,
         fusing_bytes=max(_fusing_bytes(layer) for layer in layers),
         other_bytes=_outside_bytes(base, layers),
-        adapter_parameters=sum(whole.adapter_parameters[1 + kind] for kind in numbers),
+        other_gradient_bytes=whole.other_gradient_bytes,
+        adapter_parameters=sum(whole.adapter_parameters[1 + kind] for kind in numbers) + whole.other_adapter_parameters,
     )
 
 
@@ -196,11 +201,13 @@ def _sixteen_bit_bytes(layer: Module) -> int:
     return sum(_allocated(2 * each.numel()) for each in _unquantized(layer))
 
 
-def _outside_bytes(base: Any, layers: Iterable[Module]) -> int:
-    """What is neither in a layer, nor embeddings or head."""
+def _outside_bytes(base: Any, layers: Sequence[Module]) -> int:
+    """What is neither in a layer, nor embeddings or head, nor on the host."""
     known = {id(each) for layer in layers for each in layer.parameters()}
-    known |= {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings())}
-    return sum(_allocated(2 * each.numel()) for each in _unquantized(base) if id(each) not in known)
+    tables = base.get_input_embeddings(), base.get_output_embeddings(), layer_inputs_table(base)
+    known |= {id(table.weight) for table in tables if table is not None}
+    others = sum(_allocated(2 * each.numel()) for each in _unquantized(base) if id(each) not in known)
+    return others + _weight_bytes(base) - sum(map(_weight_bytes, layers))
 
 
 def _unquantized(module: Module) -> list[Any]:
@@ -219,23 +226,37 @@ Bytes = NDArray[np.float64]
 
 
 class _Run:
-    """A step over a decoder of chosen layers; the bytes of its allocations, as an array for each."""
+    """A step over a decoder of chosen layers; the bytes of its allocations, as an array for each.
 
-    def __init__(self, events: Sequence[Event], sizes: Mapping[int, Bytes], stream: Bytes, layers: int) -> None:
+    What layers keep is counted by itself, and so are the gradients of their adapters: what is there besides, whoever
+    made it, is among the bytes of each moment.
+    """
+
+    def __init__(
+        self,
+        events: Sequence[Event],
+        sizes: Mapping[int, Bytes],
+        stream: Bytes,
+        gradient_bytes: Sequence[int],
+        like_last: int,
+    ) -> None:
+        """`gradient_bytes` are those of each layer; `like_last` is a layer in the middle, of the last one's kind."""
         self._events = events
         self._names = [event.name if event.kind == "mark" else "" for event in events]
         self._sizes = sizes
         self._stream = stream
-        self._layers = layers
+        self._gradient_bytes = gradient_bytes
+        self._last = len(gradient_bytes) - 1
+        self._like_last = like_last
+        self._alive = self._after_events()
 
     def layer(self, index: int) -> dict[str, list[Bytes]]:
         """The moments of a layer that is neither the first nor the last, by their field of `LayerInstants`."""
-        following = f"forward {index + 1}"
-        forward = self._segment(f"forward {index}", following, self._stream)
-        kept = forward[-1][1] - self._stream
-        backward = self._segment(f"backward {index}", f"backward {index - 1}", kept + self._stream)
+        below = self._kept_below(index)
+        forward = self._segment(f"forward {index}", f"forward {index + 1}", below)
+        backward = self._segment(f"backward {index}", f"backward {index - 1}", below + self._behind(index))
         return {
-            "kept": [kept],
+            "kept": [self._kept(index)],
             "forward": [each for at_work, each in forward if at_work != EXPERTS_FORWARD],
             "backward": [each for at_work, each in backward if not at_work],
             "attention": [each for at_work, each in backward if at_work == ATTENTION],
@@ -244,18 +265,53 @@ class _Run:
             "experts_backward": [each for at_work, each in backward if at_work == EXPERTS_BACKWARD],
         }
 
+    def heads(self, index: int) -> Heads | None:
+        """What a layer attends with, where it is not transformers that computes it."""
+        backward = self._events[self._place(f"backward {index}") : self._place(f"backward {index - 1}")]
+        return next((event.heads for event in backward if event.kind == ATTENTION), None)
+
     def ends(self) -> dict[str, list[Bytes]]:
-        """Of the first layer, and from the end of the last one's forward pass to the beginning of its backward pass:
-        the moments by their field of `EndInstants`."""
+        """Of the first layer, of what is around the layers, and from the end of the last one's forward pass to the
+        beginning of its backward pass: the moments by their field of `EndInstants`."""
         held = self._embeddings_drop()
-        loss = self._segment("end", "loss", self._stream, without=held)[-1][1]
-        norm = self._segment("loss", f"backward {self._layers - 1}", loss, without=held)
+        everything = self._kept_below(self._last) + self._kept(self._like_last)
+        loss = self._segment("end", "loss", everything, without=held)[-1][1]
+        released = self._stream if held is not None else np.zeros_like(self._stream)
+        norm = self._segment("loss", f"backward {self._last}", everything - released, without=held)
+        first = self._place("backward 0")
         return {
-            "first_kept": [self._segment("forward 0", "forward 1", np.zeros_like(self._stream))[-1][1]],
+            "first_kept": [self._kept(0)],
             "released": [] if held is None else [self._stream],
+            "shared": [self._at("forward 0") - self._stream],
+            "outside": [*self._alive[: self._place("forward 0")], *(e - self._behind(0) for e in self._alive[first:])],
             "loss": [loss],
             "norm": [each for _, each in norm],
         }
+
+    def _after_events(self) -> list[Bytes]:
+        """What is alive after each event of the step, weights and adapters not counted."""
+        live, found = np.zeros_like(self._stream), list[Bytes]()
+        for event in self._events:
+            if event.kind in ("take", "drop"):
+                live = live + (1 if event.kind == "take" else -1) * self._sizes[event.number]
+            found.append(live)
+        return found
+
+    def _at(self, mark: str) -> Bytes:
+        return self._alive[self._place(mark)]
+
+    def _kept(self, index: int) -> Bytes:
+        """What a layer that is not the last leaves for its backward pass, with its input if it does, not its output."""
+        return self._at(f"forward {index + 1}") - self._at(f"forward {index}")
+
+    def _kept_below(self, index: int) -> Bytes:
+        return self._at(f"forward {index}") - self._at("forward 0")
+
+    def _behind(self, index: int) -> Bytes:
+        """The gradients of the adapters of the layers behind one."""
+        found = np.zeros_like(self._stream)
+        found[0] = sum(self._gradient_bytes[index + 1 :])
+        return found
 
     def _embeddings_drop(self) -> Event | None:
         """The end of the first layer's input, where nothing needs it by the time that the decoder lets go of it."""
@@ -273,18 +329,17 @@ class _Run:
             raise Untraceable(f"its step has no {mark}")
         return self._names.index(mark)
 
-    def _segment(self, first: str, last: str, start: Bytes, without: Event | None = None) -> list[tuple[str, Bytes]]:
-        """What is alive after each event between two marks, and what of its own bytes is at work."""
-        live, moments = start, [("", start)]
+    def _segment(self, first: str, last: str, less: Bytes, without: Event | None = None) -> list[tuple[str, Bytes]]:
+        """What is alive after each event between two marks, less so much, and what of its own bytes is at work."""
         begin, end = self._place(first), self._place(last) + 1
+        moments = [("", self._alive[begin] - less)]
         for place, event in enumerate(self._events[begin:end], start=begin):
-            if event is without or event.kind == "mark":
-                continue
-            if event.kind in ("take", "drop"):
-                live = live + (1 if event.kind == "take" else -1) * self._sizes[event.number]
-                moments.append(("", live))
-            else:
-                moments.append((event.kind, live + self._outputs(place)))
+            if event is without:
+                less = less - self._sizes[event.number]
+            elif event.kind in ("take", "drop"):
+                moments.append(("", self._alive[place] - less))
+            elif event.kind != "mark":
+                moments.append((event.kind, self._alive[place] - less + self._outputs(place)))
         return moments
 
     def _outputs(self, place: int) -> Bytes:
@@ -298,37 +353,44 @@ class _Step:
     """The same step with several numbers of tokens: its bytes as polynomials of them."""
 
     def __init__(
-        self, base: Any, chosen: Sequence[int], adapter: AdapterSpec, *, recomputes: bool, hidden: int
+        self, base: Any, chosen: Sequence[int], adapter: AdapterSpec, *, recomputes: bool, hidden: int, like_last: int
     ) -> None:
         copies = [_cut(base, chosen) for _ in TOKENS]
         steps = [
             run_step(copy, adapter, tokens=tokens, recomputes=recomputes)
             for copy, tokens in zip(copies, TOKENS, strict=True)
         ]
-        if _alike(steps):
-            stream = np.array([0.0, 2.0 * hidden, 0.0])
-            self._runs = [_Run(steps[0], _polynomials(steps), stream, len(chosen))]
-        else:
-            streams = [np.array([2.0 * hidden * tokens]) for tokens in TOKENS]
-            self._runs = [
-                _Run(step, _bytes(step), each, len(chosen)) for step, each in zip(steps, streams, strict=True)
-            ]
         layers = list(decoder_layers(decoder_of(copies[0])))
         adapted = [[each for each in layer.parameters() if each.requires_grad] for layer in layers]
         self.adapter_parameters = [sum(each.numel() for each in parameters) for parameters in adapted]
         self.gradient_bytes = [sum(_allocated(2 * each.numel()) for each in parameters) for parameters in adapted]
+        in_layers = {id(each) for parameters in adapted for each in parameters}
+        others = [each for each in copies[0].parameters() if each.requires_grad and id(each) not in in_layers]
+        self.other_adapter_parameters = sum(each.numel() for each in others)
+        self.other_gradient_bytes = sum(_allocated(2 * each.numel()) for each in others)
         self.experts = [_expert_instants(layer) for layer in layers]
+        if _alike(steps):
+            stream = np.array([0.0, 2.0 * hidden, 0.0])
+            runs = [(steps[0], _polynomials(steps), stream)]
+        else:
+            streams = [np.array([2.0 * hidden * tokens]) for tokens in TOKENS]
+            runs = [(step, _bytes(step), each) for step, each in zip(steps, streams, strict=True)]
+        self._runs = [_Run(*run, self.gradient_bytes, like_last) for run in runs]
 
     def instants(self, index: int) -> LayerInstants:
         """Those of a layer that is neither the first nor the last."""
         found = self._joined([run.layer(index) for run in self._runs])
         return LayerInstants.model_validate({**found, "kept": found["kept"][0]})
 
+    def heads(self, index: int) -> Heads | None:
+        """What such a layer attends with; None where transformers computes it."""
+        return self._runs[0].heads(index)
+
     @property
     def ends(self) -> EndInstants:
         """The first layer's, and what is between the passes."""
         found = self._joined([run.ends() for run in self._runs])
-        alone = {name: next(iter(found.get(name, ())), ()) for name in ("first_kept", "released", "loss")}
+        alone = {name: next(iter(found.get(name, ())), ()) for name in ("first_kept", "released", "shared", "loss")}
         return EndInstants.model_validate({**found, **alone})
 
     def _joined(self, found: Sequence[Mapping[str, Sequence[Bytes]]]) -> dict[str, tuple[InTokens, ...]]:
@@ -382,7 +444,10 @@ def _cut(base: Any, chosen: Sequence[int]) -> Any:
     for field, each in config.to_dict().items():
         if isinstance(each, list) and len(each) == len(layers):
             setattr(config, field, [each[index] for index in chosen])
-    config.num_hidden_layers = len(chosen)
+    if layer_inputs_table(base) is None:
+        config.num_hidden_layers = len(chosen)
+    elif len(chosen) > len(layers):  # every token has inputs for all layers, and as many are asked for
+        raise Untraceable(f"of its {len(layers)} layers {len(chosen)} would have to be traced")
     return copy
 
 

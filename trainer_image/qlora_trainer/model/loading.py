@@ -29,6 +29,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import quantization
 from qlora_trainer.model.attention import attention_implementation, settle_attention
+from qlora_trainer.model.layer_inputs import keep_layer_inputs_on_host
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.quantized_cache import (
     QUANTIZATION,
@@ -69,6 +70,7 @@ def load_base(
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
     refuse_unquantized(base)
+    keep_layer_inputs_on_host(base, device)
     settle_attention(base, packed_attention)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # dense weights have left pages behind; see `sizing/memory/fragmentation`

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
 from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD
+from orchestrator.api.layer_trace import Heads
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels import packed_attention as packed
@@ -60,6 +61,8 @@ class Event:
     number: int = -1
     size: int = 0
     name: str = ""
+    heads: Heads | None = None
+    """Of attention at work."""
 
 
 Note = Callable[[Event], object]
@@ -120,20 +123,24 @@ class TracedAttention:
         self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, softcap: float | None = None, **__: Any
     ) -> tuple[Tensor, None]:
         """As transformers calls an attention function."""
+        heads = Heads(query=query.shape[1], key=key.shape[1], size=query.shape[-1])
         if softcap is None and packed.fits_flash(query.shape[-1], value.shape[-1]):
             parts = (part[0].transpose(0, 1) for part in (query, key, value))
-            return _AttentionFunction.apply(*parts, self._note, True).unsqueeze(0), None
-        output = _AttentionFunction.apply(query[0], key[0], value[0], self._note, softcap is None).unsqueeze(0)
+            return _AttentionFunction.apply(*parts, self._note, True, heads).unsqueeze(0), None
+        keeps_output = not packed.goes_by_tiles(query.shape[-1], softcap)
+        output = _AttentionFunction.apply(query[0], key[0], value[0], self._note, keeps_output, heads).unsqueeze(0)
         return torch.cat([output], dim=2).transpose(1, 2).contiguous(), None
 
 
 class _AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Note, keeps_output: bool) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Note, keeps_output: bool, heads: Heads
+    ) -> Tensor:
         same = query.shape[-1] == value.shape[-1]
         # In the layout of the queries, which is why some models copy it.
         output = torch.empty_like(query) if same else query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.note = note
+        ctx.note, ctx.heads = note, heads
         kept = (output, torch.empty(query.shape[1], len(query), device=DEVICE)) if keeps_output else ()
         ctx.save_for_backward(query, key, value, *kept)
         return output
@@ -144,9 +151,9 @@ class _AttentionFunction(torch.autograd.Function):
         grad = grads[0].contiguous()
         copies = [part.contiguous() for part in kept]  # flash attention wants its output so, too
         found = tuple(torch.empty_like(part) for part in (query, key, value))
-        ctx.note(Event(kind=ATTENTION))
+        ctx.note(Event(kind=ATTENTION, heads=ctx.heads))
         del grad, copies
-        return *found, None, None
+        return *found, None, None, None
 
 
 class TracedExperts(NF4Experts):
@@ -335,8 +342,8 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
     with warnings.catch_warnings(), mock.patch.object(dora.DoraLinearLayer, "update_layer", _add_magnitudes):
         warnings.simplefilter("ignore")
         peft_model = add_adapter(base, adapter, seed=0)
-    ids = np.arange(tokens, dtype=np.int32) % 5
-    batch = collate([(ids, ids, np.arange(tokens, dtype=np.int32))])
+    places = np.arange(tokens, dtype=np.int32)
+    batch = collate([(places % 5, places % 5, places)])
     with FakeTensorMode(allow_non_fake_inputs=True):
         _move_to_card(base)
         peft_model.train()
@@ -344,7 +351,8 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
         layers = decoder_layers(decoder)
         set_recompute(decoder, len(layers) if recomputes else 0)
         _mark_layers(decoder, layers, recorder)
-        for tensor in (*peft_model.parameters(), *peft_model.buffers()):
+        ids, positions = batch.input_ids.to(DEVICE), batch.position_ids.to(DEVICE)
+        for tensor in (*peft_model.parameters(), *peft_model.buffers(), ids, positions):
             recorder.ignore(tensor)
         dense = mock.patch.object(dora, "dequantize_module_weight", TracedLinear.dense)
         dropout = mock.patch("torch.nn.functional.dropout", TracedDropout.apply_to)
@@ -352,13 +360,17 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
             if isinstance(module, TracedExperts):
                 module.note = recorder.events.append
         with recorder, dense, dropout:
-            hidden = decoder(
-                input_ids=batch.input_ids.to(DEVICE), position_ids=batch.position_ids.to(DEVICE), use_cache=False
-            ).last_hidden_state
+            hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             loss = _Loss.apply(hidden, recorder)
             del hidden
             loss.backward()
-    return list(recorder.events)  # it goes on for as long as anything of this step is alive
+    return _with_one_end(recorder.events)
+
+
+def _with_one_end(events: Sequence[Event]) -> list[Event]:
+    """A copy, since events go on for as long as anything of the step is alive, of whose norms the last one counts."""
+    last = max((place for place, event in enumerate(events) if event.name == "end"), default=-1)
+    return [event for place, event in enumerate(events) if event.name != "end" or place == last]
 
 
 def take_weights_away(base: Module) -> None:
@@ -396,7 +408,8 @@ def _mark_layers(decoder: Any, layers: ModuleList, recorder: Recorder) -> None:
     norms = [module for name, module in decoder.named_children() if "norm" in name or name.startswith("ln_")]
     if not norms:
         raise ValueError(f"{type(decoder).__name__} has no norm after its last layer")
-    norms[-1].register_forward_pre_hook(partial(_mark, recorder, "end"))
+    for norm in norms:
+        norm.register_forward_pre_hook(partial(_mark, recorder, "end"))
 
 
 def _mark(recorder: Recorder, name: str, *_: Any) -> None:

@@ -33,6 +33,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
+from orchestrator.api.model_facts import OVERRIDES
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch
 from qlora_trainer.kernels.moe_experts import NF4Experts
@@ -65,19 +66,23 @@ WIDTHS: Mapping[str, int] = {
     "lru_width": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
     "linear_num_value_heads": 4, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
     "mamba_d_ssm": 128, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 """The copy's widths, by the names that transformers has for them."""
 BOUNDS: Mapping[str, int] = {
     "sliding_window": WINDOW, "window_size": WINDOW, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "first_k_dense_replace": 1,
     "num_dense_layers": 1, "moe_layer_start_index": 1, "index_n_heads": 4, "max_position_embeddings": POSITIONS,
-    "vocab_size": VOCABULARY, "mamba_chunk_size": 16, "mamba_d_state": 16,
+    "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "top_k_experts": 2,
+    "mamba_chunk_size": 16, "mamba_d_state": 16,
 }  # fmt: skip
 """What the copy has at most."""
 SCALED = ("hidden_size", "intermediate_size", "num_attention_heads")
 SMALLEST_SCALED = 64
 """The copy's width where all widths are divided by the same number."""
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+LAST_LAYERS = ("num_kv_shared_layers",)
+"""How many of the last layers are of another kind."""
 
 log = logging.getLogger(__name__)
 
@@ -176,21 +181,35 @@ def _shrunk(config: Any) -> dict[str, Any]:
     """All widths replaced, those of configs inside too."""
     values = _bounded(config)
     own = config.attribute_map
-    heads, key_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    heads, key_heads = (values.get(own.get(name, name)) for name in ("num_attention_heads", "num_key_value_heads"))
     for name, size in WIDTHS.items():
-        if _is_number(values.get(own.get(name, name))):
-            values[own.get(name, name)] = size
+        _resize(values, own.get(name, name), lambda _, size=size: size)
     for name in KEY_HEADS:
-        if _is_number(values.get(name)):
-            values[name] = 4 if key_heads == heads else min(values[name], 2)
+        _resize(values, name, lambda before: 4 if key_heads == heads else min(before, 2))
     if sections := (values.get("rope_parameters") or {}).get("mrope_section"):
         values["rope_parameters"] = values["rope_parameters"] | {"mrope_section": _fewer(sections, config, values)}
     return values | {name: _shrunk(inner) for name, inner in _inner_configs(config)}
 
 
+def _resize(values: dict[str, Any], name: str, resized: Callable[[int], int]) -> None:
+    """Give a field another size, and to layers with one of their own one that is as much larger or smaller."""
+    before = values.get(name)
+    if isinstance(before, list) and before and all(map(_is_number, before)):  # one for each layer
+        values[name] = [max(1, resized(max(before)) * each // max(before)) for each in before]
+    if not _is_number(before):
+        return
+    if before == 0:  # there is no such thing
+        return
+    values[name] = after = resized(before)
+    for own in values.get(OVERRIDES, {}).values():
+        if _is_number(own.get(name)):
+            own[name] = max(1, after * own[name] // before)
+
+
 def _fewer(sections: list[int], config: Any, values: Mapping[str, Any]) -> list[int]:
     """Parts of a head's frequencies, one for each of three positions, of a copy's smaller head."""
-    before = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    own = config.to_dict()
+    before = own.get("head_dim") or config.hidden_size // config.num_attention_heads
     after = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     fewer = [size * after // before for size in sections]
     return [sum(sections) * after // before - sum(fewer[1:]), *fewer[1:]]
@@ -213,8 +232,9 @@ def _scaled_down(config: Any) -> dict[str, Any]:
     divisor = gcd(*known.values())
     while divisor > 1 and values[own.get("hidden_size", "hidden_size")] // divisor < SMALLEST_SCALED:
         divisor //= 2
-    scaled = {name: max(1, size // max(1, divisor)) for name, size in known.items()}
-    return values | scaled | {name: _scaled_down(inner) for name, inner in _inner_configs(config)}
+    for name in known:
+        _resize(values, name, lambda before: max(1, before // max(1, divisor)))
+    return values | {name: _scaled_down(inner) for name, inner in _inner_configs(config)}
 
 
 def _with_fewer_layers(config: Any) -> dict[str, Any]:
@@ -242,9 +262,9 @@ def _bounded(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = config.to_dict() | _fewer_layers(config)
     own = config.attribute_map
     for name, bound in BOUNDS.items():
-        value = values.get(own.get(name, name))
-        if _is_number(value):
-            values[own.get(name, name)] = min(value, bound)
+        for each in (values, *values.get(OVERRIDES, {}).values()):
+            if _is_number(value := each.get(own.get(name, name))):
+                each[own.get(name, name)] = min(value, bound)
     for name, value in values.items():
         if _names_token(name) and (_is_number(value) or isinstance(value, list)):
             # Several tokens may end a text.
@@ -265,13 +285,25 @@ def _fewer_layers(config: Any) -> dict[str, Any]:
     values = config.to_dict()
     layers = getattr(config, "num_hidden_layers", 2)
     lists = {name: each for name, each in values.items() if isinstance(each, list) and len(each) == layers > 1}
+    overrides = {int(number): own for number, own in (values.get(OVERRIDES) or {}).items()}
+    last = {name: values[name] for name in LAST_LAYERS if values.get(name)}
     kinds: list[Any] = list(zip(*lists.values(), strict=True)) or getattr(config, "layer_types", None) or [()] * layers
-    first = [number for number, kind in enumerate(kinds) if str(kind) not in {str(each) for each in kinds[:number]}]
+    seen = [
+        str((kind, overrides.get(n), [n >= layers - each for each in last.values()])) for n, kind in enumerate(kinds)
+    ]
+    first = [number for number, kind in enumerate(seen) if kind not in seen[:number]]
     chosen = sorted({*first, 0, min(1, layers - 1)})[:MOST_LAYERS]
     if not lists:
         chosen = list(range(chosen[-1] + 1))[:MOST_LAYERS]
     own = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return {own: len(chosen), **{name: [each[number] for number in chosen] for name, each in lists.items()}}
+    fewer = {
+        own: len(chosen),
+        **{name: [each[number] for number in chosen] for name, each in lists.items()},
+        **{name: sum(number >= layers - each for number in chosen) for name, each in last.items()},
+    }
+    if overrides:
+        fewer[OVERRIDES] = {str(place): overrides[number] for place, number in enumerate(chosen) if number in overrides}
+    return fewer
 
 
 def _drawn(config: Any) -> Any:

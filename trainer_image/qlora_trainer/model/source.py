@@ -35,7 +35,7 @@ import fsspec
 from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.contained_files import BLOBS, Contained
 from orchestrator.api.json_text import read_json
-from orchestrator.api.model_facts import TEXT_CONFIG, ModelFacts
+from orchestrator.api.model_facts import OVERRIDES, TEXT_CONFIG, ModelFacts
 from orchestrator.api.trainable import (
     KnownType,
     is_mxfp4,
@@ -642,6 +642,7 @@ def holds_text_model(model_type: str) -> bool:
 
 
 def _known_type(model_type: str) -> KnownType:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -655,4 +656,15 @@ def _known_type(model_type: str) -> KnownType:
         classes=(found,) if isinstance(found, str) else tuple(found),
         wraps=wraps,
         sees_both_sides=model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        assumes=_own_overrides(CONFIG_MAPPING[model_type]),
     )
+
+
+def _own_overrides(config_class: Any) -> dict[str, object]:
+    """`KnownType.assumes`, of which prepare must know which types make layers with sizes of their own."""
+    try:
+        config: Any = config_class()
+    except Exception:  # noqa: BLE001 - some have no defaults, and then nothing is assumed
+        return {}
+    own = {OVERRIDES: True} if config.get_text_config().to_dict().get(OVERRIDES) else {}
+    return {TEXT_CONFIG: own} if own and config.get_text_config() is not config else own

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from orchestrator.api.model_facts import CHOSEN
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch, StepInputs
 from qlora_trainer.kernels import ops
@@ -37,6 +38,7 @@ from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, dra
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
 from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
+from qlora_trainer.model.layer_inputs import layer_inputs_table
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
 from qlora_trainer.model.probe import probe
@@ -85,6 +87,7 @@ class TrainingModel:
             self._go_without_fused_layers()
         if self.attention_implementation != PACKED_ATTENTION:
             self._go_separately(packed_attention.unfit_because or f"it attends with {self.attention_implementation}")
+        self._has_layer_inputs = layer_inputs_table(self.base) is not None
         self._host_embedding = self._offloaded_embedding() if "embeddings" in plan.offload else None
         self.cuda_graphs = self._make_cuda_graphs()
 
@@ -150,7 +153,8 @@ class TrainingModel:
     def linear_weights(self) -> int:
         """Weights that every token is multiplied with: the quantized layers, its experts and the head."""
         layers = sum(layer.in_features * layer.out_features for layer in quantized_layers(self.base).values())
-        chosen = getattr(self.base.config.get_text_config(), "num_experts_per_tok", 0)
+        config = self.base.config.get_text_config()
+        chosen = next((found for name in CHOSEN if (found := getattr(config, name, None))), 0)
         return layers + chosen * sum(each.expert_weights for each in self._experts()) + self._head.weight.numel()
 
     def _experts(self) -> list[NF4Experts]:
@@ -171,12 +175,7 @@ class TrainingModel:
         self.attention.expect(batch, on_device.record_starts)
         if self.fused is not None:
             self.fused.begin(inputs.seed)
-        noisy = self._neftune_alpha > 0 and self.peft_model.training
-        if noisy or self._host_embedding is not None:
-            embedded = self._embedded(batch, on_device)
-            tokens = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
-        else:
-            tokens = {"input_ids": on_device.input_ids}
+        tokens = self._tokens(batch, on_device)
         if self.separate:
             states = self._record_by_record(tokens, batch)
         else:
@@ -191,6 +190,17 @@ class TrainingModel:
             record = {name: each[:, start:end] for name, each in tokens.items()}
             states.append(self._decoder(**record, use_cache=False).last_hidden_state)
         return torch.cat(states, dim=1)
+
+    def _tokens(self, batch: MicroBatch, on_device: MicroBatch) -> dict[str, Tensor]:
+        """What the decoder is called with: token ids, or what was looked up for them."""
+        noisy = self._neftune_alpha > 0 and self.peft_model.training
+        if not noisy and not self._has_layer_inputs and self._host_embedding is None:
+            return {"input_ids": on_device.input_ids}
+        embedded = self._embedded(batch, on_device)
+        found = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
+        if self._has_layer_inputs:
+            found["per_layer_inputs"] = self._decoder.get_per_layer_inputs(batch.input_ids)
+        return found
 
     def _embedded(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:
         if self._host_embedding is not None:
@@ -251,8 +261,11 @@ class TrainingModel:
             raise UserError(f"{name} sees the text to its right, so it is no causal language model; choose another")
         batch = probe(first)
         with self.fused.bypassed() if self.fused is not None else nullcontext():
-            ours, embedded = self.logits(batch), self._embedded(batch, batch.to(self.device))
-            theirs = self.base(inputs_embeds=embedded, use_cache=False).logits[0].float()
+            on_device = batch.to(self.device)
+            tokens = {"input_ids": on_device.input_ids}
+            if self._host_embedding is not None:
+                tokens = {"inputs_embeds": self._embedded(batch, on_device)}
+            ours, theirs = self.logits(batch), self.base(**tokens, use_cache=False).logits[0].float()
         if not _same(ours, theirs):
             raise UserError(
                 f"{name} makes its logits in a way that the trainer does not know, so its loss would be wrong"
