@@ -334,7 +334,8 @@ class _Question:
         """Before the first layer, and behind it: where that keeps its activations, and where it recomputes."""
         if self.trace is None:
             return 0, 0
-        return tuple(outside_bytes(end, self.pass_tokens) for end in (self.trace.whole, self.trace.recomputed))
+        whole, recomputed = (outside_bytes(end, self.pass_tokens) for end in (self.trace.whole, self.trace.recomputed))
+        return whole, recomputed
 
     @cached_property
     def shared_bytes(self) -> int:

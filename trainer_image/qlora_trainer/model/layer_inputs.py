@@ -37,7 +37,7 @@ def keep_layer_inputs_on_host(base: Any, device: torch.device) -> None:
         return (inputs[0].to("cpu"),)  # which waits for the card, but for token ids that are on the host
 
     def to_device(_: Any, __: Any, rows: Tensor) -> Tensor:
-        return rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
+        return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
     table.to("cpu")
     table.register_forward_pre_hook(to_host)

@@ -194,7 +194,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
 def _resize(values: dict[str, Any], name: str, resized: Callable[[int], int]) -> None:
     """Give a field another size, and to layers with one of their own one that is as much larger or smaller."""
     before = values.get(name)
-    if isinstance(before, list) and before and all(map(_is_number, before)):  # one for each layer
+    if isinstance(before, list) and len(before) == values.get("num_hidden_layers") and all(map(_is_number, before)):
         values[name] = [max(1, resized(max(before)) * each // max(before)) for each in before]
     if not _is_number(before):
         return
@@ -296,7 +296,7 @@ def _fewer_layers(config: Any) -> dict[str, Any]:
     if not lists:
         chosen = list(range(chosen[-1] + 1))[:MOST_LAYERS]
     own = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    fewer = {
+    fewer: dict[str, Any] = {
         own: len(chosen),
         **{name: [each[number] for number in chosen] for name, each in lists.items()},
         **{name: sum(number >= layers - each for number in chosen) for name, each in last.items()},

@@ -666,5 +666,5 @@ def _own_overrides(config_class: Any) -> dict[str, object]:
         config: Any = config_class()
     except Exception:  # noqa: BLE001 - some have no defaults, and then nothing is assumed
         return {}
-    own = {OVERRIDES: True} if config.get_text_config().to_dict().get(OVERRIDES) else {}
+    own: dict[str, object] = {OVERRIDES: True} if config.get_text_config().to_dict().get(OVERRIDES) else {}
     return {TEXT_CONFIG: own} if own and config.get_text_config() is not config else own
