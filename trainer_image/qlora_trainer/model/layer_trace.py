@@ -249,12 +249,14 @@ class _Run:
         self._last = len(gradient_bytes) - 1
         self._like_last = like_last
         self._alive = self._after_events()
+        self._let_go = self._dropped_at_the_end()
 
     def layer(self, index: int) -> dict[str, list[Bytes]]:
         """The moments of a layer that is neither the first nor the last, by their field of `LayerInstants`."""
         below = self._kept_below(index)
         forward = self._segment(f"forward {index}", f"forward {index + 1}", below)
-        backward = self._segment(f"backward {index}", f"backward {index - 1}", below + self._behind(index))
+        less = below + self._behind(index) - self._sum(self._let_go)
+        backward = self._segment(f"backward {index}", f"backward {index - 1}", less)
         return {
             "kept": [self._kept(index)],
             "forward": [each for at_work, each in forward if at_work != EXPERTS_FORWARD],
@@ -273,15 +275,14 @@ class _Run:
     def ends(self) -> dict[str, list[Bytes]]:
         """Of the first layer, of what is around the layers, and from the end of the last one's forward pass to the
         beginning of its backward pass: the moments by their field of `EndInstants`."""
-        held = self._embeddings_drop()
-        everything = self._kept_below(self._last) + self._kept(self._like_last)
-        loss = self._segment("end", "loss", everything, without=held)[-1][1]
-        released = self._stream if held is not None else np.zeros_like(self._stream)
-        norm = self._segment("loss", f"backward {self._last}", everything - released, without=held)
+        everything = self._kept_below(self._last) + self._kept(self._like_last) - self._sum(self._let_go)
+        loss = self._at("loss") - everything
+        norm = self._segment("loss", f"backward {self._last}", everything)
         first = self._place("backward 0")
+        embeddings = [each for each in self._let_go if np.array_equal(self._sizes[each.number], self._stream)]
         return {
             "first_kept": [self._kept(0)],
-            "released": [] if held is None else [self._stream],
+            "released": [self._stream] if embeddings else [],
             "shared": [self._at("forward 0") - self._stream],
             "outside": [*self._alive[: self._place("forward 0")], *(e - self._behind(0) for e in self._alive[first:])],
             "loss": [loss],
@@ -313,30 +314,27 @@ class _Run:
         found[0] = sum(self._gradient_bytes[index + 1 :])
         return found
 
-    def _embeddings_drop(self) -> Event | None:
-        """The end of the first layer's input, where nothing needs it by the time that the decoder lets go of it."""
-        before = self._events[: self._place("forward 0")]
-        made = {
-            event.number
-            for event in before
-            if event.kind == "take" and np.array_equal(self._sizes[event.number], self._stream)
-        }
+    def _dropped_at_the_end(self) -> list[Event]:
+        """What was there before the first layer and goes when the decoder ends, since nothing needs it any more: the
+        embeddings, rotary tables. Layers that recompute would hold on to it, so it counts as if it stayed."""
+        made = {event.number for event in self._events[: self._place("forward 0")] if event.kind == "take"}
         between = self._events[self._place("end") : self._place("loss")]
-        return next((event for event in between if event.kind == "drop" and event.number in made), None)
+        return [event for event in between if event.kind == "drop" and event.number in made]
+
+    def _sum(self, events: Iterable[Event]) -> Bytes:
+        return sum((self._sizes[event.number] for event in events), np.zeros_like(self._stream))
 
     def _place(self, mark: str) -> int:
         if mark not in self._names:
             raise Untraceable(f"its step has no {mark}")
         return self._names.index(mark)
 
-    def _segment(self, first: str, last: str, less: Bytes, without: Event | None = None) -> list[tuple[str, Bytes]]:
+    def _segment(self, first: str, last: str, less: Bytes) -> list[tuple[str, Bytes]]:
         """What is alive after each event between two marks, less so much, and what of its own bytes is at work."""
         begin, end = self._place(first), self._place(last) + 1
         moments = [("", self._alive[begin] - less)]
         for place, event in enumerate(self._events[begin:end], start=begin):
-            if event is without:
-                less = less - self._sizes[event.number]
-            elif event.kind in ("take", "drop"):
+            if event.kind in ("take", "drop"):
                 moments.append(("", self._alive[place] - less))
             elif event.kind != "mark":
                 moments.append((event.kind, self._alive[place] - less + self._outputs(place)))
@@ -345,8 +343,7 @@ class _Run:
     def _outputs(self, place: int) -> Bytes:
         """What experts that begin their work have made by then: the tensors that they give."""
         count = OUTPUTS.get(self._events[place].kind, 0)
-        outputs = self._events[place + 1 : place + 1 + count]
-        return sum((self._sizes[event.number] for event in outputs), np.zeros_like(self._stream))
+        return self._sum(self._events[place + 1 : place + 1 + count])
 
 
 class _Step:
