@@ -39,7 +39,9 @@ from orchestrator.sdk.planning import plan_job
 from tests.builders import make_job
 from tests.trainer.tiny_model import save_tokenizer
 
-TYPES = ("gemma3", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl")
+TYPES = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl")
+CHAOS = {"qwen3_5": 10, "qwen3_5_moe": 10, "gemma4": 2}
+"""How much more they make of a rounding: random gates of delta nets, and scores of heads that are not scaled."""
 IMAGES = ("vision", "visual", "projector", "merger")
 CLOSE = 0.02
 """Largest relative difference between logits of two ways in bfloat16; the base alone is off by far more."""
@@ -114,8 +116,7 @@ def test_the_whole_model_says_with_the_adapter_what_training_said(model_type: st
     ours = model.logits(batch)
     with whole.disable_adapter():
         bare = torch.cat([whole(input_ids=batch.input_ids[:, a:b], use_cache=False).logits[0] for a, b in starts])
-    chaotic = model_type.startswith("qwen3_5")  # random gates of delta nets make much of a rounding
-    assert float((ours - theirs).norm() / theirs.norm()) <= CLOSE * (10 if chaotic else 1)
+    assert float((ours - theirs).norm() / theirs.norm()) <= CLOSE * CHAOS.get(model_type, 1)
     assert float((bare.float() - theirs).norm() / theirs.norm()) > 10 * CLOSE
 
     has = {name for name, _ in whole.named_parameters() if any(part in name for part in IMAGES)}
