@@ -112,7 +112,7 @@ class ServiceSettings(BaseSettings):
     history_limit: int = Field(default=32, ge=1, le=64)
     """Attempts kept in a job's status."""
     usage_half_life_seconds: float = Field(default=604_800.0, ge=3_600, le=315_360_000)
-    """GPU time that a queue or a user has had counts for half after so long in whose turn it is; a week by default."""
+    """GPU time that a queue has had counts for half after so long in whose turn it is; a week by default."""
     usage_write_seconds: Seconds = 30.0
     """What a queue's jobs have had is written to its status so often while they hold GPUs, and when one comes free."""
     gpu_prices: GpuPricesText = ""

@@ -210,3 +210,15 @@ def test_a_clock_that_was_put_back_unnoticed_is_no_reason_to_count_anything_twic
 
 def test_a_week_is_the_half_life_unless_somebody_says_otherwise() -> None:
     assert timedelta(seconds=Policy(store_uri="file:///store").usage_half_life_seconds) == timedelta(days=7)
+
+
+def test_a_status_that_only_a_stranger_can_have_written_keeps_no_queues_from_being_counted() -> None:
+    long_ago = datetime(1, 1, 1, tzinfo=UTC)
+    odd = (
+        make_attempt(number=2, created_time=long_ago, finish_time=long_ago + timedelta(days=40), gpu_class="24Gi"),
+        make_attempt(number=3, created_time=after(-900), gpu_class="no class"),
+    )
+    stranger = make_job("stranger", status=prepared_status(attempts=odd, attempts_total=3), queue="a")
+    runs = make_job("runs", status=running_status(ran_seconds=1000), queue="a")
+    [month] = statuses(world(stranger, runs, queues=(make_queue("a"),)))["a"].months
+    assert (month.month, month.gpu_seconds) == ("2026-01", 1000.0)

@@ -12,6 +12,7 @@ from orchestrator.api.queue import ClassUse, QLoRAQueue, QLoRAQueueStatus
 from orchestrator.core.commands import WriteQueueStatus
 from orchestrator.core.scheduling.index import Index
 from orchestrator.core.scheduling.ordering import budget_use
+from orchestrator.core.scheduling.usage import is_class
 from orchestrator.core.snapshot import Snapshot
 
 MAX_CLASSES = 64
@@ -42,7 +43,7 @@ def _told(queue: QLoRAQueue, index: Index, snapshot: Snapshot) -> QLoRAQueueStat
     return status.model_copy(
         update={
             "classes": classes,
-            "running": sum(each.used for each in classes),
+            "running": sum(count for (of, _), count in index.ledger.used.items() if of == name),
             "pending": len(pending),
             "pending_since": pending[0][0] if pending else None,
             "budget": None if budget is None else budget_use(budget, status.months, snapshot.now),
@@ -53,7 +54,7 @@ def _told(queue: QLoRAQueue, index: Index, snapshot: Snapshot) -> QLoRAQueueStat
 def _classes(queue: QLoRAQueue, index: Index) -> Iterator[ClassUse]:
     name, used, lent = queue.metadata.name, index.ledger.used, index.lent()
     nominal = {quota.gpu_class: quota.nominal for quota in queue.spec.quotas}
-    held = {gpu_class for of, gpu_class in used if of == name and used[of, gpu_class]}
+    held = {gpu_class for of, gpu_class in used if of == name and used[of, gpu_class] and is_class(gpu_class)}
     for gpu_class in sorted(nominal.keys() | held)[:MAX_CLASSES]:
         has, own = used.get((name, gpu_class), 0), nominal.get(gpu_class, 0)
         yield ClassUse(

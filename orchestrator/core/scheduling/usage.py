@@ -183,7 +183,7 @@ class Shares:
 
         None of a job whose status has what no status of ours has: times that cannot be reckoned with.
         """
-        attempts = (each for each in draft.status.attempts if each.stage == "train" and _has_class(each))
+        attempts = (each for each in draft.status.attempts if each.stage == "train" and is_class(each.gpu_class))
         try:
             found = [self._stint(attempt, draft, account) for attempt in attempts]
             return tuple(stint for stint in found if not self._is_counted(stint))
@@ -246,7 +246,8 @@ class Shares:
     # --- pieces --------------------------------------------------------------------------------------------------
 
     def _stint(self, attempt: Attempt, draft: Draft, account: str) -> Stint:
-        gpu_class, start, end = attempt.gpu_class or "", attempt.created_time, attempt.finish_time
+        gpu_class, end = attempt.gpu_class or "", attempt.finish_time
+        start = max(attempt.created_time, EPOCH)  # a month before it has no name
         minimum = start + timedelta(seconds=self.policy.minimum_run_seconds)
         return Stint(
             queue=attempt.queue or account,
@@ -328,8 +329,9 @@ class Shares:
         return [known[key] for key in sorted(known)[-MAX_MONTHLY:]]
 
 
-def _has_class(attempt: Attempt) -> bool:
-    return attempt.gpu_class is not None and re.fullmatch(GPU_CLASS_PATTERN, attempt.gpu_class) is not None
+def is_class(name: str | None) -> bool:
+    """Whether a status can tell of a class of this name: statuses of jobs may hold any text."""
+    return name is not None and re.fullmatch(GPU_CLASS_PATTERN, name) is not None
 
 
 def counted_until(status: QLoRAQueueStatus, snapshot: Snapshot) -> datetime | None:
