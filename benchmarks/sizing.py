@@ -1,14 +1,15 @@
 """Peak memory and step time of many jobs on one GPU: the rows that `orchestrator/sizing/footprint` is held against.
 
     python -m benchmarks.sizing --rows FILE [--seconds 540] [--models llama-3.1-8b ...]
-        [--parts cut whole lora16 untabled] [--offloading activations]
+        [--parts cut whole lora16 untabled] [--offloading activations] [--seed 2 --cases 4]
 
 Every row is a job that the trainer's own code ran with random weights: base in NF4, adapter, check, an evaluation
 where the case has one, two or three optimizer steps. Parts: `cut`, models of published width and two or four layers
 under plans drawn from a seed per model; `whole`, models with all their layers under the allocator's cap of a GPU
 class; `lora16`, the same adapter on a 16-bit base, computed by transformers and PEFT, as what QLoRA is compared with;
 `untabled`, only where it is asked for, models of types that no table knows, cut like the others, whose layers are
-traced here once all is measured, as prepare does.
+traced here once all is measured, as prepare does; a seed draws other jobs of them, the last of a model under DoRA, or
+with LoRA on its routed experts where PEFT can have that.
 
 A row is written as soon as it is known, a failure too, and the order mixes models, so a run that is cut short by its
 time is still balanced. Where `peak_allocated_bytes` was taken, the process had nothing of the cases before: gradients,
@@ -70,6 +71,8 @@ RANKS = (8, 16, 16, 32, 64, 64, 128)
 WIDE_SEQUENCES = (384, 1000, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 24576)
 WIDE_RANKS = (4, 8, 16, 32, 64, 128, 256)
 UNTABLED_CASES = 6
+EXPERT_LORA = ("qwen3-30b-a3b", "gpt-oss-20b")
+"""Models whose jobs of other seeds have LoRA on routed experts: all, or the last where they are among the untabled."""
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit")
 MOST_TOKENS = 32768
 LONG_TOKENS = 16384
@@ -117,10 +120,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--models", nargs="*", default=[name for name in CONFIGS | UNTABLED if name != "tiny"])
     parser.add_argument("--parts", nargs="*", default=["cut", "whole", "lora16"])
+    parser.add_argument("--seed", type=int, default=0, help="draws other jobs of untabled models")
+    parser.add_argument("--cases", type=int, default=UNTABLED_CASES, help="jobs of each untabled model")
     parser.add_argument("--offloading", choices=("activations", "embeddings"), help="only plans that offload these")
     arguments = parser.parse_args()
     bench = Bench(arguments.rows, deadline=time.monotonic() + arguments.seconds)
-    for group in groups(arguments.models, arguments.parts):
+    for group in groups(arguments.models, arguments.parts, seed=arguments.seed, cases=arguments.cases):
         if arguments.offloading:
             chosen = (case for case in group.cases if arguments.offloading in case.plan.offload)
             group = replace(group, cases=tuple(chosen))
@@ -136,7 +141,7 @@ def main() -> None:
 # --- what is measured
 
 
-def groups(models: list[str], parts: list[str]) -> Iterator[Group]:
+def groups(models: list[str], parts: list[str], *, seed: int = 0, cases: int = UNTABLED_CASES) -> Iterator[Group]:
     """All groups in their order: a first round over every model, whole models, the 16-bit base, a second round."""
     first, second = ([], []) if "cut" not in parts else _rounds([model for model in models if model in CONFIGS])
     yield from first
@@ -147,9 +152,9 @@ def groups(models: list[str], parts: list[str]) -> Iterator[Group]:
     yield from second
     if "untabled" in parts:
         for model in models:
-            if model in UNTABLED:
-                cases = tuple(_drawn(model, UNTABLED_CASES))
-                yield Group(model=model, layers=CUT_LAYERS[0], cases=cases, part="untabled")
+            if model in UNTABLED or model in EXPERT_LORA:
+                drawn = tuple(_drawn(model, cases, seed=seed))
+                yield Group(model=model, layers=CUT_LAYERS[0], cases=drawn, part="untabled")
 
 
 def _rounds(models: list[str]) -> tuple[list[Group], list[Group]]:
@@ -166,10 +171,11 @@ def _rounds(models: list[str]) -> tuple[list[Group], list[Group]]:
     return rounds
 
 
-def _drawn(model: str, count: int) -> Iterator[Case]:
+def _drawn(model: str, count: int, *, seed: int = 0) -> Iterator[Case]:
     """Plans and hyperparameters from a seed per model; each value of a list comes up about equally often."""
-    draw = random.Random(model)
-    wide = model in UNTABLED
+    draw = random.Random(f"{model} {seed}" if seed else model)
+    experts = seed > 0 and model in EXPERT_LORA
+    wide = model in UNTABLED or experts
     lists = (WIDE_SEQUENCES, WIDE_RANKS, OPTIMIZERS) if wide else (SEQUENCES, RANKS, OPTIMIZERS)
     sequences, ranks, optimizers = (_dealt(draw, values) for values in lists)
     for number in range(count):
@@ -178,13 +184,16 @@ def _drawn(model: str, count: int) -> Iterator[Case]:
         micro_batch = draw.choice([size for size in sizes if size * sequence <= MOST_TOKENS])
         accumulation = draw.choice((1, 2))
         recompute = draw.choice((0, 0, 2, 1024, 1024, 1024))
-        few = draw.random() < 0.15
+        few = draw.random() < 0.15 and not experts
+        last = number == count - 1
+        on_experts = experts and (last or model not in UNTABLED)
         yield Case(
             adapter=AdapterSpec(
                 rank=rank,
-                dropout=draw.choice(("0", "0.05")),
+                dropout="0" if on_experts else draw.choice(("0", "0.05")),
                 target_modules=_few_targets(model) if few else "all-linear",
-                use_dora=number == count - 1,
+                use_dora=last and not experts,
+                experts=on_experts,
             ),
             training=TrainingSpec(
                 sequence_length=sequence,
@@ -210,7 +219,7 @@ def _dealt(draw: random.Random, values: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _offload(draw: random.Random, model: str, recompute: int) -> tuple[Any, ...]:
-    if model in UNTABLED:
+    if model in UNTABLED or model in EXPERT_LORA:
         return ()  # as `sizing/plan_search` has it
     of = CONFIGS[model]
     fused, tied = of["model_type"] in trainer_facts.HANDWRITTEN_TYPES, of["tie_word_embeddings"]
@@ -459,21 +468,22 @@ class Job:
 def add_traces(rows: Path) -> None:
     """Trace the layers of rows of types that no table knows, and write that into the file."""
     raw = [json.loads(line) for line in rows.read_text().splitlines()]
-    wanted = [each for each in raw if each["model"] in UNTABLED and "separate" in each and "trace" not in each]
+    wanted = [each for each in raw if each["part"] == "untabled" and "separate" in each and "trace" not in each]
     if not wanted:
         return
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=get_context("spawn")) as pool:
-        questions = [(each["config"], each["adapter"], not each["separate"]) for each in wanted]
-        for each, trace in zip(wanted, pool.map(_traced, *zip(*questions, strict=True)), strict=True):
+        for each, trace in zip(wanted, pool.map(_traced, wanted), strict=True):
             each["trace"] = trace
     rows.write_text("".join(json.dumps(each) + "\n" for each in raw))
 
 
-def _traced(config: dict[str, Any], adapter: dict[str, Any], packs: bool) -> dict[str, Any] | None:
+def _traced(row: dict[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(1)
-    own = AutoConfig.for_model(**config)
-    facts = ModelFacts.from_config(config, "main")
-    found = traced_facts(facts, own, AdapterSpec.model_validate(adapter), packs=packs).trace
+    own = AutoConfig.for_model(**row["config"])
+    facts = ModelFacts.from_config(row["config"], "main")
+    adapter = AdapterSpec.model_validate(row["adapter"])
+    record_tokens = row["training"]["sequenceLength"] // row["records"]
+    found = traced_facts(facts, own, adapter, packs=not row["separate"], record_tokens=record_tokens).trace
     return None if found is None else found.to_wire()
 
 

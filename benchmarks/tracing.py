@@ -67,7 +67,7 @@ def measure(name: str) -> dict[str, object]:
     facts = ModelFacts.from_config(described, "main")
     before = _peak_mib()
     began = time.perf_counter()
-    traced = traced_facts(facts, own, AdapterSpec(rank=16), packs=True)
+    traced = traced_facts(facts, own, AdapterSpec(rank=16), packs=True, record_tokens=2048)
     seconds = time.perf_counter() - began
     assert traced.trace is not None, "a type without a table"
     candidates(make_spec(rank=1, sequence_length=1024), traced, CLASSES)

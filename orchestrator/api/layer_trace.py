@@ -60,6 +60,8 @@ class EndInstants(Model):
     shared: InTokens = ()
     """What all layers get beside their input, which is counted in every moment; in older traces there is none, and no
     moment has it."""
+    left: InTokens = ()
+    """What a record leaves that has gone through the decoder, beside what layers keep: others follow it one by one."""
     outside: Instants = ()
     """Before the first layer, and in the backward pass from that layer on."""
 

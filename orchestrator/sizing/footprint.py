@@ -33,7 +33,7 @@ from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes,
 from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
-from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes, outside_bytes, shared_bytes
+from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes, left_bytes, outside_bytes, shared_bytes
 
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
@@ -338,6 +338,14 @@ class _Question:
         return whole, recomputed
 
     @cached_property
+    def left(self) -> tuple[int, int]:
+        """What a record leaves that others follow: where the last layer keeps its activations, and recomputes."""
+        if self.trace is None or self.passes == 1:
+            return 0, 0
+        whole, recomputed = (left_bytes(end, self.pass_tokens) for end in (self.trace.whole, self.trace.recomputed))
+        return whole, recomputed
+
+    @cached_property
     def shared_bytes(self) -> int:
         """What all layers of a pass get beside their input, as a trace has it; 0 where none tells."""
         return 0 if self.trace is None else shared_bytes(self.trace, self.pass_tokens)
@@ -423,6 +431,7 @@ class _Instants:
         self._batch = TOKEN_BYTES * question.tokens
         self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
         self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
+        self._left = question.left
         self._outside = question.outside
         self._shared = question.shared_bytes
         self._loading = question.loading_bytes
@@ -445,17 +454,21 @@ class _Instants:
         layers, gradients = self._layers, self._gradients
         everything = layers.kept(layers.count, recomputing)
         first = layers.at(0, recomputing)  # which may keep what goes at the decoder's end
-        others = (self._passes - 1) * (everything + first.kept - first.first_kept + self._shared)
+        every_layer = recomputing == layers.count
+        left = self._left[every_layer] or first.kept - first.first_kept + self._shared  # as in older traces
+        others = (self._passes - 1) * (everything + left)
         for index in layers.ends(recomputing):
             layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
             held = (self._held if index else 0) + self._from_host
             yield "a layer's forward pass", others + kept, gradients.before, layer.forward_peak + self._forward + held
             done = gradients.after(index)
             yield "a layer's backward pass", others + kept, done, layer.backward_peak + self._backward
-        everything += others - self._passes * first.released
-        every_layer = recomputing == layers.count
-        yield "loss", everything, gradients.before, self._loss[every_layer]
-        yield "the last norm's backward pass", everything, gradients.before, self._norm[every_layer]
+            if self._passes > 1:  # autograd keeps the sums of all records' gradients before it adds them to the others
+                kept, done = others * (self._passes - 2) // (self._passes - 1) + kept, gradients.before + gradients.all
+                yield "a layer's backward pass", kept, done, layer.backward_peak + self._backward
+        everything -= first.released
+        yield "loss", self._passes * everything, gradients.before, self._loss[every_layer]
+        yield "the last norm's backward pass", others + everything, gradients.before, self._norm[every_layer]
         outside = self._outside[every_layer] + self._batch
         yield "what the decoder does around its layers", others, gradients.after(0), outside
         yield "optimizer", 0, gradients.all, gradients.all
@@ -501,9 +514,11 @@ def _shared_bytes(question: _Question) -> tuple[int, int]:
     shared = 0 if told else 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)
     if isinstance(question.shape, FusedLayer):
         shared += 2 * allocated(question.shape.span)
+    # Records that go alone have their gradients as parts of one tensor, which stays for as long as any of them.
+    again = allocated(question.pass_tokens * question.facts.hidden_size * BF16_BYTES) if question.passes > 1 else 0
     # Graphs are captured on a stream of their own, in each pass.
     capturing = trainer_facts.CUBLAS_WORKSPACE_BYTES if question.uses_cuda_graphs else 0
-    return shared + TOKEN_BYTES * question.tokens + capturing, shared + 2 * capturing
+    return shared + TOKEN_BYTES * question.tokens + capturing, shared + again + 2 * capturing
 
 
 def _held_bytes(question: _Question) -> int:
@@ -520,7 +535,9 @@ def _from_host_bytes(question: _Question) -> int:
 def _final_norm(question: _Question, *, recomputes: bool) -> tuple[int, int]:
     """Around the loss, and back from it: the last hidden states as they are and normalized, and their gradient."""
     if question.trace is not None:
-        return end_bytes(question.trace.recomputed if recomputes else question.trace.whole, question.tokens)
+        end = question.trace.recomputed if recomputes else question.trace.whole
+        at_loss, in_norm = end_bytes(end, question.pass_tokens)
+        return question.passes * at_loss, in_norm
     if isinstance(question.shape, TracedLayer):
         return final_norm(question.shape, recomputes=recomputes)
     return 3 * question.stream, 3 * question.stream
@@ -654,9 +671,7 @@ def _all_kinds(
 
 
 def _kinds(question: _Question, trace: ModelTrace, recomputes: bool) -> tuple[LayerBytes, ...]:
-    attention = tuple(
-        _attention(question, kind.heads).traced_workspace_bytes if trace.packed else 0 for kind in trace.kinds
-    )
+    attention = tuple(_attention(question, kind.heads).traced_workspace_bytes for kind in trace.kinds)
     return _all_kinds(trace, recomputes, question.pass_tokens, attention)
 
 
@@ -706,10 +721,11 @@ def _attention(question: _Question, heads: Heads | None = None) -> Attention:
     most = max(least, question.tokens // SHORT_RECORD_TOKENS) if question.packing else least
     least, most = question.records or least, question.records or most
     own = not card_matters(question.adapter, facts)  # and then nothing of the row does either, but for its length
+    alone = own or (question.trace is not None and not question.trace.packed)
     return Attention(
-        tokens=question.tokens,
-        records=1 if own else least,
-        most_records=1 if own else most,
+        tokens=question.pass_tokens,
+        records=1 if alone else least,
+        most_records=1 if alone else most,
         query_heads=heads.query,
         key_heads=heads.key,
         head_size=heads.size,

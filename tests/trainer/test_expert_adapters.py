@@ -111,7 +111,7 @@ def test_a_trace_counts_the_experts_adapters(tmp_path: Path) -> None:
     folder = small("qwen3_moe", tmp_path / "model")
     source = f"file://{folder}"
     facts = read_facts(describe_model(source, "main"), source)
-    traced = traced_facts(facts, known_config(folder, source), SPEC, packs=True)
+    traced = traced_facts(facts, known_config(folder, source), SPEC, packs=True, record_tokens=2048)
     assert traced.trace is not None
     model = trainer_of(folder, tile_tokens=20)
     assert traced.trace.adapter_parameters == sum(parameter.numel() for _, parameter in model.trainable())

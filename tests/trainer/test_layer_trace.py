@@ -21,7 +21,7 @@ from peaks import (
 from peaks import write_random_model as write_model
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import layer_trace, recorded_step
-from qlora_trainer.model.layer_trace import Untraceable, trace_layers, traced_facts
+from qlora_trainer.model.layer_trace import Lengths, Untraceable, record_lengths, trace_layers, traced_facts
 from qlora_trainer.model.loading import weightless_base
 from torch.nn import functional
 from transformers import AutoConfig
@@ -90,9 +90,11 @@ def config_of(model_type: str, **fields: Any) -> dict[str, Any]:
     return {**CONFIG, "model_type": model_type, "architectures": ["ForCausalLM"], **own}
 
 
-def facts_of(config: dict[str, Any], adapter: AdapterSpec, *, packs: bool = True) -> ModelFacts:
+def facts_of(
+    config: dict[str, Any], adapter: AdapterSpec, *, packs: bool = True, record_tokens: int = 641
+) -> ModelFacts:
     facts = ModelFacts.from_config(config, "main")
-    return traced_facts(facts, AutoConfig.for_model(**config), adapter, packs=packs)
+    return traced_facts(facts, AutoConfig.for_model(**config), adapter, packs=packs, record_tokens=record_tokens)
 
 
 @pytest.mark.parametrize("config", [*map(config_of, UNTABLED), *map(gemma4, GEMMA4)], ids=[*UNTABLED, *GEMMA4])
@@ -173,6 +175,68 @@ def test_records_that_go_one_by_one_are_traced_with_the_models_own_attention_and
     assert "one by one" in str(guess_words(AdapterSpec(), facts))
 
 
+GPT_J = {
+    "architectures": ["ForCausalLM"], "model_type": "gptj", "n_embd": 256, "n_layer": 3, "n_head": 4, "n_inner": 512,
+    "rotary_dim": 16, "n_positions": 2048, "vocab_size": 768, "tie_word_embeddings": False, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+"""Of a type that computes its scores by itself, in float32."""
+
+
+def test_scores_are_four_times_there_where_a_gpu_goes_back_through_a_softmax() -> None:
+    trace = traced(GPT_J, AdapterSpec(rank=16), packs=False)
+    [kind] = trace.kinds
+    scores, mask = 4 * 4, 2  # heads and bytes; a mask in 16 bits, which all layers share
+    # The decoder holds what a layer attended with, in 16 bits, until the next has run: counted as kept by the first.
+    held = squares([trace.recomputed.first_kept])[0] - squares([kind.recomputed.kept])[0]
+    assert held == pytest.approx(scores / 2)
+    # What the softmax gave, its gradient, their product, which a GPU makes by the way, and its input's gradient.
+    assert max(squares(kind.recomputed.backward)) + held == pytest.approx(4 * scores + mask, rel=1e-3)
+    assert max(squares(kind.whole.backward)) == pytest.approx(4 * scores + mask, rel=1e-3)
+    assert max(squares(kind.recomputed.forward)) == pytest.approx(2 * scores + mask, rel=1e-3), "before and divided"
+    assert squares([trace.recomputed.shared]) == [mask]
+    assert kind.other_bytes > 4 * 16 * 2048, "a table of positions of its own"
+
+
+def test_a_record_alone_has_no_mask_and_no_scores_where_transformers_leaves_its_attention_to_torch() -> None:
+    trace = traced({**config_of("glm"), "model_type": "stablelm"}, AdapterSpec(rank=16), packs=False)
+    [kind] = trace.kinds
+    instants = [each for layer in (kind.recomputed, kind.whole) for each in (*layer.forward, *layer.backward)]
+    ends = [end.shared for end in (trace.recomputed, trace.whole)]
+    assert set(squares([*instants, *ends])) == {0}
+    assert kind.recomputed.attention, "its kernel's workspace comes on top"
+
+
+def traced(config: dict[str, Any], adapter: AdapterSpec, *, packs: bool = True) -> ModelTrace:
+    trace = facts_of(config, adapter, packs=packs).trace
+    assert trace is not None
+    return trace
+
+
+def squares(moments: Sequence[tuple[float, ...]]) -> list[float]:
+    """The coefficients of the tokens' square."""
+    return [polynomial[2] if len(polynomial) > 2 else 0 for polynomial in moments]
+
+
+def test_biases_are_of_sixteen_bits_as_checkpoints_have_them_and_so_is_what_dora_takes_them_off() -> None:
+    adapter = AdapterSpec(rank=16, use_dora=True, dropout="0", target_modules=("q_proj",))
+    kept = [
+        at((kind.whole.kept,), 1000)[0]
+        for fields in ({"attention_bias": True}, {"attention_bias": False})
+        for kind in traced(config_of("glm", **fields), adapter).kinds
+    ]
+    assert kept[0] == pytest.approx(kept[1], rel=1e-3)
+
+
+def test_traced_records_are_padded_as_the_longest_is() -> None:
+    for longest in (64, 384, 1000, 1024, 2049, 8192, 24_576, 24_577):
+        lengths = record_lengths(longest)
+        assert len(set(lengths)) == 3
+        assert min(lengths) > 0
+        assert {each % 256 for each in lengths} == {longest % 256}
+        assert max(lengths) < 8192 + 256 or longest in lengths
+
+
 def test_layers_that_go_from_chunk_to_chunk_take_what_their_largest_moments_say(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -180,7 +244,11 @@ def test_layers_that_go_from_chunk_to_chunk_take_what_their_largest_moments_say(
     near, far = (129, 257, 385), (129, 321, 641)
     traces: list[ModelTrace] = []
     for tokens in (near, far):
-        monkeypatch.setattr(layer_trace, "TOKENS", tokens)
+
+        def lengths(_: int, own: Lengths = tokens) -> Lengths:
+            return own
+
+        monkeypatch.setattr(layer_trace, "record_lengths", lengths)
         trace = facts_of(config, AdapterSpec(rank=16), packs=False).trace
         assert trace is not None
         traces.append(trace)

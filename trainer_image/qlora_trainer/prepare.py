@@ -154,7 +154,13 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
         log.info("%s has tensors of their own for weights that config.json ties, so each is counted", source)
         facts = facts.model_copy(update={"tied_embeddings": False})
     config = known_config(description.folder, source)
-    facts = traced_facts(facts, config, spec.adapter, packs=checked.separate_because is None)
+    facts = traced_facts(
+        facts,
+        config,
+        spec.adapter,
+        packs=checked.separate_because is None,
+        record_tokens=spec.training.sequence_length,
+    )
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_tokenizer(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)

@@ -37,6 +37,11 @@ def shared_bytes(trace: ModelTrace, tokens: int) -> int:
     return _bytes(trace.whole.shared, tokens)
 
 
+def left_bytes(end: EndInstants, tokens: int) -> int:
+    """What a record of so many tokens leaves that has gone through the decoder, beside what layers keep."""
+    return _bytes(end.left, tokens)
+
+
 def outside_bytes(end: EndInstants, tokens: int) -> int:
     """At the most before the first layer, and in the backward pass from it on."""
     return _largest(end.outside, tokens)

@@ -59,8 +59,13 @@ from qlora_trainer.model.recorded_step import (
 )
 from qlora_trainer.model.text_part import decoder_of
 
-TOKENS = (769, 1281, 2049)
+Lengths = tuple[int, int, int]
+TOKENS: Lengths = (769, 1281, 2049)
 """Of the traced micro-batches: one more than whole chunks of 256 or fewer, which is what is padded most."""
+CHUNK_TOKENS = 256
+"""What layers that go from chunk to chunk pad to is this or a part of it."""
+LONGEST_TRACED_TOKENS = 8192
+"""A longer record is not traced itself: it takes minutes."""
 MOST_TOKENS = 1 << 20
 ALLOCATION_BYTES, CODE_BYTES, OFFSET_BYTES = 512, 64, 4
 ITS_NUMBER = frozenset({"layer_idx", "layer_id", "layer_number"})
@@ -74,10 +79,13 @@ class Untraceable(Exception):
     """A model whose layers are not what is assumed of them here."""
 
 
-def traced_facts(facts: ModelFacts, config: PreTrainedConfig, adapter: AdapterSpec, *, packs: bool) -> ModelFacts:
+def traced_facts(
+    facts: ModelFacts, config: PreTrainedConfig, adapter: AdapterSpec, *, packs: bool, record_tokens: int
+) -> ModelFacts:
     """The facts with a trace of the model's layers, where no table says what these take and they can be traced.
 
-    `packs`: whether rows of records are packed; else each is attended to by transformers.
+    `packs`: whether rows of records are packed; else each is attended to by transformers, and the longest has so many
+    tokens.
     """
     if has_table(facts.model_type, use_dora=adapter.use_dora, experts=adapter.experts):
         return facts
@@ -87,7 +95,7 @@ def traced_facts(facts: ModelFacts, config: PreTrainedConfig, adapter: AdapterSp
         base, _ = weightless_base(deepcopy(config), torch.device("cpu"))
         if not packs:
             base.set_attn_implementation(own_attention_implementation(base.config))
-        trace = trace_layers(base, adapter)
+        trace = trace_layers(base, adapter, TOKENS if packs else record_lengths(record_tokens))
     except Exception as error:  # whatever a class of transformers' does that was not foreseen
         log.warning("the layers of %s could not be traced, so they are sized by a guess: %s", facts.model_type, error)
         log.debug("tracing failed", exc_info=True)
@@ -96,8 +104,20 @@ def traced_facts(facts: ModelFacts, config: PreTrainedConfig, adapter: AdapterSp
     return facts.model_copy(update={"trace": trace})
 
 
-def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
+def record_lengths(longest: int) -> tuple[int, int, int]:
+    """The tokens of traced records that go through the layers alone: the longest, and others that are padded alike."""
+    rest = longest % CHUNK_TOKENS
+    top = min(longest, LONGEST_TRACED_TOKENS + rest)
+    if top < 4 * CHUNK_TOKENS:
+        return top, top + CHUNK_TOKENS, top + 2 * CHUNK_TOKENS
+    quarter, half = (rest + top // part // CHUNK_TOKENS * CHUNK_TOKENS for part in (4, 2))
+    return quarter, half, top
+
+
+def trace_layers(base: Any, adapter: AdapterSpec, lengths: Lengths = TOKENS) -> ModelTrace:
     """What the layers of a base without memory take with such an adapter. Raises Untraceable.
+
+    `lengths` are the tokens of the traced steps: where layers pad them, bytes are right for tokens padded alike.
 
     `base` is `loading.weightless_base`'s, and is good for nothing else afterwards.
     """
@@ -105,9 +125,8 @@ def trace_layers(base: Any, adapter: AdapterSpec) -> ModelTrace:
     layers = list(decoder_layers(decoder_of(base)))
     numbers, kinds = _kinds(base, layers)
     chosen = [0, *(numbers.index(kind, 1 if kind in numbers[1:] else 0) for kind in range(kinds)), len(layers) - 1]
-    hidden = base.config.get_text_config().hidden_size
     recomputed, whole = (
-        _Step(base, chosen, adapter, recomputes=recomputes, hidden=hidden, like_last=1 + numbers[-1])
+        _Step(base, chosen, adapter, lengths, recomputes=recomputes, like_last=1 + numbers[-1])
         for recomputes in (True, False)
     )
     found = [
@@ -198,7 +217,11 @@ def _nf4_bytes(weights: int) -> int:
 
 
 def _sixteen_bit_bytes(layer: Module) -> int:
-    return sum(_allocated(2 * each.numel()) for each in _unquantized(layer))
+    return sum(_allocated(2 * each.numel()) for each in _unquantized(layer)) + _buffer_bytes(layer)
+
+
+def _buffer_bytes(module: Module) -> int:
+    return sum(_allocated(each.nbytes) for each in module.buffers())
 
 
 def _outside_bytes(base: Any, layers: Sequence[Module]) -> int:
@@ -207,6 +230,7 @@ def _outside_bytes(base: Any, layers: Sequence[Module]) -> int:
     tables = base.get_input_embeddings(), base.get_output_embeddings(), layer_inputs_table(base)
     known |= {id(table.weight) for table in tables if table is not None}
     others = sum(_allocated(2 * each.numel()) for each in _unquantized(base) if id(each) not in known)
+    others += _buffer_bytes(base) - sum(map(_buffer_bytes, layers))
     return others + _weight_bytes(base) - sum(map(_weight_bytes, layers))
 
 
@@ -276,6 +300,7 @@ class _Run:
         """Of the first layer, of what is around the layers, and from the end of the last one's forward pass to the
         beginning of its backward pass: the moments by their field of `EndInstants`."""
         everything = self._kept_below(self._last) + self._kept(self._like_last) - self._sum(self._let_go)
+        left = self._at("passed") - self._kept_below(self._last) - self._kept(self._like_last)
         loss = self._at("loss") - everything
         norm = self._segment("loss", f"backward {self._last}", everything)
         first = self._place("backward 0")
@@ -285,6 +310,7 @@ class _Run:
             "released": [self._stream] if embeddings else [],
             "shared": [self._at("forward 0") - self._stream],
             "outside": [*self._alive[: self._place("forward 0")], *(e - self._behind(0) for e in self._alive[first:])],
+            "left": [left],
             "loss": [loss],
             "norm": [each for _, each in norm],
         }
@@ -350,12 +376,21 @@ class _Step:
     """The same step with several numbers of tokens: its bytes as polynomials of them."""
 
     def __init__(
-        self, base: Any, chosen: Sequence[int], adapter: AdapterSpec, *, recomputes: bool, hidden: int, like_last: int
+        self,
+        base: Any,
+        chosen: Sequence[int],
+        adapter: AdapterSpec,
+        lengths: Lengths,
+        *,
+        recomputes: bool,
+        like_last: int,
     ) -> None:
-        copies = [_cut(base, chosen) for _ in TOKENS]
+        self._lengths = lengths
+        hidden: int = base.config.get_text_config().hidden_size
+        copies = [_cut(base, chosen) for _ in lengths]
         steps = [
             run_step(copy, adapter, tokens=tokens, recomputes=recomputes)
-            for copy, tokens in zip(copies, TOKENS, strict=True)
+            for copy, tokens in zip(copies, lengths, strict=True)
         ]
         layers = list(decoder_layers(decoder_of(copies[0])))
         adapted = [[each for each in layer.parameters() if each.requires_grad] for layer in layers]
@@ -365,12 +400,12 @@ class _Step:
         others = [each for each in copies[0].parameters() if each.requires_grad and id(each) not in in_layers]
         self.other_adapter_parameters = sum(each.numel() for each in others)
         self.other_gradient_bytes = sum(_allocated(2 * each.numel()) for each in others)
-        self.experts = [_expert_instants(layer) for layer in layers]
+        self.experts = [_expert_instants(layer, lengths[0]) for layer in layers]
         if _alike(steps):
             stream = np.array([0.0, 2.0 * hidden, 0.0])
-            runs = [(steps[0], _polynomials(steps), stream)]
+            runs = [(steps[0], _polynomials(steps, lengths), stream)]
         else:
-            streams = [np.array([2.0 * hidden * tokens]) for tokens in TOKENS]
+            streams = [np.array([2.0 * hidden * tokens]) for tokens in lengths]
             runs = [(step, _bytes(step), each) for step, each in zip(steps, streams, strict=True)]
         self._runs = [_Run(*run, self.gradient_bytes, like_last) for run in runs]
 
@@ -387,7 +422,9 @@ class _Step:
     def ends(self) -> EndInstants:
         """The first layer's, and what is between the passes."""
         found = self._joined([run.ends() for run in self._runs])
-        alone = {name: next(iter(found.get(name, ())), ()) for name in ("first_kept", "released", "shared", "loss")}
+        alone = {
+            name: next(iter(found.get(name, ())), ()) for name in ("first_kept", "released", "shared", "left", "loss")
+        }
         return EndInstants.model_validate({**found, **alone})
 
     def _joined(self, found: Sequence[Mapping[str, Sequence[Bytes]]]) -> dict[str, tuple[InTokens, ...]]:
@@ -395,7 +432,7 @@ class _Step:
         if len(found) == 1:
             return {name: _largest(moments) for name, moments in found[0].items()}
         return {
-            name: (_in_tokens(_solved([max(float(each[0]) for each in run[name]) for run in found])),)
+            name: (_in_tokens(_solved([max(float(each[0]) for each in run[name]) for run in found], self._lengths)),)
             for name in found[0]
             if all(run[name] for run in found)
         }
@@ -407,19 +444,19 @@ def _alike(steps: Sequence[Sequence[Event]]) -> bool:
     return all(other == first for other in others)
 
 
-def _expert_instants(layer: Module) -> ExpertInstants | None:
-    """What the experts of a layer that was traced take by the way; its first, which have the largest micro-batch."""
+def _expert_instants(layer: Module, tokens: int) -> ExpertInstants | None:
+    """What the experts of a layer that was traced with so many tokens take by the way."""
     experts = next((module for module in layer.modules() if isinstance(module, TracedExperts)), None)
     if experts is None or experts.row is None:
         return None
     tiles = [run_experts(experts, rows=rows) for rows in TOKENS]
     forward, backward = (_largest(_alive([tile[number] for tile in tiles])) for number in range(2))
-    return ExpertInstants(rows_per_token=experts.row[0] // TOKENS[0], forward=forward, backward=backward)
+    return ExpertInstants(rows_per_token=experts.row[0] // tokens, forward=forward, backward=backward)
 
 
 def _alive(runs: Sequence[list[Event]]) -> list[Bytes]:
     """What is alive after each event."""
-    sizes, live, moments = _polynomials(runs), np.zeros(3), [np.zeros(3)]
+    sizes, live, moments = _polynomials(runs, TOKENS), np.zeros(3), [np.zeros(3)]
     for event in runs[0]:
         live = live + (1 if event.kind == "take" else -1) * sizes[event.number]
         moments.append(live)
@@ -451,10 +488,10 @@ def _cut(base: Any, chosen: Sequence[int]) -> Any:
 # --- polynomials
 
 
-def _polynomials(steps: Sequence[Sequence[Event]]) -> dict[int, Bytes]:
+def _polynomials(steps: Sequence[Sequence[Event]], lengths: Lengths) -> dict[int, Bytes]:
     """Of each allocation, by its number in the first step; all steps do the same."""
     return {
-        events[0].number: _solved([event.size for event in events])
+        events[0].number: _solved([event.size for event in events], lengths)
         for events in zip(*steps, strict=True)
         if events[0].kind == "take"
     }
@@ -464,9 +501,9 @@ def _bytes(step: Sequence[Event]) -> dict[int, Bytes]:
     return {event.number: np.array([float(event.size)]) for event in step if event.kind == "take"}
 
 
-def _solved(values: Sequence[float]) -> Bytes:
-    """The polynomial that has these values where a step has `TOKENS`."""
-    powers = np.vander(np.array(TOKENS, dtype=np.float64), 3, increasing=True)
+def _solved(values: Sequence[float], lengths: Lengths) -> Bytes:
+    """The polynomial that has these values for so many tokens."""
+    powers = np.vander(np.array(lengths, dtype=np.float64), 3, increasing=True)
     return np.linalg.solve(powers, np.array(values, dtype=np.float64)).round(6).astype(np.float64)
 
 

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module, ModuleList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
+from transformers import AttentionInterface, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api import trainer_facts
@@ -49,6 +49,7 @@ from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.text_part import decoder_of
 from qlora_trainer.model.training_model import set_recompute
 
+SOFTMAX_BACKWARD: Any = torch.ops.aten._softmax_backward_data.default
 DEVICE = "cpu"
 """Where the fake tensors are: autograd refuses a GPU that is not there."""
 
@@ -91,10 +92,15 @@ class Recorder(TorchDispatchMode):
         self.events.append(Event(kind="mark", name=name))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_the_way = None
+        if func is SOFTMAX_BACKWARD:  # of the gradient and the output (aten/src/ATen/native/cuda/SoftMax.cu)
+            by_the_way = torch.empty_like(args[1])
+            self._see(by_the_way.untyped_storage(), str(func))
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
                 self._see(tensor.untyped_storage(), str(func))
+        del by_the_way  # no sooner than what is computed of it is there
         return found
 
     def _see(self, storage: Any, name: str) -> None:
@@ -154,6 +160,20 @@ class _AttentionFunction(torch.autograd.Function):
         ctx.note(Event(kind=ATTENTION, heads=ctx.heads))
         del grad, copies
         return *found, None, None, None
+
+
+def _attention_of_torch(note: Note, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` for one record: as flash attention takes it where that is the kernel on a GPU."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **how: Any) -> Tensor:
+        flash = attn_mask is None and not how.get("dropout_p") and len(query) == 1
+        if not flash or not packed.fits_flash(query.shape[-1], value.shape[-1]):
+            return own(query, key, value, attn_mask=attn_mask, **how)
+        heads = Heads(query=query.shape[1], key=key.shape[1], size=query.shape[-1])
+        parts = (part[0].transpose(0, 1) for part in (query, key, value))
+        return _AttentionFunction.apply(*parts, note, True, heads).transpose(0, 1).unsqueeze(0)
+
+    return attend
 
 
 class TracedExperts(NF4Experts):
@@ -331,8 +351,10 @@ def _add_magnitudes(layer: Any, *, base_layer: TracedLinear, **_: Any) -> None:
 def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) -> list[Event]:
     """The events of a training step of `loading.weightless_base`, whose quantized layers become `TracedLinear`s.
 
-    Marks are `forward N` and `backward N` where a layer's pass begins, `end` where the decoder's last norm does, and
-    `loss`. The base is changed, and good for one step.
+    Marks are `forward N` and `backward N` where a layer's pass begins, `end` where the decoder's last norm does,
+    `passed` where the decoder has done its part, and `loss`. The base is changed, and good for one step. Where it does
+    not attend to packed rows, the tokens are one record, and nothing tells the decoder where they stand, as
+    `TrainingModel` hands each record over.
     """
     recorder = Recorder()
     AttentionInterface.register(packed.NAME, TracedAttention(recorder.events.append))
@@ -359,8 +381,15 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
         for module in base.modules():
             if isinstance(module, TracedExperts):
                 module.note = recorder.events.append
-        with recorder, dense, dropout:
-            hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        attend = _attention_of_torch(recorder.events.append, torch.nn.functional.scaled_dot_product_attention)
+        attention = mock.patch("torch.nn.functional.scaled_dot_product_attention", attend)
+        packs = base.config._attn_implementation == packed.NAME
+        where = {"position_ids": positions} if packs else {}
+        with _masks_as_of_one_record(), recorder, dense, dropout, attention:
+            states = [decoder(input_ids=ids, **where, use_cache=False).last_hidden_state]
+            recorder.mark("passed")
+            hidden = states[0] if packs else torch.cat(states, dim=1)
+            del states
             loss = _Loss.apply(hidden, recorder)
             del hidden
             loss.backward()
@@ -373,10 +402,24 @@ def _with_one_end(events: Sequence[Event]) -> list[Event]:
     return [event for place, event in enumerate(events) if event.name != "end" or place == last]
 
 
+def _masks_as_of_one_record() -> Any:
+    """transformers makes other masks of tensors that it cannot look into, and looks for records in them."""
+
+    def no(*_: object) -> None:
+        """Neither are these tensors without values, nor are they several records."""
+
+    return mock.patch.multiple(masking_utils, is_tracing=no, find_packed_sequence_indices=no)
+
+
 def take_weights_away(base: Module) -> None:
-    """Make a model's quantized layers `TracedLinear`s, and its experts `TracedExperts`."""
+    """Make a model's quantized layers `TracedLinear`s, and its experts `TracedExperts`.
+
+    bitsandbytes makes biases in float32, and a checkpoint's are in 16 bits.
+    """
     for layer in quantized_layers(base).values():
         layer.__class__ = TracedLinear
+        if layer.bias is not None:
+            layer.bias.data = layer.bias.data.to(COMPUTE_DTYPE)
     for module in base.modules():
         if isinstance(module, NF4Experts):
             module.__class__ = TracedExperts
