@@ -8,7 +8,7 @@ until an attempt of the job has ended for them. Spec, data and model are the dem
 - pauses between attempts are of 1 to 10 s, not of 10 s to 10 minutes;
 - the clients of S3 and MLflow try once by themselves, on top of which come the trainer's tries, and MLflow may take 5 s
   to answer, not 30;
-- uploads are in parts from 10 MiB on, not from 100 (`uploads_in_parts`);
+- uploads are in parts from 10 MiB on, as a checkpoint's largest file has, not from 100 (`uploads_in_parts`);
 - credentials are refused for ten minutes where all eight faults are lived through, and for one otherwise.
 """
 
@@ -145,22 +145,21 @@ def throttled(world: World) -> JobHandle:
 
 
 def cut_off(world: World) -> JobHandle:
-    """Parts of the second checkpoint are cut off midway until an attempt has ended, then each of the adapter's once."""
+    """Parts of the second checkpoint are cut off midway until an attempt has ended, then the adapter's files once."""
     handle = submit(world)
     begun = begin_at(world.s3, uploading(handle, "/checkpoints/step-00000012/"), Cut.MIDWAY, touched=is_part)
     wait_for_an_attempt_that_ends(handle, begun, Reason.TRANSIENT_ERROR)
     cut: set[str] = set()
 
     def once(request: Request) -> Fault | None:
-        part = request.path.partition("uploadId=")[0]
-        if not is_part(request) or "/adapter/" not in part or part in cut:
+        if not uploading(handle, "/adapter/")(request) or request.path in cut:
             return None
-        cut.add(part)
+        cut.add(request.path)
         return Cut.MIDWAY
 
     world.s3.rule = once
     handle.wait(timeout_seconds=LIMIT_SECONDS)
-    assert len(cut) > 2
+    assert len(cut) > 5, cut
     return handle
 
 

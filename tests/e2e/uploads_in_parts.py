@@ -2,8 +2,8 @@
 
     python uploads_in_parts.py prepare | train | publish
 
-The client uploads files in parts from 100 MiB on, and the demo's largest has 20: here it does from two of S3's smallest
-parts on.
+The client uploads files in parts from 100 MiB on, and the largest of the demo's checkpoints has 11: here it does from
+two of S3's smallest parts on.
 """
 
 from __future__ import annotations
