@@ -232,6 +232,19 @@ UNTABLED: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True,
         **_shape(2048, 5120, 48, 16, 2, 151936),
     },
+    "gemma-4-2b-like": {
+        "model_type": "gemma4_text", **_GEMMA, "head_dim": 256, "global_head_dim": 512, "sliding_window": 512,
+        "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "layer_types": _sparse("sliding_attention", "full_attention", 35, tuple(range(4, 35, 5))),
+        **_shape(1536, 6144, 35, 8, 1, 262144, tied=True),
+    },
+    "gemma-4-31b-like": {
+        "model_type": "gemma4_text", **_GEMMA, "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024,
+        "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 4,
+        "layer_types": _sparse("sliding_attention", "full_attention", 60, tuple(range(5, 60, 6))),
+        **_shape(5376, 21504, 60, 32, 16, 262144, tied=True),
+    },
     "lfm2-1.2b": {
         "model_type": "lfm2", "full_attn_idxs": [2, 5, 8, 10, 12, 14], "conv_L_cache": 3, "conv_bias": False,
         "block_auto_adjust_ff_dim": True, **_shape(2048, 12288, 16, 32, 8, 65536, tied=True),

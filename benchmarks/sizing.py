@@ -264,6 +264,8 @@ WHOLE = (
     _whole("gpt-oss-20b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_24, sequence=1024)),
     _whole("phi-3.5-moe-42b", _case(rank=16, cap_gib=CAP_48)),
     _whole("gemma-3-27b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_48, sequence=4096)),
+    _whole("gemma-4-2b-like", _case(rank=16, cap_gib=CAP_24), _case(rank=64, recompute=0, sequence=4096)),
+    _whole("gemma-4-31b-like", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_48, sequence=8192)),
     _whole("qwen3.5-35b-a3b", _case(rank=16, cap_gib=CAP_48), _case(rank=16, cap_gib=CAP_48, sequence=8192)),
 )
 LORA16 = (

@@ -4,7 +4,7 @@
 
 `benchmarks.cases` says how a case is written and measured. A step is what the loop makes of one micro-batch: collate,
 forward, backward, gradient norm, clipping, optimizer. Rank 16 on all linear layers, paged 8-bit AdamW, no dropout. MFU
-counts 4 operations a weight and token (`qlora_trainer.training.telemetry.Arithmetic`) against the data sheet's peak,
+counts 4 operations a weight and token (`qlora_trainer.model.arithmetic`) against the data sheet's peak,
 and `mfu_sustained` against what large products reach. `--profile` adds where another step's time went, on the card by
 kernel and on the host by function.
 """
@@ -35,12 +35,13 @@ from peft import PeftModel
 from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.training import runtime
 from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.optimizer import AdapterOptimizer
-from qlora_trainer.training.telemetry import Card, arithmetic
+from qlora_trainer.training.telemetry import Card
 from transformers import PreTrainedModel
 
 from benchmarks.cases import Case, cap_memory, measured, peaks, start_afresh

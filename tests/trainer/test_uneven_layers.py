@@ -17,6 +17,7 @@ import torch
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.architecture import check_architecture
+from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.layer_inputs import keep_layer_inputs_on_host, layer_inputs_table
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.rehearsal import small_copies
@@ -79,6 +80,18 @@ def test_every_shape_trains_as_transformers_and_peft_do(tmp_path: Path, shape: s
     row = models._trained(folder, tmp_path)
     assert row["verdict"] == "trained", row
     assert row["mode"] == "packed"
+
+
+def test_operations_count_every_layers_own_heads(tmp_path: Path) -> None:
+    """What is told of a step's speed; the loop asks before the first one."""
+    folder = gemma4(tmp_path / "model", {**SHARED, "num_attention_heads": 2, "head_dim": 16, "global_head_dim": 32})
+    attention = PackedAttention()
+    plan = MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=0, loss_chunk_tokens=16)
+    base = load_base(folder, torch.device("cpu"), attention)
+    model = TrainingModel(add_adapter(base, ADAPTER, seed=0), plan, attention, 0.0)
+    heads = [layer.self_attn.q_proj.out_features for layer in base.model.layers]
+    assert len(set(heads)) == 2
+    assert arithmetic(model).attention_width == sum(heads)
 
 
 def gradients(folder: Path, recompute_layers: int, neftune_alpha: float = 0.0) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import quantization
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
+from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import load_base, quantized_layers
 from qlora_trainer.model.probe import drawn_probe
@@ -333,6 +334,7 @@ def _trained(folder: Path, adapter: AdapterSpec) -> TrainingModel:
         0.0,
     )
     model.check()
+    arithmetic(model)  # as the loop has it made before the first step
     model.train()
     loss = model.accumulate(drawn_probe(LENGTHS, PROBE_TOKENS), divisor=float(sum(LENGTHS)))
     grads = [parameter.grad for _, parameter in model.trainable() if parameter.grad is not None]

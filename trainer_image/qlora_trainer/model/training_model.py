@@ -199,7 +199,7 @@ class TrainingModel:
         embedded = self._embedded(batch, on_device)
         found = {"inputs_embeds": self._with_noise(embedded, on_device) if noisy else embedded}
         if self._has_layer_inputs:
-            found["per_layer_inputs"] = self._decoder.get_per_layer_inputs(batch.input_ids)
+            found["per_layer_inputs"] = self._decoder.get_per_layer_inputs(batch.input_ids, None)
         return found
 
     def _embedded(self, batch: MicroBatch, on_device: MicroBatch) -> Tensor:

@@ -32,6 +32,7 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import TrainResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows, Schedule, micro_batches, supervised_tokens
+from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import DivergedError, Preempted
 from qlora_trainer.storage.checkpoint import (
@@ -49,7 +50,7 @@ from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
 from qlora_trainer.training.reports import Reports
 from qlora_trainer.training.stop import AgentClient, Stop, Watchdog
-from qlora_trainer.training.telemetry import Card, PhaseClock, arithmetic
+from qlora_trainer.training.telemetry import Card, PhaseClock
 
 STEP_TIMES_KEPT = 20
 LONG_STEP_SECONDS = 5.0

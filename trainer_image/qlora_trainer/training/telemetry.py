@@ -7,7 +7,6 @@ cannot tell is absent, never zero.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
@@ -18,8 +17,6 @@ import torch
 
 from orchestrator.api.data_sheets import DATA_SHEETS, find_name
 from orchestrator.api.formats import Metric
-from qlora_trainer.data.micro_batch import MicroBatch
-from qlora_trainer.model.training_model import TrainingModel
 
 PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint")
 
@@ -55,40 +52,6 @@ class PhaseClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arithmetic:
-    """How many floating-point operations training takes: 4 per weight and token, because the base is frozen.
-
-    Forward 2 and backward to the activations 2 (Dettmers et al., 2023, train no base weight, so the third pair of the
-    usual 6 is not there); recomputation is not counted as work. Attention: 6 x layers x width per pair of tokens that
-    see each other, forward and backward, of which causality keeps half.
-    """
-
-    linear_weights: int
-    layers: int
-    attention_width: int
-
-    def operations(self, batches: Iterable[MicroBatch]) -> float:
-        """Floating-point operations of a forward and backward pass over these micro-batches."""
-        tokens = pairs = 0
-        for batch in batches:
-            lengths = batch.record_starts.diff().double()
-            tokens += batch.tokens
-            pairs += float(lengths.square().sum())
-        return 4.0 * self.linear_weights * tokens + 6.0 * self.layers * self.attention_width * pairs
-
-
-def arithmetic(model: TrainingModel) -> Arithmetic:
-    """How many operations a step of this model takes."""
-    config: Any = model.base.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]  # any type's
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Arithmetic(
-        linear_weights=model.linear_weights(),
-        layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * head_width,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
