@@ -418,7 +418,7 @@ def take_weights_away(base: Module) -> None:
     """
     for layer in quantized_layers(base).values():
         layer.__class__ = TracedLinear
-        if layer.bias is not None:
+        if layer.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]  # of modules without one it is None
             layer.bias.data = layer.bias.data.to(COMPUTE_DTYPE)
     for module in base.modules():
         if isinstance(module, NF4Experts):
