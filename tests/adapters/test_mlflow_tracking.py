@@ -249,15 +249,7 @@ def test_a_run_whose_answer_is_lost_after_the_commit_is_made_once(
     """Whatever writes is carried out and its answer lost, once each."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # as an operator may have it
-    written: set[str] = set()
-
-    def rule(request: Request) -> Fault | None:
-        if request.method == "GET" or request.path.endswith("search") or request.path in written:
-            return None
-        written.add(request.path)
-        return lost
-
-    link.rule = rule
+    written = link.lose_the_answer_to_each_write_once(lost)
     tracking = MlflowTracking(Settings(home=tmp_path, tracking_uri=link.url, tracking_timeout_seconds=60))
     wanted = job(f"u-{lost.name}", tracking=TrackingSpec(experiment=lost.name))
     status = ensured(tracking, wanted)

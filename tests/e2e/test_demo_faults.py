@@ -204,16 +204,7 @@ def busy(world: World) -> JobHandle:
 
 def late(world: World) -> JobHandle:
     """Whatever writes is carried out, and its answer comes too late, once for each thing that is asked."""
-    written: set[str] = set()
-
-    def rule(request: Request) -> Fault | None:
-        what = request.path.partition("?")[0]
-        if request.method == "GET" or what.endswith("search") or what in written:
-            return None
-        written.add(what)
-        return Cut.LATE
-
-    world.mlflow.rule = rule
+    written = world.mlflow.lose_the_answer_to_each_write_once(Cut.LATE)
     handle = submit(world)
     handle.wait(timeout_seconds=LIMIT_SECONDS)
     assert len(written) > 8, written

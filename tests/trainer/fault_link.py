@@ -85,6 +85,20 @@ class Link:
     """Requests that met one."""
     seen: list[Request] = field(default_factory=list[Request])
 
+    def lose_the_answer_to_each_write_once(self, cut: Cut) -> set[str]:
+        """From now on, for each path that is written to; the paths so far, to which others come."""
+        lost: set[str] = set()
+
+        def rule(request: Request) -> Fault | None:
+            what = request.path.partition("?")[0]
+            if request.method == "GET" or what.endswith("search") or what in lost:
+                return None
+            lost.add(what)
+            return cut
+
+        self.rule = rule
+        return lost
+
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
     """Let the trainer's own pauses between tries take no time: how often it tries is left as it is."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_link import Cut, Fault, Link, Refusal, Request, fault_link, hurry
+from fault_link import Cut, Fault, Link, Refusal, fault_link, hurry
 from mlflow import MlflowClient
 from mlflow_server import free_port, mlflow_server
 from qlora_trainer import publish
@@ -92,16 +92,7 @@ def job(client: MlflowClient, tmp_path: Path, name: str) -> StageTask:
 def test_writes_whose_answers_are_lost_are_done_once(client: MlflowClient, link: Link, tmp_path: Path) -> None:
     """The connection ends after the server has carried out what was asked, once for each thing that is asked."""
     task = job(client, tmp_path, "lost-answers")
-    lost: set[str] = set()
-
-    def rule(request: Request) -> Fault | None:
-        what = request.path.partition("?")[0]
-        if request.method == "GET" or what.endswith("search") or what in lost:
-            return None
-        lost.add(what)
-        return Cut.AFTER
-
-    link.rule = rule
+    lost = link.lose_the_answer_to_each_write_once(Cut.AFTER)
     result = publish_to_the_end(task)
     assert len(lost) > 8, lost
     check(client, task, result)

@@ -197,9 +197,7 @@ def _resize(values: dict[str, Any], name: str, resized: Callable[[int], int]) ->
     before = values.get(name)
     if isinstance(before, list) and len(before) == values.get("num_hidden_layers") and all(map(_is_number, before)):
         values[name] = [max(1, resized(max(before)) * each // max(before)) for each in before]
-    if not _is_number(before):
-        return
-    if before == 0:  # there is no such thing
+    if not _is_number(before) or before == 0:  # of which there is none
         return
     values[name] = after = resized(before)
     for own in values.get(OVERRIDES, {}).values():
