@@ -13,12 +13,10 @@ from typing import Literal
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
-from orchestrator.core.scheduling.usage import by_month
+from orchestrator.core.scheduling.usage import LEAST_SECONDS, by_month
 
 DELETED = "(deleted)"
 """In the place of the names of jobs that are not there any more."""
-LEAST_SECONDS = 0.001
-
 
 UsageBy = Literal["user", "queue", "job"]
 """What a row is of."""
