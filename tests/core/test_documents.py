@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-SKIPPED = {".venv", ".git", "node_modules", "build", "dist"}
+SKIPPED = {".venv", ".git", ".pytest_cache", "node_modules", "build", "dist"}
 DOCUMENTS = sorted(
     path
     for path in REPOSITORY.rglob("*.md")
