@@ -8,11 +8,12 @@ happen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from orchestrator.api.job import QLoRAJob, ResourcesSpec
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason, Recovery, Refusal
+from orchestrator.core.forecast import Outlook, outlook
 from orchestrator.core.job.setbacks import avoided_classes, counted_failures
 from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
 from orchestrator.core.job.status_draft import Draft
@@ -56,6 +57,8 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
         yield from _wanted(outcome.line[place], outcome, snapshot)
         yield from _neighbours(draft, outcome.line[place], snapshot)
     yield from _next(key, outcome)
+    if place is not None or draft.state in GPU_STATES:
+        yield from _when(outlook(snapshot, key), snapshot.now)
     yield from _history(draft, snapshot.policy)
 
 
@@ -94,9 +97,7 @@ def _time_and_price(estimate: Estimate) -> str:
     if estimate.seconds is None:
         return ""
     price = f" and ${estimate.dollars:.2f}" if estimate.dollars is not None else ""
-    minutes = estimate.seconds / 60
-    took = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} minutes" if minutes >= 2 else "a minute"
-    return f" Its steps take about {took}{price} there."
+    return f" Its steps take about {span(timedelta(seconds=estimate.seconds))}{price} there."
 
 
 def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]:
@@ -151,6 +152,23 @@ _NOBODY_MAKES_WAY = {
 }
 
 
+def _when(ahead: Outlook, now: datetime) -> Iterator[str]:
+    """When it is expected to start and to end."""
+    expected = ahead.expected
+    if expected is None and ahead.endless:
+        yield f"When it starts cannot be told: nobody knows for how long {_names(ahead.endless)} will hold a GPU."
+    elif expected is None:
+        yield f"It is not expected to start within {span(ahead.until - now)}."
+    elif expected.start is not None and ahead.early is not None:
+        late = "later" if ahead.late is None else span(ahead.late - now)
+        yield (
+            f"It is expected to get a {expected.gpu_class} GPU in {span(expected.start - now)}: between "
+            f"{span(ahead.early - now)} and {late}, if as much arrives as lately."
+        )
+    if expected is not None and expected.end is not None:
+        yield f"Its last step is expected in {span(expected.end - now)}."
+
+
 def _history(draft: Draft, policy: Policy) -> Iterator[str]:
     status = draft.status
     if status.evictions:
@@ -165,6 +183,16 @@ def _history(draft: Draft, policy: Policy) -> Iterator[str]:
     avoided = avoided_classes(status, draft.now, policy)
     if avoided:
         yield f"Passed over for now, since they failed it lately: {', '.join(sorted(avoided))}."
+
+
+def span(duration: timedelta) -> str:
+    """As people say it."""
+    minutes = duration.total_seconds() / 60
+    if minutes < 2:
+        return "a minute"
+    if minutes < 60:
+        return f"{minutes:.0f} minutes"
+    return f"{minutes / 60:.1f} hours" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
 
 
 def _names(names: Sequence[str]) -> str:

@@ -407,6 +407,7 @@ def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help(
         f"The next larger class, 40Gi, would fit, but there is none here: {needs:.1f} GiB. "
         "Its steps take about a minute there.",
         "Until one comes free only a job of lower priority could make way, and none may.",
+        "When it starts cannot be told: nobody knows for how long default/runs will hold a GPU.",
     )
 
 
