@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -232,6 +232,12 @@ def test_a_status_says_what_is_used_borrowed_lent_and_waited_for() -> None:
     running_limit=st.integers(1, 3),
     waiting_limit=st.integers(1, 3),
     strategy=st.sampled_from(("StrictFIFO", "BestEffortFIFO")),
+)
+@example(
+    jobs=[*[("ann", 0, False)] * 4, ("ben", 0, False), ("ben", 1, False), ("ben", 0, False), ("ben", 1, False)],
+    running_limit=1,
+    waiting_limit=1,
+    strategy="BestEffortFIFO",
 )
 def test_limits_hold_at_every_moment_and_nobody_waits_for_ever(
     jobs: list[tuple[str, int, bool]], running_limit: int, waiting_limit: int, strategy: str

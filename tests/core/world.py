@@ -442,8 +442,10 @@ class World:
             for other in self.jobs.values():
                 waits = self._waits_for_gpu(writes.get(other.key, other.status))
                 higher = other.spec.priority > self.jobs[key].spec.priority
-                could = self._could_use(other, attempt.gpu_class) and self._may_hold_more(
-                    other, attempt.gpu_class, held
+                could = (
+                    self._could_use(other, attempt.gpu_class)
+                    and self._may_hold_more(other, attempt.gpu_class, held)
+                    and not self._is_users_limit_reached(other, writes)
                 )
                 owns = self._is_guaranteed(self.jobs[key], attempt.gpu_class, held)
                 assert owns or not (waits and higher and could), f"{key} got {attempt.gpu_class} before {other.key}"
@@ -474,6 +476,17 @@ class World:
             return True
         nominal = {quota.gpu_class: quota.nominal for quota in queue.spec.quotas}
         return held[job.spec.queue, gpu_class] < nominal.get(gpu_class or "", 0)
+
+    def _is_users_limit_reached(self, job: QLoRAJob, writes: Mapping[str, QLoRAJobStatus]) -> bool:
+        """Whether its namespace has as many of its queue's GPUs as that lets one have, once these are written."""
+        queue = next((queue for queue in self.queues if queue.metadata.name == job.spec.queue), None)
+        limit = queue.spec.per_user.running if queue is not None else None
+        theirs = (
+            writes.get(key, other.status).active_attempt
+            for key, other in self.jobs.items()
+            if (other.metadata.namespace, other.spec.queue) == (job.metadata.namespace, job.spec.queue)
+        )
+        return limit is not None and sum(a is not None and a.stage == "train" for a in theirs) >= limit
 
     def _is_guaranteed(self, job: QLoRAJob, gpu_class: str | None, held: Counter[tuple[str, str | None]]) -> bool:
         """Whether the GPU that it got is within its queue's nominal quota, which comes before any priority."""
