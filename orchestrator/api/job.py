@@ -470,7 +470,10 @@ class QLoRAJobStatus(Model):
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of this type, if it has been set."""
-        return next((c for c in self.conditions if c.type is kind), None)
+        for known in self.conditions:  # a loop: thousands of waiting jobs are asked in one decision
+            if known.type is kind:
+                return known
+        return None
 
     def is_true(self, kind: ConditionType) -> bool:
         """Whether the condition has been set and is True."""
@@ -480,7 +483,8 @@ class QLoRAJobStatus(Model):
     @property
     def active_attempt(self) -> Attempt | None:
         """The attempt whose stage may exist outside; there is at most one."""
-        return self.attempts[-1] if self.attempts and self.attempts[-1].active else None
+        attempts = self.attempts
+        return attempts[-1] if attempts and attempts[-1].finish_time is None else None
 
 
 class QLoRAJob(Model):

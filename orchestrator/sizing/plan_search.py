@@ -8,13 +8,12 @@ the classes the smallest that fits and that spec.resources allows, or the cheape
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
-from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, ResourcesSpec, TrainingSpec
+from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan, OffloadTarget
 from orchestrator.api.reasons import Reason, Refusal
@@ -67,26 +66,36 @@ def candidates(
     margins: Margins = DEFAULT,
 ) -> tuple[Estimate, ...] | Refusal:
     """Every class that the job may use and fits, the preferred first, each with its fastest plan."""
-    return _candidates(
-        _Job.of(spec, facts, work, margins), spec.resources, spec.active_deadline_seconds, tuple(classes)
-    )
+    job, resources = _Job(spec.adapter, spec.training, facts, work, margins), spec.resources
+    return _candidates(job, resources.vram, resources.gpu_classes, spec.active_deadline_seconds, tuple(classes))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """All that bytes and seconds depend on; a waiting job asks in every pass, and jobs alike ask alike."""
+    """All that bytes and seconds depend on: neither model source nor data. Jobs alike ask alike.
 
-    adapter: AdapterSpec
-    training: TrainingSpec
-    facts: ModelFacts
-    work: Work
-    margins: Margins = DEFAULT
+    Ten thousand ask in one decision. Pydantic compares and hashes in Python, so what jobs differ in most is compared
+    value by value.
+    """
 
-    @classmethod
-    def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None, margins: Margins = DEFAULT) -> _Job:
-        """Sizing looks at neither model source nor data."""
-        work = work or Work(steps=spec.training.max_steps or 0)
-        return cls(adapter=spec.adapter, training=spec.training, facts=facts, work=work, margins=margins)
+    __slots__ = ("_key", "adapter", "facts", "margins", "training", "work")
+
+    def __init__(
+        self,
+        adapter: AdapterSpec,
+        training: TrainingSpec,
+        facts: ModelFacts,
+        work: Work | None = None,
+        margins: Margins = DEFAULT,
+    ) -> None:
+        self.adapter, self.training, self.facts, self.margins = adapter, training, facts, margins
+        self.work = work or Work(steps=training.max_steps or 0)
+        self._key = (*vars(adapter).values(), *vars(training).values(), facts, self.work, margins)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Job) and self._key == other._key
 
     def spec(self) -> QLoRAJobSpec:
         """One that is the same to sizing."""
@@ -101,17 +110,17 @@ class _Job:
 
 @memoized(RESULTS_KEPT)
 def _candidates(
-    job: _Job, resources: ResourcesSpec, deadline_seconds: int | None, classes: tuple[GpuClass, ...]
+    job: _Job, vram: str, wanted: tuple[str, ...], deadline_seconds: int | None, classes: tuple[GpuClass, ...]
 ) -> tuple[Estimate, ...] | Refusal:
-    allowed = _allowed(resources, classes)
+    allowed = _allowed(vram, wanted, classes)
     if not allowed:
-        return _nothing_allowed(resources, classes)
+        return _nothing_allowed(vram, wanted, classes)
     search = _search(job)
     chosen = ((gpu_class, search.choose(gpu_class)) for gpu_class in allowed)
     fitting = _sharing_items(search.estimate(plan, gpu_class) for gpu_class, plan in chosen if plan is not None)
     if not fitting:
         return _does_not_fit(search, max(allowed, key=_size))
-    if deadline_seconds is None or resources.gpu_classes or all(each.dollars is None for each in fitting):
+    if deadline_seconds is None or wanted or all(each.dollars is None for each in fitting):
         return fitting
     return tuple(sorted(fitting, key=lambda estimate: _price_in_time(estimate, deadline_seconds)))
 
@@ -139,12 +148,11 @@ def in_time(estimate: Estimate, deadline_seconds: int) -> bool:
 
 def allowed_classes(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
     """The classes that spec.resources allows: in its order of preference, otherwise the smallest first."""
-    return _allowed(spec.resources, classes)
+    return _allowed(spec.resources.vram, spec.resources.gpu_classes, classes)
 
 
-def _allowed(resources: ResourcesSpec, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
-    wanted = resources.gpu_classes
-    large_enough = [c for c in classes if c.marketed_gib >= _asked_gib(resources)]
+def _allowed(vram: str, wanted: tuple[str, ...], classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
+    large_enough = [c for c in classes if c.marketed_gib >= _asked_gib(vram)]
     if not wanted:
         return tuple(sorted(large_enough, key=_size))
     rank = {name: index for index, name in enumerate(wanted)}
@@ -155,14 +163,14 @@ def choose_plan(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> MemoryPlan | None:
     """The fastest plan that fits the class; None where even the one that takes least does not."""
-    return _search(_Job.of(spec, facts, work)).choose(gpu_class)
+    return _search(_Job(spec.adapter, spec.training, facts, work)).choose(gpu_class)
 
 
 def plans(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> Iterator[MemoryPlan]:
     """The plans that fit the class, fastest first: of each split and offload the one that recomputes least."""
-    return _search(_Job.of(spec, facts, work)).fastest_first(gpu_class)
+    return _search(_Job(spec.adapter, spec.training, facts, work)).fastest_first(gpu_class)
 
 
 def estimate(
@@ -175,7 +183,7 @@ def estimate(
     margins: Margins = DEFAULT,
 ) -> Estimate:
     """A plan's peak held against what a class offers, its time, and its price."""
-    return _search(_Job.of(spec, facts, work, margins)).estimate(plan, gpu_class)
+    return _search(_Job(spec.adapter, spec.training, facts, work, margins)).estimate(plan, gpu_class)
 
 
 def micro_batch_sizes(global_batch_size: int) -> Iterator[int]:
@@ -421,16 +429,16 @@ def _size(gpu_class: GpuClass) -> tuple[int, str]:
     return gpu_class.usable_bytes, gpu_class.name
 
 
-def _asked_gib(resources: ResourcesSpec) -> float:
-    return 0.0 if resources.vram == "auto" else float(resources.vram.removesuffix("Gi"))
+def _asked_gib(vram: str) -> float:
+    return 0.0 if vram == "auto" else float(vram.removesuffix("Gi"))
 
 
-def _nothing_allowed(resources: ResourcesSpec, classes: Sequence[GpuClass]) -> Refusal:
+def _nothing_allowed(vram: str, wanted: tuple[str, ...], classes: Sequence[GpuClass]) -> Refusal:
     if not classes:
         return Refusal(reason=Reason.WAITING_FOR_GPU, message="there is no GPU here; add one")
-    asked = f"resources.vram {resources.vram}"
-    if resources.gpu_classes:
-        asked += f" and resources.gpuClasses {', '.join(resources.gpu_classes)}"
+    asked = f"resources.vram {vram}"
+    if wanted:
+        asked += f" and resources.gpuClasses {', '.join(wanted)}"
     present = ", ".join(c.name for c in sorted(classes, key=_size))
     message = f"{asked} leaves none of the classes here ({present}); ask for less or add such a GPU"
     return Refusal(reason=Reason.DOES_NOT_FIT, message=message)
@@ -457,9 +465,7 @@ def _shorter(search: _Search, gpu_class: GpuClass) -> Iterator[str]:
     while fits + 1 < too_long:
         middle = (fits + too_long) // 2
         shorter = training.model_copy(update={"sequence_length": middle * part})
-        job = _Job(
-            adapter=search.spec.adapter, training=shorter, facts=search.facts, work=Work(), margins=search.margins
-        )
+        job = _Job(search.spec.adapter, shorter, search.facts, Work(), search.margins)
         if _Search(job).least_bytes(gpu_class) <= gpu_class.usable_bytes:
             fits = middle
         else:

@@ -19,7 +19,7 @@ from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Command, DeleteJob, DeleteStage, EnsureStage, WriteQueueStatus, WriteStatus
 from orchestrator.core.decide import Decider, decide
 from orchestrator.core.job.lifecycle import reconcile
-from orchestrator.core.job.rest import rests_until
+from orchestrator.core.job.rest import FOR_EVER, rests_until, waits_untried
 from orchestrator.core.job.stage_commands import stage_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Scheduler, schedule
@@ -242,6 +242,21 @@ def test_a_decision_does_not_depend_on_those_before(seed: int, size: int, story:
         else:
             crowd.happen(change)
     assert decider.decide(crowd.seen) == decide(crowd.seen)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10_000), story=st.lists(changes, max_size=6))
+def test_a_job_that_waits_untried_is_left_as_it_is_for_ever(seed: int, story: list[str]) -> None:
+    crowd = Crowd(seed, 40)
+    crowd.obey(decide(crowd.seen))
+    for change in story:
+        crowd.happen(change)
+    for job in crowd.jobs.values():
+        if waits_untried(job, crowd.seen):
+            draft = reconcile(Draft.open(job, crowd.seen.now), crowd.seen)
+            assert draft == Draft.untried(job, crowd.seen.now)
+            assert rests_until(draft, None, POLICY) == FOR_EVER
+    assert any(waits_untried(job, crowd.seen) for job in crowd.jobs.values()) or crowd.seen.clock_step_seconds
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

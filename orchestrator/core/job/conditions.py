@@ -50,7 +50,7 @@ def says_the_same(condition: Condition, finding: Finding, generation: int) -> bo
         condition.reason is finding.reason
         and condition.status == finding.status
         and condition.observed_generation == generation
-        and words(condition.message) == words(clip(finding.message))
+        and (condition.message == finding.message or words(condition.message) == words(clip(finding.message)))
     )
 
 

@@ -15,7 +15,7 @@ from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.progress import patience_seconds
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.snapshot import Policy, StageFact, StagePhase
+from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
 
 FOR_EVER = datetime.max.replace(tzinfo=UTC)
 EARLY = timedelta(seconds=1)
@@ -39,6 +39,29 @@ def rests_until(draft: Draft, fact: StageFact | None, policy: Policy) -> datetim
     if attempt.stage != "train" or attempt.stop_time is not None or fact is None or fact.phase is StagePhase.EXITED:
         return draft.now
     return _next(draft.now, _training(draft, attempt, fact, policy))
+
+
+def waits_untried(job: QLoRAJob, snapshot: Snapshot) -> bool:
+    """Whether the job is prepared, has never had a GPU, and `reconcile` leaves it as it is for ever.
+
+    Of thousands that wait most are so, and to see it takes a look at a few fields. False says nothing.
+    """
+    status, spec, meta = job.status, job.spec, job.metadata
+    return (
+        status.prepared is not None
+        and not status.attempts
+        and status.finish_time is None
+        and status.release_since is None
+        and status.retry_after is None
+        and status.adapter_uri is None
+        and status.observed_generation == meta.generation
+        and not spec.suspend
+        and spec.active_deadline_seconds is None
+        and not job.cancelled
+        and (status.mlflow.run_id is not None or meta.uid not in snapshot.runs)
+        and meta.uid not in snapshot.refused
+        and not snapshot.clock_step_seconds
+    )
 
 
 def is_expired(draft: Draft) -> bool:

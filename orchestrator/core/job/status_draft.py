@@ -46,6 +46,11 @@ class Draft:
         """A draft that changes nothing yet."""
         return cls(job=job, status=job.status, state=state_of(job.status), now=now)
 
+    @classmethod
+    def untried(cls, job: QLoRAJob, now: datetime) -> Draft:
+        """The same of a job that is known to be prepared, and never had a GPU."""
+        return cls(job=job, status=job.status, state=JobState.QUEUED, now=now)
+
     @property
     def attempt(self) -> Attempt | None:
         """The active attempt."""

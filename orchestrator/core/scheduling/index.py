@@ -12,7 +12,6 @@ So the index never depends on how it came about: one that has followed a thousan
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from orchestrator.core.job.containment import abandon, contained, failed_by_defe
 from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.lifecycle import is_ready, reconcile
 from orchestrator.core.job.outages import Cause, hit_by
-from orchestrator.core.job.rest import FOR_EVER, is_expired, rests_until
+from orchestrator.core.job.rest import FOR_EVER, is_expired, rests_until, waits_untried
 from orchestrator.core.job.stage_commands import accounts_for, claimant_of, stage_of
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
@@ -65,14 +64,14 @@ class Entry:
     claim: Claim | None
     refusal: Refusal | None
     """Why it is ready to train and has no claim."""
-    holding: Holding | None
-    cools_down: bool
-    stints: tuple[Stint, ...]
+    holding: Holding | None = None
+    cools_down: bool = False
+    stints: tuple[Stint, ...] = ()
     """What it has had and has, as far as that is not counted in a queue's status."""
-    wanted: tuple[str, ...]
+    wanted: tuple[str, ...] = ()
     """Keys of the stages that its stored attempt stands for."""
-    is_expired: bool
-    cause: Cause | None
+    is_expired: bool = False
+    cause: Cause | None = None
     """What it waits for, if others may wait for the same."""
 
     @property
@@ -129,8 +128,8 @@ class Index:
     """On whom a card broke."""
     causes: Counter[Cause] = field(default_factory=Counter[Cause])
     """How many wait for each."""
-    pending: defaultdict[str, list[tuple[datetime, str]]] = field(default_factory=lambda: defaultdict(list))
-    """Who is ready to train and holds no GPU, by queue: since when, oldest first, and the key."""
+    pending: defaultdict[str, dict[str, datetime]] = field(default_factory=lambda: defaultdict(dict))
+    """Who is ready to train and holds no GPU, by queue, and since when."""
     waiting: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     """How many are prepared, or being prepared, and hold no GPU, by queue and namespace."""
     served: defaultdict[str, dict[str, datetime]] = field(default_factory=lambda: defaultdict(dict))
@@ -317,15 +316,16 @@ class Index:
         known = self._known.get(key)
         if known is not None and known.draft.job is not job:
             known = None
-        draft = _reconciled(job, snapshot) if known is None else known.draft
         claim: Claim | Refusal | None = None
-        if draft.state is JobState.QUEUED and is_ready(draft, snapshot.policy):
-            try:
-                claim = self._claim(draft, known, snapshot)
-            except MemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
-                draft = failed_by_defect(job, snapshot, error)
+        if waits_untried(job, snapshot):
+            draft = known.draft if known is not None else Draft.untried(job, snapshot.now)
+            draft, claim = self._with_claim(draft, known, snapshot)
+            if not draft.defect:
+                return _untried(draft, claim)
+        else:
+            draft = known.draft if known is not None else _reconciled(job, snapshot)
+            if draft.state is JobState.QUEUED and is_ready(draft, snapshot.policy):
+                draft, claim = self._with_claim(draft, known, snapshot)
         holding = holding_of(draft, self.queues, snapshot)
         attempt = job.status.active_attempt
         fact = stage_of(job, attempt, snapshot) if attempt is not None else None
@@ -342,6 +342,17 @@ class Index:
             is_expired=is_expired(draft) if known is None else known.is_expired,
             cause=hit_by((job, draft.status), snapshot.policy),
         )
+
+    def _with_claim(
+        self, draft: Draft, known: Entry | None, snapshot: Snapshot
+    ) -> tuple[Draft, Claim | Refusal | None]:
+        """A job that is ready to train, and its claim or why it has none; where that raises, the job fails."""
+        try:
+            return draft, self._claim(draft, known, snapshot)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
+            return failed_by_defect(draft.job, snapshot, error), None
 
     def _claim(self, draft: Draft, known: Entry | None, snapshot: Snapshot) -> Claim | Refusal:
         """The claim of a job that is ready to train; what it fits need not be worked out again if that is known."""
@@ -381,12 +392,11 @@ class Index:
         if entry.refusal is not None:
             put(self.refused, key)
         if entry.claim is not None or entry.refusal is not None:
-            place = _ready_since(draft), key
             of_queue = self.pending[job.spec.queue]
             if is_there:
-                insort(of_queue, place)
+                of_queue[key] = _ready_since(draft)
             else:
-                del of_queue[bisect_left(of_queue, place)]
+                del of_queue[key]
         if draft.state in (JobState.PREPARING, JobState.QUEUED):
             self.waiting[job.spec.queue, job.metadata.namespace] += 1 if is_there else -1
         if entry.claim is not None:
@@ -453,6 +463,14 @@ class Index:
             fact = snapshot.stages.get(f"{job.namespace}/{job.stage}")
             if fact is not None and fact.phase is not StagePhase.EXITED and job.gpu_class is not None:
                 yield account(job.namespace, job.queue, self.queues), job.gpu_class, ""
+
+
+def _untried(draft: Draft, claim: Claim | Refusal | None) -> Entry:
+    """Of a job that `waits_untried`; one without a time of creation is younger in every decision."""
+    if isinstance(claim, Claim):
+        is_dated = draft.job.metadata.creation_timestamp is not None
+        return Entry(draft=draft, until=FOR_EVER if is_dated else draft.now, claim=claim, refusal=None)
+    return Entry(draft=draft, until=FOR_EVER, claim=None, refusal=claim)
 
 
 def _ready_since(draft: Draft) -> datetime:

@@ -38,14 +38,14 @@ def _with(queue: QLoRAQueue, status: QLoRAQueueStatus) -> QLoRAQueue:
 def _told(queue: QLoRAQueue, index: Index, snapshot: Snapshot) -> QLoRAQueueStatus:
     """The queue's status with what is so now."""
     name, budget, status = queue.metadata.name, queue.spec.budget, queue.status
-    pending = index.pending.get(name, [])
+    pending = index.pending.get(name, {})
     classes = tuple(_classes(queue, index))
     return status.model_copy(
         update={
             "classes": classes,
             "running": sum(count for (of, _), count in index.ledger.used.items() if of == name),
             "pending": len(pending),
-            "pending_since": pending[0][0] if pending else None,
+            "pending_since": min(pending.values(), default=None),
             "budget": None if budget is None else budget_use(budget, status.months, snapshot.now),
         }
     )
