@@ -37,10 +37,10 @@ class ByteItem(Model):
     bytes: Count
 
 
-MARGIN_ITEM, GUESS_ITEM = "margin", "margin of a guess"
-"""The lines of an estimate that are no tensors: what the prediction may be wrong by, and what it may be wrong by on top
-of that where layers of the model's type were never traced."""
-MARGIN_ITEMS = frozenset({MARGIN_ITEM, GUESS_ITEM})
+MARGIN_ITEM = "margin"
+"""The line of an estimate that is no tensor: what the prediction may be wrong by."""
+MARGIN_ITEMS = frozenset({MARGIN_ITEM, "margin of a guess"})
+"""The second is in estimates of earlier versions."""
 
 
 class Estimate(Model):

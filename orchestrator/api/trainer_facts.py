@@ -45,6 +45,8 @@ NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 
 OPTIMIZER_BLOCK = 256
 """8-bit moments that share a 32-bit scale."""
+OPTIMIZER_PIECE = 1 << 28
+"""The most elements that are updated at once, their gradients side by side: bitsandbytes counts them in 32 bits."""
 SMALLEST_PAGED = 100_000
 """bitsandbytes pages the state of parameters with as many elements or more alone (`get_state_buffer`)."""
 OPTIMIZER_BYTES: Mapping[str, float] = MappingProxyType(

@@ -1,13 +1,14 @@
-"""The memory model against every job that was measured on a GPU (benchmarks/results/sizing_rows.jsonl)."""
+"""The memory model against every job that was measured on a GPU (benchmarks/results/*_rows.jsonl)."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from benchmarks.estimators import ROWS, Row
-from benchmarks.sizing_report import error, report
-
-UNTABLED_ROWS = ROWS.with_name("untabled_rows.jsonl")
+from benchmarks import traced_report
+from benchmarks.estimators import ROWS
+from benchmarks.sizing_report import report
+from orchestrator.sizing import guess
 
 
 def test_predicted_peaks_are_never_below_the_measured_ones_and_at_most_three_per_cent_above() -> None:
@@ -32,22 +33,24 @@ def test_what_the_allocator_reserves_is_rehearsed_to_a_page_and_elsewhere_predic
     assert found["share_within_4_percent"] >= 0.95
 
 
-def untabled(*, sure: bool) -> list[float]:
-    """Errors in per cent of jobs whose layers were traced: with LoRA and packed rows, or the rest."""
-    raw = [json.loads(line) for line in UNTABLED_ROWS.read_text().splitlines()]
-    rows = [(each, row) for each in raw if (row := Row.read(each)) is not None]
-    assert all(each["trace"] for each, _ in rows)
-    assert len({row.facts.model_type for _, row in rows}) >= 31
-    return [error(row) for each, row in rows if sure == (not each["separate"] and not each["adapter"]["useDora"])]
-
-
 def test_types_without_a_table_are_sized_by_their_traces_as_well_as_others_by_tables() -> None:
-    errors = untabled(sure=True)
-    assert len(errors) >= 115
-    assert min(errors) >= 0
-    assert sum(errors) / len(errors) <= 1
-    assert max(errors) <= 4
+    found: dict[str, Any] = traced_report.report()
+    assert found["held_out"]["jobs"] >= 95
+    assert found["held_out"]["models"] >= 24
+    assert found["worked_out"]["jobs"] >= 180
+    for part, most in {"held_out": 4, "worked_out": 8, "whole": 4}.items():
+        assert found[part]["least"] >= 0
+        assert found[part]["mean"] <= 1.5
+        assert found[part]["most"] <= most
+    assert all(each["jobs"] and each["least"] >= 0 for each in found["held_out_by_kind"].values())
 
 
-def test_jobs_whose_traces_do_not_show_everything_are_sized_with_room() -> None:
-    assert min(untabled(sure=False)) >= 0
+def test_what_guesses_were_off_by_is_what_they_are_said_to_be() -> None:
+    found: Any = traced_report.report()["guess"]
+    assert (found["jobs"], found["models"], found["under"]) == (guess.JOBS, guess.MODELS, guess.JOBS_UNDER)
+    said = guess.MEAN_ERROR, guess.WORST_UNDER, guess.WORST_OVER
+    assert said == tuple(round(found[name] / 100, 4) for name in ("mean", "least", "most"))
+
+
+def test_the_pages_table_of_traced_types_is_what_the_rows_say() -> None:
+    assert traced_report.PAGE.read_text() == traced_report.page()

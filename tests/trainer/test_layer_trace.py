@@ -132,7 +132,8 @@ def test_a_training_step_takes_what_the_trace_of_its_layers_says(
         unsure += 3 * 4 * TOKENS * facts.mixture.experts
     if config["model_type"] == "gemma4_text":  # what grows from layer to layer, as gradients to inputs and keys, counts
         unsure += expected // (25 if facts.layer_inputs else 100)  # as the largest
-    assert expected - unsure - SCALARS_BYTES <= measured <= expected
+    less_than_an_allocation = 511  # what is smaller whatever the widths is left to the margin
+    assert expected - unsure - SCALARS_BYTES <= measured <= expected + less_than_an_allocation
 
 
 def base_of(config: dict[str, Any]) -> Any:
@@ -167,12 +168,12 @@ def test_a_type_with_a_table_is_not_traced_and_one_without_is_no_guess_once_it_w
     assert guess_words(AdapterSpec(), after) is None
 
 
-def test_records_that_go_one_by_one_are_traced_with_the_models_own_attention_and_said_to_be_less_sure() -> None:
+def test_records_that_go_one_by_one_are_traced_with_the_models_own_attention() -> None:
     config = {**config_of("glm"), "model_type": "stablelm"}
     facts = facts_of(config, AdapterSpec(), packs=False)
     assert facts.trace is not None
     assert not facts.trace.packed
-    assert "one by one" in str(guess_words(AdapterSpec(), facts))
+    assert guess_words(AdapterSpec(), facts) is None
 
 
 GPT_J = {

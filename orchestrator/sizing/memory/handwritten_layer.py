@@ -90,6 +90,8 @@ class LayerBytes:
     """The peak with its input."""
     backward_peak: int
     """The peak with what it kept and the gradient to its output."""
+    first_backward_peak: int
+    """That of the first layer, as far as it is not among what the decoder does around its layers."""
     gradients: int
     """Those of its adapters, once it is done."""
 
@@ -175,6 +177,7 @@ def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline)
         released=0,
         forward_peak=forward.peak_bytes,
         backward_peak=backward.peak_bytes,
+        first_backward_peak=backward.peak_bytes,
         gradients=sum(group.gradient_bytes(layer.rank) for group in groups),
     )
 

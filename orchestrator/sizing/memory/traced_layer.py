@@ -146,12 +146,14 @@ def traced_layer_bytes(layer: TracedLayer, *, recomputes: bool) -> LayerBytes:
     """A layer's bytes; one that recomputes keeps its input."""
     table = _table(layer, recomputes)
     amounts, workspaces = table.amounts(layer), layer.workspaces()
+    backward_peak = _largest(table.backward, amounts, workspaces)
     return LayerBytes(
         kept=_bytes(table.kept, amounts),
         first_kept=_bytes(table.first, amounts),
         released=_bytes(table.released, amounts),
         forward_peak=_largest(table.forward, amounts, workspaces),
-        backward_peak=_largest(table.backward, amounts, workspaces),
+        backward_peak=backward_peak,
+        first_backward_peak=backward_peak,
         gradients=_gradient_bytes(layer),
     )
 

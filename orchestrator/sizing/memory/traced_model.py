@@ -53,17 +53,20 @@ def _layer_bytes(
     layer = kind.recomputed if recomputes else kind.whole
     kept = _bytes(layer.kept, tokens)
     mixing, mixing_back = _expert_bytes(kind.experts, tokens)
+    with_workspaces = max(
+        _largest(layer.attention, tokens) + attention_bytes,
+        _largest(layer.experts_again, tokens) + mixing,
+        _largest(layer.experts_backward, tokens) + mixing_back,
+    )
+    backward_peak = max(_largest(layer.backward, tokens), with_workspaces)
     return LayerBytes(
         kept=kept,
         first_kept=kept if ends is None else _bytes(ends.first_kept, tokens),
         released=0 if ends is None else _bytes(ends.released, tokens),
         forward_peak=max(_largest(layer.forward, tokens), _largest(layer.experts, tokens) + mixing),
-        backward_peak=max(
-            _largest(layer.backward, tokens),
-            _largest(layer.attention, tokens) + attention_bytes,
-            _largest(layer.experts_again, tokens) + mixing,
-            _largest(layer.experts_backward, tokens) + mixing_back,
-        ),
+        backward_peak=backward_peak,
+        # What it takes but for these is `outside_bytes`, less than elsewhere: its input needs no gradient.
+        first_backward_peak=with_workspaces if ends is not None and ends.outside else backward_peak,
         gradients=kind.gradient_bytes,
     )
 

@@ -34,8 +34,6 @@ BLOCK = trainer_facts.OPTIMIZER_BLOCK
 """A piece is made of whole blocks, so none spans two matrices."""
 SMALLEST_8BIT = 4096
 """bitsandbytes keeps the moments of smaller parameters in 32 bits."""
-LARGEST_PIECE = 1 << 28
-"""bitsandbytes counts elements in 32 bits."""
 PAGED_WARNING = "Paged optimizers are not supported on CPU"
 
 _optim: Any = bnb.optim  # Any: bitsandbytes has no types
@@ -83,7 +81,11 @@ class AdapterOptimizer:
     """AdamW over named adapter parameters, with LoRA+'s larger rate for B (Hayou et al., 2024)."""
 
     def __init__(
-        self, parameters: Iterable[NamedParameter], training: TrainingSpec, *, largest_piece: int = LARGEST_PIECE
+        self,
+        parameters: Iterable[NamedParameter],
+        training: TrainingSpec,
+        *,
+        largest_piece: int = trainer_facts.OPTIMIZER_PIECE,
     ) -> None:
         """`largest_piece` is the number of elements that are updated at once."""
         names = {parameter: name for name, parameter in parameters}
