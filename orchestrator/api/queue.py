@@ -73,6 +73,9 @@ class QLoRAQueueSpec(Model):
     queueing_strategy: Literal["StrictFIFO", "BestEffortFIFO"] = "BestEffortFIFO"
     """StrictFIFO: nobody of the queue goes before the one who is next and finds no GPU. BestEffortFIFO: whoever finds
     one goes."""
+    fair_sharing: Literal["None", "PerUser"] = "None"
+    """Whose jobs of one priority go first. PerUser: those of the users who have had least of the queue's GPU time, the
+    past counting for less and less. None: the oldest, whoever's they are. A user is a namespace."""
     stop_policy: StopPolicy = "None"
     """Hold: admit nothing; running jobs go on. HoldAndDrain: they save a checkpoint and wait, too."""
     hold: bool = False

@@ -98,7 +98,7 @@ def _queue_fields(queue: QLoRAQueue) -> Iterator[Field]:
     yield "for jobs of", ", ".join(spec.namespaces) or "any namespace"
     yield "priority", "any" if spec.max_priority is None else f"at most {spec.max_priority}"
     yield "preemption", "its jobs move others of lower priority" if spec.preemption != "Never" else "it moves nobody"
-    yield "fair share", f"weight {spec.weight}"
+    yield "fair share", f"weight {spec.weight}{', and among its namespaces' if spec.fair_sharing == 'PerUser' else ''}"
     yield (
         "order",
         "strict: nobody goes before the one who is next"

@@ -18,7 +18,7 @@ from orchestrator.core.job.setbacks import avoided_classes, counted_failures
 from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Schedule, schedule
-from orchestrator.core.scheduling.ordering import Claim
+from orchestrator.core.scheduling.ordering import Claim, queue_specs
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.hardware import CLASS_NAMES, GIB, gpu_class, priced
 from orchestrator.sizing.margins import DEFAULT, learned
@@ -54,6 +54,7 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
     place = next((i for i, claim in enumerate(outcome.line) if claim.key == key), None)
     if place is not None:
         yield from _in_line(outcome.line, place)
+        yield from _among_users(outcome.line[place], outcome, snapshot)
         yield from _wanted(outcome.line[place], outcome, snapshot)
         yield from _neighbours(draft, outcome.line[place], snapshot)
     yield from _next(key, outcome)
@@ -78,6 +79,23 @@ def _in_line(line: Sequence[Claim], place: int) -> Iterator[str]:
         return
     ahead = _names([f"{other.key} (priority {other.priority}, queue {other.queue})" for other in line[:place]])
     yield f"It is number {place + 1} of {len(line)} in line for a GPU ({where}); ahead of it: {ahead}."
+
+
+def _among_users(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+    """Whose turn it is in a queue that is shared out by user."""
+    spec = queue_specs(snapshot.queues).get(claim.queue)
+    if spec is None or spec.fair_sharing != "PerUser":
+        return
+    waiting = {other.user for other in outcome.line if other.queue == claim.queue and other.priority == claim.priority}
+    had = {user: outcome.users.get((claim.queue, user), 0.0) for user in waiting}
+    before = sorted((share, user) for user, share in had.items() if share < had[claim.user])
+    others = (
+        f"; before it, with less: {_names([user for _, user in before])}" if before else "; nobody here has had less"
+    )
+    yield (
+        f"Queue {claim.queue} is shared out by user: {claim.user} has had {had[claim.user]:.1%} of the cluster's GPU "
+        f"time of late there{others}."
+    )
 
 
 def _wanted(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:

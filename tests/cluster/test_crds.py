@@ -152,6 +152,8 @@ QUEUE_CASES: list[tuple[str, object, bool]] = [
     ("stopPolicy", "Drain", False),
     ("queueingStrategy", "StrictFIFO", True),
     ("queueingStrategy", "FIFO", False),
+    ("fairSharing", "PerUser", True),
+    ("fairSharing", "PerQueue", False),
     ("perUser", {"running": 1, "waiting": 1_000_000}, True),
     ("perUser.running", 0, False),
     ("perUser.waiting", 1_000_001, False),

@@ -62,6 +62,7 @@ def a_queue(name: str, seeded: random.Random) -> QLoRAQueue:
         preemption=seeded.choice(("LowerPriority", "LowerPriority", "Never")),
         max_priority=seeded.choice((None, None, 5)),
         stop_policy="HoldAndDrain" if seeded.random() < 0.05 else "None",
+        fair_sharing=seeded.choice(("None", "PerUser")),
         queueing_strategy=seeded.choice(("BestEffortFIFO", "BestEffortFIFO", "StrictFIFO")),
         per_user=UserLimits(running=seeded.choice((None, 1, 2)), waiting=seeded.choice((None, None, 3))),
         budget=Budget(gpu_hours=seeded.choice((0, 1, 2))) if seeded.random() < 0.1 else None,

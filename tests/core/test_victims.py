@@ -11,7 +11,7 @@ from orchestrator.api.queue import QLoRAQueueSpec, Quota, UserLimits
 from orchestrator.api.reasons import Reason
 from orchestrator.core.scheduling.admission import GROUNDS, Ledger, Quotas, place
 from orchestrator.core.scheduling.line import Line, RankedLine
-from orchestrator.core.scheduling.ordering import Claim, limited_user
+from orchestrator.core.scheduling.ordering import Claim, user_of
 from orchestrator.core.scheduling.preemption import Holding, Hopeless, choose_victims, reserve_coming_free
 from orchestrator.sizing.plan_search import candidates
 from tests.builders import POLICY, SMOLLM2_135M, after, gpus, make_spec
@@ -48,7 +48,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
             key=f"job-{n}",
             uid=f"uid-{n:03}",
             queue=queue,
-            user=limited_user(seeded.choice(users), queues.get(queue)),
+            user=user_of(seeded.choice(users), queues.get(queue)),
             priority=seeded.choice((0, 0, 5, 10)),
             gpu_class=seeded.choice(CLASSES),
             stopping=seeded.random() < 0.2,
@@ -72,7 +72,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
                 created=after(-seeded.randrange(5)),
                 estimates=chosen,
                 classes=classes,
-                user=limited_user(seeded.choice(users), queues[queue]),
+                user=user_of(seeded.choice(users), queues[queue]),
             )
         )
     held = [sum(h.gpu_class == name for h in holdings) for name in CLASSES]

@@ -19,7 +19,7 @@ from orchestrator.core.scheduling.line import Fare, RankedLine, fare_of
 from orchestrator.core.scheduling.ordering import Claim
 
 Held = tuple[str, str, str]
-"""Queue and class of a GPU in use, and the user where the queue counts users' GPUs."""
+"""Queue and class of a GPU in use, and the user where the queue tells its users apart."""
 Ground = Literal["guarantee", "no quota", "loan"]
 """What a queue takes a GPU on: its nominal quota, that nothing bounds it, or what its cohort does not use."""
 GROUNDS: tuple[Ground, ...] = ("guarantee", "no quota", "loan")
@@ -75,7 +75,7 @@ class Ledger:
     taken: dict[str, int] = field(default_factory=dict[str, int])
     """GPUs taken, by class."""
     by_user: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
-    """GPUs taken, by queue and user, of users whose GPUs are counted."""
+    """GPUs taken, by queue and user, of queues that tell their users apart."""
 
     def take(self, queue: str, gpu_class: str, user: str = "") -> None:
         """A GPU of the class goes to the queue."""

@@ -10,7 +10,7 @@ from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.setbacks import avoided_classes
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.ordering import Claim, created, limited_user, queue_refusal
+from orchestrator.core.scheduling.ordering import Claim, created, queue_refusal, user_of
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
@@ -32,7 +32,7 @@ def claim_of(
     found = queue_refusal(draft.job, queues, closed) or _estimates(draft, snapshot, margins)
     if isinstance(found, Refusal):
         return found
-    return _claim(draft, found, limited_user(draft.job.metadata.namespace, queues.get(draft.job.spec.queue)))
+    return _claim(draft, found, user_of(draft.job.metadata.namespace, queues.get(draft.job.spec.queue)))
 
 
 def _claim(draft: Draft, estimates: tuple[Estimate, ...], user: str) -> Claim:

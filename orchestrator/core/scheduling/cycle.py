@@ -38,6 +38,7 @@ from orchestrator.core.scheduling.preemption import (
     choose_victims,
     reserve_coming_free,
 )
+from orchestrator.core.scheduling.usage import NOTHING, dominant
 from orchestrator.core.snapshot import Policy, Snapshot
 
 PLACES_TOLD = ((1, "first in line"), (10, "among the first ten in line"), (100, "among the first hundred in line"))
@@ -68,6 +69,11 @@ class Round:
             line=tuple(self.line.in_order()),
             placements=self.placements,
             preemptions=self.preemptions,
+            users={
+                (queue, user): dominant(share, NOTHING, 0)
+                for queue in self.index.shares.by_user
+                for user, share in self.index.shares.users_at(queue, snapshot.now).items()
+            },
             refusals={key: found for key in everyone if (found := self.refusals.of_job(key)) is not None},
         )
 
@@ -82,6 +88,8 @@ class Schedule:
     """Who waits for a GPU, in order, those that got one now included."""
     placements: tuple[Placement, ...]
     preemptions: tuple[Preemption, ...]
+    users: Mapping[tuple[str, str], float]
+    """What part of the cluster users have had of late, by queue and user, of queues that are shared out by user."""
     refusals: Mapping[str, Refusal]
     """Why a waiting job got no GPU now, by its key."""
 

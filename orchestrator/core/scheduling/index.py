@@ -42,10 +42,10 @@ from orchestrator.core.scheduling.ordering import (
     Claim,
     account,
     closures,
-    limited_user,
     queue_refusal,
     queue_specs,
     standing,
+    user_of,
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, is_cooling_down, lost_seconds
 from orchestrator.core.scheduling.usage import Shares, Stint
@@ -217,7 +217,7 @@ class Index:
             queues=queues,
             closed=closures(snapshot.queues, snapshot.now),
             ledger=Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues)),
-            shares=Shares.of(snapshot, {name: spec.weight for name, spec in queues.items()}),
+            shares=Shares.of(snapshot, queues),
             _seen=replace(snapshot, jobs=(), stages={}, runs={}),
             _known={} if before is None else before._unchanged(snapshot),
         )
@@ -358,7 +358,7 @@ class Index:
         """The claim of a job that is ready to train; what it fits need not be worked out again if that is known."""
         if known is None or known.claim is None or not self._sizes_hold:
             return claim_of(draft, self.queues, self.closed, snapshot, self.margins)
-        user = limited_user(draft.job.metadata.namespace, self.queues.get(draft.job.spec.queue))
+        user = user_of(draft.job.metadata.namespace, self.queues.get(draft.job.spec.queue))
         claim = known.claim if known.claim.user == user else replace(known.claim, user=user)
         return queue_refusal(draft.job, self.queues, self.closed) or claim
 
@@ -491,7 +491,7 @@ def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Sna
         key=job.key,
         uid=job.metadata.uid,
         queue=account(job.metadata.namespace, job.spec.queue, queues),
-        user=limited_user(job.metadata.namespace, queues.get(job.spec.queue)),
+        user=user_of(job.metadata.namespace, queues.get(job.spec.queue)),
         priority=standing(job, queues),
         gpu_class=attempt.gpu_class or "",
         stopping=attempt.stop_time is not None,

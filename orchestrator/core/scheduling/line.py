@@ -1,8 +1,9 @@
 """The line for GPUs, kept in order while claims come and go.
 
-Within a queue the order never changes: priority, age, uid. Where queues meet it does, since shares grow with time; so
-the queues' own lines are kept, and a decision merges as much of them as it needs. Claims that fit the same classes in
-the same queue, a *fare*, fare alike: they have a line of their own, too.
+Within a queue, or for each user of one that is shared out by user, the order never changes: priority, age, uid. Where
+they meet it does, since shares grow with time; so the lines of queues and users are kept, and a decision merges as much
+of them as it needs. Claims that fit the same classes in the same queue, a *fare*, fare alike: they have a line of their
+own, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.scheduling.usage import NOTHING, Share, Shares, dominant
 
 Fare = tuple[str, tuple[str, ...], str]
-"""Queue, classes, and the user where the queue counts users' GPUs."""
+"""Queue, classes, and the user where the queue tells its users apart."""
 Kind = tuple[str, int, tuple[str, ...], str]
 """The same with the priority: what a victim depends on."""
 Place = tuple[int, datetime, str, str]
@@ -50,6 +51,8 @@ class Line:
     claims: dict[str, Claim] = field(default_factory=dict[str, Claim])
     """By the key of the job."""
     by_queue: dict[str, list[Place]] = field(default_factory=dict[str, list[Place]])
+    by_user: dict[str, dict[str, list[Place]]] = field(default_factory=dict[str, dict[str, list[Place]]])
+    """By queue and user, of queues that tell their users apart."""
     by_fare: dict[Fare, list[Place]] = field(default_factory=dict[Fare, list[Place]])
     by_kind: dict[Kind, dict[str, Claim]] = field(default_factory=dict[Kind, dict[str, Claim]])
 
@@ -58,15 +61,20 @@ class Line:
         for claim in gone:
             self._remove(claim)
         queues: dict[str, list[Place]] = {}
+        users: dict[tuple[str, str], list[Place]] = {}
         fares: dict[Fare, list[Place]] = {}
         for claim in came:
             place = place_of(claim)
             self.claims[claim.key] = claim
             queues.setdefault(claim.queue, []).append(place)
+            if claim.user:
+                users.setdefault((claim.queue, claim.user), []).append(place)
             fares.setdefault(fare_of(claim), []).append(place)
             self.by_kind.setdefault(kind_of(claim), {})[claim.key] = claim
         for queue, places in queues.items():
             _join(self.by_queue.setdefault(queue, []), places)
+        for (queue, user), places in users.items():
+            _join(self.by_user.setdefault(queue, {}).setdefault(user, []), places)
         for fare, places in fares.items():
             _join(self.by_fare.setdefault(fare, []), places)
 
@@ -82,6 +90,11 @@ class Line:
             del self.by_fare[fare]
         if not self.by_queue[claim.queue]:
             del self.by_queue[claim.queue]
+        if claim.user:
+            users = self.by_user[claim.queue]
+            del users[claim.user][bisect_left(users[claim.user], place)]
+            if not users[claim.user]:
+                del users[claim.user]
 
 
 def _join(places: list[Place], added: list[Place]) -> None:
@@ -93,12 +106,52 @@ def _join(places: list[Place], added: list[Place]) -> None:
         insort(places, place)
 
 
+class UsersInTurn:
+    """A queue's line as its users have their turns, as far as somebody has asked.
+
+    The k-th claim in a user's own line counts as if those before it had started.
+    """
+
+    def __init__(self, lines: Mapping[str, list[Place]], shares: Mapping[str, Share], step: Share) -> None:
+        self._lines, self._shares, self._step = lines, shares, step
+        self._heads = [(self._rank(user, 0), user, 0) for user in lines]
+        heapify(self._heads)
+        self._places: list[Place] = []
+        self._positions: dict[str, int] = {}
+
+    def at(self, index: int) -> Place | None:
+        """Who stands there; None beyond the end."""
+        while len(self._places) <= index and self._heads:
+            self._next()
+        return self._places[index] if index < len(self._places) else None
+
+    def position(self, place: Place) -> int:
+        """Where somebody stands who is in the line."""
+        while place[-1] not in self._positions:
+            self._next()
+        return self._positions[place[-1]]
+
+    def _next(self) -> None:
+        _, user, index = self._heads[0]
+        place = self._lines[user][index]
+        self._positions[place[-1]] = len(self._places)
+        self._places.append(place)
+        if index + 1 < len(self._lines[user]):
+            heapreplace(self._heads, (self._rank(user, index + 1), user, index + 1))
+        else:
+            heappop(self._heads)
+
+    def _rank(self, user: str, index: int) -> Rank:
+        place = self._lines[user][index]
+        return place[0], dominant(self._shares.get(user, NOTHING), self._step, index), *place[1:]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedLine:
     """The line as it is at one moment, without some.
 
     Priority first, then share, then age, then uid. The k-th claim in a queue's own line counts as if those before it
-    had started, so queues take turns even when nobody has run yet.
+    had started, so queues take turns even when nobody has run yet. So do users, where a queue is shared out by user.
     """
 
     line: Line
@@ -106,13 +159,24 @@ class RankedLine:
     """What each queue has had."""
     steps: Mapping[str, Share]
     """What one more job adds to that."""
+    users: Mapping[str, UsersInTurn] = field(default_factory=dict[str, UsersInTurn])
+    """The order within queues that are shared out by user and in which more than one waits."""
     absent: Set[str] = frozenset()
     """Keys of claims that are passed over."""
 
     @classmethod
     def of(cls, line: Line, shares: Shares, now: datetime) -> RankedLine:
         """Everybody, by the shares of the moment."""
-        return cls(line=line, shares=shares.at(now), steps={queue: shares.step(queue) for queue in line.by_queue})
+        return cls(
+            line=line,
+            shares=shares.at(now),
+            steps={queue: shares.step(queue) for queue in line.by_queue},
+            users={
+                queue: UsersInTurn(line.by_user[queue], shares.users_at(queue, now), shares.user_step)
+                for queue in shares.by_user
+                if len(line.by_user.get(queue, ())) > 1
+            },
+        )
 
     def without(self, keys: Iterable[str]) -> RankedLine:
         """The same line; those who are left keep their ranks."""
@@ -121,16 +185,18 @@ class RankedLine:
 
     def in_order(self) -> Iterator[Claim]:
         """The claims, the first in line first."""
-        queues = self.line.by_queue
-        heads = [(self._rank(queue, 0, places[0]), queue, 0) for queue, places in queues.items()]
+        heads = [
+            (self._rank(queue, 0, place), queue, 0) for queue in self.line.by_queue if (place := self._at(queue, 0))
+        ]
         heapify(heads)
         while heads:
             rank, queue, index = heads[0]
             if rank[-1] not in self.absent:
                 yield self.line.claims[rank[-1]]
-            places, index = queues[queue], index + 1
-            if index < len(places):
-                heapreplace(heads, (self._rank(queue, index, places[index]), queue, index))
+            index += 1
+            place = self._at(queue, index)
+            if place is not None:
+                heapreplace(heads, (self._rank(queue, index, place), queue, index))
             else:
                 heappop(heads)
 
@@ -155,7 +221,20 @@ class RankedLine:
         if index == len(places):
             return None
         place, queue = places[index], fare[0]
-        return self._rank(queue, bisect_left(self.line.by_queue[queue], place), place), fare, index
+        return self._rank(queue, self._position(queue, place), place), fare, index
+
+    def _at(self, queue: str, index: int) -> Place | None:
+        """Who stands there in a queue's line; None beyond its end."""
+        if queue in self.users:
+            return self.users[queue].at(index)
+        places = self.line.by_queue[queue]
+        return places[index] if index < len(places) else None
+
+    def _position(self, queue: str, place: Place) -> int:
+        """Where in its queue's line a claim stands."""
+        if queue in self.users:
+            return self.users[queue].position(place)
+        return bisect_left(self.line.by_queue[queue], place)
 
     def _rank(self, queue: str, index: int, place: Place) -> Rank:
         share = dominant(self.shares.get(queue, NOTHING), self.steps[queue], index)

@@ -1,7 +1,8 @@
 """Whose turn it is: what the order of waiting jobs (`core/scheduling/line`) rests on.
 
-Priority first, then fair share between queues (`core/scheduling/usage`), then age, then uid. The k-th job in a queue's
-own line counts as if those before it had started, so queues take turns even when nobody has run yet.
+Priority first, then fair share between queues (`core/scheduling/usage`), in a queue with `fairSharing: PerUser` then
+fair share between its users, then age, then uid. The k-th job in a queue's, or a user's, own line counts as if those
+before it had started, so they take turns even when nobody has run yet.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Claim:
     classes: tuple[str, ...]
     """Their names: claims of one queue with the same fare alike."""
     user: str = ""
-    """Whose GPUs the queue counts; empty where it does not count any user's."""
+    """Whose it is, in a queue that tells its users apart; empty in others."""
 
 
 def queue_specs(queues: Iterable[QLoRAQueue]) -> Mapping[str, QLoRAQueueSpec]:
@@ -78,9 +79,10 @@ def budget_use(budget: Budget, months: Iterable[MonthlyUsage], now: datetime) ->
     return BudgetUse(month=month, gpu_hours=round(gpu_hours, 3), dollars=round(dollars, 2), spent=is_spent)
 
 
-def limited_user(namespace: str, spec: QLoRAQueueSpec | None) -> str:
-    """The user whose GPUs the queue counts: empty where it counts none."""
-    return namespace if spec is not None and spec.per_user.running is not None else ""
+def user_of(namespace: str, spec: QLoRAQueueSpec | None) -> str:
+    """The user whose job it is, in a queue that bounds its users' GPUs or shares them out; empty in others."""
+    is_told_apart = spec is not None and (spec.per_user.running is not None or spec.fair_sharing == "PerUser")
+    return namespace if is_told_apart else ""
 
 
 def queue_refusal(job: QLoRAJob, queues: Mapping[str, QLoRAQueueSpec], closed: Mapping[str, Refusal]) -> Refusal | None:

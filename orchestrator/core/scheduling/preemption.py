@@ -32,7 +32,7 @@ class Holding:
     uid: str
     queue: str
     user: str
-    """Empty where the queue counts no users' GPUs."""
+    """Empty where the queue does not tell its users apart."""
     priority: int
     gpu_class: str
     stopping: bool

@@ -22,7 +22,15 @@ from datetime import UTC, datetime, timedelta
 from math import exp2, expm1, log
 
 from orchestrator.api.job import GPU_CLASS_PATTERN, Attempt
-from orchestrator.api.queue import MAX_MONTHLY, MAX_USERS, MonthlyUsage, QLoRAQueue, QLoRAQueueStatus, UserUsage
+from orchestrator.api.queue import (
+    MAX_MONTHLY,
+    MAX_USERS,
+    MonthlyUsage,
+    QLoRAQueue,
+    QLoRAQueueSpec,
+    QLoRAQueueStatus,
+    UserUsage,
+)
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.ordering import EPOCH, SECONDS_AN_HOUR, UNKNOWN_CLASS_GIB
 from orchestrator.core.snapshot import Policy, Snapshot
@@ -102,6 +110,14 @@ class Held:
         had = decay.weight(stint.counts_until) - decay.weight(start) if stint.counts_until > start else 0
         return cls(gpus_had=had, gib_had=stint.gib * had)
 
+    @classmethod
+    def sum(cls, all_of_them: Iterable[Held]) -> Held:
+        """What they are together."""
+        found = cls()
+        for each in all_of_them:
+            found.add(each, 1)
+        return found
+
     def add(self, other: Held, times: int) -> None:
         """So many times the other comes to it."""
         self.gpus_had += times * other.gpus_had
@@ -137,6 +153,8 @@ class Shares:
     gib: int
     next: tuple[float, float]
     """GPUs and GiB that one more job holds at first: for its minimum run, the smallest card here."""
+    by_user: Mapping[str, dict[str, Held]] = field(default_factory=dict[str, dict[str, Held]])
+    """What each user has had of the queues that are shared out by user, by queue."""
     _statuses: dict[str, QLoRAQueueStatus] = field(default_factory=dict[str, QLoRAQueueStatus])
     _counted: dict[str, datetime] = field(default_factory=dict[str, datetime])
     """Until when, by queue."""
@@ -145,7 +163,7 @@ class Shares:
     _held: dict[str, Held] = field(default_factory=dict[str, Held])
 
     @classmethod
-    def of(cls, snapshot: Snapshot, weights: Mapping[str, int]) -> Shares:
+    def of(cls, snapshot: Snapshot, queues: Mapping[str, QLoRAQueueSpec]) -> Shares:
         """What the queues' statuses say; no job has come to it yet."""
         policy, classes = snapshot.policy, snapshot.gpu_classes
         decay = Decay.at(snapshot.now, policy.usage_half_life_seconds)
@@ -153,7 +171,8 @@ class Shares:
         shares = cls(
             policy=policy,
             decay=decay,
-            weights=weights,
+            weights={name: spec.weight for name, spec in queues.items()},
+            by_user={name: {} for name, spec in queues.items() if spec.fair_sharing == "PerUser"},
             classes={each.name: each for each in classes},
             gpus=max(1, sum(each.capacity for each in classes)),
             gib=max(1, sum(each.capacity * each.marketed_gib for each in classes)),
@@ -200,11 +219,26 @@ class Shares:
                 of_queue.pop(key, None)
             held = Held.of(stint, self._counted.get(stint.queue), self.decay)
             self._held.setdefault(stint.queue, Held()).add(held, 1 if is_there else -1)
+            users = self.by_user.get(stint.queue)
+            if users is not None:
+                users.setdefault(stint.user, Held()).add(held, 1 if is_there else -1)
+                if users[stint.user] == Held():
+                    del users[stint.user]
 
     def at(self, now: datetime) -> Mapping[str, Share]:
         """Each queue's share."""
         factor = self.decay.factor(now)
         return {name: self._share(name, held.average(factor)) for name, held in self._held.items()}
+
+    def users_at(self, queue: str, now: datetime) -> Mapping[str, Share]:
+        """The share of each user who has had anything, of a queue that is shared out by user."""
+        factor = self.decay.factor(now)
+        return {user: self._part(held.average(factor)) for user, held in self.by_user[queue].items()}
+
+    @property
+    def user_step(self) -> Share:
+        """What one more job adds to its user's share."""
+        return self._part(self.next)
 
     def step(self, queue: str) -> Share:
         """What one more job adds to its queue's share: a minimum run on the smallest card here."""
@@ -265,17 +299,20 @@ class Shares:
 
     def _share(self, queue: str, held: tuple[float, float]) -> Share:
         """Its part of what there is, over its weight; a queue that is gone has the least."""
-        weight = self.weights.get(queue, 1)
+        return self._part(held, self.weights.get(queue, 1))
+
+    def _part(self, held: tuple[float, float], weight: int = 1) -> Share:
         return held[0] / (self.gpus * weight), held[1] / (self.gib * weight)
 
     def _recount(self, name: str) -> None:
         """Add up one queue, from its status and the stints since."""
         counted, status = self._counted.get(name), self._statuses.get(name, QLoRAQueueStatus())
-        held = Held()
+        users: dict[str, Held] = {}
         if counted is not None:
             by_weight = self.decay.weight(counted) / self.decay.mean_life_seconds
-            held.gpus_had = sum(round(by_weight * each.gpu_seconds) for each in status.usage)
-            held.gib_had = sum(round(by_weight * each.gib_seconds) for each in status.usage)
+            for each in status.usage:
+                gpus_had, gib_had = round(by_weight * each.gpu_seconds), round(by_weight * each.gib_seconds)
+                users.setdefault(each.user, Held()).add(Held(gpus_had=gpus_had, gib_had=gib_had), 1)
         left = {
             key: kept
             for key, stints in self._stints.get(name, {}).items()
@@ -283,8 +320,11 @@ class Shares:
         }
         for stints in left.values():
             for stint in stints:
-                held.add(Held.of(stint, counted, self.decay), 1)
-        self._stints[name], self._held[name] = left, held
+                users.setdefault(stint.user, Held()).add(Held.of(stint, counted, self.decay), 1)
+        self._stints[name], self._held[name] = left, Held.sum(users.values())
+        if name in self.by_user:
+            self.by_user[name].clear()
+            self.by_user[name].update(users)
 
     def _by_user(
         self, before: Iterable[UserUsage], counted: datetime, pieces: Iterable[Stint], now: datetime
