@@ -213,6 +213,10 @@ UNTABLED: dict[str, dict[str, Any]] = {
         "model_type": "gpt_oss", "num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64,
         "sliding_window": 128, "attention_bias": True, **_shape(2880, 2880, 24, 64, 8, 201088),
     },
+    "gpt-oss-120b": {
+        "model_type": "gpt_oss", "num_local_experts": 128, "num_experts_per_tok": 4, "head_dim": 64,
+        "sliding_window": 128, "attention_bias": True, **_shape(2880, 2880, 36, 64, 8, 201088),
+    },
     "qwen3.5-9b": {
         "model_type": "qwen3_5_text", **_GATED, "head_dim": 256, "full_attention_interval": 4,
         "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ LONG = (19384, 500)
 ALL_LAYERS = 1024
 ATTENTION = ((32, 8, 128, None), (14, 2, 64, None), (12, 12, 96, None), (32, 8, 128, 500))
 """Heads, those of keys, their size, and how far a token sees."""
+SINKS = ((64, 8, 64, None), (64, 8, 64, 128), (16, 8, 192, None))
+"""Heads with sinks, in the same order; the last are too large for our kernels."""
 TIMED_TOKENS = (2048, 8192, 32768)
 TIMED_HEADS, TIMED_KEYS, TIMED_SIZE = 32, 8, 128
 TIMES = 5
@@ -79,16 +82,28 @@ def main() -> None:
         )
         for heads, keys, size, window in ATTENTION
     }
+    sinks = {
+        f"{heads} heads of {size}, {keys} of keys, window {window}": compare_sinks(device, heads, keys, size, window)
+        for heads, keys, size, window in SINKS
+    }
     agree = (
         all(difference <= KERNEL_TOLERANCE for difference in kernels.values())
         and max(experts["differences"].values()) <= LAYER_TOLERANCE
         and experts["same_bits"]
         and all(max(found["differences"].values()) <= KERNEL_TOLERANCE for found in attention.values())
-        and all(found["same_bits"] for found in attention.values())
+        and all(max(found["differences"].values()) <= KERNEL_TOLERANCE for found in sinks.values())
+        and all(found["same_bits"] for found in (*attention.values(), *sinks.values()))
         and all(found["largest_gradient_difference"] <= LAYER_TOLERANCE for found in layers["against_the_untouched"])
         and all(layers["same_bits"].values())
     )
-    found = {"agree": agree, "kernel_differences": kernels, "attention": attention, "experts": experts, **layers}
+    found = {
+        "agree": agree,
+        "kernel_differences": kernels,
+        "attention": attention,
+        "sinks": sinks,
+        "experts": experts,
+        **layers,
+    }
     times = {f"{tokens} tokens": time_attention(device, tokens) for tokens in TIMED_TOKENS}
     of_experts = {name: time_experts(device, *shape) for name, shape in TIMED_EXPERTS.items()}
     emit({**found, "attention_milliseconds": times, "experts_milliseconds": of_experts}, save=arguments.save)
@@ -237,6 +252,53 @@ def compare_attention(device: torch.device, heads: int, keys: int, size: int, wi
         },
         "same_bits": all(map(torch.equal, ours, again)),
     }
+
+
+def compare_sinks(device: torch.device, heads: int, keys: int, size: int, window: int | None) -> dict[str, Any]:
+    """Attention of heads with sinks, as transformers asks for it, against all scores at once in float32."""
+    attention = PackedAttention()
+    batch = records(PACKED)
+    attention.expect(batch, batch.record_starts.to(device))
+    drawn, grad = draw_heads(device, batch.tokens, heads, keys, size)
+    sinks, scaling = torch.linspace(-4, 8, heads, device=device), size**-0.5
+    rows = [part.transpose(0, 1).unsqueeze(0) for part in drawn]
+
+    def ours() -> list[Tensor]:
+        query, key, value = inputs = [part.contiguous().requires_grad_() for part in rows]
+        output, _ = attention(
+            torch.nn.Module(), query, key, value, None, scaling=scaling, sliding_window=window, s_aux=sinks
+        )
+        return [output.detach(), *torch.autograd.grad(output, inputs, grad.unsqueeze(0))]
+
+    def exact() -> list[Tensor]:
+        inputs = [part.float().requires_grad_() for part in rows]
+        query, key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in inputs)
+        outputs = [
+            _scores_at_once(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], sinks, scaling, window)
+            for a, b in pairwise(batch.record_starts.tolist())
+        ]
+        output = torch.cat(outputs, dim=2).transpose(1, 2)
+        return [output.detach(), *torch.autograd.grad(output, inputs, grad.float().unsqueeze(0))]
+
+    once, again, right = ours(), ours(), exact()
+    names = ("output", "query gradient", "key gradient", "value gradient")
+    return {
+        "differences": {
+            name: round(difference(one, other), 5) for name, one, other in zip(names, once, right, strict=True)
+        },
+        "same_bits": all(map(torch.equal, once, again)),
+    }
+
+
+def _scores_at_once(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    place = torch.arange(query.shape[2], device=query.device)
+    distance = place[:, None] - place
+    hidden = (distance < 0) | (distance >= (window or len(place)))
+    scores = (scaling * query @ key.transpose(2, 3)).masked_fill(hidden, -torch.inf)
+    beside = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, beside], dim=-1).softmax(dim=-1)[..., :-1] @ value
 
 
 def draw_heads(

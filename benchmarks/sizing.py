@@ -249,7 +249,7 @@ def _whole(model: str, *cases: Case, part: str = "whole") -> Group:
     return Group(model=model, layers=config(model)["num_hidden_layers"], cases=cases, part=part)
 
 
-CAP_24, CAP_48 = 21.5, 44.0
+CAP_24, CAP_48, CAP_80 = 21.5, 44.0, 78.0
 WHOLE = (
     _whole("llama-2-13b", _case(rank=64, cap_gib=CAP_24), _case(rank=64, cap_gib=CAP_24, recompute=20)),
     _whole("llama-3.1-70b", _case(rank=16, cap_gib=CAP_48)),
@@ -261,7 +261,14 @@ WHOLE = (
     _whole("gemma-2-2b", _case(rank=16, cap_gib=CAP_24)),
     _whole("olmo-2-7b", _case(rank=16, cap_gib=CAP_24)),
     _whole("qwen3-30b-a3b", _case(rank=16, cap_gib=CAP_24)),
-    _whole("gpt-oss-20b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_24, sequence=1024)),
+    _whole(
+        "gpt-oss-20b",
+        _case(rank=16, cap_gib=CAP_24),
+        _case(rank=16, cap_gib=CAP_24, sequence=1024),
+        _case(rank=16, cap_gib=CAP_24, sequence=8192),
+        _case(rank=64, cap_gib=CAP_24, sequence=16384),
+    ),
+    _whole("gpt-oss-120b", _case(rank=16, cap_gib=CAP_80), _case(rank=16, cap_gib=CAP_80, sequence=8192)),
     _whole("phi-3.5-moe-42b", _case(rank=16, cap_gib=CAP_48)),
     _whole("gemma-3-27b", _case(rank=16, cap_gib=CAP_24), _case(rank=16, cap_gib=CAP_48, sequence=4096)),
     _whole("gemma-4-2b-like", _case(rank=16, cap_gib=CAP_24), _case(rank=64, recompute=0, sequence=4096)),

@@ -72,6 +72,8 @@ class Heads(Model):
     query: int = Field(ge=1, le=MAX_WIDTH)
     key: int = Field(ge=1, le=MAX_WIDTH)
     size: int = Field(ge=1, le=MAX_WIDTH)
+    sinks: bool = False
+    """Whether each has a sink, which the trainer's own kernels know, where heads are not too large for them."""
 
 
 class ExpertInstants(Model):

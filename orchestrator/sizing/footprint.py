@@ -750,4 +750,5 @@ def _attention(question: _Question, heads: Heads | None = None) -> Attention:
         deterministic=question.deterministic and not own,
         multiprocessors=1 if own else question.multiprocessors,
         softcaps=facts.model_type in SOFTCAPPED_TYPES,
+        sinks=heads.sinks,
     )

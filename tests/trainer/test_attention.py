@@ -9,13 +9,19 @@ import pytest
 import torch
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels import torch_ops
-from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
 from qlora_trainer.kernels.tiled_attention import ScoreOptions, tiled_attention
 from torch import Tensor
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The same in one piece, by autograd."""
     shared = query.shape[0] // key.shape[0]
@@ -26,7 +32,11 @@ def dense(
     place = torch.arange(query.shape[1])
     distance = place[:, None] - place
     hidden = (distance < 0) | (distance >= (window or len(place)))
-    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is None:
+        return scores.softmax(dim=-1) @ value
+    beside = sinks[:, None, None].expand(*scores.shape[:2], 1)
+    return torch.cat([scores, beside], dim=-1).softmax(dim=-1)[..., :-1] @ value
 
 
 @pytest.mark.parametrize(
@@ -81,3 +91,39 @@ def test_a_packed_row_by_hand_gives_what_its_records_give_alone(window: int | No
         right = torch.autograd.grad((expected * grad[start:end].transpose(0, 1)).sum(), own)
         for found, gradient in zip(out_grads, right, strict=True):
             torch.testing.assert_close(found[start:end].transpose(0, 1), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("size", [16, 160], ids=["heads of any size", "heads of a size for flash attention alone"])
+def test_heads_with_sinks_give_the_output_and_the_gradients_of_a_score_more(window: int | None, size: int) -> None:
+    torch.manual_seed(0)
+    boundaries = [0, 1, 14, 40]
+    tensors = [torch.randn(1, heads, 40, size) for heads in (4, 2, 2)]
+    sinks, grad = torch.tensor([-30.0, 0.0, 1.5, 30.0]), torch.randn(1, 40, 4, size)
+    packed = PackedAttention()
+    ids = [np.arange(end - start, dtype=np.int32) for start, end in pairwise(boundaries)]
+    batch = collate([(each, each, each) for each in ids])
+    packed.expect(batch, batch.record_starts)
+    ours = [part.clone().requires_grad_() for part in tensors]
+    output, _ = packed(torch.nn.Module(), *ours, None, scaling=0.3, sliding_window=window, s_aux=sinks)
+    found = torch.autograd.grad((output * grad).sum(), ours)
+    for start, end in pairwise(boundaries):
+        own = [part[0, :, start:end].clone().requires_grad_() for part in tensors]
+        expected = dense(own[0], own[1], own[2], 0.3, window, None, sinks)
+        torch.testing.assert_close(output[0, start:end].transpose(0, 1), expected, rtol=1e-4, atol=1e-5)
+        right = torch.autograd.grad((expected * grad[0, start:end].transpose(0, 1)).sum(), own)
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one[0, :, start:end], other, rtol=1e-4, atol=1e-4)
+
+
+def test_sinks_are_refused_where_no_kernel_knows_them() -> None:
+    packed = PackedAttention()
+    each = np.arange(5, dtype=np.int32)
+    batch = collate([(each, each, each)])
+    packed.expect(batch, batch.record_starts)
+    query, key, value = torch.randn(3, 1, 4, 5, 16)
+    for odd in ({"dropout": 0.1}, {"softcap": 2.0}, {"value": value[..., :8]}):
+        with pytest.raises(UnknownAttention, match="its sinks come with"):
+            packed(
+                torch.nn.Module(), query, key, odd.pop("value", value), None, scaling=0.3, s_aux=torch.zeros(4), **odd
+            )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_trainer.kernels import packed_attention
 from qlora_trainer.kernels.packed_attention import NAME, PackedAttention
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.outcome import UserError
@@ -34,14 +35,27 @@ class Forgetful(PackedAttention):
         return super().__call__(*tensors, **{**options, self._forgotten: None})
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite_swa"])
 def test_attention_that_is_the_models_own_is_packed(family: str) -> None:
     assert chosen(tiny_model(family)) == (NAME, None)
 
 
-def test_an_argument_that_is_not_known_leaves_the_model_its_own_attention(tmp_path: Path) -> None:
-    name, reason = chosen(build_tiny_model(tmp_path / "model", "granite_swa"))
-    assert (name, reason) == ("eager", "its attention takes s_aux, which is not known here")
+def test_sinks_beside_heads_that_no_kernel_takes_leave_the_model_its_own_attention(tmp_path: Path) -> None:
+    name, reason = chosen(build_tiny_model(tmp_path / "model", "mimo_v2_flash", n_routed_experts=4, v_head_dim=8))
+    assert name == "eager"
+    assert reason is not None
+    assert reason.startswith("its sinks come with")
+
+
+def test_an_argument_that_is_not_known_leaves_the_model_its_own_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "HARMLESS_ARGUMENTS", frozenset[str]())
+    name, reason = chosen(build_tiny_model(tmp_path / "model", "llama"))
+    assert name == "sdpa"
+    assert reason is not None
+    assert "position_ids" in reason
+    assert reason.endswith("which is not known here")
 
 
 @pytest.mark.parametrize(
@@ -50,8 +64,9 @@ def test_an_argument_that_is_not_known_leaves_the_model_its_own_attention(tmp_pa
         ("gemma2", "softcap", {"attn_logit_softcapping": 0.05, "initializer_range": 0.3}),
         ("mistral", "sliding_window", {"sliding_window": 9, "initializer_range": 0.3}),
         ("granite", "scaling", {"attention_multiplier": 3.0, "initializer_range": 0.3}),
+        ("gpt_oss", "s_aux", {"initializer_range": 0.3, "num_local_experts": 4}),
     ],
-    ids=["softcap", "window", "scaling"],
+    ids=["softcap", "window", "scaling", "sinks"],
 )
 def test_an_argument_that_is_not_heeded_is_seen_in_the_loaded_weights(
     family: str, forgotten: str, config: dict[str, Any], tmp_path: Path

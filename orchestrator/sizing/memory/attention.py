@@ -48,6 +48,8 @@ class Attention:
     """How many the card has: in deterministic mode each sums for itself."""
     softcaps: bool = False
     """Whether scores are softcapped, which flash attention cannot (Gemma 2), nor heads beyond its largest."""
+    sinks: bool = False
+    """Whether heads have sinks, which go through the trainer's own kernels wherever transformers computes the layer."""
 
     @cached_property
     def query_width(self) -> int:
@@ -78,6 +80,8 @@ class Attention:
         if self.softcaps or self.head_size > trainer_facts.LARGEST_FLASH_HEAD:
             tile = min(trainer_facts.SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
             return SCORES_ALIVE * tile + 2 * allocated(self.tokens * self.key_width * FP32_BYTES)
+        if self.sinks:
+            return sum(self.workspace)
         return sum(self._torch_workspace())
 
     def _torch_workspace(self) -> tuple[int, ...]:

@@ -80,11 +80,13 @@ class PackedAttention:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Query, key and value are [1, heads, tokens, size]; the output is [1, tokens, heads, size].
 
-        Raises UnknownAttention if the model asks for more than causal attention with a window and softcapped scores.
+        `s_aux` is transformers' name for the heads' sinks. Raises UnknownAttention if the model asks for more than
+        causal attention with a window, and either sinks or softcapped scores.
         """
         _refuse_unknown(module, others)
         if attention_mask is not None:  # the records' boundaries are known, so transformers makes none
@@ -92,6 +94,12 @@ class PackedAttention:
         assert len(query) == 1, "a micro-batch is one packed row"
         assert query.shape[2] == key.shape[2] == self._boundaries[-1], "this is not the row that was announced"
         window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
+        if s_aux is not None:
+            if dropout > 0 or softcap is not None or not fits_flash(query.shape[-1], value.shape[-1]):
+                raise UnknownAttention("its sinks come with dropout, softcaps or heads that no kernel here is made for")
+            parts = (part[0].transpose(0, 1) for part in (query, key, value))
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return _SinkAttention.apply(*parts, s_aux.detach(), self, scale, window).unsqueeze(0), None
         if dropout == 0 and softcap is None and query.is_cuda and fits_flash(query.shape[-1], value.shape[-1]):
             return self._flash(query, key, value, scaling, window), None
         how: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "window": window, "softcap": softcap}
@@ -175,6 +183,42 @@ class PackedAttention:
         own = window if window is not None and window < self._longest_record else None
         left = -1 if own is None else own - 1
         return {"is_causal": own is None, "scale": scaling, "window_size_left": left, "window_size_right": 0}
+
+
+class _SinkAttention(torch.autograd.Function):
+    """Attention of heads that have a sink: a score more in their softmax, of a key without a value (OpenAI, 2025).
+
+    It only makes the normalizer larger, and the kernels' backward passes ask for no more than that and the output. The
+    sinks are frozen, as all of the base.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        attention: PackedAttention,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Tensors are [tokens, heads, size], sinks [heads]."""
+        output, logsumexp = attention.forward(query, key, value, scaling, window)
+        with_sinks = logsumexp.logaddexp(sinks.float().flatten()[:, None])
+        output.mul_(logsumexp.sub_(with_sinks).exp_().t().unsqueeze(-1))
+        ctx.save_for_backward(query, key, value, output, with_sinks)
+        ctx.attention, ctx.scaling, ctx.window = attention, scaling, window
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        ctx.attention.backward(
+            grads[0].contiguous(), (query, key, value), output, logsumexp, ctx.scaling, ctx.window, out_grads=found
+        )
+        return *found, None, None, None, None
 
 
 def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:

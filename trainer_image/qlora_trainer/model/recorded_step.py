@@ -126,10 +126,18 @@ class TracedAttention:
         self._note = note
 
     def __call__(
-        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, softcap: float | None = None, **__: Any
+        self,
+        _module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **__: Any,
     ) -> tuple[Tensor, None]:
         """As transformers calls an attention function."""
-        heads = Heads(query=query.shape[1], key=key.shape[1], size=query.shape[-1])
+        heads = Heads(query=query.shape[1], key=key.shape[1], size=query.shape[-1], sinks=s_aux is not None)
         if softcap is None and packed.fits_flash(query.shape[-1], value.shape[-1]):
             parts = (part[0].transpose(0, 1) for part in (query, key, value))
             return _AttentionFunction.apply(*parts, self._note, True, heads).unsqueeze(0), None
