@@ -58,6 +58,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec, TrainingSpec
+from orchestrator.api.layer_tables import has_table
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 
@@ -477,13 +478,18 @@ class Job:
 def add_traces(rows: Path) -> None:
     """Trace the layers of rows of types that no table knows, and write that into the file."""
     raw = [json.loads(line) for line in rows.read_text().splitlines()]
-    wanted = [each for each in raw if each["part"] == "untabled" and "separate" in each and "trace" not in each]
+    wanted = [each for each in raw if "separate" in each and "trace" not in each and not _has_table(each)]
     if not wanted:
         return
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=get_context("spawn")) as pool:
         for each, trace in zip(wanted, pool.map(_traced, wanted), strict=True):
             each["trace"] = trace
     rows.write_text("".join(json.dumps(each) + "\n" for each in raw))
+
+
+def _has_table(row: dict[str, Any]) -> bool:
+    adapter = AdapterSpec.model_validate(row["adapter"])
+    return has_table(row["config"]["model_type"], use_dora=adapter.use_dora, experts=adapter.experts)
 
 
 def _traced(row: dict[str, Any]) -> dict[str, Any] | None:
