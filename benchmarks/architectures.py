@@ -55,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2.5-32b": {**_QWEN2, **_shape(5120, 27648, 64, 40, 8, 152064)},
     "qwen3-0.6b": {**_QWEN3, **_shape(1024, 3072, 28, 16, 8, 151936, tied=True)},
     "qwen3-8b": {**_QWEN3, **_shape(4096, 12288, 36, 32, 8, 151936)},
+    "smollm3-3b": {"model_type": "smollm3", **_GATED, **_shape(2048, 11008, 36, 16, 4, 128256, tied=True)},
     "gemma-2-2b": {
         "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 256, "sliding_window": 4096,
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
@@ -142,7 +143,6 @@ UNTABLED: dict[str, dict[str, Any]] = {
     "exaone-4-32b": {
         "model_type": "exaone4", **_GATED, "sliding_window": 4096, **_shape(5120, 27392, 64, 40, 8, 102400),
     },
-    "smollm3-3b": {"model_type": "smollm3", **_GATED, **_shape(2048, 11008, 36, 16, 4, 128256, tied=True)},
     "helium-1-2b": {"model_type": "helium", **_GATED, "head_dim": 128, **_shape(2560, 7040, 24, 20, 20, 48000)},
     "minitron-4b": {
         "model_type": "nemotron", "hidden_act": "relu2", "attention_dropout": 0.0, "head_dim": 128,

@@ -46,6 +46,7 @@ FAMILIES = {
     "mistral": "mistral-7b",
     "qwen2": "qwen2.5-7b",
     "qwen3": "qwen3-8b",
+    "smollm3": "smollm3-3b",
     "mixtral": "mixtral-8x7b",
     "olmoe": "olmoe-7b-a1b",
     "qwen2_moe": "qwen1.5-moe-14b-a2.7b",

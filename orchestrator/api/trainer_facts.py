@@ -11,7 +11,9 @@ from types import MappingProxyType
 
 # --- layers
 
-HANDWRITTEN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe"})
+HANDWRITTEN_TYPES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe", "smollm3"}
+)
 """Model types whose decoder layers the trainer computes by hand (`qlora_trainer/kernels/takeover.py`)."""
 MLP_TILE_TOKENS = 8192
 """Tokens that a recomputed MLP takes at a time: enough for matrix products at full speed."""

@@ -50,6 +50,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 4.0,
         "attention_dropout": 0.0,
     },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "smollm3 with windows": {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [0, 1]},
     "phi3": {"sliding_window": 6},
     "phi3 that rotates a part of each head": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}

@@ -58,6 +58,7 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 TILE_TOKENS = 128
 
@@ -89,6 +90,7 @@ def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPl
         pytest.param("qwen3", "0.05", 2, 1, 8192, False, id="normalized heads, dropout"),
         pytest.param("qwen3", "0", 3, 2, TILE_TOKENS, False, id="normalized heads, MLP in tiles, accumulated"),
         pytest.param("phi3", "0.05", 1, 1, 8192, False, id="fewer and larger matrices, dropout"),
+        pytest.param("smollm3", "0.05", 1, 2, 8192, False, id="no positions in some layers, dropout, accumulated"),
         pytest.param("granite", "0", 2, 1, TILE_TOKENS, False, id="multiplied residuals, MLP in tiles"),
         pytest.param("llama", "0", 0, 1, 8192, True, id="nothing recomputed, as with CUDA graphs"),
         pytest.param("qwen3", "0.05", 3, 2, 8192, True, id="normalized heads, accumulated, as with CUDA graphs"),
@@ -189,7 +191,7 @@ def rehearsed_step(job: Rehearsed) -> list[int]:
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite", "smollm3"])
 @pytest.mark.parametrize(
     ("fields", "recompute", "offload"),
     [

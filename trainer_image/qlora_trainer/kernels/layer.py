@@ -56,6 +56,8 @@ class HeadShape:
     size: int
     scaling: float
     window: int | None
+    rotates: bool
+    """Whether queries and keys know their positions; some families leave that out in some layers (NoPE)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ class Attended:
     """The first half of a layer: what its backward pass needs."""
 
     qkv: Tensor
-    """Query, key and value [tokens, heads x size]; rotated, unless heads are normalized before that."""
+    """Query, key and value [tokens, heads x size]; rotated where heads are, unless they are normalized before that."""
     output: Tensor
     logsumexp: Tensor
     qkv_low: Tensor | None
@@ -164,7 +166,7 @@ class FusedLayer:
         """The residual stream between attention and MLP, and what its backward pass needs."""
         qkv, qkv_low = self._qkv.forward(self._input_norm(x), self._dropout(run, 0))
         if self._head_norms is None:
-            _rotate(self._split(qkv)[0], run)
+            self._rotate(self._split(qkv)[0], run)
         query, key, value = self._rotated(qkv, run)
         output, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
         output = output.reshape(len(x), -1)
@@ -186,8 +188,14 @@ class FusedLayer:
             return query, key, value
         normalized = [_by_head(norm, part) for norm, part in zip(self._head_norms, (query, key), strict=True)]
         for part in normalized:
-            _rotate(part, run)
+            self._rotate(part, run)
         return normalized[0], normalized[1], value
+
+    def _rotate(self, heads: Tensor, run: Run, *, back: bool = False) -> None:
+        """Rotate heads by their positions, in place; some families rotate the first part of each head only."""
+        if self._heads.rotates:
+            rotated = heads[..., : run.cos.shape[-1]]
+            ops.rotate(rotated, run.cos, run.sin, out=rotated, back=back)
 
     def _mlp(self, middle: Tensor, run: Run) -> tuple[Tensor, Gated]:
         gate_up, gate_up_low = self._gate_up.forward(self._middle_norm(middle), self._dropout(run, 2))
@@ -309,7 +317,7 @@ class FusedLayer:
             self._heads.window,
             out_grads=(both[:, : self._heads.queries], both[:, self._heads.queries :], value_grad),
         )
-        _rotate(both, run, back=True)
+        self._rotate(both, run, back=True)
         if self._head_norms is not None:
             self._head_norms_backward(attended.qkv, qkv_grad)
         return qkv_grad, of_output
@@ -375,12 +383,6 @@ def query_key_value(attention: Any) -> list[Module]:
 def gate_and_up(mlp: Any) -> list[Module]:
     """The projections of the MLP's input: some families have them in one matrix."""
     return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [getattr(mlp, name) for name in GATE_UP]
-
-
-def _rotate(heads: Tensor, run: Run, *, back: bool = False) -> None:
-    """Rotate heads by their positions, in place; some families rotate the first part of each head only."""
-    rotated = heads[..., : run.cos.shape[-1]]
-    ops.rotate(rotated, run.cos, run.sin, out=rotated, back=back)
 
 
 def _by_head(norm: Norm, part: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
 from qlora_trainer.kernels.host_offload import InputStore
 from qlora_trainer.kernels.layer import (
@@ -50,6 +51,7 @@ WINDOWS: dict[type[Any], Callable[[Any], int | None]] = {
     Phi3DecoderLayer: lambda attention: getattr(attention.config, "sliding_window", None),
     MixtralDecoderLayer: lambda attention: getattr(attention.config, "sliding_window", None),
     Qwen3MoeDecoderLayer: lambda attention: attention.sliding_window,
+    SmolLM3DecoderLayer: lambda attention: attention.sliding_window,
 }
 """The registry: layer classes that `FusedLayer` computes, and where each keeps its sliding window."""
 MIXTURES = MixtralDecoderLayer, Qwen3MoeDecoderLayer
@@ -178,6 +180,7 @@ def _heads(module: Any, config: PreTrainedConfig) -> HeadShape:
         size=own.head_dim,
         scaling=own.scaling,
         window=WINDOWS[type(module)](own),
+        rotates=bool(getattr(own, "use_rope", True)),
     )
 
 
