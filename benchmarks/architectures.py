@@ -75,6 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", **_GATED,
         **_shape(4096, 11008, 32, 32, 32, 100352),
     },
+    "olmo-3-7b": {"model_type": "olmo3", **_GATED, "sliding_window": 4096, **_shape(4096, 11008, 32, 32, 32, 100278)},
     "granite-3.1-8b": {
         "architectures": ["GraniteForCausalLM"], "model_type": "granite", **_GATED, "logits_scaling": 16.0,
         "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125,
@@ -119,7 +120,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 UNTABLED: dict[str, dict[str, Any]] = {
     "olmo-7b": {"model_type": "olmo", **_GATED, "clip_qkv": None, **_shape(4096, 11008, 32, 32, 32, 50304)},
-    "olmo-3-7b": {"model_type": "olmo3", **_GATED, "sliding_window": 4096, **_shape(4096, 11008, 32, 32, 32, 100278)},
     "aya-expanse-8b": {
         "model_type": "cohere", **_GATED, "logit_scale": 0.125, **_shape(4096, 14336, 32, 32, 8, 256000, tied=True),
     },

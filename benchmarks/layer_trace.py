@@ -40,6 +40,7 @@ FAMILIES = {
     "starcoder2": "starcoder2-7b",
     "granite": "granite-3.1-8b",
     "olmo2": "olmo-2-7b",
+    "olmo3": "olmo-3-7b",
     "gemma2": "gemma-2-2b",
     "gemma3_text": "gemma-3-1b",
     "llama": "llama-3.1-8b",

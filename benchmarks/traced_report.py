@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.estimators import ROWS, Row
 from benchmarks.report import argument_parser, emit
 from benchmarks.sizing_report import RESERVED_WITHIN, error, reserved_error
-from orchestrator.sizing.footprint import is_fused
+from orchestrator.api.layer_tables import has_table
 
 HELD_OUT = ROWS.with_name("held_out_rows.jsonl")
 WORKED_OUT = ROWS.with_name("untabled_rows.jsonl")
@@ -75,9 +75,9 @@ def traced(path: Path) -> Iterator[Pair]:
 
 
 def _as_traced(row: Row) -> Row:
-    """A job as one of a type that nobody has written by hand: it ran before that was done, with transformers' layers."""
-    facts = row.facts
-    if not is_fused(row.spec.adapter, facts):
+    """A job as one of a type without a table: it ran before there was one, with transformers' layers."""
+    facts, adapter = row.facts, row.spec.adapter
+    if not has_table(facts.model_type, use_dora=adapter.use_dora, experts=adapter.experts):
         return row
     return replace(row, facts=facts.model_copy(update={"model_type": f"{facts.model_type} of transformers"}))
 

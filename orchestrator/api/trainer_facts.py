@@ -12,7 +12,8 @@ from types import MappingProxyType
 # --- layers
 
 HANDWRITTEN_TYPES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe", "smollm3"}
+    {"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "mixtral", "qwen3_moe", "smollm3", "olmo2", "olmo3"}
+    | {"gemma3_text"}
 )
 """Model types whose decoder layers the trainer computes by hand (`qlora_trainer/kernels/takeover.py`)."""
 MLP_TILE_TOKENS = 8192

@@ -27,7 +27,7 @@ from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED
 from orchestrator.sizing.memory.cuda_allocator import LARGE_PAGE, SMALL_PAGE
 from orchestrator.sizing.memory.experts import Experts, expert_linears, fusing_bytes
 from orchestrator.sizing.memory.fragmentation import Rehearsed, reserved_bytes
-from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes, layer_bytes
+from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes, family_of, layer_bytes
 from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
@@ -35,9 +35,7 @@ from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes, left
 
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
-NORMALIZED_HEADS, SCALED_EMBEDDINGS = frozenset({"qwen3", "qwen3_moe"}), frozenset({"granite"})
-"""Types with hand-written layers that normalize queries and keys by head, and that multiply looked up embeddings."""
-NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "starcoder2": 4}
+NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "olmo2": 4, "olmo3": 4, "starcoder2": 4}
 """Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
 MOST_MULTIPROCESSORS = 148
 """The most of any card in `sizing/hardware`, where the class is not known."""
@@ -387,7 +385,7 @@ def _state(question: _Question) -> tuple[float, ...]:
 def _sixteen_bit_bytes(question: _Question) -> int:
     facts = question.facts
     table = allocated(facts.vocab_size * facts.hidden_size * BF16_BYTES)
-    tables = 1 if facts.tied_embeddings or "embeddings" in question.plan.offload else 2
+    tables = 1 if facts.tied_embeddings or _embeddings_leave(question) else 2
     if question.trace is not None:
         return tables * table + _traced_bytes(question.trace)[1]
     experts = 0 if facts.mixture is None else facts.mixture.experts
@@ -409,7 +407,8 @@ def _norms(facts: ModelFacts) -> int:
 
 
 def _embeddings_leave(question: _Question) -> bool:
-    return "embeddings" in question.plan.offload and not question.facts.tied_embeddings
+    leave = "embeddings" in question.plan.offload and not question.facts.tied_embeddings
+    return leave and not family_of(question.facts.model_type).table_scales
 
 
 class _Instants:
@@ -512,7 +511,9 @@ def _shared_bytes(question: _Question) -> tuple[int, int]:
     told = question.shared_bytes > 0  # and so counted where it is
     shared = 0 if told else 2 * allocated(question.tokens * question.facts.head_dim * BF16_BYTES)
     if isinstance(question.shape, FusedLayer):
-        shared += 2 * allocated(question.shape.span)
+        family = question.shape.family
+        shared *= family.angle_tables * (2 if family.exact_angles else 1)
+        shared += 2 * family.angle_tables * allocated(question.shape.span)
     # Records that go alone have their gradients as parts of one tensor, which stays for as long as any of them.
     again = allocated(question.pass_tokens * question.facts.hidden_size * BF16_BYTES) if question.passes > 1 else 0
     # Graphs are captured on a stream of their own, in each pass.
@@ -527,7 +528,7 @@ def _held_bytes(question: _Question) -> int:
 
 def _from_host_bytes(question: _Question) -> int:
     """Embeddings as they came from the host, where the decoder works with a multiple of them."""
-    scaled = question.facts.model_type in SCALED_EMBEDDINGS and _embeddings_leave(question)
+    scaled = family_of(question.facts.model_type).scales_embeddings and _embeddings_leave(question)
     return question.stream if scaled else 0
 
 
@@ -582,7 +583,6 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         uses_cuda_graphs=question.uses_cuda_graphs,
         offloads_activations="activations" in plan.offload,
         offloads_embeddings=_embeddings_leave(question),
-        scales_embeddings=facts.model_type in SCALED_EMBEDDINGS,
         chunk_tokens=plan.loss_chunk_tokens,
         adapted=targeted(question.adapter, linears(facts)),
         adapter_bytes=question.trainable * BF16_BYTES,
@@ -717,7 +717,7 @@ def _shape(question: _Question) -> FusedLayer | TracedLayer:
         rank=adapter.rank,
         drops=drops,
         mlp_tile_tokens=trainer_facts.MLP_TILE_TOKENS,
-        normalizes_heads=facts.model_type in NORMALIZED_HEADS,
+        family=family_of(facts.model_type),
         attention=attention,
         experts=None if mixture is None else Experts(tokens=tokens, hidden=facts.hidden_size, mixture=mixture),
         **_groups(adapter, facts),

@@ -24,6 +24,7 @@ from orchestrator.sizing.hardware import GIB, Card, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.attention import alike
+from orchestrator.sizing.memory.handwritten_layer import family_of
 from orchestrator.sizing.step_time import StepTime, Work, ordering_card
 
 LOSS_CHUNK_TOKENS = 1024
@@ -376,7 +377,8 @@ def offloads(spec: QLoRAJobSpec, facts: ModelFacts) -> tuple[tuple[OffloadTarget
     computes the layers itself.
     """
     known = facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not facts.tied_embeddings
-    embeddings: tuple[OffloadTarget, ...] = ("embeddings",) if known else ()
+    leave = known and not family_of(facts.model_type).table_scales
+    embeddings: tuple[OffloadTarget, ...] = ("embeddings",) if leave else ()
     activations: tuple[OffloadTarget, ...] = ("activations",) if is_fused(spec.adapter, facts) else ()
     return tuple(dict.fromkeys(((), embeddings, (*activations, *embeddings))))
 

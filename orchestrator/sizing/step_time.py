@@ -22,9 +22,10 @@ from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
-from orchestrator.sizing.footprint import NORMALIZED_HEADS, adapter_parameters, is_fused
+from orchestrator.sizing.footprint import adapter_parameters, is_fused
 from orchestrator.sizing.hardware import Card, GpuClass
 from orchestrator.sizing.memory.attention import SOFTCAPPED_TYPES
+from orchestrator.sizing.memory.handwritten_layer import family_of
 from orchestrator.sizing.memory.linear_layers import linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES
 
@@ -118,8 +119,10 @@ class StepTime:
         self._mixture = facts.mixture
         self._fused = is_fused(spec.adapter, facts) and not facts.record_by_record
         self._weights = sum(linear.parameters for linear in every)
-        last = every[-1].parameters  # the last product of a layer is not needed again to go back through it
-        self._again = self._weights - last if self._fused and self._mixture is None else self._weights
+        family = family_of(facts.model_type)
+        last = every[-1].parameters  # the last product of a layer is not needed again to go back, but through a norm
+        spared = self._fused and self._mixture is None and not family.ends_with_norms
+        self._again = self._weights - last if spared else self._weights
         self._expert_weights = 3 * facts.hidden_size * facts.mixture.expert_size if facts.mixture else 0
         adapted = targeted(spec.adapter, every)
         beside = ADAPTER_BYTES * sum(linear.inputs + linear.outputs for linear in adapted)
@@ -129,7 +132,7 @@ class StepTime:
                 ONE_INPUT.get(each.name, each.name) if self._fused else each.name: each.inputs for each in adapted
             }
             beside += DROPOUT_BYTES * sum(inputs.values())
-        if facts.model_type in NORMALIZED_HEADS:
+        if family.normalizes_heads:
             beside += HEAD_NORM_BYTES * (facts.num_attention_heads + facts.num_key_value_heads) * facts.head_dim
         self._beside_bytes = beside
         self._softcaps = facts.model_type in SOFTCAPPED_TYPES

@@ -121,6 +121,8 @@ def gpu_kernels() -> SimpleNamespace:
         rms_norm=lambda x, *_: torch.zeros(x.shape, dtype=x.dtype),
         rms_norm_backward=lambda grad, x, *_: torch.zeros(x.shape, dtype=x.dtype),
         rotate=lambda *_: None,
+        geglu=lambda x: torch.zeros(len(x), x.shape[1] // 2, dtype=x.dtype),
+        geglu_backward_=lambda *_: None,
         swiglu=lambda x: torch.zeros(len(x), x.shape[1] // 2, dtype=x.dtype),
         swiglu_backward_=lambda *_: None,
         dropout=lambda x, *_: torch.zeros(x.shape, dtype=x.dtype),

@@ -301,7 +301,7 @@ def test_recomputing_keeps_fewer_tensors() -> None:
 
 
 def test_layers_that_nobody_took_over_recompute_too(tmp_path: Path) -> None:
-    folder = build_tiny_model(tmp_path / "olmo2", "olmo2")
+    folder = build_tiny_model(tmp_path / "olmo", "olmo")
     batch = collate(make_records())
     kept, recomputed = (make_model(folder, dropout="0.2", recompute_layers=layers) for layers in (0, 1))
     for model in (kept, recomputed):

@@ -43,6 +43,12 @@ JOBS: dict[str, dict[str, Any]] = {
         "micro_batch_size": 4,
         "recompute_layers": 0,
     },
+    "norms at both ends, by hand": {
+        "family": "gemma3_text",
+        "adapter": {"dropout": "0.1"},
+        "training": {"optimizer": "paged_adamw_8bit"},
+        "recompute_layers": 1,
+    },
     "a mixture of experts": {"family": "qwen2_moe", "training": {"optimizer": "paged_adamw_8bit"}},
 }
 

@@ -59,7 +59,14 @@ CLASSES = {
     "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
+TWO_KINDS: dict[str, Any] = {"layer_types": [SLIDING, FULL, SLIDING], "sliding_window": 64}
+FIELDS = {"olmo3": TWO_KINDS, "gemma3_text": TWO_KINDS}
+"""Of types whose layers are of two kinds, where few layers would be of one."""
 TILE_TOKENS = 128
 
 
@@ -91,6 +98,12 @@ def peak_of_two_micro_batches(folder: Path, adapter: AdapterSpec, plan: MemoryPl
         pytest.param("qwen3", "0", 3, 2, TILE_TOKENS, False, id="normalized heads, MLP in tiles, accumulated"),
         pytest.param("phi3", "0.05", 1, 1, 8192, False, id="fewer and larger matrices, dropout"),
         pytest.param("smollm3", "0.05", 1, 2, 8192, False, id="no positions in some layers, dropout, accumulated"),
+        pytest.param("olmo2", "0.05", 0, 1, 8192, False, id="norms at the ends, dropout"),
+        pytest.param("olmo2", "0", 2, 2, TILE_TOKENS, False, id="norms at the ends, MLP in tiles, accumulated"),
+        pytest.param("olmo3", "0.05", 3, 1, 8192, True, id="norms at the ends, dropout, as with CUDA graphs"),
+        pytest.param("gemma3_text", "0", 0, 1, 8192, False, id="norms at both ends"),
+        pytest.param("gemma3_text", "0.05", 2, 2, 8192, False, id="norms at both ends, dropout, accumulated"),
+        pytest.param("gemma3_text", "0", 3, 1, TILE_TOKENS, False, id="norms at both ends, MLP in tiles"),
         pytest.param("granite", "0", 2, 1, TILE_TOKENS, False, id="multiplied residuals, MLP in tiles"),
         pytest.param("llama", "0", 0, 1, 8192, True, id="nothing recomputed, as with CUDA graphs"),
         pytest.param("qwen3", "0.05", 3, 2, 8192, True, id="normalized heads, accumulated, as with CUDA graphs"),
@@ -112,7 +125,7 @@ def test_every_tensor_of_a_training_step_is_counted(
     monkeypatch.setattr(CudaGraphs, "_graph", lambda *_: None)  # what runs before a graph is made
     monkeypatch.setattr(trainer_facts, "CUDA_GRAPH_TOKENS", trainer_facts.CUDA_GRAPH_TOKENS if captured else 0)
     monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
-    config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]]}
+    config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]], **FIELDS.get(model_type, {})}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
     plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
@@ -191,7 +204,7 @@ def rehearsed_step(job: Rehearsed) -> list[int]:
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite", "smollm3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite", "smollm3", "olmo2", "olmo3", "gemma3_text"])
 @pytest.mark.parametrize(
     ("fields", "recompute", "offload"),
     [
@@ -213,7 +226,7 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
     without_arithmetic(monkeypatch)
-    config = {**WIDE, "model_type": model_type, "architectures": [CLASSES[model_type]]}
+    config = {**WIDE, "model_type": model_type, "architectures": [CLASSES[model_type]], **FIELDS.get(model_type, {})}
     write_random_model(tmp_path, config)
     adapter, facts = AdapterSpec(rank=64, **fields), ModelFacts.from_config(config, "main")
     plan = step_plan(MICRO_BATCHES, recompute, loss_chunk_tokens=1024, offload=offload)

@@ -90,8 +90,8 @@ def test_both_sides_follow(
 
 
 def test_the_types_that_are_said_to_be_written_by_hand_are_those_of_the_registry() -> None:
-    modules = {layer.__module__.rsplit(".", 1)[0] for layer in takeover.WINDOWS}
-    assert {module.rsplit(".", 1)[1] for module in modules} == trainer_facts.HANDWRITTEN_TYPES
+    configs = [layer.__init__.__annotations__["config"] for layer in takeover.WINDOWS]
+    assert {config.model_type for config in configs} == trainer_facts.HANDWRITTEN_TYPES
 
 
 @pytest.mark.parametrize("name", data_sheets.DATA_SHEETS)

@@ -40,10 +40,12 @@ KEPT = (
     "logsumexp",
     "qkv_low",
     "output_low",
+    "attention_added",
     "middle",
     "gate_up",
     "gate_up_low",
     "down_low",
+    "mlp_added",
 )
 """What a layer that keeps its activations holds until it goes back."""
 GRADIENTS = "_gradients"
@@ -69,8 +71,6 @@ class Rehearsed:
     uses_cuda_graphs: bool
     offloads_activations: bool
     offloads_embeddings: bool
-    scales_embeddings: bool
-    """Whether they are multiplied once they are looked up."""
     chunk_tokens: int
     """Tokens whose logits the loss computes at a time; all of them where it is 0."""
     adapted: tuple[Linear, ...]
@@ -354,19 +354,27 @@ class _Pass(ABC):
     def _begin(self, first: _Tensors) -> None:
         """Embeddings, and transformers' rotary tables in float32."""
         layer, run = self._layer, self.run_tensors
-        self._shared.take(looked_up=layer.stream if self._job.scales_embeddings else 0)
+        self._shared.take(looked_up=layer.stream if layer.family.scales_embeddings else 0)
         first.take(x=layer.stream)
         if not self._job.offloads_embeddings:  # or else the decoder was called with them
             self._shared.drop("looked_up")
         self._lasting.take(workspace=self._job.workspace_bytes)  # angles are a product
-        table = layer.tokens * self._job.facts.head_dim * FP32_BYTES
+        for kind in range(self._layer.family.angle_tables):
+            self._turn(run, kind)
+            run.take(**{f"first {kind}": layer.span, f"last {kind}": layer.span})
+
+    def _turn(self, run: _Tensors, kind: int) -> None:
+        """Cosines and sines for one kind of layers."""
+        table = self._layer.tokens * self._job.facts.head_dim * FP32_BYTES
         run.take(half=table / 2, angles=table)
-        for name in ("cos", "sin"):
-            run.take(unscaled=table, **{f"exact {name}": table})
+        exact = [f"exact {name} {kind}" for name in ("cos", "sin")]
+        for name in exact:
+            run.take(unscaled=table, **{name: table})
             run.drop("unscaled")
-        run.take(cos=table / 2, sin=table / 2)
-        run.drop("half", "angles", "exact cos", "exact sin")
-        run.take(first=layer.span, last=layer.span)
+        if not self._layer.family.exact_angles:
+            run.take(**{f"cos {kind}": table / 2, f"sin {kind}": table / 2})
+            run.drop(*exact)
+        run.drop("half", "angles")
 
     def _loss(self, last: _Tensors, *, trains: bool) -> None:
         """`cross_entropy` over the normalized states; leaves the gradient to them."""

@@ -8,7 +8,7 @@ pass; those of other layers are `sizing/footprint`'s business.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -20,6 +20,49 @@ from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, INT32_BY
 TILES_WALKED = 3
 """Whole ones; what comes after them finds the places that they left."""
 WALKS_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """In what a type's model differs from Llama's."""
+
+    begins_with_norms: bool = True
+    """Whether each half of a layer begins with one."""
+    ends_with_norms: bool = False
+    """Whether what each half adds to the residual stream is normalized."""
+    normalizes_heads: bool = False
+    """Whether queries and keys are."""
+    heads_together: bool = False
+    """Whether that is done to all heads of a token at once, instead of to each."""
+    angle_tables: int = 1
+    """Pairs of cosines and sines: layers with windows may turn heads at another speed than those without."""
+    exact_angles: bool = False
+    """Whether these stay in float32."""
+    scales_embeddings: bool = False
+    """Whether what is looked up is multiplied."""
+    table_scales: bool = False
+    """Whether the table does that itself, for which it stays on the card."""
+
+
+LLAMA = Family()
+_OLMO2 = Family(
+    begins_with_norms=False, ends_with_norms=True, normalizes_heads=True, heads_together=True, exact_angles=True
+)
+_FAMILIES = {
+    "granite": Family(scales_embeddings=True),
+    "qwen3": Family(normalizes_heads=True),
+    "qwen3_moe": Family(normalizes_heads=True),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, angle_tables=2),
+    "gemma3_text": Family(
+        ends_with_norms=True, normalizes_heads=True, angle_tables=2, scales_embeddings=True, table_scales=True
+    ),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """What is special about a type whose layers are written by hand."""
+    return _FAMILIES.get(model_type, LLAMA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +77,7 @@ class FusedLayer:
     """Whether the adapters' inputs are dropped out."""
     mlp_tile_tokens: int
     """Tokens that the MLP takes at a time where it recomputes."""
-    normalizes_heads: bool
+    family: Family
     attention: Attention
     qkv: Group
     output: Group
@@ -66,6 +109,14 @@ class FusedLayer:
     def key(self) -> int:
         """All key heads, or all value heads."""
         return self.of(self.attention.key_width)
+
+    def begun(self, tokens: int | None = None) -> int:
+        """What a half begins with, where it is not the residual stream itself."""
+        return self.of(self.hidden, tokens) if self.family.begins_with_norms else 0
+
+    def ended(self, tokens: int | None = None) -> int:
+        """What a half ends with, and its gradient, where it is not added to the residual stream as it is."""
+        return self.of(self.hidden, tokens) if self.family.ends_with_norms else 0
 
     def low(self, group: Group, tokens: int | None = None) -> int:
         """The rank-r product of a group's adapters."""
@@ -134,11 +185,17 @@ def kept_forward(t: Walk, layer: FusedLayer) -> None:
     """The way from `x` to `out`, beside which stays what the way back needs."""
     _attend(t, layer)
     _mlp(t, layer)
+    if layer.family.ends_with_norms:  # what was normalized is kept instead, and this found again
+        t.drop("middle")
 
 
 def kept_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
     """The way back from `grad`, `x` and what was kept to gradients and, but for the first layer, `x_grad`."""
+    if layer.family.ends_with_norms:
+        t.take(middle=layer.stream)
     _mlp_backward(t, layer, recomputes=False)
+    if layer.family.ends_with_norms:
+        t.drop("middle")
     _attention_backward(t, layer, recomputes=False)
     _qkv_backward(t, layer, first=first)
 
@@ -146,7 +203,7 @@ def kept_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
 def recomputed_forward(t: Walk, layer: FusedLayer) -> None:
     """The way from `x` to `out`, which leaves nothing else."""
     _attend(t, layer)
-    _drop_attended(t)
+    _drop_attended(t, layer)
     _mlp_in_tiles(t, layer)
 
 
@@ -187,19 +244,25 @@ def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline)
 
 def _attend(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._attend`; leaves `middle` and what `Attended` holds."""
-    t.take(normalized=layer.stream)
+    t.take(normalized=layer.begun())
     _group_forward(t, layer, layer.qkv, "qkv", "qkv_low")
     t.drop("normalized")
     _rotate_heads(t, layer)
     t.take(attention_output=layer.query, logsumexp=layer.attention.logsumexp_bytes)
-    _group_forward(t, layer, layer.output, "middle", "output_low")
-    if layer.normalizes_heads:
+    if layer.family.ends_with_norms:
+        _group_forward(t, layer, layer.output, "attention_added", "output_low")
+        t.take(middle=layer.stream)
+    else:
+        _group_forward(t, layer, layer.output, "middle", "output_low")
+    if layer.family.normalizes_heads:
         t.drop("rotated_query", "rotated_key")
 
 
 def _rotate_heads(t: Walk, layer: FusedLayer) -> None:
-    """`FusedLayer._rotated`: normalized heads are copies, made from copies without gaps."""
-    if layer.normalizes_heads:
+    """`FusedLayer._rotated`: normalized heads are copies, made from copies without gaps where each is a row."""
+    if layer.family.heads_together:
+        t.take(rotated_query=layer.query, rotated_key=layer.key)
+    elif layer.family.normalizes_heads:
         t.take(copy=layer.query, rotated_query=layer.query)
         t.drop("copy")
         t.take(copy=layer.key, rotated_key=layer.key)
@@ -213,27 +276,32 @@ def _take_kept(t: Walk, layer: FusedLayer) -> None:
         logsumexp=layer.attention.logsumexp_bytes,
         qkv_low=layer.low(layer.qkv),
         output_low=layer.low(layer.output),
-        middle=layer.stream,
+        **{"attention_added" if layer.family.ends_with_norms else "middle": layer.stream},
         gate_up=layer.of(layer.gate_up.outputs),
         gate_up_low=layer.low(layer.gate_up),
         down_low=layer.low(layer.down),
+        mlp_added=layer.ended(),
     )
 
 
-def _drop_attended(t: Walk) -> None:
+def _drop_attended(t: Walk, layer: FusedLayer) -> None:
     t.drop("qkv", "attention_output", "logsumexp", "qkv_low", "output_low")
+    if layer.family.ends_with_norms:
+        t.drop("attention_added")
 
 
 def _mlp(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._mlp`; leaves `out`, `gate_up` and the low products."""
     if layer.experts is not None:
         return _mixture(t, layer, layer.experts)
-    t.take(normalized=layer.stream)
+    t.take(normalized=layer.begun())
     _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low")
     t.drop("normalized")
     t.take(product=layer.of(layer.inner))
-    _group_forward(t, layer, layer.down, "out", "down_low")
+    _group_forward(t, layer, layer.down, "mlp_added" if layer.family.ends_with_norms else "out", "down_low")
     t.drop("product")
+    if layer.family.ends_with_norms:
+        t.take(out=layer.stream)
     return None
 
 
@@ -244,14 +312,16 @@ def _mlp_in_tiles(t: Walk, layer: FusedLayer) -> None:
     t.take(out=layer.stream, gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes)
     before: tuple[str, ...] = ()
     for tokens, suffix, _ in _tiles(layer):
-        t.take(normalized=layer.of(layer.hidden, tokens))
+        t.take(normalized=layer.begun(tokens))
         _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tokens, weight_is_there=True)
         t.drop("gate_up_low")
         product = f"product{suffix}"
         t.take(**{product: layer.of(layer.inner, tokens)})
         t.drop("normalized", "gate_up", *before)  # the one before is there until there is another
         _group_forward(t, layer, layer.down, "down", "down_low", tokens, weight_is_there=True)
-        t.drop("down", "down_low")
+        t.drop("down_low")
+        t.passing(ended=layer.ended(tokens))
+        t.drop("down")
         before = (product,)
     t.drop("gate_up_weight", "down_weight", *before)
     return None
@@ -314,9 +384,10 @@ def _mlp_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None:
     elif not recomputes:
         _mlp_tile_backward(t, layer, _Tile(layer.tokens), recomputes=False)
     elif layer.tokens <= layer.mlp_tile_tokens:
-        t.take(gate_up_weight=layer.gate_up.dense_bytes)
-        _mlp_tile_backward(t, layer, _Tile(layer.tokens), recomputes=True)
-        t.drop("gate_up_weight")
+        again = layer.family.ends_with_norms
+        t.take(gate_up_weight=layer.gate_up.dense_bytes, down_weight=layer.down.dense_bytes if again else 0)
+        _mlp_tile_backward(t, layer, _Tile(layer.tokens, down_weight_is_there=again), recomputes=True)
+        t.drop("gate_up_weight", "down_weight")
     else:
         _mlp_tiles_backward(t, layer)
 
@@ -351,23 +422,34 @@ def _mlp_gradients(layer: FusedLayer) -> dict[str, int]:
 def _mlp_tile_backward(t: Walk, layer: FusedLayer, tile: _Tile, *, recomputes: bool) -> None:
     """`FusedLayer._mlp_tile_backward`; leaves `middle_grad` and gradients, with the tile's suffix to their names."""
     tokens, suffix = tile.tokens, tile.suffix
-    inner, stream = layer.of(layer.inner, tokens), layer.of(layer.hidden, tokens)
-    t.take(normalized=stream)
+    inner, stream, ends = layer.of(layer.inner, tokens), layer.of(layer.hidden, tokens), layer.family.ends_with_norms
+    t.take(normalized=layer.begun(tokens))
     if recomputes:
         _group_forward(t, layer, layer.gate_up, "gate_up", "gate_up_low", tokens, weight_is_there=True)
+    if recomputes and ends:
+        t.take(product=inner)
+        _group_forward(t, layer, layer.down, "mlp_added", "down_low", tokens, weight_is_there=True)
+        t.drop("product")
+    t.take(down_grad=layer.ended(tokens))
+    if recomputes and ends:
+        t.drop("mlp_added")
     t.take(down_low_grad=layer.low(layer.down, tokens))
     _input_gradient(t, layer, layer.down, "product", tokens, weight_is_there=tile.down_weight_is_there)
-    if recomputes:
+    if recomputes and not ends:
         _low(t, layer, layer.down, "down_low", tokens)
     _adapter_gradients(t, layer, layer.down, "down", inner, suffix)
-    t.drop("product")
+    t.drop("product", "down_grad")
     t.take(low_grad=layer.low(layer.gate_up, tokens))
     t.drop("down_low_grad")
     _adapter_gradients(t, layer, layer.gate_up, "gate_up", stream, suffix)
     t.drop("normalized")
-    _input_gradient(t, layer, layer.gate_up, "normalized_grad", tokens, weight_is_there=recomputes)
-    t.take(**{f"middle_grad{suffix}": stream})
-    t.drop("normalized_grad", "low_grad")
+    middle_grad = f"middle_grad{suffix}"
+    begun = "normalized_grad" if layer.family.begins_with_norms else middle_grad
+    _input_gradient(t, layer, layer.gate_up, begun, tokens, weight_is_there=recomputes)
+    if layer.family.begins_with_norms:
+        t.take(**{middle_grad: stream})
+        t.drop(begun)
+    t.drop("low_grad")
     if recomputes:
         t.drop("gate_up", "gate_up_low", "down_low")
 
@@ -408,18 +490,20 @@ def _input_gradient(
 
 def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None:
     """`FusedLayer._attention_backward`, and the end of `Attended` where the layer had made it anew."""
-    t.take(low_grad=layer.low(layer.output))
+    t.take(output_grad=layer.ended(), low_grad=layer.low(layer.output))
     _adapter_gradients(t, layer, layer.output, "output", layer.query)
     _input_gradient(t, layer, layer.output, "attention_output_grad")
     t.take(qkv_grad=layer.of(layer.qkv.outputs))
     _rotate_heads(t, layer)
     t.passing(**{f"attention {number}": size for number, size in enumerate(layer.attention.workspace)})
-    if layer.normalizes_heads:
+    if layer.family.normalizes_heads:
         t.drop("rotated_query", "rotated_key")
         _head_norms_backward(t, layer)
-    t.drop("attention_output_grad", "low_grad")
+    t.drop("attention_output_grad", "low_grad", "output_grad")
     if recomputes:
         t.drop("attention_output", "logsumexp", "output_low", "qkv")
+    if recomputes and layer.family.ends_with_norms:
+        t.drop("attention_added")
 
 
 # --- mixtures of experts
@@ -461,6 +545,10 @@ def _mixture_backward(t: Walk, layer: FusedLayer, experts: Experts) -> None:
 
 def _head_norms_backward(t: Walk, layer: FusedLayer) -> None:
     """`FusedLayer._head_norms_backward`: of the queries, whose rows are there until the keys' are, and of the keys."""
+    if layer.family.heads_together:
+        t.take(rows=layer.query, key_rows=layer.key)
+        t.drop("rows", "key_rows")
+        return
     t.take(gradient_copy=layer.query, part_copy=layer.query, rows=layer.query)
     t.drop("gradient_copy", "part_copy")
     t.take(gradient_copy=layer.key, part_copy=layer.key, key_rows=layer.key)
@@ -469,11 +557,12 @@ def _head_norms_backward(t: Walk, layer: FusedLayer) -> None:
 
 def _qkv_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
     """The rest of `FusedLayer.backward`; nobody asks for the gradient to the first layer's input."""
-    t.take(low_grad=layer.low(layer.qkv), normalized=layer.stream)
+    t.take(low_grad=layer.low(layer.qkv), normalized=layer.begun())
     _adapter_gradients(t, layer, layer.qkv, "qkv", layer.stream)
     t.drop("normalized")
     if first:
         return
-    _input_gradient(t, layer, layer.qkv, "normalized_grad")
+    _input_gradient(t, layer, layer.qkv, "normalized_grad" if layer.family.begins_with_norms else "x_grad")
     t.drop("qkv_grad")
-    t.take(x_grad=layer.stream)
+    if layer.family.begins_with_norms:
+        t.take(x_grad=layer.stream)

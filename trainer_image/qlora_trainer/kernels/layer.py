@@ -1,7 +1,10 @@
-"""One decoder layer of the Llama family: normalization, attention, normalization, gated MLP; both passes by hand.
+"""One decoder layer of the Llama family: attention and a gated MLP, with normalizations; both passes by hand.
+
+Each half is normalized where it begins (Llama), where it ends (OLMo 2), or both (Gemma 3): what it adds to the residual
+stream is normalized then.
 
 Rules: what is kept between the passes is decided here and nowhere else. A layer that keeps its activations keeps what
-matrix products cost and recomputes what is cheap: normalized inputs and the MLP's product. A layer that recomputes
+matrix products cost and recomputes what is cheap: what is normalized, sums, the MLP's product. A layer that recomputes
 keeps its input alone, on the card or in host memory. Both run the same operations on the same numbers, so they give the
 same bits.
 
@@ -13,14 +16,17 @@ Names: `low` is the rank-r product of an adapter, [tokens, ranks]. All activatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Module, Parameter
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RMSNorm
 
 from orchestrator.api import trainer_facts
 from qlora_trainer.kernels import ops
@@ -28,7 +34,11 @@ from qlora_trainer.kernels.host_offload import InputStore
 from qlora_trainer.kernels.lora_linears import Dropout, LinearGroup
 from qlora_trainer.kernels.packed_attention import PackedAttention
 
+Gate = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], None]]
+"""A gated activation of `ops`, and its backward pass."""
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+SCALES = {Olmo2RMSNorm: ops.EXACT, Olmo3RMSNorm: ops.EXACT, Gemma3RMSNorm: ops.AROUND_ONE}
+"""What transformers' classes do with the weight, where it is not what most do."""
 TILE_SEED = 0x9E3779B1
 """Odd, so that no two tiles of up to 2^32 tokens share the low bits of a seed."""
 
@@ -66,18 +76,31 @@ class Norm:
 
     weight: Tensor
     epsilon: float
+    scale: ops.NormScale
 
     @classmethod
     def of(cls, module: Any) -> Norm:
         """The normalization that transformers' module computes."""
-        return cls(weight=module.weight.data, epsilon=module.variance_epsilon)
+        scale = SCALES.get(type(module), ops.ROUNDED)
+        epsilon = module.eps if scale is ops.AROUND_ONE else module.variance_epsilon
+        return cls(weight=module.weight.data, epsilon=epsilon, scale=scale)
+
+    @classmethod
+    def found(cls, module: Any, name: str) -> Norm | None:
+        """The normalization of that name, if the module has one."""
+        own = getattr(module, name, None)
+        return None if own is None else cls.of(own)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.epsilon)
+        return ops.rms_norm(x, self.weight, self.epsilon, self.scale)
 
     def backward(self, grad: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The gradient to `x`, plus the residual stream's."""
-        return ops.rms_norm_backward(grad, x, self.weight, self.epsilon, residual)
+        return ops.rms_norm_backward(grad, x, self.weight, self.epsilon, residual, self.scale)
+
+    def by_rows(self, part: Tensor) -> Tensor:
+        """Heads [tokens, heads, size] as rows of what is normalized together: each head, or all heads of a token."""
+        return part.reshape(-1, len(self.weight))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,6 +113,8 @@ class Attended:
     logsumexp: Tensor
     qkv_low: Tensor | None
     output_low: Tensor | None
+    added: Tensor | None
+    """What the output projection gave, where that is normalized."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,6 +124,8 @@ class Gated:
     gate_up: Tensor | None
     gate_up_low: Tensor | None
     down_low: Tensor | None
+    added: Tensor | None
+    """What the down projection gave, where that is normalized."""
 
 
 class FusedLayer:
@@ -111,6 +138,7 @@ class FusedLayer:
         number: int,
         adapter_name: str,
         heads: HeadShape,
+        gate: Gate,
         attention: PackedAttention,
         recomputes: bool,
         store: InputStore | None,
@@ -118,13 +146,19 @@ class FusedLayer:
         """`module` is transformers' layer, of a class that `takeover` lists."""
         self._number = number
         self._heads = heads
+        self._gate, self._gate_backward_ = gate
         self._attention = attention
         self._recomputes = recomputes
         self._store = store if recomputes else None
         own = module.self_attn
-        self._input_norm, self._middle_norm = Norm.of(module.input_layernorm), Norm.of(module.post_attention_layernorm)
-        norms = [getattr(own, name, None) for name in ("q_norm", "k_norm")]
-        self._head_norms = None if None in norms else (Norm.of(norms[0]), Norm.of(norms[1]))
+        self._input_norm = Norm.found(module, "input_layernorm")
+        self._mlp_end_norm = Norm.found(module, "post_feedforward_layernorm")
+        behind = Norm.found(module, "post_attention_layernorm")  # where halves end with none, it begins the second
+        ends = self._mlp_end_norm is not None
+        self._attention_end_norm = behind if ends else None
+        self._middle_norm = Norm.found(module, "pre_feedforward_layernorm") if ends else behind
+        query_norm, key_norm = Norm.found(own, "q_norm"), Norm.found(own, "k_norm")
+        self._head_norms = None if query_norm is None or key_norm is None else (query_norm, key_norm)
         self._qkv = LinearGroup(query_key_value(own), adapter_name)
         self._factor = getattr(module, "residual_multiplier", 1.0)
         """What is added to the residual stream is multiplied with it."""
@@ -152,7 +186,8 @@ class FusedLayer:
         middle, attended = self._attend(x, run)
         if run.trains and not self._recomputes:
             out, gated = self._mlp(middle, run)
-            ctx.save_for_backward(x, middle, *_tensors(attended), *_tensors(gated))
+            kept = middle if attended.added is None else None
+            ctx.save_for_backward(x, kept, *_tensors(attended), *_tensors(gated))
             return out
         del attended
         out = self._mlp_in_tiles(middle, run)
@@ -164,15 +199,18 @@ class FusedLayer:
 
     def _attend(self, x: Tensor, run: Run) -> tuple[Tensor, Attended]:
         """The residual stream between attention and MLP, and what its backward pass needs."""
-        qkv, qkv_low = self._qkv.forward(self._input_norm(x), self._dropout(run, 0))
+        qkv, qkv_low = self._qkv.forward(_normalized(self._input_norm, x), self._dropout(run, 0))
         if self._head_norms is None:
             self._rotate(self._split(qkv)[0], run)
         query, key, value = self._rotated(qkv, run)
         output, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
         output = output.reshape(len(x), -1)
-        middle, output_low = self._output.forward(output, self._dropout(run, 1), residual=x)
-        attended = Attended(qkv=qkv, output=output, logsumexp=logsumexp, qkv_low=qkv_low, output_low=output_low)
-        return middle, attended
+        found, low = self._output.forward(
+            output, self._dropout(run, 1), residual=_added_to(self._attention_end_norm, x)
+        )
+        added = None if self._attention_end_norm is None else found
+        attended = Attended(qkv=qkv, output=output, logsumexp=logsumexp, qkv_low=qkv_low, output_low=low, added=added)
+        return _ended(self._attention_end_norm, found, x), attended
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Heads [tokens, heads, size]: queries and keys together, and values."""
@@ -186,7 +224,8 @@ class FusedLayer:
         query, key = both[:, : self._heads.queries], both[:, self._heads.queries :]
         if self._head_norms is None:
             return query, key, value
-        normalized = [_by_head(norm, part) for norm, part in zip(self._head_norms, (query, key), strict=True)]
+        pairs = zip(self._head_norms, (query, key), strict=True)
+        normalized = [norm(norm.by_rows(part)).view(part.shape) for norm, part in pairs]
         for part in normalized:
             self._rotate(part, run)
         return normalized[0], normalized[1], value
@@ -198,9 +237,15 @@ class FusedLayer:
             ops.rotate(rotated, run.cos, run.sin, out=rotated, back=back)
 
     def _mlp(self, middle: Tensor, run: Run) -> tuple[Tensor, Gated]:
-        gate_up, gate_up_low = self._gate_up.forward(self._middle_norm(middle), self._dropout(run, 2))
-        out, down_low = self._down.forward(ops.swiglu(gate_up), self._dropout(run, 3), residual=middle)
-        return out, Gated(gate_up=gate_up, gate_up_low=gate_up_low, down_low=down_low)
+        norm = self._mlp_end_norm
+        gate_up, gate_up_low = self._gate_up.forward(_normalized(self._middle_norm, middle), self._dropout(run, 2))
+        found, down_low = self._down.forward(
+            self._gate(gate_up), self._dropout(run, 3), residual=_added_to(norm, middle)
+        )
+        added = None if norm is None else found
+        return _ended(norm, found, middle), Gated(
+            gate_up=gate_up, gate_up_low=gate_up_low, down_low=down_low, added=added
+        )
 
     def _mlp_in_tiles(self, middle: Tensor, run: Run) -> Tensor:
         tiles = list(_tiles(len(middle)))
@@ -209,11 +254,14 @@ class FusedLayer:
         out = torch.empty_like(middle)
         gate_up_weight, down_weight = self._gate_up.weight(), self._down.weight()
         for tile in tiles:
-            normalized = self._middle_norm(middle[tile])
+            normalized = _normalized(self._middle_norm, middle[tile])
             gate_up = self._gate_up.forward(normalized, self._dropout(run, 2, tile), gate_up_weight)[0]
-            product = ops.swiglu(gate_up)
+            product = self._gate(gate_up)
             del normalized, gate_up
-            out[tile] = self._down.forward(product, self._dropout(run, 3, tile), down_weight, residual=middle[tile])[0]
+            residual = _added_to(self._mlp_end_norm, middle[tile])
+            found = self._down.forward(product, self._dropout(run, 3, tile), down_weight, residual=residual)[0]
+            out[tile] = _ended(self._mlp_end_norm, found, middle[tile])
+            del found
         return out
 
     # --- backward
@@ -230,19 +278,26 @@ class FusedLayer:
             self._store.fetch(self._number - 1)  # while this layer's last products are computed
         low_grad = self._qkv.low_gradient(qkv_grad)
         dropout = self._dropout(run, 0)
-        of_qkv = self._qkv.adapter_gradients(qkv_grad, self._input_norm(x), qkv_low, low_grad, dropout)
+        normalized = _normalized(self._input_norm, x)
+        of_qkv = self._qkv.adapter_gradients(qkv_grad, normalized, qkv_low, low_grad, dropout)
+        del normalized
         gradients = self._in_order((of_qkv, of_output, *of_mlp))
         if not ctx.needs_input_grad[0]:
             return None, gradients
         normalized_grad = self._qkv.input_gradient(qkv_grad, low_grad, dropout)
         del qkv_grad
-        return self._input_norm.backward(normalized_grad, x, residual=middle_grad), gradients
+        return _begun(self._input_norm, normalized_grad, x, middle_grad), gradients
 
     def _activations(self, ctx: Any, run: Run) -> tuple[Tensor, Tensor, Attended, Gated | None]:
         """The input, the middle and what both halves need: as it was kept, or computed anew from the input."""
         kept: tuple[Any, ...] = ctx.saved_tensors
         if len(kept) > 1:
-            return kept[0], kept[1], Attended(**_named(Attended, kept[2:])), Gated(**_named(Gated, kept[7:]))
+            x, middle, *others = kept
+            count = len(fields(Attended))
+            attended = Attended(**_named(Attended, others[:count]))
+            if attended.added is not None:
+                middle = _ended(self._attention_end_norm, attended.added, x)
+            return x, middle, attended, Gated(**_named(Gated, others[count:]))
         x = kept[0] if kept else self._fetched()
         return x, *self._attend(x, run), None
 
@@ -261,8 +316,9 @@ class FusedLayer:
         """The gradient to `middle`, and those of the adapters of each of the MLP's groups."""
         tiles = list(_tiles(len(grad))) if gated is None else [slice(0, len(grad))]
         if len(tiles) == 1:
-            twice_used = self._gate_up.weight() if gated is None else None
-            middle_grad, *of_mlp = self._mlp_tile_backward(grad, middle, gated, run, tiles[0], (twice_used, None))
+            again, ends = gated is None, self._mlp_end_norm is not None
+            twice_used = self._gate_up.weight() if again else None, self._down.weight() if again and ends else None
+            middle_grad, *of_mlp = self._mlp_tile_backward(grad, middle, gated, run, tiles[0], twice_used)
             return middle_grad, tuple(of_mlp)
         weights = (self._gate_up.weight(), self._down.weight())
         middle_grad = torch.empty_like(grad)
@@ -283,26 +339,36 @@ class FusedLayer:
         weights: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         below, above = self._dropout(run, 2, tile), self._dropout(run, 3, tile)
-        normalized = self._middle_norm(middle)
+        normalized = _normalized(self._middle_norm, middle)
         if gated is None or gated.gate_up is None:
             gate_up, gate_up_low = self._gate_up.forward(normalized, below, weights[0])
         else:
             gate_up, gate_up_low = gated.gate_up, gated.gate_up_low
-        low_grad = self._down.low_gradient(grad)
-        product = self._down.input_gradient(grad, low_grad, above, weights[1])
-        ops.swiglu_backward_(product, gate_up)  # from here on the one is the product, the other its gradient
-        down_low = self._down.low(product, above) if gated is None else gated.down_low
-        of_down = self._down.adapter_gradients(grad, product, down_low, low_grad, above)
-        del product
+        down_grad, added, down_low = grad, *((None, None) if gated is None else (gated.added, gated.down_low))
+        if self._mlp_end_norm is not None:
+            if added is None:
+                added, down_low = self._down.forward(self._gate(gate_up), above, weights[1])
+            down_grad = self._mlp_end_norm.backward(grad, added)
+        del added
+        low_grad = self._down.low_gradient(down_grad)
+        product = self._down.input_gradient(down_grad, low_grad, above, weights[1])
+        self._gate_backward_(product, gate_up)  # from here on the one is the product, the other its gradient
+        if down_low is None:
+            down_low = self._down.low(product, above)
+        of_down = self._down.adapter_gradients(down_grad, product, down_low, low_grad, above)
+        del product, down_grad
         low_grad = self._gate_up.low_gradient(gate_up)
         of_gate_up = self._gate_up.adapter_gradients(gate_up, normalized, gate_up_low, low_grad, below)
         del normalized
         normalized_grad = self._gate_up.input_gradient(gate_up, low_grad, below, weights[0])
-        return self._middle_norm.backward(normalized_grad, middle, residual=grad), of_gate_up, of_down
+        return _begun(self._middle_norm, normalized_grad, middle, grad), of_gate_up, of_down
 
     def _attention_backward(self, grad: Tensor, attended: Attended, run: Run) -> tuple[Tensor, list[Tensor]]:
         """The gradient to the projections' outputs, and those of the output projection's adapter."""
         dropout, shape = self._dropout(run, 1), (len(grad), self._heads.queries, self._heads.size)
+        if self._attention_end_norm is not None:
+            assert attended.added is not None, "where its end is normalized, what it ends with is there"
+            grad = self._attention_end_norm.backward(grad, attended.added)
         low_grad = self._output.low_gradient(grad)
         of_output = self._output.adapter_gradients(grad, attended.output, attended.output_low, low_grad, dropout)
         output_grad = self._output.input_gradient(grad, low_grad, dropout).view(shape)
@@ -328,7 +394,7 @@ class FusedLayer:
         both, both_grad = self._split(qkv)[0], self._split(qkv_grad)[0]
         for norm, heads in zip(self._head_norms, (slice(0, queries), slice(queries, None)), strict=True):
             part, grad = both[:, heads], both_grad[:, heads]
-            rows = norm.backward(grad.reshape(-1, self._heads.size), part.reshape(-1, self._heads.size))
+            rows = norm.backward(norm.by_rows(grad), norm.by_rows(part))
             grad.copy_(rows.view(part.shape))
 
     # --- dropout
@@ -385,8 +451,24 @@ def gate_and_up(mlp: Any) -> list[Module]:
     return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [getattr(mlp, name) for name in GATE_UP]
 
 
-def _by_head(norm: Norm, part: Tensor) -> Tensor:
-    return norm(part.reshape(-1, part.shape[-1])).view(part.shape)
+def _normalized(norm: Norm | None, x: Tensor) -> Tensor:
+    """What a half begins with."""
+    return x if norm is None else norm(x)
+
+
+def _begun(norm: Norm | None, grad: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+    """The gradient to `x` of what a half begins with, plus the residual stream's; `grad` may be used up."""
+    return grad.add_(residual) if norm is None else norm.backward(grad, x, residual=residual)
+
+
+def _added_to(norm: Norm | None, residual: Tensor) -> Tensor | None:
+    """What a half's last product is added to at once: nothing, where it is to be normalized before."""
+    return residual if norm is None else None
+
+
+def _ended(norm: Norm | None, found: Tensor, residual: Tensor) -> Tensor:
+    """The residual stream behind a half, of what its last product gave."""
+    return found if norm is None else norm(found).add_(residual)
 
 
 def _tiles(tokens: int) -> Iterator[slice]:
@@ -406,5 +488,5 @@ def _tensors(record: Attended | Gated) -> list[Tensor | None]:
     return [getattr(record, name) for name in record.__slots__]
 
 
-def _named(kind: type[Attended] | type[Gated], values: tuple[Tensor | None, ...]) -> dict[str, Any]:
-    return dict(zip(kind.__slots__, values, strict=False))
+def _named(kind: type[Attended] | type[Gated], values: list[Tensor | None]) -> dict[str, Any]:
+    return dict(zip(kind.__slots__, values, strict=True))

@@ -49,14 +49,16 @@ class MixtureLayer(FusedLayer):
     def _take_mlp(self, mlp: Any, adapter_name: str) -> tuple[LinearGroup, ...]:
         del adapter_name  # experts have no adapters
         assert isinstance(mlp.experts, NF4Experts), "other experts are not taken over"
+        assert self._middle_norm is not None, "nor are mixtures that do not begin with a norm"
+        self._norm = self._middle_norm
         self._router, self._experts = Router(mlp.gate), mlp.experts
         return ()
 
     def _mlp(self, middle: Tensor, run: Run) -> tuple[Tensor, Gated]:
         del run  # nothing is dropped
-        normalized = self._middle_norm(middle)
+        normalized = self._norm(middle)
         out = self._experts(normalized, *self._router(normalized)).add_(middle)
-        return out, Gated(gate_up=None, gate_up_low=None, down_low=None)
+        return out, Gated(gate_up=None, gate_up_low=None, down_low=None, added=None)
 
     def _mlp_in_tiles(self, middle: Tensor, run: Run) -> Tensor:
         return self._mlp(middle, run)[0]  # experts have tiles of their own
@@ -65,8 +67,8 @@ class MixtureLayer(FusedLayer):
         self, grad: Tensor, middle: Tensor, gated: Gated | None, run: Run
     ) -> tuple[Tensor, tuple[list[Tensor], ...]]:
         del gated, run  # nothing is kept, nothing dropped
-        normalized = self._middle_norm(middle)
+        normalized = self._norm(middle)
         index, weights = self._router(normalized)
         normalized_grad, weights_grad = self._experts.mix_backward(grad, normalized, index, weights)
         normalized_grad += self._router.backward(weights_grad, normalized, index)
-        return self._middle_norm.backward(normalized_grad, middle, residual=grad), ()
+        return self._norm.backward(normalized_grad, middle, residual=grad), ()

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -21,6 +22,19 @@ from orchestrator.api import trainer_facts
 from qlora_trainer.kernels import torch_ops
 
 log = logging.getLogger(__name__)
+
+
+class NormScale(NamedTuple):
+    """What a normalization does with its weight."""
+
+    offset: float
+    """Added to the weight."""
+    rounds: bool
+    """Whether the normalized row is rounded before it is multiplied with that, or only the product."""
+
+
+ROUNDED, EXACT, AROUND_ONE = NormScale(0.0, rounds=True), NormScale(0.0, rounds=False), NormScale(1.0, rounds=False)
+"""As most families have it, as OLMo has it, and as Gemma has it."""
 
 
 def product(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
@@ -67,14 +81,16 @@ def _processor_multiplies_bfloat16() -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, scale: NormScale = ROUNDED) -> Tensor:
     """Rows scaled to a root mean square of 1, times the weight (Zhang and Sennrich, 2019)."""
-    return _of(x).rms_norm(x, weight, epsilon)
+    return _of(x).rms_norm(x, weight, epsilon, *scale)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Tensor:
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None, scale: NormScale = ROUNDED
+) -> Tensor:
     """The gradient to `x`, plus that of the residual stream; the weight is frozen."""
-    return _of(x).rms_norm_backward(grad, x, weight, epsilon, residual)
+    return _of(x).rms_norm_backward(grad, x, weight, epsilon, residual, scale.offset)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:
@@ -93,6 +109,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
     """Turn `gate_up` into its gradient, and `grad` into what the forward pass gave, which the adapter needs."""
     _of(grad).swiglu_backward_(grad, gate_up)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up (Shazeer, 2020), as `swiglu`; of gelu the approximation by tanh (Hendrycks and Gimpel, 2016)."""
+    return _of(gate_up).geglu(gate_up)
+
+
+def geglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
+    """See `swiglu_backward_`."""
+    _of(grad).geglu_backward_(grad, gate_up)
 
 
 def dropout(x: Tensor, probability: float, seed: Tensor, number: int) -> Tensor:

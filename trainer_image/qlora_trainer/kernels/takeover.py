@@ -17,19 +17,24 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
+from transformers.models.olmo3.modeling_olmo3 import Olmo3DecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
+from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.host_offload import InputStore
 from qlora_trainer.kernels.layer import (
     FusedLayer,
+    Gate,
     HeadShape,
     Norm,
     NormFunction,
@@ -52,8 +57,16 @@ WINDOWS: dict[type[Any], Callable[[Any], int | None]] = {
     MixtralDecoderLayer: lambda attention: getattr(attention.config, "sliding_window", None),
     Qwen3MoeDecoderLayer: lambda attention: attention.sliding_window,
     SmolLM3DecoderLayer: lambda attention: attention.sliding_window,
+    Olmo2DecoderLayer: lambda _: None,
+    Olmo3DecoderLayer: lambda attention: attention.sliding_window,
+    Gemma3DecoderLayer: lambda attention: attention.sliding_window,
 }
 """The registry: layer classes that `FusedLayer` computes, and where each keeps its sliding window."""
+GATES: dict[str, Gate] = {
+    "silu": (ops.swiglu, ops.swiglu_backward_),
+    "gelu_pytorch_tanh": (ops.geglu, ops.geglu_backward_),
+}
+"""The gated activations that `FusedLayer` computes, by transformers' names."""
 MIXTURES = MixtralDecoderLayer, Qwen3MoeDecoderLayer
 """The layer classes that `MixtureLayer` computes."""
 
@@ -74,12 +87,13 @@ class FusedDecoder:
         self._bypassed = False
         self._differences: list[float] | None = None
         self._taken_over: list[Module] = []
-        self._run: Run | None = None
+        self._runs: dict[int, Run] = {}
+        """By the table of angles: some families have one for layers with windows, and another for the others."""
 
     def begin(self, seed: Tensor) -> None:
         """A micro-batch begins; its adapters' dropout is drawn from the seed."""
         self._seed = seed
-        self._run = None
+        self._runs.clear()
         if self._store is not None:
             self._store.clear()
 
@@ -128,11 +142,12 @@ class FusedDecoder:
         return theirs
 
     def _computed(self, module: Module, layer: FusedLayer, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
-        if self._run is None:
-            cos, sin = inputs["position_embeddings"]
+        cos, sin = inputs["position_embeddings"]
+        run = self._runs.get(id(cos))
+        if run is None:
             seed = self._seed if module.training else None
-            self._run = Run(cos=cos[0], sin=sin[0], seed=seed, trains=torch.is_grad_enabled())
-        return layer(hidden_states, self._run)
+            run = self._runs[id(cos)] = Run(cos=cos[0], sin=sin[0], seed=seed, trains=torch.is_grad_enabled())
+        return layer(hidden_states, run)
 
     def _forward_norm(self, module: Module, norm: Norm, hidden_states: Tensor) -> Tensor:
         if self._bypassed:
@@ -163,6 +178,7 @@ def fuse(
             number=number,
             adapter_name=adapter_name,
             heads=_heads(module, config),
+            gate=GATES[_activation(module, config)],
             attention=attention,
             recomputes=number < recompute_layers,
             store=store,
@@ -184,6 +200,11 @@ def _heads(module: Any, config: PreTrainedConfig) -> HeadShape:
     )
 
 
+def _activation(module: Any, config: Any) -> str:
+    """The name of what gates the layer's MLP."""
+    return config.hidden_activation if isinstance(module, Gemma3DecoderLayer) else config.hidden_act
+
+
 def _obstacles(layers: list[Any], config: PreTrainedConfig, adapter_name: str) -> Iterator[str]:
     """What `FusedLayer` would not compute exactly."""
     if not layers or any(type(layer) not in WINDOWS for layer in layers):
@@ -193,8 +214,10 @@ def _obstacles(layers: list[Any], config: PreTrainedConfig, adapter_name: str) -
     attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage]
     if attention != NAME:
         yield f"it attends with {attention}"
-    if config.hidden_act != "silu":
-        yield f"its MLP is gated with {config.hidden_act}"
+    if (activation := _activation(layers[0], config)) not in GATES:
+        yield f"its MLP is gated with {activation}"
+    if getattr(config, "attn_logit_softcapping", None):
+        yield "it softcaps the scores of its attention"
     if getattr(config, "attention_dropout", 0.0):
         yield "it drops attention weights"
     if getattr(config, "resid_pdrop", 0.0):

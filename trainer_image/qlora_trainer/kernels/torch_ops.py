@@ -14,15 +14,20 @@ SCORES_BYTES = 2 << 20
 """The size of a tile of attention's scores: small tiles see fewer masked keys, and stay in a processor's cache."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0, rounds: bool = True) -> Tensor:
     """See `ops.rms_norm`."""
-    return weight * _normalized(x, epsilon)[0].to(x.dtype)
+    normalized = _normalized(x, epsilon)[0]
+    if rounds:
+        normalized = normalized.to(x.dtype)
+    return ((weight.float() + offset) * normalized.float()).to(x.dtype)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Tensor:
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None, offset: float = 0.0
+) -> Tensor:
     """See `ops.rms_norm_backward`."""
     normalized, inverse = _normalized(x, epsilon)
-    normalized_grad = grad.float() * weight.float()
+    normalized_grad = grad.float() * (weight.float() + offset)
     x_grad = inverse * (normalized_grad - normalized * (normalized_grad * normalized).mean(-1, keepdim=True))
     return (x_grad if residual is None else x_grad + residual.float()).to(x.dtype)
 
@@ -54,6 +59,22 @@ def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
     sigmoid = torch.sigmoid(gate)
     activated, above = gate * sigmoid, grad.float()
     gate_up.copy_(torch.cat([above * up * (sigmoid + activated * (1 - sigmoid)), above * activated], dim=1))
+    grad.copy_(activated * up)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """See `ops.geglu`."""
+    gate, up = gate_up.float().chunk(2, dim=1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def geglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
+    """See `ops.geglu_backward_`."""
+    gate, up = gate_up.float().chunk(2, dim=1)
+    above = grad.float()
+    gate_grad = torch.ops.aten.gelu_backward(above * up, gate, approximate="tanh")
+    activated = torch.nn.functional.gelu(gate, approximate="tanh")
+    gate_up.copy_(torch.cat([gate_grad, above * activated], dim=1))
     grad.copy_(activated * up)
 
 

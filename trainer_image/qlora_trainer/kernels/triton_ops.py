@@ -29,7 +29,7 @@ from qlora_trainer.kernels.triton_experts import sum_rows as sum_rows
 MAX_BLOCK = 65536
 """The widest row that a program of the normalization holds."""
 HEADS_BLOCK = 16
-SWIGLU_BLOCK = 1024
+GATED_BLOCK = 1024
 DROPOUT_LANES = 8
 DROPOUT_BLOCK = 256
 VOCABULARY_BLOCK = 4096
@@ -40,23 +40,27 @@ PACKED_BLOCK = 1024
 
 
 @triton.jit
-def _rms_norm(x, x_stride, weight, out, out_stride, width, epsilon, BLOCK: tl.constexpr):
+def _rms_norm(
+    x, x_stride, weight, out, out_stride, width, epsilon,
+    OFFSET: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < width
     value = tl.load(x + row * x_stride + place, mask=inside, other=0.0)
     exact = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(exact * exact, 0) / width + epsilon)
-    # Rounded before the weight comes, as the models' own code does.
-    normalized = (exact * inverse).to(value.dtype)
-    scaled = normalized.to(tl.float32) * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    normalized = exact * inverse
+    if ROUNDS:
+        normalized = normalized.to(value.dtype).to(tl.float32)
+    scaled = normalized * (tl.load(weight + place, mask=inside, other=0.0).to(tl.float32) + OFFSET)
     tl.store(out + row * out_stride + place, scaled.to(value.dtype), mask=inside)
 
 
 @triton.jit
 def _rms_norm_backward(
     grad, grad_stride, x, x_stride, weight, residual, residual_stride, out, out_stride, width, epsilon,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
@@ -66,29 +70,34 @@ def _rms_norm_backward(
     inverse = tl.rsqrt(tl.sum(exact * exact, 0) / width + epsilon)
     normalized = exact * inverse
     normalized_grad = tl.load(grad + row * grad_stride + place, mask=inside, other=0.0).to(tl.float32)
-    normalized_grad *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    normalized_grad *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32) + OFFSET
     x_grad = inverse * (normalized_grad - normalized * (tl.sum(normalized_grad * normalized, 0) / width))
     if HAS_RESIDUAL:
         x_grad += tl.load(residual + row * residual_stride + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + place, x_grad.to(value.dtype), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0, rounds: bool = True) -> Tensor:
     """See `ops.rms_norm`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block, warps = _row_block(x.shape[1])
-    _rms_norm[(len(x),)](x, x.stride(0), weight, out, out.stride(0), x.shape[1], epsilon, BLOCK=block, num_warps=warps)
+    _rms_norm[(len(x),)](
+        x, x.stride(0), weight, out, out.stride(0), x.shape[1], epsilon,
+        OFFSET=offset, ROUNDS=rounds, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Tensor:
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None, offset: float = 0.0
+) -> Tensor:
     """See `ops.rms_norm_backward`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block, warps = _row_block(x.shape[1])
     above = grad if residual is None else residual
     _rms_norm_backward[(len(x),)](
         grad, grad.stride(0), x, x.stride(0), weight, above, above.stride(0), out, out.stride(0), x.shape[1], epsilon,
-        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
+        OFFSET=offset, HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -135,18 +144,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None
 
 
 @triton.jit
-def _swiglu(gate_up, stride, out, out_stride, width, BLOCK: tl.constexpr):
+def _gated(gate_up, stride, out, out_stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     gate = tl.load(gate_up + row * stride + place, mask=inside, other=0.0)
     up = tl.load(gate_up + row * stride + width + place, mask=inside, other=0.0).to(tl.float32)
     exact = gate.to(tl.float32)
-    tl.store(out + row * out_stride + place, (exact * tl.sigmoid(exact) * up).to(gate.dtype), mask=inside)
+    tl.store(out + row * out_stride + place, (exact * _share(exact, GELU) * up).to(gate.dtype), mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(grad, grad_stride, gate_up, stride, width, BLOCK: tl.constexpr):
+def _share(gate, GELU: tl.constexpr):
+    """What part of itself a gate becomes: of gelu's approximation (1 + tanh(u)) / 2, which is the sigmoid of 2 u."""
+    if GELU:  # u = sqrt(2 / pi) * (gate + 0.044715 gate^3)
+        gate *= 1.5957691216057308 * (1 + 0.044715 * gate * gate)
+    return tl.sigmoid(gate)
+
+
+@triton.jit
+def _gated_backward(grad, grad_stride, gate_up, stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
@@ -156,28 +173,49 @@ def _swiglu_backward(grad, grad_stride, gate_up, stride, width, BLOCK: tl.conste
     up = tl.load(gates + width, mask=inside, other=0.0).to(tl.float32)
     above = tl.load(grads, mask=inside, other=0.0).to(tl.float32)
     exact = gate.to(tl.float32)
-    sigmoid = tl.sigmoid(exact)
-    activated = exact * sigmoid
-    tl.store(gates, (above * up * (sigmoid + activated * (1 - sigmoid))).to(gate.dtype), mask=inside)
+    share = _share(exact, GELU)
+    activated = exact * share
+    slope = activated * (1 - share)
+    if GELU:
+        slope *= 1.5957691216057308 * (1 + 3 * 0.044715 * exact * exact)
+    tl.store(gates, (above * up * (share + slope)).to(gate.dtype), mask=inside)
     tl.store(gates + width, (above * activated).to(gate.dtype), mask=inside)
     tl.store(grads, (activated * up).to(gate.dtype), mask=inside)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """See `ops.swiglu`."""
-    tokens, width = len(gate_up), gate_up.shape[1] // 2
-    out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](
-        gate_up, gate_up.stride(0), out, out.stride(0), width, BLOCK=SWIGLU_BLOCK
-    )
-    return out
+    return _gate(gate_up, gelu=False)
 
 
 def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
     """See `ops.swiglu_backward_`."""
+    _gate_backward_(grad, gate_up, gelu=False)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """See `ops.geglu`."""
+    return _gate(gate_up, gelu=True)
+
+
+def geglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
+    """See `ops.geglu_backward_`."""
+    _gate_backward_(grad, gate_up, gelu=True)
+
+
+def _gate(gate_up: Tensor, *, gelu: bool) -> Tensor:
+    tokens, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
+    _gated[(tokens, triton.cdiv(width, GATED_BLOCK))](
+        gate_up, gate_up.stride(0), out, out.stride(0), width, GELU=gelu, BLOCK=GATED_BLOCK
+    )
+    return out
+
+
+def _gate_backward_(grad: Tensor, gate_up: Tensor, *, gelu: bool) -> None:
     tokens, width = grad.shape
-    _swiglu_backward[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](
-        grad, grad.stride(0), gate_up, gate_up.stride(0), width, BLOCK=SWIGLU_BLOCK
+    _gated_backward[(tokens, triton.cdiv(width, GATED_BLOCK))](
+        grad, grad.stride(0), gate_up, gate_up.stride(0), width, GELU=gelu, BLOCK=GATED_BLOCK
     )
 
 
