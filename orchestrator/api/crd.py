@@ -175,13 +175,20 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         )
     },
     QLoRAQueueSpec: {
+        "_turns_are_everybodys": (
+            Rule(
+                rule="!has(self.turnSeconds) || self.fairSharing == 'None'",
+                message="turnSeconds gives every job its turn, so fairSharing must be None beside it",
+                field="fairSharing",
+            ),
+        ),
         "_one_quota_a_class": (
             Rule(
                 rule="self.quotas.all(one, self.quotas.exists_one(other, other.gpuClass == one.gpuClass))",
                 message="quotas must name each gpuClass once",
                 field="quotas",
             ),
-        )
+        ),
     },
 }
 """CEL for every validator, by model and the validator's name, in the validator's words."""

@@ -76,6 +76,9 @@ class QLoRAQueueSpec(Model):
     fair_sharing: Literal["None", "PerUser"] = "None"
     """Whose jobs of one priority go first. PerUser: those of the users who have had least of the queue's GPU time, the
     past counting for less and less. None: the oldest, whoever's they are. A user is a namespace."""
+    turn_seconds: int | None = Field(default=None, ge=300, le=31_536_000)
+    """After so long a running job saves a checkpoint and yields to a job of the queue that waits, of no lower priority,
+    and waits behind those who do. Absent: it runs until it is done, or has to make way for another reason."""
     stop_policy: StopPolicy = "None"
     """Hold: admit nothing; running jobs go on. HoldAndDrain: they save a checkpoint and wait, too."""
     hold: bool = False
@@ -91,6 +94,12 @@ class QLoRAQueueSpec(Model):
     def stops(self) -> StopPolicy:
         """What of the queue is stopped, however that is said."""
         return "Hold" if self.hold and self.stop_policy == "None" else self.stop_policy
+
+    @model_validator(mode="after")
+    def _turns_are_everybodys(self) -> QLoRAQueueSpec:
+        if self.turn_seconds is not None and self.fair_sharing == "PerUser":
+            raise ValueError("turnSeconds gives every job its turn, so fairSharing must be None beside it")
+        return self
 
     @model_validator(mode="after")
     def _one_quota_a_class(self) -> QLoRAQueueSpec:

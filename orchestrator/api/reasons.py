@@ -82,6 +82,8 @@ class Reason(StrEnum):
     NOT_EVICTED = "NotEvicted"
     PREEMPTED = "Preempted"
     QUOTA_RECLAIMED = "QuotaReclaimed"
+    TURN_ENDED = "TurnEnded"
+    """Its queue gives turns (turnSeconds): its own is over, and an equal waited."""
     QUEUE_DRAINED = "QueueDrained"
     """The queue's stopPolicy is HoldAndDrain."""
     DISRUPTED = "Disrupted"
@@ -139,6 +141,7 @@ class Reason(StrEnum):
 _RECOVERIES = {
     Reason.PREEMPTED: Recovery.RESUME,
     Reason.QUOTA_RECLAIMED: Recovery.RESUME,
+    Reason.TURN_ENDED: Recovery.RESUME,
     Reason.QUEUE_DRAINED: Recovery.RESUME,
     Reason.DISRUPTED: Recovery.RESUME,
     Reason.SUSPENDED: Recovery.RESUME,

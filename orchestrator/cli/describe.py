@@ -105,6 +105,8 @@ def _queue_fields(queue: QLoRAQueue) -> Iterator[Field]:
         if spec.queueing_strategy == "StrictFIFO"
         else ("whoever finds a GPU goes"),
     )
+    if spec.turn_seconds is not None:
+        yield "turns", f"{spec.turn_seconds} s, then a job yields to its equals"
     if spec.per_user.running is not None or spec.per_user.waiting is not None:
         running, waiting = (_bound(limit) for limit in (spec.per_user.running, spec.per_user.waiting))
         yield "of a namespace", f"{running} running, {waiting} waiting"

@@ -73,6 +73,10 @@ def create(
         typer.Option("--dollars", metavar="DOLLARS", min=0, help="The same by QLORA_GPU_PRICES.", show_default=False),
     ] = None,
     fair_users: Annotated[bool, typer.Option("--fair-users", help="Namespaces that had less go first.")] = False,
+    turn_seconds: Annotated[
+        int | None,
+        typer.Option("--turn-seconds", metavar="SECONDS", help="Then a job yields to its equals.", show_default=False),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Nobody goes before the one who is next.")] = False,
     hold: Annotated[bool, typer.Option("--hold", help="Admit nothing before `qlora queue release`.")] = False,
     dry_run: DryRun = False,
@@ -91,6 +95,7 @@ def create(
         "maxPriority": max_priority,
         "preemption": "Never" if never_preempt else "LowerPriority",
         "fairSharing": "PerUser" if fair_users else "None",
+        "turnSeconds": turn_seconds,
         "queueingStrategy": "StrictFIFO" if strict else "BestEffortFIFO",
         "stopPolicy": "Hold" if hold else "None",
         "perUser": {"running": user_running, "waiting": user_waiting},

@@ -18,7 +18,8 @@ from orchestrator.core.job.setbacks import avoided_classes, counted_failures
 from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Schedule, schedule
-from orchestrator.core.scheduling.ordering import Claim, queue_specs
+from orchestrator.core.scheduling.ordering import Claim, queue_specs, standing
+from orchestrator.core.scheduling.turns import has_advanced, turn_ends
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.hardware import CLASS_NAMES, GIB, gpu_class, priced
 from orchestrator.sizing.margins import DEFAULT, learned
@@ -55,6 +56,7 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
     if place is not None:
         yield from _in_line(outcome.line, place)
         yield from _among_users(outcome.line[place], outcome, snapshot)
+        yield from _turns(outcome.line[place], outcome, snapshot)
         yield from _wanted(outcome.line[place], outcome, snapshot)
         yield from _neighbours(draft, outcome.line[place], snapshot)
     yield from _next(key, outcome)
@@ -95,6 +97,31 @@ def _among_users(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterato
     yield (
         f"Queue {claim.queue} is shared out by user: {claim.user} has had {had[claim.user]:.1%} of the cluster's GPU "
         f"time of late there{others}."
+    )
+
+
+def _turns(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+    """When the next of its equals has had his turn, in a queue that gives turns."""
+    queues, policy = queue_specs(snapshot.queues), snapshot.policy
+    equals = (
+        draft
+        for draft in outcome.drafts.values()
+        if draft.job.spec.queue == claim.queue and standing(draft.job, queues) <= claim.priority
+    )
+    ends = [
+        (end, draft)
+        for draft in equals
+        if (end := turn_ends(draft, queues, policy)) is not None and any(_holds(draft, name) for name in claim.classes)
+    ]
+    if not ends:
+        return
+    end, draft = min(ends, key=lambda each: (each[0], each[1].job.key))
+    left, attempt = (end - snapshot.now).total_seconds(), draft.attempt
+    when = f"in {left / 60:.0f} minutes" if left >= 60 else "in less than a minute" if left > 0 else "now"
+    yield (
+        f"Queue {claim.queue} gives turns of {queues[claim.queue].turn_seconds} s: the next one to end is that of "
+        f"{draft.job.key} on {attempt.gpu_class if attempt else ''}, {when}"
+        f"{'' if has_advanced(draft) else ', or later, once it has saved a checkpoint'}."
     )
 
 

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import count
 
-from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import CheckpointStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import StageResult, TrainResult
 from orchestrator.core.commands import DeleteStage, EnsureStage, StopStage, WriteQueueStatus, WriteStatus
 from orchestrator.core.decide import Decider
+from orchestrator.core.scheduling.ordering import queue_specs
+from orchestrator.core.scheduling.turns import turn_length
 from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
 
 STOP_SECONDS = 30.0
@@ -219,6 +221,8 @@ class _Course:
             elif what == "stop":
                 self._stop(key)
                 ended += 1
+            elif what == "turn":
+                self._save(key)
         return ended
 
     def decide(self) -> None:
@@ -276,6 +280,10 @@ class _Course:
     def _runs(self, stage: str, job: QLoRAJob) -> None:
         """A job has a GPU until its steps are made."""
         self.job_of[stage] = job.key
+        began = job.status.active_attempt.start_time if job.status.active_attempt is not None else None
+        turn = turn_length(queue_specs(self.queues.values()).get(job.spec.queue), self.template.policy)
+        if turn is not None:
+            self._at(max(self.now, (began or self.now) + turn), "turn", stage)
         known, left = self.expected.get(job.key, Expectation()), self.work.get(job.key)
         if left is None:
             seconds = remaining_seconds(job, self.template.policy, self.now)
@@ -324,6 +332,17 @@ class _Course:
             exit_code=ExitCode.PREEMPTED,
             result=StageResult(train=done),
         )
+
+    def _save(self, stage: str) -> None:
+        """A checkpoint at the end of a job's turn, without which it does not yield: it saves them all the time."""
+        job = self.jobs.get(self.job_of[stage])
+        attempt = job.status.active_attempt if job is not None else None
+        if job is None or attempt is None or stage in self.stopping or stage not in self.stages:
+            return
+        saved = CheckpointStatus(
+            step=self._steps_done(job), uri=_checkpoint_uri(job), time=self.now, attempt=attempt.number
+        )
+        self.jobs[job.key] = job.model_copy(update={"status": job.status.model_copy(update={"checkpoint": saved})})
 
     def _steps_done(self, job: QLoRAJob) -> int:
         """Those in the checkpoint that a stage has just written, by the time that is left."""

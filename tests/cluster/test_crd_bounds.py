@@ -173,7 +173,8 @@ def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> Non
     """The field that each names is in the answer, too."""
     own = {rule for model, rules in RULES.items() if model not in IN_STATUS for each in rules.values() for rule in each}
     cases = [(QLoRAJob, changed(SPEC, path, value)) for path, value in rule_breakers()]
-    cases += [(QLoRAQueue, {"quotas": [QUOTA, QUOTA]}), (QLoRAQueue, {"budget": {}})]
+    two = {"turnSeconds": 600, "fairSharing": "PerUser"}
+    cases += [(QLoRAQueue, each) for each in ({"quotas": [QUOTA, QUOTA]}, {"budget": {}}, two)]
     met = set[Any]()
     for kind, spec in cases:
         ours, theirs = complaints(api, kind, spec)

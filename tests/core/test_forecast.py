@@ -94,6 +94,22 @@ def test_nobody_believes_a_trainer_that_says_centuries(eta: float) -> None:
     assert any("default/for-ever will hold a GPU" in line for line in explain(world, "default/next"))
 
 
+def test_turns_end_ahead_of_time_as_they_will() -> None:
+    holder = training("holder", 9000)
+    queue = make_queue("default", turn_seconds=1600)
+    jobs = (holder, waiting("first", age_seconds=20), waiting("second", age_seconds=10))
+    world = snapshot(*jobs, stages=(stage(holder, stage_uid="pod"),), gpu_classes=gpus(_24Gi=1), queues=(queue,))
+    found = forecast(world).jobs
+    first, second = found["default/first"], found["default/second"]
+    assert first.start == after(600 + STOP_SECONDS)
+    assert first.end is not None
+    assert second.start == min(first.end, after(600 + 1600 + 2 * STOP_SECONDS))
+    again, end = found["default/holder"].start, found["default/holder"].end
+    assert again is not None
+    assert again > second.start
+    assert end is not None
+
+
 def test_what_a_queue_may_not_have_is_not_expected() -> None:
     held = waiting("held", queue="held")
     world = snapshot(held, waiting("free"), gpu_classes=gpus(_24Gi=1), queues=(make_queue("held", hold=True),))

@@ -52,6 +52,7 @@ ENDS = (Reason.TRANSIENT_ERROR, Reason.BROKEN_GPU, Reason.UNSCHEDULABLE, Reason.
 
 
 def a_queue(name: str, seeded: random.Random) -> QLoRAQueue:
+    sharing = seeded.choice(({}, {"fair_sharing": "PerUser"}, {"turn_seconds": 300}, {"turn_seconds": 600}))
     quotas = {of: seeded.choice((0, 2, (1, 2), 9)) for of in CLASSES if seeded.random() < 0.8}
     return make_queue(
         name,
@@ -62,7 +63,7 @@ def a_queue(name: str, seeded: random.Random) -> QLoRAQueue:
         preemption=seeded.choice(("LowerPriority", "LowerPriority", "Never")),
         max_priority=seeded.choice((None, None, 5)),
         stop_policy="HoldAndDrain" if seeded.random() < 0.05 else "None",
-        fair_sharing=seeded.choice(("None", "PerUser")),
+        **sharing,
         queueing_strategy=seeded.choice(("BestEffortFIFO", "BestEffortFIFO", "StrictFIFO")),
         per_user=UserLimits(running=seeded.choice((None, 1, 2)), waiting=seeded.choice((None, None, 3))),
         budget=Budget(gpu_hours=seeded.choice((0, 1, 2))) if seeded.random() < 0.1 else None,
@@ -101,7 +102,9 @@ def a_status(seeded: random.Random) -> QLoRAJobStatus:
         stop_reason=Reason.PREEMPTED if kind == "stopping" else None,
         progress_time=seeded.choice((None, began)),
     )
-    checkpoint = CheckpointStatus(step=1, uri="file:///c", time=after(-seeded.uniform(0, 300)))
+    checkpoint = CheckpointStatus(
+        step=1, uri="file:///c", time=after(-seeded.uniform(0, 300)), attempt=seeded.choice((3, 3, None))
+    )
     return prepared_status(
         model,
         attempts=(*before, attempt),

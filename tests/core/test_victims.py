@@ -55,6 +55,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
             run_seconds=seeded.choice((10.0, 5_000.0)),
             lost_seconds=float(seeded.randrange(3)),
             was_evicted=seeded.random() < 0.2,
+            turn_is_over=seeded.random() < 0.3,
         )
         for n, queue in enumerate(held_of)
     ]
@@ -69,7 +70,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
                 uid=f"claim-{n}",
                 queue=queue,
                 priority=priority,
-                created=after(-seeded.randrange(5)),
+                since=after(-seeded.randrange(5)),
                 estimates=chosen,
                 classes=classes,
                 user=user_of(seeded.choice(users), queues[queue]),
@@ -89,11 +90,11 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
 def rank(claim: Claim, line: RankedLine) -> tuple[object, ...]:
     """The order of the line in its plainest form: the k-th of a queue counts as if those before it had started."""
     own = sorted(
-        (-other.priority, other.created, other.uid) for other in line.line.claims.values() if other.queue == claim.queue
+        (-other.priority, other.since, other.uid) for other in line.line.claims.values() if other.queue == claim.queue
     )
-    place = own.index((-claim.priority, claim.created, claim.uid))
+    place = own.index((-claim.priority, claim.since, claim.uid))
     share = max(had + place * more for had, more in zip(line.shares[claim.queue], line.steps[claim.queue], strict=True))
-    return -claim.priority, share, claim.created, claim.uid
+    return -claim.priority, share, claim.since, claim.uid
 
 
 def of_class(holdings: list[Holding]) -> Callable[[str], list[Holding]]:
@@ -139,6 +140,8 @@ def victims_one_by_one(claims: list[Claim], holdings: list[Holding], books: Ledg
         options: list[tuple[tuple[bool, float, int, int, str], Holding, Reason]] = []
         for each in running if claim.key not in reserved else ():
             reason = reason_to_move(claim, each, books)
+            if reason is Reason.TURN_ENDED and not is_next(claim, each, claims, found, books):
+                reason = None
             if reason is not None and room_without(each, claim, books):
                 young = each.run_seconds < POLICY.minimum_run_seconds
                 preference = claim.classes.index(each.gpu_class)
@@ -163,7 +166,17 @@ def reason_to_move(claim: Claim, holding: Holding, books: Ledger) -> Reason | No
     may_preempt = books.quotas.queues[claim.queue].preemption == "LowerPriority"
     if may_preempt and holding.priority < claim.priority:
         return Reason.PREEMPTED
+    if not is_foreign and holding.turn_is_over and holding.priority <= claim.priority:
+        return Reason.TURN_ENDED
     return Reason.QUOTA_RECLAIMED if is_foreign and books.is_within_nominal(claim.queue, name) else None
+
+
+def is_next(claim: Claim, holding: Holding, claims: list[Claim], found: Served, books: Ledger) -> bool:
+    """Whether the GPU would be the claim's, of all who have none yet."""
+    after, served = books.copy(), {key for key, _, _, _ in found}
+    after.release(holding.queue, holding.gpu_class, holding.user)
+    got = next(placed_one_by_one([other for other in claims if other.key not in served], after), None)
+    return got is not None and got[0] == claim.key
 
 
 def room_without(holding: Holding, claim: Claim, books: Ledger) -> bool:

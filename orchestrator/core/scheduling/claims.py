@@ -10,7 +10,8 @@ from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.setbacks import avoided_classes
 from orchestrator.core.job.status_draft import Draft
-from orchestrator.core.scheduling.ordering import Claim, created, queue_refusal, user_of
+from orchestrator.core.scheduling.ordering import Claim, queue_refusal, user_of
+from orchestrator.core.scheduling.turns import waits_since
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
@@ -32,20 +33,26 @@ def claim_of(
     found = queue_refusal(draft.job, queues, closed) or _estimates(draft, snapshot, margins)
     if isinstance(found, Refusal):
         return found
-    return _claim(draft, found, user_of(draft.job.metadata.namespace, queues.get(draft.job.spec.queue)))
+    return _claim(draft, found, queues.get(draft.job.spec.queue))
 
 
-def _claim(draft: Draft, estimates: tuple[Estimate, ...], user: str) -> Claim:
+def in_queue(claim: Claim, draft: Draft, spec: QLoRAQueueSpec | None) -> Claim:
+    """The claim of the same job by what its queue says of it now."""
+    user, since = user_of(draft.job.metadata.namespace, spec), waits_since(draft, spec)
+    return claim if (claim.user, claim.since) == (user, since) else replace(claim, user=user, since=since)
+
+
+def _claim(draft: Draft, estimates: tuple[Estimate, ...], spec: QLoRAQueueSpec | None) -> Claim:
     job = draft.job
     return Claim(
         key=job.key,
         uid=job.metadata.uid,
         queue=job.spec.queue,
         priority=job.spec.priority,
-        created=created(job, draft.now),
+        since=waits_since(draft, spec),
         estimates=estimates,
         classes=tuple(estimate.gpu_class for estimate in estimates),
-        user=user,
+        user=user_of(job.metadata.namespace, spec),
     )
 
 

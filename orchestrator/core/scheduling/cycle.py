@@ -370,6 +370,8 @@ def _eviction_sentence(preemption: Preemption, victim: Holding) -> str:
             f"queue {claim.queue} needs the {victim.gpu_class} GPU that queue {victim.queue} has beyond its own, for "
             f"{claim.key}"
         )
+    if preemption.reason is Reason.TURN_ENDED:
+        return f"its turn on {victim.gpu_class} is over (turnSeconds of queue {victim.queue}); {claim.key} is next"
     return f"makes way on {victim.gpu_class} for {claim.key}: priority {claim.priority} over {victim.priority}"
 
 

@@ -34,7 +34,7 @@ from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.unreadable import job_key_of
 from orchestrator.core.scheduling.admission import Held, Ledger, Quotas, depends_on
-from orchestrator.core.scheduling.claims import claim_of
+from orchestrator.core.scheduling.claims import claim_of, in_queue
 from orchestrator.core.scheduling.cpu_slots import IN_CPU_STAGE, last_served
 from orchestrator.core.scheduling.line import Line
 from orchestrator.core.scheduling.ordering import (
@@ -48,6 +48,7 @@ from orchestrator.core.scheduling.ordering import (
     user_of,
 )
 from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, is_cooling_down, lost_seconds
+from orchestrator.core.scheduling.turns import is_turn_over, turn_ends
 from orchestrator.core.scheduling.usage import Shares, Stint
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 from orchestrator.sizing.margins import Margins, learned, teaches
@@ -87,7 +88,8 @@ class Entry:
         held = self.holding
         if held is None:
             return None
-        return held.queue, held.user, held.gpu_class, held.priority, held.stopping, self.cools_down
+        may_move = held.stopping, self.cools_down, held.turn_is_over
+        return held.queue, held.user, held.gpu_class, held.priority, may_move
 
 
 @dataclass(slots=True, kw_only=True)
@@ -330,9 +332,11 @@ class Index:
         attempt = job.status.active_attempt
         fact = stage_of(job, attempt, snapshot) if attempt is not None else None
         claimant = claimant_of(job, attempt, snapshot) if attempt is not None and fact is None else None
+        is_known = known is not None and known.draft is draft
+        until = known.until if known is not None and is_known else _until(draft, fact, claim, snapshot)
         return Entry(
             draft=draft,
-            until=known.until if known is not None and known.draft is draft else _until(draft, fact, claim, snapshot),
+            until=min(until, self._turn_ends(draft, snapshot)),
             claim=claim if isinstance(claim, Claim) else None,
             refusal=claim if isinstance(claim, Refusal) else None,
             holding=holding,
@@ -342,6 +346,11 @@ class Index:
             is_expired=is_expired(draft) if known is None else known.is_expired,
             cause=hit_by((job, draft.status), snapshot.policy),
         )
+
+    def _turn_ends(self, draft: Draft, snapshot: Snapshot) -> datetime:
+        """When a running job's turn will be over, so that it may be moved."""
+        ends = turn_ends(draft, self.queues, snapshot.policy)
+        return ends if ends is not None and ends > snapshot.now else FOR_EVER
 
     def _with_claim(
         self, draft: Draft, known: Entry | None, snapshot: Snapshot
@@ -358,9 +367,8 @@ class Index:
         """The claim of a job that is ready to train; what it fits need not be worked out again if that is known."""
         if known is None or known.claim is None or not self._sizes_hold:
             return claim_of(draft, self.queues, self.closed, snapshot, self.margins)
-        user = user_of(draft.job.metadata.namespace, self.queues.get(draft.job.spec.queue))
-        claim = known.claim if known.claim.user == user else replace(known.claim, user=user)
-        return queue_refusal(draft.job, self.queues, self.closed) or claim
+        refusal = queue_refusal(draft.job, self.queues, self.closed)
+        return refusal or in_queue(known.claim, draft, self.queues.get(draft.job.spec.queue))
 
     def _replace(self, key: str, new: Entry | None) -> None:
         old = self.entries.get(key)
@@ -497,6 +505,7 @@ def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Sna
         stopping=attempt.stop_time is not None,
         run_seconds=max(0.0, (now - since).total_seconds()),
         lost_seconds=lost_seconds(draft.status, now, snapshot.policy),
+        turn_is_over=is_turn_over(draft, queues, snapshot),
         was_evicted=any(reason.value in draft.status.evictions for reason in EVICTIONS_BY_US),
     )
 

@@ -31,7 +31,7 @@ MANY = 8
 
 def place_of(claim: Claim) -> Place:
     """Where in its queue a claim stands."""
-    return -claim.priority, claim.created, claim.uid, claim.key
+    return -claim.priority, claim.since, claim.uid, claim.key
 
 
 def fare_of(claim: Claim) -> Fare:

@@ -32,7 +32,8 @@ class Claim:
     uid: str
     queue: str
     priority: int
-    created: datetime
+    since: datetime
+    """What its age counts from."""
     estimates: tuple[Estimate, ...]
     """One for each class that would do, the preferred first."""
     classes: tuple[str, ...]

@@ -4,6 +4,7 @@ Choosing changes nothing: asking a victim to stop comes later. A victim has a lo
 queue has more than its guarantee while the claim's has less (reclaim, whatever the priority). What a queue holds within
 its guarantee, its nominal quota, is moved by nobody but its own jobs. Every job takes one GPU, so one victim is always
 enough. GPUs whose stage is already stopping count as coming free, and no new victim is taken while enough of them are.
+Where a queue gives turns (`core/scheduling/turns`), whoever's is over makes way for its equals, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
-EVICTIONS_BY_US = (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED)
+EVICTIONS_BY_US = (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,8 @@ class Holding:
     """GPU-seconds that a stop now would cost: since the last checkpoint, plus the restart."""
     was_evicted: bool
     """Whether the job had to make way before."""
+    turn_is_over: bool = False
+    """Whether it makes way for jobs of its queue whose priority is no lower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,7 @@ def choose_victims(
         hopeless.kinds.add(kind)
     else:
         return ()
-    chosen = tuple(_evict(blocked.in_order(), running, books, hopeless.kinds))
+    chosen = tuple(_evict(blocked, running, books, hopeless.kinds))
     if chosen:
         hopeless.kinds.clear()
     return chosen
@@ -110,18 +113,19 @@ def _one_of(claims: Mapping[str, Claim]) -> Claim:
     return next(iter(claims.values()))
 
 
-def _evict(claims: Iterable[Claim], running: _Running, books: Ledger, hopeless: Iterable[Kind]) -> Iterator[Preemption]:
+def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iterable[Kind]) -> Iterator[Preemption]:
     """The best victim for each claim that has one; claims alike fare alike until somebody of their classes is taken."""
     taken: Counter[str] = Counter()
     looked = dict.fromkeys(hopeless, 0)
     """How many had been taken of a kind's classes when it found nobody."""
     stuck: set[str] = set()
     """Queues in which nobody goes before the one who is next, and that one found nobody."""
-    for claim in claims:
+    served: set[str] = set()
+    for claim in blocked.in_order():
         if claim.queue in stuck:
             continue
         kind, before = kind_of(claim), sum(map(taken.__getitem__, depends_on(*fare_of(claim))))
-        chosen = running.choose(claim, books) if looked.get(kind) != before else None
+        chosen = _choose(claim, running, books, blocked.without(served)) if looked.get(kind) != before else None
         if chosen is None:
             looked[kind] = before
             if books.is_strict(claim.queue):
@@ -133,7 +137,28 @@ def _evict(claims: Iterable[Claim], running: _Running, books: Ledger, hopeless: 
         )
         books.release(victim.queue, victim.gpu_class, victim.user)
         books.take(claim.queue, victim.gpu_class, claim.user)
+        served.add(claim.key)
         yield chosen
+
+
+def _choose(claim: Claim, running: _Running, books: Ledger, blocked: RankedLine) -> Preemption | None:
+    """The claim's victim; nobody whose turn is over where his GPU would be another's."""
+    going_on: set[tuple[str, str]] = set()
+    while True:
+        chosen = running.choose(claim, books, going_on)
+        if chosen is None or chosen.victim is None or _would_get(chosen, blocked, books):
+            return chosen
+        going_on.add((chosen.victim.gpu_class, chosen.victim.user))
+
+
+def _would_get(chosen: Preemption, blocked: RankedLine, books: Ledger) -> bool:
+    """Whether what the victim gives back is the claim's: only for that one does a job end its turn."""
+    if chosen.reason is not Reason.TURN_ENDED or chosen.victim is None:
+        return True
+    after = books.copy()
+    after.release(chosen.victim.queue, chosen.victim.gpu_class, chosen.victim.user)
+    first = next(granted(blocked, after), None)
+    return first is not None and first[0].key == chosen.claim.key
 
 
 class _Running:
@@ -146,8 +171,11 @@ class _Running:
         self._over: dict[str, list[str]] = {}
         """The queues with more GPUs of a class than are their own, by class, until somebody of it is taken."""
 
-    def choose(self, claim: Claim, books: Ledger) -> Preemption | None:
-        """The victim that does for the claim and costs least; changes nothing."""
+    def choose(self, claim: Claim, books: Ledger, going_on: Set[tuple[str, str]] = frozenset()) -> Preemption | None:
+        """The victim that does for the claim and costs least; changes nothing.
+
+        Of the classes and users in `going_on` nobody's turn ends.
+        """
         spec = books.quotas.queues.get(claim.queue)
         if spec is None:
             return None
@@ -155,15 +183,14 @@ class _Running:
         best: tuple[Holding, Estimate] | None = None
         least: tuple[bool, float, int, int, str] | None = None
         for preference, estimate in enumerate(claim.estimates):
-            for victim in self._of_class(claim, estimate.gpu_class, lower, books):
+            for victim in self._of_class(claim, estimate.gpu_class, lower, books, going_on):
                 rank = self._rank(victim, preference)
                 if least is None or rank < least:
                     best, least = (victim, estimate), rank
         if best is None:
             return None
         victim, estimate = best
-        reason = Reason.PREEMPTED if victim.priority < lower else Reason.QUOTA_RECLAIMED
-        return Preemption(claim=claim, estimate=estimate, victim=victim, reason=reason)
+        return Preemption(claim=claim, estimate=estimate, victim=victim, reason=_reason(claim, victim, lower))
 
     def take(self, victim: Holding | None) -> Holding:
         """The victim, which is no one's to choose any more."""
@@ -183,7 +210,9 @@ class _Running:
                 found.setdefault(holding.queue, []).append(holding)
         return found
 
-    def _of_class(self, claim: Claim, gpu_class: str, lower: int, books: Ledger) -> Iterator[Holding]:
+    def _of_class(
+        self, claim: Claim, gpu_class: str, lower: int, books: Ledger, going_on: Set[tuple[str, str]]
+    ) -> Iterator[Holding]:
         """Of each queue the first that would do; `lower` is what a victim's priority has to be below.
 
         Only his own jobs make way for a user who holds as many GPUs as he may.
@@ -200,7 +229,7 @@ class _Running:
         for queue in (claim.queue, *foreign):
             takes_any = owns and queue != claim.queue
             may_move = (each for each in by_queue.get(queue, ()) if not is_full or each.user == claim.user)
-            victim = next((each for each in may_move if takes_any or each.priority < lower), None)
+            victim = next((each for each in may_move if takes_any or _yields(each, claim, lower, going_on)), None)
             if victim is None:
                 continue
             kind = queue == claim.queue, books.quotas.cohort(queue, gpu_class)
@@ -213,6 +242,19 @@ class _Running:
         """Least first: past its minimum run, fewest GPU-seconds lost, lowest priority, the claim's preferred class."""
         too_young = victim.run_seconds < self._policy.minimum_run_seconds
         return too_young, victim.lost_seconds, victim.priority, preference, victim.uid
+
+
+def _yields(holding: Holding, claim: Claim, lower: int, going_on: Set[tuple[str, str]]) -> bool:
+    """Whether it makes way for a claim by priority, or because its turn is over."""
+    is_equal = holding.queue == claim.queue and holding.priority <= claim.priority
+    is_over = holding.turn_is_over and (holding.gpu_class, holding.user) not in going_on
+    return holding.priority < lower or (is_equal and is_over)
+
+
+def _reason(claim: Claim, victim: Holding, lower: int) -> Reason:
+    if victim.priority < lower:
+        return Reason.PREEMPTED
+    return Reason.TURN_ENDED if victim.queue == claim.queue else Reason.QUOTA_RECLAIMED
 
 
 def _makes_room(claim: Claim, holding: Holding, books: Ledger) -> bool:
