@@ -108,7 +108,8 @@ def placed_one_by_one(claims: list[Claim], ledger: Ledger) -> Iterator[tuple[str
         for claim in claims:
             for name in claim.classes:
                 is_free = claim.key not in served and claim.queue not in stuck
-                if is_free and ledger.has_room_for(claim.queue, name, ground) and not is_full(claim, ledger):
+                may_have = not is_full(claim, [each for each in claims if each.key not in served], ledger)
+                if is_free and ledger.has_room_for(claim.queue, name, ground) and may_have:
                     served.add(claim.key)
                     ledger.take(claim.queue, name, claim.user)
                     yield claim.key, name
@@ -120,9 +121,18 @@ def is_strict(claim: Claim, books: Ledger) -> bool:
     return books.quotas.queues[claim.queue].queueing_strategy == "StrictFIFO"
 
 
-def is_full(claim: Claim, books: Ledger) -> bool:
+def is_full(claim: Claim, waiting: list[Claim], books: Ledger) -> bool:
+    """Whether its user has as many as he may, but for the one that is kept for whoever of his is next."""
     limit = books.quotas.queues[claim.queue].per_user.running
-    return limit is not None and books.by_user.get((claim.queue, claim.user), 0) >= limit
+    theirs = (each for each in waiting if (each.queue, each.user) == (claim.queue, claim.user))
+    first = next((each for each in theirs if can_ever_start(each, books)), claim)
+    return limit is not None and books.by_user.get((claim.queue, claim.user), 0) + (first is not claim) >= limit
+
+
+def can_ever_start(claim: Claim, books: Ledger) -> bool:
+    """Whether it would get something if nobody held anything."""
+    nobody = Ledger(capacity=books.capacity, quotas=books.quotas)
+    return any(nobody.has_room(claim.queue, name, borrow=True) for name in claim.classes)
 
 
 def victims_one_by_one(claims: list[Claim], holdings: list[Holding], books: Ledger) -> Served:
@@ -142,7 +152,8 @@ def victims_one_by_one(claims: list[Claim], holdings: list[Holding], books: Ledg
             reason = reason_to_move(claim, each, books)
             if reason is Reason.TURN_ENDED and not is_next(claim, each, claims, found, books):
                 reason = None
-            if reason is not None and room_without(each, claim, books):
+            left = [other for other in claims if other.key not in {key for key, _, _, _ in found}]
+            if reason is not None and room_without(each, claim, left, books):
                 young = each.run_seconds < POLICY.minimum_run_seconds
                 preference = claim.classes.index(each.gpu_class)
                 options.append(((young, each.lost_seconds, each.priority, preference, each.uid), each, reason))
@@ -179,11 +190,11 @@ def is_next(claim: Claim, holding: Holding, claims: list[Claim], found: Served, 
     return got is not None and got[0] == claim.key
 
 
-def room_without(holding: Holding, claim: Claim, books: Ledger) -> bool:
+def room_without(holding: Holding, claim: Claim, waiting: list[Claim], books: Ledger) -> bool:
     after = books.copy()
     after.release(holding.queue, holding.gpu_class, holding.user)
     has_room = after.has_room(claim.queue, holding.gpu_class, borrow=holding.queue == claim.queue)
-    return has_room and not is_full(claim, after)
+    return has_room and not is_full(claim, waiting, after)
 
 
 @pytest.mark.parametrize("seed", range(40))

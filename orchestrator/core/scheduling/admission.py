@@ -1,7 +1,9 @@
 """Who gets a free GPU now: admission over the books of GPUs and quotas.
 
-Every job takes one GPU, so there is nothing to backfill around: the claims are walked in order, each takes the first of
-its classes with room, and a claim that finds none leaves nothing behind that it could have used. Claims within their
+Every job takes one GPU, so this is EASY backfill without a clock: the claims are walked in order, each takes the first
+of its classes with room, and a claim that finds none leaves nothing behind that it could have used. GPUs and quotas are
+of one class each, and come back together, so who goes on meanwhile delays nobody before him; only a bound on a user's
+GPUs is of all classes, so one of those is kept for the user's next job. Claims within their
 queue's guarantee, its nominal quota, go first; then those of queues without any quota, and borrowers last: whoever owns
 a quota need not wait for someone who uses it meanwhile, whatever the priority.
 """
@@ -76,6 +78,8 @@ class Ledger:
     """GPUs taken, by class."""
     by_user: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     """GPUs taken, by queue and user, of queues that tell their users apart."""
+    heads: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
+    """Who is next of a user whose GPUs are bounded, and waits, by queue and user: one of those is kept for it."""
 
     def take(self, queue: str, gpu_class: str, user: str = "") -> None:
         """A GPU of the class goes to the queue."""
@@ -93,6 +97,7 @@ class Ledger:
             used_in_cohort=dict(self.used_in_cohort),
             taken=dict(self.taken),
             by_user=dict(self.by_user),
+            heads=dict(self.heads),
         )
 
     def is_strict(self, queue: str) -> bool:
@@ -102,9 +107,22 @@ class Ledger:
 
     def is_full(self, queue: str, user: str, coming_free: int = 0) -> bool:
         """Whether a user holds as many of the queue's GPUs as it lets one have."""
-        spec = self.quotas.queues.get(queue) if user else None
-        limit = spec.per_user.running if spec is not None else None
+        limit = self.limit(queue, user)
         return limit is not None and self.by_user.get((queue, user), 0) - coming_free >= limit
+
+    def is_full_for(self, claim: Claim, coming_free: int = 0) -> bool:
+        """The same, but for the one that is kept for another job of the user, which is next."""
+        is_kept = self.heads.get((claim.queue, claim.user), claim.key) != claim.key
+        return self.is_full(claim.queue, claim.user, coming_free - is_kept)
+
+    def limit(self, queue: str, user: str) -> int | None:
+        """How many of the queue's GPUs a user may have; None where that is not bounded."""
+        spec = self.quotas.queues.get(queue) if user else None
+        return spec.per_user.running if spec is not None else None
+
+    def may_come(self, claim: Claim) -> bool:
+        """Whether room for the claim can come, but for its user's bound, when others give back what they hold."""
+        return any(self.capacity.get(name, 0) > 0 and self._may_have(claim.queue, name) for name in claim.classes)
 
     def has_room_for(self, queue: str, gpu_class: str, ground: Ground) -> bool:
         """Whether the queue may take a GPU of the class now, on that ground."""
@@ -164,6 +182,14 @@ class Ledger:
         quota = self.quotas.of_queue.get((queue, gpu_class))
         return quota is not None and self.used.get((queue, gpu_class), 0) < quota.nominal
 
+    def _may_have(self, queue: str, gpu_class: str) -> bool:
+        """Whether quota allows the queue any GPU of the class."""
+        spec, quota = self.quotas.queues.get(queue), self.quotas.of_queue.get((queue, gpu_class))
+        if spec is None or not spec.quotas:
+            return True
+        may_borrow = spec.cohort is not None and self.quotas.of_cohort.get((spec.cohort, gpu_class), 0) > 0
+        return quota is not None and (quota.nominal > 0 or (may_borrow and not _at_borrowing_limit(quota, 0)))
+
     def _cohort_has_room(self, cohort: str, gpu_class: str, without: str | None) -> bool:
         coming_free = without is not None and self.quotas.cohort(without, gpu_class) == cohort
         used = self.used_in_cohort.get((cohort, gpu_class), 0) - coming_free
@@ -194,6 +220,7 @@ def granted(line: RankedLine, ledger: Ledger) -> Iterator[tuple[Claim, Estimate]
 
     Room only gets less on the way, so where one claim found none, those alike need not look.
     """
+    ledger.heads = heads(line, ledger)
     for ground in GROUNDS:
         served: set[str] = set()
         hopeful = _with_room(line.line.by_fare, ledger, ground)
@@ -209,8 +236,33 @@ def granted(line: RankedLine, ledger: Ledger) -> Iterator[tuple[Claim, Estimate]
                 continue
             ledger.take(claim.queue, estimate.gpu_class, claim.user)
             served.add(claim.key)
+            serve(claim, line.without(served), ledger)
             yield claim, estimate
         line = line.without(served)
+
+
+def heads(line: RankedLine, ledger: Ledger) -> dict[tuple[str, str], str]:
+    """Who is next of each user whose GPUs are bounded, by queue and user.
+
+    It is the first for whom room can come: nobody waits for a job that waits for something else.
+    """
+    users = ((queue, user) for queue, theirs in line.line.by_user.items() for user in theirs)
+    found = ((of, _head(*of, line, ledger)) for of in users if ledger.limit(*of) is not None)
+    return {of: head for of, head in found if head is not None}
+
+
+def _head(queue: str, user: str, line: RankedLine, ledger: Ledger) -> str | None:
+    keys = (place[-1] for place in line.line.by_user[queue].get(user, ()) if place[-1] not in line.absent)
+    return next((key for key in keys if ledger.may_come(line.line.claims[key])), None)
+
+
+def serve(claim: Claim, line: RankedLine, ledger: Ledger) -> None:
+    """The claim waits no more, and another of its user's is next, if it was."""
+    if ledger.heads.get((claim.queue, claim.user)) == claim.key:
+        head = _head(claim.queue, claim.user, line, ledger)
+        del ledger.heads[claim.queue, claim.user]
+        if head is not None:
+            ledger.heads[claim.queue, claim.user] = head
 
 
 def _with_room(fares: Iterable[Fare], ledger: Ledger, ground: Ground) -> set[Fare]:
@@ -230,7 +282,7 @@ def _with_room(fares: Iterable[Fare], ledger: Ledger, ground: Ground) -> set[Far
 
 
 def _first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate | None:
-    if ledger.is_full(claim.queue, claim.user):
+    if ledger.is_full_for(claim):
         return None
     return next((e for e in claim.estimates if ledger.has_room_for(claim.queue, e.gpu_class, ground)), None)
 
@@ -238,7 +290,7 @@ def _first_with_room(claim: Claim, ledger: Ledger, ground: Ground) -> Estimate |
 def why_blocked(claim: Claim, ledger: Ledger) -> Refusal:
     """Why a claim got nothing: its quota allows no class, or no GPU of an allowed class is free."""
     names = claim.classes
-    if ledger.is_full(claim.queue, claim.user):
+    if ledger.is_full_for(claim):
         return Refusal(reason=Reason.USER_LIMIT, message=_user_sentence(claim, ledger))
     if ledger.is_strict(claim.queue) and any(ledger.has_room(claim.queue, name, borrow=True) for name in names):
         message = f"queue {claim.queue} is StrictFIFO, and the job that is next waits; waits for that one to start"
@@ -250,7 +302,12 @@ def why_blocked(claim: Claim, ledger: Ledger) -> Refusal:
 
 
 def _user_sentence(claim: Claim, ledger: Ledger) -> str:
-    limit = ledger.quotas.queues[claim.queue].per_user.running
+    limit = ledger.limit(claim.queue, claim.user)
+    if not ledger.is_full(claim.queue, claim.user):
+        return (
+            f"queue {claim.queue} lets a namespace hold {limit} GPUs (perUser.running), and the last one that "
+            f"{claim.user} may have is kept for its job that is next; waits for that one to start, or raise the limit"
+        )
     return (
         f"queue {claim.queue} lets a namespace hold {limit} GPUs (perUser.running), and {claim.user} does; waits for "
         "one of its jobs to end, or raise the limit"

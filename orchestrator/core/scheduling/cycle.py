@@ -45,6 +45,9 @@ PLACES_TOLD = ((1, "first in line"), (10, "among the first ten in line"), (100, 
 BEYOND = "beyond the first hundred in line"
 Tried = tuple[Draft, Estimate, tuple[str, ...]]
 """An admission: of whom, on what, and on no machine of these."""
+Kept = tuple[tuple[str, str], str, tuple[str, ...], bool]
+"""One of a user's GPUs that is left for a job: queue and user, the job's key and classes, and whether of what comes
+free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,8 @@ class Scheduler:
     _hopeless: Hopeless = field(default_factory=Hopeless)
     _taken: Counter[Held] = field(default_factory=Counter[Held])
     """What the last round gave out, of what was free or coming free."""
+    _kept: set[Kept] = field(default_factory=set[Kept])
+    """What the last round kept for jobs that are next of their users'."""
     _told: Told = field(default_factory=lambda: Told())
     _storable: dict[str, Tried] = field(default_factory=dict[str, Tried])
     """What admissions could be stored, by job: what was tried in the last round is not tried again."""
@@ -162,6 +167,12 @@ class Scheduler:
         taken = Counter((p.claim.queue, p.estimate.gpu_class, p.claim.user) for p in (*placements, *reserved))
         others = [held for held in taken.keys() | self._taken.keys() if taken[held] != self._taken[held]]
         moved = index.moved.union(*(depends_on(queue, (gpu_class,), user) for queue, gpu_class, user in others))
+        claims = blocked.line.claims
+        kept = {
+            (of, key, claims[key].classes, books is each) for each in (ledger, books) for of, key in each.heads.items()
+        }
+        moved = moved.union(*(depends_on(of[0], (), of[1]) for of, *_ in kept ^ self._kept))
+        self._kept = kept
         self._taken = taken
         self._hopeless.forget(moved)
         left = blocked.without(preemption.claim.key for preemption in reserved)
@@ -424,7 +435,8 @@ class Refusals:
         """Why everybody waits who fits the same in the same queue."""
         fare = fare_of(claim)
         if fare not in self._whys:
-            self._whys[fare] = why_blocked(claim, self.ledger)
+            head = self.blocked.line.claims.get(self.ledger.heads.get((claim.queue, claim.user), ""), claim)
+            self._whys[fare] = why_blocked(head if fare_of(head) == fare else claim, self.ledger)
         return self._whys[fare]
 
     def with_place(self, key: str) -> Refusal | None:

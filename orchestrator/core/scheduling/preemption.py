@@ -17,7 +17,7 @@ from datetime import datetime
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
-from orchestrator.core.scheduling.admission import Held, Ledger, depends_on, granted
+from orchestrator.core.scheduling.admission import Held, Ledger, depends_on, granted, serve
 from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
@@ -98,7 +98,7 @@ def choose_victims(
     """
     running = _Running(holdings, policy)
     for kind in blocked.line.by_kind.keys() - hopeless.kinds:
-        if running.choose(_one_of(blocked.line.by_kind[kind]), books) is not None:
+        if running.choose(_first_of(kind, blocked.line.by_kind[kind], books), books) is not None:
             break
         hopeless.kinds.add(kind)
     else:
@@ -109,8 +109,11 @@ def choose_victims(
     return chosen
 
 
-def _one_of(claims: Mapping[str, Claim]) -> Claim:
-    return next(iter(claims.values()))
+def _first_of(kind: Kind, claims: Mapping[str, Claim], books: Ledger) -> Claim:
+    """One of those who are alike, but that one of a user's GPUs may be kept for the first of them."""
+    queue, _, _, user = kind
+    head = claims.get(books.heads.get((queue, user), ""))
+    return head if head is not None else next(iter(claims.values()))
 
 
 def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iterable[Kind]) -> Iterator[Preemption]:
@@ -138,6 +141,7 @@ def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iter
         books.release(victim.queue, victim.gpu_class, victim.user)
         books.take(claim.queue, victim.gpu_class, claim.user)
         served.add(claim.key)
+        serve(claim, blocked.without(served), books)
         yield chosen
 
 
@@ -220,8 +224,8 @@ class _Running:
         by_queue = self._of(gpu_class)
         if gpu_class not in self._over:
             self._over[gpu_class] = [queue for queue in by_queue if books.is_over_guarantee(queue, gpu_class)]
-        is_full = books.is_full(claim.queue, claim.user)
-        if is_full and books.is_full(claim.queue, claim.user, coming_free=1):
+        is_full = books.is_full_for(claim)
+        if is_full and books.is_full_for(claim, coming_free=1):
             return
         foreign = (queue for queue in self._over[gpu_class] if queue != claim.queue and not is_full)
         owns = books.is_within_nominal(claim.queue, gpu_class)
