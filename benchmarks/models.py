@@ -11,8 +11,8 @@ more. The adapter must load in PEFT as it was, and generate. The outcome of a ty
 - wrong: accepted by prepare, but off, or refused once a GPU would have been taken;
 - crashed: any error that is not the user's to mend, a hang, or a process that dies.
 
-Each type has a process of its own, bounded in time. Rows go to `benchmarks/results/models.json`, and from there
-(`--write`) into the tables of docs/models.md and the one that a plan reads, `orchestrator/api/model_types.json`.
+Each type has a process of its own, bounded in time. Rows go to `benchmarks/results/models.json`, from where `make docs`
+takes the tables of docs/models.md, and `--write` the one that a plan reads, `orchestrator/api/model_types.json`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.trainable import INNER_MODELS, assumed
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
-PAGE = RESULTS.parents[2] / "docs" / "models.md"
 SHIPPED = RESULTS.parents[2] / "orchestrator" / "api" / MODEL_TYPES_NAME
 WRAPPERS = frozenset(filter(holds_text_model, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
 """Types of models of images and text, whose text part is trained."""
@@ -108,11 +107,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--types", nargs="*", default=list(TYPES))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="try nothing; write the tables from the results")
+    parser.add_argument("--write", action="store_true", help="try nothing; write a plan's table from the results")
     options = parser.parse_args()
     if options.write:
-        for path, text in written(known_rows(options.results)).items():
-            path.write_text(text)
+        SHIPPED.write_text(shipped(known_rows(options.results)))
         return
     disable_progress_bar()
     known: dict[str, Row] = known_rows(options.results)["types"] if options.results.exists() else {}
@@ -137,19 +135,10 @@ def known_rows(path: Path = RESULTS) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def written(known: Mapping[str, Any]) -> dict[Path, str]:
-    """The files that hold tables of the results, as they should be."""
-    rows: Mapping[str, Row] = known["types"]
-    page = PAGE.read_text()
-    for name, lines in (("trained", trained_table(rows)), ("refused", refused_table(rows))):
-        before, begin, rest = page.partition(f"<!-- {name}: written by `python -m benchmarks.models --write` -->\n")
-        _, end, after = rest.partition(f"<!-- end of {name} -->")
-        page = f"{before}{begin}{lines}\n{end}{after}"
-    shipped = {
-        "transformers": known["versions"]["transformers"],
-        "types": {n: shipped_row(n, r) for n, r in rows.items()},
-    }
-    return {PAGE: page, SHIPPED: json.dumps(shipped, indent=1) + "\n"}
+def shipped(known: Mapping[str, Any]) -> str:
+    """The table that a plan reads, as it should be."""
+    types = {name: shipped_row(name, row) for name, row in known["types"].items()}
+    return json.dumps({"transformers": known["versions"]["transformers"], "types": types}, indent=1) + "\n"
 
 
 def shipped_row(model_type: str, row: Row) -> Row:
@@ -172,24 +161,6 @@ def _layers(model_type: str, targets: Iterable[str]) -> list[str]:
     made = re.findall(r"self\.(\w+) = (?:nn\.Linear|Conv1D)\(", getsource(sys.modules[architecture.__module__]))
     kind: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
     return sorted(name for name in {*targets, *made} - HEADS if peft_takes(kind, name))
-
-
-def refused_table(rows: Mapping[str, Row]) -> str:
-    """The types that do not, in Markdown, and what prepare says of a model of each."""
-    refused = {name: row["reason"] for name, row in rows.items() if row["verdict"] == "refused"}
-    lines = [f"| `{name}` | {reason.replace('|', ' ')} |" for name, reason in refused.items()]
-    return "\n".join(["| type | why |", "|---|---|", *lines])
-
-
-def trained_table(rows: Mapping[str, Row]) -> str:
-    """The types that train, in Markdown: how, and how far from the truth, beside plain QLoRA."""
-    lines = ["| type | records | layers | gradients off by | plain QLoRA's |", "|---|---|---|---|---|"]
-    for model_type, row in rows.items():
-        if row["verdict"] == "trained":
-            layers = "by hand" if row["hand_written"] else "transformers"
-            ours, theirs = row["off"]["gradients"]
-            lines.append(f"| `{model_type}` | {row['mode']} | {layers} | {ours:.2%} | {theirs:.2%} |")
-    return "\n".join(lines)
 
 
 def versions() -> dict[str, str]:
@@ -254,11 +225,23 @@ def try_type(model_type: str, scratch: Path) -> Row:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
         return _row("crashed", f"in prepare: {_line(error)}", traceback=traceback.format_exc(), **facts)
     try:
-        return {**_trained(folder, scratch), **facts}
+        row = {**_trained(folder, scratch), **facts}
+        if row.pop("mixture"):
+            row["expert_adapters"] = takes_expert_adapters(description, source)
+        return row
     except UserError as error:
         return _row("wrong", f"accepted by prepare, and then refused: {error.message}", **facts)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
         return _row("crashed", f"in train: {_line(error)}", traceback=traceback.format_exc(), **facts)
+
+
+def takes_expert_adapters(description: ModelDescription, source: str) -> bool:
+    """Whether prepare takes an adapter on a mixture's routed experts."""
+    try:
+        check_architecture(description, source, AdapterSpec(experts=True, dropout="0"))
+    except UserError:
+        return False
+    return True
 
 
 def _facts(model_type: str, config: Any = None) -> Row:
@@ -436,9 +419,12 @@ def _trained(folder: Path, scratch: Path) -> Row:
     targets = sorted(_targets(model))
     truth = _judged(dense(folder, model, torch.float32), targets, model, batch)
     qlora = _judged(_quantized(folder, model), targets, model, batch)
+    inner = model.base.config.get_text_config()
     row: Row = {
         "mode": "packed" if model.separate_because is None else "record by record",
         "hand_written": model.fused is not None,
+        **({"text_type": text} if (text := inner.model_type) != model.base.config.model_type else {}),
+        "mixture": any(isinstance(module, NF4Experts) for module in model.base.modules()),
         **({"because": model.separate_because} if model.separate_because else {}),
         "targets": sorted({name.rpartition(".")[2] for name in targets}),
         "off": differences(truth, qlora, (loss, logits, gradients)),

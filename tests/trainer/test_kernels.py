@@ -197,6 +197,7 @@ def test_an_adapter_that_is_switched_off_is_left_out(tmp_path: Path) -> None:
     [
         ("llama", {"use_dora": True}, "has extras, such as DoRA's"),
         ("olmo", {}, "OlmoDecoderLayer is not one of the known layers"),
+        ("internlm3", {}, "layers of type internlm3 are sized as transformers computes them"),
     ],
 )
 def test_what_is_not_exact_is_left_alone_and_said(

@@ -30,6 +30,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
+from orchestrator.api import trainer_facts
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.host_offload import InputStore
 from qlora_trainer.kernels.layer import (
@@ -210,6 +211,8 @@ def _obstacles(layers: list[Any], config: PreTrainedConfig, adapter_name: str) -
     if not layers or any(type(layer) not in WINDOWS for layer in layers):
         yield f"{type(layers[0]).__name__ if layers else 'the decoder'} is not one of the known layers"
         return
+    if config.model_type not in trainer_facts.HANDWRITTEN_TYPES:
+        yield f"layers of type {config.model_type} are sized as transformers computes them"
     # transformers has no public name for what it chose.
     attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage]
     if attention != NAME:
