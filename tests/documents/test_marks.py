@@ -46,9 +46,7 @@ def images(block: Block) -> Iterator[str]:
 
 def make(block: Block) -> Iterator[str]:
     """It makes a target, a tier by itself: the target exists."""
-    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)) | set(
-        re.findall(r"^TIERS := (.*)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)[0].split()
-    )
+    targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     for command in block.commands:
         words = command.split()
         yield from (f"make has no {word}" for word in words[1:] if "=" not in word and word not in targets)
