@@ -34,6 +34,8 @@ class LayerInstants(Model):
 
     kept: InTokens
     """What waits for the backward pass, the layer's input counted if it does, its output not."""
+    operations: InTokens = ()
+    """How many operations the host starts in both passes; none in older traces."""
     forward: Instants
     backward: Instants
     attention: Instants = ()

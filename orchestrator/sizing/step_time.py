@@ -28,6 +28,7 @@ from orchestrator.sizing.memory.attention import SOFTCAPPED_TYPES
 from orchestrator.sizing.memory.handwritten_layer import family_of
 from orchestrator.sizing.memory.linear_layers import linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES
+from orchestrator.sizing.memory.traced_model import operations
 
 DEQUANTIZED_BYTES = 0.5 + 1 / 64 + BF16_BYTES
 """Traffic of each weight: NF4 and its scale are read, bfloat16 is written."""
@@ -65,6 +66,9 @@ DROPOUT_KERNEL_SECONDS = 0.0002
 HANDWRITTEN_LAUNCH_SECONDS, TRACED_LAUNCH_SECONDS = 0.0058, 0.011
 """The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, 0.35 s for 60 and,
 on another's host, 0.23 s for 30; and 0.36 s for 32 where transformers computes them."""
+OPERATION_SECONDS = 50e-6
+"""The host's work for an operation of a layer that transformers and PEFT compute, where a trace has counted them: 43
+to 77 microseconds on hosts of H200s where that was the bound, 45 to 55 in the thousands of small ones of hybrids."""
 SOFTCAP_LAUNCH_SECONDS = 0.0036
 """What each further record adds to that where its attention softcaps scores, which no kernel of torch's does."""
 SOFTCAP_SCORE_BYTES = 160
@@ -238,6 +242,12 @@ class StepTime:
         return products + scores * SOFTCAP_SCORE_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
 
     def _launch_seconds(self, tokens: float, again: int) -> float:
+        if self._facts.trace is not None and not self._fused:
+            passes = self._passes(tokens)
+            counted = operations(self._facts.trace, again, tokens / passes)
+            if counted is not None:
+                experts = EXPERT_LAUNCH_SECONDS * self._tiles(tokens) * (self._facts.num_layers + AGAIN * again)
+                return passes * (counted * OPERATION_SECONDS + experts)
         each = HANDWRITTEN_LAUNCH_SECONDS if self._fused else TRACED_LAUNCH_SECONDS
         each += EXPERT_LAUNCH_SECONDS * self._tiles(tokens)
         if self._softcaps:

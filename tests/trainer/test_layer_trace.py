@@ -262,6 +262,11 @@ def test_layers_that_go_from_chunk_to_chunk_take_what_their_largest_moments_say(
                 (told,), (taken,) = (at(getattr(each, moments), far[-1]) for each in (one, other))
                 assert 0 < 0.999 * taken <= told <= 1.05 * taken
             assert at((one.kept,), far[-1]) == pytest.approx(at((other.kept,), far[-1]), rel=0.01)
+            assert at((one.operations,), far[-1]) == pytest.approx(at((other.operations,), far[-1]), rel=0.01)
+        assert kind.whole.operations[0] < kind.recomputed.operations[0] < 2 * kind.whole.operations[0]
+    chunked, attending = foreseen.kinds
+    assert len(attending.whole.operations) == 1, "as many for any number of tokens"
+    assert chunked.whole.operations[1] > 0
 
 
 def at(moments: Sequence[tuple[float, ...]], tokens: int) -> list[float]:

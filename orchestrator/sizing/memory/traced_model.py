@@ -27,6 +27,18 @@ def kinds_bytes(
     )
 
 
+def operations(trace: ModelTrace, recomputing: int, tokens: float) -> float | None:
+    """How many operations the host starts in both passes of a micro-batch through all layers, of which the first ones
+    recompute; None where a trace does not tell."""
+    if not all(kind.whole.operations and kind.recomputed.operations for kind in trace.kinds):
+        return None
+    total = 0.0
+    for letter, kind in zip(KIND_LETTERS, trace.kinds, strict=False):
+        again, once = trace.layers[:recomputing].count(letter), trace.layers[recomputing:].count(letter)
+        total += again * _value(kind.recomputed.operations, tokens) + once * _value(kind.whole.operations, tokens)
+    return total
+
+
 def end_bytes(end: EndInstants, tokens: int) -> tuple[int, int]:
     """While the loss is computed, and at the most from there back to the last layer, beside what layers keep."""
     return _bytes(end.loss, tokens), _largest(end.norm, tokens)
@@ -84,4 +96,8 @@ def _largest(instants: Iterable[InTokens], tokens: int) -> int:
 
 
 def _bytes(polynomial: InTokens, tokens: int) -> int:
-    return round(sum(coefficient * tokens**power for power, coefficient in enumerate(polynomial)))
+    return round(_value(polynomial, tokens))
+
+
+def _value(polynomial: InTokens, tokens: float) -> float:
+    return sum(coefficient * tokens**power for power, coefficient in enumerate(polynomial))

@@ -283,6 +283,7 @@ class _Run:
         backward = self._segment(f"backward {index}", f"backward {index - 1}", less)
         return {
             "kept": [self._kept(index)],
+            "operations": [self._operations(index)],
             "forward": [each for at_work, each in forward if at_work != EXPERTS_FORWARD],
             "backward": [each for at_work, each in backward if not at_work],
             "attention": [each for at_work, each in backward if at_work == ATTENTION],
@@ -314,6 +315,16 @@ class _Run:
             "loss": [loss],
             "norm": [each for _, each in norm],
         }
+
+    def _operations(self, index: int) -> Bytes:
+        """Operations of a layer's two passes, which the host starts one by one."""
+        counts = [
+            self._events[self._place(mark)].number
+            for mark in (f"forward {index}", f"forward {index + 1}", f"backward {index}", f"backward {index - 1}")
+        ]
+        found = np.zeros_like(self._stream)
+        found[0] = counts[1] - counts[0] + counts[3] - counts[2]
+        return found
 
     def _after_events(self) -> list[Bytes]:
         """What is alive after each event of the step, weights and adapters not counted."""
@@ -412,7 +423,7 @@ class _Step:
     def instants(self, index: int) -> LayerInstants:
         """Those of a layer that is neither the first nor the last."""
         found = self._joined([run.layer(index) for run in self._runs])
-        return LayerInstants.model_validate({**found, "kept": found["kept"][0]})
+        return LayerInstants.model_validate({**found, "kept": found["kept"][0], "operations": found["operations"][0]})
 
     def heads(self, index: int) -> Heads | None:
         """What such a layer attends with; None where transformers computes it."""

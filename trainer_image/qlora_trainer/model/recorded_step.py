@@ -50,13 +50,15 @@ from qlora_trainer.model.text_part import decoder_of
 from qlora_trainer.model.training_model import set_recompute
 
 SOFTMAX_BACKWARD: Any = torch.ops.aten._softmax_backward_data.default
+WITHOUT_WORK = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}
+"""Operations that take memory and start nothing on a card."""
 DEVICE = "cpu"
 """Where the fake tensors are: autograd refuses a GPU that is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """An allocation (`number` is new), a release, or a mark."""
+    """An allocation (`number` is new), a release, or a mark (`number` counts the operations before it)."""
 
     kind: str
     number: int = -1
@@ -82,6 +84,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self._numbers: dict[int, int] = {}
         self._count = 0
+        self._operations = 0
 
     def ignore(self, tensor: Tensor) -> None:
         """It is there already, and so is whatever views it."""
@@ -89,17 +92,20 @@ class Recorder(TorchDispatchMode):
 
     def mark(self, name: str) -> None:
         """A place in the list of events."""
-        self.events.append(Event(kind="mark", name=name))
+        self.events.append(Event(kind="mark", name=name, number=self._operations))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         by_the_way = None
         if func is SOFTMAX_BACKWARD:  # of the gradient and the output (aten/src/ATen/native/cuda/SoftMax.cu)
             by_the_way = torch.empty_like(args[1])
             self._see(by_the_way.untyped_storage(), str(func))
+        known = self._count
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
                 self._see(tensor.untyped_storage(), str(func))
+        computes = func._schema.is_mutable or self._count > known
+        self._operations += computes and func.overloadpacket not in WITHOUT_WORK
         del by_the_way  # no sooner than what is computed of it is there
         return found
 
