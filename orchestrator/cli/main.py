@@ -131,8 +131,8 @@ def choose_service(
 for _functions in COMMANDS.values():
     for _function in _functions:
         if _function in GROUPS:
-            _group = typer.Typer(cls=Group, name=_function.__name__, no_args_is_help=True, rich_markup_mode=None)
-            _group.callback()(_function)
+            _group = typer.Typer(cls=Group, name=_function.__name__, rich_markup_mode=None)
+            _group.callback(invoke_without_command=True)(_function)
             for _member in GROUPS[_function]:
                 _group.command(cls=Command)(_member)
             app.add_typer(_group)

@@ -1,4 +1,4 @@
-"""`qlora queue`: the commands that make queues, look at them and steer them. `qlora get queues` lists them."""
+"""`qlora queue`: the commands that make queues, look at them and steer them. By itself it is `qlora get queues`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.completion import complete_namespace, complete_queue
-from orchestrator.cli.formats import DataFormat, UsageFormat, UsageOf
-from orchestrator.cli.job_commands import connect
+from orchestrator.cli.formats import DataFormat, Kind, UsageFormat, UsageOf
+from orchestrator.cli.job_commands import connect, get
 from orchestrator.cli.options import DryRun, Output
 
 if TYPE_CHECKING:
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 QueueName = Annotated[str, typer.Argument(metavar="NAME", help="The queue's name.", autocompletion=complete_queue)]
 
 
-def queue() -> None:
-    """Make queues, look at them, hold and release them: create, describe, hold, release, delete."""
+def queue(
+    context: typer.Context,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show again after every change, until Ctrl-C.")] = False,
+) -> None:
+    """List queues, or make, show, hold and release them: create, describe, hold, release, delete."""
+    if context.invoked_subcommand is None:
+        get(Kind.QUEUES, watch=watch)
 
 
 def create(

@@ -297,6 +297,7 @@ def test_get_queues_counts_their_jobs(service: PaperService) -> None:
     service.train("a")
     row = qlora("get", "queues").stdout.splitlines()[1]
     assert row.split() == ["team-a", "-", "1", "LowerPriority", "None", "1", "1", "-", "no", "limit"]
+    assert qlora("queue").stdout == qlora("get", "queues").stdout
 
 
 def test_answers_for_programs_have_the_state_that_the_table_shows(service: PaperService) -> None:
