@@ -95,13 +95,14 @@ def test_a_cpu_stage_that_is_quick_is_not_written_about_before_its_end() -> None
 
 
 def test_a_condition_whose_figures_alone_differ_is_not_written_again() -> None:
-    def finding(message: str) -> Finding:
-        return Finding(kind=ConditionType.ADMITTED, status="False", reason=Reason.WAITING_FOR_GPU, message=message)
-
-    (before,) = set_condition((), finding("3 of 4 GPUs are in use"), now=NOW, generation=1)
-    assert says_the_same(before, finding("4 of 4 GPUs are in use"), 1)
-    assert not says_the_same(before, finding("no GPU is there"), 1)
-    assert not says_the_same(before, finding("3 of 4 GPUs are in use"), 2)
+    said = Finding(
+        kind=ConditionType.ADMITTED, status="False", reason=Reason.WAITING_FOR_GPU, message="3 of 4 GPUs are in use"
+    )
+    (before,) = set_condition((), said, now=NOW, generation=1)
+    assert says_the_same(before, Reason.WAITING_FOR_GPU, "4 of 4 GPUs are in use", 1)
+    assert not says_the_same(before, Reason.WAITING_FOR_GPU, "no GPU is there", 1)
+    assert not says_the_same(before, Reason.WAITING_FOR_QUOTA, "4 of 4 GPUs are in use", 1)
+    assert not says_the_same(before, Reason.WAITING_FOR_GPU, "3 of 4 GPUs are in use", 2)
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -41,16 +41,16 @@ class Finding:
     message: str = ""
 
 
-def says_the_same(condition: Condition, finding: Finding, generation: int) -> bool:
-    """Whether setting the finding would change nothing but figures, such as how many GPUs are in use.
+def says_the_same(condition: Condition, reason: Reason, message: str, generation: int) -> bool:
+    """Whether it is false for this reason already: to say so would change figures at most, as of GPUs in use.
 
     Those change all the time for everybody who waits; whoever wants them asks for an explanation.
     """
     return (
-        condition.reason is finding.reason
-        and condition.status == finding.status
+        condition.reason is reason
+        and condition.status == "False"
         and condition.observed_generation == generation
-        and (condition.message == finding.message or words(condition.message) == words(clip(finding.message)))
+        and (condition.message == message or words(condition.message) == words(clip(message)))
     )
 
 

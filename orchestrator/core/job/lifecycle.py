@@ -73,10 +73,9 @@ def wait(draft: Draft, reason: Reason, message: str) -> Draft:
     """Say what an idle job waits for."""
     kind = WAITING_CONDITION[draft.state]
     before = draft.status.condition(kind)
-    finding = Finding(kind=kind, status="False", reason=reason, message=message)
-    if before is not None and says_the_same(before, finding, draft.job.metadata.generation):
+    if before is not None and says_the_same(before, reason, message, draft.job.metadata.generation):
         return draft
-    return draft.say(finding)
+    return draft.say(Finding(kind=kind, status="False", reason=reason, message=message))
 
 
 def _with_clock(draft: Draft, step: timedelta) -> Draft:

@@ -54,9 +54,9 @@ from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 from orchestrator.sizing.margins import Margins, learned, teaches
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Entry:
-    """What is known of one job."""
+    """What is known of one job. Nothing changes it; to say so takes longer than all else about most of them."""
 
     draft: Draft
     """As it is to be by itself."""

@@ -134,7 +134,7 @@ def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iter
             if books.is_strict(claim.queue):
                 stuck.add(claim.queue)
             continue
-        victim = running.take(chosen.victim)
+        victim = running.take(claim, chosen.victim)
         taken.update(
             {*depends_on(victim.queue, (victim.gpu_class,), victim.user), *depends_on(claim.queue, (), claim.user)}
         )
@@ -172,8 +172,8 @@ class _Running:
         self._policy = policy
         self._holdings = holdings
         self._by_class: dict[str, dict[str, list[Holding]]] = {}
-        self._over: dict[str, list[str]] = {}
-        """The queues with more GPUs of a class than are their own, by class, until somebody of it is taken."""
+        self._over: dict[str, dict[str, bool]] = {}
+        """Whether queues have more GPUs of a class than are their own, by class and queue."""
 
     def choose(self, claim: Claim, books: Ledger, going_on: Set[tuple[str, str]] = frozenset()) -> Preemption | None:
         """The victim that does for the claim and costs least; changes nothing.
@@ -196,10 +196,12 @@ class _Running:
         victim, estimate = best
         return Preemption(claim=claim, estimate=estimate, victim=victim, reason=_reason(claim, victim, lower))
 
-    def take(self, victim: Holding | None) -> Holding:
-        """The victim, which is no one's to choose any more."""
+    def take(self, claim: Claim, victim: Holding | None) -> Holding:
+        """The victim, which is no one's to choose any more; the claim's queue gets what it has."""
         assert victim is not None, "chosen from here"
-        self._over.pop(victim.gpu_class, None)
+        over = self._over.get(victim.gpu_class, {})
+        for queue in (claim.queue, victim.queue):
+            over.pop(queue, None)
         self._by_class[victim.gpu_class][victim.queue].remove(victim)
         return victim
 
@@ -222,25 +224,31 @@ class _Running:
         Only his own jobs make way for a user who holds as many GPUs as he may.
         """
         by_queue = self._of(gpu_class)
-        if gpu_class not in self._over:
-            self._over[gpu_class] = [queue for queue in by_queue if books.is_over_guarantee(queue, gpu_class)]
         is_full = books.is_full_for(claim)
         if is_full and books.is_full_for(claim, coming_free=1):
             return
-        foreign = (queue for queue in self._over[gpu_class] if queue != claim.queue and not is_full)
         owns = books.is_within_nominal(claim.queue, gpu_class)
         room: dict[tuple[bool, str | None], bool] = {}
-        for queue in (claim.queue, *foreign):
+        for queue in (claim.queue,) if is_full else (claim.queue, *self._over_guarantee(gpu_class, books, claim.queue)):
+            kind = queue == claim.queue, books.quotas.cohort(queue, gpu_class)
+            if kind not in room:
+                room[kind] = _makes_room(claim, queue, gpu_class, books)
+            if not room[kind]:
+                continue
             takes_any = owns and queue != claim.queue
             may_move = (each for each in by_queue.get(queue, ()) if not is_full or each.user == claim.user)
             victim = next((each for each in may_move if takes_any or _yields(each, claim, lower, going_on)), None)
-            if victim is None:
-                continue
-            kind = queue == claim.queue, books.quotas.cohort(queue, gpu_class)
-            if kind not in room:
-                room[kind] = _makes_room(claim, victim, books)
-            if room[kind]:
+            if victim is not None:
                 yield victim
+
+    def _over_guarantee(self, gpu_class: str, books: Ledger, but: str) -> Iterator[str]:
+        """The other queues with more GPUs of the class than are their own."""
+        over = self._over.setdefault(gpu_class, {})
+        for queue in self._of(gpu_class):
+            if queue not in over:
+                over[queue] = books.is_over_guarantee(queue, gpu_class)
+            if over[queue] and queue != but:
+                yield queue
 
     def _rank(self, victim: Holding, preference: int) -> tuple[bool, float, int, int, str]:
         """Least first: past its minimum run, fewest GPU-seconds lost, lowest priority, the claim's preferred class."""
@@ -261,13 +269,12 @@ def _reason(claim: Claim, victim: Holding, lower: int) -> Reason:
     return Reason.TURN_ENDED if victim.queue == claim.queue else Reason.QUOTA_RECLAIMED
 
 
-def _makes_room(claim: Claim, holding: Holding, books: Ledger) -> bool:
-    """Whether the claim would have room without the holding.
+def _makes_room(claim: Claim, queue: str, gpu_class: str, books: Ledger) -> bool:
+    """Whether the claim would have room if the queue had one GPU of the class less.
 
     A claim that would borrow moves nobody but its own queue's jobs: otherwise the owner would take the GPU back.
     """
-    is_own = holding.queue == claim.queue
-    return books.has_room(claim.queue, holding.gpu_class, borrow=is_own, without=holding.queue)
+    return books.has_room(claim.queue, gpu_class, borrow=queue == claim.queue, without=queue)
 
 
 def is_cooling_down(holding: Holding, policy: Policy) -> bool:
