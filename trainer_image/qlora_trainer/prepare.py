@@ -13,10 +13,11 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.base import decimal
 from orchestrator.api.formats import PREPARED_FOLDER, SHOWN_NAME, FileEntry, PreparedManifest, ShownRecords
@@ -40,12 +41,14 @@ from qlora_trainer.data.dataset import (
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
     RECORD_BY_RECORD,
+    WITH_A_STATE,
     bounded,
     counts,
     data_warnings,
     in_brackets,
     mode_warning,
     shown,
+    state_warning,
 )
 from qlora_trainer.model.source import (
     describe_model,
@@ -58,6 +61,9 @@ from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.tracking.names import refuse_foreign_names
+
+if TYPE_CHECKING:
+    from qlora_trainer.model.architecture import CheckedModel
 
 FORMAT_VERSION = 5
 """Raise it when the same inputs would give other data than before."""
@@ -170,8 +176,16 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
         facts=facts.model_copy(update={"record_by_record": checked.separate_because is not None}),
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(description.folder),
-        warnings=[] if checked.separate_because is None else [mode_warning(checked.separate_because)],
+        warnings=list(_model_warnings(checked, spec)),
     )
+
+
+def _model_warnings(checked: CheckedModel, spec: QLoRAJobSpec) -> Iterator[str]:
+    if checked.separate_because is not None:
+        yield mode_warning(checked.separate_because)
+    words = state_warning(checked.state_packages, deterministic=spec.training.deterministic)
+    if words is not None:
+        yield words
 
 
 def inputs_digest(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> str:
@@ -199,7 +213,8 @@ def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> 
     """The result of data that is prepared already, for this job's model and steps."""
     steps = optimizer_steps(training, found.train_sequences)
     result = found.model_copy(update={"model": model.facts, "steps": steps})
-    about_data = [warning for warning in found.warnings if not warning.startswith((FEW_STEPS, RECORD_BY_RECORD))]
+    not_data = FEW_STEPS, RECORD_BY_RECORD, WITH_A_STATE
+    about_data = [warning for warning in found.warnings if not warning.startswith(not_data)]
     return _warned(result, training, [*model.warnings, *about_data])
 
 

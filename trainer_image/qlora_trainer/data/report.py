@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import groupby
 from typing import Any
@@ -17,8 +17,8 @@ from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord
 
 MOST_TRUNCATED = Fraction(5, 100)
 LEAST_SUPERVISED = Fraction(1, 100)
-RECORD_BY_RECORD = "record by record"
-"""How the one warning begins that depends on more than the data."""
+RECORD_BY_RECORD, WITH_A_STATE = "record by record", "layers that carry a state"
+"""How the warnings begin that depend on more than the data."""
 SHOWN_CHARACTERS = 1000
 """How much of a part of a record is shown, from its start and its end."""
 SHOWN_PARTS = 40
@@ -44,6 +44,22 @@ def mode_warning(separate_because: str) -> str:
     return (
         f"{RECORD_BY_RECORD}: the model's records are computed one at a time, with transformers' own attention, as "
         f"{separate_because}; that is right, and slower than packed rows where records are short"
+    )
+
+
+def state_warning(packages: Mapping[str, str | None], *, deterministic: bool) -> str | None:
+    """What computes layers that carry a state, of packages by the versions that are installed; None without such."""
+    if not packages:
+        return None
+    here = [f"{name} {version}" for name, version in packages.items() if version is not None]
+    missing = [name for name, version in packages.items() if version is None]
+    absent = f"; not in the trainer's image: {', '.join(missing)}" if missing else ""
+    if here and not deterministic:
+        return f"{WITH_A_STATE} are computed by {', '.join(here)} on a GPU, and sized by torch's code{absent}"
+    exact = "; no other is known to give the same bits every time (training.deterministic)" if here else ""
+    return (
+        f"{WITH_A_STATE} are computed by transformers' own code in torch, which is right and several times slower than "
+        f"kernels{exact}{absent}"
     )
 
 

@@ -9,6 +9,7 @@ From top to bottom:
     lora_linears.py       linear layers with one input: NF4 weights, LoRA adapters, both passes
     packed_attention.py   attention over a packed row, for transformers and for `layer.py`
     tiled_attention.py    attention that computes its scores tile by tile: windows, softcapped scores
+    state_kernels.py      which code computes layers that carry a state: packages' kernels, or torch
     host_offload.py       layer inputs that wait in pinned host memory, the embedding table there
     ops.py                attention and the operations between matrix products, by name:
     torch_ops.py            in torch, for the CPU, and the reference

@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from orchestrator.api.job import AdapterSpec
+from qlora_trainer.kernels import state_kernels
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import mxfp4
 from qlora_trainer.model.adapter import target_modules
@@ -57,6 +58,8 @@ class CheckedModel:
     """Why its records are trained one by one; None where rows of them are packed."""
     stores_tied_twice: bool
     """Whether its checkpoint has tensors of their own for weights that config.json ties."""
+    state_packages: Mapping[str, str | None]
+    """What has kernels for its layers that carry a state, and the version that is installed, if one is."""
 
 
 def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> CheckedModel:
@@ -82,7 +85,11 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
     _refuse_unquantizable(source, base)
     target_modules(base, adapter)
     separate_because = rehearse(config, source, adapter)
-    return CheckedModel(separate_because=separate_because, stores_tied_twice=stores_tied_twice)
+    return CheckedModel(
+        separate_because=separate_because,
+        stores_tied_twice=stores_tied_twice,
+        state_packages=state_kernels.packages(base),
+    )
 
 
 def _refuse_generation_config(source: str, folder: Path) -> None:

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from qlora_trainer.kernels import state_kernels
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import quantization
 from qlora_trainer.model.attention import attention_implementation, settle_attention
@@ -71,6 +72,7 @@ def load_base(
     _keep_cpu_weights_unpacked(base)
     refuse_unquantized(base)
     keep_layer_inputs_on_host(base, device)
+    _settle_state_kernels(base, device)
     settle_attention(base, packed_attention)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # dense weights have left pages behind; see `sizing/memory/fragmentation`
@@ -146,9 +148,17 @@ def weightless_base(config: PreTrainedConfig, device: torch.device) -> tuple[Any
         base = from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=attention_implementation(config))
         quantizer = quantization.Quantizer(_quantization())
         quantizer.preprocess_model(base, device_map={"": str(device)})
+    state_kernels.settle(base, by_packages=False)  # which know neither a CPU nor tensors without memory
     base.config.quantization_config = quantizer.quantization_config
     base.hf_quantizer = quantizer
     return base.eval(), quantizer
+
+
+def _settle_state_kernels(base: PreTrainedModel, device: torch.device) -> None:
+    exact = torch.get_deterministic_debug_mode() != 0
+    state_kernels.settle(base, by_packages=device.type == "cuda" and not exact)
+    for name, by_package in state_kernels.in_use(base).items():
+        log.info("%s is computed by %s", name, "a package's kernel" if by_package else "torch")
 
 
 def _quantization() -> quantization.Quantization:
