@@ -70,8 +70,10 @@ def _estimates(
         return Refusal(reason=Reason.WAITING_FOR_GPU, message=_NO_SUCH_MACHINE[spot])
     snapshot = snapshot if classes == snapshot.gpu_classes else replace(snapshot, gpu_classes=classes)
     found = _fitting(draft, snapshot, margins)
-    avoided = avoided_classes(draft.status, draft.now, snapshot.policy) if draft.status.attempts else frozenset[str]()
-    if isinstance(found, Refusal) or not avoided:
+    if isinstance(found, Refusal) or not draft.status.attempts:
+        return found
+    avoided = avoided_classes(draft.status, draft.now, snapshot.policy)
+    if not avoided:
         return found
     others = tuple(estimate for estimate in found if estimate.gpu_class not in avoided)
     if others or draft.status.estimate is None:

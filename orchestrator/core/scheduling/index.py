@@ -13,7 +13,7 @@ So the index never depends on how it came about: one that has followed a thousan
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -390,7 +390,7 @@ class Index:
     def _count(self, key: str, entry: Entry, *, is_there: bool) -> None:
         """The difference that a job makes."""
         draft, job = entry.draft, entry.draft.job
-        put = set[str].add if is_there else set[str].discard
+        put = _PUT[is_there]
         if entry.is_restless:
             put(self.restless, key)
         if draft.state in (JobState.NEW, JobState.TRAINED):
@@ -532,6 +532,9 @@ def _until(draft: Draft, fact: StageFact | None, claim: Claim | Refusal | None, 
 def _model_of(draft: Draft) -> tuple[str, str] | None:
     prepared = draft.status.prepared
     return None if prepared is None else (draft.job.metadata.namespace, prepared.model.architecture)
+
+
+_PUT: Mapping[bool, Callable[[set[str], str], None]] = {True: set[str].add, False: set[str].discard}
 
 
 def job_key_of_stage(key: str) -> str:
