@@ -506,7 +506,7 @@ def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Sna
         run_seconds=max(0.0, (now - since).total_seconds()),
         lost_seconds=lost_seconds(draft.status, now, snapshot.policy),
         turn_is_over=is_turn_over(draft, queues, snapshot),
-        was_evicted=any(reason.value in draft.status.evictions for reason in EVICTIONS_BY_US),
+        was_evicted=not EVICTIONS_BY_US.isdisjoint(draft.status.evictions),
     )
 
 

@@ -22,7 +22,7 @@ from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
-EVICTIONS_BY_US = (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED)
+EVICTIONS_BY_US = frozenset(each.value for each in (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +172,10 @@ class _Running:
         self._policy = policy
         self._holdings = holdings
         self._by_class: dict[str, dict[str, list[Holding]]] = {}
-        self._over: dict[str, dict[str, bool]] = {}
-        """Whether queues have more GPUs of a class than are their own, by class and queue."""
+        self._over: dict[str, dict[str, None]] = {}
+        """The queues with more GPUs of a class than are their own, by class."""
+        self._changed: dict[str, set[str]] = {}
+        """Queues that have others than when that was found, by class."""
 
     def choose(self, claim: Claim, books: Ledger, going_on: Set[tuple[str, str]] = frozenset()) -> Preemption | None:
         """The victim that does for the claim and costs least; changes nothing.
@@ -199,9 +201,7 @@ class _Running:
     def take(self, claim: Claim, victim: Holding | None) -> Holding:
         """The victim, which is no one's to choose any more; the claim's queue gets what it has."""
         assert victim is not None, "chosen from here"
-        over = self._over.get(victim.gpu_class, {})
-        for queue in (claim.queue, victim.queue):
-            over.pop(queue, None)
+        self._changed.setdefault(victim.gpu_class, set()).update((claim.queue, victim.queue))
         self._by_class[victim.gpu_class][victim.queue].remove(victim)
         return victim
 
@@ -229,7 +229,8 @@ class _Running:
             return
         owns = books.is_within_nominal(claim.queue, gpu_class)
         room: dict[tuple[bool, str | None], bool] = {}
-        for queue in (claim.queue,) if is_full else (claim.queue, *self._over_guarantee(gpu_class, books, claim.queue)):
+        foreign = () if is_full else self._over_guarantee(gpu_class, books)
+        for queue in (claim.queue, *(other for other in foreign if other != claim.queue)):
             kind = queue == claim.queue, books.quotas.cohort(queue, gpu_class)
             if kind not in room:
                 room[kind] = _makes_room(claim, queue, gpu_class, books)
@@ -241,14 +242,17 @@ class _Running:
             if victim is not None:
                 yield victim
 
-    def _over_guarantee(self, gpu_class: str, books: Ledger, but: str) -> Iterator[str]:
-        """The other queues with more GPUs of the class than are their own."""
-        over = self._over.setdefault(gpu_class, {})
-        for queue in self._of(gpu_class):
-            if queue not in over:
-                over[queue] = books.is_over_guarantee(queue, gpu_class)
-            if over[queue] and queue != but:
-                yield queue
+    def _over_guarantee(self, gpu_class: str, books: Ledger) -> Iterable[str]:
+        """The queues with more GPUs of the class than are their own."""
+        over = self._over.get(gpu_class)
+        if over is None:
+            here = self._of(gpu_class)
+            over = self._over[gpu_class] = dict.fromkeys(q for q in here if books.is_over_guarantee(q, gpu_class))
+        for queue in self._changed.pop(gpu_class, ()):
+            over.pop(queue, None)
+            if queue in self._of(gpu_class) and books.is_over_guarantee(queue, gpu_class):
+                over[queue] = None
+        return over
 
     def _rank(self, victim: Holding, preference: int) -> tuple[bool, float, int, int, str]:
         """Least first: past its minimum run, fewest GPU-seconds lost, lowest priority, the claim's preferred class."""
