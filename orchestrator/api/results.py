@@ -1,11 +1,14 @@
 """What stages answer: progress while they run, a result in the termination message when they end.
 
 The termination message is JSON of at most 4 KiB, which a pod's status keeps; the controller needs no other
-channel to be right. Progress is for people and may be lost.
+channel to be right. What prepare found and is longer than that is deflated. Progress is for people and may be lost.
 """
 
 from __future__ import annotations
 
+import re
+import zlib
+from base64 import b85decode, b85encode
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
@@ -16,6 +19,10 @@ from orchestrator.api.reasons import Reason
 from orchestrator.api.words import on_one_line
 
 MAX_TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' bound on a container's termination message
+MAX_RESULT_BYTES = 64 << 10
+"""Of a result's JSON, so that nobody's message inflates without bound."""
+DEFLATED = re.compile(r'\{"deflated":"([^"\\]*)"\}')
+"""A message that is too long as it is: the JSON, deflated (RFC 1950), in base 85 (RFC 1924)."""
 MAX_WARNINGS = 5
 MAX_WARNING_CHARACTERS = 280
 MAX_URI_CHARACTERS = 2048
@@ -105,26 +112,50 @@ class StageResult(Model):
     def to_termination_message(self) -> str:
         """The JSON that goes into the termination log; a long failure message is cut to fit.
 
-        Of what prepare found, warnings are left out, then the trace: the model is then sized as one that has none.
+        What prepare found is deflated if it is too long, then loses warnings. Raises ResultTooLong if that is not
+        enough.
         """
         text = self.model_dump_json(by_alias=True, exclude_none=True)
         excess = len(text.encode()) - MAX_TERMINATION_MESSAGE_BYTES
-        if excess > 0 and self.prepare is not None and self.prepare.warnings:
-            fewer = self.prepare.model_copy(update={"warnings": self.prepare.warnings[:-1]})
-            return self.model_copy(update={"prepare": fewer}).to_termination_message()
-        if excess > 0 and self.prepare is not None and self.prepare.model.trace is not None:
-            untraced = self.prepare.model.model_copy(update={"trace": None})
-            return self.model_copy(
-                update={"prepare": self.prepare.model_copy(update={"model": untraced})}
-            ).to_termination_message()
-        if excess <= 0 or self.failure is None:
-            assert excess <= 0, "a stage's result must fit the termination message"
+        if excess <= 0:
             return text
-        # An escaped character is at most six bytes long in JSON, so cutting `excess` characters is enough.
-        shorter = self.failure.message[: max(0, len(self.failure.message) - excess - 3)] + "..."
-        return self.model_copy(
-            update={"failure": Failure(reason=self.failure.reason, message=shorter)}
-        ).to_termination_message()
+        if self.failure is not None:
+            # An escaped character is at most six bytes long in JSON, so cutting `excess` characters is enough.
+            shorter = self.failure.message[: max(0, len(self.failure.message) - excess - 3)] + "..."
+            failure = Failure(reason=self.failure.reason, message=shorter)
+            return self.model_copy(update={"failure": failure}).to_termination_message()
+        assert self.prepare is not None, "any other stage's result must fit the termination message"
+        deflated = f'{{"deflated":"{b85encode(zlib.compress(text.encode(), 9)).decode()}"}}'
+        if len(text.encode()) <= MAX_RESULT_BYTES and len(deflated.encode()) <= MAX_TERMINATION_MESSAGE_BYTES:
+            return deflated
+        if not self.prepare.warnings:
+            raise ResultTooLong
+        fewer = self.prepare.model_copy(update={"warnings": self.prepare.warnings[:-1]})
+        return self.model_copy(update={"prepare": fewer}).to_termination_message()
+
+    @classmethod
+    def from_termination_message(cls, text: str) -> StageResult:
+        """What `to_termination_message` made a text of; ValueError for any other."""
+        return cls.model_validate_json(_inflated(text))
+
+
+class ResultTooLong(Exception):
+    """What prepare found is more than a pod's status holds."""
+
+
+def _inflated(text: str) -> str:
+    """A message's JSON; ValueError where it was deflated and cannot be inflated."""
+    packed = DEFLATED.fullmatch(text)
+    if packed is None:
+        return text
+    inflating = zlib.decompressobj()
+    try:
+        found = inflating.decompress(b85decode(packed[1]), MAX_RESULT_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"what is deflated cannot be inflated: {error}") from error
+    if not inflating.eof:
+        raise ValueError(f"what is deflated ends early, or has more than {MAX_RESULT_BYTES} bytes")
+    return found.decode()
 
 
 class ProgressReport(Model):

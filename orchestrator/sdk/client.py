@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
 from typing import TypeVar, cast
@@ -37,6 +38,7 @@ from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
+from orchestrator.sdk.traced_here import traced_here
 from orchestrator.sdk.uploading import check_upload, uploaded
 from orchestrator.sdk.usage import UsageBy, UsageRow, usage_rows
 from orchestrator.settings import Settings
@@ -124,14 +126,17 @@ class Client:
         checked = self._in_namespace(_one(job, QLoRAJob))
         if self.connection.is_local:
             check_planned_model(checked.spec.model)
-        facts = model_config.read_facts(checked.spec.model, checked.spec.adapter)
+        config = model_config.read_config(checked.spec.model)
+        facts = model_config.facts_in(config, checked.spec.model, checked.spec.adapter)
+        facts, of_trace = traced_here(checked, facts, config)
         taught = self.connection.store.list_jobs(checked.metadata.namespace)
         known = Known(prices=self.settings.gpu_prices, margins=margins.learned(taught))
         try:
             classes = self.connection.gpu_classes()
         except Forbidden:
             classes = None
-        return plan_job(checked, facts, classes, known, count_data(checked.spec))
+        plan = plan_job(checked, facts, classes, known, count_data(checked.spec))
+        return plan if of_trace is None else replace(plan, notes=(of_trace, *plan.notes))
 
     def records(self, job: JobLike, count: int = 3) -> ShownRecords:
         """The first training records with their masks, read on this machine as prepare would; changes nothing."""
@@ -234,7 +239,7 @@ class Client:
         if local_path(job.spec.model.source) is None:
             return
         plan = plan_job(job, model_config.read_facts(job.spec.model, job.spec.adapter), classes)
-        if plan.refusal is not None:
+        if plan.refusal is not None and plan.guess is None:
             raise InvalidObject(f"the job fits no GPU here: {plan.refusal.message}")
 
     def _in_namespace(self, job: QLoRAJob) -> QLoRAJob:

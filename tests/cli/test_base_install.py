@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.sdk import extras
+from orchestrator.sizing import guess
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = "import sys; sys.path[:0] = sys.argv[1:3]; del sys.argv[1:3]; from orchestrator.cli.main import app; app()"
@@ -77,6 +79,24 @@ def test_the_service_is_not_started_without_what_it_runs_on(base: Path, tmp_path
     assert "needs the extra local, of which accelerate, " in said[0]
     assert all(f" {name}," in said[0] for name in ("mlflow", "prometheus-client", "ray", "torch"))
     assert not (tmp_path / "logs").exists(), "nothing was started"
+
+
+def test_a_plan_of_layers_that_no_table_knows_is_said_to_be_a_guess(base: Path, tmp_path: Path) -> None:
+    model, data, job = (tmp_path / name for name in ("model", "data.jsonl", "job.yaml"))
+    model.mkdir()
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 16}
+    glm4 = {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "vocab_size": 32000, **sizes}
+    (model / "config.json").write_text(json.dumps(glm4))
+    (model / "tokenizer.json").write_text("{}")
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    spec = {"model": {"source": f"file://{model}"}, "dataset": {"source": f"file://{data}"}}
+    whole = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "j"}, "spec": spec}
+    job.write_text(json.dumps(whole))
+    done = qlora(base, tmp_path, "plan", str(job))
+    text = " ".join(done.stdout.split())
+    assert "a guess layers of model type glm4 were never traced" in text, done.stderr
+    assert f"from {-guess.WORST_UNDER:.1%} under to {guess.WORST_OVER:.1%} over what they took" in text
+    assert "no job gets a GPU by this figure" in text
 
 
 def test_extras_of_our_own_are_followed() -> None:

@@ -29,7 +29,6 @@ from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import app
 from orchestrator.controller.supervisor import RECORD_NAME
 from orchestrator.sdk.words import gib
-from orchestrator.sizing import guess
 from tests.sdk.paper_service import STEPS, PaperService, job_document, service_that_is_up
 
 CONTROL_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -392,18 +391,18 @@ def test_plan_shows_bytes_choice_and_alternatives(service: PaperService) -> None
     assert sum(item["bytes"] for item in data["chosen"]["items"]) == data["chosen"]["peakBytes"]
 
 
-def test_plan_says_where_the_bytes_are_a_guess_and_how_far_such_guesses_were_off(service: PaperService) -> None:
+def test_plan_traces_layers_that_no_table_knows_and_says_so(service: PaperService) -> None:
     path = write_manifest(job_document())
-    assert "a guess" not in qlora("plan", path).stdout
-    assert "guess" not in json.loads(qlora("plan", path, "--json").stdout)
+    assert "traced here" not in qlora("plan", path).stdout
     config = service.folder / "model" / "config.json"
-    glm4 = {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"]}
+    glm4 = {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "pad_token_id": 0}
     config.write_text(json.dumps({**json.loads(config.read_text()), **glm4}))
-    text = " ".join(qlora("plan", path).stdout.split())
-    assert "a guess layers of model type glm4 were never traced" in text
-    assert f"from {-guess.WORST_UNDER:.1%} under to {guess.WORST_OVER:.1%} over what they took" in text
-    assert "no job gets a GPU by this figure" in text
-    assert "glm4" in json.loads(qlora("plan", path, "--json").stdout)["guess"]
+    done = qlora("plan", path, "--json")
+    assert done.exit_code == ExitStatus.OK, done.output
+    plan = json.loads(done.stdout)
+    assert "guess" not in plan
+    assert plan["model"]["trace"]["layers"] == "a" * plan["model"]["numLayers"]
+    assert "layers of model type glm4 are in no table, and were traced here with transformers" in plan["notes"][0]
 
 
 def test_calibration_shows_what_finished_jobs_measured(service: PaperService) -> None:

@@ -152,8 +152,11 @@ def test_layers_that_take_the_same_are_one_kind_and_others_are_not() -> None:
         part = getattr(narrow, name)
         sizes = part.in_features, part.out_features
         part.in_features, part.out_features = ({640: 320, 1280: 640}.get(size, size) for size in sizes)
+    base.config.places = [0, 1, 2, 3]
+    for index, layer in enumerate(base.get_decoder().layers):
+        layer.mlp.factor, layer.added_idx = 0.5 + index, index
     mixed = trace_layers(base, adapter)
-    assert mixed.layers == "aaba"
+    assert mixed.layers == "aaba", "neither places nor factors nor a list of all layers change a tensor"
     wide, small = mixed.kinds
     assert small.weight_bytes < wide.weight_bytes
     assert small.gradient_bytes < wide.gradient_bytes

@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import zlib
+from base64 import b85encode
+from collections.abc import Iterator
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -29,7 +34,7 @@ from qlora_trainer.outcome import write_result as write
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
 from orchestrator.api.layer_trace import EndInstants, LayerInstants, LayerKind, ModelTrace
 from orchestrator.api.reasons import ExitCode, Reason
-from orchestrator.api.results import Failure, StageResult, TrainResult
+from orchestrator.api.results import Failure, ResultTooLong, StageResult, TrainResult
 from orchestrator.api.task import StageTask, task_text, task_variables
 from tests.builders import prepare_result
 
@@ -234,19 +239,70 @@ def test_an_endless_message_still_fits_a_pods_status(tmp_path: Path) -> None:
     assert len(result.to_termination_message().encode()) <= 4096
 
 
-def test_a_trace_that_does_not_fit_a_pods_status_is_left_out_and_the_model_is_guessed_at() -> None:
-    polynomial = (123456789.125, 123456789.125, 123456789.125)
-    layer = LayerInstants(kept=polynomial, forward=(polynomial,) * 12, backward=(polynomial,) * 12)
-    end = EndInstants(first_kept=polynomial, loss=polynomial, norm=(polynomial,))
-    kind = LayerKind(weight_bytes=1, other_bytes=1, gradient_bytes=1, recomputed=layer, whole=layer)
-    trace = ModelTrace(
-        packed=True, kinds=(kind,) * 3, layers="abc", recomputed=end, whole=end, other_bytes=1, adapter_parameters=1
+def traced_result(values: Iterator[float], kinds: int) -> StageResult:
+    """What prepare found of a model whose layers have so many kinds of 24 moments each."""
+
+    def polynomial() -> tuple[float, ...]:
+        return next(values), next(values), next(values)
+
+    def layer() -> LayerInstants:
+        moments = [tuple(polynomial() for _ in range(12)) for _ in range(2)]
+        return LayerInstants(kept=polynomial(), forward=moments[0], backward=moments[1])
+
+    end = EndInstants(first_kept=polynomial(), loss=polynomial(), norm=(polynomial(),))
+    found = tuple(
+        LayerKind(weight_bytes=1, other_bytes=1, gradient_bytes=1, recomputed=layer(), whole=layer())
+        for _ in range(kinds)
     )
-    found = prepare_result()
-    result = StageResult(prepare=found.model_copy(update={"model": found.model.model_copy(update={"trace": trace})}))
+    trace = ModelTrace(
+        packed=True,
+        kinds=found,
+        layers="abcdefgh"[:kinds],
+        recomputed=end,
+        whole=end,
+        other_bytes=1,
+        adapter_parameters=1,
+    )
+    facts = prepare_result().model.model_copy(update={"trace": trace})
+    return StageResult(prepare=prepare_result().model_copy(update={"model": facts, "warnings": ("w" * 280,) * 5}))
+
+
+def test_a_trace_that_is_too_long_for_a_pods_status_is_deflated() -> None:
+    result = traced_result(map(float, count(1_000)), kinds=3)
+    assert len(result.model_dump_json(by_alias=True, exclude_none=True)) > 4096
     text = result.to_termination_message()
     assert len(text.encode()) <= 4096
-    assert StageResult.model_validate_json(text).prepare == found
+    assert set(json.loads(text)) == {"deflated"}
+    assert StageResult.from_termination_message(text) == result
+
+
+def test_warnings_go_before_a_trace_does_and_a_trace_that_fits_in_no_way_is_told_as_such() -> None:
+    draw = random.Random(0)
+    noise = iter(draw.random, None)
+    result = traced_result((round(1e9 * each, 3) for each in noise), kinds=1)
+    sent = StageResult.from_termination_message(result.to_termination_message())
+    assert result.prepare is not None
+    assert sent.prepare is not None
+    assert sent.prepare.model == result.prepare.model
+    with pytest.raises(ResultTooLong):
+        traced_result((round(1e9 * each, 3) for each in noise), kinds=8).to_termination_message()
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"no zlib",
+        zlib.compress(b"{}")[:-1],
+        zlib.compress(b"x" * (65 << 10)),
+        zlib.compress(b"\xff"),
+        zlib.compress(b'{"deflated":""}'),
+        zlib.compress(b"[" * 60_000),
+    ],
+)
+def test_a_message_that_does_not_inflate_to_a_result_is_none(packed: bytes) -> None:
+    text = f'{{"deflated":"{b85encode(packed).decode()}"}}'
+    with pytest.raises(ValueError):  # noqa: PT011 - of whatever kind
+        StageResult.from_termination_message(text)
 
 
 def test_a_termination_log_that_cannot_be_replaced_is_written_in_place(

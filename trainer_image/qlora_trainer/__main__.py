@@ -1,6 +1,7 @@
 """`python -m qlora_trainer prepare | train | publish`: one attempt at one stage of one job.
 
-`python -m qlora_trainer show N` prints the first N records of a prepare task as they would be trained.
+`python -m qlora_trainer show N` prints the first N records of a prepare task as they would be trained, and
+`python -m qlora_trainer trace` what the layers of its model take, by the config.json that it reads.
 
 The frame around a stage: its task, its environment, its log, and its verdict, which is the exit code and the
 termination message and nothing else. Nothing heavy is imported before the stage that needs it.
@@ -15,11 +16,13 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from time import gmtime
 from types import FrameType
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import Failure, PrepareResult, PublishResult, StageResult, TrainResult
@@ -60,7 +63,9 @@ class Stopped(BaseException):
 def main(arguments: list[str]) -> ExitCode:
     """Run the stage that the command line names; the exit code is the verdict."""
     if arguments[:1] == ["show"]:
-        return show(arguments[1:])
+        return answer("show", lambda prepare, task: prepare.show(task, int(arguments[1])))
+    if arguments == ["trace"]:
+        return answer("trace", lambda prepare, task: prepare.trace(task, sys.stdin.read()))
     stage = arguments[0] if len(arguments) == 1 else ""
     start_logging(stage=stage)
     stored_log: StoredLog | None = None
@@ -89,19 +94,19 @@ def main(arguments: list[str]) -> ExitCode:
     return exit_code
 
 
-def show(arguments: list[str]) -> ExitCode:
-    """Print the first records of prepare's task as JSON, or what is wrong with them; nothing is written."""
+def answer(command: str, ask: Callable[[Any, StageTask], BaseModel]) -> ExitCode:
+    """Print what is asked about prepare's task as JSON, or what is wrong with that; nothing is written."""
     try:
         task = read_task("prepare")
         set_environment(task)
-        start_logging(stage="show")
+        start_logging(stage=command)
         logging.getLogger().setLevel(logging.WARNING)
-        shown = import_module("qlora_trainer.prepare").show(task, int(arguments[0]))
+        found = ask(import_module("qlora_trainer.prepare"), task)
     except Exception as error:  # noqa: BLE001 - the frame: whatever comes out becomes the answer
         exit_code, result = verdict(error)
         print(result.model_dump_json(), flush=True)  # noqa: T201 - the answer
         return exit_code
-    print(shown.model_dump_json(), flush=True)  # noqa: T201 - the answer
+    print(found.model_dump_json(), flush=True)  # noqa: T201 - the answer
     return ExitCode.OK
 
 

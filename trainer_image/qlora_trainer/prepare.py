@@ -24,9 +24,11 @@ from orchestrator.api.formats import PREPARED_FOLDER, SHOWN_NAME, FileEntry, Pre
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.optimizer_steps import FEW_STEPS, optimizer_steps, steps_warning
+from orchestrator.api.package_data import known_type
 from orchestrator.api.packing import FEWEST_ROWS
-from orchestrator.api.results import PrepareResult
+from orchestrator.api.results import PrepareResult, ResultTooLong, StageResult
 from orchestrator.api.task import StageTask
+from orchestrator.api.words import on_one_line
 from qlora_trainer.data.chat_templates import named_template
 from qlora_trainer.data.dataset import (
     EncodeRanges,
@@ -51,6 +53,8 @@ from qlora_trainer.data.report import (
     state_warning,
 )
 from qlora_trainer.model.source import (
+    CONFIG_NAME,
+    ModelDescription,
     describe_model,
     known_config,
     load_tokenizer,
@@ -69,6 +73,8 @@ FORMAT_VERSION = 5
 """Raise it when the same inputs would give other data than before."""
 TRAIN_NAME = "train.parquet"
 EVAL_NAME = "eval.parquet"
+MAX_REASON_CHARACTERS = 400
+"""Of what a library says of a model that it cannot compute."""
 SHOWN_RECORDS = 3
 """So many of the first records are logged and kept with their masks."""
 
@@ -116,9 +122,21 @@ def run(task: StageTask) -> PrepareResult:
         refuse_foreign_names(task)
         if found is not None:
             log.info("%s is prepared already", found.uri)
-            return _with_steps(found, model, task.spec.training)
+            return _told(_with_steps(found, model, task.spec.training), task.spec)
     assert splits is not None, "what is not prepared has been read"
-    return _publish(task, store, digest, model, splits)
+    return _told(_publish(task, store, digest, model, splits), task.spec)
+
+
+def _told(result: PrepareResult, spec: QLoRAJobSpec) -> PrepareResult:
+    """The result; UserError where it is more than a pod's status holds, which a trace of many moments may be."""
+    try:
+        StageResult(prepare=result).to_termination_message()
+    except ResultTooLong as error:
+        raise UserError(
+            f"{spec.model.source}: its layers are of so many kinds that what they take does not fit a pod's status, so "
+            "no GPU is taken; choose another model, or shorter names of the store"
+        ) from error
+    return result
 
 
 def show(task: StageTask, count: int) -> ShownRecords:
@@ -129,6 +147,18 @@ def show(task: StageTask, count: int) -> ShownRecords:
         read = read_first(count, datasets.train, model.tokenizer, task.spec.dataset, task.spec.training)
     records = tuple(shown(model.tokenizer, record) for record in read.train.records[:count])
     return ShownRecords(records=records, warnings=read.warnings)
+
+
+def trace(task: StageTask, config: str) -> ModelFacts:
+    """The facts of a model that only its config.json is here of, with its layers as prepare would trace them."""
+    source = task.spec.model.source
+    with tempfile.TemporaryDirectory(prefix="qlora-") as name:
+        folder = Path(name)
+        (folder / CONFIG_NAME).write_text(config)
+        facts = read_facts(ModelDescription(folder=folder, revision="", tensors=None), source)
+        known = known_type(facts.model_type)
+        packs = known is None or known.separate_because is None
+        return traced_model(facts, known_config(folder, source), task.spec, packs=packs)
 
 
 def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
@@ -150,7 +180,6 @@ def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
 
 def _open_model(spec: QLoRAJobSpec) -> _Model:
     from qlora_trainer.model.architecture import check_architecture  # here, because torch takes seconds
-    from qlora_trainer.model.layer_trace import traced_facts
 
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
@@ -160,13 +189,7 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
         log.info("%s has tensors of their own for weights that config.json ties, so each is counted", source)
         facts = facts.model_copy(update={"tied_embeddings": False})
     config = known_config(description.folder, source)
-    facts = traced_facts(
-        facts,
-        config,
-        spec.adapter,
-        packs=checked.separate_because is None,
-        record_tokens=spec.training.sequence_length,
-    )
+    facts = traced_model(facts, config, spec, packs=checked.separate_because is None)
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_tokenizer(tokenizer, spec.dataset, source)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
@@ -186,6 +209,21 @@ def _model_warnings(checked: CheckedModel, spec: QLoRAJobSpec) -> Iterator[str]:
     words = state_warning(checked.state_packages, deterministic=spec.training.deterministic)
     if words is not None:
         yield words
+
+
+def traced_model(facts: ModelFacts, config: Any, spec: QLoRAJobSpec, *, packs: bool) -> ModelFacts:
+    """With what layers take that no table knows; UserError where that cannot be found out: a GPU is not to try it."""
+    from qlora_trainer.model.layer_trace import Untraceable, traced_facts  # here, because torch takes seconds
+
+    length = spec.training.sequence_length
+    try:
+        return traced_facts(facts, config, spec.adapter, packs=packs, record_tokens=length)
+    except Untraceable as error:
+        reason = on_one_line(str(error))[:MAX_REASON_CHARACTERS]
+        raise UserError(
+            f"{spec.model.source}: what layers of model type {facts.model_type} take on a GPU cannot be found out "
+            f"({reason}), so no GPU is taken; choose another model, or another adapter"
+        ) from error
 
 
 def inputs_digest(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> str:

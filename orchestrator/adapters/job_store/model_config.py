@@ -32,7 +32,11 @@ def read_facts(model: ModelSource, adapter: AdapterSpec | None = None) -> ModelF
 
     Raises NotFound, StoreUnavailable, and InvalidObject for what prepare will refuse.
     """
-    config = read_config(model)
+    return facts_in(read_config(model), model, adapter)
+
+
+def facts_in(config: Mapping[str, Any], model: ModelSource, adapter: AdapterSpec | None = None) -> ModelFacts:
+    """The shape that a model's config tells. Raises InvalidObject for what prepare will refuse."""
     try:
         trainable.refuse_fields(config)
         known = package_data.known_type(trainable.model_type_of(config))

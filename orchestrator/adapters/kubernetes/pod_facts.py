@@ -21,8 +21,6 @@ from datetime import datetime
 from functools import lru_cache
 from types import MappingProxyType
 
-from pydantic import ValidationError
-
 from orchestrator.adapters.kubernetes.api import Json
 from orchestrator.adapters.kubernetes.nodes import gpus_held
 from orchestrator.adapters.kubernetes.pod_manifest import (
@@ -387,7 +385,7 @@ def _result(text: str) -> StageResult | None:
     if not text:
         return None
     try:
-        return StageResult.model_validate_json(text)
-    except ValidationError as error:
+        return StageResult.from_termination_message(text)
+    except ValueError as error:
         log.warning("a termination message does not parse and is not used: %s", error)
         return None

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from orchestrator.adapters.local.processes import Process, sync_folder, write_durably
 from orchestrator.adapters.local.shim import EXIT_NAME, LAUNCH_NAME, PROCESS_NAME, STOP_NAME, TERMINATION_NAME
@@ -197,7 +197,7 @@ class Stage:
             start_time=process.start_time if process else None,
             finish_time=self._finish_time(end) if phase is StagePhase.EXITED else None,
             exit_code=end.exit_code if end else None,
-            result=_read(self.folder / TERMINATION_NAME, StageResult) if phase is StagePhase.EXITED else None,
+            result=_result(self.folder / TERMINATION_NAME) if phase is StagePhase.EXITED else None,
             disruption=self._disruption(process, end) if phase is StagePhase.EXITED else None,
             progress=_read(self.folder / PROGRESS_NAME, ProgressReport),
         )
@@ -423,10 +423,19 @@ def _stage_number(stage: Stage) -> str:
 
 def _read(path: Path, kind: type[Edge]) -> Edge | None:
     """A file of a stage's folder; None if it is absent, or does not parse, which the log tells."""
+    return _parsed(path, kind.model_validate_json)
+
+
+def _result(path: Path) -> StageResult | None:
+    """A stage's termination message; None as of other files."""
+    return _parsed(path, lambda data: StageResult.from_termination_message(data.decode()))
+
+
+def _parsed(path: Path, parse: Callable[[bytes], Edge]) -> Edge | None:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return parse(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
+    except ValueError as error:
         log.warning("%s does not parse and is not used: %s", path, error)
         return None

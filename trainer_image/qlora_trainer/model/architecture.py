@@ -39,9 +39,10 @@ from qlora_trainer.model import mxfp4
 from qlora_trainer.model.adapter import target_modules
 from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import refuse_unquantized, weightless_base
+from qlora_trainer.model.recorded_step import decoder_layers
 from qlora_trainer.model.rehearsal import rehearse
 from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, library_words
-from qlora_trainer.model.text_part import model_class
+from qlora_trainer.model.text_part import decoder_of, model_class
 from qlora_trainer.outcome import UserError
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -82,6 +83,7 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
         _refuse_unusable_dtypes(source, base, tensors)
         stores_tied_twice = _has_apart(_checked_weights(source, config, tensors))
     refuse_reused_layers(source, base)
+    _refuse_untraceable(source, base)
     _refuse_unquantizable(source, base)
     target_modules(base, adapter)
     separate_because = rehearse(config, source, adapter)
@@ -105,6 +107,16 @@ def _refuse_generation_config(source: str, folder: Path) -> None:
     except Exception as error:  # whatever the file provokes, it is the user's to mend
         raise UserError(
             f"{source}: {GENERATION_CONFIG_NAME} is not valid: {library_words(error)}; mend the file, or remove it"
+        ) from error
+
+
+def _refuse_untraceable(source: str, base: Any) -> None:
+    """UserError for a model without layers as a trace needs them; a plan that recomputes them does, too."""
+    try:
+        decoder_layers(decoder_of(base))
+    except ValueError as error:
+        raise UserError(
+            f"{source}: {error}, so nobody knows how much memory its layers take; choose another model"
         ) from error
 
 

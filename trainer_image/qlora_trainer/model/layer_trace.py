@@ -68,8 +68,8 @@ LONGEST_TRACED_TOKENS = 8192
 """A longer record is not traced itself: it takes minutes."""
 MOST_TOKENS = 1 << 20
 ALLOCATION_BYTES, CODE_BYTES, OFFSET_BYTES = 512, 64, 4
-ITS_NUMBER = frozenset({"layer_idx", "layer_id", "layer_number"})
-"""Settings of a module that only say which layer it is in."""
+ITS_NUMBER = ("_idx", "layer_id", "layer_number")
+"""How settings of a module end that only say which layer it is in, or whose output it adds."""
 
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Untraceable(Exception):
 def traced_facts(
     facts: ModelFacts, config: PreTrainedConfig, adapter: AdapterSpec, *, packs: bool, record_tokens: int
 ) -> ModelFacts:
-    """The facts with a trace of the model's layers, where no table says what these take and they can be traced.
+    """The facts with a trace of the model's layers, where no table says what these take. Raises Untraceable.
 
     `packs`: whether rows of records are packed; else each is attended to by transformers, and the longest has so many
     tokens.
@@ -96,10 +96,11 @@ def traced_facts(
         if not packs:
             base.set_attn_implementation(own_attention_implementation(base.config))
         trace = trace_layers(base, adapter, TOKENS if packs else record_lengths(record_tokens))
+    except (Untraceable, MemoryError):
+        raise
     except Exception as error:  # whatever a class of transformers' does that was not foreseen
-        log.warning("the layers of %s could not be traced, so they are sized by a guess: %s", facts.model_type, error)
-        log.debug("tracing failed", exc_info=True)
-        return facts
+        log.warning("tracing failed", exc_info=True)
+        raise Untraceable(f"{type(error).__name__}: {error}") from error
     log.info("traced %d kinds of layers in %.1f s", len(trace.kinds), time.perf_counter() - began)
     return facts.model_copy(update={"trace": trace})
 
@@ -161,7 +162,12 @@ def trace_layers(base: Any, adapter: AdapterSpec, lengths: Lengths = TOKENS) -> 
 def _kinds(base: Any, layers: Sequence[Module]) -> tuple[list[int], int]:
     """The kind of each layer, numbered as they come, and how many kinds there are."""
     config = base.config.get_text_config()
-    lists = [each for each in config.to_dict().values() if isinstance(each, list) and len(each) == len(layers)]
+    every = list(range(len(layers)))  # a list of layers, which tells nothing of one
+    lists = [
+        each
+        for each in config.to_dict().values()
+        if isinstance(each, list) and len(each) == len(layers) and each != every
+    ]
     described = [(str([each[index] for each in lists]), _described(layer)) for index, layer in enumerate(layers)]
     kinds = list(dict.fromkeys(described))
     if len(kinds) > MOST_KINDS:
@@ -182,9 +188,9 @@ def _described(layer: Module) -> str:
 def _settings(module: Module) -> dict[str, Any]:
     plain = (bool, int, float, str, type(None))
     return {
-        name: value
+        name: value != 0 if isinstance(value, float) else value  # a probability of nothing makes no mask
         for name, value in vars(module).items()
-        if isinstance(value, plain) and not name.startswith("_") and name not in ITS_NUMBER
+        if isinstance(value, plain) and not name.startswith("_") and not name.endswith(ITS_NUMBER)
     }
 
 

@@ -422,7 +422,11 @@ def _masks_as_of_one_record() -> Any:
     def no(*_: object) -> None:
         """Neither are these tensors without values, nor are they several records."""
 
-    return mock.patch.multiple(masking_utils, is_tracing=no, find_packed_sequence_indices=no)
+    def yes(*_: object) -> bool:
+        """No token is padding, as a mask of ones that some models make themselves says."""
+        return True
+
+    return mock.patch.multiple(masking_utils, is_tracing=no, find_packed_sequence_indices=no, fast_all=yes)
 
 
 def take_weights_away(base: Module) -> None:
