@@ -188,7 +188,7 @@ def _described(layer: Module) -> str:
 def _settings(module: Module) -> dict[str, Any]:
     plain = (bool, int, float, str, type(None))
     return {
-        name: value != 0 if isinstance(value, float) else value  # a probability of nothing makes no mask
+        name: bool(value) if isinstance(value, float) else value  # a probability of nothing makes no mask
         for name, value in vars(module).items()
         if isinstance(value, plain) and not name.startswith("_") and not name.endswith(ITS_NUMBER)
     }
