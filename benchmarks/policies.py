@@ -17,6 +17,7 @@ import time
 from argparse import Namespace
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from statistics import mean, quantiles
@@ -55,46 +56,52 @@ def main() -> None:
     parser.add_argument("--traces", nargs="+", default=list(RUN_SECONDS), choices=list(RUN_SECONDS))
     parser.add_argument("--only", nargs="+", help="of the schedulers, these")
     arguments = parser.parse_args()
-    results = {
-        f"{trace}, {'saves when asked' if saves else 'periodic checkpoints'}": dict(_tried(trace, saves, arguments))
-        for trace in arguments.traces
-        for saves in (False, True)
-    }
+    tables = [(trace, saves) for trace in arguments.traces for saves in (False, True)]
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(partial(_table, arguments=arguments), tables)
+        results = {_named(*table): figures for table, figures in zip(tables, found, strict=True)}
     emit({"jobs": arguments.jobs, "seed": arguments.seed, "capacity": CAPACITY, "traces": results}, save=arguments.save)
 
 
-def _tried(trace: str, saves: bool, arguments: Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+def _named(trace: str, saves: bool) -> str:
+    return f"{trace}, {'saves when asked' if saves else 'periodic checkpoints'}"
+
+
+def _table(table: tuple[str, bool], arguments: Namespace) -> dict[str, dict[str, Any]]:
+    """What each scheduler makes of one trace with one kind of trainer."""
+    trace, saves = table
     trainer = replace(Trainer(), saves_when_asked=saves)
     tasks = list(drawn(trace, arguments.jobs, arguments.seed))
     due = _due(tasks, arguments.seed)
+    results: dict[str, dict[str, Any]] = {}
     for name, make in schedulers(trainer).items():
         if arguments.only and name not in arguments.only:
             continue
         began = time.perf_counter()
-        outcome = Cluster(CAPACITY, WEIGHTS, trainer).live(tasks, make())
-        found = told(tasks, outcome, due)
+        results[name] = told(tasks, Cluster(CAPACITY, WEIGHTS, trainer).live(tasks, make()), due)
         seconds = round(time.perf_counter() - began, 1)
-        print(f"{trace} {name} {seconds} s: {found}", file=sys.stderr, flush=True)
-        yield name, found
+        print(f"{_named(*table)}: {name} {seconds} s: {results[name]}", file=sys.stderr, flush=True)
+    return results
 
 
 def schedulers(trainer: Trainer) -> Mapping[str, Callable[[], Scheduler]]:
     """All, by name, each made anew."""
 
-    def ours(*, tells: bool = True, **parts: float) -> Ours:
+    def ours(*, tells: bool = True, class_change: str = "allowed", **parts: float) -> Ours:
         return Ours(
             trainer=trainer,
             capacity=CAPACITY,
             nominal=NOMINAL,
             weights=WEIGHTS,
             policy=policy_of(trainer, **parts),
-            tells_checkpoints=tells,
+            tells=tells,
+            class_change=class_change,
         )
 
     without: dict[str, Callable[[], Scheduler]] = {
-        "ours, no minimum run": partial(ours, minimum_run_seconds=0.0),
         "ours, no cool-down": partial(ours, preemption_cooldown_seconds=0.0),
-        "ours, not told of checkpoints": partial(ours, tells=False),
+        "ours, not told of progress": partial(ours, tells=False),
+        "ours, jobs keep their class": partial(ours, class_change="forbidden"),
     }
     rivals = {name: partial(kind, NOMINAL) for name, kind in RIVALS.items()}
     return {"ours": ours, **without, **rivals}
@@ -117,6 +124,7 @@ def drawn(trace: str, jobs: int, seed: int) -> Iterator[Task]:
             classes=("48Gi",) if draw.random() < LARGE_SHARE else ("24Gi", "48Gi"),
             work_seconds=seconds,
             submit_seconds=now,
+            planned_seconds=seconds,
         )
 
 

@@ -162,6 +162,8 @@ class Cluster:
         run.stopping = True
         self.saved[name] = durable
         self.outcome.moves += 1
+        if self.now <= self._last_arrival:
+            self.outcome.worked_seconds -= done - durable
         started = min(self.now - run.since, self.trainer.restart_seconds)
         self.outcome.lost_seconds += done - durable + self.trainer.stop_seconds + started
         self._at(self.now + self.trainer.stop_seconds, "freed", name, run.number)

@@ -35,11 +35,20 @@ STEPS = 10**6
 MOST_ROUNDS = 12
 NEVER = 1e9
 COHORT = "all"
+TELL_SECONDS = 60.0
+"""Trainers report so often while somebody waits; nobody looks at it otherwise."""
 
 
 def policy_of(trainer: Trainer, **parts: float) -> Policy:
     """The settings as they ship, told what a restart costs; `parts` are those of a setting of its own."""
-    return Policy(store_uri="file:///store", restart_cost_seconds=trainer.restart_seconds, words_limit=STEPS, **parts)  # pyright: ignore[reportArgumentType]
+    shipped = Policy(
+        store_uri="file:///store",
+        restart_cost_seconds=trainer.restart_seconds,
+        words_limit=STEPS,
+        stall_seconds=NEVER,
+        stall_start_seconds=NEVER,
+    )
+    return replace(shipped, **parts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,9 +60,12 @@ class Ours:
     nominal: Mapping[str, Mapping[str, int]]
     weights: Mapping[str, int]
     policy: Policy
-    tells_checkpoints: bool = True
-    """Whether trainers report what is durable."""
+    tells: bool = True
+    """Whether trainers report how far they are and what is durable."""
+    class_change: str = "allowed"
+    """Of all jobs."""
     _world: PaperWorld = field(init=False)
+    _told: float = -TELL_SECONDS
 
     def __post_init__(self) -> None:
         """Queues and cards are there from the beginning."""
@@ -77,6 +89,7 @@ class Ours:
             queue=task.queue,
             priority=task.priority,
             gpu_classes=task.classes,
+            class_change=self.class_change,
         )
         self._world.submit(job)
 
@@ -92,7 +105,8 @@ class Ours:
         """Round after round, as the controller makes them, until nothing follows any more."""
         world = self._world
         world.now = _time(cluster)
-        if self.tells_checkpoints:
+        if self.tells and cluster.waiting and cluster.now - self._told >= TELL_SECONDS:
+            self._told = cluster.now
             self._tell(cluster)
         commands: tuple[Command, ...] = ()
         for _ in range(MOST_ROUNDS):
@@ -109,29 +123,25 @@ class Ours:
         raise AssertionError(f"decisions do not come to rest: {commands}")
 
     def _tell(self, cluster: Cluster) -> None:
-        """What running trainers have saved since they last said so."""
+        """What running trainers have done and saved, and for how long they go on."""
         for run in cluster.running.values():
-            fresh = cluster.durable(run) - run.saved_seconds
-            if fresh > 0 and not run.stopping:
-                time = NOW + timedelta(seconds=run.since + self.trainer.restart_seconds + fresh)
-                saved = self._step(run.task, cluster.durable(run))
-                self._world.tell(run.task.name, saved, steps=self._steps(run.task), saved=saved, time=time)
-
-    def look_ahead(self, cluster: Cluster, names: Iterable[str]) -> Mapping[str, Outlook]:
-        """What these are told now, once every trainer has said how long it takes."""
-        world = self._world
-        for run in cluster.running.values():
+            if run.stopping:
+                continue
             restarting = max(0.0, run.since + self.trainer.restart_seconds - cluster.now)
-            world.tell(
+            saved = cluster.durable(run)
+            self._world.tell(
                 run.task.name,
                 self._step(run.task, cluster.done(run)),
                 steps=self._steps(run.task),
-                saved=self._step(run.task, cluster.durable(run)),
-                time=world.now,
+                saved=self._step(run.task, saved) if saved > run.saved_seconds else None,
+                saved_time=NOW
+                + timedelta(seconds=run.since + self.trainer.restart_seconds + saved - run.saved_seconds),
                 eta_seconds=run.task.work_seconds - cluster.done(run) + restarting,
             )
-        self.decide(cluster)
-        seen = world.snapshot()
+
+    def look_ahead(self, cluster: Cluster, names: Iterable[str]) -> Mapping[str, Outlook]:
+        """What these are told now."""
+        seen = self._world.snapshot()
         return {name: outlook(seen, f"default/{name}") for name in names if name in cluster.waiting}
 
     def _step(self, task: Task, done_seconds: float) -> int:
@@ -175,16 +185,22 @@ class PaperWorld(World):
         return commands
 
     def tell(
-        self, job: str, step: int, *, steps: int, saved: int, time: datetime, eta_seconds: float | None = None
+        self, job: str, step: int, *, steps: int, saved: int | None, saved_time: datetime, eta_seconds: float
     ) -> None:
-        """A trainer reports how far it is, what of that is durable, and perhaps for how long it goes on."""
+        """A trainer reports how far it is, what of that is durable, and for how long it goes on."""
         key = self.stage_of[job]
-        if self.told.get(key) == saved and eta_seconds is None:
-            return
-        report = progress(step, checkpoint_step=saved, checkpoint_uri=f"file:///checkpoints/{saved}")
-        self.told[key] = saved
-        told = report.model_copy(update={"steps": steps, "time": time, "eta_seconds": eta_seconds})
-        self.stages[key] = replace(self.stages[key], progress=told)
+        is_news = saved is not None and self.told.get(key) != saved
+        report = progress(step, eta_seconds=eta_seconds).model_copy(
+            update={
+                "steps": steps,
+                "time": saved_time if is_news else self.now,
+                "checkpoint_step": saved,
+                "checkpoint_uri": None if saved is None else f"file:///checkpoints/{saved}",
+            }
+        )
+        if saved is not None:
+            self.told[key] = saved
+        self.stages[key] = replace(self.stages[key], progress=report)
 
     def end(self, key: str, code: int, step: int, *, complete: bool) -> None:
         """A train stage has ended."""

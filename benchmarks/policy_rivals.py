@@ -54,30 +54,46 @@ class Kueue(Stateless):
 
     As Kueue 0.20 documents it, with its defaults: BestEffortFIFO, fair sharing off, a class that fits before one where
     somebody has to go; victims are those on their way already, then other queues' jobs, then the lowest priority, then
-    whoever was admitted last.
+    whoever was admitted last. Whoever waits for victims to stop stays the head of its queue (its pull request 7157) and
+    goes before other queues' heads (13797): without these two it would start a victim again on the card it had left.
     """
 
     nominal: Mapping[str, Mapping[str, int]]
     """By queue and class."""
     _used: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    _preempting: dict[str, str] = field(default_factory=dict[str, str])
+    """The job that waits for victims to stop, by queue."""
 
     def decide(self, cluster: Cluster) -> None:
         """Cycle after cycle, until one changes nothing."""
         self._used = Counter((run.task.queue, run.gpu_class) for run in cluster.running.values())
-        pending = {queue: sorted(_of(queue, cluster), key=_by_priority) for queue in self.nominal}
+        pending = {queue: sorted(_of(queue, cluster), key=self._place) for queue in self.nominal}
         promised: set[str] = set()
         while any(pending.values()):
             heads = [tasks.pop(0) for tasks in pending.values() if tasks]
-            heads.sort(key=lambda task: (self._borrows(task, cluster), *_by_priority(task)))
+            heads.sort(
+                key=lambda task: (not self._is_preempting(task), self._borrows(task, cluster), *_by_priority(task))
+            )
             for head in heads:
-                self._admit(head, cluster, promised)
+                if self._admit(head, cluster, promised):
+                    self._preempting[head.queue] = head.name
+                    pending[head.queue] = []
+                elif self._is_preempting(head):
+                    del self._preempting[head.queue]
 
-    def _admit(self, task: Task, cluster: Cluster, promised: set[str]) -> None:
+    def _is_preempting(self, task: Task) -> bool:
+        return self._preempting.get(task.queue) == task.name
+
+    def _place(self, task: Task) -> tuple[bool, int, float, str]:
+        return not self._is_preempting(task), *_by_priority(task)
+
+    def _admit(self, task: Task, cluster: Cluster, promised: set[str]) -> bool:
+        """Give the job a card, or have somebody make way for it: whether it waits for that."""
         free = _first_free(task, cluster)
         if free is not None:
             self._used[task.queue, free] += 1
             cluster.start(task.name, free)
-            return
+            return False
         for gpu_class in task.classes:
             victims = (run for run in self._candidates(task, gpu_class, cluster) if run.task.name not in promised)
             victim = min(victims, key=lambda run: self._rank(run, task), default=None)
@@ -87,7 +103,8 @@ class Kueue(Stateless):
                 self._used[task.queue, gpu_class] += 1
                 if not victim.stopping:
                     cluster.stop(victim.task.name)
-                return
+                return True
+        return False
 
     def _candidates(self, task: Task, gpu_class: str, cluster: Cluster) -> Iterator[Run]:
         reclaims = self._used[task.queue, gpu_class] < self.nominal[task.queue].get(gpu_class, 0)
