@@ -104,7 +104,7 @@ class ServiceSettings(BaseSettings):
     host_memory_factor_max: float = Field(default=4.0, ge=1, le=64)
     """How far a stage's host memory is raised, by doubling, after it has run out."""
     minimum_run_seconds: float = Field(default=300.0, ge=0, le=86_400)
-    """A stage that has run for less is not preempted, unless nothing else would do."""
+    """A start counts in fair share for at least so long."""
     restart_cost_seconds: float = Field(default=60.0, ge=0, le=86_400)
     """GPU seconds that a move is taken to cost on top of the work since the last checkpoint."""
     preemption_cooldown_seconds: float = Field(default=60.0, ge=0, le=86_400)

@@ -88,6 +88,7 @@ def make_spec(
     deterministic: bool = True,
     vram: str = "auto",
     gpu_classes: tuple[str, ...] = (),
+    class_change: Any = "auto",
     **fields: Any,
 ) -> QLoRAJobSpec:
     return QLoRAJobSpec(
@@ -101,7 +102,7 @@ def make_spec(
             optimizer=optimizer,
             deterministic=deterministic,
         ),
-        resources=ResourcesSpec(vram=vram, gpu_classes=gpu_classes),
+        resources=ResourcesSpec(vram=vram, gpu_classes=gpu_classes, class_change=class_change),
         **fields,
     )
 

@@ -250,6 +250,10 @@ class ResourcesSpec(Model):
     gpu_classes: Annotated[tuple[GpuClassName, ...], Field(max_length=16)] = ()
     """Only these classes, in order of preference; empty means any."""
     spot: Literal["allowed", "forbidden", "required"] = "allowed"
+    class_change: Literal["auto", "allowed", "forbidden"] = "auto"
+    """Whether the job may go on from its checkpoint on another class than the one it began on, sized anew, while all
+    GPUs of that one are in use. It is then not bit for bit what it would have been; `auto` forbids it to jobs that
+    training.deterministic promises that, and allows it to others."""
 
 
 class CheckpointSpec(Model):
@@ -408,6 +412,14 @@ class CheckpointStatus(Model):
     """The attempt that reported it first."""
 
 
+class ClassChange(Model):
+    """A checkpoint from which the job went on on another class: from that step on, its bits are another card's."""
+
+    step: Count
+    from_class: ShortText
+    to_class: ShortText
+
+
 class Setback(Model):
     """A cause that has ended attempts since the last durable progress."""
 
@@ -457,6 +469,8 @@ class QLoRAJobStatus(Model):
     """How often the job moved to a fallback plan or a larger class after running out of memory."""
     progress: ProgressReport | None = None
     checkpoint: CheckpointStatus | None = None
+    class_changes: Annotated[tuple[ClassChange, ...], Field(max_length=16)] = ()
+    """The latest of them, oldest first; where there is none, all steps were made on one class."""
     store_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None
     """The job's own folder in its store: checkpoints, the adapter, and the log of every attempt."""
     adapter_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None

@@ -17,13 +17,14 @@ from orchestrator.core.forecast import Outlook, outlook
 from orchestrator.core.job.setbacks import avoided_classes, counted_failures
 from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
 from orchestrator.core.job.status_draft import Draft
+from orchestrator.core.scheduling.claims import may_change_class
 from orchestrator.core.scheduling.cycle import Schedule, schedule
 from orchestrator.core.scheduling.ordering import Claim, queue_specs, standing
 from orchestrator.core.scheduling.turns import has_advanced, turn_ends
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.sizing.hardware import CLASS_NAMES, GIB, gpu_class, priced
 from orchestrator.sizing.margins import DEFAULT, learned
-from orchestrator.sizing.plan_search import choose_class
+from orchestrator.sizing.plan_search import candidates, choose_class
 from orchestrator.sizing.step_time import Work
 
 NAMES_TOLD = 3  # of those ahead or in possession; the rest is a number
@@ -58,6 +59,7 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
         yield from _among_users(outcome.line[place], outcome, snapshot)
         yield from _turns(outcome.line[place], outcome, snapshot)
         yield from _wanted(outcome.line[place], outcome, snapshot)
+        yield from _kept_class(draft, outcome.line[place], snapshot)
         yield from _neighbours(draft, outcome.line[place], snapshot)
     yield from _next(key, outcome)
     if place is not None or draft.state in GPU_STATES:
@@ -145,6 +147,23 @@ def _time_and_price(estimate: Estimate) -> str:
     return f" Its steps take about {span(timedelta(seconds=estimate.seconds))}{price} there."
 
 
+def _kept_class(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]:
+    """What a job would have besides the class that it began on, if it might change it."""
+    spec, prepared = draft.job.spec, draft.status.prepared
+    if draft.status.checkpoint is None or prepared is None or may_change_class(spec) or len(claim.estimates) != 1:
+        return
+    kept = claim.estimates[0].gpu_class
+    margins = learned(snapshot.jobs).get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
+    found = candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=margins)
+    others = [] if isinstance(found, Refusal) else [e.gpu_class for e in found if e.gpu_class != kept]
+    if others:
+        why = "to go on bit for bit; " if spec.training.deterministic else "as its resources.classChange asks; "
+        yield (
+            f"It keeps {kept}, on which it began, {why}with resources.classChange: allowed it could go on on "
+            f"{_names(others)}, too."
+        )
+
+
 def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]:
     """What the class below and the class above the preferred one would mean, here or not."""
     preferred = claim.estimates[0].gpu_class
@@ -180,7 +199,10 @@ def _next(key: str, outcome: Schedule) -> Iterator[str]:
         yield f"A {placement.estimate.gpu_class} GPU is free, and it gets it now."
     for preemption in outcome.preemptions:
         victim = preemption.victim
-        if preemption.claim.key == key and victim is None:
+        if preemption.claim.key == key and preemption.finishing:
+            gpu_class = preemption.estimate.gpu_class
+            yield f"It gets the {gpu_class} GPU of {preemption.finishing}, which ends before anybody could make way."
+        elif preemption.claim.key == key and victim is None:
             yield f"It gets the {preemption.estimate.gpu_class} GPU of a job that is stopping already."
         elif preemption.claim.key == key and victim is not None:
             yield f"{victim.key} makes way for it, which costs {victim.lost_seconds:.0f} GPU-seconds."

@@ -21,12 +21,11 @@ from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import StageResult, TrainResult
 from orchestrator.core.commands import DeleteStage, EnsureStage, StopStage, WriteQueueStatus, WriteStatus
 from orchestrator.core.decide import Decider
+from orchestrator.core.job.remaining import MOST_SECONDS, STOP_SECONDS, remaining_seconds
 from orchestrator.core.scheduling.ordering import queue_specs
 from orchestrator.core.scheduling.turns import turn_length
-from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
+from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
 
-STOP_SECONDS = 30.0
-"""From being asked to stop until the GPU is free: a checkpoint is written, and the process ends."""
 MOST_EVENTS = 500
 """A forecast looks no further than so many stages that end, which bounds its time."""
 EARLY, LATE = 0.8, 3.0
@@ -36,8 +35,6 @@ AGAIN_NAME = 50
 """Letters kept of the name of a job that comes again, which then is no longer than names may be."""
 MOST_ROUNDS = 16
 """Decisions about one moment come to rest after two or three."""
-MOST_SECONDS = 366 * 86_400.0
-"""Nobody knows what comes in a year: whoever says so is not believed, and times stay within what a date can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,35 +105,6 @@ def forecast(
         most_events -= course.go_on()
         course.decide()
     return Forecast(jobs=course.expected, until=course.now, endless=tuple(sorted(course.endless)))
-
-
-def remaining_seconds(job: QLoRAJob, policy: Policy, now: datetime) -> float | None:
-    """Until a job that has a GPU makes its last step; None where nobody knows."""
-    status, attempt = job.status, job.status.active_attempt
-    heard = attempt.progress_time if attempt is not None else None
-    told = status.progress.eta_seconds if status.progress is not None else None
-    if told is not None and heard is not None:
-        return _believed(told - (now - heard).total_seconds())
-    planned = _planned_seconds(status)
-    work = told if planned is None else planned  # what an attempt before this one said is better than nothing
-    if work is None:
-        return None
-    began = attempt.start_time if attempt is not None and attempt.start_time is not None else now
-    return _believed(policy.restart_cost_seconds + work - (now - began).total_seconds())
-
-
-def _planned_seconds(status: QLoRAJobStatus) -> float | None:
-    """What the steps after the last checkpoint take by the plan; None on a card whose speed is not known."""
-    estimate = status.estimate
-    if estimate is None or estimate.step_seconds is None:
-        return None
-    durable = status.checkpoint.step if status.checkpoint is not None else 0
-    return estimate.step_seconds * max(0, estimate.steps - durable)
-
-
-def _believed(seconds: float) -> float | None:
-    """The same, and none below zero; None for a time that no job takes."""
-    return max(0.0, seconds) if seconds <= MOST_SECONDS else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +254,7 @@ class _Course:
             self._at(max(self.now, (began or self.now) + turn), "turn", stage)
         known, left = self.expected.get(job.key, Expectation()), self.work.get(job.key)
         if left is None:
-            seconds = remaining_seconds(job, self.template.policy, self.now)
+            seconds = remaining_seconds(job.status, self.template.policy, self.now)
         else:  # it was stopped on the way
             left = _Work(seconds=left.seconds_on(job.status.estimate), estimate=job.status.estimate)
             seconds = self.template.policy.restart_cost_seconds + left.seconds
@@ -294,6 +262,7 @@ class _Course:
             self.expected[job.key] = known
             self.endless.add(job.key)
         else:
+            seconds = max(0.0, seconds)
             self.work[job.key] = left or _Work(seconds=seconds, estimate=job.status.estimate)
             end = self.now + timedelta(seconds=seconds)
             self.expected[job.key] = replace(known, end=end)

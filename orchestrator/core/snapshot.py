@@ -137,7 +137,7 @@ class Policy:
     host_memory_factor_max: float = 4.0
     """How far a stage's host memory is raised, by doubling, after it has run out."""
     minimum_run_seconds: float = 300.0
-    """A stage that has run for less is not preempted, unless nothing else would do."""
+    """A start counts in fair share for at least so long."""
     restart_cost_seconds: float = 60.0
     """GPU seconds that a move costs on top of the work since the last checkpoint."""
     preemption_cooldown_seconds: float = 60.0

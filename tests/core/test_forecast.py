@@ -8,7 +8,8 @@ import pytest
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.core.explain import explain
-from orchestrator.core.forecast import STOP_SECONDS, forecast, remaining_seconds
+from orchestrator.core.forecast import STOP_SECONDS, forecast
+from orchestrator.core.job.remaining import MOST_SPEEDUP, remaining_seconds, surely_remaining_seconds
 from orchestrator.core.scheduling.cycle import schedule
 from tests.builders import (
     LLAMA_3_8B,
@@ -142,7 +143,7 @@ def test_a_forecast_changes_nothing_and_is_the_same_again() -> None:
     assert world.jobs == jobs
 
 
-@pytest.mark.parametrize(("heard_ago", "eta", "left"), [(0, 500, 500), (100, 500, 400), (900, 500, 0)])
+@pytest.mark.parametrize(("heard_ago", "eta", "left"), [(0, 500, 500), (100, 500, 400), (900, 500, -400)])
 def test_what_is_left_is_what_the_trainer_said_by_the_controllers_clock(
     heard_ago: float, eta: float, left: float
 ) -> None:
@@ -150,7 +151,19 @@ def test_what_is_left_is_what_the_trainer_said_by_the_controllers_clock(
     attempts = (job.status.attempts[-1].model_copy(update={"progress_time": after(-heard_ago)}),)
     report = progress(10, eta_seconds=eta, age_seconds=86_400)  # a node's clock, a day off
     heard = job.model_copy(update={"status": job.status.model_copy(update={"attempts": attempts, "progress": report})})
-    assert remaining_seconds(heard, POLICY, NOW) == left
+    assert remaining_seconds(heard.status, POLICY, NOW) == left
+
+
+def test_a_trainer_that_says_it_is_about_to_end_is_not_believed_far_below_its_plan() -> None:
+    [placement] = schedule(snapshot(waiting("job"), gpu_classes=gpus(_24Gi=1))).placements
+    planned = placement.estimate.seconds
+    assert planned is not None
+    job = training("job", 5)
+    status = job.status.model_copy(update={"estimate": placement.estimate})
+    ran_seconds = 1000
+    least = (planned + POLICY.restart_cost_seconds - ran_seconds) / MOST_SPEEDUP
+    assert surely_remaining_seconds(status, POLICY, NOW) == pytest.approx(max(5, least), rel=0.01)
+    assert surely_remaining_seconds(job.status, POLICY, NOW) == 5
 
 
 def test_before_the_first_word_what_is_left_is_what_the_plan_says() -> None:

@@ -17,11 +17,12 @@ from orchestrator.core.snapshot import Snapshot
 from orchestrator.sizing.hardware import GpuClass
 from tests.builders import (
     LLAMA_3_70B,
-    POLICY,
+    after,
     gpus,
     make_job,
     make_queue,
     prepared_status,
+    progress,
     running_status,
     snapshot,
     stage,
@@ -284,19 +285,30 @@ def test_beyond_its_guarantee_a_queue_yields_to_priority() -> None:
 # --- victims ---------------------------------------------------------------------------------------------------------
 
 URGENT = waiting("urgent", priority=5)
+
+
+def about_to_end(name: str, seconds_left: float) -> QLoRAJob:
+    """A running job whose trainer said that it would take so long, just now or when it should have been over."""
+    heard = after(min(0, seconds_left))
+    job = running(name, ran_seconds=5000)
+    attempt = job.status.attempts[-1].model_copy(update={"progress_time": heard})
+    report = progress(10, eta_seconds=max(0, seconds_left))
+    return job.model_copy(update={"status": job.status.model_copy(update={"attempts": (attempt,), "progress": report})})
+
+
 VICTIMS = {
     "fewest GPU-seconds since the last checkpoint": (
         (running("long-ago", checkpoint_age_seconds=400), running("just-now", checkpoint_age_seconds=10)),
         {"urgent": "just-now"},
     ),
     "without a checkpoint all is lost since the start": (
-        (running("unsaved", ran_seconds=600), running("saved", ran_seconds=9000, checkpoint_age_seconds=599)),
+        (running("unsaved", ran_seconds=600), running("saved", ran_seconds=9000, checkpoint_age_seconds=539)),
         {"urgent": "saved"},
     ),
     "a checkpoint from before the start saves nothing of this run": (
         (
             running("resumed", ran_seconds=500, checkpoint_age_seconds=5000),
-            running("saved", ran_seconds=9000, checkpoint_age_seconds=499),
+            running("saved", ran_seconds=9000, checkpoint_age_seconds=439),
         ),
         {"urgent": "saved"},
     ),
@@ -309,14 +321,16 @@ VICTIMS = {
         (running("equal", spec={"priority": 5}), running("above", spec={"priority": 6})),
         {},
     ),
-    "one past its minimum run though it costs more": (
-        (running("young", ran_seconds=299), running("grown", ran_seconds=301)),
-        {"urgent": "grown"},
-    ),
-    "a young one where nothing else would do": (
-        (running("young", ran_seconds=10), running("equal", spec={"priority": 5})),
+    "who has just begun, and loses least": (
+        (running("young", ran_seconds=10), running("saved", ran_seconds=9000, checkpoint_age_seconds=1)),
         {"urgent": "young"},
     ),
+    "the lowest priority though it costs more: the other would move it in his turn": (
+        (running("higher", spec={"priority": 2}, ran_seconds=400), running("lower", spec={"priority": 1})),
+        {"urgent": "lower"},
+    ),
+    "nobody who ends sooner than a move takes": ((about_to_end("ends", 60), running("runs")), {"urgent": None}),
+    "not the one that should have ended long ago": ((about_to_end("late", -600), running("runs")), {"urgent": "runs"}),
     "not one that was just moved": (
         (running("moved", ran_seconds=59, evictions={"Preempted": 1}), running("equal", spec={"priority": 5})),
         {},
@@ -413,7 +427,7 @@ def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help(
 
 def test_explain_tells_both_sides_of_a_preemption() -> None:
     seen = world(running("runs", ran_seconds=400), URGENT)
-    assert "default/runs makes way for it, which costs 460 GPU-seconds." in explain(seen, "default/urgent")
+    assert "default/runs makes way for it, which costs 400 GPU-seconds." in explain(seen, "default/urgent")
     assert "It makes way for default/urgent and comes back to the queue." in explain(seen, "default/runs")
 
 
@@ -421,13 +435,6 @@ def test_explain_knows_a_job_that_is_placed_now_and_one_that_does_not_exist() ->
     seen = world(waiting("job"))
     assert "A 24Gi GPU is free, and it gets it now." in explain(seen, "default/job")
     assert explain(seen, "default/nobody") == ("There is no job default/nobody.",)
-
-
-def test_the_policys_minimum_run_is_what_protects_the_young() -> None:
-    """The same two holders, another policy: the cheaper one is old enough now."""
-    holders = (running("young", ran_seconds=299), running("grown", ran_seconds=301))
-    seen = replace(world(*holders, URGENT, gpu_classes=gpus(_24Gi=2)), policy=replace(POLICY, minimum_run_seconds=100))
-    assert victims(seen) == {"urgent": "young"}
 
 
 @pytest.mark.parametrize(

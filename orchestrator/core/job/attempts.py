@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.api.job import Attempt
+from orchestrator.api.job import Attempt, ClassChange, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.stage_name import StageKind, StageName
@@ -20,6 +20,7 @@ from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.sizing.hardware import GIB
 
+CLASS_CHANGES_KEPT = 16
 _STARTED: Mapping[StageKind, JobEvent] = {
     "prepare": JobEvent.PREPARE_STARTED,
     "train": JobEvent.ADMITTED,
@@ -45,6 +46,9 @@ def admit(draft: Draft, estimate: Estimate, snapshot: Snapshot, avoid_nodes: tup
         f"{estimate.gpu_class}: needs {estimate.peak_bytes / GIB:.1f} of {estimate.usable_bytes / GIB:.1f} GiB "
         f"with {plan_words(estimate.plan)}"
     )
+    changes = class_changes(draft.status, estimate.gpu_class)
+    if changes != draft.status.class_changes and changes:
+        message = f"{message}; {_changed(changes[-1])}"
     attempt = Attempt(
         stage="train",
         number=number,
@@ -63,8 +67,28 @@ def admit(draft: Draft, estimate: Estimate, snapshot: Snapshot, avoid_nodes: tup
     ]
     if draft.status.checkpoint is None:
         findings.append(Finding(kind=ConditionType.CHECKPOINTED, status="False", reason=Reason.NO_CHECKPOINT))
-    draft = _start(draft, attempt, snapshot, *findings, estimate=estimate)
+    draft = _start(draft, attempt, snapshot, *findings, estimate=estimate, class_changes=changes)
     return draft.tell(Event(reason=Reason.ADMITTED, message=message))
+
+
+def class_changes(status: QLoRAJobStatus, gpu_class: str) -> tuple[ClassChange, ...]:
+    """Those that count once the job goes on there: a change before which no step became durable comes to nothing."""
+    checkpoint = status.checkpoint
+    if checkpoint is None:
+        return ()
+    known = tuple(change for change in status.class_changes if change.step < checkpoint.step)
+    writer = next((a.gpu_class for a in status.attempts if a.number == checkpoint.attempt), None)
+    before = writer or (status.estimate.gpu_class if status.estimate is not None else gpu_class)
+    if before == gpu_class:
+        return known
+    return (*known, ClassChange(step=checkpoint.step, from_class=before, to_class=gpu_class))[-CLASS_CHANGES_KEPT:]
+
+
+def _changed(change: ClassChange) -> str:
+    return (
+        f"goes on from step {change.step} there instead of on {change.from_class}, sized anew: not bit for bit what it "
+        f"would have been on {change.from_class}"
+    )
 
 
 def request_stop(draft: Draft, reason: Reason, message: str) -> Draft:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
@@ -76,7 +77,7 @@ def _estimates(
     if not avoided:
         return found
     others = tuple(estimate for estimate in found if estimate.gpu_class not in avoided)
-    if others or draft.status.estimate is None:
+    if others or draft.status.estimate is None or draft.job.spec.resources.class_change == "forbidden":
         return others or found
     elsewhere = _sized(draft, snapshot, margins)  # what goes on just as it began goes on otherwise before it waits
     if isinstance(elsewhere, Refusal):
@@ -89,14 +90,26 @@ def _estimates(
 def _fitting(
     draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
 ) -> tuple[Estimate, ...] | Refusal:
-    """Where the job may train by what it needs."""
-    status, spec = draft.status, draft.job.spec
-    exact_resume = spec.training.deterministic and status.checkpoint is not None
-    if status.estimate is not None and (exact_resume or status.step_ups > 0):
-        here = {c.name for c in snapshot.gpu_classes if c.capacity > 0}
-        if status.estimate.gpu_class in here:
-            return (status.estimate,)
-    return _sized(draft, snapshot, margins)
+    """Where the job may train by what it needs: one that goes on, on the class that it began on before any other."""
+    status, spec, began = draft.status, draft.job.spec, draft.status.estimate
+    if began is None or (status.checkpoint is None and status.step_ups == 0):
+        return _sized(draft, snapshot, margins)
+    if spec.resources.class_change == "forbidden":
+        return (began,)
+    if began.gpu_class not in {c.name for c in snapshot.gpu_classes if c.capacity > 0}:
+        return _sized(draft, snapshot, margins)
+    if not may_change_class(spec):
+        return (began,)
+    sized = _sized(draft, snapshot, margins)
+    least = began.usable_bytes if status.step_ups > 0 else 0
+    others = () if isinstance(sized, Refusal) else sized
+    return (began, *(e for e in others if e.gpu_class != began.gpu_class and e.usable_bytes >= least))
+
+
+def may_change_class(spec: QLoRAJobSpec) -> bool:
+    """Whether the job may go on from a checkpoint on another class than it was written on."""
+    change = spec.resources.class_change
+    return change == "allowed" or (change == "auto" and not spec.training.deterministic)
 
 
 def _sized(

@@ -389,6 +389,13 @@ def _eviction_sentence(preemption: Preemption, victim: Holding) -> str:
 # --- why everybody else waits -----------------------------------------------------------------------------------
 
 
+def _coming_sentence(preemption: Preemption) -> str:
+    gpu_class = preemption.estimate.gpu_class
+    if preemption.finishing:
+        return f"waits for a job on {gpu_class} that is about to end"
+    return f"waits for a job on {gpu_class} to checkpoint, stop and free its GPU"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusals:
     """Why each waiting job gets no GPU in a round, worked out for whoever asks: most have heard it."""
@@ -396,7 +403,7 @@ class Refusals:
     blocked: RankedLine
     held: Mapping[str, Refusal]
     coming: Mapping[str, str]
-    """The classes of GPUs that are coming free, by the key of the job that each is for."""
+    """What those wait for whose GPU is coming free, by key."""
     front: Mapping[str, str]
     """Where in line they are, by key: of those who are near its beginning."""
     ledger: Ledger
@@ -414,7 +421,7 @@ class Refusals:
         index: Index,
     ) -> Refusals:
         """Those of the jobs that are blocked, or held back."""
-        coming = {preemption.claim.key: preemption.estimate.gpu_class for preemption in preemptions}
+        coming = {preemption.claim.key: _coming_sentence(preemption) for preemption in preemptions}
         front = dict(_places_in_words(blocked.in_order()))
         return cls(blocked=blocked, held=held, coming=coming, front=front, ledger=ledger, index=index)
 
@@ -425,10 +432,9 @@ class Refusals:
             return self.index.entries[key].refusal
         if key in self.blocked.absent:
             return self.held.get(key)
-        gpu_class = self.coming.get(key)
-        if gpu_class is None:
+        message = self.coming.get(key)
+        if message is None:
             return self.of_fare(claim)
-        message = f"waits for a job on {gpu_class} to checkpoint, stop and free its GPU"
         return Refusal(reason=Reason.WAITING_FOR_PREEMPTION, message=message)
 
     def of_fare(self, claim: Claim) -> Refusal:

@@ -28,6 +28,7 @@ from orchestrator.core.job.containment import abandon, contained, failed_by_defe
 from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.lifecycle import is_ready, reconcile
 from orchestrator.core.job.outages import Cause, hit_by
+from orchestrator.core.job.remaining import surely_remaining_seconds
 from orchestrator.core.job.rest import FOR_EVER, is_expired, rests_until, waits_untried
 from orchestrator.core.job.stage_commands import accounts_for, claimant_of, stage_of
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
@@ -505,6 +506,7 @@ def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Sna
         stopping=attempt.stop_time is not None,
         run_seconds=max(0.0, (now - since).total_seconds()),
         lost_seconds=lost_seconds(draft.status, now, snapshot.policy),
+        remaining_seconds=surely_remaining_seconds(draft.status, snapshot.policy, now),
         turn_is_over=is_turn_over(draft, queues, snapshot),
         was_evicted=not EVICTIONS_BY_US.isdisjoint(draft.status.evictions),
     )

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
+from orchestrator.core.job.remaining import STOP_SECONDS
 from orchestrator.core.scheduling.admission import Held, Ledger, depends_on, granted, serve
 from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
+Rank = tuple[bool, bool, int, float, int, str]
 EVICTIONS_BY_US = frozenset(each.value for each in (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED))
 
 
@@ -40,7 +42,9 @@ class Holding:
     run_seconds: float
     """Since its stage was first seen running; before that, since the GPU was given to it."""
     lost_seconds: float
-    """GPU-seconds that a stop now would cost: since the last checkpoint, plus the restart."""
+    """GPU-seconds that a stop now would cost: work since the last checkpoint, and a start."""
+    remaining_seconds: float | None
+    """Until it makes its last step, by its trainer; below zero where it should have; None where it said nothing."""
     was_evicted: bool
     """Whether the job had to make way before."""
     turn_is_over: bool = False
@@ -54,19 +58,30 @@ class Preemption:
     claim: Claim
     estimate: Estimate
     victim: Holding | None
-    """Whom to ask to stop; none where enough stages are stopping already."""
+    """Whom to ask to stop; none where enough stages are stopping already, or one ends by itself."""
     reason: Reason = Reason.PREEMPTED
+    finishing: str = ""
+    """The key of the job that ends by itself, sooner than a move would take."""
 
 
 def lost_seconds(status: QLoRAJobStatus, now: datetime, policy: Policy) -> float:
-    """GPU-seconds that stopping the job now would cost."""
+    """GPU-seconds that stopping the job now would cost, where it does not save when it is asked to.
+
+    A start that no checkpoint came of is lost as far as it has come; after one, the start is lost, and the work since.
+    """
     attempt = status.active_attempt
     if attempt is None or attempt.start_time is None:
-        return policy.restart_cost_seconds
-    durable = attempt.start_time
-    if status.checkpoint is not None:
-        durable = max(durable, status.checkpoint.time)
-    return max(0.0, (now - durable).total_seconds()) + policy.restart_cost_seconds
+        return 0.0
+    checkpoint, start = status.checkpoint, attempt.start_time
+    if checkpoint is None or checkpoint.time <= start:
+        return max(0.0, (now - start).total_seconds())
+    return max(0.0, (now - checkpoint.time).total_seconds()) + policy.restart_cost_seconds
+
+
+def ends_by_itself(holding: Holding, policy: Policy) -> bool:
+    """Whether the job gives its GPU back sooner than a move takes; one that should have ended long ago does not."""
+    left, move = holding.remaining_seconds, policy.restart_cost_seconds + STOP_SECONDS
+    return left is not None and -move < left <= move
 
 
 @dataclass(slots=True)
@@ -142,7 +157,8 @@ def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iter
         books.take(claim.queue, victim.gpu_class, claim.user)
         served.add(claim.key)
         serve(claim, blocked.without(served), books)
-        yield chosen
+        ends = ends_by_itself(victim, running.policy)
+        yield replace(chosen, victim=None, finishing=victim.key) if ends else chosen
 
 
 def _choose(claim: Claim, running: _Running, books: Ledger, blocked: RankedLine) -> Preemption | None:
@@ -169,7 +185,7 @@ class _Running:
     """Those who may be asked to stop, by class and queue; in each, whoever is to be asked first comes first."""
 
     def __init__(self, holdings: Callable[[str], Iterable[Holding]], policy: Policy) -> None:
-        self._policy = policy
+        self.policy = policy
         self._holdings = holdings
         self._by_class: dict[str, dict[str, list[Holding]]] = {}
         self._over: dict[str, dict[str, None]] = {}
@@ -187,10 +203,10 @@ class _Running:
             return None
         lower = claim.priority if spec.preemption == "LowerPriority" else MIN_PRIORITY
         best: tuple[Holding, Estimate] | None = None
-        least: tuple[bool, float, int, int, str] | None = None
+        least: Rank | None = None
         for preference, estimate in enumerate(claim.estimates):
             for victim in self._of_class(claim, estimate.gpu_class, lower, books, going_on):
-                rank = self._rank(victim, preference)
+                rank = self._rank(victim, claim.queue, preference)
                 if least is None or rank < least:
                     best, least = (victim, estimate), rank
         if best is None:
@@ -211,8 +227,8 @@ class _Running:
         if found is None:
             found = self._by_class[gpu_class] = {}
             here = self._holdings(gpu_class)
-            may_move = (each for each in here if not (each.stopping or is_cooling_down(each, self._policy)))
-            for holding in sorted(may_move, key=lambda each: self._rank(each, 0)):
+            may_move = (each for each in here if not (each.stopping or is_cooling_down(each, self.policy)))
+            for holding in sorted(may_move, key=lambda each: self._rank(each, each.queue, 0)):
                 found.setdefault(holding.queue, []).append(holding)
         return found
 
@@ -254,10 +270,15 @@ class _Running:
                 over[queue] = None
         return over
 
-    def _rank(self, victim: Holding, preference: int) -> tuple[bool, float, int, int, str]:
-        """Least first: past its minimum run, fewest GPU-seconds lost, lowest priority, the claim's preferred class."""
-        too_young = victim.run_seconds < self._policy.minimum_run_seconds
-        return too_young, victim.lost_seconds, victim.priority, preference, victim.uid
+    def _rank(self, victim: Holding, queue: str, preference: int) -> Rank:
+        """Least first: ends by itself, of another queue, lowest priority, fewest GPU-seconds lost, preferred class.
+
+        Whoever has more than its own, or less priority, moves nobody in his turn: somebody more important would, and
+        then two jobs have been moved for one. Whoever is lost least has often just begun: what keeps one job from being
+        moved again and again is its cool-down (`python -m benchmarks.policies`).
+        """
+        stays = not ends_by_itself(victim, self.policy)
+        return stays, victim.queue == queue, victim.priority, victim.lost_seconds, preference, victim.uid
 
 
 def _yields(holding: Holding, claim: Claim, lower: int, going_on: Set[tuple[str, str]]) -> bool:
