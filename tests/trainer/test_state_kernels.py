@@ -28,7 +28,7 @@ CHOICE = """
 import json, sys
 import torch
 from qlora_trainer.kernels import state_kernels
-from qlora_trainer.model.loading import weightless_base
+from qlora_trainer.model.loading import _settle_state_kernels, weightless_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.for_model("qwen3_5_text", **json.loads(sys.argv[1]))
@@ -47,11 +47,14 @@ for by_packages in (False, True, False, True):
     found.append((computes(), state_kernels.in_use(base)["torch_chunk_gated_delta_rule"]))
 weightless_base(config, torch.device("cpu"))
 found.append((computes(), state_kernels.in_use(base)["torch_chunk_gated_delta_rule"]))
+state_kernels.settle(base, by_packages=True)
+_settle_state_kernels(base, torch.device("cuda"))  # where kernels are to compute, if they do
+found.append((computes(), state_kernels.in_use(base)["torch_chunk_gated_delta_rule"]))
 print(json.dumps(found))
 """
 
 
-def test_a_package_that_is_installed_computes_only_where_it_is_let(tmp_path: Path) -> None:
+def test_a_package_that_is_installed_computes_only_where_it_is_let_and_can(tmp_path: Path) -> None:
     """In a process of its own: transformers looks for packages once, when it is imported."""
     package = tmp_path / "fla" / "ops"
     package.mkdir(parents=True)
@@ -65,7 +68,7 @@ def test_a_package_that_is_installed_computes_only_where_it_is_let(tmp_path: Pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     by_torch, by_package = [True, False], [False, True]
-    expected = [by_package, by_torch, by_package, by_torch, by_package, by_torch]
+    expected = [by_package, by_torch, by_package, by_torch, by_package, by_torch, by_torch]
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 

@@ -175,10 +175,10 @@ def _gated_backward(grad, grad_stride, gate_up, stride, width, GELU: tl.constexp
     exact = gate.to(tl.float32)
     share = _share(exact, GELU)
     activated = exact * share
-    slope = activated * (1 - share)
+    gate_grad = activated * (1 - share)
     if GELU:
-        slope *= 1.5957691216057308 * (1 + 3 * 0.044715 * exact * exact)
-    tl.store(gates, (above * up * (share + slope)).to(gate.dtype), mask=inside)
+        gate_grad *= 1.5957691216057308 * (1 + 3 * 0.044715 * exact * exact)
+    tl.store(gates, (above * up * (share + gate_grad)).to(gate.dtype), mask=inside)
     tl.store(gates + width, (above * activated).to(gate.dtype), mask=inside)
     tl.store(grads, (activated * up).to(gate.dtype), mask=inside)
 

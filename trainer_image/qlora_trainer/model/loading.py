@@ -46,6 +46,9 @@ from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME, config_of_weights_as
 from qlora_trainer.model.text_part import from_config, model_class
 from qlora_trainer.outcome import UserError
 
+KERNEL_TOKENS = 80
+"""More than a chunk of what goes from chunk to chunk."""
+
 log = logging.getLogger(__name__)
 
 
@@ -157,8 +160,24 @@ def weightless_base(config: PreTrainedConfig, device: torch.device) -> tuple[Any
 def _settle_state_kernels(base: PreTrainedModel, device: torch.device) -> None:
     exact = torch.get_deterministic_debug_mode() != 0
     state_kernels.settle(base, by_packages=device.type == "cuda" and not exact)
+    if any(state_kernels.in_use(base).values()) and (reason := _refusal_of_kernels(base)) is not None:
+        log.warning("the packages' kernels do not run here, so torch computes instead: %s", reason)
+        state_kernels.settle(base, by_packages=False)
     for name, by_package in state_kernels.in_use(base).items():
         log.info("%s is computed by %s", name, "a package's kernel" if by_package else "torch")
+
+
+def _refusal_of_kernels(base: Any) -> str | None:
+    """What packages' kernels say to a few tokens: some refuse a card or a compiler in the backward pass alone."""
+    embeddings = base.get_input_embeddings()
+    states = embeddings(torch.arange(3, 3 + KERNEL_TOKENS, device=embeddings.weight.device)[None])
+    states = states.detach().requires_grad_()
+    try:
+        logits = base(inputs_embeds=states, use_cache=False).logits
+        torch.autograd.grad(logits.float().square().mean(), states)
+    except Exception as error:  # noqa: BLE001 - whatever a package, a compiler or a driver may raise
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _quantization() -> quantization.Quantization:
