@@ -35,3 +35,6 @@ REQUIRED_FIELDS: Mapping[Format, frozenset[str]] = {
 }
 MASK_FIELDS = ("weight", "train", "training", "loss")
 """How OpenAI, axolotl (the two in the middle) and ms-swift say whether an assistant's turn carries loss: 0 or 1."""
+PREFERENCE_FIELDS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+"""How TRL (the first two) and OpenAI name the better and the worse answer of a preference."""
+PREFERENCE_REFUSAL = "preferences cannot be trained on"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.record_fields import REQUIRED_FIELDS
+from orchestrator.api.record_fields import PREFERENCE_FIELDS, PREFERENCE_REFUSAL, REQUIRED_FIELDS
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
 from orchestrator.sdk.problems import closest, cut
@@ -93,6 +93,8 @@ def format_of(data: Path) -> str:
     for name, wanted in REQUIRED_FIELDS.items():
         if wanted <= found:
             return name
+    if preferences := sorted(found & set(PREFERENCE_FIELDS)):
+        raise InvalidObject(f"{data}: its first record has a field {preferences[0]}: {PREFERENCE_REFUSAL}")
     near = {
         field: closest(field, {each for wanted in REQUIRED_FIELDS.values() for each in wanted})
         for field in sorted(found)

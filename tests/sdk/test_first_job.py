@@ -50,6 +50,11 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"mesages": []}', "those of no format: mesages; did you mean messages by mesages?"),
         ("a.jsonl", '{"x": 1}', r"those of no format: x; known are messages \(messages\), sharegpt"),
+        (
+            "a.jsonl",
+            '{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}',
+            "first record has a field non_preferred_output: preferences cannot be trained on",
+        ),
         ("a.jsonl", "", "its first record is no JSON: nothing is there"),
         ("a.jsonl", "hello\n", "its first record is no JSON: hello"),
         ("a.json", "[1]", r"its first record is no object with fields: 1\]"),

@@ -103,6 +103,54 @@ TRAINED: dict[str, tuple[str, dict[str, Any], str]] = {
         said(user(), assistant(loss=False), user(), assistant("z", loss=True)),
         SECOND_ALONE,
     ),
+    "OpenAI's tools: a call by id without content, several answers, and words": (
+        "messages",
+        {
+            "messages": [
+                {"role": "system", "content": "Help."},
+                user("Wetter in Wien und Graz?"),
+                {
+                    "role": "assistant",
+                    "weight": 0,
+                    "tool_calls": [
+                        {
+                            "id": f"call_{city}",
+                            "type": "function",
+                            "function": {"name": "weather", "arguments": f'{{"city": "{city}"}}'},
+                        }
+                        for city in ("Wien", "Graz")
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "call_Wien", "content": "3"},
+                {"role": "tool", "tool_call_id": "call_Graz", "content": "5"},
+                assistant("3 und 5 Grad.", weight=1),
+            ],
+            "parallel_tool_calls": True,
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "weather",
+                        "description": "The weather of a city",
+                        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+                        "strict": True,
+                    },
+                }
+            ],
+        },
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Graz"}}\n</tool_call><|im_end|>\n<|im_start|>user\n'
+        "<tool_response>\n3\n</tool_response>\n<tool_response>\n5\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n⟦3 und 5 Grad.<|im_end|>⟧\n",
+    ),
+    "OpenAI's tools: the call is the last word": (
+        "messages",
+        said(
+            user(),
+            {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": CALL}]},
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        ),
+        f"assistant\n⟦{CALLED}<|im_end|>⟧\n",
+    ),
     "OpenAI's parallel_tool_calls": (
         "messages",
         said(
@@ -134,6 +182,20 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         "`label` that is fal",
     ),
     "DPO": ("messages", {"chosen": [user()], "rejected": [user()]}, "field `chosen`: preferences cannot be trained on"),
+    "OpenAI's preferences": (
+        "messages",
+        {
+            "input": {"messages": [user()], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [assistant("good")],
+            "non_preferred_output": [assistant("bad")],
+        },
+        "field `preferred_output`: preferences cannot be trained on",
+    ),
+    "OpenAI's older function calls": (
+        "messages",
+        {"messages": [user(), assistant(None, function_call={"name": "f", "arguments": "{}"})], "functions": [{}]},
+        "field `functions`: give them as `tools`",
+    ),
     "LLaVA's image": (
         "sharegpt",
         turns(("human", "<image>"), ("gpt", "g"), image="a.jpg"),

@@ -17,6 +17,8 @@ from typing import Any, cast
 from orchestrator.api.record_fields import (
     CHAT_FORMATS,
     MASK_FIELDS,
+    PREFERENCE_FIELDS,
+    PREFERENCE_REFUSAL,
     RECORD_FIELDS,
     REQUIRED_FIELDS,
     SHAREGPT_ROLES,
@@ -63,8 +65,7 @@ REFUSED_FIELDS = {
     "refusal": "write it into `content`",
     "documents": "write them into a message's `content`",
     "chat_template_kwargs": "write what they change into spec.model.chatTemplate",
-    "chosen": "preferences cannot be trained on",
-    "rejected": "preferences cannot be trained on",
+    **dict.fromkeys(PREFERENCE_FIELDS, PREFERENCE_REFUSAL),
 }
 """Fields with a meaning that nothing here gives them -> what to do instead."""
 VERDICT_FIELDS = ("label", "kto_tag")
