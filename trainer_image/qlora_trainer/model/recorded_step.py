@@ -158,8 +158,10 @@ class _AttentionFunction(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Note, keeps_output: bool, heads: Heads
     ) -> Tensor:
         same = query.shape[-1] == value.shape[-1]
-        # In the layout of the queries, which is why some models copy it.
-        output = torch.empty_like(query) if same else query.new_empty(*query.shape[:-1], value.shape[-1])
+        if heads.sinks and heads.size <= trainer_facts.LARGEST_TRITON_HEAD:
+            output = query.new_empty(query.shape)
+        else:  # in the layout of the queries, which is why some models copy it
+            output = torch.empty_like(query) if same else query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.note, ctx.heads = note, heads
         kept = (output, torch.empty(query.shape[1], len(query), device=DEVICE)) if keeps_output else ()
         ctx.save_for_backward(query, key, value, *kept)
