@@ -1,4 +1,4 @@
-"""`qlora describe` and `qlora explain`: one job's whole story on a page, and why it is where it is; queues, too."""
+"""`qlora describe`, `explain`, `simulate`: a job's whole story, why it is where it is, and what if; queues, too."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from orchestrator.api.job import Attempt, Condition, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue, UserUsage
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
 from orchestrator.cli.plan_view import length_words, plan_words
-from orchestrator.cli.tables import job_table
+from orchestrator.cli.tables import job_table, simulation_table
 from orchestrator.core.commands import Event
 from orchestrator.sdk.explanation import Explanation
+from orchestrator.sdk.simulation import WhatIf
 from orchestrator.sdk.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
 
 CONDITION_HEADER = ("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE")
@@ -30,6 +31,8 @@ EVENT_HEADER = ("AGE", "REASON", "MESSAGE")
 LABEL_CELLS = 16
 MAX_EVENTS = 20
 """The newest so many events are shown."""
+MAX_PROSPECTS = 100
+"""Jobs of a simulation that are shown."""
 Field = tuple[str, str]
 _QUEUE_STATES = {"None": ("open", "good"), "Hold": ("held", "waiting"), "HoldAndDrain": ("drained", "waiting")}
 
@@ -85,6 +88,18 @@ def show_explanation(console: Console, explanation: Explanation) -> None:
     """A sentence a line, in a terminal's width."""
     for sentence in explanation.sentences:
         print_paragraph(console, Text(sentence))
+
+
+def show_simulation(console: Console, found: WhatIf) -> None:
+    """What each job may expect, as things are and with the changes, and what comes of it."""
+    told = found.jobs[:MAX_PROSPECTS]
+    print_columns(console, simulation_table(told, found.simulation.now))
+    console.print()
+    if len(found.jobs) > len(told):
+        more = len(found.jobs) - len(told)
+        print_paragraph(console, Text(f"{more} more jobs are not shown here; all are in: --output json"))
+    for note in found.notes:
+        print_paragraph(console, Text(note))
 
 
 def spec_digest(job: QLoRAJob) -> str:

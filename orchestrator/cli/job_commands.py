@@ -358,6 +358,36 @@ def explain(name: JobName, namespace: Namespace = None, output: Output = None) -
     show_explanation(answers(), explanation)
 
 
+def simulate(
+    gpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gpus",
+            metavar="CLASS=GPUS",
+            help="+2 more of a class, -2 fewer, or 2 in all; repeat.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        list[Path] | None,
+        typer.Option("--job", metavar="SPEC.YAML", help="A job that is submitted now; repeat.", show_default=False),
+    ] = None,
+    namespace: Namespace = None,
+    output: Output = None,
+) -> None:
+    """Say when jobs would start and end with more GPUs or another job, by the code that decides. Changes nothing."""
+    from orchestrator.cli.console import answers
+    from orchestrator.cli.describe import show_simulation
+    from orchestrator.cli.output import print_data
+
+    added = [only_job(load(path, namespace), path) for path in jobs or ()]
+    found = connect(namespace).simulate(gpus=gpus or (), jobs=added)
+    if output is not None:
+        print_data(found.to_wire(), output)
+    else:
+        show_simulation(answers(), found)
+
+
 def connect(namespace: str | None) -> Client:
     """A client of the service that was asked for."""
     from orchestrator.sdk.client import Client

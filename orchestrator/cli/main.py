@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         job_commands.wait,
         job_commands.download,
         job_commands.explain,
+        job_commands.simulate,
         job_commands.calibration,
         job_commands.cancel,
         job_commands.suspend,

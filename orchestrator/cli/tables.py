@@ -8,7 +8,10 @@ from datetime import datetime
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.cli.output import Cell, Columns
+from orchestrator.core.forecast import Expectation
 from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.core.simulate import Prospect
+from orchestrator.sdk.simulation import SAME_SECONDS
 from orchestrator.sdk.usage import UsageBy, UsageRow
 from orchestrator.sdk.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
 from orchestrator.sizing.margins import Bound
@@ -19,6 +22,7 @@ WIDE_HEADER = ("LOSS", "EVAL LOSS", "RUN", "MODEL")
 QUEUE_HEADER = ("NAME", "COHORT", "WEIGHT", "PREEMPTION", "STOP", "RUNNING", "WAITING", "LONGEST", "QUOTAS")
 USAGE_FIELDS = ("month", "queue", "user", "job", "gpuSeconds", "dollars")
 """Of a program's answer."""
+SIMULATION_HEADER = ("JOB", "QUEUE", "START", "NEW START", "END", "NEW END", "CHANGE")
 CALIBRATION_HEADER = ("NAMESPACE", "ARCHITECTURE", "PLAN", "JOBS", "WORST", "MARGIN", "CERTAIN", "VERSIONS")
 _SPEAKS_FOR_ITSELF = frozenset({JobState.PREPARING, JobState.TRAINING, JobState.PUBLISHING, JobState.SUCCEEDED})
 _RUNNING = frozenset({JobState.STARTING, JobState.TRAINING, JobState.STOPPING})
@@ -90,6 +94,49 @@ def usage_table(rows: Iterable[UsageRow], by: UsageBy) -> Columns:
     ]
     header = ("MONTH", *(name.upper() for name in names), "GPU HOURS", "DOLLARS")
     return Columns(header=header, rows=[[Cell(text=text) for text in each] for each in texts], right=("GPU HOURS",))
+
+
+def simulation_table(prospects: Iterable[Prospect], now: datetime) -> Columns:
+    """One row a job: how long until it starts and ends, as things are and with the changes."""
+    rows = [_prospect_row(each, now) for each in prospects]
+    return Columns(header=SIMULATION_HEADER, rows=rows, optional=("QUEUE", "START", "NEW START"))
+
+
+def _prospect_row(prospect: Prospect, now: datetime) -> list[Cell]:
+    before, after = prospect.before, prospect.after
+    times = (
+        _start_word(prospect, before.start, now),
+        _start_word(prospect, after.start, now),
+        _until(before.end, now),
+        _until(after.end, now),
+    )
+    word, style = _change_word(prospect)
+    cells = [Cell(text=text) for text in (prospect.job, prospect.queue, *times)]
+    return [*cells, Cell(text=word, style=style)]
+
+
+def _start_word(prospect: Prospect, start: datetime | None, now: datetime) -> str:
+    """A job that has a GPU starts once it has made way."""
+    if not prospect.holds_gpu:
+        return _until(start, now)
+    return "runs" if start is None else f"again {_until(start, now)}"
+
+
+def _until(moment: datetime | None, now: datetime) -> str:
+    if moment is None:
+        return NOTHING
+    return "now" if moment <= now else duration((moment - now).total_seconds())
+
+
+def _change_word(prospect: Prospect) -> tuple[str, str]:
+    """What the changes do to it, and the theme's style for that."""
+    later = prospect.later_seconds
+    if later is None:
+        known, becomes = (each != Expectation() for each in (prospect.before, prospect.after))
+        return ("", "") if known == becomes else ("starts", "good") if becomes else ("not expected", "bad")
+    if abs(later) < SAME_SECONDS:
+        return "", ""
+    return (f"-{duration(-later)}", "good") if later < 0 else (f"+{duration(later)}", "bad")
 
 
 def _wide_cells(job: QLoRAJob) -> list[Cell]:

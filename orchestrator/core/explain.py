@@ -81,7 +81,7 @@ def _in_line(line: Sequence[Claim], place: int) -> Iterator[str]:
     if place == 0:
         yield f"It is first of {len(line)} in line for a GPU ({where})."
         return
-    ahead = _names([f"{other.key} (priority {other.priority}, queue {other.queue})" for other in line[:place]])
+    ahead = listed([f"{other.key} (priority {other.priority}, queue {other.queue})" for other in line[:place]])
     yield f"It is number {place + 1} of {len(line)} in line for a GPU ({where}); ahead of it: {ahead}."
 
 
@@ -94,7 +94,7 @@ def _among_users(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterato
     had = {user: outcome.users.get((claim.queue, user), 0.0) for user in waiting}
     before = sorted((share, user) for user, share in had.items() if share < had[claim.user])
     others = (
-        f"; before it, with less: {_names([user for _, user in before])}" if before else "; nobody here has had less"
+        f"; before it, with less: {listed([user for _, user in before])}" if before else "; nobody here has had less"
     )
     yield (
         f"Queue {claim.queue} is shared out by user: {claim.user} has had {had[claim.user]:.1%} of the cluster's GPU "
@@ -136,7 +136,7 @@ def _wanted(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str
         yield (
             f"It needs {estimate.peak_bytes / GIB:.1f} of the {estimate.usable_bytes / GIB:.1f} GiB of {name}; "
             f"{len(holders)} of {capacity.get(name, 0)} {name} GPUs are held by others"
-            f"{': ' + _names(holders) if holders else ''}.{_time_and_price(estimate)}"
+            f"{': ' + listed(holders) if holders else ''}.{_time_and_price(estimate)}"
         )
 
 
@@ -160,7 +160,7 @@ def _kept_class(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]
         why = "to go on bit for bit; " if spec.training.deterministic else "as its resources.classChange asks; "
         yield (
             f"It keeps {kept}, on which it began, {why}with resources.classChange: allowed it could go on on "
-            f"{_names(others)}, too."
+            f"{listed(others)}, too."
         )
 
 
@@ -223,7 +223,7 @@ def _when(ahead: Outlook, now: datetime) -> Iterator[str]:
     """When it is expected to start and to end."""
     expected = ahead.expected
     if expected is None and ahead.endless:
-        yield f"When it starts cannot be told: nobody knows for how long {_names(ahead.endless)} will hold a GPU."
+        yield f"When it starts cannot be told: nobody knows for how long {listed(ahead.endless)} will hold a GPU."
     elif expected is None:
         yield f"It is not expected to start within {span(ahead.until - now)}."
     elif expected.start is not None and ahead.early is not None:
@@ -262,6 +262,7 @@ def span(duration: timedelta) -> str:
     return f"{minutes / 60:.1f} hours" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
 
 
-def _names(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
     told, more = names[:NAMES_TOLD], len(names) - NAMES_TOLD
     return ", ".join(told) + (f" and {more} more" if more > 0 else "")

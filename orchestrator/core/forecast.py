@@ -57,6 +57,8 @@ class Forecast:
     """By key: of those that have a GPU or get one."""
     until: datetime
     """What comes after this was not looked at."""
+    is_cut: bool
+    """Whether something would still have happened then."""
     endless: tuple[str, ...]
     """Jobs that hold a GPU for a time that nobody knows."""
 
@@ -104,7 +106,9 @@ def forecast(
     while most_events > 0 and course.events and about not in course.expected:
         most_events -= course.go_on()
         course.decide()
-    return Forecast(jobs=course.expected, until=course.now, endless=tuple(sorted(course.endless)))
+    return Forecast(
+        jobs=course.expected, until=course.now, is_cut=bool(course.events), endless=tuple(sorted(course.endless))
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from orchestrator.sdk.notebook import JobList
 from orchestrator.sdk.planning import JobPlan
 from orchestrator.sdk.progress import News
 from orchestrator.sdk.records import Records
+from orchestrator.sdk.simulation import WhatIf
 from orchestrator.sdk.usage import UsageBy, UsageRow
 from orchestrator.settings import Settings
 from orchestrator.sizing.margins import Bound
@@ -83,6 +84,10 @@ class AsyncClient:
     async def usage(self, month: str = "", by: UsageBy = "user") -> Sequence[UsageRow]:
         """What was had of the GPUs in a month, by user, queue or job."""
         return await asyncio.to_thread(self.sync.usage, month, by)
+
+    async def simulate(self, *, gpus: Sequence[str] = (), jobs: Sequence[JobLike] = ()) -> WhatIf:
+        """What is expected of each job now, and with other numbers of GPUs and further jobs."""
+        return await asyncio.to_thread(self.sync.simulate, gpus=gpus, jobs=jobs)
 
     async def handle(self, name: str, *, namespace: str | None = None) -> AsyncJobHandle:
         """A handle on a job that exists; raises NotFound."""

@@ -31,6 +31,7 @@ from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFoun
 from orchestrator.sdk import first_job
 from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.data_count import count_data
+from orchestrator.sdk.explanation import NOT_RUNNING, read_snapshot
 from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.notebook import JobList, jobs_html
@@ -38,6 +39,7 @@ from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
+from orchestrator.sdk.simulation import WhatIf, as_submitted, what_if
 from orchestrator.sdk.traced_here import traced_here
 from orchestrator.sdk.uploading import check_upload, uploaded
 from orchestrator.sdk.usage import UsageBy, UsageRow, usage_rows
@@ -153,6 +155,25 @@ class Client:
             raise InvalidObject(f"month {month}: must be a year and a month, such as 2026-11")
         jobs = self.connection.store.list_jobs() if by == "job" else ()
         return usage_rows(self.list_queues(), jobs, month, by)
+
+    def simulate(self, *, gpus: Sequence[str] = (), jobs: Sequence[JobLike] = ()) -> WhatIf:
+        """When each job is expected to start and end, as things are and with other numbers of GPUs (`48Gi=+2`,
+        `24Gi=-1`, `48Gi=6`) and jobs that are submitted now; changes nothing. Raises InvalidObject, AlreadyExists, and
+        Forbidden where other jobs, queues or nodes are not this account's to read.
+
+        >>> client.simulate(gpus=["24Gi=+1"]).jobs[0].job
+        'default/medical'
+        """
+        try:
+            present = read_snapshot(self.connection, self.settings.policy())
+        except Forbidden as error:
+            raise Forbidden(
+                "what would become of whom is not worked out here, since other jobs, queues or nodes are not this "
+                "account's to read; ask whoever looks after the queues"
+            ) from error
+        added = [as_submitted(self.check(job), self.plan(job), present.now) for job in jobs]
+        found = what_if(present, gpus, added)
+        return found if self.connection.is_running() else replace(found, notes=(*found.notes, NOT_RUNNING))
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
         """A handle on a job that exists; raises NotFound."""

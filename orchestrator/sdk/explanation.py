@@ -24,6 +24,8 @@ ON_RECORD = (
     "what is decided this moment is not worked out here."
 )
 
+NOT_RUNNING = "The service is not running, so nothing happens until it is started: qlora up."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
@@ -42,16 +44,17 @@ class Explanation:
 def explain_job(job: QLoRAJob, connection: Connection, policy: Policy) -> Explanation:
     """The decision of this moment about the job, in words."""
     try:
-        sentences = explain(_snapshot(connection, policy), job.key)
+        sentences = explain(read_snapshot(connection, policy), job.key)
     except Forbidden:
         sentences = (*explain_recorded(job, policy, datetime.now(UTC)), ON_RECORD)
     state = state_of(job.status)
     if state not in TERMINAL_STATES and not connection.is_running():
-        sentences = (*sentences, "The service is not running, so nothing happens until it is started: qlora up.")
+        sentences = (*sentences, NOT_RUNNING)
     return Explanation(job=job.key, state=state, sentences=sentences)
 
 
-def _snapshot(connection: Connection, policy: Policy) -> Snapshot:
+def read_snapshot(connection: Connection, policy: Policy) -> Snapshot:
+    """What a decision of this moment would see; raises Forbidden where that is not this account's to read."""
     jobs = tuple(connection.store.list_jobs())
     return Snapshot(
         now=datetime.now(UTC),

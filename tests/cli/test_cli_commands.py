@@ -382,6 +382,52 @@ def test_explain_says_who_is_in_the_way(service: PaperService) -> None:
     assert json.loads(qlora("explain", "waiter", "-o", "json").stdout)["state"] == "Queued"
 
 
+def test_simulate_says_who_gains_by_a_card_more_and_changes_nothing(service: PaperService) -> None:
+    for name in ("holder", "waiter"):
+        service.client.submit(job_document(name))
+        service.prepare(name)
+    service.train("holder")
+    stored = [job.to_wire() for job in service.client.list()]
+    told = {
+        each["job"]: each for each in json.loads(qlora("simulate", "--gpus", "24Gi=+1", "-o", "json").stdout)["jobs"]
+    }
+    assert told["default/holder"]["state"] == "Training"
+    assert told["default/waiter"]["after"]["gpuClass"] == "24Gi"
+    before, after = (datetime.fromisoformat(told["default/waiter"][which]["start"]) for which in ("before", "after"))
+    assert after < before
+    assert re.search(r"default/waiter +default +\S+ +now ", qlora("simulate", "--gpus", "24Gi=+1").stdout)
+    assert [job.to_wire() for job in service.client.list()] == stored
+
+
+def test_simulate_takes_a_job_that_is_not_submitted(service: PaperService) -> None:
+    service.client.submit(job_document("holder"))
+    service.prepare("holder")
+    service.train("holder")
+    path = write_manifest(job_document("new", training={"maxSteps": 10}))
+    answer = json.loads(qlora("simulate", "--job", path, "-o", "json").stdout)
+    new = next(each for each in answer["jobs"] if each["job"] == "default/new")
+    assert new["before"] == {"start": None, "end": None, "gpuClass": None}
+    assert new["after"]["start"] < new["after"]["end"]
+    assert [job.metadata.name for job in service.client.list()] == ["holder"]
+    taken = write_manifest(job_document("holder"), name="taken.yaml")
+    assert qlora("simulate", "--job", taken).exit_code == ExitStatus.INVALID
+    endless = write_manifest(job_document("endless"), name="endless.yaml")
+    assert "training.maxSteps" in qlora("simulate", "--job", endless).stderr
+    twice = qlora("simulate", "--job", path, "--job", path)
+    assert twice.exit_code == ExitStatus.INVALID
+    assert "a name of its own" in twice.stderr
+
+
+@pytest.mark.parametrize(
+    "change", ["24Gi", "24Gi=", "24Gi=two", "24Gi=++2", "25Gi=+1", "24Gi=-2", "24Gi=9999999", "a:24Gi=1"]
+)
+def test_simulate_refuses_a_number_of_gpus_that_is_none(service: PaperService, change: str) -> None:
+    assert service.client.list() == []
+    refused = qlora("simulate", "--gpus", change)
+    assert (refused.exit_code, refused.stdout) == (ExitStatus.INVALID, "")
+    assert change in refused.stderr
+
+
 def test_plan_shows_bytes_choice_and_alternatives(service: PaperService) -> None:
     path = write_manifest(job_document())
     text = qlora("plan", path).stdout

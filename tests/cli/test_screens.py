@@ -24,7 +24,7 @@ from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import ProgressReport
 from orchestrator.cli.console import THEME
-from orchestrator.cli.describe import show_explanation, show_job, show_queue
+from orchestrator.cli.describe import show_explanation, show_job, show_queue, show_simulation
 from orchestrator.cli.follow import live_view
 from orchestrator.cli.output import print_columns
 from orchestrator.cli.plan_view import show_plan
@@ -35,6 +35,7 @@ from orchestrator.core.job.conditions import summarize
 from orchestrator.core.job.state_machine import state_of
 from orchestrator.sdk import Client
 from orchestrator.sdk.explanation import Explanation
+from orchestrator.sdk.simulation import what_if
 from orchestrator.sizing.hardware import GpuClass, cpu_class, gpu_class
 from tests.builders import (
     LLAMA_3_8B,
@@ -225,6 +226,31 @@ def explained(job: QLoRAJob, *others: QLoRAJob, queues: tuple[QLoRAQueue, ...] =
     return draw
 
 
+def simulated(*changes: str) -> Draw:
+    """`qlora simulate` of two that train, two that wait and one that is not prepared."""
+    left = (progress_report(step=120, steps=400), progress_report(step=300, steps=400, eta_seconds=300.0))
+    heard = make_attempt(number=2, start_time=after(-600), created_time=after(-600), progress_time=NOW)
+    training = [
+        make_job(f"notes-{n}", status=prepared_status(attempts=(heard,), attempts_total=2, progress=report))
+        for n, report in enumerate(left)
+    ]
+    waits = [
+        make_job(name, age_seconds=age, status=prepared_status(LLAMA_3_8B), gpu_classes=("24Gi",))
+        for name, age in (("medical-es-of-a-long-name", 60), ("letters", 30))
+    ]
+    held = make_job("held", age_seconds=20, queue="research", status=prepared_status())
+    seen = snapshot(
+        *training,
+        *waits,
+        held,
+        make_job("fresh"),
+        queues=(make_queue("research", hold=True),),
+        stages=tuple(map(stage, training)),
+        gpu_classes=(gpu_class("24Gi", 2),),
+    )
+    return lambda _, console: show_simulation(console, what_if(seen, changes, ()))
+
+
 DRAWN: dict[str, Draw] = {
     "plan": plan_on(GPUS, records=200),
     "plan-few": plan_on(GPUS, records=60, dataset={"source": "file://./train.jsonl", "evalFraction": "0.1"}),
@@ -239,6 +265,8 @@ DRAWN: dict[str, Draw] = {
     "describe-queue": lambda _, console: show_queue(console, RESEARCH, [told(HELD), told(WAITING)], NOW),
     "explain": explained(WAITING, TRAINING, queues=(make_queue("research"),)),
     "explain-held": explained(HELD, queues=(make_queue("research", hold=True),)),
+    "simulate": simulated("24Gi=+1"),
+    "simulate-fewer": simulated("24Gi=-1"),
     "live-loading": lambda _, console: console.print(live_view(LOADING, NOW)),
     "live-training": lambda _, console: console.print(live_view(TRAINING, NOW)),
 }

@@ -21,6 +21,7 @@ from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import Condition, ModelSource
 from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import app
 from orchestrator.errors import WaitTimedOut
 from orchestrator.sdk.client import Client
@@ -223,6 +224,9 @@ def test_a_tenant_can_ask_why_a_job_waits_and_where_its_queue_stands(
         told = CliRunner().invoke(app, [command, "waits", "--namespace", "team-a"])
         assert told.exit_code == 0, told.output
         assert standing in " ".join(told.output.split())
+    refused = CliRunner().invoke(app, ["simulate", "--gpus", "24Gi=+1", "--namespace", "team-a"])
+    assert refused.exit_code == ExitStatus.INVALID, refused.output
+    assert "ask whoever looks after the queues" in " ".join(refused.output.split())
     jobs.delete_job("team-a", "waits")
 
 

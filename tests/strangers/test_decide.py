@@ -6,6 +6,7 @@ many such jobs there are.
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from dataclasses import replace
@@ -17,12 +18,14 @@ from pydantic import ValidationError
 from orchestrator.api.base import MAX_COUNT
 from orchestrator.api.job import CANCEL_ANNOTATION, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.results import ProgressReport, StageResult
+from orchestrator.cli.tables import simulation_table
 from orchestrator.controller.metrics import Metrics
 from orchestrator.core.commands import Command, DeleteJob, EnsureStage, ReportDefect, WriteStatus
 from orchestrator.core.decide import decide
 from orchestrator.core.explain import explain
 from orchestrator.core.job.finalizer import finalizers_with
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase, UnreadableJob
+from orchestrator.sdk.simulation import what_if
 from tests.builders import (
     LLAMA_3_8B,
     NOW,
@@ -143,6 +146,9 @@ def test_one_decision_about_everybody_whatever_some_of_them_say() -> None:
                 assert harmful(command.status.summary) == []
                 finalizers_with(command.job, command.status)
         assert harmful("".join(explain(found, dice.choice(found.jobs).key))) == []
+        told = what_if(found, ("24Gi=+1",), ())
+        table = "".join(map(str, simulation_table(told.jobs, NOW).lines(80)))
+        assert harmful(f"{table}{json.dumps(told.to_wire(), ensure_ascii=False)}") == []
         metrics = Metrics()
         metrics.round_done(replace(found, jobs=healthy), (), 0.1, 0.0)
         metrics.round_done(found, commands, 0.1, 0.0)

@@ -1,0 +1,176 @@
+"""What if: this service as it is, with more cards or a job more, by the very code that decides.
+
+The world is what `explain` decides over. Changes are made to a copy of it; nothing is stored and nothing carried out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
+from orchestrator.api.results import PrepareResult
+from orchestrator.core.explain import listed, span
+from orchestrator.core.forecast import MOST_EVENTS, Expectation
+from orchestrator.core.job.state_machine import JobState
+from orchestrator.core.simulate import Prospect, Simulation, simulate
+from orchestrator.core.snapshot import Snapshot
+from orchestrator.errors import InvalidObject
+from orchestrator.sdk.planning import JobPlan
+from orchestrator.sizing import hardware
+
+SAME_SECONDS = 1.0
+"""Less is no difference."""
+MOST_GPUS = 1_000_000
+"""Of a class, as in quotas."""
+_CHANGE = re.compile(r"(?:(?P<queue>[^:=]+):)?(?P<gpu_class>[^:=]+)=(?P<sign>[+-]?)(?P<count>[0-9]{1,7})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhatIf:
+    """What changes would mean for everybody who needs a GPU."""
+
+    simulation: Simulation
+    notes: tuple[str, ...]
+    """What comes of it, and how far it was looked, in sentences."""
+
+    @property
+    def jobs(self) -> Sequence[Prospect]:
+        """As they start with the changes."""
+        return self.simulation.jobs
+
+    def to_wire(self) -> dict[str, object]:
+        """JSON types with wire names; times as RFC 3339."""
+        jobs = [
+            {
+                "job": each.job,
+                "queue": each.queue,
+                "state": each.state.value,
+                "before": _expected(each.before),
+                "after": _expected(each.after),
+                "laterSeconds": each.later_seconds,
+            }
+            for each in self.jobs
+        ]
+        return {"now": _time(self.simulation.now), "jobs": jobs, "notes": list(self.notes)}
+
+
+def what_if(present: Snapshot, gpus: Sequence[str], added: Sequence[QLoRAJob]) -> WhatIf:
+    """The present beside what it would be with these changes; raises InvalidObject."""
+    keys = [job.key for job in added]
+    if len(set(keys)) < len(keys):
+        raise InvalidObject(f"--job: each must have a name of its own, not {', '.join(keys)}")
+    changed = replace(present, jobs=(*present.jobs, *added))
+    for text in gpus:
+        changed = _with_gpus(changed, text)
+    found = simulate(present, changed)
+    return WhatIf(simulation=found, notes=tuple(_notes(found, keys)))
+
+
+def as_submitted(job: QLoRAJob, plan: JobPlan, now: datetime) -> QLoRAJob:
+    """The job as if it were submitted and prepared this moment, by what its plan knows; raises InvalidObject where
+    that does not say how many steps it has."""
+    data, training = plan.data, job.spec.training
+    steps = data.steps if data is not None else training.max_steps
+    if steps is None:
+        raise InvalidObject(
+            f"job {job.metadata.name}: its data is not on this machine, so nobody knows how long it takes; name "
+            "training.maxSteps, or submit it and look again once it is prepared"
+        )
+    sequences = data.sequences if data is not None else steps * training.global_batch_size
+    tokens = data.tokens if data is not None else sequences * training.sequence_length
+    prepared = PrepareResult(
+        digest=f"sha256:{'0' * 64}",
+        uri="file:///simulated",
+        model=plan.facts,
+        train_records=data.records if data is not None else sequences,
+        train_sequences=sequences,
+        train_tokens=tokens,
+        supervised_tokens=tokens,
+        eval_records=0,
+        eval_sequences=0,
+        steps=steps,
+    )
+    meta = {"uid": f"simulated-{job.key}", "creation_timestamp": now}
+    metadata = job.metadata.model_copy(update=meta)
+    return job.model_copy(update={"metadata": metadata, "status": QLoRAJobStatus(prepared=prepared, attempts_total=1)})
+
+
+# --- changes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    """Of a number of GPUs of a class, as it is written: `48Gi=+2`, `research:48Gi=6`."""
+
+    text: str
+    queue: str | None
+    gpu_class: str
+    sign: str
+    count: int
+
+    @classmethod
+    def parse(cls, text: str, *, of_queue: bool) -> _Change:
+        found = _CHANGE.fullmatch(text)
+        if found is None or (found["queue"] is not None) != of_queue:
+            option, example = ("quota", "research:48Gi=+2") if of_queue else ("gpus", "48Gi=+2")
+            raise InvalidObject(f"--{option} {text}: must be such as {example}, with +2 more, -2 fewer, or 2 in all")
+        return cls(
+            text=text, queue=found["queue"], gpu_class=found["gpu_class"], sign=found["sign"], count=int(found["count"])
+        )
+
+    def of(self, present: int) -> int:
+        """What becomes of so many GPUs."""
+        number = {"+": present + self.count, "-": present - self.count}.get(self.sign, self.count)
+        if not 0 <= number <= MOST_GPUS:
+            raise InvalidObject(f"{self.text}: there are {present}, and {number} are none that anybody can have")
+        return number
+
+
+def _with_gpus(snapshot: Snapshot, text: str) -> Snapshot:
+    """More or fewer cards: like those that are there, else like the slowest of the class."""
+    change = _Change.parse(text, of_queue=False)
+    classes = {each.name: each for each in snapshot.gpu_classes}
+    if change.gpu_class not in (*classes, *hardware.CLASS_NAMES):
+        raise InvalidObject(f"--gpus {text}: must name a GPU class: {', '.join(hardware.CLASS_NAMES)}")
+    found = classes.get(change.gpu_class)
+    if found is None:
+        found = hardware.priced([hardware.gpu_class(change.gpu_class, 0)], snapshot.policy.gpu_prices)[0]
+    classes[found.name] = replace(found, capacity=change.of(found.capacity))
+    return replace(snapshot, gpu_classes=tuple(classes.values()))
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def _notes(found: Simulation, added: Sequence[str]) -> Iterator[str]:
+    for key in added:
+        yield f"{key} counts as prepared this moment: how long that takes is not known."
+    changes = [later for each in found.jobs if (later := each.later_seconds) is not None]
+    sooner, later = (
+        sum(1 for each in changes if each <= -SAME_SECONDS),
+        sum(1 for each in changes if each >= SAME_SECONDS),
+    )
+    yield f"Sooner: {sooner}; later: {later}; the same: {len(changes) - sooner - later}."
+    unprepared = [each.job for each in found.jobs if each.state in (JobState.NEW, JobState.PREPARING)]
+    if unprepared:
+        yield f"Not prepared yet, so nobody knows what they need: {listed(unprepared)}."
+    endless = sorted({*found.before.endless, *found.after.endless})
+    if endless:
+        yield f"Nobody knows for how long these hold a GPU: {listed(endless)}."
+    cuts = [each.until for each in (found.before, found.after) if each.is_cut]
+    if cuts:
+        yield (
+            f"It is not told what comes later than in {span(min(cuts) - found.now)}: either forecast looks at "
+            f"{MOST_EVENTS} stages that end."
+        )
+
+
+def _expected(expected: Expectation) -> dict[str, object]:
+    return {"start": _time(expected.start), "end": _time(expected.end), "gpuClass": expected.gpu_class}
+
+
+def _time(time: datetime | None) -> str | None:
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if time is not None else None
