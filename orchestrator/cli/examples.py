@@ -6,6 +6,11 @@ from collections.abc import Mapping
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "init": ("qlora init notes.jsonl", "qlora init notes.csv --model Qwen/Qwen2.5-0.5B-Instruct -o notes.yaml"),
+    "import openai": (
+        "qlora import openai ftjob.json --model Qwen/Qwen2.5-7B-Instruct",
+        "qlora import openai ftjob.json --model Qwen/Qwen2.5-7B-Instruct --training-file notes.jsonl -o job.yaml",
+        "qlora import openai - --model Qwen/Qwen2.5-7B-Instruct < ftjob.json",
+    ),
     "plan": ("qlora plan job.yaml", "qlora plan job.yaml --set training.sequenceLength=8192 -o json"),
     "prepare": ("qlora prepare --show 3 job.yaml", "qlora prepare medical-es"),
     "run": (

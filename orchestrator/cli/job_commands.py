@@ -53,18 +53,13 @@ def init(
 ) -> None:
     """Write a manifest for a file of records, whose format is found in the first one, and show what will be trained."""
     from orchestrator.cli.console import say
-    from orchestrator.cli.output import print_text
-    from orchestrator.errors import AlreadyExists
+    from orchestrator.cli.output import print_text, write_new
     from orchestrator.sdk import first_job
     from orchestrator.sdk.manifest import parse_manifest
 
     text = first_job.manifest(data, model or first_job.DEFAULT_MODEL, output.parent)
     objects = parse_manifest(text, name=str(output), folder=output.resolve().parent)
-    try:
-        with output.open("x") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise AlreadyExists(f"{output} exists already; name another one: --output") from error
+    write_new(output, text)
     print_text(f"{output} written: {first_job.format_of(data)} records")
     if look:
         _look_at(only_job(objects, output))

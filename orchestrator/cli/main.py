@@ -14,14 +14,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from orchestrator.cli import job_commands, queue_commands, service_commands
+from orchestrator.cli import import_commands, job_commands, queue_commands, service_commands
 from orchestrator.cli.command import Command, Group
 from orchestrator.cli.completion import complete_context
 from orchestrator.cli.exits import ExitStatus, status_of
 from orchestrator.errors import OrchestratorError
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "One job, start to finish": (job_commands.init, job_commands.plan, job_commands.prepare, service_commands.run),
+    "One job, start to finish": (
+        job_commands.init,
+        import_commands.import_,
+        job_commands.plan,
+        job_commands.prepare,
+        service_commands.run,
+    ),
     "Jobs and queues": (
         job_commands.submit,
         job_commands.get,
@@ -47,7 +53,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         service_commands.version,
     ),
 }
-GROUPS: dict[Callable[..., None], tuple[Callable[..., None], ...]] = {queue_commands.queue: queue_commands.COMMANDS}
+GROUPS: dict[Callable[..., None], tuple[Callable[..., None], ...]] = {
+    import_commands.import_: (import_commands.openai,),
+    queue_commands.queue: queue_commands.COMMANDS,
+}
 """Commands that have commands of their own."""
 
 

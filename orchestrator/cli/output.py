@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -17,6 +18,7 @@ from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.words import in_json, in_lines, on_one_line
 from orchestrator.cli.console import answers
 from orchestrator.cli.formats import DataFormat
+from orchestrator.errors import AlreadyExists, InvalidObject
 from orchestrator.sdk.words import state_word
 
 GAP = "  "
@@ -28,7 +30,7 @@ MIN_LAST_CELLS = 20
 
 def print_data(data: object, form: DataFormat) -> None:
     """JSON types as JSON or YAML on stdout."""
-    print_text(_as_yaml(data) if form is DataFormat.YAML else in_json(json.dumps(data, indent=2, ensure_ascii=False)))
+    print_text(as_yaml(data) if form is DataFormat.YAML else in_json(json.dumps(data, indent=2, ensure_ascii=False)))
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
@@ -60,7 +62,19 @@ def wire(item: QLoRAJob | QLoRAQueue) -> dict[str, object]:
     return {**data, "status": {"state": state_word(item), **item.status.to_wire()}}
 
 
-def _as_yaml(data: object) -> str:
+def write_new(path: Path, text: str) -> None:
+    """A file that was not there before."""
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise AlreadyExists(f"{path} exists already; name another one: --output") from error
+    except OSError as error:
+        raise InvalidObject(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def as_yaml(data: object) -> str:
+    """JSON types as YAML, in their order."""
     import yaml  # here, because most commands never need it
 
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)

@@ -48,11 +48,10 @@ spec:
 
 def manifest(data: Path, model: str, folder: Path) -> str:
     """The text of a manifest that is to lie in `folder`; raises InvalidObject for a file that no format fits."""
-    relative = os.path.relpath(data.resolve(), folder.resolve())
     return MANIFEST.format(
         name=job_name(data),
         model=model_source(model),
-        source=f"file://{relative if relative.startswith('../') else f'./{relative}'}",
+        source=file_source(data, folder),
         format=format_of(data),
     )
 
@@ -74,6 +73,12 @@ def document(data: str, model: str, *, name: str | None, spec: Mapping[str, obje
     return {"apiVersion": API_VERSION, "kind": "QLoRAJob", "metadata": metadata, "spec": found}
 
 
+def file_source(data: Path, folder: Path) -> str:
+    """The URI of a file in a manifest that is to lie in `folder`."""
+    relative = os.path.relpath(data.resolve(), folder.resolve())
+    return f"file://{relative if relative.startswith('../') else f'./{relative}'}"
+
+
 def model_source(model: str) -> str:
     """The URI of a model: what is one already, a folder here, or else a name on the hub."""
     if "://" in model:
@@ -83,8 +88,12 @@ def model_source(model: str) -> str:
 
 def job_name(data: Path) -> str:
     """A job's name from a file's: `My Notes.jsonl.gz` as `my-notes`."""
-    stem = data.name.partition(".")[0].lower()
-    return re.sub(r"[^a-z0-9]+", "-", stem)[:MAX_NAME_CHARACTERS].strip("-") or "job"
+    return name_of(data.name.partition(".")[0])
+
+
+def name_of(text: str) -> str:
+    """A job's name from what somebody called something."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:MAX_NAME_CHARACTERS].strip("-") or "job"
 
 
 def format_of(data: Path) -> str:

@@ -136,7 +136,9 @@ def parse_manifest(text: str, *, name: str, folder: Path, changes: Changes = ())
     )
 
 
-def parse_object(data: Mapping[str, object] | UserObject, *, folder: Path | None = None) -> UserObject:
+def parse_object(
+    data: Mapping[str, object] | UserObject, *, name: str = "object", folder: Path | None = None
+) -> UserObject:
     """One object from JSON types with wire names, or one built in Python, judged by the same rules."""
     if isinstance(data, QLoRAJob | QLoRAQueue):
         # What was set, nulls included (`tracking.alias: null` is a choice), and nothing else (a namespace by default).
@@ -147,7 +149,7 @@ def parse_object(data: Mapping[str, object] | UserObject, *, folder: Path | None
         }
         name = f"{data.kind} {data.metadata.name}"
     else:
-        wire, name = dict(data), "object"
+        wire = dict(data)
     return _to_object(wire, _Origin(name=name, folder=folder or Path.cwd(), node=None))
 
 

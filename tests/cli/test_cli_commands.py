@@ -207,6 +207,31 @@ def test_init_writes_a_manifest_that_a_plan_takes_and_overwrites_nothing(service
     )
 
 
+def test_a_job_of_openais_goes_from_its_export_into_the_service(service: PaperService) -> None:
+    Path("file-a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    job = json.dumps({"id": "ftjob-a", "model": "gpt-4o", "training_file": "file-a", "seed": 7, "integrations": [{}]})
+    found = qlora("import", "openai", "-", "--model", "model", stdin=job)
+    assert found.exit_code == ExitStatus.OK
+    assert "note: integrations: has no counterpart here, and is left out\n" in found.stderr
+    assert qlora("submit", "-", stdin=found.stdout).stdout == "job/ftjob-a submitted\n"
+    stored = service.job("ftjob-a").spec
+    assert (stored.training.seed, stored.dataset.format) == (7, "prompt-completion")
+    assert stored.dataset.source == f"file://{service.folder}/file-a.jsonl"
+
+
+def test_a_job_of_openais_as_a_file_that_overwrites_nothing(service: PaperService) -> None:
+    Path("a.json").write_text(json.dumps({"model": "gpt-4o", "training_file": "file-a"}))
+    Path("jobs").mkdir()
+    given = ("--model", "model", "--training-file", "train.jsonl", "--output", "jobs/a.yaml")
+    assert qlora("import", "openai", "a.json", *given).stdout == "jobs/a.yaml written\n"
+    assert yaml.safe_load(Path("jobs/a.yaml").read_text())["spec"]["dataset"]["source"] == "file://../train.jsonl"
+    assert qlora("plan", "jobs/a.yaml").exit_code == ExitStatus.OK
+    assert "jobs/a.yaml exists already" in qlora("import", "openai", "a.json", *given).stderr
+    absent = qlora("import", "openai", "a.json", *given[:-1], "none/a.yaml")
+    assert absent.stderr.endswith("error: none/a.yaml: cannot be written: No such file or directory\n")
+    assert qlora("import", "openai", "none.json").exit_code == ExitStatus.INVALID
+
+
 def test_init_shows_the_plan_and_says_why_it_cannot_show_records(service: PaperService) -> None:
     Path("notes.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     result = qlora("init", "notes.jsonl", "--model", "model")
