@@ -92,11 +92,10 @@ def show_explanation(console: Console, explanation: Explanation) -> None:
 
 def show_simulation(console: Console, found: WhatIf) -> None:
     """What each job may expect, as things are and with the changes, and what comes of it."""
-    told = found.jobs[:MAX_PROSPECTS]
-    print_columns(console, simulation_table(told, found.simulation.now))
+    print_columns(console, simulation_table(found.simulation, MAX_PROSPECTS))
     console.print()
-    if len(found.jobs) > len(told):
-        more = len(found.jobs) - len(told)
+    more = len(found.jobs) - MAX_PROSPECTS
+    if more > 0:
         print_paragraph(console, Text(f"{more} more jobs are not shown here; all are in: --output json"))
     for note in found.notes:
         print_paragraph(console, Text(note))

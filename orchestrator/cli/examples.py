@@ -29,7 +29,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "wait": ("qlora wait medical-es", "qlora wait medical-es --timeout 3600"),
     "download": ("qlora download medical-es", "qlora download medical-es --into adapters/medical-es"),
     "explain": ("qlora explain medical-es",),
-    "simulate": ("qlora simulate --gpus 48Gi=+2", "qlora simulate --job job.yaml -n team-a -o json"),
+    "simulate": (
+        "qlora simulate --gpus 48Gi=+2",
+        "qlora simulate --quota research:48Gi=6",
+        "qlora simulate --job job.yaml -o json",
+    ),
     "calibration": ("qlora calibration", "qlora calibration -o json"),
     "cancel": ("qlora cancel medical-es", "qlora cancel one two --dry-run"),
     "suspend": ("qlora suspend medical-es",),

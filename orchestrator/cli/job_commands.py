@@ -363,6 +363,10 @@ def simulate(
             show_default=False,
         ),
     ] = None,
+    quotas: Annotated[
+        list[str] | None,
+        typer.Option("--quota", metavar="QUEUE:CLASS=GPUS", help="The same of a queue; repeat.", show_default=False),
+    ] = None,
     jobs: Annotated[
         list[Path] | None,
         typer.Option("--job", metavar="SPEC.YAML", help="A job that is submitted now; repeat.", show_default=False),
@@ -370,13 +374,13 @@ def simulate(
     namespace: Namespace = None,
     output: Output = None,
 ) -> None:
-    """Say when jobs would start and end with more GPUs or another job, by the code that decides. Changes nothing."""
+    """Say when jobs would start and end with other GPUs, quotas or jobs, by the code that decides. Changes nothing."""
     from orchestrator.cli.console import answers
     from orchestrator.cli.describe import show_simulation
     from orchestrator.cli.output import print_data
 
     added = [only_job(load(path, namespace), path) for path in jobs or ()]
-    found = connect(namespace).simulate(gpus=gpus or (), jobs=added)
+    found = connect(namespace).simulate(gpus=gpus or (), quotas=quotas or (), jobs=added)
     if output is not None:
         print_data(found.to_wire(), output)
     else:

@@ -10,7 +10,7 @@ from orchestrator.api.queue import QLoRAQueue
 from orchestrator.cli.output import Cell, Columns
 from orchestrator.core.forecast import Expectation
 from orchestrator.core.job.state_machine import JobState, state_of
-from orchestrator.core.simulate import Prospect
+from orchestrator.core.simulate import Prospect, Simulation
 from orchestrator.sdk.simulation import SAME_SECONDS
 from orchestrator.sdk.usage import UsageBy, UsageRow
 from orchestrator.sdk.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
@@ -96,21 +96,21 @@ def usage_table(rows: Iterable[UsageRow], by: UsageBy) -> Columns:
     return Columns(header=header, rows=[[Cell(text=text) for text in each] for each in texts], right=("GPU HOURS",))
 
 
-def simulation_table(prospects: Iterable[Prospect], now: datetime) -> Columns:
-    """One row a job: how long until it starts and ends, as things are and with the changes."""
-    rows = [_prospect_row(each, now) for each in prospects]
+def simulation_table(found: Simulation, most_jobs: int) -> Columns:
+    """One row for each of the first jobs: how long until it starts and ends, as things are and with the changes."""
+    rows = [_prospect_row(each, found) for each in found.jobs[:most_jobs]]
     return Columns(header=SIMULATION_HEADER, rows=rows, optional=("QUEUE", "START", "NEW START"))
 
 
-def _prospect_row(prospect: Prospect, now: datetime) -> list[Cell]:
-    before, after = prospect.before, prospect.after
+def _prospect_row(prospect: Prospect, found: Simulation) -> list[Cell]:
+    before, after, now = prospect.before, prospect.after, found.now
     times = (
         _start_word(prospect, before.start, now),
         _start_word(prospect, after.start, now),
         _until(before.end, now),
         _until(after.end, now),
     )
-    word, style = _change_word(prospect)
+    word, style = _change_word(prospect, found)
     cells = [Cell(text=text) for text in (prospect.job, prospect.queue, *times)]
     return [*cells, Cell(text=word, style=style)]
 
@@ -128,15 +128,16 @@ def _until(moment: datetime | None, now: datetime) -> str:
     return "now" if moment <= now else duration((moment - now).total_seconds())
 
 
-def _change_word(prospect: Prospect) -> tuple[str, str]:
-    """What the changes do to it, and the theme's style for that."""
-    later = prospect.later_seconds
-    if later is None:
-        known, becomes = (each != Expectation() for each in (prospect.before, prospect.after))
-        return ("", "") if known == becomes else ("starts", "good") if becomes else ("not expected", "bad")
-    if abs(later) < SAME_SECONDS:
-        return "", ""
-    return (f"-{duration(-later)}", "good") if later < 0 else (f"+{duration(later)}", "bad")
+def _change_word(prospect: Prospect, found: Simulation) -> tuple[str, str]:
+    """What the changes do to it, and the theme's style for that. What was not looked at is not told."""
+    later, nothing = prospect.later_seconds, Expectation()
+    if later is not None and abs(later) >= SAME_SECONDS:
+        return (f"-{duration(-later)}", "good") if later < 0 else (f"+{duration(later)}", "bad")
+    if prospect.before == nothing != prospect.after and not found.before.is_cut:
+        return "starts", "good"
+    if prospect.after == nothing != prospect.before and not found.after.is_cut:
+        return "not expected", "bad"
+    return "", ""
 
 
 def _wide_cells(job: QLoRAJob) -> list[Cell]:

@@ -85,9 +85,11 @@ class AsyncClient:
         """What was had of the GPUs in a month, by user, queue or job."""
         return await asyncio.to_thread(self.sync.usage, month, by)
 
-    async def simulate(self, *, gpus: Sequence[str] = (), jobs: Sequence[JobLike] = ()) -> WhatIf:
-        """What is expected of each job now, and with other numbers of GPUs and further jobs."""
-        return await asyncio.to_thread(self.sync.simulate, gpus=gpus, jobs=jobs)
+    async def simulate(
+        self, *, gpus: Sequence[str] = (), quotas: Sequence[str] = (), jobs: Sequence[JobLike] = ()
+    ) -> WhatIf:
+        """When each job is expected to start and end, as things are and with other GPUs, quotas and jobs."""
+        return await asyncio.to_thread(self.sync.simulate, gpus=gpus, quotas=quotas, jobs=jobs)
 
     async def handle(self, name: str, *, namespace: str | None = None) -> AsyncJobHandle:
         """A handle on a job that exists; raises NotFound."""

@@ -156,10 +156,11 @@ class Client:
         jobs = self.connection.store.list_jobs() if by == "job" else ()
         return usage_rows(self.list_queues(), jobs, month, by)
 
-    def simulate(self, *, gpus: Sequence[str] = (), jobs: Sequence[JobLike] = ()) -> WhatIf:
+    def simulate(self, *, gpus: Sequence[str] = (), quotas: Sequence[str] = (), jobs: Sequence[JobLike] = ()) -> WhatIf:
         """When each job is expected to start and end, as things are and with other numbers of GPUs (`48Gi=+2`,
-        `24Gi=-1`, `48Gi=6`) and jobs that are submitted now; changes nothing. Raises InvalidObject, AlreadyExists, and
-        Forbidden where other jobs, queues or nodes are not this account's to read.
+        `24Gi=-1`, `48Gi=6`), other quotas (`research:48Gi=+2`) and jobs that are submitted now; changes nothing.
+        Raises InvalidObject, AlreadyExists, NotFound, and Forbidden where other jobs, queues or nodes are not this
+        account's to read.
 
         >>> client.simulate(gpus=["24Gi=+1"]).jobs[0].job
         'default/medical'
@@ -172,7 +173,7 @@ class Client:
                 "account's to read; ask whoever looks after the queues"
             ) from error
         added = [as_submitted(self.check(job), self.plan(job), present.now) for job in jobs]
-        found = what_if(present, gpus, added)
+        found = what_if(present, gpus, quotas, added)
         return found if self.connection.is_running() else replace(found, notes=(*found.notes, NOT_RUNNING))
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:

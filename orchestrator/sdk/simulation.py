@@ -1,4 +1,4 @@
-"""What if: this service as it is, with more cards or a job more, by the very code that decides.
+"""What if: this service as it is, with more cards, other quotas, or a job more, by the very code that decides.
 
 The world is what `explain` decides over. Changes are made to a copy of it; nothing is stored and nothing carried out.
 """
@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
+from orchestrator.api.queue import Quota
 from orchestrator.api.results import PrepareResult
 from orchestrator.core.explain import listed, span
 from orchestrator.core.forecast import MOST_EVENTS, Expectation
 from orchestrator.core.job.state_machine import JobState
 from orchestrator.core.simulate import Prospect, Simulation, simulate
 from orchestrator.core.snapshot import Snapshot
-from orchestrator.errors import InvalidObject
+from orchestrator.errors import InvalidObject, NotFound
 from orchestrator.sdk.planning import JobPlan
 from orchestrator.sizing import hardware
 
@@ -54,17 +55,21 @@ class WhatIf:
             }
             for each in self.jobs
         ]
-        return {"now": _time(self.simulation.now), "jobs": jobs, "notes": list(self.notes)}
+        forecasts = {"before": self.simulation.before, "after": self.simulation.after}
+        cuts = {which: _time(each.until) if each.is_cut else None for which, each in forecasts.items()}
+        return {"now": _time(self.simulation.now), "cutAt": cuts, "jobs": jobs, "notes": list(self.notes)}
 
 
-def what_if(present: Snapshot, gpus: Sequence[str], added: Sequence[QLoRAJob]) -> WhatIf:
-    """The present beside what it would be with these changes; raises InvalidObject."""
+def what_if(present: Snapshot, gpus: Sequence[str], quotas: Sequence[str], added: Sequence[QLoRAJob]) -> WhatIf:
+    """The present beside what it would be with these changes; raises InvalidObject, NotFound."""
     keys = [job.key for job in added]
     if len(set(keys)) < len(keys):
         raise InvalidObject(f"--job: each must have a name of its own, not {', '.join(keys)}")
     changed = replace(present, jobs=(*present.jobs, *added))
     for text in gpus:
         changed = _with_gpus(changed, text)
+    for text in quotas:
+        changed = _with_quota(changed, text)
     found = simulate(present, changed)
     return WhatIf(simulation=found, notes=tuple(_notes(found, keys)))
 
@@ -106,40 +111,60 @@ class _Change:
     """Of a number of GPUs of a class, as it is written: `48Gi=+2`, `research:48Gi=6`."""
 
     text: str
-    queue: str | None
+    queue: str
+    """Empty where it is of no queue."""
     gpu_class: str
     sign: str
     count: int
 
     @classmethod
-    def parse(cls, text: str, *, of_queue: bool) -> _Change:
+    def parse(cls, text: str, snapshot: Snapshot, *, of_queue: bool = False) -> _Change:
+        """InvalidObject where it is not one, or of no class."""
+        option, example = ("quota", "research:48Gi=+2") if of_queue else ("gpus", "48Gi=+2")
         found = _CHANGE.fullmatch(text)
         if found is None or (found["queue"] is not None) != of_queue:
-            option, example = ("quota", "research:48Gi=+2") if of_queue else ("gpus", "48Gi=+2")
             raise InvalidObject(f"--{option} {text}: must be such as {example}, with +2 more, -2 fewer, or 2 in all")
-        return cls(
-            text=text, queue=found["queue"], gpu_class=found["gpu_class"], sign=found["sign"], count=int(found["count"])
-        )
+        name, known = found["gpu_class"], {*hardware.CLASS_NAMES, *(each.name for each in snapshot.gpu_classes)}
+        if name not in known:
+            raise InvalidObject(f"--{option} {text}: must name a GPU class ({', '.join(hardware.CLASS_NAMES)})")
+        return cls(text=text, queue=found["queue"] or "", gpu_class=name, sign=found["sign"], count=int(found["count"]))
 
     def of(self, present: int) -> int:
         """What becomes of so many GPUs."""
         number = {"+": present + self.count, "-": present - self.count}.get(self.sign, self.count)
         if not 0 <= number <= MOST_GPUS:
-            raise InvalidObject(f"{self.text}: there are {present}, and {number} are none that anybody can have")
+            raise InvalidObject(f"{self.text}: there are {present}, which makes {number}; must be 0 to {MOST_GPUS}")
         return number
 
 
 def _with_gpus(snapshot: Snapshot, text: str) -> Snapshot:
     """More or fewer cards: like those that are there, else like the slowest of the class."""
-    change = _Change.parse(text, of_queue=False)
+    change = _Change.parse(text, snapshot)
     classes = {each.name: each for each in snapshot.gpu_classes}
-    if change.gpu_class not in (*classes, *hardware.CLASS_NAMES):
-        raise InvalidObject(f"--gpus {text}: must name a GPU class: {', '.join(hardware.CLASS_NAMES)}")
     found = classes.get(change.gpu_class)
     if found is None:
         found = hardware.priced([hardware.gpu_class(change.gpu_class, 0)], snapshot.policy.gpu_prices)[0]
     classes[found.name] = replace(found, capacity=change.of(found.capacity))
     return replace(snapshot, gpu_classes=tuple(classes.values()))
+
+
+def _with_quota(snapshot: Snapshot, text: str) -> Snapshot:
+    """Another quota of a queue that is there."""
+    change = _Change.parse(text, snapshot, of_queue=True)
+    queues = {queue.metadata.name: queue for queue in snapshot.queues}
+    queue = queues.get(change.queue)
+    if queue is None:
+        raise NotFound(f"--quota {text}: there is no queue {change.queue}; list them with: qlora get queues")
+    quotas = {quota.gpu_class: quota for quota in queue.spec.quotas}
+    if not quotas and change.sign:
+        raise InvalidObject(
+            f"--quota {text}: queue {change.queue} has no limit that could be changed; leave out the sign"
+        )
+    found = quotas.get(change.gpu_class) or Quota(gpu_class=change.gpu_class, nominal=0)
+    quotas[found.gpu_class] = found.model_copy(update={"nominal": change.of(found.nominal)})
+    spec = queue.spec.model_copy(update={"quotas": tuple(quotas.values())})
+    queues[change.queue] = queue.model_copy(update={"spec": spec})
+    return replace(snapshot, queues=tuple(queues.values()))
 
 
 # --- words ------------------------------------------------------------------------------------------------------

@@ -443,14 +443,46 @@ def test_simulate_takes_a_job_that_is_not_submitted(service: PaperService) -> No
     assert "a name of its own" in twice.stderr
 
 
+NO_CHANGES = ["24Gi", "24Gi=", "24Gi=two", "24Gi=++2", "25Gi=+1", "24Gi=-3", "24Gi=9999999", "24Gi=٢"]
+
+
 @pytest.mark.parametrize(
-    "change", ["24Gi", "24Gi=", "24Gi=two", "24Gi=++2", "25Gi=+1", "24Gi=-2", "24Gi=9999999", "a:24Gi=1"]
+    "change",
+    [
+        *(("--gpus", text) for text in (*NO_CHANGES, "team-a:24Gi=1")),
+        *(("--quota", f"team-a:{text}") for text in NO_CHANGES),
+        ("--quota", "24Gi=+1"),
+        ("--quota", "open:24Gi=+1"),
+    ],
 )
-def test_simulate_refuses_a_number_of_gpus_that_is_none(service: PaperService, change: str) -> None:
-    assert service.client.list() == []
-    refused = qlora("simulate", "--gpus", change)
+def test_simulate_refuses_a_number_of_gpus_that_is_none(service: PaperService, change: tuple[str, str]) -> None:
+    service.client.apply_queue({**QUEUE, "spec": {"quotas": [{"gpuClass": "24Gi", "nominal": 2}]}})
+    service.client.apply_queue({**QUEUE, "metadata": {"name": "open"}})
+    refused = qlora("simulate", *change)
     assert (refused.exit_code, refused.stdout) == (ExitStatus.INVALID, "")
-    assert change in refused.stderr
+    assert change[1] in refused.stderr
+
+
+def test_simulate_says_who_gains_by_a_quota(service: PaperService) -> None:
+    service.client.apply_queue({**QUEUE, "spec": {"quotas": [{"gpuClass": "24Gi", "nominal": 0}]}})
+    service.client.submit(job_document("waiter", queue="team-a"))
+    service.prepare("waiter")
+
+    def waiter(*options: str) -> dict[str, object]:
+        [told] = json.loads(qlora("simulate", *options, "-o", "json").stdout)["jobs"]
+        assert told["before"]["start"] is None
+        return told["after"]
+
+    assert waiter()["start"] is None
+    assert waiter("--quota", "team-a:24Gi=+1")["gpuClass"] == "24Gi"
+    assert waiter("--quota", "team-a:24Gi=1")["gpuClass"] == "24Gi"
+    assert waiter("--quota", "team-a:48Gi=1")["start"] is None
+    unknown = qlora("simulate", "--quota", "nobodys:24Gi=1")
+    assert (unknown.exit_code, unknown.stdout) == (ExitStatus.NOT_FOUND, "")
+    assert service.client.get_queue("team-a").spec.quotas[0].nominal == 0
+    assert "qlora up" not in qlora("simulate").stdout
+    down(service)
+    assert "qlora up" in qlora("simulate").stdout
 
 
 def test_plan_shows_bytes_choice_and_alternatives(service: PaperService) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from orchestrator.cli.describe import show_explanation, show_job, show_queue, sh
 from orchestrator.cli.follow import live_view
 from orchestrator.cli.output import print_columns
 from orchestrator.cli.plan_view import show_plan
-from orchestrator.cli.tables import job_table, queue_table
+from orchestrator.cli.tables import job_table, queue_table, simulation_table
 from orchestrator.core.commands import Event
 from orchestrator.core.explain import explain
+from orchestrator.core.forecast import Expectation
 from orchestrator.core.job.conditions import summarize
 from orchestrator.core.job.state_machine import state_of
+from orchestrator.core.simulate import simulate
+from orchestrator.core.snapshot import Snapshot
 from orchestrator.sdk import Client
 from orchestrator.sdk.explanation import Explanation
 from orchestrator.sdk.simulation import what_if
@@ -248,7 +252,7 @@ def simulated(*changes: str) -> Draw:
         stages=tuple(map(stage, training)),
         gpu_classes=(gpu_class("24Gi", 2),),
     )
-    return lambda _, console: show_simulation(console, what_if(seen, changes, ()))
+    return lambda _, console: show_simulation(console, what_if(seen, changes, (), ()))
 
 
 DRAWN: dict[str, Draw] = {
@@ -299,3 +303,23 @@ def test_a_screen_is_as_it_was_read(service: PaperService, name: str, columns: i
 def test_no_screen_is_kept_that_nothing_draws() -> None:
     drawn = {f"{name}-{columns}.txt" for name in DRAWN for columns in ("80", "120", "pipe")}
     assert {path.name for path in SCREENS.iterdir()} == drawn
+
+
+def test_what_was_not_looked_at_is_no_change() -> None:
+    ready = prepared_status(LLAMA_3_8B)
+    jobs = [make_job(f"job-{n}", status=ready, gpu_classes=("24Gi",)) for n in range(4)]
+    limited = snapshot(*jobs, queues=(make_queue("default", {"24Gi": 0}),), gpu_classes=(gpu_class("24Gi", 1),))
+    free = replace(limited, queues=())
+
+    def changes(present: Snapshot, changed: Snapshot, most_events: int) -> list[str]:
+        table = simulation_table(simulate(present, changed, most_events=most_events), 100)
+        return [row[-1].text for row in table.rows]
+
+    assert changes(limited, free, 100) == ["starts"] * 4
+    assert changes(free, limited, 100) == ["not expected"] * 4
+    assert changes(free, limited, 1) == ["not expected"] * 2 + [""] * 2, "the last two start later than was looked"
+    cut = simulate(free, free, most_events=2)
+    shorter = replace(cut, jobs=[replace(each, before=Expectation()) for each in cut.jobs])
+    longer = replace(cut, jobs=[replace(each, after=Expectation()) for each in cut.jobs])
+    for found in (shorter, longer):
+        assert {row[-1].text for row in simulation_table(found, 100).rows} == {""}

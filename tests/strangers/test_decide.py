@@ -146,8 +146,8 @@ def test_one_decision_about_everybody_whatever_some_of_them_say() -> None:
                 assert harmful(command.status.summary) == []
                 finalizers_with(command.job, command.status)
         assert harmful("".join(explain(found, dice.choice(found.jobs).key))) == []
-        told = what_if(found, ("24Gi=+1",), ())
-        table = "".join(map(str, simulation_table(told.jobs, NOW).lines(80)))
+        told = what_if(found, ("24Gi=+1",), ("team-a:24Gi=1",), ())
+        table = "".join(map(str, simulation_table(told.simulation, 100).lines(80)))
         assert harmful(f"{table}{json.dumps(told.to_wire(), ensure_ascii=False)}") == []
         metrics = Metrics()
         metrics.round_done(replace(found, jobs=healthy), (), 0.1, 0.0)

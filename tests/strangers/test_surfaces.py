@@ -105,7 +105,13 @@ def test_commands_show_nothing_that_harms(service: PaperService) -> None:
         service.store.update_status(job, a_status(dice))
         ask("describe", f"odd-{number}")
     ask("get")
-    for options in (("--gpus", "24Gi=+1"), ("--gpus", BAD), ("--job", "job.yaml"), ("--job", "bad.yaml")):
+    for options in (
+        ("--gpus", "24Gi=+1"),
+        ("--gpus", BAD),
+        ("--quota", f"{BAD}:24Gi=1"),
+        ("--job", "job.yaml"),
+        ("--job", "bad.yaml"),
+    ):
         ask("simulate", *options)
     assert [(what, shown(text)) for what, text in answers if shown(text)] == []
 
