@@ -26,6 +26,7 @@ RUN = (
     "README.md",
     "docs/your-data.md",
     "docs/your-model.md",
+    "docs/coming-from-openai.md",
 )
 """The documents whose blocks are run, in this order, in one shell; each goes on where the one before has ended."""
 RUN_NIGHTLY = ("docs/reading-results.md", "docs/quickstart.md")

@@ -176,4 +176,5 @@ def test_every_block_runs_after_those_before_it(followed: Followed) -> None:
 def test_what_was_installed_is_what_runs_and_the_results_are_there(followed: Followed) -> None:
     assert re.search(r"^state: Succeeded$", followed.output, re.MULTILINE)
     assert re.search(r"^model: models:/default-medical-es/1$", followed.output, re.MULTILINE)
+    assert re.search(r"^model: models:/default-medical-terms/1$", followed.output, re.MULTILINE)
     assert "interrupted: exit status 0" in followed.output
