@@ -1,8 +1,8 @@
-"""Draws docs/measured.svg, the README's picture, from the committed results.
+"""Draws docs/measured.svg, the README's picture, and docs/moves.svg from the committed results.
 
     python -m benchmarks.pictures
 
-Drawn on the data of `benchmarks.sizing`, `plans`, `peers` and `loss_curve`.
+Drawn on the data of `benchmarks.sizing`, `plans`, `peers` and `loss_curve`; and on that of `benchmarks.policies`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,22 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
 from benchmarks.estimators import ROWS, ours, read_rows
 from benchmarks.report import RESULTS
 
 PICTURE = Path(__file__).parents[1] / "docs" / "measured.svg"
+MOVES = PICTURE.with_name("moves.svg")
+SCHEDULERS = {
+    "fifo": "first come, first served",
+    "easy": "EASY backfill, no moves",
+    "priority-only": "victims by priority alone",
+    "kueue": "Kueue's order and victims",
+    "ours": "this controller",
+}
+"""What `benchmarks.policies` compares, by what it is called."""
 OURS, OTHERS = "#1f77b4", "#9a9a9a"
 GIB = 1 << 30
 SMOOTHED_STEPS = 5
@@ -43,9 +53,38 @@ def main() -> None:
     draw_plans(plans, result("plans"))
     draw_speed(speed, result("peers_8b"))
     draw_loss(loss, result("loss_curve"))
-    for axes in (memory, plans, speed, loss):
+    save(figure, PICTURE)
+    save(drawn_moves(result("policies")), MOVES)
+
+
+def save(figure: Figure, picture: Path) -> None:
+    """Without what is of no use, and without the day."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    figure.savefig(picture, metadata={"Date": None})
+
+
+def drawn_moves(results: dict[str, Any]) -> Figure:
+    """What moves cost, and what jobs wait for, by scheduler: a row of pictures for each trace."""
+    tables = {name.partition(",")[0]: each for name, each in results["traces"].items() if "periodic" in name}
+    figure, grid = plt.subplots(len(tables), 3, figsize=(11, 2.4 * len(tables)), layout="constrained", squeeze=False)
+    for row, (trace, table) in zip(grid, tables.items(), strict=True):
+        shown = {name: title for name, title in SCHEDULERS.items() if name in table}
+        draw_bars(row[0], table, shown, "lost_gpu_seconds", f"{trace}: GPU-hours lost to moves")
+        draw_bars(row[1], table, shown, "mean_wait_seconds", "hours that a job waits, on average")
+        draw_bars(row[2], table, shown, "high_priority_p99_wait_seconds", "of high priority, 99th percentile")
+        for axes in row[1:]:
+            axes.set_yticklabels([])
+    return figure
+
+
+def draw_bars(axes: Axes, table: dict[str, Any], shown: dict[str, str], field: str, title: str) -> None:
+    """A bar of hours for each scheduler, with its figure."""
+    hours = [table[name][field] / 3600 for name in shown]
+    bars = axes.barh(list(shown.values()), hours, color=[OURS if name == "ours" else OTHERS for name in shown])
+    axes.bar_label(bars, labels=[f"{each:.1f}" if each >= 1 else f"{each:.2g}" for each in hours], padding=3)
+    axes.set_title(title)
+    axes.margins(x=0.15)
 
 
 def result(name: str) -> dict[str, Any]:
