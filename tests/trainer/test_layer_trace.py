@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -289,14 +288,10 @@ def test_layers_without_adapters_are_traced_as_they_are_behind_one_that_has_them
     assert at((convolution.whole.kept,), 1000)[0] > at((convolution.recomputed.kept,), 1000)[0] > 0
 
 
-def test_a_model_that_cannot_be_traced_is_sized_by_the_guess(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_cannot_be_traced_is_sized_by_no_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> ModelTrace:
-        raise Untraceable("its step has no norm")
+        raise KeyError("what was not foreseen")
 
     monkeypatch.setattr("qlora_trainer.model.layer_trace.trace_layers", fails)
-    with caplog.at_level(logging.WARNING):
-        facts = facts_of(config_of("glm"), AdapterSpec())
-    assert facts.trace is None
-    assert "the layers of glm could not be traced" in caplog.text
+    with pytest.raises(Untraceable, match="KeyError: 'what was not foreseen'"):
+        facts_of(config_of("glm"), AdapterSpec())
