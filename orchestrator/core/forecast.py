@@ -331,4 +331,4 @@ class _Course:
 
 
 def _checkpoint_uri(job: QLoRAJob) -> str:
-    return job.status.checkpoint.uri if job.status.checkpoint is not None else f"{job.status.store_uri or 'file:///'}"
+    return job.status.checkpoint.uri if job.status.checkpoint is not None else job.status.store_uri or "file:///"

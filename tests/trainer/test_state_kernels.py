@@ -28,6 +28,7 @@ CHOICE = """
 import json, sys
 import torch
 from qlora_trainer.kernels import state_kernels
+from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.loading import _settle_state_kernels, weightless_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,7 +49,7 @@ for by_packages in (False, True, False, True):
 weightless_base(config, torch.device("cpu"))
 found.append((computes(), state_kernels.in_use(base)["torch_chunk_gated_delta_rule"]))
 state_kernels.settle(base, by_packages=True)
-_settle_state_kernels(base, torch.device("cuda"))  # where kernels are to compute, if they do
+_settle_state_kernels(base, torch.device("cuda"), PackedAttention())  # where kernels are to compute, if they do
 found.append((computes(), state_kernels.in_use(base)["torch_chunk_gated_delta_rule"]))
 print(json.dumps(found))
 """

@@ -130,6 +130,6 @@ _NO_SUCH_MACHINE: Mapping[str, str] = {
 
 def _on_machines(spot: str, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
     """Classes with a GPU on the kind of machine that the job asks for: nobody makes way for one that cannot start."""
-    if spot == "allowed" and isinstance(classes, tuple):
-        return classes
+    if spot == "allowed":
+        return tuple(classes)
     return tuple(c for c in classes if c.spot is None or (c.spot > 0 if spot == "required" else c.spot < c.capacity))

@@ -45,9 +45,6 @@ def turn_ends(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], policy: Policy
 
 def is_turn_over(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> bool:
     """Whether a running job yields now: its time is over, and this attempt has brought it further for good."""
-    spec = queues.get(draft.job.spec.queue)
-    if spec is None or spec.turn_seconds is None:
-        return False
     ends = turn_ends(draft, queues, snapshot.policy)
     return ends is not None and ends <= snapshot.now and has_advanced(draft)
 

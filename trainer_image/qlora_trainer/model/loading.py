@@ -31,6 +31,7 @@ from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import quantization
 from qlora_trainer.model.attention import attention_implementation, settle_attention
 from qlora_trainer.model.layer_inputs import keep_layer_inputs_on_host
+from qlora_trainer.model.probe import probe
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.quantized_cache import (
     QUANTIZATION,
@@ -75,7 +76,7 @@ def load_base(
     _keep_cpu_weights_unpacked(base)
     refuse_unquantized(base)
     keep_layer_inputs_on_host(base, device)
-    _settle_state_kernels(base, device)
+    _settle_state_kernels(base, device, packed_attention)
     settle_attention(base, packed_attention)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # dense weights have left pages behind; see `sizing/memory/fragmentation`
@@ -157,21 +158,22 @@ def weightless_base(config: PreTrainedConfig, device: torch.device) -> tuple[Any
     return base.eval(), quantizer
 
 
-def _settle_state_kernels(base: PreTrainedModel, device: torch.device) -> None:
+def _settle_state_kernels(base: PreTrainedModel, device: torch.device, packed_attention: PackedAttention) -> None:
     exact = torch.get_deterministic_debug_mode() != 0
     state_kernels.settle(base, by_packages=device.type == "cuda" and not exact)
-    if any(state_kernels.in_use(base).values()) and (reason := _refusal_of_kernels(base)) is not None:
+    if any(state_kernels.in_use(base).values()) and (reason := _refusal_of_kernels(base, packed_attention)) is not None:
         log.warning("the packages' kernels do not run here, so torch computes instead: %s", reason)
         state_kernels.settle(base, by_packages=False)
     for name, by_package in state_kernels.in_use(base).items():
         log.info("%s is computed by %s", name, "a package's kernel" if by_package else "torch")
 
 
-def _refusal_of_kernels(base: Any) -> str | None:
+def _refusal_of_kernels(base: Any, packed_attention: PackedAttention) -> str | None:
     """What packages' kernels say to a few tokens: some refuse a card or a compiler in the backward pass alone."""
-    embeddings = base.get_input_embeddings()
-    states = embeddings(torch.arange(3, 3 + KERNEL_TOKENS, device=embeddings.weight.device)[None])
-    states = states.detach().requires_grad_()
+    embeddings, batch = base.get_input_embeddings(), probe(range(3, 3 + KERNEL_TOKENS))
+    on_device = batch.to(embeddings.weight.device)
+    packed_attention.expect(batch, on_device.record_starts)
+    states = embeddings(on_device.input_ids).detach().requires_grad_()
     try:
         logits = base(inputs_embeds=states, use_cache=False).logits
         torch.autograd.grad(logits.float().square().mean(), states)
