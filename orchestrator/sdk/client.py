@@ -162,8 +162,9 @@ class Client:
         Raises InvalidObject, AlreadyExists, NotFound, and Forbidden where other jobs, queues or nodes are not this
         account's to read.
 
+        >>> handle = client.submit("notes.yaml")
         >>> client.simulate(gpus=["24Gi=+1"]).jobs[0].job
-        'default/medical'
+        'default/notes'
         """
         try:
             present = read_snapshot(self.connection, self.settings.policy())
