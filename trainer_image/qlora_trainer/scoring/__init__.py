@@ -1,0 +1,1 @@
+"""How good generated answers are: metrics, and how sure one can be of them."""
