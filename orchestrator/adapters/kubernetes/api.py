@@ -70,13 +70,45 @@ class Timeouts:
     answer_seconds: float = 30.0
 
 
+class Pace:
+    """So many requests a second about each kind of object in the long run, and so many at once after a pause.
+
+    Each kind by itself, as the clients of controllers in Go have it. Safe to share between threads.
+    """
+
+    def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """0 a second is no bound."""
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._left: dict[str, tuple[float, float]] = {}
+        """How many may be made at once, and when that was so, by kind."""
+
+    def seconds_to_wait(self, kind: str) -> float:
+        """Until the next request may be made, which is counted with this."""
+        if not self._per_second:
+            return 0.0
+        with self._lock:
+            now = self._clock()
+            left, counted_at = self._left.get(kind, (float(self._burst), now))
+            left = min(self._burst, left + (now - counted_at) * self._per_second) - 1
+            self._left[kind] = left, now
+            return max(0.0, -left / self._per_second)
+
+
+NO_BOUND = Pace(0, 1)
+
+
 class KubeApi:
     """A connection to one API server; safe to share between threads."""
 
-    def __init__(self, context: str = "", *, kubeconfig: str = "", timeouts: Timeouts | None = None) -> None:
+    def __init__(
+        self, context: str = "", *, kubeconfig: str = "", timeouts: Timeouts | None = None, pace: Pace = NO_BOUND
+    ) -> None:
         """Connects to a kubeconfig context, the current one by default; `in-cluster` is the pod's own service account.
 
-        The kubeconfig is the one that `KUBECONFIG` names unless another is given.
+        The kubeconfig is the one that `KUBECONFIG` names unless another is given. Requests keep to the pace.
         """
         untyped: Any = kubernetes_client  # Any: the library has no types
         configuration: Any = untyped.Configuration()
@@ -87,6 +119,7 @@ class KubeApi:
         self._client: Any = untyped.ApiClient(configuration)
         self._host: str = configuration.host
         self._timeouts = timeouts or Timeouts()
+        self._pace = pace
         self._lock = threading.Lock()
         self.requests: Counter[tuple[str, str]] = Counter()
         """Requests made, by verb and resource."""
@@ -173,10 +206,12 @@ class KubeApi:
     def _request(
         self, verb: str, url: str, path: str, data: bytes | None, kind: str, answer_seconds: float, accept: str
     ) -> urllib3.BaseHTTPResponse:
+        resource = resource_of(path)
+        time.sleep(self._pace.seconds_to_wait(resource.partition("/")[0]))
         if verb not in READS:
             self.before_write()
         with self._lock:
-            self.requests[verb, resource_of(path)] += 1
+            self.requests[verb, resource] += 1
         headers = {"Accept": accept, "User-Agent": USER_AGENT}
         if data is not None:
             headers["Content-Type"] = kind

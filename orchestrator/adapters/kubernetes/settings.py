@@ -137,6 +137,11 @@ class ClusterSettings(ServiceSettings):
     """Calls that MLflow is asked to answer at one time."""
     writers: int = Field(default=16, ge=1, le=64)
     """Jobs that the controller writes to the API server about at one time."""
+    kube_requests_per_second: float = Field(default=0.0, ge=0, le=1_000_000)
+    """Requests about each kind of object that the controller makes to the API server in the long run; 0 is no bound but
+    the server's own. The lease is beyond it."""
+    kube_requests_burst: int = Field(default=100, ge=1, le=1_000_000)
+    """As many at once after a pause, where there is a bound."""
     tick_minimum_seconds: float = Field(default=0.02, ge=0, le=60)
     """The controller rests at least so long between two looks."""
     lease_duration_seconds: int = Field(default=15, ge=3, le=3600)
