@@ -33,7 +33,7 @@ from orchestrator.core.commands import (
 from orchestrator.core.job.containment import failed_by_defect
 from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, release_commands, stage_commands
-from orchestrator.core.job.state_machine import LAST_RUN_STATUS, JobState, state_of
+from orchestrator.core.job.state_machine import GPU_STATES, LAST_RUN_STATUS, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Round, Scheduler
 from orchestrator.core.scheduling.index import Index
@@ -70,7 +70,9 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     yield from _runs_of_gone_jobs(index, snapshot)
     yield from queue_statuses(index, snapshot)  # before a job that has ended may be deleted
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
-    # just now, then figures of jobs that go on as before, and last come words about those who wait.
+    # just now, of that first what frees a GPU or gives it to somebody, then figures of jobs that go on as before, and
+    # last come words about those who wait.
+    handed: list[Command] = []
     moved: list[Command] = []
     figures: list[WriteStatus] = []
     waiting: list[Draft] = []
@@ -84,8 +86,9 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
         elif own.draft.state is state_of(draft.job.status) and not own.stage:
             figures.append(own.write)
         else:
-            moved += [own.write, *own.stage, *own.begun]
+            (handed if own.hands_over_gpu else moved).extend([own.write, *own.stage, *own.begun])
         yield from own.defects
+    yield from handed
     yield from moved
     yield from leftover_commands(snapshot, snapshot.stages.keys() - index.wanted, index.job)
     yield from release_commands(snapshot)
@@ -104,6 +107,11 @@ class _OfJob:
     """What its stored attempt asks for."""
     begun: tuple[EnsureStage, ...] = ()
     """The stage of the attempt that the write puts on record."""
+
+    @property
+    def hands_over_gpu(self) -> bool:
+        """Whether the job gets a GPU, or gives one back."""
+        return (state_of(self.draft.job.status) in GPU_STATES) is not (self.draft.state in GPU_STATES)
 
     @property
     def defects(self) -> tuple[ReportDefect, ...]:

@@ -306,6 +306,16 @@ def test_trained_frees_the_gpu_and_publishes_in_the_same_write() -> None:
     assert status.progress.loss == 1.5
 
 
+def test_gpus_that_come_free_or_are_given_are_written_before_stages_that_need_none() -> None:
+    new, queued = make_job("a-new"), make_job("b-queued", status=prepared_status())
+    trained = make_job("c-trained", status=running_status(ran_seconds=100))
+    commands = decide(
+        snapshot(new, queued, trained, stages=(exited(trained, 0, train_result()),), gpu_classes=gpus(_24Gi=2))
+    )
+    names = [command.job.metadata.name for command in commands if isinstance(command, WriteStatus)]
+    assert names == ["b-queued", "c-trained", "a-new"]
+
+
 def test_publish_waits_for_a_run_and_holds_no_gpu() -> None:
     trained = make_job(status=prepared_status(run_id=None, adapter_uri="file:///adapter"))
     other = make_job("other", status=prepared_status())
