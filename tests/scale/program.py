@@ -69,16 +69,12 @@ class Program:
     log: Path
 
     def peak_mib(self) -> float:
-        """The most resident memory so far, by the kernel's account."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-        raise AssertionError("the kernel tells no VmHWM")
+        """The most resident memory so far."""
+        return peak_mib(self.process.pid)
 
     def cpu_seconds(self) -> float:
         """Spent so far."""
-        user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.process.pid)
 
     def samples(self) -> dict[str, float]:
         """Its metrics, by name and labels."""
@@ -91,40 +87,63 @@ class Program:
         }
 
 
+def peak_mib(pid: int) -> float:
+    """The most resident memory of a process so far, by the kernel's account."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("the kernel tells no VmHWM")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Spent by a process so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def controller(plane: ControlPlane) -> Generator[Program]:
-    """Run it until the context ends."""
-    health_port, metrics_port, registry_port = free_ports(3)
-    registry_url = f"http://127.0.0.1:{registry_port}"
+def registry(folder: Path) -> Generator[int]:
+    """The port of a registry on paper, until the context ends."""
+    [port] = free_ports(1)
+    command = [sys.executable, "-m", "tests.scale.paper_mlflow", str(port)]
+    with process(command, folder / "registry.log", os.environ):
+        yield port
+
+
+@contextmanager
+def controller(
+    plane: ControlPlane, registry_port: int, settings: Mapping[str, str] | None = None
+) -> Generator[Program]:
+    """Run it until the context ends; `settings` are added to SETTINGS, or take their place."""
+    health_port, metrics_port = free_ports(2)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "MLFLOW_"))},
         **SETTINGS,
+        **(settings or {}),
         "KUBECONFIG": str(plane.kubeconfig_for(plane.accounts[ACCOUNT], name=ACCOUNT)),
         "QLORA_KUBE_CONTEXT": CONTEXT,
-        "QLORA_TRACKING_URI": registry_url,
+        "QLORA_TRACKING_URI": f"http://127.0.0.1:{registry_port}",
         "QLORA_HEALTH_PORT": str(health_port),
         "QLORA_METRICS_PORT": str(metrics_port),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MALLOC_ARENA_MAX": "2",  # as in the image
     }
     log = plane.folder / "controller.log"
-    with (
-        _process([sys.executable, "-m", "tests.scale.paper_mlflow", str(registry_port)], log, environment),
-        _process([sys.executable, "-m", "orchestrator.controller.cluster"], log, environment) as process,
-    ):
-        program = Program(process=process, metrics_port=metrics_port, registry_port=registry_port, log=log)
+    with process([sys.executable, "-m", "orchestrator.controller.cluster"], log, environment) as started:
+        program = Program(process=started, metrics_port=metrics_port, registry_port=registry_port, log=log)
         _wait_until_it_leads(program)
         yield program
 
 
 @contextmanager
-def _process(command: list[str], log: Path, environment: Mapping[str, str]) -> Generator[subprocess.Popen[bytes]]:
+def process(command: list[str], log: Path, environment: Mapping[str, str]) -> Generator[subprocess.Popen[bytes]]:
+    """A program that runs until the context ends."""
     with log.open("ab") as output:
-        process = subprocess.Popen(command, env=dict(environment), stdout=output, stderr=output)
+        started = subprocess.Popen(command, env=dict(environment), stdout=output, stderr=output)
     try:
-        yield process
+        yield started
     finally:
-        stop_process(process, STOP_SECONDS)
+        stop_process(started, STOP_SECONDS)
 
 
 def _wait_until_it_leads(program: Program) -> None:

@@ -32,7 +32,7 @@ from tests.cluster.resources import furnish
 from tests.scale.fleet import CLASSES, WRITERS, create_nodes, kwok_configuration, node_names
 from tests.scale.observer import Observer, unfinished_pods
 from tests.scale.paper_mlflow import read_runs
-from tests.scale.program import ACCOUNT, Program, audit_arguments, audited_requests, controller
+from tests.scale.program import ACCOUNT, Program, audit_arguments, audited_requests, controller, registry
 
 COHORT_QUEUES, LONE_QUEUE = ("blue", "green", "red"), "tight"
 QUEUES = (*COHORT_QUEUES, LONE_QUEUE)
@@ -92,7 +92,11 @@ def run(folder: Path, size: Size, tell: Callable[[str], None] = print) -> Outcom
         create_nodes(api, classes)
         for name, spec in queue_specs(size.nodes, hold=False).items():
             api.create(path_of(API_VERSION, "qloraqueues"), _queue(name, spec))
-        with controller(plane) as program, Observer(api, classes, gpu_bounds(size.nodes)) as observer:
+        with (
+            registry(folder) as port,
+            controller(plane, port) as program,
+            Observer(api, classes, gpu_bounds(size.nodes)) as observer,
+        ):
             return Trial(plane=plane, api=api, program=program, observer=observer, size=size, tell=tell).run()
 
 
