@@ -63,7 +63,7 @@ def main() -> None:
             for side in arguments.sides:
                 found[side] = measured(runs[side], Path(name) / f"{limit.name}-{side}")
                 print(f"{limit.name} {side}: {in_short(found[side])}", file=sys.stderr)
-    emit(results, save=arguments.save)
+            emit(results, save=arguments.save)  # it takes long: what is there is kept
 
 
 def measured(run: Callable[[Path], Figures], folder: Path) -> Figures:

@@ -6,9 +6,7 @@ Rules:
   outside comes of an intent that was not recorded. Different jobs may be served at one time, since most of a round is
   waiting for answers, and those that come first are begun first.
 - A round is over in time: what it has not begun by then is decided anew, with all that has become known meanwhile. So
-  a new job need not wait until thousands of others have been told why they wait. The jobs that it left begin the next
-  one, whoever was left longest first, or those that come last in every decision would not be served as long as there is
-  more to do than there is time.
+  a new job need not wait until thousands of others have been told why they wait.
 - Conflict and NotFound mean that the world has moved: the command is dropped, and the next round decides anew.
 - A transient error makes that command wait, twice as long each time up to a bound; every other job goes on.
 - MLflow may take long to answer, so its commands go to workers of their own (`mlflow_workers`).
@@ -87,8 +85,6 @@ class Actor:
         self._backoff = backoff
         self._refused: dict[str, str] = {}
         self._failed_tries: dict[str, int] = {}
-        self._left_since: dict[str, float] = {}
-        """Since when there has been no time for a job, by the key that names it among commands."""
         self._words = Allowance(self._bounds.words_per_second)
         self._mlflow_workers = MlflowWorkers(store, tracking, backoff, self._bounds.mlflow_workers)
 
@@ -102,37 +98,29 @@ class Actor:
 
     def act(self, commands: Sequence[Command], looked_seconds: float = 0.0) -> None:
         """Carry out one decision, which took so long to make. Raises RuntimeLost: the process must start over."""
-        began = time.monotonic()
-        over = began + max(self._bounds.seconds, ACT_PER_LOOK * looked_seconds)
+        over = time.monotonic() + max(self._bounds.seconds, ACT_PER_LOOK * looked_seconds)
         by_job: dict[str, list[Command]] = {}
         for command in commands:
             by_job.setdefault(_job_key(command), []).append(command)
-        keys = sorted(by_job, key=lambda key: self._left_since.get(key, began))
         if self._bounds.writers == 1:
-            served = [self._act_on_job(by_job[key], over) for key in keys]
+            for of_job in by_job.values():
+                self._act_on_job(of_job, over)
         else:
-            begun = [self._pool.submit(self._act_on_job, by_job[key], over) for key in keys]
-            served = [each.result() for each in begun]  # which raises what was raised there
-        self._left_since = {
-            key: self._left_since.get(key, began)
-            for key, is_served in zip(keys, served, strict=True)
-            if not is_served and not all(map(_is_talk, by_job[key]))
-        }
+            for begun in [self._pool.submit(self._act_on_job, of_job, over) for of_job in by_job.values()]:
+                begun.result()  # which raises what was raised there
         self._backoff.forget_all_but({_key(command) for command in commands})
         asked = {uid for command in commands if (uid := _recorded_uid(command)) is not None}
         self._refused = {uid: why for uid, why in self._refused.items() if uid in asked}
         self._failed_tries = {uid: tries for uid, tries in self._failed_tries.items() if uid in asked}
 
-    def _act_on_job(self, commands: Sequence[Command], over: float) -> bool:
-        """Whether there was time for all that could be done about it."""
+    def _act_on_job(self, commands: Sequence[Command], over: float) -> None:
         for command in commands:
             if time.monotonic() > over:
-                return False
+                return
             key = _key(command)
             done = self._backoff.ready(key) and self._carry_out(command, key)
             if not done and isinstance(command, WriteStatus):
-                return True
-        return True
+                return
 
     def _carry_out(self, command: Command, key: str) -> bool:
         if isinstance(command, EnsureRun | FinishRun):
@@ -141,7 +129,7 @@ class Actor:
         if isinstance(command, ReportDefect):
             log.error("deciding about the job failed, so the job does:\n%s", command.trace, extra=_about(command))
             return True
-        if _is_talk(command) and not self._words.take():
+        if isinstance(command, WriteStatus) and command.words_only and not self._words.take():
             return False
         try:
             self._dispatch(command)
@@ -233,11 +221,6 @@ def _key(command: Command) -> str:
             | DeleteJob(job=job)
         ):
             return f"{kind} {job.key} {job.metadata.uid}"
-
-
-def _is_talk(command: Command) -> bool:
-    """Whether it only says why a job waits."""
-    return isinstance(command, WriteStatus) and command.words_only
 
 
 def _recorded_uid(command: Command) -> str | None:

@@ -12,8 +12,9 @@ Level-triggered and pure: the same snapshot gives the same commands, and each of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.reasons import Reason
@@ -33,10 +34,11 @@ from orchestrator.core.commands import (
 from orchestrator.core.job.containment import failed_by_defect
 from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, release_commands, stage_commands
-from orchestrator.core.job.state_machine import GPU_STATES, LAST_RUN_STATUS, JobState, state_of
+from orchestrator.core.job.state_machine import LAST_RUN_STATUS, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Round, Scheduler
 from orchestrator.core.scheduling.index import Index
+from orchestrator.core.scheduling.ordering import created
 from orchestrator.core.scheduling.queue_status import queue_statuses
 from orchestrator.core.snapshot import Policy, Snapshot
 
@@ -70,10 +72,8 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     yield from _runs_of_gone_jobs(index, snapshot)
     yield from queue_statuses(index, snapshot)  # before a job that has ended may be deleted
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
-    # just now, of that first what frees a GPU or gives it to somebody, then figures of jobs that go on as before, and
-    # last come words about those who wait.
-    handed: list[Command] = []
-    moved: list[Command] = []
+    # just now, then figures of jobs that go on as before, and last come words about those who wait.
+    moved: list[_OfJob] = []
     figures: list[WriteStatus] = []
     waiting: list[Draft] = []
     for draft in decided.drafts.values():
@@ -86,10 +86,10 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
         elif own.draft.state is state_of(draft.job.status) and not own.stage:
             figures.append(own.write)
         else:
-            (handed if own.hands_over_gpu else moved).extend([own.write, *own.stage, *own.begun])
+            moved.append(own)
         yield from own.defects
-    yield from handed
-    yield from moved
+    for own in _in_turn(moved, decided):
+        yield from own.commands
     yield from leftover_commands(snapshot, snapshot.stages.keys() - index.wanted, index.job)
     yield from release_commands(snapshot)
     yield from figures
@@ -109,14 +109,27 @@ class _OfJob:
     """The stage of the attempt that the write puts on record."""
 
     @property
-    def hands_over_gpu(self) -> bool:
-        """Whether the job gets a GPU, or gives one back."""
-        return (state_of(self.draft.job.status) in GPU_STATES) is not (self.draft.state in GPU_STATES)
+    def commands(self) -> tuple[Command, ...]:
+        """All of them, of a job of which something is written."""
+        return () if self.write is None else (self.write, *self.stage, *self.begun)
 
     @property
     def defects(self) -> tuple[ReportDefect, ...]:
         """That deciding about the job raised, if it did."""
         return (ReportDefect(job=self.draft.job, trace=self.draft.defect),) if self.draft.defect else ()
+
+
+def _in_turn(moved: Iterable[_OfJob], decided: Round) -> list[_OfJob]:
+    """Who gets a GPU comes first, in the order of the line: it is idle until then. All others as long as they have been
+    at it: by their names, those that come last would not be served while there is more to do than there is time."""
+    ranks = {placement.claim.key: rank for rank, placement in enumerate(decided.placements)}
+
+    def turn(own: _OfJob) -> tuple[int, datetime]:
+        job = own.draft.job
+        attempts = job.status.attempts
+        return ranks.get(job.key, len(ranks)), attempts[-1].created_time if attempts else created(job, own.draft.now)
+
+    return sorted(moved, key=turn)
 
 
 def _of_job(draft: Draft, snapshot: Snapshot) -> _OfJob:

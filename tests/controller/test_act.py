@@ -282,26 +282,6 @@ def test_a_round_that_took_long_to_decide_may_act_longer(tmp_path: Path) -> None
     assert len(world.runtime.calls) == 5
 
 
-def test_whom_a_round_had_no_time_for_begins_the_next_one(tmp_path: Path) -> None:
-    world = World(tmp_path, Bounds(seconds=0.12))
-    world.runtime.error = lambda call: time.sleep(0.05)
-    jobs = [world.job(f"job-{number}") for number in range(6)]
-    for _ in range(4):  # every decision wants everything again, in the same order
-        world.actor.act([ensure(job) for job in jobs])
-    assert {f"ensure job-{number}-prepare-1" for number in range(6)} == set(world.runtime.calls)
-
-
-def test_words_that_a_round_had_no_time_for_do_not_go_before_deeds(tmp_path: Path) -> None:
-    world = World(tmp_path, Bounds(seconds=0.04))
-    world.runtime.error = lambda call: time.sleep(0.05)
-    worker, talker = world.job("worker"), world.job("talker")
-    for round_number in range(3):
-        said = WriteStatus(job=talker, status=QLoRAJobStatus(summary=f"waits {round_number}"), words_only=True)
-        world.actor.act([ensure(worker), said])
-    assert world.runtime.calls == ["ensure worker-prepare-1"] * 3
-    assert world.status("talker").summary == ""
-
-
 def test_what_follows_a_write_waits_for_the_next_round_once_the_time_is_over(tmp_path: Path) -> None:
     world = World(tmp_path, Bounds(seconds=-1.0))
     job = world.job()

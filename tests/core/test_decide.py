@@ -306,14 +306,21 @@ def test_trained_frees_the_gpu_and_publishes_in_the_same_write() -> None:
     assert status.progress.loss == 1.5
 
 
-def test_gpus_that_come_free_or_are_given_are_written_before_stages_that_need_none() -> None:
-    new, queued = make_job("a-new"), make_job("b-queued", status=prepared_status())
-    trained = make_job("c-trained", status=running_status(ran_seconds=100))
+def test_who_gets_a_gpu_is_written_first_and_others_by_how_long_they_have_been_at_it() -> None:
+    young, old = make_job("a-young", age_seconds=10), make_job("b-old", age_seconds=2000)
+    trained = make_job("c-trained", status=running_status(ran_seconds=1000))
+    ready, urgent = (
+        make_job(name, status=prepared_status(), priority=p) for name, p in (("d-ready", 0), ("e-urgent", 9))
+    )
     commands = decide(
-        snapshot(new, queued, trained, stages=(exited(trained, 0, train_result()),), gpu_classes=gpus(_24Gi=2))
+        snapshot(
+            *(young, old, trained, ready, urgent),
+            stages=(exited(trained, 0, train_result()),),
+            gpu_classes=gpus(_24Gi=3),
+        )
     )
     names = [command.job.metadata.name for command in commands if isinstance(command, WriteStatus)]
-    assert names == ["b-queued", "c-trained", "a-new"]
+    assert names == ["e-urgent", "d-ready", "b-old", "c-trained", "a-young"]
 
 
 def test_publish_waits_for_a_run_and_holds_no_gpu() -> None:
