@@ -21,6 +21,8 @@ from orchestrator.api.base import API_VERSION, Model
 from orchestrator.api.job import (
     CHAT_TEMPLATE_NAMES,
     CHAT_TEMPLATE_RULE,
+    GENERATION_HOLDS_OUT,
+    GENERATION_KNOWS_ANSWERS,
     IMMUTABLE_SPEC_FIELDS,
     MAX_CHAT_TEMPLATE_BYTES,
     MAX_EPOCHS,
@@ -28,6 +30,7 @@ from orchestrator.api.job import (
     TRAINING_FIELDS_BELOW_ONE,
     AdapterSpec,
     DatasetSource,
+    GenerationSpec,
     ModelSource,
     ObjectMeta,
     QLoRAJob,
@@ -124,6 +127,36 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
             *_compared(TRAINING_FIELDS_ABOVE_ZERO, "> 0.0", "must be above 0"),
             *_compared(TRAINING_FIELDS_BELOW_ONE, "< 1.0", "must be below 1"),
             *_compared(("epochs",), f"<= {MAX_EPOCHS}.0", f"must be at most {MAX_EPOCHS}"),
+        )
+    },
+    GenerationSpec: {
+        "_metrics_are_told": (
+            Rule(
+                rule="self.metrics.all(one, self.metrics.exists_one(other, other == one))",
+                message="metrics must name each metric once",
+                field="metrics",
+            ),
+            Rule(
+                rule="has(self.regex) == ('regex' in self.metrics)",
+                message="regex is the pattern of the metric regex: set both or none",
+                field="regex",
+            ),
+        )
+    },
+    QLoRAJobSpec: {
+        "_prompts_can_be_asked": (
+            Rule(
+                rule="!has(self.evaluation.generation) || has(self.dataset.evalSource)"
+                " || double(self.dataset.evalFraction) > 0.0",
+                message=GENERATION_HOLDS_OUT,
+                field="evaluation.generation",
+            ),
+            Rule(
+                rule="!has(self.evaluation.generation)"
+                " || (self.dataset.trainOn != 'all' && self.dataset.format != 'text')",
+                message=GENERATION_KNOWS_ANSWERS,
+                field="evaluation.generation",
+            ),
         )
     },
     ModelTrace: {

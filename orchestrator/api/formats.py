@@ -7,9 +7,12 @@
     <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
                                           state.json, journal.jsonl, best_adapter.safetensors (when it is not this one)
                                           and, written last, manifest.json
-    <job>/adapter/                        PEFT's layout plus tokenizer files, journal.jsonl and, last, manifest.json
+    <job>/answers/<digest>.json           an answer to a held-out prompt, by all that it depends on
+    <job>/adapter/                        PEFT's layout plus tokenizer files, journal.jsonl, answers.json (to held-out
+                                          prompts, where they were asked) and, last, manifest.json
 
-A folder exists when its manifest does, but for logs, which vouch for nothing. Nothing is pickled.
+A folder exists when its manifest does, but for logs, which vouch for nothing, and answers, each of which is a whole
+file that is gone once all are in the table. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
 LOGS_FOLDER = "logs"
+ANSWERS_FOLDER, ANSWERS_NAME = "answers", "answers.json"
 LOG_NAME, EARLIER_LOG_NAME = "log.jsonl", "log.1.jsonl"
 SHOWN_NAME = "shown.json"
 MAX_SHOWN_RECORDS = 100
@@ -116,6 +120,44 @@ class Fence(Model):
     """The attempt that owns the store. A trainer that reads a higher one than its own must stop."""
 
     attempt: PositiveCount
+
+
+class Answer(Model):
+    """One generated answer."""
+
+    text: str
+    tokens: Count
+
+
+class AnsweredPrompt(Model):
+    """A held-out prompt, the answer that was wanted, and those that were given."""
+
+    prompt: str
+    """Its end, where it is long."""
+    reference: str
+    base: Answer
+    """Of the base without an adapter."""
+    adapter: Answer
+    holder: Answer | None = None
+    """Of the version that had the alias."""
+
+
+class Holder(Model):
+    """Who had the alias when answers were generated."""
+
+    alias: ShortText
+    version: ShortText | None = None
+    """None where nobody had it."""
+    refusal: str = ""
+    """Why it did not answer, if it did not."""
+
+
+class AnswerTable(Model):
+    """All answers of a job."""
+
+    prompts: tuple[AnsweredPrompt, ...]
+    holder: Holder | None = None
+    """None where no alias is asked for."""
 
 
 def _finite(metrics: object) -> object:

@@ -49,7 +49,7 @@ CANCEL_ANNOTATION = "qlora.dev/cancel"
 RELEASE_FINALIZER = "qlora.dev/release"
 """The finalizer of a job for which something outside has to be settled before its object may go."""
 # What the results depend on; a job that should compute something else is another job.
-IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "tracking")
+IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "evaluation.generation", "tracking")
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
 TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
 MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
@@ -75,8 +75,13 @@ CHAT_TEMPLATE_NAMES = ("chatml", "gemma", "llama3", "phi3")
 CHAT_TEMPLATE_RULE = f"Jinja text, which has {{{{ or {{% in it, or one of {', '.join(CHAT_TEMPLATE_NAMES)}"
 CHAT_TEMPLATE_PATTERN = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
 """Text: control characters but for tabs and line ends take six bytes each in the task."""
+GENERATION_HOLDS_OUT = "evaluation.generation asks held-out records: set dataset.evalSource or dataset.evalFraction"
+GENERATION_KNOWS_ANSWERS = (
+    "evaluation.generation has to know where an answer begins: dataset.trainOn must not be all, nor dataset.format text"
+)
 MAX_EPOCHS = 1_000_000
 MAX_PARALLELISM = 64
+AnswerMetric = Literal["exactMatch", "f1", "chrf", "bleu", "jsonValidity", "regex"]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", min_length=1, max_length=128)]
@@ -265,6 +270,27 @@ class CheckpointSpec(Model):
     keep: int = Field(default=2, ge=1, le=100)
 
 
+class GenerationSpec(Model):
+    """Answers to held-out prompts after the last step: of the adapter, of the base, and of whom it is to replace."""
+
+    prompts: int = Field(default=64, ge=1, le=512)
+    """Held-out records that are asked, at most, chosen by training.seed; the last answer of each is the reference."""
+    max_new_tokens: int = Field(default=128, ge=1, le=4096)
+    """Of an answer; prompt and answer together have at most training.sequenceLength, and at most 4,096."""
+    metrics: Annotated[tuple[AnswerMetric, ...], Field(min_length=1, max_length=6)] = ("exactMatch", "f1")
+    """What answers are scored by; chrf and bleu go to 100, the others to 1."""
+    regex: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    """What the metric regex looks for, anywhere in an answer; without look-around and back-references."""
+
+    @model_validator(mode="after")
+    def _metrics_are_told(self) -> GenerationSpec:
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("metrics must name each metric once")
+        if (self.regex is not None) != ("regex" in self.metrics):
+            raise ValueError("regex is the pattern of the metric regex: set both or none")
+        return self
+
+
 class EvaluationSpec(Model):
     """Held-out evaluation; runs only where the dataset holds something out, and always once at the end."""
 
@@ -273,6 +299,8 @@ class EvaluationSpec(Model):
     """Stop after so many evaluations without a better loss; 0 never stops early."""
     keep_best: bool = False
     """End with the adapter of the best evaluation instead of the last step's."""
+    generation: GenerationSpec | None = None
+    """Also answer held-out prompts; costs the GPU the time that the estimate tells."""
 
 
 class TrackingSpec(Model):
@@ -345,6 +373,16 @@ class QLoRAJobSpec(Model):
     """Delete the job object so long after it finished; MLflow and the store keep the results."""
     suspend: bool = False
     """Hold the job: a running stage checkpoints and stops, and nothing starts until this is false again."""
+
+    @model_validator(mode="after")
+    def _prompts_can_be_asked(self) -> QLoRAJobSpec:
+        if self.evaluation.generation is None:
+            return self
+        if self.dataset.eval_source is None and float(self.dataset.eval_fraction) == 0:
+            raise ValueError(GENERATION_HOLDS_OUT)
+        if self.dataset.train_on == "all" or self.dataset.format == "text":
+            raise ValueError(GENERATION_KNOWS_ANSWERS)
+        return self
 
 
 class Condition(Model):

@@ -60,6 +60,8 @@ class Estimate(Model):
     """Expected seconds of an optimizer step."""
     seconds: Amount | None = None
     """Expected seconds of all steps; evaluations, checkpoints and loading come on top."""
+    answering_seconds: Amount | None = None
+    """Seconds that answers to held-out prompts take at the most, where the job asks for some."""
     dollars: Amount | None = None
     """Expected price of those seconds; absent where the operator has told none for the class."""
 

@@ -39,6 +39,11 @@ CUDA_GRAPH_TOKENS = 6144
 CUDA_GRAPH_TOKENS_STEP = 256
 """Their tokens are padded to a multiple of this."""
 
+# --- answers to held-out prompts
+
+ANSWER_TOKENS = 4096
+"""Prompt and answer together have at most so many: longer records are not asked, whatever was trained on."""
+
 # --- NF4 (Dettmers et al., 2023, section 3; the defaults of bitsandbytes)
 
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256

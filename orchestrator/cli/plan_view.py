@@ -119,6 +119,8 @@ def length_words(estimate: Estimate, *, about: bool = False) -> str:
         words.append(f"{step_time(estimate.step_seconds)} each on {estimate.card}")
     if estimate.seconds is not None:
         words.append(f"about {duration(estimate.seconds)} in all")
+    if estimate.answering_seconds is not None:
+        words.append(f"then answers for up to {duration(estimate.answering_seconds)}")
     if estimate.dollars is not None:
         words.append(f"about {dollars(estimate.dollars)}")
     return ", ".join(words)

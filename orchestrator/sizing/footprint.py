@@ -21,6 +21,7 @@ from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.layer_trace import KIND_LETTERS, Heads, ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
+from orchestrator.sizing.answering import answering_bytes
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED_TYPES, Attention
@@ -103,6 +104,7 @@ class Footprint:
             records=records,
             trainable=adapter_parameters(spec.adapter, facts),
             loaded=loaded,
+            answers=spec.evaluation.generation is not None,
         )
         self._lasting_bytes = sum(count for _, count in _lasting(self._question))
         self._layers = _Layers.of(self._question)
@@ -277,6 +279,8 @@ class _Question:
     """Parameters of the adapter."""
     loaded: bool
     """What loading the base takes by the way is not asked for."""
+    answers: bool
+    """Whether held-out prompts are answered when training is over."""
 
     @cached_property
     def uses_cuda_graphs(self) -> bool:
@@ -431,6 +435,7 @@ class _Instants:
         self._shared = question.shared_bytes
         self._loading = question.loading_bytes
         self._passes = question.passes
+        self._answering = answering_bytes(question.facts, question.sequence_length) if question.answers else 0
 
     def largest(self, recomputing: int) -> Instant:
         """The peak where the first so many layers recompute."""
@@ -471,6 +476,7 @@ class _Instants:
         yield "what the decoder does around its layers", others, gradients.after(0), outside
         yield "optimizer", 0, gradients.all, min(gradients.all, trainer_facts.OPTIMIZER_PIECE * BF16_BYTES)
         yield LOADING, 0, 0, self._loading
+        yield "answering held-out prompts", 0, 0, self._answering
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,11 +13,20 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
-from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.job import (
+    AdapterSpec,
+    DatasetSource,
+    EvaluationSpec,
+    GenerationSpec,
+    ModelSource,
+    QLoRAJobSpec,
+    TrainingSpec,
+)
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan, OffloadTarget
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
+from orchestrator.sizing.answering import answering_seconds
 from orchestrator.sizing.footprint import Footprint, card_matters, is_fused
 from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GIB, Card, GpuClass
@@ -67,7 +76,7 @@ def candidates(
     margins: Margins = DEFAULT,
 ) -> tuple[Estimate, ...] | Refusal:
     """Every class that the job may use and fits, the preferred first, each with its fastest plan."""
-    job, resources = _Job(spec.adapter, spec.training, facts, work, margins), spec.resources
+    job, resources = _Job.of(spec, facts, work, margins), spec.resources
     return _candidates(job, resources.vram, resources.gpu_classes, spec.active_deadline_seconds, tuple(classes))
 
 
@@ -78,19 +87,26 @@ class _Job:
     value by value.
     """
 
-    __slots__ = ("_key", "adapter", "facts", "margins", "training", "work")
+    __slots__ = ("_key", "adapter", "facts", "generation", "margins", "training", "work")
 
     def __init__(
         self,
         adapter: AdapterSpec,
         training: TrainingSpec,
+        generation: GenerationSpec | None,
         facts: ModelFacts,
-        work: Work | None = None,
-        margins: Margins = DEFAULT,
+        work: Work,
+        margins: Margins,
     ) -> None:
-        self.adapter, self.training, self.facts, self.margins = adapter, training, facts, margins
-        self.work = work or Work(steps=training.max_steps or 0)
-        self._key = (*vars(adapter).values(), *vars(training).values(), facts, self.work, margins)
+        self.adapter, self.training, self.generation = adapter, training, generation
+        self.facts, self.work, self.margins = facts, work, margins
+        self._key = (*vars(adapter).values(), *vars(training).values(), generation, facts, work, margins)
+
+    @classmethod
+    def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None, margins: Margins = DEFAULT) -> _Job:
+        """Of a job's spec."""
+        known = work or Work(steps=spec.training.max_steps or 0)
+        return cls(spec.adapter, spec.training, spec.evaluation.generation, facts, known, margins)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -103,9 +119,10 @@ class _Job:
         nowhere = "file:///"
         return QLoRAJobSpec(
             model=ModelSource(source=nowhere),
-            dataset=DatasetSource(source=nowhere),
+            dataset=DatasetSource(source=nowhere, eval_source=nowhere),
             adapter=self.adapter,
             training=self.training,
+            evaluation=EvaluationSpec(generation=self.generation),
         )
 
 
@@ -144,7 +161,7 @@ def _price_in_time(estimate: Estimate, deadline_seconds: int) -> tuple[bool, flo
 
 def in_time(estimate: Estimate, deadline_seconds: int) -> bool:
     """Whether the steps are expected to end before the deadline."""
-    return estimate.seconds is not None and estimate.seconds <= deadline_seconds
+    return estimate.seconds is not None and estimate.seconds + (estimate.answering_seconds or 0) <= deadline_seconds
 
 
 def allowed_classes(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
@@ -164,14 +181,14 @@ def choose_plan(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> MemoryPlan | None:
     """The fastest plan that fits the class; None where even the one that takes least does not."""
-    return _search(_Job(spec.adapter, spec.training, facts, work)).choose(gpu_class)
+    return _search(_Job.of(spec, facts, work)).choose(gpu_class)
 
 
 def plans(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> Iterator[MemoryPlan]:
     """The plans that fit the class, fastest first: of each split and offload the one that recomputes least."""
-    return _search(_Job(spec.adapter, spec.training, facts, work)).fastest_first(gpu_class)
+    return _search(_Job.of(spec, facts, work)).fastest_first(gpu_class)
 
 
 def estimate(
@@ -184,7 +201,7 @@ def estimate(
     margins: Margins = DEFAULT,
 ) -> Estimate:
     """A plan's peak held against what a class offers, its time, and its price."""
-    return _search(_Job(spec.adapter, spec.training, facts, work, margins)).estimate(plan, gpu_class)
+    return _search(_Job.of(spec, facts, work, margins)).estimate(plan, gpu_class)
 
 
 def micro_batch_sizes(global_batch_size: int) -> Iterator[int]:
@@ -275,8 +292,15 @@ class _Search:
             card=card.name if card is not None else None,
             step_seconds=step_seconds,
             seconds=seconds,
+            answering_seconds=self._answering_seconds(card),
             dollars=seconds / 3600 * price if seconds is not None and price is not None else None,
         )
+
+    def _answering_seconds(self, card: Card | None) -> float | None:
+        generation = self.spec.evaluation.generation
+        if generation is None or card is None:
+            return None
+        return answering_seconds(generation, self.facts, self.spec.training.sequence_length, card)
 
     def _footprint(self, plan: MemoryPlan, gpu_class: GpuClass) -> Footprint:
         """The bytes of a plan that recomputes nothing, and of all that differ from it in that alone."""
@@ -467,7 +491,7 @@ def _shorter(search: _Search, gpu_class: GpuClass) -> Iterator[str]:
     while fits + 1 < too_long:
         middle = (fits + too_long) // 2
         shorter = training.model_copy(update={"sequence_length": middle * part})
-        job = _Job(search.spec.adapter, shorter, search.facts, Work(), search.margins)
+        job = _Job.of(search.spec.model_copy(update={"training": shorter}), search.facts, Work(), search.margins)
         if _Search(job).least_bytes(gpu_class) <= gpu_class.usable_bytes:
             fits = middle
         else:

@@ -35,12 +35,13 @@ from tests.cluster.resources import clear
 Json = dict[str, Any]
 JOBS, QUEUES = path_of(API_VERSION, "qlorajobs", "team-b"), path_of(API_VERSION, "qloraqueues")
 SPEC: Json = {"model": {"source": "hf://owner/model"}, "dataset": {"source": "s3://bucket/train.jsonl"}}
+HELD_OUT: Json = {"dataset": {**SPEC["dataset"], "evalFraction": "0.1"}}
 QUOTA: Json = {"gpuClass": "24Gi", "nominal": 1}
 
 # Tried on every field, whatever its type.
 VALUES: list[object] = ["", "a", "A b", "a\u00a0b", "0", "1", "0.5", "1e-9", "01", "-1", "48Gi", True, 7, -1, 7.5]
 VALUES += [[], ["a"], ["a b"], [""], [7], ["a"] * 17, ["a"] * 65, ["é" * 129], {}, {"a": "b"}, {"uri": "s3://b/k"}]
-VALUES += [["a" * 128], ["a" * 129], "{{ a }}", "chatml", ".", "..", "a?b", " a"]
+VALUES += [["a" * 128], ["a" * 129], ["f1"], "{{ a }}", "chatml", ".", "..", "a?b", " a"]
 # What a text of a given length is made of: each fits the pattern of some field.
 FILLERS = ("a", "é", "7", "{{ a", "hf://a", "s3://a", "s3://\u2003", "0.", "v")
 # Where a double is not the decimal: comparisons must come out alike for both readers.
@@ -131,7 +132,10 @@ def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> N
     needed: Json = {
         "dataset.evalSplit": {"dataset": {**SPEC["dataset"], "evalSource": "s3://b/e"}},
         "adapter.experts": {"adapter": {"dropout": "0"}},
+        "evaluation.generation.regex": {**HELD_OUT, "evaluation": {"generation": {"metrics": ["regex"]}}},
     }
+    if path.startswith("evaluation.generation."):
+        needed.setdefault(path, HELD_OUT)
     agree_on_all(api, QLoRAJob, {**SPEC, **needed.get(path, {})}, path, JOB_FIELDS[path])
 
 
@@ -169,10 +173,19 @@ def rule_breakers() -> list[tuple[str, object]]:
     return found + [(f"training.{aliases[name]}", "1") for name in TRAINING_FIELDS_BELOW_ONE]
 
 
+def answer_rule_breakers() -> Iterator[Json]:
+    """Specs that one rule about answers to held-out prompts forbids."""
+    yield {"evaluation": {"generation": {}}}
+    yield {"dataset": {**HELD_OUT["dataset"], "trainOn": "all"}, "evaluation": {"generation": {}}}
+    yield {**HELD_OUT, "evaluation": {"generation": {"metrics": ["f1", "f1"]}}}
+    yield {**HELD_OUT, "evaluation": {"generation": {"regex": "a"}}}
+
+
 def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> None:
     """The field that each names is in the answer, too."""
     own = {rule for model, rules in RULES.items() if model not in IN_STATUS for each in rules.values() for rule in each}
     cases = [(QLoRAJob, changed(SPEC, path, value)) for path, value in rule_breakers()]
+    cases += [(QLoRAJob, {**SPEC, **each}) for each in answer_rule_breakers()]
     two = {"turnSeconds": 600, "fairSharing": "PerUser"}
     cases += [(QLoRAQueue, each) for each in ({"quotas": [QUOTA, QUOTA]}, {"budget": {}}, two)]
     met = set[Any]()

@@ -121,6 +121,8 @@ JOB_CASES: list[tuple[str, object, bool]] = [
     ("checkpoint.keep", 101, False),
     ("evaluation.earlyStoppingPatience", 0, True),
     ("evaluation.everySteps", 0, False),
+    ("evaluation.generation", {}, False),
+    ("evaluation.generation.metrics", ["accuracy"], False),
     ("tracking.alias", "champion", True),
     ("tracking.alias", None, True),
     ("tracking.alias", "latest", False),
@@ -263,6 +265,7 @@ CHANGES = {
     "adapter": {"rank": 8},
     "training": {"seed": 7},
     "store": {"uri": "s3://elsewhere/x"},
+    "evaluation.generation": {"prompts": 3},
     "tracking": {"experiment": "other"},
 }
 
@@ -270,9 +273,9 @@ CHANGES = {
 @pytest.mark.parametrize("field", IMMUTABLE_SPEC_FIELDS)
 def test_what_the_results_depend_on_cannot_be_changed(api: KubeApi, field: str) -> None:
     clear(api)
-    api.create(JOBS, job(SPEC))
+    api.create(JOBS, job(changed(SPEC, "dataset.evalFraction", "0.1")))
     with pytest.raises(InvalidObject, match=rf"spec\.{field} cannot be changed"):
-        api.patch(f"{JOBS}/case", {"spec": {field: CHANGES[field]}})
+        api.patch(f"{JOBS}/case", {"spec": changed({}, field, CHANGES[field])})
 
 
 def test_what_may_be_changed_can_be(api: KubeApi) -> None:

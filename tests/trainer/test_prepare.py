@@ -325,3 +325,32 @@ def test_a_template_is_taken_by_its_name(tmp_path: Path) -> None:
     template = (folder_of(result) / "chat_template.jinja").read_text()
     assert "<|im_start|>" in template
     assert template != (tiny_model() / "chat_template.jinja").read_text()
+
+
+# --- answers to held-out prompts
+
+
+def asking(store: Path, generation: dict[str, Any], **sections: Any) -> StageTask:
+    return make_task(store, evaluation={"generation": generation}, **sections)
+
+
+def test_answers_change_nothing_about_the_data(tmp_path: Path) -> None:
+    plain, asked = prepare.run(make_task(tmp_path / "plain")), prepare.run(asking(tmp_path / "asked", {}))
+    assert (plain.digest, plain.steps) == (asked.digest, asked.steps)
+
+
+@pytest.mark.parametrize("pattern", ["(", "(?=a)", r"(a)\1"])
+def test_a_pattern_that_is_none_is_refused_before_anything_is_read(tmp_path: Path, pattern: str) -> None:
+    task = asking(tmp_path, {"metrics": ["regex"], "regex": pattern})
+    with pytest.raises(UserError, match=r"^spec\.evaluation\.generation\.regex: .*look-around"):
+        prepare.run(task)
+    assert not any(tmp_path.iterdir())
+
+
+def test_held_out_records_whose_answers_were_cut_cannot_be_asked(tmp_path: Path) -> None:
+    held_out = write_dataset(tmp_path / "eval.jsonl", [{"prompt": "a", "completion": "b " * 300}])
+    train = write_dataset(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
+    dataset = {"source": train, "evalSource": held_out, "format": "prompt-completion", "tooLong": "truncate"}
+    task = asking(tmp_path / "store", {}, dataset=dataset)
+    with pytest.raises(UserError, match=r"^spec\.evaluation\.generation: no held-out record has a prompt"):
+        prepare.run(task)

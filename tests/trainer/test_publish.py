@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,11 +23,20 @@ from qlora_trainer.storage.checkpoint import Checkpointer, Provenance
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.journal import Journal
 from qlora_trainer.tracking import mlflow_run
+from qlora_trainer.tracking.holder import HolderAdapter, fetch_holder
 from qlora_trainer.tracking.run_page import attempt_tags
 from tiny_model import tiny_model
 
-from orchestrator.api.formats import JournalRecord
-from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrackingSpec, TrainingSpec
+from orchestrator.api.formats import Answer, AnsweredPrompt, AnswerTable, Holder, JournalRecord
+from orchestrator.api.job import (
+    DatasetSource,
+    EvaluationSpec,
+    GenerationSpec,
+    ModelSource,
+    QLoRAJobSpec,
+    TrackingSpec,
+    TrainingSpec,
+)
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
@@ -54,7 +64,14 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     return client
 
 
-def make_task(client: MlflowClient, store: JobStore, *, model: str = "file:///models/base", **fields: str) -> StageTask:
+def make_task(
+    client: MlflowClient,
+    store: JobStore,
+    *,
+    model: str = "file:///models/base",
+    evaluation: EvaluationSpec | None = None,
+    **fields: Any,
+) -> StageTask:
     experiment = client.get_experiment_by_name("team-a")
     assert experiment is not None
     uid = fields.pop("uid", "u-1")
@@ -79,8 +96,9 @@ def make_task(client: MlflowClient, store: JobStore, *, model: str = "file:///mo
         attempt=2,
         spec=QLoRAJobSpec(
             model=ModelSource(source=model),
-            dataset=DatasetSource(source="file:///data.jsonl"),
+            dataset=DatasetSource(source="file:///data.jsonl", eval_fraction="0.1"),
             training=TrainingSpec(learning_rate="3e-4"),
+            evaluation=evaluation or EvaluationSpec(),
             tracking=TrackingSpec.model_validate(fields),
         ),
         store_uri=store.uri,
@@ -100,7 +118,9 @@ def make_task(client: MlflowClient, store: JobStore, *, model: str = "file:///mo
     )
 
 
-def make_store(tmp_path: Path, *, base: Path = Path("/models/base"), seed: int = 0) -> JobStore:
+def make_store(
+    tmp_path: Path, *, base: Path = Path("/models/base"), seed: int = 0, answers: AnswerTable | None = None
+) -> JobStore:
     """A job's store with a finished adapter for the tiny model, its weights drawn from the seed."""
     import torch
 
@@ -125,7 +145,7 @@ def make_store(tmp_path: Path, *, base: Path = Path("/models/base"), seed: int =
     provenance = Provenance(
         attempt=1, prepared=DIGEST, adapter_config=config, versions={"torch": "2.13.0+cu130", "peft": "0.21.2"}
     )
-    Checkpointer(store, provenance, keep=1).publish_adapter(1, adapter, RECORDS, tiny_model())
+    Checkpointer(store, provenance, keep=1).publish_adapter(1, adapter, RECORDS, tiny_model(), answers=answers)
     return store
 
 
@@ -497,3 +517,96 @@ def run_python(
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+# --- answers to held-out prompts
+
+ANSWERING = EvaluationSpec(generation=GenerationSpec(metrics=("exactMatch", "chrf")))
+
+
+def some_answers(*, holder: bool = False) -> AnswerTable:
+    """Of four, the adapter is right three times, the base once, the holder twice."""
+    right = {"adapter": (0, 1, 2), "base": (0,), "holder": (0, 3)}
+
+    def answer(who: str, number: int) -> Answer:
+        return Answer(text=f"answer {number}" if number in right[who] else "no | *idea*", tokens=2)
+
+    return AnswerTable(
+        prompts=tuple(
+            AnsweredPrompt(
+                prompt=f"question {number} <b>|",
+                reference=f"Answer {number}!",
+                base=answer("base", number),
+                adapter=answer("adapter", number),
+                holder=answer("holder", number) if holder else None,
+            )
+            for number in range(4)
+        ),
+        holder=Holder(alias="candidate", version="7") if holder else None,
+    )
+
+
+def table_in(client: MlflowClient, run_id: str, path: str, folder: Path) -> Any:
+    return json.loads(Path(client.download_artifacts(run_id, path, str(folder))).read_text())
+
+
+@pytest.mark.parametrize("holder", [False, True])
+def test_scores_and_answers_are_in_run_and_card_and_repeating_changes_nothing(
+    client: MlflowClient, tmp_path: Path, holder: bool
+) -> None:
+    store = make_store(tmp_path, answers=some_answers(holder=holder))
+    task = make_task(client, store, registered_model="terms", evaluation=ANSWERING)
+    publish.run(task)
+    first = client.get_run(task.run_id)
+    publish.run(task)
+    run = client.get_run(task.run_id)
+    assert run.data.metrics == first.data.metrics
+    scores = {name: value for name, value in run.data.metrics.items() if name.startswith("eval/exact_match")}
+    assert scores == {
+        "eval/exact_match": 0.75,
+        "eval/exact_match_base": 0.25,
+        "eval/exact_match_over_base": 0.5,
+        **({"eval/exact_match_holder": 0.5, "eval/exact_match_over_holder": 0.25} if holder else {}),
+    }
+    assert [metric.step for metric in client.get_metric_history(task.run_id, "eval/exact_match")] == [1]
+    tables = {each["path"] for each in json.loads(run.data.tags["mlflow.loggedArtifacts"])}
+    assert tables == {"answers/scores.json", "answers/answers.json"}
+    answers = table_in(client, task.run_id, "answers/answers.json", tmp_path)
+    assert answers["columns"] == ["prompt", "reference", "base", *(["holder"] if holder else []), "adapter"]
+    assert (len(answers["data"]), answers["data"][1][0]) == (4, "question 1 <b>|")
+    (row, _) = table_in(client, task.run_id, "answers/scores.json", tmp_path)["data"]
+    assert row[0] == "exactMatch"
+    assert row[-2 if holder else -1].startswith("+0.500 [")
+    folder = Path(download_artifacts("models:/terms@candidate", dst_path=str(tmp_path / "downloaded")))
+    files = {path.name for path in (folder / "artifacts" / "adapter").iterdir()}
+    assert "answers.json" not in files, "held-out data is not handed to whoever loads the model"
+    card = (folder / "artifacts" / "adapter" / "README.md").read_text()
+    assert "## Answers" in card
+    assert "| exactMatch | 0.250 &#91;" in card
+    assert "question 0 &lt;b&gt;&#124;" in card
+    assert ("| version 7 |" in card) == holder
+
+
+def asked_for(task: StageTask, folder: Path, largest_bytes: int = 1 << 30) -> HolderAdapter:
+    return fetch_holder(task, "candidate", folder, largest_bytes=largest_bytes, required=True)
+
+
+def test_the_aliass_adapter_is_fetched_where_it_is_for_the_same_base(client: MlflowClient, tmp_path: Path) -> None:
+    task = make_task(client, make_store(tmp_path), registered_model="terms", alias="candidate")
+    assert asked_for(task, tmp_path / "before").holder == Holder(alias="candidate")
+    publish.run(task)
+    found = asked_for(task, tmp_path / "after")
+    assert (found.holder.version, found.holder.refusal) == ("1", "")
+    assert found.folder is not None
+    weights = tmp_path / "store-0" / "adapter" / "adapter_model.safetensors"
+    assert (found.folder / "adapter_model.safetensors").read_bytes() == weights.read_bytes()
+
+    too_large = asked_for(task, tmp_path / "large", largest_bytes=100)
+    assert (too_large.folder, too_large.holder.version) == (None, "1")
+    assert "has room for 100" in too_large.holder.refusal
+    other = make_task(client, make_store(tmp_path, seed=1), model="file:///other", registered_model="terms", uid="u-2")
+    assert "it is for another base" in asked_for(other, tmp_path / "other").holder.refusal
+    client.delete_model_version_tag("terms", "1", "qlora.dev/adapter-digest")
+    assert "no job of this namespace made it" in asked_for(task, tmp_path / "foreign").holder.refusal
+    client.set_model_version_tag("terms", "1", "qlora.dev/adapter-digest", "sha256:" + "0" * 64)
+    assert "is not the one that was registered" in asked_for(task, tmp_path / "changed").holder.refusal

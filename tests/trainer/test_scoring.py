@@ -10,21 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 from qlora_trainer.scoring.bootstrap import RESAMPLES, Resampling
-from qlora_trainer.scoring.metrics import MetricName, exact_match, is_json, metric, token_f1
+from qlora_trainer.scoring.metrics import exact_match, is_json, metric, token_f1
 
+from orchestrator.api.job import AnswerMetric
 from orchestrator.api.linear_regex import compile_regex
 
 CORPORA: list[dict[str, Any]] = json.loads((Path(__file__).parent / "sacrebleu_scores.json").read_text())["corpora"]
 
 
-def score(name: MetricName, answers: list[str], references: list[str], regex: str | None = None) -> float:
+def score(name: AnswerMetric, answers: list[str], references: list[str], regex: str | None = None) -> float:
     found = metric(name, regex)
     return float(found.score(found.table(answers, references).sum(axis=0)))
 
 
 @pytest.mark.parametrize("corpus", CORPORA, ids=lambda corpus: corpus["references"][0][:20])
 @pytest.mark.parametrize("name", ["bleu", "chrf"])
-def test_scores_of_a_corpus_are_those_of_sacrebleu(name: MetricName, corpus: dict[str, Any]) -> None:
+def test_scores_of_a_corpus_are_those_of_sacrebleu(name: AnswerMetric, corpus: dict[str, Any]) -> None:
     assert score(name, corpus["answers"], corpus["references"]) == pytest.approx(corpus[name], abs=1e-9)
 
 
@@ -112,7 +113,7 @@ def test_answers_to_the_same_prompts_are_resampled_together() -> None:
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf"])
-def test_a_score_of_a_resample_is_the_score_of_that_corpus(name: MetricName) -> None:
+def test_a_score_of_a_resample_is_the_score_of_that_corpus(name: AnswerMetric) -> None:
     corpus = max(CORPORA, key=lambda each: len(each["answers"]))
     found = metric(name)
     answers, references = corpus["answers"], corpus["references"]

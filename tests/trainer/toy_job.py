@@ -90,7 +90,7 @@ def make_task(
     small = {"learning_rate": "1e-2", "global_batch_size": global_batch_size, "sequence_length": 64}
     spec = QLoRAJobSpec(
         model=ModelSource(source=model.as_uri()),
-        dataset=DatasetSource(source="file:///unused.jsonl"),
+        dataset=DatasetSource(source="file:///unused.jsonl", eval_fraction="0.1" if eval_rows else "0"),
         adapter=AdapterSpec.model_validate({"rank": 4, "alpha": 8, "dropout": "0.1", **(adapter or {})}),
         training=TrainingSpec.model_validate({**small, **(training or {})}),
         evaluation=EvaluationSpec.model_validate({"every_steps": 5, **(evaluation or {})}),
@@ -147,13 +147,14 @@ def write_prepared(store: Path, *, steps: int, rows: int, eval_rows: int) -> Pre
         eval_sequences=eval_rows,
         steps=steps,
     )
-    files = tuple(_describe(path) for path in sorted(folder.glob("*.parquet")))
+    files = tuple(describe_file(path) for path in sorted(folder.glob("*.parquet")))
     manifest = PreparedManifest(inputs=DIGEST, result=result, files=files)
     (folder / "manifest.json").write_text(manifest.model_dump_json(by_alias=True))
     return result
 
 
-def _describe(path: Path) -> FileEntry:
+def describe_file(path: Path) -> FileEntry:
+    """As a manifest vouches for it."""
     data = path.read_bytes()
     return FileEntry(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 

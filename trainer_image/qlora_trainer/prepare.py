@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.api.base import decimal
 from orchestrator.api.formats import PREPARED_FOLDER, SHOWN_NAME, FileEntry, PreparedManifest, ShownRecords
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
+from orchestrator.api.linear_regex import compile_regex
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.optimizer_steps import FEW_STEPS, optimizer_steps, steps_warning
 from orchestrator.api.package_data import known_type
 from orchestrator.api.packing import FEWEST_ROWS
 from orchestrator.api.results import PrepareResult, ResultTooLong, StageResult
 from orchestrator.api.task import StageTask
+from orchestrator.api.trainer_facts import ANSWER_TOKENS
 from orchestrator.api.words import on_one_line
 from qlora_trainer.data.chat_templates import named_template
 from qlora_trainer.data.dataset import (
@@ -110,6 +112,7 @@ class _Datasets:
 
 def run(task: StageTask) -> PrepareResult:
     """Prepare a job's data, or find it prepared."""
+    _refuse_regex(task.spec)
     store = JobStore(task.store_uri, is_new=True)
     store.take_fence(task.attempt)
     store.sweep()
@@ -121,10 +124,42 @@ def run(task: StageTask) -> PrepareResult:
         splits = None if found is not None else _read(task.spec, datasets, model)
         refuse_foreign_names(task)
         if found is not None:
-            log.info("%s is prepared already", found.uri)
-            return _told(_with_steps(found, model, task.spec.training), task.spec)
+            log.info("%s is prepared already", found.result.uri)
+            _refuse_without_prompts(found.folder, task.spec)
+            return _told(_with_steps(found.result, model, task.spec.training), task.spec)
     assert splits is not None, "what is not prepared has been read"
     return _told(_publish(task, store, digest, model, splits), task.spec)
+
+
+def _refuse_regex(spec: QLoRAJobSpec) -> None:
+    """UserError for a pattern that is none, as no rule of an API server can say it."""
+    generation = spec.evaluation.generation
+    if generation is None or generation.regex is None:
+        return
+    try:
+        compile_regex(generation.regex)
+    except ValueError as error:
+        raise UserError(
+            f"spec.evaluation.generation.regex: {error}; write it as RE2 reads it, without look-around and "
+            "back-references"
+        ) from error
+
+
+def _refuse_without_prompts(folder: Path, spec: QLoRAJobSpec) -> None:
+    """UserError where answers are asked for and no held-out record has a question and an answer."""
+    from qlora_trainer.data.micro_batch import PreparedRows  # here, because torch takes seconds
+    from qlora_trainer.data.prompts import all_prompts
+
+    generation = spec.evaluation.generation
+    if generation is None:
+        return
+    count = sum(1 for _ in all_prompts(PreparedRows(folder / EVAL_NAME), spec.training.sequence_length))
+    if count == 0:
+        raise UserError(
+            "spec.evaluation.generation: no held-out record has a prompt and, within spec.training.sequenceLength and "
+            f"{ANSWER_TOKENS} tokens, a whole answer to it; hold out others, or leave generation out"
+        )
+    log.info("%d of the held-out records can be asked, %d will be", count, min(count, generation.prompts))
 
 
 def _told(result: PrepareResult, spec: QLoRAJobSpec) -> PrepareResult:
@@ -184,7 +219,7 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
-    checked = check_architecture(description, source, spec.adapter)
+    checked = check_architecture(description, source, spec.adapter, answers=spec.evaluation.generation is not None)
     if checked.stores_tied_twice:
         log.info("%s has tensors of their own for weights that config.json ties, so each is counted", source)
         facts = facts.model_copy(update={"tied_embeddings": False})
@@ -263,17 +298,25 @@ def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]
     return result.model_copy(update={"warnings": bounded(warnings)})
 
 
-def _find_prepared(store: JobStore, digest: str, scratch: Path) -> PrepareResult | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """Data that is prepared already."""
+
+    result: PrepareResult
+    folder: Path
+
+
+def _find_prepared(store: JobStore, digest: str, scratch: Path) -> _Found | None:
     name = _folder(digest)
     manifest = store.read_manifest(name, PreparedManifest)
     if manifest is None or manifest.inputs != digest:
         return None
     try:
-        store.fetch_folder(name, manifest.files, scratch)
+        folder = store.fetch_folder(name, manifest.files, scratch)
     except DamagedFolder as error:
         log.warning("the prepared data is made again: %s", error)
         return None
-    return manifest.result
+    return _Found(result=manifest.result, folder=folder)
 
 
 def _folder(digest: str) -> str:
@@ -349,6 +392,7 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
     with store.scratch_folder() as folder:
         write_rows(folder / TRAIN_NAME, train, train_rows)
         write_rows(folder / EVAL_NAME, evaluation, eval_rows)
+        _refuse_without_prompts(folder, task.spec)
         model.tokenizer.save_pretrained(folder)
         (folder / SHOWN_NAME).write_text(ShownRecords(records=first, warnings=result.warnings).model_dump_json())
         store.check_fence(task.attempt)  # a folder of the name is about to be replaced

@@ -18,21 +18,25 @@ from pydantic import ValidationError
 
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
+    ANSWERS_NAME,
     JOURNAL_NAME,
     MANIFEST_NAME,
     PREPARED_FOLDER,
     SHOWN_NAME,
+    JournalRecord,
     PreparedManifest,
     ShownRecords,
 )
 from orchestrator.api.results import PublishResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
+from qlora_trainer.scoring.comparison import Comparison
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import FinalAdapter, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore, copy_verified
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking import mlflow_run, registry
+from qlora_trainer.tracking.answers_page import ScoredAnswers, metrics
 from qlora_trainer.tracking.model_card import model_card, without_front_matter
 from qlora_trainer.tracking.run_page import CARD_NAME, Results
 
@@ -52,12 +56,13 @@ def run(task: StageTask) -> PublishResult:
         adapter = fetch_adapter(store, Path(scratch) / "stored")
         run_id = mlflow_run.ensure_run(task)
         attempts = store.attempt_tags()
-        mlflow_run.reconcile(run_id, adapter.journal)
+        answers = score(task, adapter)
+        records = [*adapter.journal, *(() if answers is None else (score_record(adapter, answers),))]
+        mlflow_run.reconcile(run_id, records)
         log.info("the run %s has all %d records of the journal", run_id, len(adapter.journal))
-        card = model_card(task, adapter, attempts)
-        mlflow_run.describe(
-            task, run_id, attempts, Results(card=without_front_matter(card), records=read_shown(store, task))
-        )
+        card = model_card(task, adapter, attempts, answers)
+        results = Results(card=without_front_matter(card), records=read_shown(store, task), answers=answers)
+        mlflow_run.describe(task, run_id, attempts, results)
         registration = registry.Registration(
             task=task, run_id=run_id, adapter_digest=adapter.digest, description=without_front_matter(card)
         )
@@ -71,6 +76,21 @@ def run(task: StageTask) -> PublishResult:
     return PublishResult(
         registered_model=name, model_version=version, model_uri=f"models:/{name}/{version}", run_id=run_id
     )
+
+
+def score(task: StageTask, adapter: FinalAdapter) -> ScoredAnswers | None:
+    """The adapter's answers to held-out prompts with their scores, where the job asked for some."""
+    spec = task.spec.evaluation.generation
+    if spec is None or adapter.answers is None:
+        return None
+    comparison = Comparison(adapter.answers, spec, task.spec.training.seed)
+    return ScoredAnswers(table=adapter.answers, scores=comparison.scores())
+
+
+def score_record(adapter: FinalAdapter, answers: ScoredAnswers) -> JournalRecord:
+    """The scores as metrics of the last step."""
+    time_ms = adapter.journal[-1].time_ms if adapter.journal else 0
+    return JournalRecord(step=adapter.manifest.step, time_ms=time_ms, metrics=metrics(answers))
 
 
 def read_shown(store: JobStore, task: StageTask) -> ShownRecords | None:
@@ -110,7 +130,7 @@ def save_model(adapter: FinalAdapter, card: str, folder: Path, mlflow_model: Any
         peft_folder = Path(scratch) / "adapter"
         peft_folder.mkdir()
         for entry in adapter.manifest.files:
-            if entry.name not in (JOURNAL_NAME, MANIFEST_NAME):
+            if entry.name not in (ANSWERS_NAME, JOURNAL_NAME, MANIFEST_NAME):
                 copy_verified(adapter.folder / entry.name, entry, peft_folder / entry.name)
         (peft_folder / CARD_NAME).write_text(card)
         with warnings.catch_warnings():

@@ -12,10 +12,10 @@ import os
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic.alias_generators import to_camel
 
@@ -25,6 +25,7 @@ from orchestrator.api.formats import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     PREPARED_FOLDER,
+    AnswerTable,
     CheckpointManifest,
     PreparedManifest,
     checkpoint_step,
@@ -40,6 +41,7 @@ from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.versions import library_versions
+from qlora_trainer.tracking.holder import fetch_holder
 from qlora_trainer.tracking.mlflow_run import RunLogger, attempt_tags
 from qlora_trainer.training.start_up import teller, weights_told
 from qlora_trainer.training.stop import AgentClient, Stop, StopNow
@@ -50,11 +52,15 @@ if TYPE_CHECKING:
     from qlora_trainer.model.quantized_cache import ReadAhead
     from qlora_trainer.model.training_model import TrainingModel
     from qlora_trainer.storage.checkpoint import Checkpointer
+    from qlora_trainer.training.loop import Loop
 
 TRAIN_FILE, EVAL_FILE = "train.parquet", "eval.parquet"
 CLOSE_SECONDS = 10.0
 HURRIED_CLOSE_SECONDS = 1.0
 """How long the end of a stage waits for MLflow; what is missing then follows with the next attempt or publish."""
+
+SAFETENSORS_HEADER_BYTES = 1 << 20
+"""Room for the names of an adapter file's tensors."""
 
 log = logging.getLogger(__name__)
 
@@ -134,16 +140,79 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         final = training.final_adapter()
         training.report("storing the adapter")
         training.save_durably()
+        generation = generation_config(model, rows, data)
+
+        # 8. Answers to held-out prompts, where the job asks for them.
+        answers = None
+        if task.spec.evaluation.generation is not None:
+            model.load_adapter(final)
+            answers = _answers(task, model, training, stop, _Place(store=store, data=data, scratch=scratch), generation)
         adapter = checkpointer.publish_adapter(
             training.result(complete=True).step,
             final,
             training.journal.records(),
             tokenizer=data,
-            generation=generation_config(model, rows, data),
+            generation=generation,
+            answers=answers,
         )
+        store.forget_answers()
         return training.result(complete=True).model_copy(
             update={"adapter_uri": adapter.uri, "adapter_digest": adapter.digest}
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where things lie."""
+
+    store: JobStore
+    data: Path
+    """The prepared data."""
+    scratch: Path
+
+
+def _answers(
+    task: StageTask, model: TrainingModel, training: Loop, stop: Stop, place: _Place, generation: dict[str, Any]
+) -> AnswerTable:
+    """What adapter, base and the alias's holder answer; ends the model's training."""
+    transformers: Any = import_module("transformers")  # Any: whose tokenizers have no types
+
+    from qlora_trainer.data.micro_batch import PreparedRows
+    from qlora_trainer.data.prompts import chosen_prompts
+    from qlora_trainer.model.answering import Answerer
+    from qlora_trainer.training.answers import Interview, Questions, adapter_digest
+
+    spec, length, seed = task.spec.evaluation.generation, task.spec.training.sequence_length, task.spec.training.seed
+    assert spec is not None, "asked for"
+    assert task.prepared is not None, "checked at the start"
+    prompts = chosen_prompts(
+        PreparedRows(place.data / EVAL_FILE), count=spec.prompts, sequence_length=length, seed=seed
+    )
+    own = model.adapter()
+    interview = Interview(
+        Questions(
+            spec=spec,
+            prompts=prompts,
+            tokenizer=transformers.AutoTokenizer.from_pretrained(str(place.data)),
+            sequence_length=length,
+            base=f"{task.spec.model.source} {task.prepared.model.revision}",
+        ),
+        Answerer(model, generation["eos_token_id"]),
+        place.store,
+        task.attempt,
+        stopped=stop.asked.is_set,
+        stop=lambda: _preempted(training),
+        tell=training.report,
+    )
+    alias, holder = task.spec.tracking.alias, None
+    if alias is not None:
+        room = sum(tensor.nbytes for tensor in own.values()) + SAFETENSORS_HEADER_BYTES
+        holder = fetch_holder(task, alias, place.scratch / "holder", largest_bytes=room, required=False)
+    return interview.table(adapter_digest(own), holder)
+
+
+def _preempted(training: Loop) -> NoReturn:
+    raise Preempted(training.result(complete=False))
 
 
 def _load_libraries(task: StageTask, folder: Path) -> tuple[torch.device, ReadAhead]:
@@ -261,6 +330,7 @@ def _finished(store: JobStore, task: StageTask, prepared: PrepareResult) -> Trai
         return None
     if adapter is None or adapter.manifest.prepared != prepared.digest:
         return None
+    store.forget_answers()
     return TrainResult(
         step=adapter.manifest.step,
         complete=True,

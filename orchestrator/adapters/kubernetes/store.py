@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.events import Recorder
 from orchestrator.adapters.kubernetes.objects import Parser, job_wire, metadata_wire, queue_status_wire, status_wire
 from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
@@ -140,7 +141,8 @@ class KubernetesStore:
         meta["labels"] = _changes(stored.metadata.labels, meta["labels"])
         meta["resourceVersion"] = job.metadata.resource_version
         # With nulls, which take a field away; the immutable ones are not sent at all.
-        spec = job.spec.model_dump(mode="json", by_alias=True, exclude=set(IMMUTABLE_SPEC_FIELDS))
+        immutable = set(QLoRAJobSpec.model_fields) & set(IMMUTABLE_SPEC_FIELDS)
+        spec = job.spec.model_dump(mode="json", by_alias=True, exclude=immutable)
         try:
             return self._took(self._api.patch(self._path(job), {"metadata": meta, "spec": spec}))
         except Conflict as error:
@@ -331,7 +333,8 @@ def _changes(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, 
 def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
     """The API server checks the same; here the field is named in the same words as everywhere."""
     for field in IMMUTABLE_SPEC_FIELDS:
-        if getattr(stored.spec, field) != getattr(wanted.spec, field):
+        value_of = attrgetter(field)
+        if value_of(stored.spec) != value_of(wanted.spec):
             raise InvalidObject(
                 f"spec.{field} of job {wanted.key} cannot be changed, because the work done so far depends on it; "
                 f"submit a new job instead"

@@ -21,6 +21,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -401,7 +402,8 @@ def _at_rest(job: QLoRAJob) -> bool:
 
 def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
     for field in IMMUTABLE_SPEC_FIELDS:
-        if getattr(stored.spec, field) != getattr(wanted.spec, field):
+        value_of = attrgetter(field)
+        if value_of(stored.spec) != value_of(wanted.spec):
             raise InvalidObject(
                 f"spec.{field} of job {stored.key} cannot be changed, because the work done so far depends on it; "
                 f"submit a new job instead"

@@ -62,7 +62,7 @@ def _planned_seconds(status: QLoRAJobStatus) -> float | None:
     checkpoint, attempt = status.checkpoint, status.active_attempt
     before = checkpoint is not None and (attempt is None or checkpoint.attempt != attempt.number)
     durable = checkpoint.step if checkpoint is not None and before else 0
-    return estimate.step_seconds * max(0, estimate.steps - durable)
+    return estimate.step_seconds * max(0, estimate.steps - durable) + (estimate.answering_seconds or 0)
 
 
 def _believed(seconds: float) -> float | None:

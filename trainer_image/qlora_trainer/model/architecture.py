@@ -63,8 +63,13 @@ class CheckedModel:
     """What has kernels for its layers that carry a state, and the version that is installed, if one is."""
 
 
-def check_architecture(description: ModelDescription, source: str, adapter: AdapterSpec) -> CheckedModel:
-    """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets."""
+def check_architecture(
+    description: ModelDescription, source: str, adapter: AdapterSpec, *, answers: bool = False
+) -> CheckedModel:
+    """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets.
+
+    `answers`: the trained model is to generate some.
+    """
     config = known_config(description.folder, source)
     _refuse_generation_config(source, description.folder)
     PackedAttention().register()
@@ -86,7 +91,7 @@ def check_architecture(description: ModelDescription, source: str, adapter: Adap
     _refuse_untraceable(source, base)
     _refuse_unquantizable(source, base)
     target_modules(base, adapter)
-    separate_because = rehearse(config, source, adapter)
+    separate_because = rehearse(config, source, adapter, answers=answers)
     return CheckedModel(
         separate_because=separate_because,
         stores_tied_twice=stores_tied_twice,

@@ -29,9 +29,14 @@ def layer_inputs_table(base: Any) -> Embedding | None:
 
 def keep_layer_inputs_on_host(base: Any, device: torch.device) -> None:
     """Move the table off the card; whoever calls it gets rows on the card."""
-    table: Any = layer_inputs_table(base)
-    if table is None:
-        return
+    table = layer_inputs_table(base)
+    if table is not None:
+        table.to("cpu")
+        look_up_on_host(table, device)
+
+
+def look_up_on_host(table: Any, device: torch.device) -> None:
+    """Let a table that is on the host be called as if it were on the card."""
 
     def to_host(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0].to("cpu"),)  # which waits for the card, but for token ids that are on the host
@@ -39,6 +44,5 @@ def keep_layer_inputs_on_host(base: Any, device: torch.device) -> None:
     def to_device(_: Any, __: Any, rows: Tensor) -> Tensor:
         return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
-    table.to("cpu")
     table.register_forward_pre_hook(to_host)
     table.register_forward_hook(to_device)

@@ -8,6 +8,7 @@ Rules:
   generates two tokens.
 - How it attends is held against transformers' own eager attention, in float32, one record at a time; what its experts
   compute, against their own modules.
+- Where answers are asked for, those that it generates are held against what it was trained to give (`answering`).
 - What fails in the model's own code is the user's to know, as a UserError that names the model, and so is a model that
   no copy can be made of. What fails in ours is raised as it is (`blame`).
 """
@@ -40,6 +41,7 @@ from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import quantization
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
+from qlora_trainer.model.answering import refuse_other_answers
 from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.blame import is_models
 from qlora_trainer.model.loading import load_base, quantized_layers
@@ -88,8 +90,10 @@ LAST_LAYERS = ("num_kv_shared_layers",)
 log = logging.getLogger(__name__)
 
 
-def rehearse(config: Any, source: str, adapter: AdapterSpec) -> str | None:
+def rehearse(config: Any, source: str, adapter: AdapterSpec, *, answers: bool = False) -> str | None:
     """Train a small copy for a step, and raise UserError if the model cannot be trained as it is.
+
+    `answers`: nor if what it then generates is not what was trained.
 
     Returns why its records are trained one by one; None where rows of them are packed.
     """
@@ -99,7 +103,7 @@ def rehearse(config: Any, source: str, adapter: AdapterSpec) -> str | None:
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")  # what libraries warn of on a small copy is nobody's concern
-                return _rehearse(copy, adapter)
+                return _rehearse(copy, adapter, answers=answers)
         except UserError as error:
             raise UserError(f"{source}: {error.message}") from error
         except Exception as error:  # a copy that was made too small may fail where a larger one does not
@@ -137,7 +141,7 @@ class _Unfit(Exception):
     """What a copy shows that trains, but not right."""
 
 
-def _rehearse(config: Any, adapter: AdapterSpec) -> str | None:
+def _rehearse(config: Any, adapter: AdapterSpec, *, answers: bool) -> str | None:
     torch.manual_seed(0)
     reference = _drawn(config)
     compare_experts(reference)
@@ -147,6 +151,8 @@ def _rehearse(config: Any, adapter: AdapterSpec) -> str | None:
         model = _trained(folder, adapter)
         _reload(folder, model, Path(scratch) / "adapter")
     _compare_attention(reference, model)
+    if answers:
+        refuse_other_answers(model, PROBE_TOKENS)
     return model.separate_because
 
 

@@ -38,7 +38,7 @@ from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, dra
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
 from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
-from qlora_trainer.model.layer_inputs import layer_inputs_table
+from qlora_trainer.model.layer_inputs import layer_inputs_table, look_up_on_host
 from qlora_trainer.model.loading import quantized_layers
 from qlora_trainer.model.loss import Head, cross_entropy
 from qlora_trainer.model.probe import probe
@@ -149,6 +149,20 @@ class TrainingModel:
     def logits(self, batch: MicroBatch) -> Tensor:
         """Float32 logits [tokens, vocabulary] of a micro-batch."""
         return self._head.logits(self._hidden(StepInputs.of(batch, 0, 1.0, self.device))[0])
+
+    def end_training(self) -> None:
+        """Leave everything to transformers and PEFT, and let go of gradients and graphs: there is no way back."""
+        if self.fused is not None:
+            self.fused.give_back()
+        self.fused = self.cuda_graphs = None
+        for parameter in self._saved.values():
+            parameter.grad = None
+        if self._host_embedding is not None:
+            look_up_on_host(self.base.get_input_embeddings(), self.device)
+        self.base.set_attn_implementation(own_attention_implementation(self.base.config))
+        self.eval()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def linear_weights(self) -> int:
         """Weights that every token is multiplied with: the quantized layers, its experts and the head."""

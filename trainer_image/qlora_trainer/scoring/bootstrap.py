@@ -6,22 +6,12 @@ difference. The samples depend on the seed and the number of prompts alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from qlora_trainer.scoring.metrics import Metric, Numbers
+from qlora_trainer.scoring.scores import Interval
 
 RESAMPLES = 10_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A figure, and where it lies with some confidence."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Resampling:

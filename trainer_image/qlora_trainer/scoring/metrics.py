@@ -15,15 +15,15 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.api.job import AnswerMetric
 from orchestrator.api.linear_regex import compile_regex
 
 Numbers = NDArray[np.float64]
-MetricName = Literal["exactMatch", "f1", "chrf", "bleu", "jsonValidity", "regex"]
 
 CHRF_ORDER = 6
 CHRF_BETA = 2
@@ -55,7 +55,7 @@ class Metric:
         return np.array([self.statistics(answer, reference) for answer, reference in pairs], dtype=np.float64)
 
 
-def metric(name: MetricName, regex: str | None = None) -> Metric:
+def metric(name: AnswerMetric, regex: str | None = None) -> Metric:
     """The metric of this name; `regex` is the pattern of the one that is called so."""
     match name:
         case "exactMatch":

@@ -30,8 +30,10 @@ from orchestrator.api.base import MAX_COUNT, Digest
 from orchestrator.api.contained_files import open_regular
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
+    ANSWERS_NAME,
     CHECKPOINTS_FOLDER,
     JOURNAL_NAME,
+    AnswerTable,
     CheckpointManifest,
     FileEntry,
     JournalRecord,
@@ -226,16 +228,19 @@ class Checkpointer:
         journal: Sequence[JournalRecord],
         tokenizer: Path,
         generation: Json | None = None,
+        answers: AnswerTable | None = None,
     ) -> StoredAdapter:
         """Store the final adapter in PEFT's layout, with the tokenizer of the folder `tokenizer` and the journal.
 
-        `generation` is the content of generation_config.json.
+        `generation` is the content of generation_config.json; `answers` are those to held-out prompts.
         """
         self.finish()
         with self._store.scratch_folder() as folder:
             self._write_adapter(adapter, journal, folder)
             if generation is not None:
                 (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2, sort_keys=True))
+            if answers is not None:
+                (folder / ANSWERS_NAME).write_text(answers.model_dump_json(by_alias=True))
             for name in TOKENIZER_NAMES:
                 with suppress(FileNotFoundError), open_regular(tokenizer / name) as file:
                     (folder / name).write_bytes(file.read())

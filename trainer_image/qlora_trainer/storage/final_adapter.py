@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from orchestrator.api.base import Digest
-from orchestrator.api.formats import ADAPTER_FOLDER, JOURNAL_NAME, CheckpointManifest, JournalRecord
+from orchestrator.api.formats import (
+    ADAPTER_FOLDER,
+    ANSWERS_NAME,
+    JOURNAL_NAME,
+    AnswerTable,
+    CheckpointManifest,
+    JournalRecord,
+)
 from orchestrator.api.task import StageTask
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.job_store import JobStore
@@ -62,6 +69,8 @@ class FinalAdapter:
     digest: Digest
     """SHA-256 of adapter_model.safetensors."""
     journal: Sequence[JournalRecord]
+    answers: AnswerTable | None = None
+    """To held-out prompts, where the job asked for some."""
 
 
 def fetch_final_adapter(store: JobStore, into: Path) -> FinalAdapter | None:
@@ -78,7 +87,13 @@ def fetch_final_adapter(store: JobStore, into: Path) -> FinalAdapter | None:
         journal = Journal.load(folder / JOURNAL_NAME).records()
     except ValueError as error:
         raise DamagedFolder(f"{store.folder_uri(ADAPTER_FOLDER)}: {JOURNAL_NAME} is damaged: {error}") from error
-    return FinalAdapter(folder=folder, manifest=manifest, digest=f"sha256:{sha256}", journal=journal)
+    answers = None
+    if ANSWERS_NAME in digests:
+        try:
+            answers = AnswerTable.model_validate_json((folder / ANSWERS_NAME).read_bytes())
+        except ValueError as error:
+            raise DamagedFolder(f"{store.folder_uri(ADAPTER_FOLDER)}: {ANSWERS_NAME} is damaged: {error}") from error
+    return FinalAdapter(folder=folder, manifest=manifest, digest=f"sha256:{sha256}", journal=journal, answers=answers)
 
 
 def adapter_config(config: PeftConfiguration, task: StageTask) -> Json:

@@ -31,12 +31,14 @@ from orchestrator.api.base import Model
 from orchestrator.api.contained_files import LinkRefused, open_regular
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
+    ANSWERS_FOLDER,
     ATTEMPTS_NAME,
     CHECKPOINTS_FOLDER,
     FENCE_NAME,
     LOGS_FOLDER,
     MANIFEST_NAME,
     PREPARED_FOLDER,
+    Answer,
     AttemptLog,
     Fence,
     FileEntry,
@@ -146,6 +148,30 @@ class JobStore:
             logs = sorted(self._backend.folders(LOGS_FOLDER), key=_attempt_of_log)
             for name in logs[:-kept_attempts]:
                 self._backend.remove(name)
+
+    # --- answers
+
+    def keep_answer(self, attempt: int, digest: str, answer: Answer) -> None:
+        """Keep an answer under the digest of all that it depends on. For the fence's holder."""
+        self.check_fence(attempt)
+        with self._trying("keep an answer in"):
+            name = f"{ANSWERS_FOLDER}/{digest}.json"
+            self._backend.write(name, answer.model_dump_json(by_alias=True).encode(), make=True)
+
+    def read_answer(self, digest: str) -> Answer | None:
+        """The answer of that digest; None where there is none, or where it cannot be read."""
+        with self._trying("read an answer from"):
+            data = self._backend.read(f"{ANSWERS_FOLDER}/{digest}.json")
+        try:
+            return Answer.model_validate_json(data) if data else None
+        except ValidationError as error:
+            log.warning("an answer in %s does not parse and is generated anew: %s", self.uri, error)
+            return None
+
+    def forget_answers(self) -> None:
+        """Remove answers that stand in a table now."""
+        with self._trying("remove answers from"):
+            self._backend.remove(ANSWERS_FOLDER)
 
     # --- folders
 

@@ -24,6 +24,7 @@ from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
+from qlora_trainer.tracking.answers_page import ANSWERS_PATH, SCORES_PATH, answers_table, scores_table
 from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, insist, open_client
 from qlora_trainer.tracking.records_page import PAGE_PATH, TABLE_PATH, records_page, records_table
 from qlora_trainer.tracking.run_page import (
@@ -92,6 +93,9 @@ class RunMirror:
         if results is not None and results.records is not None:
             self._client.log_text(self._run_id, records_page(results.records), PAGE_PATH)
             self._client.log_dict(self._run_id, records_table(results.records), TABLE_PATH)
+        if results is not None and results.answers is not None:
+            self._client.log_dict(self._run_id, scores_table(results.answers), SCORES_PATH)
+            self._client.log_dict(self._run_id, answers_table(results.answers), ANSWERS_PATH)
         own = {**attempts, **tags(task), **page_tags(task, results, run.data.tags)}
         for batch in _batched([RunTag(key, value) for key, value in own.items()], BATCH_PARAMETERS):
             self._client.log_batch(self._run_id, tags=batch)

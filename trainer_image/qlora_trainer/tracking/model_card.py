@@ -6,15 +6,18 @@ import html
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from orchestrator.api.losses import LOSSES_AVERAGED, losses
 from orchestrator.api.ownership import registered_model_name
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
 from orchestrator.api.words import on_one_line, without_logins
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
+from qlora_trainer.tracking.answers_page import ScoredAnswers, score_rows, words
 from qlora_trainer.tracking.run_page import PLAN_TAG, parameters
 
+SAMPLES, SAMPLE_CHARACTERS = 3, 300
+"""Answers that a card shows, and how much of each."""
 MASKS = {
     "assistant": "the assistant's turns, each with the token that ends it",
     "completion": "the last answer alone, with the token that ends it",
@@ -22,10 +25,13 @@ MASKS = {
 }
 
 
-def model_card(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, str]) -> str:
+def model_card(
+    task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, str], answers: ScoredAnswers | None = None
+) -> str:
     """README.md as the Hugging Face hub reads it: front matter, then text.
 
-    It depends on the job and the address of the registry alone; `attempts` are the tags of its train attempts.
+    It depends on the job and the address of the registry alone; `attempts` are the tags of its train attempts, and
+    `answers` those to held-out prompts.
     """
     config = json.loads((adapter.folder / ADAPTER_CONFIG_NAME).read_text())
     base = config["base_model_name_or_path"]
@@ -34,6 +40,7 @@ def model_card(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, st
         front_matter(task, base),
         f"# {_shown(name)}\n\nA LoRA adapter for {_shown(base)}, tuned with QLoRA (NF4 base with double quantization).",
         f"## Results\n\n{results(task, adapter)}",
+        *(() if answers is None else (f"## Answers\n\n{answered(answers)}",)),
         f"## Use\n\n{usage(task, name, base)}",
         f"## Hyperparameters\n\n{hyperparameters(task)}",
         f"## Provenance\n\n{provenance(task, adapter, attempts)}",
@@ -72,6 +79,27 @@ def results(task: StageTask, adapter: FinalAdapter) -> str:
         "optimizer steps": adapter.manifest.step,
     }
     return _table("measure", "value", {name: _number(value) for name, value in rows.items() if value is not None})
+
+
+def answered(answers: ScoredAnswers) -> str:
+    """Scores of answers to held-out prompts, and the first of these."""
+    columns, rows = score_rows(answers)
+    parts = [_shown(sentence) for sentence in words(answers)]
+    parts.append("\n".join(_line(each) for each in (columns, ["---"] * len(columns), *rows)))
+    parts += [
+        _table(
+            f"prompt {number}",
+            _ending(each.prompt),
+            {
+                "wanted": _beginning(each.reference),
+                "base": _beginning(each.base.text),
+                **({} if each.holder is None else {"holder": _beginning(each.holder.text)}),
+                "adapter": _beginning(each.adapter.text),
+            },
+        )
+        for number, each in enumerate(answers.table.prompts[:SAMPLES], start=1)
+    ]
+    return "\n\n".join(parts)
 
 
 def usage(task: StageTask, name: str, base: str) -> str:
@@ -189,8 +217,19 @@ def template(task: StageTask) -> str:
 
 
 def _table(left: str, right: str, rows: dict[str, str]) -> str:
-    lines = [f"| {_shown(key)} | {_shown(value)} |" for key, value in rows.items()]
-    return "\n".join((f"| {left} | {right} |", "|---|---|", *lines))
+    return "\n".join(_line(each) for each in ((left, right), ("---", "---"), *rows.items()))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_shown, cells))} |"
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[:SAMPLE_CHARACTERS]} ..."
+
+
+def _ending(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else f"... {text[-SAMPLE_CHARACTERS:]}"
 
 
 def _shown(text: str) -> str:

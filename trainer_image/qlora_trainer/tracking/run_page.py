@@ -12,6 +12,7 @@ from orchestrator.api.ownership import NAMESPACE_TAG
 from orchestrator.api.task import StageTask
 from orchestrator.api.words import in_lines, on_one_line
 from qlora_trainer.storage.versions import library_versions
+from qlora_trainer.tracking.answers_page import ANSWERS_PATH, SCORES_PATH, ScoredAnswers
 from qlora_trainer.tracking.records_page import TABLE_PATH
 
 if TYPE_CHECKING:
@@ -122,14 +123,22 @@ class Results:
     """The model card's text."""
     records: ShownRecords | None
     """Training records with their masks, where prepare kept some."""
+    answers: ScoredAnswers | None = None
+    """To held-out prompts, where the job asked for some."""
+
+    @property
+    def table_paths(self) -> tuple[str, ...]:
+        """Where its tables lie."""
+        of_answers = () if self.answers is None else (SCORES_PATH, ANSWERS_PATH)
+        return (*of_answers, *(() if self.records is None else (TABLE_PATH,)))
 
 
 def page_tags(task: StageTask, results: Results | None, known: Mapping[str, str]) -> dict[str, str]:
     """The tags that MLflow makes a page of; a description that a person wrote stays."""
     is_ours = known.get(NOTE_TAG) in (None, first_note(task))
     note = {NOTE_TAG: results.card[:MAX_NOTE_CHARACTERS] if results else first_note(task)} if is_ours else {}
-    has_table = results is not None and results.records is not None
-    return note | ({TABLES_TAG: json.dumps([{"path": TABLE_PATH, "type": "table"}])} if has_table else {})
+    tables = [{"path": path, "type": "table"} for path in (results.table_paths if results is not None else ())]
+    return note | ({TABLES_TAG: json.dumps(tables)} if tables else {})
 
 
 def first_note(task: StageTask) -> str:
