@@ -19,6 +19,7 @@ from pydantic.alias_generators import to_camel
 
 from orchestrator.api.base import API_VERSION, Model
 from orchestrator.api.job import (
+    ANSWERS_ALONE_RULE,
     CHAT_TEMPLATE_NAMES,
     CHAT_TEMPLATE_RULE,
     GENERATION_HOLDS_OUT,
@@ -26,12 +27,16 @@ from orchestrator.api.job import (
     IMMUTABLE_SPEC_FIELDS,
     MAX_CHAT_TEMPLATE_BYTES,
     MAX_EPOCHS,
+    OBJECTIVE_RULE,
+    ONE_ANSWER_RULE,
     TRAINING_FIELDS_ABOVE_ZERO,
     TRAINING_FIELDS_BELOW_ONE,
+    WHOLE_ANSWERS_RULE,
     AdapterSpec,
     DatasetSource,
     GenerationSpec,
     ModelSource,
+    ObjectiveSpec,
     ObjectMeta,
     QLoRAJob,
     QLoRAJobSpec,
@@ -122,6 +127,22 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
             ),
         )
     },
+    ObjectiveSpec: {
+        "_ranges": (
+            *_compared(("beta",), "> 0.0", "must be above 0"),
+            *_compared(("label_smoothing",), "< 0.5", "must be below 0.5"),
+            Rule(
+                rule="self.type != 'sft' || double(self.beta) == 0.1",
+                message="beta is of preferences: set type to dpo, or leave beta out",
+                field="beta",
+            ),
+            Rule(
+                rule="self.type != 'sft' || double(self.labelSmoothing) == 0.0",
+                message="labelSmoothing is of preferences: set type to dpo, or leave labelSmoothing out",
+                field="labelSmoothing",
+            ),
+        )
+    },
     TrainingSpec: {
         "_ranges": (
             *_compared(TRAINING_FIELDS_ABOVE_ZERO, "> 0.0", "must be above 0"),
@@ -144,6 +165,28 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         )
     },
     QLoRAJobSpec: {
+        "_data_fit_the_objective": (
+            Rule(
+                rule="(self.training.objective.type == 'dpo') == (self.dataset.format == 'preference')",
+                message=OBJECTIVE_RULE,
+                field="training",
+            ),
+            Rule(
+                rule="self.dataset.format != 'preference' || self.dataset.tooLong != 'truncate'",
+                message=WHOLE_ANSWERS_RULE,
+                field="dataset",
+            ),
+            Rule(
+                rule="self.dataset.format != 'preference' || self.dataset.trainOn != 'all'",
+                message=ANSWERS_ALONE_RULE,
+                field="dataset",
+            ),
+            Rule(
+                rule="self.dataset.format != 'preference' || !has(self.evaluation.generation)",
+                message=ONE_ANSWER_RULE,
+                field="evaluation.generation",
+            ),
+        ),
         "_prompts_can_be_asked": (
             Rule(
                 rule="!has(self.evaluation.generation) || has(self.dataset.evalSource)"
@@ -157,7 +200,7 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 message=GENERATION_KNOWS_ANSWERS,
                 field="evaluation.generation",
             ),
-        )
+        ),
     },
     ModelTrace: {
         "_kinds_are_named": (

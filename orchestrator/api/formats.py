@@ -5,7 +5,8 @@
     <job>/logs/<stage>-<attempt>/         log.jsonl, and log.1.jsonl with what came before it
     <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, shown.json, tokenizer files
     <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
-                                          state.json, journal.jsonl, best_adapter.safetensors (when it is not this one)
+                                          state.json, journal.jsonl, best_adapter.safetensors (when it is not this one),
+                                          objective.safetensors (what it remembers of records, where it does)
                                           and, written last, manifest.json
     <job>/answers/<digest>.json           an answer to a held-out prompt, by all that it depends on
     <job>/adapter/                        PEFT's layout plus tokenizer files, journal.jsonl, answers.json (to held-out
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from enum import StrEnum
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 from pydantic import BeforeValidator, Field, FiniteFloat, StringConstraints
 
@@ -107,6 +108,8 @@ class ShownRecord(Model):
     tokens: Count
     supervised_tokens: Count
     parts: tuple[ShownPart, ...]
+    answer: Literal["chosen", "rejected"] | None = None
+    """Which answer of a preference it is."""
 
 
 class ShownRecords(Model):

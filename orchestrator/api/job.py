@@ -80,6 +80,14 @@ GENERATION_KNOWS_ANSWERS = (
     "evaluation.generation has to know where an answer begins: dataset.trainOn must not be all, nor dataset.format text"
 )
 MAX_EPOCHS = 1_000_000
+OBJECTIVE_RULE = (
+    "training.objective.type dpo and dataset.format preference go together: set both, or neither (sft takes the others)"
+)
+WHOLE_ANSWERS_RULE = (
+    "dataset.tooLong must be fail or drop for preferences: an answer that is cut is not the one that was judged"
+)
+ANSWERS_ALONE_RULE = "dataset.trainOn must not be all for preferences: their answers alone are compared"
+ONE_ANSWER_RULE = "evaluation.generation holds answers against the one that a record has: leave it out for preferences"
 MAX_PARALLELISM = 64
 AnswerMetric = Literal["exactMatch", "f1", "chrf", "bleu", "jsonValidity", "regex"]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -140,9 +148,9 @@ class DatasetSource(Model):
 
     source: SourceUri
     """A .jsonl, .json, .parquet or .csv file (optionally .gz), or `hf://owner/name` for a datasets id."""
-    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"] = "messages"
+    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"] = "messages"
     train_on: Literal["assistant", "completion", "all"] = "assistant"
-    """Which tokens carry loss: every assistant turn, only the last one, or all tokens."""
+    """Which tokens carry loss: every assistant turn, only the last one, or all tokens; of preferences, the answers."""
     eval_source: SourceUri | None = None
     """Held-out data of the same format; excludes evalFraction."""
     eval_fraction: DecimalString = "0"
@@ -199,15 +207,41 @@ class AdapterSpec(Model):
         return value
 
 
+class ObjectiveSpec(Model):
+    """What training minimises; the defaults are TRL's."""
+
+    type: Literal["sft", "dpo"] = "sft"
+    """`sft` is the cross-entropy of what carries loss; `dpo` prefers chosen to rejected answers (Rafailov et al., 2023)
+    and takes records of the format preference."""
+    beta: DecimalString = "0.1"
+    """Of dpo: how much it costs to move away from the model that training begins with."""
+    label_smoothing: DecimalString = "0"
+    """Of dpo: the share of the preferences that is held to be the wrong way round (Mitchell, 2023)."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> ObjectiveSpec:
+        if float(self.beta) <= 0:
+            raise ValueError("beta must be above 0")
+        if float(self.label_smoothing) >= 0.5:
+            raise ValueError("labelSmoothing must be below 0.5")
+        if self.type == "sft" and float(self.beta) != 0.1:
+            raise ValueError("beta is of preferences: set type to dpo, or leave beta out")
+        if self.type == "sft" and float(self.label_smoothing) != 0:
+            raise ValueError("labelSmoothing is of preferences: set type to dpo, or leave labelSmoothing out")
+        return self
+
+
 class TrainingSpec(Model):
     """Hyperparameters. The global batch is fixed here; how it is split over micro-batches is the plan's business."""
 
+    objective: ObjectiveSpec = ObjectiveSpec()
     epochs: DecimalString = "3"
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000)
     """Optimizer steps; overrides epochs."""
     sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
     packing: bool = True
-    """Fill sequences with several records; attention and positions never cross a record boundary."""
+    """Fill sequences with several records; attention and positions never cross a record boundary. Both answers of a
+    preference are in one sequence, each a record with its prompt."""
     global_batch_size: int = Field(default=16, ge=1, le=65536)
     """Sequences in one optimizer step."""
     learning_rate: DecimalString = "2e-4"
@@ -382,6 +416,19 @@ class QLoRAJobSpec(Model):
             raise ValueError(GENERATION_HOLDS_OUT)
         if self.dataset.train_on == "all" or self.dataset.format == "text":
             raise ValueError(GENERATION_KNOWS_ANSWERS)
+        return self
+
+    @model_validator(mode="after")
+    def _data_fit_the_objective(self) -> QLoRAJobSpec:
+        pairs = self.dataset.format == "preference"
+        if (self.training.objective.type == "dpo") != pairs:
+            raise ValueError(OBJECTIVE_RULE)
+        if pairs and self.dataset.too_long == "truncate":
+            raise ValueError(WHOLE_ANSWERS_RULE)
+        if pairs and self.dataset.train_on == "all":
+            raise ValueError(ANSWERS_ALONE_RULE)
+        if pairs and self.evaluation.generation is not None:
+            raise ValueError(ONE_ANSWER_RULE)
         return self
 
 

@@ -25,6 +25,13 @@ def arranged(lengths: Sequence[int], training: TrainingSpec, *, fewest_rows: int
     return pack(lengths, training.sequence_length, training.seed, fewest_rows=fewest_rows)
 
 
+def arranged_pairs(lengths: Sequence[int], training: TrainingSpec, *, fewest_rows: int = 0) -> list[Row]:
+    """The same where the first record belongs to the second, the third to the fourth and so on: they stay together."""
+    together = [lengths[first] + lengths[first + 1] for first in range(0, len(lengths), 2)]
+    rows = arranged(together, training, fewest_rows=fewest_rows)
+    return [[record for pair in row for record in (2 * pair, 2 * pair + 1)] for row in rows]
+
+
 def one_a_row(lengths: Sequence[int]) -> list[Row]:
     """Every record in a row of its own, in the order of the dataset."""
     return [[index] for index in range(len(lengths))]

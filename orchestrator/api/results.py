@@ -59,6 +59,8 @@ class PrepareResult(Model):
     """Optimizer steps of the whole job."""
     truncated_records: Count = 0
     dropped_records: Count = 0
+    chats: bool = False
+    """Of preferences: whether the answers are messages of a chat, as opposed to texts."""
     warnings: Annotated[tuple[PrepareWarning, ...], Field(max_length=MAX_WARNINGS)] = ()
     """What is likely to be wrong with the data or the step count, each with what to change."""
 

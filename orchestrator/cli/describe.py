@@ -11,7 +11,7 @@ from datetime import datetime
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.api.job import Attempt, Condition, QLoRAJob
+from orchestrator.api.job import Attempt, Condition, ObjectiveSpec, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue, UserUsage
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
 from orchestrator.cli.plan_view import length_words, plan_words
@@ -156,10 +156,19 @@ def _spec_fields(job: QLoRAJob) -> Iterator[Field]:
         (
             f"{length}, batch {spec.training.global_batch_size} x {spec.training.sequence_length} tokens, "
             f"learning rate {spec.training.learning_rate}, rank {spec.adapter.rank}"
+            f"{_objective(spec.training.objective)}"
         ),
     )
     yield "resources", f"vram {spec.resources.vram}, classes {', '.join(spec.resources.gpu_classes) or 'any'}"
     yield "queue", f"{spec.queue}, priority {spec.priority}"
+
+
+def _objective(objective: ObjectiveSpec) -> str:
+    """What is not said of the usual one."""
+    if objective.type == "sft":
+        return ""
+    smoothed = f", label smoothing {objective.label_smoothing}" if float(objective.label_smoothing) else ""
+    return f", {objective.type} with beta {objective.beta}{smoothed}"
 
 
 def _prepared_fields(job: QLoRAJob) -> Iterator[Field]:

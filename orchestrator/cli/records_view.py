@@ -17,7 +17,8 @@ def show_records(console: Console, shown: ShownRecords) -> None:
     """Each record with its counts; wrapped to the terminal, whole in a pipe."""
     colored = console.is_terminal and console.color_system is not None
     for number, record in enumerate(shown.records, start=1):
-        counts = f"record {number}: {record.tokens} tokens, {record.supervised_tokens} of them with loss"
+        answer = f", {record.answer}" if record.answer is not None else ""
+        counts = f"record {number}{answer}: {record.tokens} tokens, {record.supervised_tokens} of them with loss"
         if colored:
             console.print(Text(counts, style="label"))
             console.print(_in_color(record))
@@ -35,6 +36,8 @@ def legend(console: Console) -> str:
 
 def template_words(spec: QLoRAJobSpec) -> str:
     """Which chat template writes the records."""
+    if spec.dataset.format == "preference":
+        return "chat template: of answers that are messages the job's or the model's, of texts none"
     if spec.dataset.format not in CHAT_FORMATS:
         return f"chat template: none, records of the format {spec.dataset.format} are trained as they stand"
     template = spec.model.chat_template

@@ -181,13 +181,16 @@ def _arranged(sizes: Sequence[_Size], rates: Rates, spec: QLoRAJobSpec, *, fewes
 
 def _size(record: Record, dataset: DatasetSource) -> _Size:
     given = [record[name] for name in RECORD_FIELDS[dataset.format] if record.get(name) is not None]
+    if dataset.format == "preference" and record.get("prompt") is not None:
+        given.append(record["prompt"])  # it stands before both answers
     messages = [message for value in given if isinstance(value, list) for message in cast("list[Any]", value)]
     answers = sum(_answers(message) for message in messages)
     text_bytes = sum(len(text.encode(errors="replace")) for text in _texts(given))
     if not text_bytes:
         raise ValueError("there is nothing to train on, which prepare says better")
     nested = any(isinstance(inner, dict | list) for message in messages for inner in _inside(message))
-    several = answers > 1 and dataset.train_on == "assistant"  # templates may want a context for each
+    # Templates may want a context for each.
+    several = answers > 1 and dataset.train_on == "assistant" and dataset.format != "preference"
     plain = not nested and not several and "tools" not in record
     return _Size(text_bytes=text_bytes, messages=len(messages), plain=plain)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.record_fields import PREFERENCE_FIELDS, PREFERENCE_REFUSAL, REQUIRED_FIELDS
+from orchestrator.api.record_fields import OPENAI_PREFERENCE_FIELDS, OPENAI_PREFERENCE_REFUSAL, REQUIRED_FIELDS
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
 from orchestrator.sdk.problems import closest, cut
@@ -40,19 +40,31 @@ spec:
     rank: 16
     alpha: 16
   training:
+{training}"""
+TRAINING = """\
     epochs: "3"
     sequenceLength: 2048     # tokens; a longer record is refused, unless dataset.tooLong says truncate or drop
     learningRate: "2e-4"
+"""
+TRAINING_ON_PREFERENCES = """\
+    objective:
+      type: dpo
+      beta: "0.1"            # how much it costs to move away from the base
+    epochs: "1"
+    sequenceLength: 2048     # tokens of both answers, each with its prompt; longer ones are refused or dropped
+    learningRate: "5e-6"     # of TRL's example of DPO with LoRA
 """
 
 
 def manifest(data: Path, model: str, folder: Path) -> str:
     """The text of a manifest that is to lie in `folder`; raises InvalidObject for a file that no format fits."""
+    form = format_of(data)
     return MANIFEST.format(
         name=job_name(data),
         model=model_source(model),
         source=file_source(data, folder),
-        format=format_of(data),
+        format=form,
+        training=TRAINING_ON_PREFERENCES if form == "preference" else TRAINING,
     )
 
 
@@ -65,12 +77,18 @@ def document(data: str, model: str, *, name: str | None, spec: Mapping[str, obje
     if "://" not in data:
         dataset = {"source": f"file://{Path(data).resolve()}", "format": format_of(Path(data)), "evalFraction": "0.1"}
     found: dict[str, object] = {"model": {"source": model_source(model)}, "dataset": dataset}
+    if dataset.get("format") == "preference":
+        found["training"] = PREFERENCE_TRAINING
     for section, value in spec.items():
         known = found.get(section)
         merged = isinstance(value, Mapping) and isinstance(known, Mapping)
         found[section] = {**cast("dict[str, object]", known), **cast("dict[str, object]", value)} if merged else value
     metadata = {"generateName": f"{job_name(Path(model))}-"} if name is None else {"name": name}
     return {"apiVersion": API_VERSION, "kind": "QLoRAJob", "metadata": metadata, "spec": found}
+
+
+PREFERENCE_TRAINING = {"objective": {"type": "dpo"}, "learningRate": "5e-6"}
+"""The learning rate of TRL's example of DPO with LoRA (trl/scripts/dpo.py)."""
 
 
 def file_source(data: Path, folder: Path) -> str:
@@ -99,11 +117,13 @@ def name_of(text: str) -> str:
 def format_of(data: Path) -> str:
     """The format whose fields the first record has."""
     found = first_fields(data)
+    if REQUIRED_FIELDS["preference"] <= found:  # such records may have `messages` as well
+        return "preference"
     for name, wanted in REQUIRED_FIELDS.items():
         if wanted <= found:
             return name
-    if preferences := sorted(found & set(PREFERENCE_FIELDS)):
-        raise InvalidObject(f"{data}: its first record has a field {preferences[0]}: {PREFERENCE_REFUSAL}")
+    if preferences := sorted(found & set(OPENAI_PREFERENCE_FIELDS)):
+        raise InvalidObject(f"{data}: its first record has a field {preferences[0]}: {OPENAI_PREFERENCE_REFUSAL}")
     near = {
         field: closest(field, {each for wanted in REQUIRED_FIELDS.values() for each in wanted})
         for field in sorted(found)

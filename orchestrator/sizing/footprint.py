@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.base import decimal
-from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
+from orchestrator.api.job import AdapterSpec, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.layer_trace import KIND_LETTERS, Heads, ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
@@ -36,6 +36,8 @@ from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes, left
 
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
+RECORD_SUM_BYTES = 3 * 8
+"""More where the loss is one of records: losses by position, put together, and weights of their gradients."""
 NORMS = {"gemma2": 4, "gemma3_text": 4, "gpt_neox": 4, "olmoe": 4, "olmo2": 4, "olmo3": 4, "starcoder2": 4}
 """Vectors of a layer as wide as the hidden size, by model type; two where it is not told."""
 MOST_MULTIPROCESSORS = 148
@@ -97,7 +99,8 @@ class Footprint:
             sequence_length=spec.training.sequence_length,
             packing=spec.training.packing,
             deterministic=spec.training.deterministic,
-            noisy=decimal(spec.training.neftune_alpha) > 0,
+            captures=can_be_captured(spec.training),
+            token_bytes=TOKEN_BYTES + (0 if spec.training.objective.type == "sft" else RECORD_SUM_BYTES),
             facts=facts,
             plan=plan,
             multiprocessors=multiprocessors,
@@ -252,6 +255,11 @@ def is_fused(adapter: AdapterSpec, facts: ModelFacts) -> bool:
     return facts.model_type in trainer_facts.HANDWRITTEN_TYPES and not adapter.use_dora and not adapter.experts
 
 
+def can_be_captured(training: TrainingSpec) -> bool:
+    """Whether a graph can be made of a micro-batch: NEFTune draws in it, and what weighs preferences is of its end."""
+    return decimal(training.neftune_alpha) == 0 and training.objective.type == "sft"
+
+
 def card_matters(adapter: AdapterSpec, facts: ModelFacts) -> bool:
     """Whether bytes depend on the card: torch's flash attention keeps sums for multiprocessors, our own does not."""
     return not is_fused(adapter, facts) or facts.head_dim > trainer_facts.LARGEST_TRITON_HEAD
@@ -269,8 +277,10 @@ class _Question:
     sequence_length: int
     packing: bool
     deterministic: bool
-    noisy: bool
-    """NEFTune draws in the forward pass, which a graph cannot."""
+    captures: bool
+    """See `can_be_captured`."""
+    token_bytes: int
+    """What a token of a micro-batch takes beside what goes through the layers."""
     facts: ModelFacts
     plan: MemoryPlan
     multiprocessors: int
@@ -285,7 +295,7 @@ class _Question:
     @cached_property
     def uses_cuda_graphs(self) -> bool:
         """Whether micro-batches run as CUDA graphs."""
-        graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and not self.noisy
+        graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and self.captures
         return graphs and self.plan.micro_batch_size * self.sequence_length <= trainer_facts.CUDA_GRAPH_TOKENS
 
     @cached_property
@@ -427,7 +437,7 @@ class _Instants:
         self._held = _held_bytes(question)
         self._from_host = _from_host_bytes(question)
         self._forward, self._backward = _shared_bytes(question)
-        self._batch = TOKEN_BYTES * question.tokens
+        self._batch = question.token_bytes * question.tokens
         self._loss = tuple(at_loss + question.logits_bytes + self._forward for at_loss, _ in question.final_norms)
         self._norm = tuple(in_norm + self._backward for _, in_norm in question.final_norms)
         self._left = question.left
@@ -524,7 +534,7 @@ def _shared_bytes(question: _Question) -> tuple[int, int]:
     again = allocated(question.pass_tokens * question.facts.hidden_size * BF16_BYTES) if question.passes > 1 else 0
     # Graphs are captured on a stream of their own, in each pass.
     capturing = trainer_facts.CUBLAS_WORKSPACE_BYTES if question.uses_cuda_graphs else 0
-    return shared + TOKEN_BYTES * question.tokens + capturing, shared + again + 2 * capturing
+    return shared + question.token_bytes * question.tokens + capturing, shared + again + 2 * capturing
 
 
 def _held_bytes(question: _Question) -> int:

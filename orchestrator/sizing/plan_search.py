@@ -100,7 +100,9 @@ class _Job:
     ) -> None:
         self.adapter, self.training, self.generation = adapter, training, generation
         self.facts, self.work, self.margins = facts, work, margins
-        self._key = (*vars(adapter).values(), *vars(training).values(), generation, facts, work, margins)
+        objective = vars(training.objective).values()
+        flat = (value for name, value in vars(training).items() if name != "objective")
+        self._key = (*vars(adapter).values(), *flat, *objective, generation, facts, work, margins)
 
     @classmethod
     def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None, margins: Margins = DEFAULT) -> _Job:
@@ -119,7 +121,11 @@ class _Job:
         nowhere = "file:///"
         return QLoRAJobSpec(
             model=ModelSource(source=nowhere),
-            dataset=DatasetSource(source=nowhere, eval_source=nowhere),
+            dataset=DatasetSource(
+                source=nowhere,
+                eval_source=nowhere,
+                format="messages" if self.training.objective.type == "sft" else "preference",
+            ),
             adapter=self.adapter,
             training=self.training,
             evaluation=EvaluationSpec(generation=self.generation),

@@ -18,11 +18,11 @@ import math
 from dataclasses import dataclass
 
 from orchestrator.api import trainer_facts
-from orchestrator.api.job import QLoRAJobSpec
+from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
-from orchestrator.sizing.footprint import adapter_parameters, is_fused
+from orchestrator.sizing.footprint import adapter_parameters, can_be_captured, is_fused
 from orchestrator.sizing.hardware import Card, GpuClass
 from orchestrator.sizing.memory.attention import SOFTCAPPED_TYPES
 from orchestrator.sizing.memory.handwritten_layer import family_of
@@ -78,6 +78,9 @@ EXPERT_LAUNCH_SECONDS, EXPERT_KERNEL_SECONDS = 0.0055, 0.00085
 expert and back; fitted to 57 jobs of mixtures on an H200, whose host took 0.007, and to Qwen3-30B-A3B on an H100."""
 EXPERT_SPEED = 0.7
 """Speed of experts' products, against others."""
+REFERENCE_SHARE = 0.5
+"""Of a micro-step that recomputes nothing, what a pass without gradients takes: half of the products, as the base is
+frozen, and of the dequantized weights; less of the rest."""
 STEP_SECONDS = 0.004
 """Around a step's micro-steps: norms, clipping, waiting for the loss."""
 TRAFFIC_BYTES = 6.0
@@ -102,7 +105,10 @@ class Work:
     sequence_tokens: float | None = None
     """Tokens of a sequence, on average; a full one where that is not known."""
     record_tokens: float | None = None
-    """Tokens of a record, within which attention stays; a whole sequence where that is not known."""
+    """Tokens of a record, within which attention stays; a whole sequence where that is not known. Of a preference,
+    those of both answers."""
+    sequences: int = 0
+    """Sequences of the training data; 0 where prepare has not counted them."""
 
     @classmethod
     def of(cls, prepared: PrepareResult) -> Work:
@@ -111,6 +117,7 @@ class Work:
             steps=prepared.steps,
             sequence_tokens=prepared.train_tokens / prepared.train_sequences,
             record_tokens=prepared.train_tokens / prepared.train_records,
+            sequences=prepared.train_sequences,
         )
 
 
@@ -142,15 +149,23 @@ class StepTime:
         self._softcaps = facts.model_type in SOFTCAPPED_TYPES
         self._trainable = adapter_parameters(spec.adapter, facts)
         self._state_bytes = trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer]
-        self._uses_cuda_graphs = self._fused and float(spec.training.neftune_alpha) == 0
+        self._uses_cuda_graphs = self._fused and can_be_captured(spec.training)
         self._sequence_tokens = work.sequence_tokens or spec.training.sequence_length
         self._record_tokens = min(work.record_tokens or self._sequence_tokens, self._sequence_tokens)
+        self._first_share = 0.0
+        if spec.training.objective.type != "sft":
+            self._record_tokens /= 2
+            self._first_share = _first_share(spec.training, work)
 
     def step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """One optimizer step: all its micro-steps and the update."""
         traffic = self._trainable * (TRAFFIC_BYTES + 2 * self._state_bytes)
         update = STEP_SECONDS + traffic / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
-        return plan.accumulation_steps * self.micro_step_seconds(plan, card) + update
+        seconds = self.micro_step_seconds(plan, card)
+        if self._first_share:
+            without_gradients = plan.model_copy(update={"recompute_layers": 0, "offload": ()})
+            seconds += self._first_share * REFERENCE_SHARE * self.micro_step_seconds(without_gradients, card)
+        return plan.accumulation_steps * seconds + update
 
     def micro_step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """Forward and backward pass of one micro-batch."""
@@ -273,6 +288,13 @@ class StepTime:
     def _stream_seconds(self, tokens: float, card: Card) -> float:
         """One residual stream over PCIe."""
         return tokens * self._facts.hidden_size * BF16_BYTES / (card.host_gbps * 1e9)
+
+
+def _first_share(training: TrainingSpec, work: Work) -> float:
+    """Share of the sequences in a job's steps that are there for the first time: the reference is asked about them."""
+    if work.steps and work.sequences:
+        return min(1.0, work.sequences / (work.steps * training.global_batch_size))
+    return 1.0 if training.max_steps is not None else min(1.0, 1 / float(training.epochs))
 
 
 def ordering_card(gpu_class: GpuClass) -> Card:

@@ -72,6 +72,12 @@ JOB_CASES: list[tuple[str, object, bool]] = [
     ("adapter.targetModules", ["q_proj"] * 65, False),
     ("adapter.useDora", True, True),
     ("adapter.useDora", "yes please", False),
+    ("dataset.format", "preference", False),  # without the objective that takes it
+    ("training.objective.type", "dpo", False),
+    ("training.objective.type", "ppo", False),
+    ("training.objective.beta", "0.10", True),
+    ("training.objective.beta", "0.2", False),
+    ("training.objective.labelSmoothing", "0.1", False),
     ("training.epochs", "0.5", True),
     ("training.epochs", "0", False),
     ("training.epochs", "0.0", False),
@@ -227,6 +233,31 @@ def ids(cases: list[tuple[str, object, bool]]) -> list[str]:
 @pytest.mark.parametrize(("path", "value", "valid"), JOB_CASES, ids=ids(JOB_CASES))
 def test_a_job_gets_the_same_verdict_from_both(api: KubeApi, path: str, value: object, valid: bool) -> None:
     document = job(changed(SPEC, path, value))
+    assert models_take(QLoRAJob, document) is valid
+    assert server_takes(api, JOBS, document) is valid
+
+
+@pytest.mark.parametrize(
+    ("dataset", "objective", "valid"),
+    [
+        ({}, {}, True),
+        ({}, {"beta": "0.5"}, True),
+        ({}, {"beta": "0"}, False),
+        ({}, {"labelSmoothing": "0.49"}, True),
+        ({}, {"labelSmoothing": "0.5"}, False),
+        ({"tooLong": "drop"}, {}, True),
+        ({"tooLong": "truncate"}, {}, False),
+        ({"trainOn": "completion"}, {}, True),
+        ({"trainOn": "all"}, {}, False),
+        ({"format": "messages"}, {}, False),
+        ({}, {"type": "sft"}, False),
+    ],
+)
+def test_a_job_of_preferences_gets_the_same_verdict_from_both(
+    api: KubeApi, dataset: dict[str, Any], objective: dict[str, Any], valid: bool
+) -> None:
+    data = {**SPEC["dataset"], "format": "preference", **dataset}
+    document = job({**SPEC, "dataset": data, "training": {"objective": {"type": "dpo", **objective}}})
     assert models_take(QLoRAJob, document) is valid
     assert server_takes(api, JOBS, document) is valid
 

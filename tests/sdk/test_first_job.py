@@ -32,6 +32,7 @@ def written(folder: Path, name: str, text: str) -> Path:
         ("a.json", json.dumps([{"instruction": "a", "input": "", "output": "b"}, 3], indent=2), "alpaca"),
         ("a.csv", "id,prompt,completion\n1,a,b\n", "prompt-completion"),
         ("a.jsonl", '{"text": "a"}', "text"),
+        ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c", "messages": []}', "preference"),
     ],
 )
 def test_the_format_is_found_in_the_first_record(tmp_path: Path, name: str, text: str, format: str) -> None:
@@ -53,7 +54,7 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}',
-            "first record has a field non_preferred_output: preferences cannot be trained on",
+            "first record has a field non_preferred_output: write preferences as TRL does",
         ),
         ("a.jsonl", "", "its first record is no JSON: nothing is there"),
         ("a.jsonl", "hello\n", "its first record is no JSON: hello"),
@@ -85,6 +86,16 @@ def test_what_is_written_is_valid_and_finds_the_file(tmp_path: Path, place: str)
     assert job.metadata.name == "my-notes-2"
     assert job.spec.model.source == "hf://Qwen/Qwen2.5-0.5B-Instruct"
     assert job.spec.dataset.source == f"file://{data.resolve()}"
+
+
+def test_preferences_are_trained_by_dpo(tmp_path: Path) -> None:
+    data = written(tmp_path, "a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    (job,) = parse_manifest(first_job.manifest(data, "hf://a/b", tmp_path), name="job.yaml", folder=tmp_path)
+    assert isinstance(job, QLoRAJob)
+    assert (job.spec.dataset.format, job.spec.training.objective.type) == ("preference", "dpo")
+    found = first_job.document(str(data), "hf://a/b", name="a", spec={"training": {"epochs": "2"}})
+    spec = QLoRAJob.model_validate(found).spec
+    assert (spec.training.objective.type, spec.training.learning_rate, spec.training.epochs) == ("dpo", "5e-6", "2")
 
 
 def test_a_folder_is_taken_for_a_model_of_this_machine(tmp_path: Path) -> None:

@@ -175,5 +175,5 @@ def test_a_model_is_never_guessed(folder: Path) -> None:
 
 def test_preferences_are_found_in_the_file(folder: Path) -> None:
     (folder / "file-a.jsonl").write_text('{"input": {}, "preferred_output": [], "non_preferred_output": []}')
-    with pytest.raises(InvalidObject, match="preferences cannot be trained on"):
+    with pytest.raises(InvalidObject, match="write preferences as TRL does"):
         read(REQUEST, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from benchmarks.architectures import config
 from benchmarks.shapes import config_of
 from orchestrator.api import trainer_facts
+from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.layer_trace import ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
@@ -176,7 +178,38 @@ def test_records_that_are_computed_one_at_a_time_take_launches_kernels_and_weigh
 
 def test_prepare_tells_how_much_work_there_is() -> None:
     result = prepare_result(SMOLLM2_135M)
-    assert Work.of(result) == Work(steps=120, sequence_tokens=100_000 / 57, record_tokens=100_000 / 412)
+    assert Work.of(result) == Work(steps=120, sequence_tokens=100_000 / 57, record_tokens=100_000 / 412, sequences=57)
+
+
+def preferences(**training: object) -> QLoRAJobSpec:
+    spec = make_spec().model_dump()
+    spec["dataset"]["format"] = "preference"
+    spec["training"] |= {"objective": {"type": "dpo"}, "global_batch_size": 16, **training}
+    return QLoRAJobSpec.model_validate(spec)
+
+
+@pytest.mark.parametrize(
+    ("training", "work", "passes"),
+    [
+        ({}, Work(steps=30, sequences=160), 160 / (30 * 16)),
+        ({}, Work(steps=3, sequences=160), 1.0),
+        ({"epochs": "4"}, Work(), 0.25),
+        ({"epochs": "0.5"}, Work(), 1.0),
+        ({"max_steps": 30}, Work(), 1.0),
+    ],
+)
+def test_preferences_take_a_pass_without_gradients_for_what_is_seen_for_the_first_time(
+    training: dict[str, object], work: Work, passes: float
+) -> None:
+    card = find_card("A40")
+    whole = {"sequence_tokens": 2048.0, "record_tokens": 1024.0}
+    usual = StepTime(make_spec(), LLAMA_3_8B, Work(sequence_tokens=2048, record_tokens=512))
+    found = StepTime(preferences(**training), LLAMA_3_8B, replace(work, **whole))
+    recomputing = plan(1, recompute_layers=32)
+    assert found.parts(plan(1), card) == usual.parts(plan(1), card), "an answer is half of a pair"
+    more = found.step_seconds(recomputing, card) - 16 * found.micro_step_seconds(recomputing, card)
+    update = usual.step_seconds(recomputing, card) - 16 * usual.micro_step_seconds(recomputing, card)
+    assert more - update == pytest.approx(16 * passes * 0.5 * found.micro_step_seconds(plan(1), card))
 
 
 @pytest.mark.parametrize(

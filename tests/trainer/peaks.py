@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.layer_trace import Heads
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
@@ -181,6 +181,11 @@ def attention_workspace_bytes(heads: Heads) -> int:
 def predicted(facts: ModelFacts, adapter: AdapterSpec, plan: MemoryPlan) -> int:
     """What a step takes by our model, beside what lasts."""
     spec = make_spec(sequence_length=TOKENS, packing=False).model_copy(update={"adapter": adapter})
+    return passing_bytes(spec, facts, plan)
+
+
+def passing_bytes(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> int:
+    """What comes and goes in a step of a job, by our model."""
     items = footprint.footprint(spec, facts, plan, multiprocessors=1, records=1)
     passing = ("adapter gradients", "activations", "working set")
     return sum(item.bytes for item in items if item.name.startswith(passing))

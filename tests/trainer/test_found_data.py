@@ -181,7 +181,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         {"prompt": "p", "completion": "c", "label": False},
         "`label` that is fal",
     ),
-    "DPO": ("messages", {"chosen": [user()], "rejected": [user()]}, "field `chosen`: preferences cannot be trained on"),
+    "DPO": (
+        "messages",
+        {"chosen": [user()], "rejected": [user()]},
+        "field `chosen`: preferences are trained with spec.dataset.format: preference",
+    ),
     "OpenAI's preferences": (
         "messages",
         {
@@ -189,7 +193,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
             "preferred_output": [assistant("good")],
             "non_preferred_output": [assistant("bad")],
         },
-        "field `preferred_output`: preferences cannot be trained on",
+        "field `preferred_output`: write preferences as TRL does",
     ),
     "OpenAI's older function calls": (
         "messages",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
 from qlora_trainer.data.encoding import IGNORED_LABEL
-from qlora_trainer.model.loss import Head, cross_entropy
+from qlora_trainer.model.loss import Head, cross_entropy, record_log_probabilities
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,6 +51,39 @@ def test_loss_and_gradient_are_those_of_full_logits(
     loss.backward()
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(hidden.grad, expected_gradient)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 1000])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (2.0, 5.0)])
+def test_records_sums_and_whatever_comes_of_them_are_those_of_full_logits(
+    chunk_tokens: int, scale: float, softcap: float | None
+) -> None:
+    hidden, weight, bias, targets = make_inputs()
+    head = Head(weight=weight, bias=bias, scale=scale, softcap=softcap)
+    ends = (0, 9, 9, 20, TOKENS)  # one of the records has nothing
+    parts = [slice(start, end) for start, end in pairwise(ends)]
+
+    def combined(sums: Tensor) -> Tensor:
+        return functional.logsigmoid(0.1 * (sums[0] - sums[2])) + 0.01 * (sums[1] + sums[3]) ** 2
+
+    dense = hidden.clone().requires_grad_()
+    logits = head.logits(dense)
+    losses = functional.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="none")
+    expected = torch.stack([-losses[part].sum() for part in parts])
+    combined(expected).backward()
+    hidden.requires_grad_()
+    positions = (targets != IGNORED_LABEL).nonzero().squeeze(1)
+    found = record_log_probabilities(
+        hidden,
+        targets,
+        head,
+        chunk_tokens=chunk_tokens,
+        positions=positions,
+        lengths=[int((targets[part] != IGNORED_LABEL).sum()) for part in parts],
+    )
+    torch.testing.assert_close(found, expected)
+    combined(found).backward()
+    torch.testing.assert_close(hidden.grad, dense.grad)
 
 
 def test_bfloat16_states_lose_no_more_than_their_own_rounding() -> None:

@@ -49,6 +49,12 @@ JOBS: dict[str, dict[str, Any]] = {
         "training": {"optimizer": "paged_adamw_8bit"},
         "recompute_layers": 1,
     },
+    "preferences": {
+        "dataset": {"format": "preference"},
+        "adapter": {"dropout": "0.2"},
+        "training": {"objective": {"type": "dpo", "beta": "0.3", "label_smoothing": "0.1"}},
+        "evaluation": {"every_steps": 4, "keep_best": True},
+    },
     "a mixture of experts": {"family": "qwen2_moe", "training": {"optimizer": "paged_adamw_8bit"}},
 }
 
@@ -91,7 +97,7 @@ def losses(store: Path) -> list[tuple[int, str, float]]:
         (record.step, name, value)
         for record in Journal.load(store / "adapter" / "journal.jsonl").records()
         for name, value in sorted(record.metrics.items())
-        if name in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss")
+        if name.startswith(("train/", "eval/")) and name not in ("train/tokens_per_second", "train/mfu")
     ]
 
 

@@ -20,6 +20,7 @@ from peaks import (
     SCALARS_BYTES,
     TOKENS,
     Traced,
+    passing_bytes,
     peak_of_a_step,
     peak_of_traced_layers,
     predicted,
@@ -27,7 +28,7 @@ from peaks import (
     step_plan,
     write_random_model,
 )
-from qlora_trainer.data.micro_batch import collate
+from qlora_trainer.data.micro_batch import PreparedRows, collate, micro_batches
 from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import PackedAttention
@@ -36,13 +37,15 @@ from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training.objectives.dpo import DirectPreference
 from qlora_trainer.training.optimizer import AdapterOptimizer
 from tiny_model import EXPERTS, tiny_model
 from torch import Tensor
 from torch.nn import functional
+from toy_job import write_rows
 
 from orchestrator.api import trainer_facts
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.job import AdapterSpec, ObjectiveSpec
 from orchestrator.api.model_facts import Mixture, ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import footprint
@@ -136,6 +139,54 @@ def test_every_tensor_of_a_training_step_is_counted(
     batch_bytes = 4 * 8 * TOKENS if captured else 0
     scalars = SCALARS_BYTES + (12 if captured else 0)
     assert measured == expected + batch_bytes + scalars
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize(
+    ("model_type", "dropout", "recompute", "accumulation", "tile_tokens"),
+    [
+        pytest.param("llama", "0", 0, 1, 8192, id="nothing recomputed"),
+        pytest.param("llama", "0.05", 2, 2, 8192, id="some layers recomputed, dropout, accumulated"),
+        pytest.param("llama", "0", 3, 2, TILE_TOKENS, id="MLP in tiles, accumulated"),
+        pytest.param("gemma3_text", "0.05", 3, 2, 8192, id="norms at both ends, dropout, accumulated"),
+    ],
+)
+def test_every_tensor_of_a_step_on_preferences_is_counted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    dropout: str,
+    recompute: int,
+    accumulation: int,
+    tile_tokens: int,
+) -> None:
+    monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
+    monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", tile_tokens)
+    monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 0)
+    config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]], **FIELDS.get(model_type, {})}
+    write_random_model(tmp_path, config)
+    adapter, plan = AdapterSpec(rank=16, dropout=dropout), step_plan(accumulation, recompute, loss_chunk_tokens=128)
+    attention = PackedAttention()
+    base = load_base(tmp_path, torch.device("cpu"), attention)
+    model = TrainingModel(add_adapter(base, adapter, seed=0), plan, attention, 0.0)
+    AdapterOptimizer(model.trainable(), make_spec().training)
+    model.train()
+    half = list(range(TOKENS // 2))
+    row = {name: [*half, *half] for name in ("input_ids", "labels", "position_ids")}
+    rows = PreparedRows(write_rows([row] * accumulation, tmp_path / "train.parquet"))
+    objective = ObjectiveSpec(type="dpo")
+    preferences = DirectPreference(objective, model, rows, None, {})
+    batches = list(micro_batches(rows, range(accumulation), 1))
+    model.loss(batches[0], divisor=1.0).detach()  # the adapters' stacked matrices are found once
+    with Traced() as traced:  # each pair is new, so that the reference is asked as well
+        for batch in batches:
+            preferences.accumulate(batch, divisor=1.0, between=lambda: None)
+    spec = make_spec(sequence_length=TOKENS, packing=False)
+    training = spec.training.model_copy(update={"objective": objective})
+    spec = spec.model_copy(update={"adapter": adapter, "training": training})
+    expected = passing_bytes(spec, ModelFacts.from_config(config, "main"), plan)
+    assert traced.peak <= expected + 1024, "figures of pairs hide in the allocator's rounding"
+    assert expected < 1.01 * traced.peak
 
 
 # --- what the allocator reserves

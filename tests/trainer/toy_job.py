@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ VOCABULARY = 512
 Row = dict[str, list[int]]
 
 
-def make_rows(count: int, *, seed: int) -> list[Row]:
+def make_rows(count: int, *, seed: int, strides: Sequence[Sequence[int]] = ((1, 2, 3), (1, 2, 3))) -> list[Row]:
     """Rows of two records; each record counts upwards in its own stride, its first token carries no loss."""
     source = random.Random(seed)
-    return [_row([_record(source) for _ in range(2)]) for _ in range(count)]
+    return [_row([_record(source, of_record) for of_record in strides]) for _ in range(count)]
 
 
-def _record(source: random.Random) -> list[int]:
-    start, stride, length = source.randrange(16, 64), source.choice((1, 2, 3)), source.randrange(8, 16)
+def _record(source: random.Random, strides: Sequence[int]) -> list[int]:
+    start, stride, length = source.randrange(16, 64), source.choice(strides), source.randrange(8, 16)
     return [start + stride * place for place in range(length)]
 
 
@@ -74,11 +74,13 @@ def make_task(
     steps: int = 12,
     rows: int = 20,
     eval_rows: int = 4,
+    strides: Sequence[Sequence[int]] = ((1, 2, 3), (1, 2, 3)),
     micro_batch_size: int = 2,
     recompute_layers: int = 1,
     global_batch_size: int = 4,
     training: Mapping[str, Any] | None = None,
     adapter: Mapping[str, Any] | None = None,
+    dataset: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     family: str = "llama",
@@ -86,11 +88,13 @@ def make_task(
 ) -> StageTask:
     """A train task over a store that holds its prepared data; the same arguments give the same job."""
     model = tiny_model(family)
-    prepared = write_prepared(store, steps=steps, rows=rows, eval_rows=eval_rows)
+    prepared = write_prepared(store, steps=steps, rows=rows, eval_rows=eval_rows, strides=strides)
     small = {"learning_rate": "1e-2", "global_batch_size": global_batch_size, "sequence_length": 64}
     spec = QLoRAJobSpec(
         model=ModelSource(source=model.as_uri()),
-        dataset=DatasetSource(source="file:///unused.jsonl", eval_fraction="0.1" if eval_rows else "0"),
+        dataset=DatasetSource.model_validate(
+            {"source": "file:///unused.jsonl", "eval_fraction": "0.1" if eval_rows else "0", **(dataset or {})}
+        ),
         adapter=AdapterSpec.model_validate({"rank": 4, "alpha": 8, "dropout": "0.1", **(adapter or {})}),
         training=TrainingSpec.model_validate({**small, **(training or {})}),
         evaluation=EvaluationSpec.model_validate({"every_steps": 5, **(evaluation or {})}),
@@ -116,13 +120,20 @@ def make_task(
     )
 
 
-def write_prepared(store: Path, *, steps: int, rows: int, eval_rows: int) -> PrepareResult:
+def write_prepared(
+    store: Path,
+    *,
+    steps: int,
+    rows: int,
+    eval_rows: int,
+    strides: Sequence[Sequence[int]] = ((1, 2, 3), (1, 2, 3)),
+) -> PrepareResult:
     """The prepared folder in the job's store, as the prepare stage leaves it."""
     folder = store / "prepared" / DIGEST.removeprefix("sha256:")[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    write_rows(make_rows(rows, seed=1), folder / "train.parquet")
+    write_rows(make_rows(rows, seed=1, strides=strides), folder / "train.parquet")
     if eval_rows:
-        write_rows(make_rows(eval_rows, seed=2), folder / "eval.parquet")
+        write_rows(make_rows(eval_rows, seed=2, strides=strides), folder / "eval.parquet")
     result = PrepareResult(
         digest=DIGEST,
         uri=folder.as_uri(),

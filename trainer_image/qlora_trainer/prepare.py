@@ -49,9 +49,9 @@ from qlora_trainer.data.report import (
     bounded,
     counts,
     data_warnings,
+    first_shown,
     in_brackets,
     mode_warning,
-    shown,
     state_warning,
 )
 from qlora_trainer.model.source import (
@@ -100,6 +100,8 @@ class _Splits:
     train: Split
     evaluation: Split
     warnings: list[str]
+    chats: bool
+    """See `PrepareResult.chats`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +182,7 @@ def show(task: StageTask, count: int) -> ShownRecords:
         datasets = _open_datasets(task.spec, Path(scratch))
         model = _open_model(task.spec)
         read = read_first(count, datasets.train, model.tokenizer, task.spec.dataset, task.spec.training)
-    records = tuple(shown(model.tokenizer, record) for record in read.train.records[:count])
+    records = first_shown(model.tokenizer, read.train, count, pairs=task.spec.dataset.format == "preference")
     return ShownRecords(records=records, warnings=read.warnings)
 
 
@@ -333,7 +335,10 @@ def _read(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> _Splits:
     for split in (read.train, evaluation):
         _refuse_beyond_model(split, model, spec)
     return _Splits(
-        train=read.train, evaluation=evaluation, warnings=[*data_warnings(read.train, evaluation), *read.warnings]
+        train=read.train,
+        evaluation=evaluation,
+        warnings=[*data_warnings(read.train, evaluation), *read.warnings],
+        chats=read.chats,
     )
 
 
@@ -357,14 +362,17 @@ def _refuse_beyond_model(split: Split, model: _Model, spec: QLoRAJobSpec) -> Non
         raise UserError(
             f"the longest record has {split.longest} tokens, but {spec.model.source} was made for "
             f"{context_length} positions: set spec.training.sequenceLength to that, with spec.dataset.tooLong "
-            "truncate or drop, or choose a model with a longer context"
+            f"{'' if spec.dataset.format == 'preference' else 'truncate or '}drop, or choose a model with a longer "
+            "context"
         )
 
 
 def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, splits: _Splits) -> PrepareResult:
     """Write the prepared folder; its manifest, which makes it exist, comes last."""
     training, train, evaluation = task.spec.training, splits.train, splits.evaluation
-    train_rows, eval_rows = arrange(train, training, fewest_rows=FEWEST_ROWS), arrange(evaluation, training)
+    pairs = task.spec.dataset.format == "preference"
+    train_rows = arrange(train, training, pairs=pairs, fewest_rows=FEWEST_ROWS)
+    eval_rows = arrange(evaluation, training, pairs=pairs)
     result = PrepareResult(
         digest=digest,
         uri=store.folder_uri(_folder(digest)),
@@ -378,9 +386,10 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
         steps=optimizer_steps(training, len(train_rows)),
         truncated_records=train.truncated + evaluation.truncated,
         dropped_records=train.dropped + evaluation.dropped,
+        chats=splits.chats,
     )
     log.info("%s", counts(result, training))
-    first = tuple(shown(model.tokenizer, record) for record in train.records[:SHOWN_RECORDS])
+    first = first_shown(model.tokenizer, train, SHOWN_RECORDS, pairs=pairs)
     for number, record in enumerate(first, start=1):
         log.info("record %d, what carries loss in brackets: %r", number, in_brackets(record))
     result = _warned(result, training, [*model.warnings, *splits.warnings])

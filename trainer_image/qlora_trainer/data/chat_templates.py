@@ -67,6 +67,16 @@ def named_template(value: str | None) -> str | None:
     return value
 
 
+def refuse_chats_without_template(tokenizer: Any) -> None:
+    """Refuse answers that are messages where no template, or a useless one, would write them."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the dataset's answers are messages, but the model has no chat template: set {FIELD}, choose the model's "
+            "instruct variant, or give `prompt`, `chosen` and `rejected` as texts"
+        )
+    refuse_useless_template(tokenizer)
+
+
 def refuse_useless_template(tokenizer: Any) -> None:
     """Refuse, once for all records, a template that does not write what is said, or never ends a turn."""
     said = [{"role": role, "content": word} for role, word in zip(("user", "assistant"), PROBES, strict=True)]

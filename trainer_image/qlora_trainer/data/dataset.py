@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, TrainingSpec
 from orchestrator.api.optimizer_steps import held_out
-from orchestrator.api.packing import Row, arranged
+from orchestrator.api.packing import Row, arranged, arranged_pairs
 from orchestrator.api.record_fields import CHAT_FORMATS
 from qlora_trainer.data.chat_templates import refuse_useless_template
 from qlora_trainer.data.formats import named_fields
@@ -96,6 +96,8 @@ class ReadDataset:
     """Empty unless a fraction is held out."""
     warnings: tuple[str, ...]
     """What the chat template, the contents and the records' fields give reason to say."""
+    chats: bool = False
+    """Whether there are preferences whose answers are messages."""
 
 
 def read_dataset(
@@ -108,6 +110,7 @@ def read_dataset(
         train=Split(records=train, truncated=found.truncated, dropped=found.dropped),
         evaluation=Split(records=held_out),
         warnings=_warnings(found, dataset),
+        chats=found.chats,
     )
 
 
@@ -142,7 +145,7 @@ def _read(
         progress.report(found.seen, found.records.tokens)
     progress.tell(found.seen, found.records.tokens)
     _refuse_bad(found, source.source)
-    _refuse_too_long(found, source.source, training.sequence_length)
+    _refuse_too_long(found, source.source, training.sequence_length, pairs=dataset.format == "preference")
     if not found.records:
         raise UserError(_nothing_left(found, source.source, training.sequence_length))
     return found
@@ -174,15 +177,16 @@ def _refuse_bad(found: EncodedRange, source: str) -> None:
     )
 
 
-def _refuse_too_long(found: EncodedRange, source: str, sequence_length: int) -> None:
+def _refuse_too_long(found: EncodedRange, source: str, sequence_length: int, *, pairs: bool) -> None:
     if found.first_too_long is None:
         return
     where, tokens = found.first_too_long
     than = "" if tokens.startswith("more") else ", more than"
+    what = "tokens in both answers, each with its prompt" if pairs else "tokens"
     raise UserError(
-        f"{source}: {where} has {tokens} tokens{than} spec.training.sequenceLength "
+        f"{source}: {where} has {tokens} {what}{than} spec.training.sequenceLength "
         f"({sequence_length}), as have {found.too_long_count} of {found.seen} records in all. Raise "
-        "spec.training.sequenceLength, or set spec.dataset.tooLong to truncate or to drop"
+        f"spec.training.sequenceLength, or set spec.dataset.tooLong to {'' if pairs else 'truncate or to '}drop"
     )
 
 
@@ -233,7 +237,10 @@ def _hold_out(
 
 
 def check_tokenizer(tokenizer: Any, dataset: DatasetSource, model_source: str) -> None:
-    """Conversations need a template, which base models often lack; other records need a token that ends them."""
+    """Conversations need a template, which base models often lack; other records need a token that ends them.
+
+    Whether preferences are conversations, only their records tell.
+    """
     if dataset.format not in CHAT_FORMATS:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -249,9 +256,15 @@ def check_tokenizer(tokenizer: Any, dataset: DatasetSource, model_source: str) -
     refuse_useless_template(tokenizer)
 
 
-def arrange(split: Split, training: TrainingSpec, *, fewest_rows: int = 0) -> list[Row]:
-    """The split's records in rows of at most the sequence length, packed no closer than `fewest_rows` allow."""
-    rows = arranged(split.records.lengths(), training, fewest_rows=fewest_rows)
+def arrange(split: Split, training: TrainingSpec, *, pairs: bool = False, fewest_rows: int = 0) -> list[Row]:
+    """The split's records in rows of at most the sequence length, packed no closer than `fewest_rows` allow.
+
+    `pairs`: each two records, what was chosen and what was rejected, are next to one another in one row.
+    """
+    lengths = split.records.lengths()
+    if pairs:
+        return arranged_pairs(lengths, training, fewest_rows=fewest_rows)
+    rows = arranged(lengths, training, fewest_rows=fewest_rows)
     return [_in_order(row, split.records.samples()) for row in rows]
 
 

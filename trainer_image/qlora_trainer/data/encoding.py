@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_trainer.data.chat import Span, TrainOn
-from qlora_trainer.data.formats import Completion, Conversation, Sample, Text
+from qlora_trainer.data.formats import Completion, Conversation, Preference, Sample, Text
 from qlora_trainer.data.rendering import LimitedRenderer
 
 IGNORED_LABEL = -100
@@ -46,7 +46,8 @@ class EncodedRecord:
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     starts: tuple[int, ...] = (0,)
-    """Where its contexts begin: a conversation may have to be trained in several, each a record of its own."""
+    """Where its contexts begin: a conversation may have to be trained in several, each a record of its own. Those of a
+    preference are what was chosen and what was rejected."""
     complete: bool = True
     """False where the sample goes on, longer than the encoder's bound."""
 
@@ -106,10 +107,13 @@ class Encoder:
 
     def expect(self, samples: Iterable[Sample]) -> None:
         """Have the conversations among these rendered ahead; they are to be encoded next, in this order."""
-        self._chats.expect([sample for sample in samples if isinstance(sample, Conversation)])
+        parts = (part for sample in samples for part in _parts(sample))
+        self._chats.expect([part for part in parts if isinstance(part, Conversation)])
 
     def encode(self, sample: Sample) -> EncodedRecord:
         """The tokens of a sample; raises ValueError saying why there is no exact answer."""
+        if isinstance(sample, Preference):
+            return self._preference(sample)
         if isinstance(sample, Conversation):
             return self._conversation(sample)
         return self._framed(sample)
@@ -117,6 +121,22 @@ class Encoder:
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:
             self.warnings.append(warning)
+
+    # --- preferences: two records
+
+    def _preference(self, sample: Preference) -> EncodedRecord:
+        sides = [self.encode(part) for part in _parts(sample)]
+        complete = all(side.complete for side in sides)
+        for name, side in zip(("chosen", "rejected"), sides, strict=True):
+            if len(side.starts) > 1:
+                raise ValueError(
+                    f"has a `{name}` that cannot be trained as one text with its prompt: {SEVERAL_CONTEXTS}"
+                )
+            if complete and side.supervised == 0:
+                raise ValueError(f"has a `{name}` with no token to train on")
+        if complete and np.array_equal(sides[0].input_ids, sides[1].input_ids):
+            raise ValueError("has a `chosen` and a `rejected` that are the same to the model, which prefers nothing")
+        return _joined_records(sides, complete=complete)
 
     # --- texts and prompts with completions: what the tokenizer adds at the front, then EOS at the end
 
@@ -206,6 +226,10 @@ class Encoder:
 
     def _spelled(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _parts(sample: Sample) -> Sequence[Conversation | Completion | Text]:
+    return (sample.chosen, sample.rejected) if isinstance(sample, Preference) else (sample,)
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern[str] | None:

@@ -1,4 +1,4 @@
-"""What the dataset formats mean: a record becomes a conversation, a prompt with its completion, or a text.
+"""What the dataset formats mean: a record becomes a conversation, a prompt with its completion, a text or a preference.
 
 Every field that its ecosystem knows is used as it is used there, or refused by name; `docs/data.md` has the table.
 `unknown_fields` names the others. What breaks the format is a ValueError whose message goes on a sentence that begins
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from orchestrator.api.record_fields import (
-    CHAT_FORMATS,
     MASK_FIELDS,
+    OPENAI_PREFERENCE_FIELDS,
+    OPENAI_PREFERENCE_REFUSAL,
     PREFERENCE_FIELDS,
     PREFERENCE_REFUSAL,
     RECORD_FIELDS,
@@ -51,6 +52,12 @@ MESSAGE_FIELDS = frozenset(
     {"role", "content", "tool_calls", "tool_call_id", "name", *MASK_FIELDS, *REASONING_FIELDS},
 )
 TURN_FIELDS = frozenset({"from", "value", *MASK_FIELDS})
+INSIDE: Mapping[Format, Mapping[str, frozenset[str]]] = {
+    "messages": {"messages": MESSAGE_FIELDS},
+    "sharegpt": {"conversations": TURN_FIELDS},
+    "preference": dict.fromkeys(("prompt", *PREFERENCE_FIELDS), MESSAGE_FIELDS),
+}
+"""Fields that hold messages, and what is known in those, by format."""
 OTHER_ROLES = {
     **{name: role for name, role in SHAREGPT_ROLES.items() if name != role and name != "function_call"},
     "developer": "system",
@@ -65,7 +72,7 @@ REFUSED_FIELDS = {
     "refusal": "write it into `content`",
     "documents": "write them into a message's `content`",
     "chat_template_kwargs": "write what they change into spec.model.chatTemplate",
-    **dict.fromkeys(PREFERENCE_FIELDS, PREFERENCE_REFUSAL),
+    **dict.fromkeys(OPENAI_PREFERENCE_FIELDS, OPENAI_PREFERENCE_REFUSAL),
 }
 """Fields with a meaning that nothing here gives them -> what to do instead."""
 VERDICT_FIELDS = ("label", "kto_tag")
@@ -101,12 +108,23 @@ class Text:
     text: str
 
 
-Sample = Conversation | Completion | Text
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """Two answers to one prompt: what was chosen, and what was rejected for it."""
+
+    chosen: Conversation | Completion
+    rejected: Conversation | Completion
+    """Of the same kind, with the same prompt."""
+
+
+Sample = Conversation | Completion | Text | Preference
 
 
 def read_sample(record: Fields, form: Format) -> Sample:
     """The sample that a record of this format stands for; raises ValueError saying what is wrong with it."""
     _refuse_fields(record, "")
+    if form != "preference":
+        _refuse_preferences(record)
     if form != "text":
         _refuse_unwanted(record)
     return _READERS[form](record)
@@ -116,14 +134,14 @@ def unknown_fields(record: Fields, form: Format) -> Iterator[str]:
     """Names of fields that mean nothing in this format, those of messages as `messages[].id`."""
     known = RECORD_FIELDS[form]
     yield from (name for name, value in record.items() if name not in known and value not in NOTHING)
-    if form not in CHAT_FORMATS:
-        return
-    place, inside = ("messages", MESSAGE_FIELDS) if form == "messages" else ("conversations", TURN_FIELDS)
-    messages = record.get(place)
-    for message in cast("list[Any]", messages) if isinstance(messages, list) else []:
-        if isinstance(message, Mapping):
-            fields = cast("Fields", message).items()
-            yield from (f"{place}[].{name}" for name, value in fields if name not in inside and value not in NOTHING)
+    for place, inside in INSIDE.get(form, {}).items():
+        messages = record.get(place)
+        for message in cast("list[Any]", messages) if isinstance(messages, list) else []:
+            if isinstance(message, Mapping):
+                fields = cast("Fields", message).items()
+                yield from (
+                    f"{place}[].{name}" for name, value in fields if name not in inside and value not in NOTHING
+                )
 
 
 def named_fields(names: Iterable[str]) -> str:
@@ -138,6 +156,12 @@ def _refuse_fields(fields: Fields, place: str) -> None:
     for name in REFUSED_FIELDS:
         if fields.get(name) not in NOTHING:
             raise ValueError(f"has a {place}field `{name}`: {REFUSED_FIELDS[name]}")
+
+
+def _refuse_preferences(record: Fields) -> None:
+    for name in PREFERENCE_FIELDS:
+        if record.get(name) not in NOTHING:
+            raise ValueError(f"has a field `{name}`: {PREFERENCE_REFUSAL}")
 
 
 def _refuse_unwanted(record: Fields) -> None:
@@ -358,6 +382,96 @@ def _plain_text(record: Fields) -> Text:
     return Text(text=_text(record, "text"))
 
 
+# --- preferences, as TRL reads them
+
+
+def _preference(record: Fields) -> Preference:
+    """With its prompt beside the answers, or in both of them (TRL's explicit and implicit prompts)."""
+    sides = [_turns(_field(record, name)) for name in PREFERENCE_FIELDS]
+    chosen, rejected = sides
+    prompt = _turns(record.get("prompt"))
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        answers = cast("list[Any]", chosen), cast("list[Any]", rejected)
+        found = _preferred_turns(prompt, *answers, record.get("tools"))
+    elif isinstance(chosen, list) or isinstance(rejected, list):
+        raise ValueError(
+            "has a `chosen` and a `rejected` of which one is messages and one is not; give both as one kind"
+        )
+    else:
+        found = _preferred_texts(prompt, _text(record, "chosen"), _text(record, "rejected"), record.get("tools"))
+    if found.chosen == found.rejected:
+        raise ValueError("has a `chosen` and a `rejected` that are the same, which prefers nothing; remove the record")
+    return found
+
+
+def _turns(value: Any) -> Any:
+    """A list of messages that a table's cell holds as JSON; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = parse_json(value)
+    except (ValueError, RecursionError):
+        return value
+    return cast("list[Any]", found) if all(_has(each, "role") for each in found) else value
+
+
+def _preferred_turns(prompt: Any, chosen: list[Any], rejected: list[Any], tools: Any) -> Preference:
+    before: list[Any] = cast("list[Any]", prompt) if isinstance(prompt, list) else []
+    if not isinstance(prompt, list):
+        shared = _shared(chosen, rejected)
+        before, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if prompt not in NOTHING and not (before and _has(before[-1], "content") and before[-1]["content"] == prompt):
+            raise ValueError(
+                "has a `prompt` that is not what `chosen` and `rejected` answer; give it as messages, or not"
+            )
+    found = [
+        _answered(before, answer, name, tools)
+        for name, answer in zip(PREFERENCE_FIELDS, (chosen, rejected), strict=True)
+    ]
+    return Preference(chosen=found[0], rejected=found[1])
+
+
+def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    pairs = zip(chosen, rejected, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))
+
+
+def _answered(prompt: Sequence[Any], answer: Sequence[Any], name: str, tools: Any) -> Conversation:
+    """The prompt with one of its answers."""
+    if len(answer) != 1:
+        what = "the same as the other" if not answer else f"{len(answer)} messages after the prompt"
+        raise ValueError(
+            f"has a `{name}` that is {what}; it must be one message of the assistant, and what comes before it `prompt`"
+        )
+    try:
+        given = [_object(message, number) for number, message in enumerate([*prompt, *answer], start=1)]
+        return _conversation(given, tools)
+    except ValueError as error:
+        raise ValueError(f"{error} (counted from `prompt` on to `{name}`)") from error
+
+
+def _preferred_texts(prompt: Any, chosen: str, rejected: str, tools: Any) -> Preference:
+    if tools not in NOTHING:
+        raise ValueError("has a field `tools` beside answers that are texts; give the answers as messages")
+    if prompt in NOTHING:
+        shared = _shared(chosen, rejected)
+        shared -= shared > 0 and chosen[shared - 1] == " "  # as TRL: a blank is the answer's
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt.strip():
+            raise ValueError("has no `prompt`, and `chosen` and `rejected` do not begin with one; give it as `prompt`")
+    if not isinstance(prompt, str):
+        raise ValueError("has a `prompt` that is no text beside answers that are; give all of them as one kind")
+    if not prompt.strip():
+        raise ValueError("has an empty field `prompt`")
+    for name, answer in zip(PREFERENCE_FIELDS, (chosen, rejected), strict=True):
+        if not answer.strip() and chosen != rejected:
+            raise ValueError(f"has a `{name}` that is the prompt alone; both answers must say something")
+    return Preference(
+        chosen=Completion(prompt=prompt, completion=chosen), rejected=Completion(prompt=prompt, completion=rejected)
+    )
+
+
 # --- fields
 
 
@@ -454,4 +568,5 @@ _READERS: Mapping[Format, Callable[[Fields], Sample]] = {
     "alpaca": _alpaca,
     "prompt-completion": _prompt_completion,
     "text": _plain_text,
+    "preference": _preference,
 }

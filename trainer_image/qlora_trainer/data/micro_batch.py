@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,20 @@ class PreparedRows:
         self._columns = [_flat(table.column(name)) for name in ("input_ids", "labels", "position_ids")]
         lengths = np.from_dlpack(table.column("input_ids").combine_chunks().value_lengths())
         self._row_starts = np.concatenate([[0], np.cumsum(lengths)])
+        records_before = np.concatenate([[0], np.cumsum(self._columns[2] == 0)])
+        self._record_starts = records_before[self._row_starts]
 
     def __len__(self) -> int:
         return len(self._row_starts) - 1
+
+    @property
+    def record_count(self) -> int:
+        """Records in all rows."""
+        return int(self._record_starts[-1])
+
+    def records(self, index: int) -> range:
+        """The records of one row, numbered through all rows."""
+        return range(int(self._record_starts[index]), int(self._record_starts[index + 1]))
 
     def row(self, index: int) -> tuple[Numbers, Numbers, Numbers]:
         """Token ids, labels and positions of one row."""
@@ -67,11 +78,17 @@ class MicroBatch:
     longest_record: int
     supervised: Tensor
     """int64: the positions that carry loss."""
+    records: tuple[int, ...] = ()
+    """Its records' numbers among those of their file, where they are known."""
 
     @property
     def tokens(self) -> int:
         """Tokens that are computed."""
         return self.input_ids.shape[1]
+
+    def supervised_by_record(self) -> list[int]:
+        """How many positions of each record carry loss; to be asked on the host."""
+        return np.diff(np.searchsorted(self.supervised.numpy(), self.record_starts.numpy())).tolist()
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
@@ -143,7 +160,9 @@ def epoch_order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def micro_batches(data: PreparedRows, rows: Sequence[int], micro_batch_size: int) -> Iterator[MicroBatch]:
     """The given rows in their order, `micro_batch_size` at a time."""
     for first in range(0, len(rows), micro_batch_size):
-        yield collate([data.row(index) for index in rows[first : first + micro_batch_size]])
+        chosen = rows[first : first + micro_batch_size]
+        records = tuple(number for index in chosen for number in data.records(index))
+        yield replace(collate([data.row(index) for index in chosen]), records=records)
 
 
 def supervised_tokens(data: PreparedRows, rows: Sequence[int]) -> int:

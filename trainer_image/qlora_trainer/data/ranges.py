@@ -15,8 +15,9 @@ from typing import Any, overload
 import numpy as np
 
 from orchestrator.api.job import DatasetSource
+from qlora_trainer.data.chat_templates import refuse_chats_without_template
 from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord, Encoder
-from qlora_trainer.data.formats import Sample, read_sample, unknown_fields
+from qlora_trainer.data.formats import Conversation, Preference, Sample, read_sample, unknown_fields
 from qlora_trainer.data.reader import BadRecord, Record
 from qlora_trainer.data.rendering import RenderLimit, characters_of
 from qlora_trainer.outcome import UserError
@@ -120,6 +121,8 @@ class EncodedRange:
     """Fields that mean nothing in the format."""
     warnings: list[str] = field(default_factory=list[str])
     """What there is to know about the chat template."""
+    chats: bool = False
+    """Whether there are preferences whose answers are messages."""
     special_token_said: str | None = None
     """The first of the chat template's tokens that a message's content holds."""
 
@@ -146,6 +149,7 @@ class EncodedRange:
         self.dropped += following.dropped
         self.note_unknown(following.unknown)
         self.warnings += [warning for warning in following.warnings if warning not in self.warnings]
+        self.chats = self.chats or following.chats
         self.special_token_said = self.special_token_said or following.special_token_said
 
 
@@ -183,7 +187,9 @@ class _RangeInHand:
 
     def __init__(self, how: RangeEncoder) -> None:
         self._how = how
-        self._encoder = Encoder(how.tokenizer, how.dataset.train_on, most_tokens=how.sequence_length)
+        self._pairs = how.dataset.format == "preference"
+        train_on = "completion" if self._pairs else how.dataset.train_on
+        self._encoder = Encoder(how.tokenizer, train_on, most_tokens=how.sequence_length)
         self._found = EncodedRange()
 
     def encode(self, records: Range) -> EncodedRange:
@@ -209,6 +215,9 @@ class _RangeInHand:
             return _Read(where=record.where, problem=str(error)[:MAX_PROBLEM_CHARACTERS])
         except RecursionError:
             return _Read(where=record.where, problem="is nested too deeply")
+        if isinstance(sample, Preference) and isinstance(sample.chosen, Conversation) and not self._found.chats:
+            refuse_chats_without_template(self._how.tokenizer)  # of texts none is asked for
+            self._found.chats = True
         return _Read(where=record.where, fields=record.value, sample=sample)
 
     def _encoded(self, read: _Read) -> EncodedRecord | None:
@@ -231,7 +240,8 @@ class _RangeInHand:
         """The record's contexts as far as they fit a sequence; none if it does not go in."""
         most, too_long = self._how.sequence_length, self._how.dataset.too_long
         contexts = encoded.split()
-        longest = max(len(context.input_ids) for context in contexts)
+        lengths = [len(context.input_ids) for context in contexts]
+        longest = sum(lengths) if self._pairs else max(lengths)  # both answers of a preference share a sequence
         if encoded.complete and longest <= most:
             return contexts
         if too_long == "fail":

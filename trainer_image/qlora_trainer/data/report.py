@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import groupby
 from typing import Any
 
-from orchestrator.api.formats import ShownPart, ShownRecord
+from orchestrator.api.formats import MAX_SHOWN_RECORDS, ShownPart, ShownRecord
 from orchestrator.api.job import TrainingSpec
 from orchestrator.api.results import MAX_WARNING_CHARACTERS, MAX_WARNINGS, PrepareResult
 from orchestrator.api.words import on_one_line
@@ -98,6 +98,18 @@ def _overlapping(train: Split, evaluation: Split) -> int:
         return 0
     trained = {hash(record.input_ids.tobytes()) for record in train.records}
     return sum(hash(record.input_ids.tobytes()) in trained for record in evaluation.records)
+
+
+def first_shown(tokenizer: Any, split: Split, samples: int, *, pairs: bool) -> tuple[ShownRecord, ...]:
+    """The first records as text, or the first pairs of them."""
+    if not pairs:
+        return tuple(shown(tokenizer, record) for record in split.records[:samples])
+    records = split.records[: 2 * min(samples, MAX_SHOWN_RECORDS // 2)]
+    answers = ("chosen", "rejected") * len(records)
+    return tuple(
+        shown(tokenizer, record).model_copy(update={"answer": answer})
+        for record, answer in zip(records, answers, strict=False)
+    )
 
 
 def shown(tokenizer: Any, record: EncodedRecord) -> ShownRecord:

@@ -12,8 +12,8 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -40,7 +40,7 @@ from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.layer_inputs import layer_inputs_table, look_up_on_host
 from qlora_trainer.model.loading import quantized_layers
-from qlora_trainer.model.loss import Head, cross_entropy
+from qlora_trainer.model.loss import Head, cross_entropy, record_log_probabilities
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.text_part import decoder_of
 from qlora_trainer.outcome import UserError
@@ -146,6 +146,16 @@ class TrainingModel:
         loss.backward()
         return loss.detach()
 
+    def log_probabilities(self, batch: MicroBatch) -> Tensor:
+        """The log-probability of each record's targets together, [records], float32."""
+        return self._log_probabilities(StepInputs.of(batch, draw_seed(), 1.0, self.device))
+
+    @torch.no_grad()
+    def base_log_probabilities(self, batch: MicroBatch) -> Tensor:
+        """The same of the base alone, without noise or dropout; draws nothing."""
+        with self._without_adapter():
+            return self._log_probabilities(StepInputs.of(batch, 0, 1.0, self.device))
+
     def logits(self, batch: MicroBatch) -> Tensor:
         """Float32 logits [tokens, vocabulary] of a micro-batch."""
         return self._head.logits(self._hidden(StepInputs.of(batch, 0, 1.0, self.device))[0])
@@ -183,6 +193,32 @@ class TrainingModel:
             scale=inputs.scale,
             positions=inputs.batch.supervised,
         )
+
+    def _log_probabilities(self, inputs: StepInputs) -> Tensor:
+        return record_log_probabilities(
+            self._hidden(inputs).flatten(0, 1),
+            inputs.batch.targets.flatten(),
+            self._head,
+            chunk_tokens=self._plan.loss_chunk_tokens,
+            positions=inputs.batch.supervised,
+            lengths=inputs.host.supervised_by_record(),
+        )
+
+    @contextmanager
+    def _without_adapter(self) -> Generator[None]:
+        """The base as it is, and back to what was before."""
+        was_training, experts = self.peft_model.training, self._experts()
+        adapters = [each.adapters for each in experts]
+        self.eval()
+        for each in experts:  # which compute with theirs themselves
+            each.adapters = {}
+        try:
+            with self.peft_model.disable_adapter():
+                yield
+        finally:
+            for each, own in zip(experts, adapters, strict=True):
+                each.adapters = own
+            self.peft_model.train(was_training)
 
     def _hidden(self, inputs: StepInputs) -> Tensor:
         batch, on_device = inputs.host, inputs.batch

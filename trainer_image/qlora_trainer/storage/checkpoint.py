@@ -57,6 +57,7 @@ from qlora_trainer.storage.tensors import Tensors, on_host, read_tensors, save_t
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
 BEST_ADAPTER_NAME = "best_adapter.safetensors"
+OBJECTIVE_NAME = "objective.safetensors"
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ class Snapshot:
     journal: Sequence[JournalRecord]
     best_adapter: Tensors | None = None
     """The adapter of `state.best` where that is an earlier step's. Never changed after it was taken, so not copied."""
+    objective: Tensors | None = None
+    """What the objective remembers, where it does."""
 
     def on_host(self) -> Snapshot:
         """A copy that training cannot change."""
@@ -128,6 +131,7 @@ class Snapshot:
             optimizer=on_host(self.optimizer),
             journal=list(self.journal),
             best_adapter=self.best_adapter,
+            objective=None if self.objective is None else on_host(self.objective),
         )
 
 
@@ -260,6 +264,8 @@ class Checkpointer:
             save_tensors(snapshot.optimizer, folder / OPTIMIZER_NAME)
             if snapshot.best_adapter is not None:
                 save_tensors(snapshot.best_adapter, folder / BEST_ADAPTER_NAME)
+            if snapshot.objective is not None:
+                save_tensors(snapshot.objective, folder / OBJECTIVE_NAME)
             (folder / STATE_NAME).write_bytes(snapshot.state.to_bytes())
             uri = self._publish(folder, name, step, complete=False)
         self._damaged.discard(name)
@@ -321,7 +327,7 @@ class Checkpointer:
 
 
 def _read_snapshot(folder: Path, step: int) -> Snapshot:
-    best = folder / BEST_ADAPTER_NAME
+    best, objective = folder / BEST_ADAPTER_NAME, folder / OBJECTIVE_NAME
     state = TrainingState.from_bytes((folder / STATE_NAME).read_bytes())
     if state.step != step:
         raise DamagedFolder(f"{STATE_NAME} is of step {state.step}, the manifest of step {step}")
@@ -331,4 +337,5 @@ def _read_snapshot(folder: Path, step: int) -> Snapshot:
         optimizer=read_tensors(folder / OPTIMIZER_NAME),
         journal=Journal.load(folder / JOURNAL_NAME).records(),
         best_adapter=read_tensors(best) if best.is_file() else None,
+        objective=read_tensors(objective) if objective.is_file() else None,
     )

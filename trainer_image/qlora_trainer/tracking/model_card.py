@@ -8,8 +8,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+from orchestrator.api.job import DatasetSource
 from orchestrator.api.losses import LOSSES_AVERAGED, losses
 from orchestrator.api.ownership import registered_model_name
+from orchestrator.api.record_fields import CHAT_FORMATS, Format
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
 from orchestrator.api.words import on_one_line, without_logins
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
@@ -23,6 +25,12 @@ MASKS = {
     "completion": "the last answer alone, with the token that ends it",
     "all": "every token",
 }
+
+
+def _mask(dataset: DatasetSource) -> str:
+    if dataset.format == "preference":
+        return "chosen answers against rejected ones to the same prompt"
+    return MASKS[dataset.train_on]
 
 
 def model_card(
@@ -140,20 +148,27 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
+def trained_format(task: StageTask) -> Format:
+    """The format of the records; preferences that are chats are like messages."""
+    own = task.spec.dataset.format
+    chats = own == "preference" and task.prepared is not None and task.prepared.chats
+    return "messages" if chats else own
+
+
 def question(task: StageTask) -> str:
     """A row in the form that was trained."""
-    match task.spec.dataset.format:
+    match trained_format(task):
         case "messages" | "sharegpt":
             return '{"messages": [{"role": "user", "content": "..."}]}'
         case "alpaca":
             return '{"instruction": "...", "input": ""}'
-        case "prompt-completion" | "text":
+        case "prompt-completion" | "text" | "preference":
             return '{"prompt": "..."}'
 
 
 def encoding(task: StageTask) -> str:
     """The line that makes tokens of a question in the form that was trained."""
-    match task.spec.dataset.format:
+    match trained_format(task):
         case "messages" | "sharegpt":
             asked = '[{"role": "user", "content": "..."}]'
             return (
@@ -162,7 +177,7 @@ def encoding(task: StageTask) -> str:
             )
         case "alpaca":
             return 'inputs = tokenizer("...", return_tensors="pt")  # Stanford Alpaca\'s prompt, up to `### Response:`'
-        case "prompt-completion" | "text":
+        case "prompt-completion" | "text" | "preference":
             return 'inputs = tokenizer("...", return_tensors="pt")'
 
 
@@ -191,7 +206,7 @@ def provenance(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, st
         "job uid": task.uid,
         "base model": task.spec.model.source,
         "dataset": task.spec.dataset.source,
-        "what carried loss": MASKS[task.spec.dataset.train_on],
+        "what carried loss": _mask(task.spec.dataset),
         "chat template": template(task),
         "SHA-256 of the adapter": adapter.digest.removeprefix("sha256:"),
     }
@@ -208,7 +223,7 @@ def provenance(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, st
 def template(task: StageTask) -> str:
     """Whose chat template the adapter carries."""
     given = task.spec.model.chat_template
-    if task.spec.dataset.format not in ("messages", "sharegpt"):
+    if trained_format(task) not in CHAT_FORMATS:
         return "none was used"
     if given is None:
         return "the base's own, saved with the tokenizer"

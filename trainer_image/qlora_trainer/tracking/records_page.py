@@ -43,8 +43,9 @@ def _record(number: int, record: ShownRecord) -> str:
     parts = "".join(
         f"<mark>{_text(part.text)}</mark>" if part.supervised else _text(part.text) for part in record.parts
     )
+    answer = f", {record.answer}" if record.answer is not None else ""
     return (
-        f"<h2>Record {number}</h2><p>{record.tokens} tokens, {record.supervised_tokens} of them with loss</p>"
+        f"<h2>Record {number}{answer}</h2><p>{record.tokens} tokens, {record.supervised_tokens} of them with loss</p>"
         f"<pre>{parts}</pre>"
     )
 

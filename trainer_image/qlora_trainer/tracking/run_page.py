@@ -33,6 +33,7 @@ MAX_DIGEST_CHARACTERS = 36
 """MLflow's bound on the digest of a data set."""
 RECIPE = ("model", "dataset", "adapter", "training", "evaluation")
 """The sections of a spec that say what is trained; the others say where and when."""
+OF_PREFERENCES = ("training.objective.beta", "training.objective.labelSmoothing")
 OF_HUB_DATA = ("dataset.split", "dataset.evalSplit", "dataset.config")
 
 
@@ -71,6 +72,10 @@ def _is_idle(name: str, task: StageTask) -> bool:
         return spec.training.max_steps is not None
     if name == "dataset.evalFraction":
         return spec.dataset.eval_source is not None
+    if name in OF_PREFERENCES:
+        return spec.training.objective.type == "sft"
+    if name == "dataset.trainOn":
+        return spec.dataset.format == "preference"
     if name in OF_HUB_DATA:
         return not spec.dataset.source.startswith("hf://")
     if name.startswith("evaluation."):

@@ -1,4 +1,4 @@
-"""Held-out loss: when it is taken, and how.
+"""The figures of held-out data: when they are taken, and how.
 
 Whether an evaluation is due depends on the step and the journal alone, so an attempt that was stopped between a step
 and its evaluation makes up for it when it resumes.
@@ -12,8 +12,9 @@ import torch
 
 from orchestrator.api.formats import JournalRecord, Metric
 from orchestrator.api.job import EvaluationSpec
-from qlora_trainer.data.micro_batch import PreparedRows, micro_batches, supervised_tokens
+from qlora_trainer.data.micro_batch import PreparedRows, micro_batches
 from qlora_trainer.model.training_model import TrainingModel
+from qlora_trainer.training.objectives.objective import Objective
 
 
 def is_due(step: int, steps: int, spec: EvaluationSpec, records: Iterable[JournalRecord]) -> bool:
@@ -23,14 +24,20 @@ def is_due(step: int, steps: int, spec: EvaluationSpec, records: Iterable[Journa
 
 
 @torch.no_grad()
-def evaluate(model: TrainingModel, data: PreparedRows, micro_batch_size: int, between: Callable[[], None]) -> float:
-    """The mean loss over the held-out tokens that carry loss; `between` is called after every micro-batch."""
+def evaluate(
+    model: TrainingModel,
+    objective: Objective,
+    data: PreparedRows,
+    micro_batch_size: int,
+    between: Callable[[], None],
+) -> list[float]:
+    """The objective's figures over all held-out data; `between` is called after every micro-batch."""
     rows = range(len(data))
-    tokens = supervised_tokens(data, rows)
+    count = objective.count(data, rows)
     model.eval()
-    # In double precision on the host: the mean must not depend on how many numbers were added before.
-    total = 0.0
+    # In double precision on the host: the means must not depend on how many numbers were added before.
+    totals = [0.0] * len(objective.figures)
     for batch in micro_batches(data, rows, micro_batch_size):
-        total += float(model.loss(batch, divisor=1.0))
+        totals = [total + float(found) for total, found in zip(totals, objective.measure(batch).cpu(), strict=True)]
         between()
-    return total / tokens
+    return [total / count for total in totals]

@@ -31,7 +31,7 @@ from orchestrator.api.losses import losses
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import TrainResult
 from orchestrator.api.task import StageTask
-from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows, Schedule, micro_batches, supervised_tokens
+from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows, Schedule, micro_batches
 from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import DivergedError, Preempted
@@ -47,6 +47,7 @@ from qlora_trainer.storage.tensors import on_host
 from qlora_trainer.storage.versions import memory_versions
 from qlora_trainer.training.evaluation import evaluate, is_due
 from qlora_trainer.training.gradients import clip, gradient_norm
+from qlora_trainer.training.objectives.objective import objective_of
 from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
 from qlora_trainer.training.reports import Reports
 from qlora_trainer.training.stop import AgentClient, Stop, Watchdog
@@ -105,6 +106,9 @@ class Loop:
         )
         self._optimizer = AdapterOptimizer(model.trainable(), task.spec.training)
         self._parameters = [parameter for _, parameter in model.trainable()]
+        self._objective = objective_of(
+            task.spec.training.objective, model, train_rows, eval_rows, resumed.objective if resumed else None
+        )
         self._checkpointer = checkpointer
         self._last_save = monotonic()
         self._stall_seconds = 0.0  # for which saving held up training, since a step was recorded
@@ -149,30 +153,32 @@ class Loop:
         self.clock.enter("data")
         rows = self._schedule.rows_of_step(step)
         batches = list(micro_batches(self._train_rows, rows, self._plan.micro_batch_size))
-        supervised = max(1, supervised_tokens(self._train_rows, rows))
+        count = max(1, self._objective.count(self._train_rows, rows))
         torch.manual_seed(step_seed(training.seed, step))  # pyright: ignore[reportUnknownMemberType]  # torch's own
-        total = self._accumulate_gradients(batches, supervised)
+        totals = self._accumulate_gradients(batches, count)
         self.clock.enter("optimizer")
         norms = gradient_norm(self._parameters)
-        loss, norm = total.item(), norms.item()  # the GPU is waited for once, with everything queued
+        found = totals.cpu()  # the GPU is waited for once, with everything queued
+        figures, norm = [float(figure) for figure in found], norms.item()
+        loss = figures[0]
         self._refuse_to_diverge(step, loss, norm)
         with self._lock:
             self._update(norm)
             seconds = perf_counter() - self._step_started
-            self._complete_step(batches, loss=loss, norm=norm, seconds=seconds)
+            self._complete_step(batches, figures, norm=norm, seconds=seconds)
         log.info("step %d of %d: loss %.4f, %.2f s", step + 1, self.steps, loss, seconds)
 
-    def _accumulate_gradients(self, batches: Sequence[MicroBatch], supervised: int) -> Tensor:
-        """The mean loss over the step's supervised tokens; its gradients are added up."""
+    def _accumulate_gradients(self, batches: Sequence[MicroBatch], count: int) -> Tensor:
+        """The step's figures, the loss first, as means over what the objective counts; gradients are added up."""
         self._model.train()
-        total = torch.zeros((), device=self._model.device)
+        totals = torch.zeros(len(self._objective.figures), device=self._model.device)
         for number, batch in enumerate(batches, start=1):
             if not self._step_seconds or self._step_seconds[-1] > LONG_STEP_SECONDS:
                 self.report(f"step {self._position.step + 1}: micro-batch {number} of {len(batches)}")
             self.clock.enter("forward")
-            total += self._model.accumulate(batch, divisor=supervised, between=lambda: self.clock.enter("backward"))
+            totals += self._objective.accumulate(batch, divisor=count, between=lambda: self.clock.enter("backward"))
             self._stop_inside_a_step_if_need_be()
-        return total
+        return totals
 
     def _update(self, norm: float) -> None:
         """Change the adapter."""
@@ -180,10 +186,12 @@ class Loop:
         self._optimizer.step(self._learning_rate())
         self.clock.close()
 
-    def _complete_step(self, batches: Sequence[MicroBatch], *, loss: float, norm: float, seconds: float) -> None:
+    def _complete_step(
+        self, batches: Sequence[MicroBatch], figures: Sequence[float], *, norm: float, seconds: float
+    ) -> None:
         """Bring position and journal up to the adapter."""
         metrics: dict[str, float] = {
-            Metric.TRAIN_LOSS: loss,
+            **self._named("train", figures),
             Metric.LEARNING_RATE: self._learning_rate(),
             Metric.GRADIENT_NORM: norm,
             Metric.TOKENS_PER_SECOND: sum(batch.tokens for batch in batches) / seconds,
@@ -194,6 +202,10 @@ class Loop:
         self._stall_seconds = 0.0
         self._position.step += 1
         self.journal.record(self._position.step, metrics)
+
+    def _named(self, group: str, figures: Sequence[float]) -> dict[str, float]:
+        """The objective's figures under their names in the journal; the loss is `Metric`'s."""
+        return {f"{group}/{name}": figure for name, figure in zip(self._objective.figures, figures, strict=True)}
 
     def _learning_rate(self) -> float:
         return learning_rate(self._position.step, self.steps, self._spec.training)
@@ -216,12 +228,19 @@ class Loop:
             return
         self.report(f"evaluating after step {step}")
         self.clock.enter("evaluation")
-        loss = evaluate(self._model, self._eval_rows, self._plan.micro_batch_size, between=self._stop_if_asked)
+        figures = evaluate(
+            self._model,
+            self._objective,
+            self._eval_rows,
+            self._plan.micro_batch_size,
+            between=self._stop_if_asked,
+        )
+        loss = figures[0]
         self.clock.close()
         if not math.isfinite(loss):
             raise self._divergence(f"the held-out loss after step {step} is {loss}")
         with self._lock:
-            self.journal.record(step, {Metric.EVAL_LOSS: loss})
+            self.journal.record(step, self._named("eval", figures))
             if step > 0:  # the untouched base is what is to be beaten, not a result
                 self._judge(step, loss)
         log.info("held-out loss after step %d: %.4f", step, loss)
@@ -369,6 +388,7 @@ class Loop:
             optimizer=self._optimizer.export_state(),
             journal=self.journal.records(),
             best_adapter=None if is_best else position.best_adapter,
+            objective=self._objective.memory(),
         )
 
     def _restore(self, snapshot: Snapshot | None) -> Position:
