@@ -134,6 +134,8 @@ def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> N
         "adapter.experts": {"adapter": {"dropout": "0"}},
         "evaluation.generation.regex": {**HELD_OUT, "evaluation": {"generation": {"metrics": ["regex"]}}},
     }
+    if path.startswith("training.objective."):  # the bounds of what only preferences have
+        needed[path] = preferences()
     if path.startswith("evaluation.generation."):
         needed.setdefault(path, HELD_OUT)
     agree_on_all(api, QLoRAJob, {**SPEC, **needed.get(path, {})}, path, JOB_FIELDS[path])
@@ -181,11 +183,31 @@ def answer_rule_breakers() -> Iterator[Json]:
     yield {**HELD_OUT, "evaluation": {"generation": {"regex": "a"}}}
 
 
+def preferences(*, objective: Json | None = None, **dataset: str) -> Json:
+    """The sections of a spec of preferences."""
+    return {
+        "dataset": {**SPEC["dataset"], "format": "preference", **dataset},
+        "training": {"objective": {"type": "dpo", **(objective or {})}},
+    }
+
+
+def preference_rule_breakers() -> Iterator[Json]:
+    """Specs that one rule about preferences forbids."""
+    yield {"training": {"objective": {"type": "dpo"}}}
+    yield {"training": {"objective": {"beta": "0.2"}}}
+    yield {"training": {"objective": {"labelSmoothing": "0.2"}}}
+    yield preferences(objective={"beta": "0"})
+    yield preferences(objective={"labelSmoothing": "0.5"})
+    yield preferences(tooLong="truncate")
+    yield preferences(trainOn="all")
+    yield {**preferences(evalFraction="0.1"), "evaluation": {"generation": {}}}
+
+
 def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> None:
     """The field that each names is in the answer, too."""
     own = {rule for model, rules in RULES.items() if model not in IN_STATUS for each in rules.values() for rule in each}
     cases = [(QLoRAJob, changed(SPEC, path, value)) for path, value in rule_breakers()]
-    cases += [(QLoRAJob, {**SPEC, **each}) for each in answer_rule_breakers()]
+    cases += [(QLoRAJob, {**SPEC, **each}) for each in (*answer_rule_breakers(), *preference_rule_breakers())]
     two = {"turnSeconds": 600, "fairSharing": "PerUser"}
     cases += [(QLoRAQueue, each) for each in ({"quotas": [QUOTA, QUOTA]}, {"budget": {}}, two)]
     met = set[Any]()
