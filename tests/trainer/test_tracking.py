@@ -16,12 +16,14 @@ from mlflow_server import free_port, is_healthy, mlflow_server
 from qlora_trainer.outcome import Transient, UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
-from qlora_trainer.tracking import mlflow_run, run_page
+from qlora_trainer.tracking import mlflow_run, model_card, run_page
 from qlora_trainer.tracking.mlflow_run import RunLogger
 
 from orchestrator.api.formats import JournalRecord
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.record_fields import Format
 from orchestrator.api.task import StageTask
+from tests.builders import prepare_result
 
 # MLflow's own pages and SQLAlchemy's pool speak of their deprecations; they are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,10 +44,10 @@ def make_run(client: MlflowClient, tmp_path: Path) -> str:
     return client.create_run(experiment, tags={"qlora.dev/job-uid": "u-1"}).info.run_id
 
 
-def make_task(run_id: str | None = None, **training: object) -> StageTask:
+def make_task(run_id: str | None = None, data: Format = "messages", **training: object) -> StageTask:
     spec = QLoRAJobSpec(
         model=ModelSource(source="file:///models/base"),
-        dataset=DatasetSource(source="file:///data.jsonl"),
+        dataset=DatasetSource(source="file:///data.jsonl", format=data),
         training=TrainingSpec.model_validate(training),
         queue="research",
     )
@@ -145,6 +147,28 @@ def test_parameters_are_those_that_applied() -> None:
     assert (by_epochs["training.epochs"], by_epochs.get("training.maxSteps")) == ("2", None)
     assert not {"dataset.split", "queue", "priority", "suspend", "resources.vram", "tracking.alias"} & by_epochs.keys()
     assert by_epochs["dataset.source"] == "file:///data.jsonl"
+
+
+def test_parameters_of_preferences_are_theirs_alone() -> None:
+    usual = run_page.parameters(make_task())
+    assert usual["training.objective.type"] == "sft"
+    assert not {"training.objective.beta", "training.objective.labelSmoothing"} & usual.keys()
+    found = run_page.parameters(make_task(data="preference", objective={"type": "dpo", "beta": "0.2"}))
+    assert (found["training.objective.type"], found["training.objective.beta"]) == ("dpo", "0.2")
+    assert "dataset.trainOn" not in found
+
+
+@pytest.mark.parametrize(
+    ("chats", "asked", "told"),
+    [(True, '{"messages": [', "the base's own, saved with the tokenizer"), (False, '{"prompt": "', "none was used")],
+)
+def test_a_model_is_asked_in_the_form_that_its_preferences_had(chats: bool, asked: str, told: str) -> None:
+    task = make_task(data="preference", objective={"type": "dpo"})
+    prepared = prepare_result().model_copy(update={"chats": chats})
+    task = task.model_copy(update={"prepared": prepared})
+    assert model_card.question(task).startswith(asked)
+    assert ("apply_chat_template" in model_card.encoding(task)) is chats
+    assert model_card.template(task) == told
 
 
 def test_the_runs_status_is_left_to_the_controller(client: MlflowClient, tmp_path: Path) -> None:
