@@ -127,7 +127,7 @@ targets: $(VENV)/.synced ## Print every measured promise and the known limits; f
 	$(BIN)/python -m benchmarks.targets
 
 lock: $(VENV)/bin/uv ## Resolve the lock files anew
-	for extra in local controller trainer hybrids; do \
+	for extra in local controller trainer hybrids attention; do \
 	  $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --custom-compile-command 'make lock' --extra $$extra \
 	    $$([ $$extra = local ] || echo --constraint requirements/local.txt) \

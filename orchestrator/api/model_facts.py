@@ -67,6 +67,8 @@ class ModelFacts(Model):
     """The largest number of positions that it was made for, where its config tells."""
     record_by_record: bool = False
     """Whether records are computed one after the other, because packed rows of this model would not be right."""
+    flash_attention: bool = False
+    """Whether the trainer has flash-attn-4, and that is right for heads of this size."""
     trace: ModelTrace | None = None
     """What its layers take under the job's adapter, where no table says it."""
     revision: ShortText

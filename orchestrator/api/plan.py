@@ -13,6 +13,7 @@ from orchestrator.api.base import Amount, Count, Model, ShortText
 from orchestrator.api.model_facts import MAX_LAYERS
 
 OffloadTarget = Literal["activations", "embeddings"]
+AttentionKernels = Literal["own", "flash-attn-4"]
 
 
 class MemoryPlan(Model):
@@ -24,6 +25,10 @@ class MemoryPlan(Model):
     """Micro-batches in one optimizer step; times micro_batch_size gives the global batch."""
     recompute_layers: int = Field(ge=0, le=MAX_LAYERS)
     """The first so many decoder layers recompute their activations in the backward pass."""
+    keep_attention: bool = False
+    """Whether these keep what attention gave, which costs most to compute again where records are long."""
+    attention: AttentionKernels = "own"
+    """What computes attention where the trainer computes the layers itself; it falls back on its own kernels."""
     offload: Annotated[tuple[OffloadTarget, ...], Field(max_length=2)] = ()
     """What is moved to pinned host memory while it is not in use."""
     loss_chunk_tokens: int = Field(default=1024, ge=0, le=1 << 20)

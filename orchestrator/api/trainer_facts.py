@@ -29,6 +29,10 @@ LARGEST_TRITON_HEAD = 128
 """The largest head size of the trainer's own attention kernels."""
 LARGEST_FLASH_HEAD = 256
 """The largest of flash attention; with larger ones scores are computed tile by tile."""
+FLASH_HEADS = frozenset({64, 128})
+"""Sizes of heads for which flash-attn-4 was found right: its gradients of others are wrong (80), or were not tried."""
+FLASH_RECORD_TOKENS = 1024
+"""How long a packed row's records have to be on average for flash-attn-4: with shorter ones our own are as fast."""
 SCORES_BYTES = 64 << 20
 """Of a float32 tile of scores where attention is computed tile by tile; a few such tensors are alive at once."""
 

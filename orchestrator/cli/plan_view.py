@@ -60,8 +60,10 @@ def plan_words(plan: MemoryPlan) -> str:
     """A memory plan as one line."""
     offload = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
     recompute = f"{plan.recompute_layers} layers recomputed" if plan.recompute_layers else "nothing recomputed"
+    kept = " but for attention" if plan.keep_attention else ""
+    by = f", attention by {plan.attention}" if plan.attention != "own" else ""
     micro = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulated"
-    return f"{micro}, {recompute}{offload}"
+    return f"{micro}, {recompute}{kept}{by}{offload}"
 
 
 def _heading(plan: JobPlan) -> Text:

@@ -733,6 +733,7 @@ def _shape(question: _Question) -> FusedLayer | TracedLayer:
         rank=adapter.rank,
         drops=drops,
         mlp_tile_tokens=trainer_facts.MLP_TILE_TOKENS,
+        keeps_attention=question.plan.keep_attention,
         family=family_of(facts.model_type),
         attention=attention,
         experts=None if mixture is None else Experts(tokens=tokens, hidden=facts.hidden_size, mixture=mixture),
@@ -767,4 +768,5 @@ def _attention(question: _Question, heads: Heads | None = None) -> Attention:
         multiprocessors=1 if own else question.multiprocessors,
         softcaps=facts.model_type in SOFTCAPPED_TYPES,
         sinks=heads.sinks,
+        by_flash=question.plan.attention == "flash-attn-4" and is_fused(question.adapter, facts),
     )

@@ -31,6 +31,8 @@ class Card:
     """What of the products' speed torch's flash attention reaches in its forward pass."""
     attention_share: float
     """What our own attention kernels reach, with records of any length."""
+    flash4_share: float | None = None
+    """What flash-attn-4 reaches; none where nobody has measured it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ Measured on an H100 (at 8B; benchmarks/results/kernels.json). That they are no f
 """
 ATTENTION_SHARES: Mapping[Generation, float] = MappingProxyType({"Hopper": 0.60, "Blackwell": 0.30})
 """Speed of the trainer's own attention kernels, likewise."""
+FLASH4_SHARES: Mapping[Generation, float] = MappingProxyType({"Hopper": 0.90})
+"""Speed of flash-attn-4, likewise, on an H200."""
 ATTENTION_SHARE = 0.6
 """Either of them on other cards: FlashAttention-2 reaches 50 to 73 % of an A100 (Dao, 2023, section 4.1), and that our
 own kernels do as well there is an assumption."""
@@ -150,6 +154,7 @@ def _card(name: str) -> Card | None:
         host_gbps=GIGABYTES_OF_PCIE[sheet.pcie],
         flash_share=FLASH_SHARES.get(sheet.generation, ATTENTION_SHARE),
         attention_share=ATTENTION_SHARES.get(sheet.generation, ATTENTION_SHARE),
+        flash4_share=FLASH4_SHARES.get(sheet.generation),
     )
 
 

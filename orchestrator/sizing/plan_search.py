@@ -23,7 +23,7 @@ from orchestrator.api.job import (
     TrainingSpec,
 )
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import ByteItem, Estimate, MemoryPlan, OffloadTarget
+from orchestrator.api.plan import AttentionKernels, ByteItem, Estimate, MemoryPlan, OffloadTarget
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
 from orchestrator.sizing.answering import answering_seconds
@@ -50,6 +50,8 @@ HOLES_AT_MOST = 0.05
 """Share of a peak that the allocator has reserved beside it and cannot use, free blocks that no tensor fits.
 `sizing/memory/fragmentation` tells it job by job, but not in milliseconds; over jobs of all kinds that fill a card it
 finds 0 to 9 %, and more than this in one of twenty, for which the out-of-memory ladder is there."""
+KEPT_RECORD_TOKENS = 4096
+"""How long records have to be for layers that recompute to keep what attention gave: below, attention costs little."""
 AS_FAST = 1.02
 """Plans that are within this of the fastest imaginable one are alike: the smaller micro-batch takes less memory."""
 
@@ -193,7 +195,7 @@ def choose_plan(
 def plans(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> Iterator[MemoryPlan]:
-    """The plans that fit the class, fastest first: of each split and offload the one that recomputes least."""
+    """The plans that fit the class, fastest first: of each split and way the one that recomputes least."""
     return _search(_Job.of(spec, facts, work)).fastest_first(gpu_class)
 
 
@@ -216,6 +218,14 @@ def micro_batch_sizes(global_batch_size: int) -> Iterator[int]:
     return (size for size in range(1, bound + 1) if global_batch_size % size == 0)
 
 
+class Way(NamedTuple):
+    """How a plan spends memory, but for the micro-batch and how many layers recompute."""
+
+    offload: tuple[OffloadTarget, ...]
+    attention: AttentionKernels
+    keep_attention: bool
+
+
 class _Search:
     """One job's plans. What does not depend on the class is worked out once for all classes."""
 
@@ -227,9 +237,10 @@ class _Search:
         self._step_time = StepTime(self.spec, job.facts, job.work)
         self.sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
         self._offloads = offloads(self.spec, job.facts)
+        self._fused = is_fused(job.adapter, job.facts)
         self._card_matters = card_matters(job.adapter, job.facts)
         self._footprints: dict[tuple[MemoryPlan, int], Footprint] = {}
-        self._plans: dict[tuple[int, int, int], MemoryPlan] = {}
+        self._plans: dict[tuple[int, Way, int], MemoryPlan] = {}
         self._seconds: dict[tuple[MemoryPlan, Card], float] = {}
 
     def choose(self, gpu_class: GpuClass) -> MemoryPlan | None:
@@ -245,19 +256,35 @@ class _Search:
         if nothing_fits:
             yield from _FastestFirst(self, gpu_class, gpu_class.usable_bytes)
 
-    def ways_to_offload(self, gpu_class: GpuClass) -> int:
-        """A CPU has no other memory to move things to."""
-        return 1 if gpu_class.cpu else len(self._offloads)
+    def ways(self, gpu_class: GpuClass) -> tuple[Way, ...]:
+        """The fastest first, where nothing has to recompute; a CPU has no other memory to move things to."""
+        offloads = self._offloads[:1] if gpu_class.cpu else self._offloads
+        kept = (True, False) if self._fused and self._step_time.record_tokens >= KEPT_RECORD_TOKENS else (False,)
+        kernels: tuple[AttentionKernels, ...] = ("flash-attn-4", "own") if self._flash_pays(gpu_class) else ("own",)
+        return tuple(Way(offload, each, keep) for each in kernels for offload in offloads for keep in kept)
 
-    def plan(self, micro_batch_size: int, offload: int, recompute_layers: int = 0) -> MemoryPlan:
-        """The plan that splits, offloads and recomputes so; `offload` counts the ways to do that from none on."""
-        key = micro_batch_size, offload, recompute_layers
+    def _flash_pays(self, gpu_class: GpuClass) -> bool:
+        """Whether the trainer has flash-attn-4, and is faster with it on the class's cards."""
+        card = gpu_class.card
+        if not self.facts.flash_attention or not self._fused or card is None or card.flash4_share is None:
+            return False
+        if self._step_time.record_tokens < trainer_facts.FLASH_RECORD_TOKENS:
+            return False
+        plans = (self.plan(1, Way((), kernels, False)) for kernels in ("flash-attn-4", "own"))
+        with_it, own = (self._step_time.parts(plan, card)["attention"] for plan in plans)
+        return with_it < own
+
+    def plan(self, micro_batch_size: int, way: Way, recompute_layers: int = 0) -> MemoryPlan:
+        """The plan that splits, spends memory and recomputes so."""
+        key = micro_batch_size, way, recompute_layers
         if key not in self._plans:
             self._plans[key] = MemoryPlan(
                 micro_batch_size=micro_batch_size,
                 accumulation_steps=self.spec.training.global_batch_size // micro_batch_size,
                 recompute_layers=recompute_layers,
-                offload=self._offloads[offload],
+                keep_attention=way.keep_attention,
+                attention=way.attention,
+                offload=way.offload,
                 loss_chunk_tokens=LOSS_CHUNK_TOKENS,
             )
         return self._plans[key]
@@ -269,15 +296,18 @@ class _Search:
             self._seconds[key] = self._step_time.step_seconds(plan, card)
         return self._seconds[key]
 
-    def least_recompute(self, size: int, offload: int, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan | None:
+    def least_recompute(self, size: int, way: Way, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan | None:
         """The plan with the fewest recomputed layers that fits."""
-        footprint = self._footprint(self.plan(size, offload), gpu_class)
+        footprint = self._footprint(self.plan(size, way), gpu_class)
         layers = footprint.least_recompute(room_bytes)
-        return self.plan(size, offload, layers) if layers is not None else None
+        if layers is None:
+            return None
+        return self.plan(size, way if layers else way._replace(keep_attention=False), layers)
 
     def least_bytes(self, gpu_class: GpuClass) -> int:
         """The peak of the plan that takes least."""
-        plans = (self.plan(1, offload) for offload in range(self.ways_to_offload(gpu_class)))
+        ways = (way for way in self.ways(gpu_class) if way.attention == "own" and not way.keep_attention)
+        plans = (self.plan(1, way) for way in ways)
         return min(self._footprint(plan, gpu_class).peak_bytes(self.facts.num_layers) for plan in plans)
 
     def estimate(self, plan: MemoryPlan, gpu_class: GpuClass) -> Estimate:
@@ -324,7 +354,8 @@ class _Waiting(NamedTuple):
 
     seconds: float
     micro_batch_size: int
-    offload: int
+    way: int
+    """Its number among those of the search."""
     fitted: bool
     """Whether it recomputes as few layers as fit, or as few as might."""
     plan: MemoryPlan
@@ -343,15 +374,16 @@ class _FastestFirst:
         self._gpu_class = gpu_class
         self._room_bytes = room_bytes
         self._card = ordering_card(gpu_class)
-        fastest = min(search.step_seconds(search.plan(size, 0), self._card) for size in search.sizes)
+        self._ways = search.ways(gpu_class)
+        fastest = min(search.step_seconds(search.plan(size, self._ways[0]), self._card) for size in search.sizes)
         self._alike_seconds = AS_FAST * fastest
         self._queue: list[_Waiting] = []
         self._known: dict[int, tuple[int, int]] = {}
-        """A micro-batch size and the layers that need not recompute there, for each way to offload."""
+        """A micro-batch size and the layers that need not recompute there, for each way."""
 
     def __iter__(self) -> Iterator[MemoryPlan]:
         for size in self._search.sizes:
-            self._wait(self._search.plan(size, 0), 0, fitted=False)
+            self._wait(self._search.plan(size, self._ways[0]), 0, fitted=False)
         while self._queue:
             waiting = heappop(self._queue)
             if waiting.fitted:
@@ -359,30 +391,29 @@ class _FastestFirst:
             else:
                 self._fit(waiting)
 
-    def _wait(self, plan: MemoryPlan, offload: int, *, fitted: bool) -> None:
+    def _wait(self, plan: MemoryPlan, way: int, *, fitted: bool) -> None:
         seconds = max(self._search.step_seconds(plan, self._card), self._alike_seconds)
-        heappush(self._queue, _Waiting(seconds, plan.micro_batch_size, offload, fitted, plan))
+        heappush(self._queue, _Waiting(seconds, plan.micro_batch_size, way, fitted, plan))
 
     def _fit(self, waiting: _Waiting) -> None:
-        """Queue a plan again with as few recomputed layers as fit, and the next way to offload beside it."""
-        size, offload = waiting.micro_batch_size, waiting.offload
-        most_kept = self._most_kept(size, self._known.get(offload))
+        """Queue a plan again with as few recomputed layers as fit, and the next way beside it."""
+        size, way = waiting.micro_batch_size, waiting.way
+        most_kept = self._most_kept(size, self._known.get(way))
         if 0 <= most_kept < self._layers - waiting.plan.recompute_layers:
-            self._wait(self._search.plan(size, offload, self._layers - most_kept), offload, fitted=False)
+            self._wait(self._search.plan(size, self._ways[way], self._layers - most_kept), way, fitted=False)
             return
-        fitting = self._fitting(size, offload) if most_kept >= 0 else None
+        fitting = self._fitting(size, way) if most_kept >= 0 else None
         if fitting is not None:
-            self._wait(fitting, offload, fitted=True)
+            self._wait(fitting, way, fitted=True)
         elif not self._known and self._search.least_bytes(self._gpu_class) > self._room_bytes:
             self._queue.clear()  # nothing will fit
             return
-        self._known[offload] = size, self._layers - fitting.recompute_layers if fitting is not None else NONE
-        more_to_offload = offload + 1 < self._search.ways_to_offload(self._gpu_class)
-        if more_to_offload and (fitting is None or fitting.recompute_layers):
-            self._wait(self._search.plan(size, offload + 1), offload + 1, fitted=False)
+        self._known[way] = size, self._layers - fitting.recompute_layers if fitting is not None else NONE
+        if way + 1 < len(self._ways) and (fitting is None or fitting.recompute_layers):
+            self._wait(self._search.plan(size, self._ways[way + 1]), way + 1, fitted=False)
 
-    def _fitting(self, size: int, offload: int) -> MemoryPlan | None:
-        return self._search.least_recompute(size, offload, self._gpu_class, self._room_bytes)
+    def _fitting(self, size: int, way: int) -> MemoryPlan | None:
+        return self._search.least_recompute(size, self._ways[way], self._gpu_class, self._room_bytes)
 
     def _most_kept(self, size: int, known: tuple[int, int] | None) -> int:
         """How many layers can do without recomputation at most; NONE where the plan does not fit at all.
@@ -417,8 +448,9 @@ def fallback_plan(
     spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, *, offload: bool = True
 ) -> MemoryPlan | None:
     """What to try once a plan ran out of memory: recompute everything, offload everything, halve the micro-batch."""
-    if plan.recompute_layers < facts.num_layers:
-        return plan.model_copy(update={"recompute_layers": facts.num_layers})
+    if plan.recompute_layers < facts.num_layers or plan.keep_attention or plan.attention != "own":
+        everything = {"recompute_layers": facts.num_layers, "keep_attention": False, "attention": "own"}
+        return plan.model_copy(update=everything)
     most = offloads(spec, facts)[-1] if offload else ()
     if not set(most) <= set(plan.offload):
         return plan.model_copy(update={"offload": most})

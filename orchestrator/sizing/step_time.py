@@ -37,12 +37,15 @@ MATMUL_EFFICIENCY = 0.84
 """Share of a card's `matmul_tflops` that all products of a step reach: fitted."""
 MEMORY_EFFICIENCY = 0.8
 """Share of a card's `memory_gbps`: NVIDIA's kernels and ours reach 75 to 85 % (a profile at 8B on an H100)."""
-BACKWARD_FLASH, BACKWARD_ATTENTION = 0.87, 0.735
-"""The backward pass against the forward pass: of torch's flash attention, deterministic, and of our own kernels."""
-RECORD_TOKENS = 1500
-"""How long a record has to be for our own to be half as fast as with endless ones: tiles on the diagonal."""
-SMALL_HEAD, SMALL_HEADS_SPEED = 64, 0.72
-"""Heads up to this size have fewer products for each score; how fast our own kernels are with them, of 128."""
+BACKWARD_FLASH, BACKWARD_ATTENTION, BACKWARD_FLASH4 = 0.87, 0.735, 0.78
+"""The backward pass against the forward pass: of torch's flash attention, deterministic, of our own kernels, and of
+flash-attn-4, deterministic."""
+RECORD_TOKENS, FLASH4_RECORD_TOKENS = 1500, 700
+"""How long a record has to be for our own to be half as fast as with endless ones: tiles on the diagonal; and for
+flash-attn-4."""
+SMALL_HEAD, SMALL_HEADS_SPEED, SMALL_HEADS_SPEED_FLASH4 = 64, 0.72, 0.85
+"""Heads up to this size have fewer products for each score; how fast our own kernels are with them, of 128, and
+flash-attn-4."""
 INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
 """What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
 activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
@@ -157,6 +160,11 @@ class StepTime:
             self._record_tokens /= 2
             self._first_share = _first_share(spec.training, work)
 
+    @property
+    def record_tokens(self) -> float:
+        """Tokens of a record, on average."""
+        return self._record_tokens
+
     def step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """One optimizer step: all its micro-steps and the update."""
         traffic = self._trainable * (TRAFFIC_BYTES + 2 * self._state_bytes)
@@ -175,14 +183,14 @@ class StepTime:
         stream = self._stream_seconds(tokens, card)
         there_and_back = 2 * again * stream if "activations" in plan.offload else 0.0
         embeddings = stream if "embeddings" in plan.offload else 0.0  # which the card waits for
-        return max(self._card_seconds(tokens, again, card), launches, there_and_back) + embeddings
+        return max(self._card_seconds(plan, tokens, again, card), launches, there_and_back) + embeddings
 
     def parts(self, plan: MemoryPlan, card: Card) -> dict[str, float]:
         """Seconds of the card's own work in a micro-step, by what it does."""
         tokens, again = self._tokens(plan), self._again_layers(plan)
         return {
             "products": self._product_seconds(tokens, again, card),
-            "attention": self._attention_seconds(tokens, again, card),
+            "attention": self._attention_seconds(plan, tokens, again, card),
             "dequantization": self._dequantization_seconds(tokens, again, card),
             "memory traffic": self._memory_seconds(tokens, again, card),
             "small kernels": self._kernel_seconds(tokens, again, card),
@@ -194,10 +202,10 @@ class StepTime:
     def _again_layers(self, plan: MemoryPlan) -> int:
         return min(plan.recompute_layers, self._facts.num_layers)
 
-    def _card_seconds(self, tokens: float, again: int, card: Card) -> float:
+    def _card_seconds(self, plan: MemoryPlan, tokens: float, again: int, card: Card) -> float:
         return (
             self._product_seconds(tokens, again, card)
-            + self._attention_seconds(tokens, again, card)
+            + self._attention_seconds(plan, tokens, again, card)
             + self._dequantization_seconds(tokens, again, card)
             + self._memory_seconds(tokens, again, card)
             + self._kernel_seconds(tokens, again, card)
@@ -238,19 +246,24 @@ class StepTime:
         each += EXPERT_KERNEL_SECONDS * self._tiles(tokens)
         return 0.0 if card is CPU else each * self._passes(tokens) * (self._facts.num_layers + AGAIN * again)
 
-    def _attention_seconds(self, tokens: float, again: int, card: Card) -> float:
+    def _attention_seconds(self, plan: MemoryPlan, tokens: float, again: int, card: Card) -> float:
         """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""
         width = self._facts.num_attention_heads * self._facts.head_dim
         forward = 2 * width * tokens * self._record_tokens / (card.matmul_tflops * 1e12)
-        if self._fused:
-            speed = SMALL_HEADS_SPEED if self._facts.head_dim <= SMALL_HEAD else 1.0
+        small = self._facts.head_dim <= SMALL_HEAD
+        if self._fused and plan.attention == "flash-attn-4" and card.flash4_share is not None:
+            speed = SMALL_HEADS_SPEED_FLASH4 if small else 1.0
+            forward *= (1 + FLASH4_RECORD_TOKENS / self._record_tokens) / (card.flash4_share * speed)
+            backward = 2.5 * forward / BACKWARD_FLASH4
+        elif self._fused:
+            speed = SMALL_HEADS_SPEED if small else 1.0
             forward *= (1 + RECORD_TOKENS / self._record_tokens) / (card.attention_share * speed)
             backward = 2.5 * forward / BACKWARD_ATTENTION
         else:
             forward /= card.flash_share
             backward = 2.5 * forward / BACKWARD_FLASH
         layers = self._facts.num_layers
-        products = forward * (layers + again) + backward * layers
+        products = forward * (layers + (0 if plan.keep_attention else again)) + backward * layers
         if not self._softcaps:
             return products
         scores = self._facts.num_attention_heads * tokens * self._record_tokens * (layers + AGAIN * again)

@@ -15,7 +15,7 @@ from orchestrator.api import trainer_facts
 from orchestrator.api.data_sheets import DATA_SHEETS
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import Estimate, MemoryPlan
+from orchestrator.api.plan import AttentionKernels, Estimate, MemoryPlan
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing.footprint import Footprint, adapter_parameters, footprint, peak_bytes
 from orchestrator.sizing.hardware import (
@@ -210,13 +210,57 @@ def peak_on(gpu_class: GpuClass, spec: QLoRAJobSpec, facts: ModelFacts, under: M
 @pytest.mark.parametrize("name", ["10Gi", "24Gi", "48Gi", "80Gi"])
 @pytest.mark.parametrize("facts", [SMOLLM2_135M, LLAMA_3_8B, LLAMA_2_13B, LLAMA_3_70B])
 def test_the_chosen_plan_is_as_fast_as_the_fastest_of_all_that_fit(facts: ModelFacts, name: str) -> None:
-    spec, offered = make_spec(), gpu_class(name, 1)
+    assert_fastest(make_spec(), facts, gpu_class(name, 1), attentions=((False, "own"),))
+
+
+@pytest.mark.parametrize("has_flash", [False, True])
+@pytest.mark.parametrize("sequence_length", [4096, 8192, 16384, 32768])
+@pytest.mark.parametrize("facts", [SMOLLM2_135M, LLAMA_3_8B, LLAMA_2_13B])
+def test_so_it_is_where_records_are_long_and_attention_has_kernels_to_choose_from(
+    facts: ModelFacts, sequence_length: int, has_flash: bool
+) -> None:
+    spec = make_spec(global_batch_size=4, sequence_length=sequence_length)
+    kernels = ("own", "flash-attn-4") if has_flash else ("own",)
+    assert_fastest(
+        spec,
+        facts.model_copy(update={"flash_attention": has_flash}),
+        gpu_class("24Gi", 1, products=["NVIDIA H200"]),
+        attentions=tuple((keep, each) for keep in (False, True) for each in kernels),
+    )
+
+
+def test_flash_attention_is_for_cards_that_it_was_measured_on_and_records_that_are_long_enough() -> None:
+    facts = LLAMA_3_8B.model_copy(update={"flash_attention": True})
+    hopper, ampere = (
+        gpu_class("80Gi", 1, products=[name]) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB")
+    )
+    long, short = Work(record_tokens=2048), Work(record_tokens=200)
+    assert choose_plan(make_spec(), facts, hopper, work=long).attention == "flash-attn-4"
+    for where, what in ((hopper, short), (ampere, long)):
+        assert choose_plan(make_spec(), facts, where, work=what).attention == "own"
+    assert choose_plan(make_spec(), LLAMA_3_8B, hopper, work=long).attention == "own", "the trainer has it not"
+
+
+def assert_fastest(
+    spec: QLoRAJobSpec, facts: ModelFacts, offered: GpuClass, attentions: tuple[tuple[bool, AttentionKernels], ...]
+) -> None:
+    """The chosen plan against every one that there is, with each pair of what is kept of attention and its kernels."""
     step_time = StepTime(spec, facts, Work())
+    batch = spec.training.global_batch_size
     everything = [
-        MemoryPlan(micro_batch_size=size, accumulation_steps=16 // size, recompute_layers=layers, offload=offload)
+        MemoryPlan(
+            micro_batch_size=size,
+            accumulation_steps=batch // size,
+            recompute_layers=layers,
+            offload=offload,
+            keep_attention=keep and layers > 0,
+            attention=attention,
+        )
         for size in (1, 2, 4, 8, 16)
+        if size <= batch
         for layers in range(facts.num_layers + 1)
         for offload in offloads(spec, facts)
+        for keep, attention in attentions
     ]
     fitting = [each for each in everything if peak_on(offered, spec, facts, each) <= room(offered)]
     chosen = choose_plan(spec, facts, offered)
@@ -362,6 +406,11 @@ def test_the_ladder_recomputes_everything_then_offloads_everything_and_then_halv
         current = fallback_plan(make_spec(), LLAMA_3_8B, current)
     out = ("activations", "embeddings")
     assert steps == [(6, 4, 4, ()), (6, 4, 32, ()), (6, 4, 32, out), (3, 8, 32, out), (1, 24, 32, out)]
+
+
+def test_its_first_rung_gives_up_what_attention_has_beside_the_least() -> None:
+    most = plan(1, 32).model_copy(update={"keep_attention": True, "attention": "flash-attn-4"})
+    assert fallback_plan(make_spec(), LLAMA_3_8B, most) == plan(1, 32)
 
 
 def test_where_nothing_can_be_offloaded_the_ladder_is_shorter() -> None:

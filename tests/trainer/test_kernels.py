@@ -33,6 +33,7 @@ from torch import Tensor
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import TrainingSpec
+from orchestrator.api.plan import OffloadTarget
 
 ROUNDING = 0.03
 """Relative; between two ways through bfloat16. Leaving out any part is off by ten times as much."""
@@ -335,6 +336,23 @@ def test_offloading_changes_no_bit() -> None:
     for model in (plain, offloaded):
         wake_adapter(model)
     assert equal(gradients(offloaded, batches), gradients(plain, batches))
+
+
+@pytest.mark.parametrize("offload", [(), ("activations", "embeddings")])
+def test_keeping_what_attention_gave_changes_no_bit_and_attends_once(
+    monkeypatch: pytest.MonkeyPatch, offload: tuple[OffloadTarget, ...]
+) -> None:
+    batches = [collate(make_records(seed)) for seed in (6, 7)]
+    plain = make_model(dropout="0.2", recompute_layers=2)
+    kept = make_model(dropout="0.2", recompute_layers=1, keep_attention=True, offload=offload)
+    for model in (plain, kept):
+        wake_adapter(model)
+    expected = gradients(plain, batches)
+    calls = []
+    attend = PackedAttention.forward
+    monkeypatch.setattr(PackedAttention, "forward", lambda *args: calls.append(args) or attend(*args))
+    assert equal(gradients(kept, batches), expected)
+    assert len(calls) == 2 * len(batches), "once a layer and batch"
 
 
 def test_what_cannot_be_offloaded_stays_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.plan import MemoryPlan, OffloadTarget
+from orchestrator.api.plan import AttentionKernels, MemoryPlan, OffloadTarget
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 21, 4)
@@ -39,6 +39,8 @@ def make_model(
     chunk_tokens: int = 16,
     neftune_alpha: float = 0.0,
     offload: tuple[OffloadTarget, ...] = (),
+    keep_attention: bool = False,
+    attention: AttentionKernels = "own",
     packed_attention: PackedAttention | None = None,
     **adapter: Any,
 ) -> TrainingModel:
@@ -51,6 +53,8 @@ def make_model(
         recompute_layers=recompute_layers,
         loss_chunk_tokens=chunk_tokens,
         offload=offload,
+        keep_attention=keep_attention,
+        attention=attention,
     )
     return TrainingModel(peft_model, plan, packed_attention, neftune_alpha)
 

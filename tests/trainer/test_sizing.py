@@ -122,6 +122,32 @@ def test_every_tensor_of_a_training_step_is_counted(
     tile_tokens: int,
     captured: bool,
 ) -> None:
+    plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
+    assert_all_is_counted(tmp_path, monkeypatch, model_type, dropout, plan, tile_tokens, captured=captured)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize("offload", [(), ("activations",)])
+@pytest.mark.parametrize("recompute", [2, 3])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2", "gemma3_text"])
+def test_what_attention_gave_is_counted_where_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, recompute: int, offload: tuple[Any, ...]
+) -> None:
+    plan = step_plan(2, recompute, loss_chunk_tokens=128, keep_attention=True, offload=offload)
+    assert_all_is_counted(tmp_path, monkeypatch, model_type, "0.05", plan, TILE_TOKENS, captured=False)
+
+
+def assert_all_is_counted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    dropout: str,
+    plan: MemoryPlan,
+    tile_tokens: int,
+    *,
+    captured: bool,
+) -> None:
+    """The peak of a step is what the plan's tensors add up to, to the byte."""
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", tile_tokens)
     monkeypatch.setattr(ops, "can_be_captured", lambda _: captured)
@@ -131,7 +157,6 @@ def test_every_tensor_of_a_training_step_is_counted(
     config = {**CONFIG, "model_type": model_type, "architectures": [CLASSES[model_type]], **FIELDS.get(model_type, {})}
     write_random_model(tmp_path, config)
     adapter = AdapterSpec(rank=16, dropout=dropout)
-    plan = step_plan(accumulation, recompute, loss_chunk_tokens=128)
     facts = ModelFacts.from_config(config, "main")
     measured = peak_of_two_micro_batches(tmp_path, adapter, plan)
     expected = predicted(facts, adapter, plan)
@@ -192,6 +217,7 @@ def test_every_tensor_of_a_step_on_preferences_is_counted(
 # --- what the allocator reserves
 
 WIDE = {**CONFIG, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+EVERYTHING = ("activations", "embeddings")
 LONG_ROW, WIDE_TILE_TOKENS = 9216, 4096
 """Two tiles of the MLP, and a shorter one."""
 
@@ -257,13 +283,20 @@ def rehearsed_step(job: Rehearsed) -> list[int]:
 @pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite", "smollm3", "olmo2", "olmo3", "gemma3_text"])
 @pytest.mark.parametrize(
-    ("fields", "recompute", "offload"),
+    ("fields", "recompute", "more"),
     [
-        pytest.param({"dropout": "0"}, 0, (), id="nothing recomputed"),
-        pytest.param({"dropout": "0.05"}, 1, (), id="a layer recomputed, dropout"),
-        pytest.param({"dropout": "0"}, 3, (), id="all layers recomputed"),
-        pytest.param({"dropout": "0.05"}, 3, ("activations", "embeddings"), id="everything in host memory, dropout"),
-        pytest.param({"target_modules": ("q_proj", "v_proj")}, 1, (), id="few adapters"),
+        pytest.param({"dropout": "0"}, 0, {}, id="nothing recomputed"),
+        pytest.param({"dropout": "0.05"}, 1, {}, id="a layer recomputed, dropout"),
+        pytest.param({"dropout": "0"}, 3, {}, id="all layers recomputed"),
+        pytest.param({"dropout": "0"}, 2, {"keep_attention": True}, id="two layers recomputed, attention kept"),
+        pytest.param({"dropout": "0.05"}, 3, {"offload": EVERYTHING}, id="everything in host memory, dropout"),
+        pytest.param(
+            {"dropout": "0.05"},
+            3,
+            {"offload": EVERYTHING, "keep_attention": True},
+            id="everything in host memory but what attention gave",
+        ),
+        pytest.param({"target_modules": ("q_proj", "v_proj")}, 1, {}, id="few adapters"),
     ],
 )
 def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
@@ -272,7 +305,7 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
     model_type: str,
     fields: dict[str, Any],
     recompute: int,
-    offload: tuple[Any, ...],
+    more: dict[str, Any],
 ) -> None:
     monkeypatch.setenv("QLORA_ALLOW_RANDOM_WEIGHTS", "1")
     monkeypatch.setattr(trainer_facts, "MLP_TILE_TOKENS", WIDE_TILE_TOKENS)
@@ -280,7 +313,7 @@ def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
     config = {**WIDE, "model_type": model_type, "architectures": [CLASSES[model_type]], **FIELDS.get(model_type, {})}
     write_random_model(tmp_path, config)
     adapter, facts = AdapterSpec(rank=64, **fields), ModelFacts.from_config(config, "main")
-    plan = step_plan(MICRO_BATCHES, recompute, loss_chunk_tokens=1024, offload=offload)
+    plan = step_plan(MICRO_BATCHES, recompute, loss_chunk_tokens=1024, **more)
     attention = PackedAttention()
     base = load_base(tmp_path, torch.device("cpu"), attention)
     model = TrainingModel(add_adapter(base, adapter, seed=0), plan, attention, 0.0)

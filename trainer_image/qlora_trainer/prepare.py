@@ -216,7 +216,8 @@ def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
 
 
 def _open_model(spec: QLoRAJobSpec) -> _Model:
-    from qlora_trainer.model.architecture import check_architecture  # here, because torch takes seconds
+    from qlora_trainer.kernels.flash_attention import has_kernels_for  # here, because torch takes seconds
+    from qlora_trainer.model.architecture import check_architecture
 
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
@@ -232,8 +233,12 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
     if facts.part_of is not None:
         log.info("text part of %s: the image tower is not loaded", facts.part_of)
+    here = {
+        "record_by_record": checked.separate_because is not None,
+        "flash_attention": has_kernels_for(facts.head_dim),
+    }
     return _Model(
-        facts=facts.model_copy(update={"record_by_record": checked.separate_because is not None}),
+        facts=facts.model_copy(update=here),
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(description.folder),
         warnings=list(_model_warnings(checked, spec)),

@@ -1,7 +1,8 @@
 """Bytes of attention over packed records: what its backward pass takes by the way.
 
 Our own kernels (`qlora_trainer/kernels/triton_attention.py`) take next to nothing. Elsewhere sizes are those of torch's
-`mha_varlen_bwd` (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp).
+`mha_varlen_bwd` (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp), or of flash-attn-4's
+`_flash_attn_bwd` (flash_attn/cute/interface.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from orchestrator.api import trainer_facts
-from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
+from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, INT32_BYTES, allocated
 
 SOFTCAPPED_TYPES = frozenset({"gemma2"})
 """Model types whose attention softcaps its scores."""
@@ -20,6 +21,8 @@ SCORES_ALIVE = 4
 """Tiles of scores that are alive at once where attention is computed tile by tile."""
 ROUNDED_FINELY = 128
 """Heads up to this size are rounded to a multiple of 32, larger ones to one of 64."""
+SMALL_FLASH_HEAD, FLASH_BLOCK, FLASH_SMALL_BLOCK = 64, 128, 64
+"""Rows that flash-attn-4 takes at a time on Hopper: of keys, and of queries with heads up to this size; of others."""
 SHORT_RECORD_TOKENS = 64
 """Packed rows of records shorter than this on average would take more than is counted."""
 
@@ -50,6 +53,8 @@ class Attention:
     """Whether scores are softcapped, which flash attention cannot (Gemma 2), nor heads beyond its largest."""
     sinks: bool = False
     """Whether heads have sinks, which go through the trainer's own kernels wherever transformers computes the layer."""
+    by_flash: bool = False
+    """Whether flash-attn-4 computes it."""
 
     @cached_property
     def query_width(self) -> int:
@@ -69,6 +74,8 @@ class Attention:
     @cached_property
     def workspace(self) -> tuple[int, ...]:
         """What comes and goes in a backward pass that writes its gradients where they belong."""
+        if self.by_flash:
+            return self._flash_workspace()
         if self.head_size <= trainer_facts.LARGEST_TRITON_HEAD:
             return (allocated(self.query_heads * self.tokens * FP32_BYTES),)
         widths = (self.query_width, self.key_width, self.key_width)
@@ -83,6 +90,20 @@ class Attention:
         if self.sinks:
             return sum(self.workspace)
         return sum(self._torch_workspace())
+
+    def _flash_workspace(self) -> tuple[int, ...]:
+        """The queries' sums, two numbers a row, the keys' and values' sums where heads share them, and who is next."""
+        block = FLASH_SMALL_BLOCK if self.head_size > SMALL_FLASH_HEAD else FLASH_BLOCK
+        records = max(1, self.tokens // trainer_facts.FLASH_RECORD_TOKENS)
+        rows, key_rows = (-(-(self.tokens + (records + 1) * each - 1) // each) * each for each in (block, FLASH_BLOCK))
+        sums = allocated(self.query_heads * rows * self._rounded_head * FP32_BYTES)
+        number = allocated(self.query_heads * rows * FP32_BYTES)
+        turns = allocated(records * self.query_heads * -(-self.tokens // block) * INT32_BYTES)
+        if self.query_heads == self.key_heads:
+            return sums, number, number, turns
+        key_sums = allocated(self.key_heads * key_rows * self._rounded_head * FP32_BYTES)
+        key_turns = allocated(2 * records * self.key_heads * -(-self.tokens // FLASH_BLOCK) * INT32_BYTES)
+        return sums, number, number, key_sums, key_sums, turns, key_turns, key_turns
 
     def _torch_workspace(self) -> tuple[int, ...]:
         """The largest for any number of records that the row can have."""

@@ -323,6 +323,11 @@ class _Pass(ABC):
     def _layer(self) -> FusedLayer:
         """The layer as this pass computes it."""
 
+    @property
+    def _given(self) -> tuple[str, ...]:
+        """What layers that recompute keep of what attention gave."""
+        return tuple(self._layer.given) if self._layer.keeps_attention else ()
+
     @abstractmethod
     def walk(self, forget: Callable[[], None]) -> None:
         """All of it; `forget` drops what the pass before has left."""
@@ -348,7 +353,7 @@ class _Pass(ABC):
             if self._leaves(index):
                 if index == 0:
                     own.hand("x", self._shared, "embedded")  # the decoder holds it to its end
-                own.keep(())
+                own.keep(self._given)
         self._layers[-1].take(normalized=self._layer.stream)
 
     def _begin(self, first: _Tensors) -> None:
@@ -400,7 +405,7 @@ class _Evaluation(_Pass):
 
     @property
     def _layer(self) -> FusedLayer:
-        return replace(self._job.layer, drops=False)
+        return replace(self._job.layer, drops=False, keeps_attention=False)
 
     def walk(self, forget: Callable[[], None]) -> None:
         """All of it."""
@@ -441,7 +446,7 @@ class _MicroBatch(_Pass):
     def _forward(self, index: int, own: _Tensors, /) -> None:
         if index < self._job.recompute_layers:
             recomputed_forward(own, self._layer)
-            own.keep(("x", "out"))
+            own.keep(("x", "out", *self._given))
         else:
             kept_forward(own, self._layer)
             own.keep((*KEPT, "out"))

@@ -77,6 +77,8 @@ class FusedLayer:
     """Whether the adapters' inputs are dropped out."""
     mlp_tile_tokens: int
     """Tokens that the MLP takes at a time where it recomputes."""
+    keeps_attention: bool = False
+    """Whether a layer that recomputes keeps what attention gave."""
     family: Family
     attention: Attention
     qkv: Group
@@ -109,6 +111,11 @@ class FusedLayer:
     def key(self) -> int:
         """All key heads, or all value heads."""
         return self.of(self.attention.key_width)
+
+    @cached_property
+    def given(self) -> dict[str, int]:
+        """What attention gives, by name."""
+        return {"attention_output": self.query, "logsumexp": self.attention.logsumexp_bytes}
 
     def begun(self, tokens: int | None = None) -> int:
         """What a half begins with, where it is not the residual stream itself."""
@@ -160,12 +167,18 @@ def _walks(layer: FusedLayer) -> tuple[LayerBytes, LayerBytes, LayerBytes]:
     forward.take(x=layer.stream)
     recomputed_forward(forward, layer)
     on_card = Timeline()
+    on_card.take(**(layer.given if layer.keeps_attention else {}))
+    given = on_card.live_bytes
     on_card.take(x=layer.stream, grad=layer.stream)
     _recomputed_to_queries(on_card, layer)
     on_host = on_card.copy()
     _from_queries(on_card, layer, fetches=False, first=False)
     _from_queries(on_host, layer, fetches=True, first=False)
-    return _result(layer, layer.stream, forward, on_card), _result(layer, 0, forward, on_host), _kept_layer(layer)
+    return (
+        _result(layer, layer.stream + given, forward, on_card),
+        _result(layer, given, forward, on_host),
+        _kept_layer(layer),
+    )
 
 
 def _kept_layer(layer: FusedLayer) -> LayerBytes:
@@ -201,7 +214,7 @@ def kept_backward(t: Walk, layer: FusedLayer, *, first: bool) -> None:
 
 
 def recomputed_forward(t: Walk, layer: FusedLayer) -> None:
-    """The way from `x` to `out`, which leaves nothing else."""
+    """The way from `x` to `out`, which leaves nothing else, but what attention gave where that is kept."""
     _attend(t, layer)
     _drop_attended(t, layer)
     _mlp_in_tiles(t, layer)
@@ -214,7 +227,7 @@ def recomputed_backward(t: Walk, layer: FusedLayer, *, fetches: bool, first: boo
 
 
 def _recomputed_to_queries(t: Walk, layer: FusedLayer) -> None:
-    _attend(t, layer)
+    _attend(t, layer, given=layer.keeps_attention)
     _mlp_backward(t, layer, recomputes=True)
     t.drop("middle")
     _attention_backward(t, layer, recomputes=True)
@@ -242,19 +255,20 @@ def _result(layer: FusedLayer, kept: int, forward: Timeline, backward: Timeline)
 # --- forward
 
 
-def _attend(t: Walk, layer: FusedLayer) -> None:
-    """`FusedLayer._attend`; leaves `middle` and what `Attended` holds."""
+def _attend(t: Walk, layer: FusedLayer, *, given: bool = False) -> None:
+    """`FusedLayer._attend`; leaves `middle` and what `Attended` holds, some of which may be `given`."""
     t.take(normalized=layer.begun())
     _group_forward(t, layer, layer.qkv, "qkv", "qkv_low")
     t.drop("normalized")
-    _rotate_heads(t, layer)
-    t.take(attention_output=layer.query, logsumexp=layer.attention.logsumexp_bytes)
+    if not given:
+        _rotate_heads(t, layer)
+        t.take(**layer.given)
     if layer.family.ends_with_norms:
         _group_forward(t, layer, layer.output, "attention_added", "output_low")
         t.take(middle=layer.stream)
     else:
         _group_forward(t, layer, layer.output, "middle", "output_low")
-    if layer.family.normalizes_heads:
+    if layer.family.normalizes_heads and not given:
         t.drop("rotated_query", "rotated_key")
 
 
@@ -272,8 +286,7 @@ def _rotate_heads(t: Walk, layer: FusedLayer) -> None:
 def _take_kept(t: Walk, layer: FusedLayer) -> None:
     t.take(
         qkv=layer.of(layer.qkv.outputs),
-        attention_output=layer.query,
-        logsumexp=layer.attention.logsumexp_bytes,
+        **layer.given,
         qkv_low=layer.low(layer.qkv),
         output_low=layer.low(layer.output),
         **{"attention_added" if layer.family.ends_with_norms else "middle": layer.stream},
@@ -285,9 +298,14 @@ def _take_kept(t: Walk, layer: FusedLayer) -> None:
 
 
 def _drop_attended(t: Walk, layer: FusedLayer) -> None:
-    t.drop("qkv", "attention_output", "logsumexp", "qkv_low", "output_low")
+    t.drop("qkv", *_found_anew(layer), "qkv_low", "output_low")
     if layer.family.ends_with_norms:
         t.drop("attention_added")
+
+
+def _found_anew(layer: FusedLayer) -> tuple[str, ...]:
+    """What attention gives and a layer that recomputes does not keep: what is kept stays until the layer is done."""
+    return () if layer.keeps_attention else tuple(layer.given)
 
 
 def _mlp(t: Walk, layer: FusedLayer) -> None:
@@ -501,7 +519,7 @@ def _attention_backward(t: Walk, layer: FusedLayer, *, recomputes: bool) -> None
         _head_norms_backward(t, layer)
     t.drop("attention_output_grad", "low_grad", "output_grad")
     if recomputes:
-        t.drop("attention_output", "logsumexp", "output_low", "qkv")
+        t.drop(*_found_anew(layer), "output_low", "qkv")
     if recomputes and layer.family.ends_with_norms:
         t.drop("attention_added")
 

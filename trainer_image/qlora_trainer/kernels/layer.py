@@ -5,8 +5,8 @@ stream is normalized then.
 
 Rules: what is kept between the passes is decided here and nowhere else. A layer that keeps its activations keeps what
 matrix products cost and recomputes what is cheap: what is normalized, sums, the MLP's product. A layer that recomputes
-keeps its input alone, on the card or in host memory. Both run the same operations on the same numbers, so they give the
-same bits.
+keeps its input alone, on the card or in host memory, or beside it what attention gave, which costs most to compute
+again where records are long. All run the same operations on the same numbers, so they give the same bits.
 
 Only attention looks across tokens. Where a layer recomputes, its MLP runs in tiles along the sequence, so what it needs
 beside a few tensors of [tokens, hidden] does not grow with the sequence.
@@ -16,7 +16,7 @@ Names: `low` is the rank-r product of an adapter, [tokens, ranks]. All activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -141,14 +141,19 @@ class FusedLayer:
         gate: Gate,
         attention: PackedAttention,
         recomputes: bool,
+        keeps_attention: bool,
         store: InputStore | None,
     ) -> None:
-        """`module` is transformers' layer, of a class that `takeover` lists."""
+        """`module` is transformers' layer, of a class that `takeover` lists.
+
+        `keeps_attention`: where it recomputes, but for what attention gave.
+        """
         self._number = number
         self._heads = heads
         self._gate, self._gate_backward_ = gate
         self._attention = attention
         self._recomputes = recomputes
+        self._keeps_attention = recomputes and keeps_attention
         self._store = store if recomputes else None
         own = module.self_attn
         self._input_norm = Norm.found(module, "input_layernorm")
@@ -189,22 +194,30 @@ class FusedLayer:
             kept = middle if attended.added is None else None
             ctx.save_for_backward(x, kept, *_tensors(attended), *_tensors(gated))
             return out
+        given = (attended.output, attended.logsumexp) if run.trains and self._keeps_attention else ()
         del attended
         out = self._mlp_in_tiles(middle, run)
         if store is not None:
             store.wait()
+            ctx.save_for_backward(*given)
         elif run.trains:
-            ctx.save_for_backward(x)
+            ctx.save_for_backward(x, *given)
         return out
 
-    def _attend(self, x: Tensor, run: Run) -> tuple[Tensor, Attended]:
-        """The residual stream between attention and MLP, and what its backward pass needs."""
+    def _attend(self, x: Tensor, run: Run, given: Sequence[Tensor] = ()) -> tuple[Tensor, Attended]:
+        """The residual stream between attention and MLP, and what its backward pass needs.
+
+        `given` is what attention gave before, if it was kept: its output [tokens, heads x size] and its normalizers.
+        """
         qkv, qkv_low = self._qkv.forward(_normalized(self._input_norm, x), self._dropout(run, 0))
         if self._head_norms is None:
             self._rotate(self._split(qkv)[0], run)
-        query, key, value = self._rotated(qkv, run)
-        output, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
-        output = output.reshape(len(x), -1)
+        if given:
+            output, logsumexp = given
+        else:
+            query, key, value = self._rotated(qkv, run)
+            output, logsumexp = self._attention.forward(query, key, value, self._heads.scaling, self._heads.window)
+            output = output.reshape(len(x), -1)
         found, low = self._output.forward(
             output, self._dropout(run, 1), residual=_added_to(self._attention_end_norm, x)
         )
@@ -291,19 +304,15 @@ class FusedLayer:
     def _activations(self, ctx: Any, run: Run) -> tuple[Tensor, Tensor, Attended, Gated | None]:
         """The input, the middle and what both halves need: as it was kept, or computed anew from the input."""
         kept: tuple[Any, ...] = ctx.saved_tensors
-        if len(kept) > 1:
+        if not self._recomputes:
             x, middle, *others = kept
             count = len(fields(Attended))
             attended = Attended(**_named(Attended, others[:count]))
             if attended.added is not None:
                 middle = _ended(self._attention_end_norm, attended.added, x)
             return x, middle, attended, Gated(**_named(Gated, others[count:]))
-        x = kept[0] if kept else self._fetched()
-        return x, *self._attend(x, run), None
-
-    def _fetched(self) -> Tensor:
-        assert self._store is not None, "a layer without saved tensors has its input in the store"
-        return self._store.take(self._number)
+        x, given = (kept[0], kept[1:]) if self._store is None else (self._store.take(self._number), kept)
+        return x, *self._attend(x, run, given), None
 
     def _in_order(self, gradients: tuple[list[Tensor], ...]) -> list[Tensor | None]:
         """The gradients of each group's adapters, in the order of the layer's parameters."""

@@ -8,7 +8,7 @@ torch makes deterministic in deterministic mode; elsewhere each record is one ca
 
 Called as transformers calls an attention function, it leaves the backward pass to autograd. `forward` and `backward`,
 whose tensors are [tokens, heads, size], are for layers by hand: kernels of our own (`triton_attention`), but for heads
-that these are not made for.
+that these are not made for, and where a plan has chosen a package's (`flash_attention`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 
 from orchestrator.api import trainer_facts
 from qlora_trainer.data.micro_batch import MicroBatch
-from qlora_trainer.kernels import ops
+from qlora_trainer.kernels import flash_attention, ops
 from qlora_trainer.kernels.tiled_attention import ScoreOptions, tiled_attention
 
 NAME = "qlora_packed"
@@ -52,6 +52,8 @@ class PackedAttention:
     def __init__(self) -> None:
         self.unfit_because: str | None = None
         """Why the model that it was offered keeps its own attention; None where it is packed."""
+        self.flash: flash_attention.FlashAttention | None = None
+        """A package's kernels for layers by hand; None where our own compute."""
         self._starts = torch.zeros(1, dtype=torch.int32)
         self._boundaries: list[int] = []
         self._longest_record = 0
@@ -134,6 +136,8 @@ class PackedAttention:
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         """The output, and the log of each query's normalizer [heads, tokens]."""
+        if self.flash is not None and self._is_for_flash():
+            return self.flash.forward(query, key, value, self._row(window), scaling)
         if ops.attends(query):
             return ops.attention(query, key, value, self.spans(window), scaling)
         starts, longest = self._starts, self._longest_record
@@ -155,6 +159,9 @@ class PackedAttention:
         out_grads: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """The gradients to query, key and value, into `out_grads`."""
+        if self.flash is not None and self._is_for_flash():
+            self.flash.backward(grad, inputs, output, logsumexp, self._row(window), scaling, out_grads)
+            return
         if ops.attends(grad):
             ops.attention_backward(grad, inputs, output, logsumexp, self.spans(window), scaling, out_grads)
             return
@@ -178,6 +185,13 @@ class PackedAttention:
                 first, last = torch.maximum(first, place - (window - 1)), torch.minimum(last, place + window)
             self._known_spans[window] = first, last
         return self._known_spans[window]
+
+    def _is_for_flash(self) -> bool:
+        return flash_attention.takes(self._boundaries[-1], len(self._boundaries) - 1)
+
+    def _row(self, window: int | None) -> flash_attention.Row:
+        own = window if window is not None and window < self._longest_record else None
+        return flash_attention.Row(starts=self._starts, longest=self._longest_record, window=own)
 
     def _options(self, scaling: float, window: int | None) -> dict[str, Any]:
         own = window if window is not None and window < self._longest_record else None

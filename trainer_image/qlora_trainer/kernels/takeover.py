@@ -82,7 +82,9 @@ log = logging.getLogger(__name__)
 class FusedDecoder:
     """The layers that were taken over."""
 
-    def __init__(self, store: InputStore | None) -> None:
+    def __init__(self, heads: HeadShape, store: InputStore | None) -> None:
+        """`heads`: of the first layer, of which others differ in windows and positions alone."""
+        self.heads = heads
         self._store = store
         self._seed: Tensor | None = None
         self._bypassed = False
@@ -163,15 +165,19 @@ def fuse(
     *,
     adapter_name: str,
     recompute_layers: int,
+    keeps_attention: bool,
     store: InputStore | None,
 ) -> FusedDecoder | None:
-    """Take over the decoder's layers, the first `recompute_layers` of which recompute; None where that is not exact."""
+    """Take over the decoder's layers, the first `recompute_layers` of which recompute; None where that is not exact.
+
+    `keeps_attention`: these keep what attention gave.
+    """
     layers: list[Any] = list(getattr(decoder, "layers", []))
     obstacle = next(_obstacles(layers, config, adapter_name), None)
     if obstacle is not None:
         log.info("the layers run as transformers and PEFT compute them: %s", obstacle)
         return None
-    fused = FusedDecoder(store)
+    fused = FusedDecoder(_heads(layers[0], config), store)
     for number, module in enumerate(layers):
         kind = MixtureLayer if isinstance(module, MIXTURES) else FusedLayer
         layer = kind(
@@ -182,6 +188,7 @@ def fuse(
             gate=GATES[_activation(module, config)],
             attention=attention,
             recomputes=number < recompute_layers,
+            keeps_attention=keeps_attention,
             store=store,
         )
         fused.take_over(module, layer)

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from orchestrator.api.model_facts import CHOSEN
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch, StepInputs
-from qlora_trainer.kernels import ops
+from qlora_trainer.kernels import flash_attention, ops
 from qlora_trainer.kernels.host_offload import HostEmbedding, InputStore
 from qlora_trainer.kernels.moe_experts import NF4Experts, silent_experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
@@ -81,8 +81,10 @@ class TrainingModel:
             packed_attention,
             adapter_name=ADAPTER_NAME,
             recompute_layers=plan.recompute_layers,
+            keeps_attention=plan.keep_attention,
             store=InputStore(self.device) if "activations" in plan.offload else None,
         )
+        packed_attention.flash = self._flash_attention()
         if self.fused is None:
             self._go_without_fused_layers()
         if self.attention_implementation != PACKED_ATTENTION:
@@ -264,10 +266,17 @@ class TrainingModel:
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[None, :, None].to(embedded.dtype)
 
     def _go_without_fused_layers(self) -> None:
-        self.fused = self.cuda_graphs = None
+        self.fused = self.cuda_graphs = self.attention.flash = None
         if "activations" in self._plan.offload:
             log.warning("the activations stay on the card: only layers that are computed by hand can do without them")
         set_recompute(self._decoder, self._plan.recompute_layers)
+
+    def _flash_attention(self) -> flash_attention.FlashAttention | None:
+        """The package's kernels, where the plan asks for them and they run."""
+        if self.fused is None or self._plan.attention == "own":
+            return None
+        heads = self.fused.heads
+        return flash_attention.usable(self.device, heads.queries, heads.keys, heads.size)
 
     def _make_cuda_graphs(self) -> CudaGraphs | None:
         """CUDA graphs, where everything between tokens and gradients runs on the card and draws nothing there."""
