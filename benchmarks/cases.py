@@ -1,8 +1,10 @@
 """What one measurement of training steps is of, and how it is taken: for this trainer and for others alike.
 
-A case is SEQUENCExMICROBATCH, then `/LAYERS` that recompute (none unless given, `/all` for all) and `+activations` or
-`+embeddings` for what is offloaded. It runs for so many repetitions of so many steps after a warm-up; a repetition's
-figure is the median of its steps. Rows are random token ids, the same ones in the same order for everybody.
+A case is SEQUENCExMICROBATCH, then `/LAYERS` that recompute (none unless given, `/all` for all), and of these words,
+each behind a `+`: `activations` and `embeddings` for what is offloaded, `kept` where layers that recompute keep what
+attention gave, `flash` for flash-attn-4. It runs for so many repetitions of so many steps after a warm-up; a
+repetition's figure is the median of its steps. Rows are random token ids, the same ones in the same order for
+everybody.
 """
 
 from __future__ import annotations
@@ -33,19 +35,23 @@ class Case:
     micro_batch: int
     recompute_layers: int = 0
     offload: tuple[OffloadTarget, ...] = ()
+    kept: bool = False
+    flash: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read `SEQUENCExMICROBATCH[/LAYERS][+offload]...`."""
-        plan, *offload = text.split("+")
+        """Read `SEQUENCExMICROBATCH[/LAYERS][+word]...`."""
+        plan, *words = text.split("+")
         size, _, layers = plan.partition("/")
         sequence, _, micro_batch = size.partition("x")
-        known = [name for name in get_args(OffloadTarget) if name in offload]
+        known = [name for name in get_args(OffloadTarget) if name in words]
         return cls(
             sequence=int(sequence),
             micro_batch=int(micro_batch),
             recompute_layers=ALL_LAYERS if layers == "all" else int(layers or 0),
             offload=tuple(known),
+            kept="kept" in words,
+            flash="flash" in words,
         )
 
     @property
@@ -59,6 +65,8 @@ class Case:
             micro_batch_size=self.micro_batch,
             accumulation_steps=1,
             recompute_layers=self.recompute_layers,
+            keep_attention=self.kept,
+            attention="flash-attn-4" if self.flash else "own",
             offload=self.offload,
         )
 

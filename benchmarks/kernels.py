@@ -48,7 +48,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.plan import MemoryPlan, OffloadTarget
+from orchestrator.api.plan import MemoryPlan
 
 KERNEL_TOLERANCE = 0.005
 """One rounding to bfloat16 is off by 0.002 on average."""
@@ -443,14 +443,14 @@ def same_bits(peft_model: PeftModel, attention: PackedAttention, lengths: Sequen
     batch = records(lengths)
     full = training_model(peft_model, attention, ALL_LAYERS)
     first, again = loss_and_gradients(full, batch), loss_and_gradients(full, batch)
-    offloaded = loss_and_gradients(training_model(peft_model, attention, ALL_LAYERS, ("activations",)), batch)
+    offloaded = loss_and_gradients(training_model(peft_model, attention, ALL_LAYERS, offload=("activations",)), batch)
     equal = {"twice": same(first, again), "activations offloaded": same(first, offloaded)}
     return equal | (graph_bits(peft_model, attention, batch) if CudaGraphs.takes(batch) else {})
 
 
-def graph_bits(peft_model: PeftModel, attention: PackedAttention, batch: MicroBatch) -> dict[str, bool]:
+def graph_bits(peft_model: PeftModel, packed: PackedAttention, batch: MicroBatch, **plan: Any) -> dict[str, bool]:
     """Whether a CUDA graph gives the bits of the padded micro-batch without one, and another seed others."""
-    model = training_model(peft_model, attention, 0)
+    model = training_model(peft_model, packed, 0, **plan)
     model.train()
     found = []
     for seed in (0, 0, 0, 1, 0):
@@ -467,12 +467,10 @@ def graph_bits(peft_model: PeftModel, attention: PackedAttention, batch: MicroBa
     }
 
 
-def training_model(
-    peft_model: PeftModel, attention: PackedAttention, recompute_layers: int, offload: tuple[OffloadTarget, ...] = ()
-) -> TrainingModel:
+def training_model(peft_model: PeftModel, packed: PackedAttention, recompute_layers: int, **more: Any) -> TrainingModel:
     """The model under a plan."""
-    plan = MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=recompute_layers, offload=offload)
-    return TrainingModel(peft_model, plan, attention, 0.0)
+    plan = MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=recompute_layers, **more)
+    return TrainingModel(peft_model, plan, packed, 0.0)
 
 
 def records(lengths: Sequence[int]) -> MicroBatch:

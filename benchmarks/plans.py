@@ -22,7 +22,10 @@ from typing import Any
 
 from benchmarks.architectures import CONFIGS, config
 from benchmarks.report import argument_parser, card, emit
-from benchmarks.sizing import GIB, Bench, Case, Group
+
+from benchmarks.sizing import GIB, Bench, Case, Group  # isort: skip - sets torch's allocator up before it is loaded
+from qlora_trainer.kernels.flash_attention import has_kernels_for
+
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
@@ -63,6 +66,7 @@ class Question:
             training=TrainingSpec(sequence_length=self.sequence_length, global_batch_size=self.global_batch_size),
         )
         facts = ModelFacts.from_config(config(self.model), "main")
+        facts = facts.model_copy(update={"flash_attention": has_kernels_for(facts.head_dim)})
         in_order = list(islice(plan_search.plans(spec, facts, on), IN_ORDER))
         assert in_order, f"{self.name} does not fit"
         cases = tuple(
@@ -99,12 +103,14 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--questions", type=int, default=len(QUESTIONS))
+    parser.add_argument("--models", nargs="*", help="only questions about these; default: about all")
     arguments = parser.parse_args()
     assert all(question.model in CONFIGS for question in QUESTIONS)
     deadline = time.monotonic() + arguments.seconds
     answers: dict[str, Any] = {}
     for question in QUESTIONS[: arguments.questions]:
-        if time.monotonic() < deadline:
+        asked = arguments.models is None or question.model in arguments.models
+        if asked and time.monotonic() < deadline:
             answers[question.name] = ask(question, deadline)
     emit(report(answers), save=arguments.save)
 

@@ -9,7 +9,8 @@ under plans drawn from a seed per model; `whole`, models with all their layers u
 class; `lora16`, the same adapter on a 16-bit base, computed by transformers and PEFT, as what QLoRA is compared with;
 `untabled`, only where it is asked for, models of types that no table knows, cut like the others, whose layers are
 traced here once all is measured, as prepare does; a seed draws other jobs of them, the last of a model under DoRA, or
-with LoRA on its routed experts where PEFT can have that.
+with LoRA on its routed experts where PEFT can have that; `long`, only where it is asked for, layers by hand that keep
+what attention gave where they recompute, or are attended by flash-attn-4, or both.
 
 A row is written as soon as it is known, a failure too, and the order mixes models, so a run that is cut short by its
 time is still balanced. Where `peak_allocated_bytes` was taken, the process had nothing of the cases before: gradients,
@@ -72,6 +73,17 @@ RANKS = (8, 16, 16, 32, 64, 64, 128)
 WIDE_SEQUENCES = (384, 1000, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 24576)
 WIDE_RANKS = (4, 8, 16, 32, 64, 128, 256)
 UNTABLED_CASES = 6
+LONG = (
+    "llama-3.1-8b",
+    "qwen2.5-7b",
+    "qwen3-8b",
+    "llama-2-13b",
+    "qwen3-0.6b",
+    "mistral-7b",
+    "smollm2-135m",
+    "qwen3-30b-a3b",
+)
+LONG_SEQUENCES = (2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 EXPERT_LORA = ("qwen3-30b-a3b", "gpt-oss-20b")
 """Models whose jobs of other seeds have LoRA on routed experts: all, or the last where they are among the untabled."""
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit")
@@ -151,6 +163,12 @@ def groups(models: list[str], parts: list[str], *, seed: int = 0, cases: int = U
     if "lora16" in parts:
         yield from (group for group in LORA16 if group.model in models)
     yield from second
+    if "long" in parts:
+        for model in models:
+            if model in LONG:
+                yield Group(
+                    model=model, layers=CUT_LAYERS[0], cases=tuple(_drawn_long(model, cases, seed)), part="long"
+                )
     if "untabled" in parts:
         for model in models:
             if model in UNTABLED or model in EXPERT_LORA:
@@ -212,6 +230,28 @@ def _drawn(model: str, count: int, *, seed: int = 0) -> Iterator[Case]:
             records=draw.choice((1, 1, 4)),
             evaluation=draw.random() < 0.3,
         )
+
+
+def _drawn_long(model: str, count: int, seed: int) -> Iterator[Case]:
+    """Each of both ways about half of the time, and never none of them."""
+    draw = random.Random(f"{model} long {seed}")
+    sequences = _dealt(draw, LONG_SEQUENCES)
+    for case in _drawn(model, count, seed=seed):
+        sequence = next(sequences)
+        size = draw.choice([size for size in (1, 2) if size * sequence <= MOST_TOKENS])
+        flash, kept = draw.choice(((True, False), (True, True), (False, True)))
+        steps = case.plan.accumulation_steps
+        plan = case.plan.model_copy(
+            update={
+                "micro_batch_size": size,
+                "recompute_layers": draw.choice((2, 1024, 1024) if kept else (0, 2, 1024)),
+                "attention": "flash-attn-4" if flash else "own",
+                "keep_attention": kept,
+            }
+        )
+        training = case.training.model_copy(update={"sequence_length": sequence, "global_batch_size": size * steps})
+        adapter = case.adapter.model_copy(update={"use_dora": False, "experts": False})  # which are not by hand
+        yield replace(case, adapter=adapter, plan=plan, training=training)
 
 
 def _dealt(draw: random.Random, values: tuple[Any, ...]) -> Iterator[Any]:
@@ -423,6 +463,7 @@ class Job:
         return {
             "fused": self._model.fused is not None,
             "separate": self._model.separate,
+            "flash_attention": self._attention.flash is not None,
             "with_adapter_bytes": built,
             "after_check_bytes": checked,
             "between_steps_bytes": _allocated(self._device),

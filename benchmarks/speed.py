@@ -126,6 +126,7 @@ class Bench:
             **(utilization.rounded() if utilization is not None else {}),
             "loss": round(steps.loss, 4),
             "plan": case.plan().to_wire(),
+            "flash_attention": self._attention.flash is not None,
             **most,
             **profile,
         }

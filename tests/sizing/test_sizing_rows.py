@@ -6,9 +6,12 @@ import json
 from typing import Any
 
 from benchmarks import traced_report
-from benchmarks.estimators import ROWS
-from benchmarks.sizing_report import report
+from benchmarks.estimators import ROWS, Row
+from benchmarks.sizing_report import error, report, reserved_error
+from benchmarks.traced_report import errors
 from orchestrator.sizing import guess
+
+LONG_ROWS = ROWS.with_name("long_rows.jsonl")
 
 
 def test_predicted_peaks_are_never_below_the_measured_ones_and_at_most_three_per_cent_above() -> None:
@@ -31,6 +34,19 @@ def test_what_the_allocator_reserves_is_rehearsed_to_a_page_and_elsewhere_predic
         assert found[part]["mean"] <= 2
     assert found["all"]["most"] <= 14
     assert found["share_within_4_percent"] >= 0.95
+
+
+def test_what_is_kept_of_attention_and_what_flash_attn_4_takes_are_counted() -> None:
+    rows = [Row.read(json.loads(line)) for line in LONG_ROWS.read_text().splitlines()]
+    jobs = [row for row in rows if row is not None]
+    assert len(jobs) >= 40
+    assert sum(job.plan.keep_attention for job in jobs) >= 20
+    assert sum(job.plan.attention == "flash-attn-4" for job in jobs) >= 25
+    found = errors([error(job) for job in jobs])
+    assert found["least"] >= 0
+    assert found["mean"] <= 1.5
+    assert found["most"] <= 4
+    assert max(abs(reserved_error(job)) for job in jobs) <= 4
 
 
 def test_types_without_a_table_are_sized_by_their_traces_as_well_as_others_by_tables() -> None:
