@@ -80,7 +80,7 @@ crowds = st.lists(
 """Jobs of others: whose, what is wrong with them, and the priority that they claim."""
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(limit=st.integers(1, 4), crowd=crowds, head_start=st.sampled_from((0, 1, 7, 40)))
 @example(limit=4, crowd=[(0, "never starts", 0)] * 24, head_start=40)
 @example(limit=1, crowd=[(n % 5, "never ends", 1_000_000) for n in range(24)], head_start=7)

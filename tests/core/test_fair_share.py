@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.api.job import QLoRAJob
@@ -99,7 +99,6 @@ def test_weights_divide_what_was_had() -> None:
     assert line(world(waiting("l", "light", 60), waiting("h", "heavy"), queues=queues)) == ["h", "l"]
 
 
-@settings(deadline=None)
 @given(factor=st.floats(0, 20), amounts=st.lists(st.floats(1, 1e6), min_size=2, max_size=5, unique=True))
 def test_time_alone_changes_nobodys_turn(factor: float, amounts: list[float]) -> None:
     queues = tuple(had(f"q{n}", round(amount, 3)) for n, amount in enumerate(amounts))
@@ -147,7 +146,6 @@ def test_a_job_is_not_deleted_before_what_it_had_is_counted() -> None:
     assert deletes(make_queue("b"))
 
 
-@settings(deadline=None)
 @given(cuts=st.lists(st.floats(0, 5 * HALF_LIFE), max_size=5), start=st.floats(0, HALF_LIFE))
 def test_how_often_it_is_written_changes_neither_what_was_had_nor_anybodys_share(
     cuts: list[float], start: float

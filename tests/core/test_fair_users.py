@@ -107,7 +107,7 @@ def test_explain_says_whose_turn_it_is() -> None:
     assert other.endswith("; nobody here has had less.")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     jobs=st.lists(st.tuples(st.sampled_from(USERS), st.integers(0, 1), st.integers(0, 900)), max_size=14),
     had=st.dictionaries(st.sampled_from(USERS), st.integers(1, 3_000).map(float)),

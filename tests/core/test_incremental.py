@@ -232,7 +232,7 @@ changes = st.sampled_from(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10_000), size=st.sampled_from((3, 15, 60, 130)), story=st.lists(changes, max_size=14))
 @example(seed=1, size=130, story=["obey", "obey", "obey", "obey", "time", "exit", "obey", "time", "submit", "obey"])
 def test_a_decision_does_not_depend_on_those_before(seed: int, size: int, story: list[str]) -> None:
@@ -248,7 +248,7 @@ def test_a_decision_does_not_depend_on_those_before(seed: int, size: int, story:
     assert decider.decide(crowd.seen) == decide(crowd.seen)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10_000), story=st.lists(changes, max_size=6))
 def test_a_job_that_waits_untried_is_left_as_it_is_for_ever(seed: int, story: list[str]) -> None:
     crowd = Crowd(seed, 40)
@@ -263,7 +263,7 @@ def test_a_job_that_waits_untried_is_left_as_it_is_for_ever(seed: int, story: li
     assert any(waits_untried(job, crowd.seen) for job in crowd.jobs.values()) or crowd.seen.clock_step_seconds
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10_000), passed=st.floats(0, 1))
 def test_by_itself_a_job_at_rest_stays_as_it_is_until_the_time_that_is_told(seed: int, passed: float) -> None:
     crowd = Crowd(seed, 40)

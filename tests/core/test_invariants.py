@@ -121,7 +121,7 @@ def settle(world: World) -> None:
     world.pass_once()
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(queues=st.sampled_from(QUEUES), story=st.lists(actions, min_size=5, max_size=60))
 @example(queues=QUEUES[0], story=[("submit", 0, "default", False)])
 @example(queues=QUEUES[0], story=[("cancel", 0), ("pass", None), ("run", 0), ("run", 0), ("cancel", 1), ("pass", 2)])
@@ -150,7 +150,7 @@ def test_in_any_story_the_invariants_hold_and_every_job_finishes_once_the_world_
         assert world.mlflow.get(job.metadata.uid) == job.status.mlflow.run_status
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(queues=st.sampled_from(QUEUES), story=st.lists(actions, min_size=5, max_size=40))
 def test_a_world_in_which_nothing_happens_is_soon_left_alone(
     queues: tuple[QLoRAQueue, ...], story: list[tuple]
@@ -166,7 +166,7 @@ def test_a_world_in_which_nothing_happens_is_soon_left_alone(
     assert [c for c in decide(world.snapshot()) if isinstance(c, WriteStatus)] == []
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(queues=st.sampled_from(QUEUES), story=st.lists(actions, min_size=5, max_size=40))
 def test_every_job_can_be_explained_at_any_time(queues: tuple[QLoRAQueue, ...], story: list[tuple]) -> None:
     world = make_world(queues)

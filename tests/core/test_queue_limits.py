@@ -226,7 +226,7 @@ def test_a_status_says_what_is_used_borrowed_lent_and_waited_for() -> None:
 # --- in any story --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     jobs=st.lists(st.tuples(st.sampled_from(("ann", "ben")), st.integers(0, 3), st.booleans()), max_size=10),
     running_limit=st.integers(1, 3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.api.job import QLoRAJob
@@ -58,7 +58,6 @@ def test_what_no_job_that_is_there_had_was_had_by_deleted_ones() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(("ann", "ben")), st.floats(1, 900_000)), max_size=8), st.sets(st.integers(0, 7))
 )

@@ -252,7 +252,7 @@ def supervised(tokenizer: Any, record: EncodedRecord) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_what_carries_loss_is_what_the_model_has_to_write(
     tokenizers: Mapping[str, Any], name: str, data: st.DataObject
@@ -267,7 +267,7 @@ def test_what_carries_loss_is_what_the_model_has_to_write(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_arguments_as_text_and_sharegpt_give_the_same_tokens(
     tokenizers: Mapping[str, Any], name: str, data: st.DataObject

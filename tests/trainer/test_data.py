@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from qlora_trainer.data.dataset import Split, arrange, read_dataset, write_rows
@@ -189,7 +189,6 @@ def test_bos_is_written_by_the_template_alone(tokenizer: Any, template: str) -> 
     assert record.input_ids.tolist().count(tokenizer.bos_token_id) == (0 if template == CHATML else 1)
 
 
-@settings(deadline=None)  # each example starts a process that renders
 @given(
     contents=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6).filter(lambda c: len(c) % 2 == 0)
 )

@@ -76,7 +76,7 @@ def test_of_a_json_array_no_more_is_held_than_a_record_takes(tmp_path: Path) -> 
     tracemalloc.stop()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=80),
     seed=st.integers(0, 3),
