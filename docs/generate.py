@@ -1,7 +1,7 @@
 """Write the reference pages and the CRDs from the code that they describe; `--check` fails where one is out of date.
 
 The pydantic models, the settings, the reasons and the state table are the source; nobody edits `docs/reference/`. Of
-docs/models.md the tables of types are written.
+docs/models.md the tables of types are written, and of docs/performance.md that of Kueue.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from docs import model_types, sizes
+from docs import kueue_table, model_types, sizes
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.api.crd import custom_resource_definitions
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
@@ -63,6 +63,7 @@ def pages() -> dict[str, str]:
         "states.md": HEADER + states(),
         "sizes.md": HEADER + sizes.page(),
         "../models.md": model_types.page(),
+        "../performance.md": kueue_table.page(),
         **{
             f"{folder}/{crd['metadata']['name']}.yaml": manifest(crd)
             for crd in custom_resource_definitions()
