@@ -223,6 +223,18 @@ def make_task(store: Path, records: list[Any], **dataset: Any) -> StageTask:
     )
 
 
+@pytest.mark.parametrize(("rate", "warned"), [("2e-4", True), ("5e-5", False)])
+def test_a_learning_rate_of_other_records_is_warned_of(tmp_path: Path, rate: str, warned: bool) -> None:
+    records = [{**CHAT, "prompt": [user(f"Say {number}")]} for number in range(20)]
+    task = make_task(tmp_path / "store", records)
+    training = task.spec.training.model_copy(update={"learning_rate": rate})
+    task = task.model_copy(update={"spec": task.spec.model_copy(update={"training": training})})
+    first = prepare.run(task)
+    assert sum("spec.training.learningRate is 2e-4" in each for each in first.warnings) == warned
+    again = prepare.run(task.model_copy(update={"attempt": 2}))
+    assert again.warnings == first.warnings, "of prepared data that is found"
+
+
 def test_prepare_writes_pairs(tmp_path: Path) -> None:
     records = [{**CHAT, "prompt": [user(f"Say {number}")]} for number in range(20)]
     result = prepare.run(make_task(tmp_path / "store", records))

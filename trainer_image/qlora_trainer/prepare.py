@@ -44,6 +44,7 @@ from qlora_trainer.data.dataset import (
 )
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
+    HIGH_RATE,
     RECORD_BY_RECORD,
     WITH_A_STATE,
     bounded,
@@ -52,6 +53,7 @@ from qlora_trainer.data.report import (
     first_shown,
     in_brackets,
     mode_warning,
+    rate_warning,
     state_warning,
 )
 from qlora_trainer.model.source import (
@@ -293,13 +295,14 @@ def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> 
     """The result of data that is prepared already, for this job's model and steps."""
     steps = optimizer_steps(training, found.train_sequences)
     result = found.model_copy(update={"model": model.facts, "steps": steps})
-    not_data = FEW_STEPS, RECORD_BY_RECORD, WITH_A_STATE
+    not_data = FEW_STEPS, HIGH_RATE, RECORD_BY_RECORD, WITH_A_STATE
     about_data = [warning for warning in found.warnings if not warning.startswith(not_data)]
     return _warned(result, training, [*model.warnings, *about_data])
 
 
 def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]) -> PrepareResult:
-    warnings = [*steps_warning(result.steps, result.train_sequences, training), *about_data]
+    of_steps = steps_warning(result.steps, result.train_sequences, training)
+    warnings = [*of_steps, *rate_warning(training), *about_data]
     for warning in warnings:
         log.warning("%s", warning)
     return result.model_copy(update={"warnings": bounded(warnings)})

@@ -17,6 +17,9 @@ from qlora_trainer.data.encoding import IGNORED_LABEL, EncodedRecord
 
 MOST_TRUNCATED = Fraction(5, 100)
 LEAST_SUPERVISED = Fraction(1, 100)
+HIGHEST_RATE = 5e-5
+"""Of preferences: ten times that of TRL's example of DPO with LoRA, and a quarter of the default."""
+HIGH_RATE = "a high learning rate"
 RECORD_BY_RECORD, WITH_A_STATE = "record by record", "layers that carry a state"
 """How the warnings begin that depend on more than the data."""
 SHOWN_CHARACTERS = 1000
@@ -61,6 +64,16 @@ def state_warning(packages: Mapping[str, str | None], *, deterministic: bool) ->
         f"{WITH_A_STATE} are computed by transformers' own code in torch, which is right and several times slower than "
         f"kernels{exact}{absent}"
     )
+
+
+def rate_warning(training: TrainingSpec) -> Iterator[str]:
+    """What to know of a learning rate that is usual for other records."""
+    if training.objective.type != "sft" and float(training.learning_rate) > HIGHEST_RATE:
+        yield (
+            f"{HIGH_RATE}: spec.training.learningRate is {training.learning_rate}, and preferences are trained with "
+            "lower ones than other records (TRL's example of DPO with LoRA: 5e-6); lower it, unless held-out margins "
+            "speak for it"
+        )
 
 
 def data_warnings(train: Split, evaluation: Split) -> Iterator[str]:
