@@ -32,6 +32,7 @@ from orchestrator.api.words import BLANKS, CONTROL, DIRECTION, LINES, UNSEEN, on
 API_VERSION: Literal["qlora.dev/v1alpha1"] = "qlora.dev/v1alpha1"
 
 DECIMAL_PATTERN = r"^(0|[1-9][0-9]{0,9})(\.[0-9]{1,12})?([eE]-?[0-9]{1,2})?$"
+SIGNED_DECIMAL_PATTERN = DECIMAL_PATTERN.replace("^", "^-?", 1)
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 _URI_REST = r'([!"$-.0->@-Z\\^-~]+([/?#][^\s]*)?|[/?#][^\s]*)'
 """An authority of visible ASCII without brackets, which mean an IPv6 address, then anything: it can be split."""
@@ -66,6 +67,9 @@ def _written(value: object, info: ValidationInfo) -> object:
 
 DecimalString = Annotated[
     str, StringConstraints(pattern=DECIMAL_PATTERN, max_length=24, strict=True), BeforeValidator(_written)
+]
+SignedDecimalString = Annotated[
+    str, StringConstraints(pattern=SIGNED_DECIMAL_PATTERN, max_length=24, strict=True), BeforeValidator(_written)
 ]
 DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length=1, max_length=63)]
 # A job's name is a label value and the stem of its pods' names: `<job>-publish-999` must stay a DNS label.

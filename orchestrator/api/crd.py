@@ -22,6 +22,7 @@ from orchestrator.api.job import (
     ANSWERS_ALONE_RULE,
     CHAT_TEMPLATE_NAMES,
     CHAT_TEMPLATE_RULE,
+    GATE_IS_COMPUTED,
     GENERATION_HOLDS_OUT,
     GENERATION_KNOWS_ANSWERS,
     IMMUTABLE_SPEC_FIELDS,
@@ -34,10 +35,12 @@ from orchestrator.api.job import (
     WHOLE_ANSWERS_RULE,
     AdapterSpec,
     DatasetSource,
+    GateRule,
     GenerationSpec,
     ModelSource,
     ObjectiveSpec,
     ObjectMeta,
+    PromoteSpec,
     QLoRAJob,
     QLoRAJobSpec,
     TrackingSpec,
@@ -201,6 +204,32 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 field="evaluation.generation",
             ),
         ),
+        "_gate_is_computed": (
+            Rule(
+                rule="!has(self.tracking.promote) || (has(self.evaluation.generation)"
+                " && self.tracking.promote.when.all(one, one.metric in self.evaluation.generation.metrics))",
+                message=GATE_IS_COMPUTED,
+                field="tracking.promote",
+            ),
+        ),
+    },
+    GateRule: {
+        "_confidence_is_one": (
+            Rule(
+                rule="!has(self.confidence) || (double(self.confidence) >= 0.5 && double(self.confidence) < 1.0)",
+                message="confidence must be at least 0.5 and below 1",
+                field="confidence",
+            ),
+        )
+    },
+    PromoteSpec: {
+        "_alias_is_free": (
+            Rule(
+                rule="!self.alias.matches('(?i)^(latest|v[0-9]+)$')",
+                message="promote must not move `latest` or `v<number>`, which MLflow reserves",
+                field="alias",
+            ),
+        )
     },
     ModelTrace: {
         "_kinds_are_named": (
@@ -229,6 +258,13 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 rule="!has(self.alias) || !self.alias.matches('(?i)^(latest|v[0-9]+)$')",
                 message="alias must not be `latest` or `v<number>`, which MLflow reserves",
                 field="alias",
+            ),
+        ),
+        "_promotes_another": (
+            Rule(
+                rule="!has(self.promote) || !has(self.alias) || self.promote.alias != self.alias",
+                message="promote.alias must be another than alias, which moves to every version",
+                field="promote",
             ),
         ),
     },

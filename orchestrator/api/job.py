@@ -35,6 +35,7 @@ from orchestrator.api.base import (
     PositiveCount,
     Sentence,
     ShortText,
+    SignedDecimalString,
     SourceUri,
     StoreUri,
     Time,
@@ -79,6 +80,7 @@ GENERATION_HOLDS_OUT = "evaluation.generation asks held-out records: set dataset
 GENERATION_KNOWS_ANSWERS = (
     "evaluation.generation has to know where an answer begins: dataset.trainOn must not be all, nor dataset.format text"
 )
+GATE_IS_COMPUTED = "tracking.promote.when must name metrics of evaluation.generation.metrics"
 MAX_EPOCHS = 1_000_000
 OBJECTIVE_RULE = (
     "training.objective.type dpo and dataset.format preference go together: set both, or neither (sft takes the others)"
@@ -89,6 +91,7 @@ WHOLE_ANSWERS_RULE = (
 ANSWERS_ALONE_RULE = "dataset.trainOn must not be all for preferences: their answers alone are compared"
 ONE_ANSWER_RULE = "evaluation.generation holds answers against the one that a record has: leave it out for preferences"
 MAX_PARALLELISM = 64
+Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)]
 AnswerMetric = Literal["exactMatch", "f1", "chrf", "bleu", "jsonValidity", "regex"]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
@@ -337,6 +340,47 @@ class EvaluationSpec(Model):
     """Also answer held-out prompts; costs the GPU the time that the estimate tells."""
 
 
+class GateRule(Model):
+    """What a metric of answers to held-out prompts must reach."""
+
+    metric: AnswerMetric
+    """One of evaluation.generation.metrics."""
+    over: Literal["base", "holder"] | None = None
+    """By how much the adapter must be better: than the base, or than the version that has the alias, where one has it.
+    Absent: the adapter's own score counts."""
+    at_least: SignedDecimalString
+    """In the metric's own units; below 0 it says how much worse the adapter may be."""
+    confidence: DecimalString | None = None
+    """The lower end of the interval with this confidence must reach it. Absent: the figure itself."""
+
+    @field_validator("confidence")
+    @classmethod
+    def _confidence_is_one(cls, value: DecimalString | None) -> DecimalString | None:
+        if value is not None and not 0.5 <= float(value) < 1:
+            raise ValueError("confidence must be at least 0.5 and below 1")
+        return value
+
+
+class PromoteSpec(Model):
+    """An alias that moves to the new version only when it is good enough."""
+
+    alias: Alias
+    """Such as `champion`; MLflow reserves `latest` and `v<number>`."""
+    when: Annotated[tuple[GateRule, ...], Field(min_length=1, max_length=8)]
+    """All of these must hold."""
+
+    @field_validator("alias")
+    @classmethod
+    def _alias_is_free(cls, value: str) -> str:
+        if _is_reserved(value):
+            raise ValueError("promote must not move `latest` or `v<number>`, which MLflow reserves")
+        return value
+
+
+def _is_reserved(alias: str) -> bool:
+    return alias.lower() == "latest" or (alias[0] in "vV" and alias[1:].isdigit())
+
+
 class TrackingSpec(Model):
     """Where metrics and the adapter go in MLflow."""
 
@@ -346,8 +390,10 @@ class TrackingSpec(Model):
         None
     )
     """Default: `<namespace>-<job>`. It belongs to the job's namespace: one of another is refused."""
-    alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)] | None = "candidate"
+    alias: Alias | None = "candidate"
     """Moved to the new version; MLflow reserves `latest` and `v<number>`."""
+    promote: PromoteSpec | None = None
+    """Another alias, which moves only when answers to held-out prompts are good enough."""
 
     @model_serializer(mode="wrap")
     def _keep_null(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
@@ -367,9 +413,20 @@ class TrackingSpec(Model):
     @field_validator("alias")
     @classmethod
     def _alias_is_free(cls, value: str | None) -> str | None:
-        if value is not None and (value.lower() == "latest" or (value[0] in "vV" and value[1:].isdigit())):
+        if value is not None and _is_reserved(value):
             raise ValueError("alias must not be `latest` or `v<number>`, which MLflow reserves")
         return value
+
+    @model_validator(mode="after")
+    def _promotes_another(self) -> TrackingSpec:
+        if self.promote is not None and self.promote.alias == self.alias:
+            raise ValueError("promote.alias must be another than alias, which moves to every version")
+        return self
+
+    @property
+    def compared_alias(self) -> str | None:
+        """Whose holder a new adapter is compared with."""
+        return self.promote.alias if self.promote is not None else self.alias
 
 
 class StoreSpec(Model):
@@ -429,6 +486,14 @@ class QLoRAJobSpec(Model):
             raise ValueError(ANSWERS_ALONE_RULE)
         if pairs and self.evaluation.generation is not None:
             raise ValueError(ONE_ANSWER_RULE)
+        return self
+
+    @model_validator(mode="after")
+    def _gate_is_computed(self) -> QLoRAJobSpec:
+        promote, generation = self.tracking.promote, self.evaluation.generation
+        computed = generation.metrics if generation is not None else ()
+        if promote is not None and not all(rule.metric in computed for rule in promote.when):
+            raise ValueError(GATE_IS_COMPUTED)
         return self
 
 

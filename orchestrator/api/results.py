@@ -26,10 +26,15 @@ DEFLATED = re.compile(r'\{"deflated":"([^"\\]*)"\}')
 MAX_WARNINGS = 5
 MAX_WARNING_CHARACTERS = 280
 MAX_URI_CHARACTERS = 2048
+MAX_PROMOTION_CHARACTERS = 1000
 
 
 def _warning(text: str) -> str:
     return on_one_line(text)[:MAX_WARNING_CHARACTERS]
+
+
+def _promotion(text: str) -> str:
+    return on_one_line(text)[:MAX_PROMOTION_CHARACTERS]
 
 
 def _uri(text: str) -> str:
@@ -86,6 +91,15 @@ class TrainResult(Model):
     """The libraries that these peaks depend on."""
 
 
+class Promotion(Model):
+    """Whether spec.tracking.promote moved its alias, and why."""
+
+    promoted: bool
+    reason: Reason
+    message: Annotated[str, StringConstraints(max_length=MAX_PROMOTION_CHARACTERS), AfterValidator(_promotion)]
+    """With the figures."""
+
+
 class PublishResult(Model):
     """Where the adapter is in the registry."""
 
@@ -94,6 +108,8 @@ class PublishResult(Model):
     model_uri: Uri
     run_id: ShortText | None = None
     """The job's MLflow run; another one than the task names where that one was gone for good and made anew."""
+    promotion: Promotion | None = None
+    """Where the job asks for one."""
 
 
 class Failure(Model):

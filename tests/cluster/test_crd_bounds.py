@@ -36,12 +36,25 @@ Json = dict[str, Any]
 JOBS, QUEUES = path_of(API_VERSION, "qlorajobs", "team-b"), path_of(API_VERSION, "qloraqueues")
 SPEC: Json = {"model": {"source": "hf://owner/model"}, "dataset": {"source": "s3://bucket/train.jsonl"}}
 HELD_OUT: Json = {"dataset": {**SPEC["dataset"], "evalFraction": "0.1"}}
+GATE: Json = {"metric": "f1", "atLeast": "0.5"}
+GATED: Json = {"evaluation": {"generation": {}}, "tracking": {"promote": {"alias": "champion", "when": [GATE]}}}
 QUOTA: Json = {"gpuClass": "24Gi", "nominal": 1}
 
 # Tried on every field, whatever its type.
 VALUES: list[object] = ["", "a", "A b", "a\u00a0b", "0", "1", "0.5", "1e-9", "01", "-1", "48Gi", True, 7, -1, 7.5]
 VALUES += [[], ["a"], ["a b"], [""], [7], ["a"] * 17, ["a"] * 65, ["é" * 129], {}, {"a": "b"}, {"uri": "s3://b/k"}]
-VALUES += [["a" * 128], ["a" * 129], ["f1"], "{{ a }}", "chatml", ".", "..", "a?b", " a"]
+VALUES += [
+    ["a" * 128],
+    ["a" * 129],
+    ["f1"],
+    "{{ a }}",
+    "chatml",
+    ".",
+    "..",
+    "a?b",
+    " a",
+]
+VALUES += [[{"metric": "f1", "atLeast": "-0.5"}]]
 # What a text of a given length is made of: each fits the pattern of some field.
 FILLERS = ("a", "é", "7", "{{ a", "hf://a", "s3://a", "s3://\u2003", "0.", "v")
 # Where a double is not the decimal: comparisons must come out alike for both readers.
@@ -136,8 +149,8 @@ def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> N
     }
     if path.startswith("training.objective."):  # the bounds of what only preferences have
         needed[path] = preferences()
-    if path.startswith("evaluation.generation."):
-        needed.setdefault(path, HELD_OUT)
+    if path.startswith(("evaluation.generation.", "tracking.promote.")):
+        needed.setdefault(path, {**HELD_OUT, **GATED})
     agree_on_all(api, QLoRAJob, {**SPEC, **needed.get(path, {})}, path, JOB_FIELDS[path])
 
 
@@ -181,6 +194,13 @@ def answer_rule_breakers() -> Iterator[Json]:
     yield {"dataset": {**HELD_OUT["dataset"], "trainOn": "all"}, "evaluation": {"generation": {}}}
     yield {**HELD_OUT, "evaluation": {"generation": {"metrics": ["f1", "f1"]}}}
     yield {**HELD_OUT, "evaluation": {"generation": {"regex": "a"}}}
+    yield {"tracking": GATED["tracking"]}
+    for promote in (
+        {"alias": "candidate", "when": [GATE]},
+        {"alias": "v1", "when": [GATE]},
+        {"alias": "champion", "when": [{**GATE, "confidence": "0.4"}]},
+    ):
+        yield {**HELD_OUT, **GATED, "tracking": {"promote": promote}}
 
 
 def preferences(*, objective: Json | None = None, **dataset: str) -> Json:

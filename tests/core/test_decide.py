@@ -16,7 +16,7 @@ from orchestrator.api.job import (
     Setback,
 )
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.api.results import StageResult
+from orchestrator.api.results import Promotion, StageResult
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import (
     Command,
@@ -352,6 +352,21 @@ def test_a_published_job_has_succeeded_and_its_run_is_finished_until_the_job_is_
     done = make_job(status=status, finalizers=(RELEASE_FINALIZER,))
     assert decide(snapshot(done)) == (FinishRun(job=done, run_status="FINISHED"),)
     assert decide(snapshot(make_job(status=status))) == ()
+
+
+def test_what_the_gate_of_an_alias_said_is_a_condition_and_an_event() -> None:
+    job = publishing()
+    assert PUBLISHED.publish is not None
+    for promoted, reason in ((True, Reason.PROMOTED), (False, Reason.GATE_NOT_PASSED), (False, Reason.HOLDER_CHANGED)):
+        promotion = Promotion(promoted=promoted, reason=reason, message="f1 is 0.5")
+        result = StageResult(publish=PUBLISHED.publish.model_copy(update={"promotion": promotion}))
+        commands = decide(snapshot(job, stages=(exited(job, 0, result),)))
+        assert says(written(commands), ConditionType.PROMOTED) == (str(promoted), reason)
+        assert says(written(commands), ConditionType.FINISHED) == ("True", Reason.SUCCEEDED)
+        (write,) = [command for command in commands if isinstance(command, WriteStatus)]
+        assert Event(reason=reason, message="f1 is 0.5", warning=not promoted) in write.events
+    plain = decide_one(job, exited(job, 0, PUBLISHED))
+    assert says(plain, ConditionType.PROMOTED) is None
 
 
 # --- ends that are not success ---------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.journal import Journal
 from qlora_trainer.tracking import mlflow_run
 from qlora_trainer.tracking.holder import HolderAdapter, fetch_holder
+from qlora_trainer.tracking.registry import version_of_alias
 from qlora_trainer.tracking.run_page import attempt_tags
 from tiny_model import tiny_model
 
@@ -39,7 +40,8 @@ from orchestrator.api.job import (
 )
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
-from orchestrator.api.results import PrepareResult
+from orchestrator.api.reasons import Reason
+from orchestrator.api.results import PrepareResult, PublishResult
 from orchestrator.api.task import StageTask
 
 # MLflow and SQLAlchemy speak of their own deprecations; they are not ours to mend.
@@ -380,7 +382,8 @@ def interruptible(method):
 for name in ("get_run", "get_metric_history", "log_batch", "search_logged_models", "create_logged_model",
              "log_model_artifacts", "finalize_logged_model", "search_model_versions", "create_registered_model",
              "create_model_version", "set_registered_model_alias", "get_registered_model", "log_inputs", "log_outputs",
-             "log_text", "set_logged_model_tags"):
+             "log_text", "log_dict", "set_logged_model_tags", "get_model_version_by_alias", "get_model_version",
+             "set_model_version_tag"):
     setattr(MlflowClient, name, interruptible(getattr(MlflowClient, name)))
 mlflow.pyfunc.save_model = interruptible(mlflow.pyfunc.save_model)
 
@@ -413,9 +416,13 @@ print(killed)
 def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_model(
     client: MlflowClient, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path)
-    instants = 48
-    tasks = [make_task(client, store, uid=f"u-{kill}", registered_model=f"m-{kill}") for kill in range(instants + 1)]
+    store = make_store(tmp_path, answers=some_answers())
+    instants = 90
+    promoting = gated({"over": "holder", "atLeast": "0"})
+    tasks = [
+        make_task(client, store, uid=f"u-{kill}", **{**promoting, "registered_model": f"m-{kill}"})
+        for kill in range(instants + 1)
+    ]
     lines = "\n".join(task.model_dump_json(by_alias=True) for task in tasks)
     elsewhere = (f"sqlite:///{tmp_path}/warm-up.db", (tmp_path / "warm-up").as_uri())
     killed = int(run_python(KILLS, tasks[0].model_dump_json(by_alias=True), *elsewhere, stdin=lines).splitlines()[-1])
@@ -423,7 +430,8 @@ def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_mo
     for kill, task in enumerate(tasks):
         assert versions(client, f"m-{kill}") == ["1"], f"kill {kill}"
         assert len(logged_models(client, f"u-{kill}")) == 1, f"kill {kill}"
-        assert client.get_model_version_by_alias(f"m-{kill}", "candidate").version == 1
+        for alias in ("candidate", "champion"):
+            assert client.get_model_version_by_alias(f"m-{kill}", alias).version == 1
         assert [metric.step for metric in client.get_metric_history(task.run_id, "eval/loss")] == [0, 1]
 
 
@@ -542,7 +550,7 @@ def some_answers(*, holder: bool = False) -> AnswerTable:
             )
             for number in range(4)
         ),
-        holder=Holder(alias="candidate", version="7") if holder else None,
+        holder=Holder(alias="champion", version="7") if holder else Holder(alias="champion"),
     )
 
 
@@ -585,6 +593,66 @@ def test_scores_and_answers_are_in_run_and_card_and_repeating_changes_nothing(
     assert "| exactMatch | 0.250 &#91;" in card
     assert "question 0 &lt;b&gt;&#124;" in card
     assert ("| version 7 |" in card) == holder
+
+
+def gated(*rules: dict[str, str]) -> dict[str, Any]:
+    """Tracking fields of a job whose alias `champion` has a gate."""
+    when = [{"metric": "exactMatch", **rule} for rule in rules]
+    return {"evaluation": ANSWERING, "registered_model": "terms", "promote": {"alias": "champion", "when": when}}
+
+
+def holder_of(client: MlflowClient, alias: str) -> str | None:
+    return version_of_alias(client, "terms", alias)
+
+
+def test_a_gated_alias_moves_to_what_is_good_enough_and_stays_with_others(client: MlflowClient, tmp_path: Path) -> None:
+    better = {"over": "base", "atLeast": "0.5"}
+    task = make_task(client, make_store(tmp_path, answers=some_answers()), **gated(better))
+    found = publish.run(task)
+    assert found.promotion is not None
+    assert (found.promotion.promoted, found.promotion.reason) == (True, Reason.PROMOTED)
+    assert (holder_of(client, "champion"), holder_of(client, "candidate")) == ("1", "1")
+    assert publish.run(task) == found
+    tags = client.get_model_version("terms", "1").tags
+    assert tags["qlora.dev/promoted/champion"] == "exactMatch over the base is +0.5, which reaches 0.5"
+
+    worse = make_task(
+        client,
+        make_store(tmp_path, seed=1, answers=some_answers()),
+        uid="u-2",
+        **gated({"over": "base", "atLeast": "0.6"}),
+    )
+    refused = publish.run(worse)
+    assert refused.promotion is not None
+    assert (refused.promotion.promoted, refused.promotion.reason) == (False, Reason.GATE_NOT_PASSED)
+    assert "the alias champion stays with version 1" in refused.promotion.message
+    assert (holder_of(client, "champion"), holder_of(client, "candidate")) == ("1", "2")
+    note = client.get_run(worse.run_id).data.tags["mlflow.note.content"]
+    assert "The gate is not passed: exactMatch over the base" in note
+
+
+def test_an_alias_whose_holder_was_not_compared_with_stays(client: MlflowClient, tmp_path: Path) -> None:
+    rule = {"over": "holder", "atLeast": "0"}
+    client.create_registered_model("terms", tags={"qlora.dev/namespace": "team-a"})
+    for number in (1, 2):
+        client.create_model_version("terms", source=f"/nowhere/{number}", tags={"qlora.dev/namespace": "team-a"})
+    client.set_registered_model_alias("terms", "champion", "2")
+
+    def published(seed: int, version: str | None) -> PublishResult:
+        compared = Holder(alias="champion", version=version)
+        answers = some_answers(holder=version is not None).model_copy(update={"holder": compared})
+        store = make_store(tmp_path, seed=seed, answers=answers)
+        return publish.run(make_task(client, store, uid=f"u-{seed}", **gated(rule)))
+
+    for seed, version in ((3, "1"), (4, None)):
+        found = published(seed, version).promotion
+        assert found is not None
+        assert (found.promoted, found.reason) == (False, Reason.HOLDER_CHANGED)
+        assert holder_of(client, "champion") == "2"
+    found = published(5, "2")
+    assert found.promotion is not None
+    assert found.promotion.promoted
+    assert holder_of(client, "champion") == found.model_version
 
 
 def asked_for(task: StageTask, folder: Path, largest_bytes: int = 1 << 30) -> HolderAdapter:

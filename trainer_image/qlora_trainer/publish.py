@@ -31,6 +31,7 @@ from orchestrator.api.results import PublishResult
 from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
 from qlora_trainer.scoring.comparison import Comparison
+from qlora_trainer.scoring.gate import judge
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import FinalAdapter, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore, copy_verified
@@ -72,9 +73,17 @@ def run(task: StageTask) -> PublishResult:
             lambda folder, mlflow_model: save_model(adapter, card, folder, mlflow_model),
             Path(scratch) / "logged",
         )
+        promotion = None
+        if answers is not None and answers.verdict is not None:
+            promotion = registry.promote(registration, version, answers.verdict, answers.table.holder)
+            log.info("%s: %s", promotion.reason, promotion.message)
     name = registration.registered_model
     return PublishResult(
-        registered_model=name, model_version=version, model_uri=f"models:/{name}/{version}", run_id=run_id
+        registered_model=name,
+        model_version=version,
+        model_uri=f"models:/{name}/{version}",
+        run_id=run_id,
+        promotion=promotion,
     )
 
 
@@ -84,7 +93,9 @@ def score(task: StageTask, adapter: FinalAdapter) -> ScoredAnswers | None:
     if spec is None or adapter.answers is None:
         return None
     comparison = Comparison(adapter.answers, spec, task.spec.training.seed)
-    return ScoredAnswers(table=adapter.answers, scores=comparison.scores())
+    promote = task.spec.tracking.promote
+    verdict = judge(promote, comparison, adapter.answers.holder) if promote is not None else None
+    return ScoredAnswers(table=adapter.answers, scores=comparison.scores(), verdict=verdict)
 
 
 def score_record(adapter: FinalAdapter, answers: ScoredAnswers) -> JournalRecord:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from orchestrator.api.job import Attempt, MlflowStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason, Recovery, Refusal
-from orchestrator.api.results import PrepareResult, ProgressReport, PublishResult, TrainResult
+from orchestrator.api.results import PrepareResult, ProgressReport, Promotion, PublishResult, TrainResult
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding, clip, plan_words
 from orchestrator.core.job.outages import hits_others
@@ -148,16 +148,30 @@ def _published(draft: Draft, verdict: Verdict, result: PublishResult) -> Draft:
             "model_version": result.model_version,
         }
     )
+    promotion = result.promotion
     draft = draft.move(
         JobEvent.PUBLISHED,
         Finding(kind=ConditionType.PUBLISHED, status="True", reason=Reason.PUBLISHED, message=where),
+        *(() if promotion is None else (_promoted(promotion),)),
         Finding(kind=ConditionType.FINISHED, status="True", reason=Reason.SUCCEEDED, message=f"published as {where}"),
         mlflow=mlflow,
         finish_time=draft.now,
         retry_after=None,
         **_books(draft, verdict),
     )
-    return draft.tell(Event(reason=Reason.SUCCEEDED, message=f"published as {where}"))
+    draft = draft.tell(Event(reason=Reason.SUCCEEDED, message=f"published as {where}"))
+    if promotion is None:
+        return draft
+    return draft.tell(Event(reason=promotion.reason, message=promotion.message, warning=not promotion.promoted))
+
+
+def _promoted(promotion: Promotion) -> Finding:
+    return Finding(
+        kind=ConditionType.PROMOTED,
+        status="True" if promotion.promoted else "False",
+        reason=promotion.reason,
+        message=promotion.message,
+    )
 
 
 # --- an attempt that did not ----------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.api.job import PromoteSpec
+from orchestrator.api.reasons import Reason
+
 CONFIDENCE = 0.95
 """Of the intervals that are shown."""
 
@@ -28,3 +31,18 @@ class Score:
     over_base: Interval
     """How much better the adapter is."""
     over_holder: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the gate of an alias says."""
+
+    passed: bool
+    reason: Reason
+    words: str
+    """Every rule with its figures, in a sentence."""
+
+
+def depends_on_holder(promote: PromoteSpec) -> bool:
+    """Whether it matters who has the alias."""
+    return any(rule.over == "holder" for rule in promote.when)

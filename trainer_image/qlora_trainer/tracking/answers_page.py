@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator.api.formats import Answer, AnswerTable
 from orchestrator.api.job import AnswerMetric
-from qlora_trainer.scoring.scores import CONFIDENCE, Interval, Score
+from qlora_trainer.scoring.scores import CONFIDENCE, Interval, Score, Verdict
 
 SCORES_PATH, ANSWERS_PATH = "answers/scores.json", "answers/answers.json"
 """Where they lie among the run's artifacts, as tables that MLflow shows by itself."""
@@ -23,6 +23,8 @@ class ScoredAnswers:
 
     table: AnswerTable
     scores: Mapping[AnswerMetric, Score]
+    verdict: Verdict | None = None
+    """Of the gate, where the job has one."""
 
 
 def metrics(answers: ScoredAnswers) -> dict[str, float]:
@@ -90,6 +92,9 @@ def words(answers: ScoredAnswers) -> Iterator[str]:
     if holder is not None and holder.refusal:
         who = f"Version {holder.version}, which had" if holder.version is not None else "Whoever had"
         yield f"{who} the alias {holder.alias}, did not answer: {holder.refusal}."
+    if answers.verdict is not None:
+        outcome = "passed" if answers.verdict.passed else "not passed"
+        yield f"The gate is {outcome}: {answers.verdict.words}."
 
 
 def _text(answer: Answer | None) -> str:

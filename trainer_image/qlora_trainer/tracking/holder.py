@@ -17,7 +17,7 @@ from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
 from qlora_trainer.outcome import Transient
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from qlora_trainer.tracking.mlflow_client import insist
-from qlora_trainer.tracking.registry import ADAPTER_DIGEST_TAG
+from qlora_trainer.tracking.registry import ADAPTER_DIGEST_TAG, version_of_alias
 from qlora_trainer.tracking.run_page import tags
 
 if TYPE_CHECKING:
@@ -66,18 +66,6 @@ def fetch_holder(task: StageTask, alias: str, into: Path, *, largest_bytes: int,
         return _refused(alias, str(found.version), reason)
     holder = Holder(alias=alias, version=str(found.version))
     return HolderAdapter(holder=holder, digest=found.tags[ADAPTER_DIGEST_TAG], folder=folder)
-
-
-def version_of_alias(client: MlflowClient, name: str, alias: str) -> str | None:
-    """The number of the version that has it; None where nobody does."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return str(client.get_model_version_by_alias(name, alias).version)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model | no such alias
-            return None
-        raise
 
 
 def _version(client: MlflowClient, task: StageTask, alias: str) -> Any | None:

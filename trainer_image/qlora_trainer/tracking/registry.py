@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.base import Digest
+from orchestrator.api.formats import Holder
 from orchestrator.api.ownership import NAMESPACE_TAG, REGISTERED_MODEL, belongs_to, refusal, registered_model_name
+from orchestrator.api.reasons import Reason
+from orchestrator.api.results import Promotion
 from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
+from qlora_trainer.scoring.scores import Verdict, depends_on_holder
 from qlora_trainer.tracking.mlflow_client import insist
-from qlora_trainer.tracking.run_page import JOB_UID_TAG, tags
+from qlora_trainer.tracking.run_page import JOB_UID_TAG, MAX_VALUE_CHARACTERS, tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ADAPTER_DIGEST_TAG = "qlora.dev/adapter-digest"
 LOGGED_MODEL_NAME = "adapter"
+PROMOTED_TAG = "qlora.dev/promoted"
+"""With an alias: that the version has got it through its gate, and what the gate said."""
 VERSIONS_TAG = "mlflow.modelVersions"
 """What MLflow's pages take a logged model's versions from."""
 MAX_DESCRIPTION_CHARACTERS = 5000
@@ -77,6 +83,57 @@ def register(registration: Registration, save_model: Callable[[Path, Any], None]
     if alias is not None:
         insist("move the alias", lambda client: _move_alias(client, registration.task, alias, version))
     return version
+
+
+def promote(registration: Registration, version: str, verdict: Verdict, compared: Holder | None) -> Promotion:
+    """Move the gated alias to the version if the gate lets it, once.
+
+    Where the gate depends on the alias's holder, that must still be the one that the adapter was `compared` with.
+    """
+    asked = registration.task.spec.tracking.promote
+    assert asked is not None, "the job asks for it"
+    name = registration.registered_model
+
+    def move(client: MlflowClient) -> Promotion:
+        holder, tag = version_of_alias(client, name, asked.alias), f"{PROMOTED_TAG}/{asked.alias}"
+        if holder == version or tag in client.get_model_version(name, version).tags:
+            return Promotion(promoted=True, reason=Reason.PROMOTED, message=_moved(asked.alias, version, verdict))
+        if not verdict.passed:
+            message = f"the alias {asked.alias} stays with {_version(holder)}: {verdict.words}"
+            return Promotion(promoted=False, reason=verdict.reason, message=message)
+        known = compared.version if compared is not None else None
+        if depends_on_holder(asked) and holder != known:
+            message = (
+                f"the alias {asked.alias} stays with {_version(holder)}: the adapter was compared with "
+                f"{_version(known)}, from which the alias has moved since; submit the job again"
+            )
+            return Promotion(promoted=False, reason=Reason.HOLDER_CHANGED, message=message)
+        _own_registered_model(client, registration.task)
+        client.set_registered_model_alias(name, asked.alias, version)
+        client.set_model_version_tag(name, version, tag, verdict.words[:MAX_VALUE_CHARACTERS])
+        return Promotion(promoted=True, reason=Reason.PROMOTED, message=_moved(asked.alias, version, verdict))
+
+    return insist("move the gated alias", move)
+
+
+def _moved(alias: str, version: str, verdict: Verdict) -> str:
+    return f"the alias {alias} moved to version {version}: {verdict.words}"
+
+
+def _version(number: str | None) -> str:
+    return "nobody" if number is None else f"version {number}"
+
+
+def version_of_alias(client: MlflowClient, name: str, alias: str) -> str | None:
+    """The number of the version that has it; None where nobody does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model | no such alias
+            return None
+        raise
 
 
 def refuse_foreign_model(client: MlflowClient, task: StageTask) -> Any | None:
