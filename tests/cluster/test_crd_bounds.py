@@ -43,17 +43,7 @@ QUOTA: Json = {"gpuClass": "24Gi", "nominal": 1}
 # Tried on every field, whatever its type.
 VALUES: list[object] = ["", "a", "A b", "a\u00a0b", "0", "1", "0.5", "1e-9", "01", "-1", "48Gi", True, 7, -1, 7.5]
 VALUES += [[], ["a"], ["a b"], [""], [7], ["a"] * 17, ["a"] * 65, ["é" * 129], {}, {"a": "b"}, {"uri": "s3://b/k"}]
-VALUES += [
-    ["a" * 128],
-    ["a" * 129],
-    ["f1"],
-    "{{ a }}",
-    "chatml",
-    ".",
-    "..",
-    "a?b",
-    " a",
-]
+VALUES += [["a" * 128], ["a" * 129], ["f1"], "{{ a }}", "chatml", ".", "..", "a?b", " a"]
 VALUES += [[{"metric": "f1", "atLeast": "-0.5"}]]
 # What a text of a given length is made of: each fits the pattern of some field.
 FILLERS = ("a", "é", "7", "{{ a", "hf://a", "s3://a", "s3://\u2003", "0.", "v")
