@@ -417,7 +417,7 @@ def test_a_kill_before_or_after_any_call_to_mlflow_leaves_one_version_and_one_mo
     client: MlflowClient, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path, answers=some_answers())
-    instants = 90
+    instants = 77
     promoting = gated({"over": "holder", "atLeast": "0"})
     tasks = [
         make_task(client, store, uid=f"u-{kill}", **{**promoting, "registered_model": f"m-{kill}"})
