@@ -26,6 +26,7 @@ from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import MONTH_PATTERN, QLoRAQueue
 from orchestrator.api.reasons import Reason
+from orchestrator.api.uris import file_path
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
 from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
 from orchestrator.sdk import first_job
@@ -36,7 +37,7 @@ from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.notebook import JobList, jobs_html
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
-from orchestrator.sdk.preflight import check_files, check_planned_model, local_path
+from orchestrator.sdk.preflight import check_files, check_planned_model
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
 from orchestrator.sdk.simulation import WhatIf, as_submitted, what_if
@@ -259,7 +260,7 @@ class Client:
         refusal = refuse_resources(job.spec, classes)
         if refusal is not None:
             raise InvalidObject(refusal)
-        if local_path(job.spec.model.source) is None:
+        if file_path(job.spec.model.source) is None:
             return
         plan = plan_job(job, model_config.read_facts(job.spec.model, job.spec.adapter), classes)
         if plan.refusal is not None and plan.guess is None:

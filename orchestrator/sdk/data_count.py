@@ -27,6 +27,7 @@ from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
 from orchestrator.api.optimizer_steps import held_out, optimizer_steps
 from orchestrator.api.packing import FEWEST_ROWS, arranged
 from orchestrator.api.record_fields import MASK_FIELDS, RECORD_FIELDS, SHAREGPT_ROLES
+from orchestrator.api.uris import file_path
 from orchestrator.sdk import extras
 from orchestrator.sizing.step_time import Work
 
@@ -123,10 +124,11 @@ class _Arranged:
 def count_data(spec: QLoRAJobSpec) -> DataCount | None:
     """What the job's data file gives; None where it is not on this machine, or prepare will refuse what is read."""
     source = spec.dataset.source
-    if not source.startswith("file://"):
+    path = file_path(source)
+    if path is None:
         return None
     try:
-        read = _read(Path(source.removeprefix("file://")), spec.dataset)
+        read = _read(path, spec.dataset)
         sizes = [_size(record, spec.dataset) for record in read.records]
     except (OSError, EOFError, ValueError, RecursionError, csv.Error):
         return None
@@ -245,8 +247,8 @@ def _bytes_per_token(records: Sequence[Record], spec: QLoRAJobSpec) -> float | N
 
 def _tokenizer_path(model: ModelSource) -> Path | None:
     """The tokenizer's file in the model's folder, or in the cache of what was fetched from the hub."""
-    if model.source.startswith("file://"):
-        path = Path(model.source.removeprefix("file://")) / TOKENIZER_NAME
+    if (folder := file_path(model.source)) is not None:
+        path = folder / TOKENIZER_NAME
         return path if path.is_file() else None
     if not model.source.startswith("hf://") or not extras.is_installed("huggingface_hub"):
         return None

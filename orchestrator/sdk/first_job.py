@@ -16,6 +16,7 @@ from typing import IO, cast
 
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.record_fields import OPENAI_PREFERENCE_FIELDS, OPENAI_PREFERENCE_REFUSAL, REQUIRED_FIELDS
+from orchestrator.api.uris import file_uri
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
 from orchestrator.sdk.problems import closest, cut
@@ -75,7 +76,7 @@ def document(data: str, model: str, *, name: str | None, spec: Mapping[str, obje
     """
     dataset: dict[str, object] = {"source": data}
     if "://" not in data:
-        dataset = {"source": f"file://{Path(data).resolve()}", "format": format_of(Path(data)), "evalFraction": "0.1"}
+        dataset = {"source": file_uri(Path(data).resolve()), "format": format_of(Path(data)), "evalFraction": "0.1"}
     found: dict[str, object] = {"model": {"source": model_source(model)}, "dataset": dataset}
     if dataset.get("format") == "preference":
         found["training"] = PREFERENCE_TRAINING
@@ -94,14 +95,14 @@ PREFERENCE_TRAINING = {"objective": {"type": "dpo"}, "learningRate": "5e-6"}
 def file_source(data: Path, folder: Path) -> str:
     """The URI of a file in a manifest that is to lie in `folder`."""
     relative = os.path.relpath(data.resolve(), folder.resolve())
-    return f"file://{relative if relative.startswith('../') else f'./{relative}'}"
+    return file_uri(relative if relative.startswith("../") else f"./{relative}")
 
 
 def model_source(model: str) -> str:
     """The URI of a model: what is one already, a folder here, or else a name on the hub."""
     if "://" in model:
         return model
-    return f"file://{Path(model).resolve()}" if Path(model).is_dir() else f"hf://{model}"
+    return file_uri(Path(model).resolve()) if Path(model).is_dir() else f"hf://{model}"
 
 
 def job_name(data: Path) -> str:

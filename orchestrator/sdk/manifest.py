@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from secrets import choice
 from typing import Any, cast
+from urllib.parse import unquote
 
 import yaml
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ from pydantic import ValidationError
 from orchestrator.api.base import API_VERSION, BY_PEOPLE, MAX_COUNT, Model
 from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.uris import file_uri
 from orchestrator.api.words import on_one_line
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk.problems import (
@@ -346,11 +348,7 @@ def _resolve(wire: dict[str, object], path: FieldPath, origin: _Origin) -> None:
         advice = f"write file://{Path(relative).expanduser() if relative.startswith('~') else f'./{relative}'}"
         message = f"must be file:///absolute/path or file://./relative/path; found {shown(value)}; {advice}"
         raise origin.error(Problem(path=path, message=message))
-    absolute = os.path.normpath(origin.folder / relative)
-    if any(character.isspace() for character in absolute):
-        message = f"lies at {shown(absolute)}, and a path with spaces cannot be used; move or link it elsewhere"
-        raise origin.error(Problem(path=path, message=message))
-    parent[name] = f"file://{absolute}"
+    parent[name] = file_uri(Path(os.path.normpath(origin.folder / unquote(relative))))
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from orchestrator.adapters.job_store import model_config
 from orchestrator.api.job import ModelSource, QLoRAJob
 from orchestrator.api.trainable import refuse_files_without_tokenizer
+from orchestrator.api.uris import file_path
 from orchestrator.errors import InvalidObject, NotFound, PermanentError
 
 MODEL_FIELD = "spec.model.source"
@@ -33,21 +34,16 @@ def check_files(job: QLoRAJob, default_store_uri: str) -> None:
     _check_store(job.spec.store.uri if job.spec.store is not None else default_store_uri)
 
 
-def local_path(uri: str) -> Path | None:
-    """The path of a `file://` URI; nothing for the other schemes."""
-    return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
-
-
 def check_planned_model(model: ModelSource) -> None:
     """The same for a plan, for which a folder with nothing but a config is enough."""
-    folder = local_path(model.source)
+    folder = file_path(model.source)
     if folder is not None and folder.is_dir() and any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
         check_model(model)
 
 
 def check_model(model: ModelSource) -> None:
     """Raise InvalidObject for a model folder on this machine that prepare will refuse for what its files are."""
-    folder = local_path(model.source)
+    folder = file_path(model.source)
     if folder is None:
         return
     field = MODEL_FIELD
@@ -125,7 +121,7 @@ def _check_index(folder: Path) -> None:
 
 def check_dataset(field: str, source: str) -> None:
     """Raise InvalidObject for a data file of this machine that cannot be read as one."""
-    path = local_path(source)
+    path = file_path(source)
     if path is None:
         return
     if not path.exists():
@@ -143,7 +139,7 @@ def check_dataset(field: str, source: str) -> None:
 
 
 def _check_store(uri: str) -> None:
-    folder = local_path(uri)
+    folder = file_path(uri)
     if folder is None:
         return
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from orchestrator.adapters.job_store import uploads
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.uris import file_path
 from orchestrator.core.job.addresses import refused_file
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
-from orchestrator.sdk.preflight import check_dataset, check_model, local_path
+from orchestrator.sdk.preflight import check_dataset, check_model
 from orchestrator.sdk.words import gib
 
 BUCKET_SCHEME = "s3://"
@@ -31,7 +32,7 @@ def check_upload(job: QLoRAJob, default_store: str) -> None:
                 "into a claim a pod of yours brings it (kubectl cp)"
             )
         return
-    if local_path(job.spec.model.source) is not None:
+    if file_path(job.spec.model.source) is not None:
         check_model(job.spec.model)
     for field, path in _named(job).items():
         if field != MODEL:
@@ -76,7 +77,7 @@ def _named(job: QLoRAJob) -> dict[str, Path]:
     """What of this machine the job names: the model's folder, and data files by the field of `spec.dataset`."""
     dataset = job.spec.dataset
     uris = {MODEL: job.spec.model.source, "source": dataset.source, "eval_source": dataset.eval_source or ""}
-    return {field: path for field, uri in uris.items() if (path := local_path(uri)) is not None}
+    return {field: path for field, uri in uris.items() if (path := file_path(uri)) is not None}
 
 
 def _with_sources(job: QLoRAJob, sources: dict[str, str]) -> QLoRAJob:

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from orchestrator.api import package_data, trainable
@@ -18,6 +18,7 @@ from orchestrator.api.contained_files import Contained, LinkRefused
 from orchestrator.api.job import AdapterSpec, ModelSource
 from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.uris import file_path
 from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, PermanentError, StoreUnavailable
 
 CONFIG_NAME = "config.json"
@@ -88,8 +89,8 @@ def _from_folder(source: str) -> bytes:
 
 
 def _opened(source: str) -> Any:
-    if source.startswith("file://"):
-        return Contained.of(Path(unquote(urlsplit(source).path))).open(CONFIG_NAME)
+    if (folder := file_path(source)) is not None:
+        return Contained.of(folder).open(CONFIG_NAME)
     import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
 
     options = S3_OPTIONS if source.startswith("s3://") else {}

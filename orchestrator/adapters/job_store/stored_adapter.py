@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
 
 from orchestrator.api.contained_files import Contained, LinkRefused
 from orchestrator.api.formats import JOURNAL_NAME, MANIFEST_NAME, CheckpointManifest, FileEntry, JournalRecord
+from orchestrator.api.uris import file_path
 from orchestrator.errors import InvalidObject, NotFound, PermanentError, StoreUnavailable
 
 CHUNK_BYTES = 1 << 20
@@ -131,8 +131,8 @@ def _chunks(uri: str, name: str) -> Iterator[bytes]:
 
 
 def _opened(uri: str, name: str) -> Any:
-    if uri.startswith("file://"):
-        return Contained.of(Path(unquote(urlsplit(uri).path))).open(name)
+    if (folder := file_path(uri)) is not None:
+        return Contained.of(folder).open(name)
     import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
 
     return cast(Any, fsspec).open(f"{uri.rstrip('/')}/{name}", "rb")

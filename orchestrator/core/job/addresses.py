@@ -95,7 +95,6 @@ def _parts(uri: str) -> tuple[str, ...]:
     """Scheme, claim or bucket, and the names below it, as whoever reads them takes them apart."""
     scheme, _, rest = uri.partition("://")
     if scheme == "pvc":
-        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
         place, _, path = rest.partition("/")
         rest = f"{place}/{unquote(path)}"
     place, *names = rest.split("/")
