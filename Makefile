@@ -50,7 +50,7 @@ test-trainer: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The trai
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_out_of_memory.py \
+	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_gate.py tests/e2e/test_out_of_memory.py \
 	  tests/adapters tests/controller tests/sdk tests/cli tests/model
 
 test-kills: $(VENV)/.synced ## Twelve kills and, beside them, four preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
