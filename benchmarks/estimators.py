@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -41,7 +43,7 @@ from orchestrator.sizing.memory.linear_layers import linears
 
 ROWS = RESULTS / "sizing_rows.jsonl"
 QLORA_PARTS = ("cut", "whole", "untabled", "long")
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 GB = 10**9
 UNSLOTH_LEAST_GB = {3: 3.5, 7: 5, 8: 6, 9: 6.5, 11: 7.5, 14: 8.5, 27: 22, 32: 26, 40: 30, 70: 41, 81: 48, 90: 53}
 """VRAM by billions of parameters, QLoRA in 4 bits."""
@@ -61,6 +63,8 @@ class Row:
     multiprocessors: int
     measured_bytes: int
     reserved_bytes: int
+    card_bytes: float
+    """All of its card, or what the allocator may have of that: where it runs full, pages that hold nothing go first."""
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> Row | None:
@@ -83,6 +87,7 @@ class Row:
             multiprocessors=raw["multiprocessors"],
             measured_bytes=raw["peak_allocated_bytes"],
             reserved_bytes=raw["peak_reserved_bytes"],
+            card_bytes=GIB * (raw.get("cap_gib") or _card_gib(raw.get("card", ""))),
         )
 
     def footprint(self) -> Footprint:
@@ -115,6 +120,12 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS)
     arguments = parser.parse_args()
     emit(compare(list(read_rows(arguments.rows))), save=arguments.save)
+
+
+def _card_gib(card: str) -> float:
+    """Of a card as `benchmarks.report` describes it, `name (n GiB)`; any number where it does not tell."""
+    found = re.search(r"\(([\d.]+) GiB\)$", card)
+    return inf if found is None else float(found[1])
 
 
 def _trace(raw: dict[str, Any]) -> ModelTrace | None:

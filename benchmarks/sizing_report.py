@@ -83,7 +83,8 @@ def reserved(rows: list[tuple[dict[str, Any], Row]]) -> dict[str, object]:
 
 def reserved_error(row: Row) -> float:
     """Reserved against predicted, in per cent; above zero more was reserved."""
-    predicted = row.footprint().reserved_bytes(row.plan.recompute_layers, evaluates=row.evaluates)
+    wanted = row.footprint().reserved_bytes(row.plan.recompute_layers, evaluates=row.evaluates)
+    predicted = min(wanted, row.card_bytes)
     return 100 * (row.reserved_bytes / predicted - 1)
 
 

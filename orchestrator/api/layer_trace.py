@@ -16,6 +16,8 @@ from orchestrator.api.base import Count, Model
 MOST_KINDS = 8
 MOST_INSTANTS = 12
 MOST_ROWS_PER_TOKEN = 1024
+MOST_WALK_CHARACTERS = 4096
+"""No more fits a termination message."""
 KIND_LETTERS = "abcdefgh"
 LARGEST_COEFFICIENT = 1e15
 MAX_WIDTH = 1 << 20
@@ -121,6 +123,9 @@ class ModelTrace(Model):
     other_gradient_bytes: Count = 0
     """Of adapters' gradients outside the layers."""
     adapter_parameters: Count
+    walk: Annotated[str, StringConstraints(max_length=MOST_WALK_CHARACTERS)] = ""
+    """The order in which tensors come and go, a packed `step_walk.StepWalk`: what the allocator reserves follows from
+    it. None in older traces, where what is computed depends on the tokens, or where it is too long."""
 
     @model_validator(mode="after")
     def _kinds_are_named(self) -> Self:

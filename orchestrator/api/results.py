@@ -69,6 +69,16 @@ class PrepareResult(Model):
     warnings: Annotated[tuple[PrepareWarning, ...], Field(max_length=MAX_WARNINGS)] = ()
     """What is likely to be wrong with the data or the step count, each with what to change."""
 
+    def shortened(self) -> PrepareResult:
+        """Without what can be missed the most: a trace's walk, then the last warning. Raises ResultTooLong."""
+        trace = self.model.trace
+        if trace is not None and trace.walk:
+            model = self.model.model_copy(update={"trace": trace.model_copy(update={"walk": ""})})
+            return self.model_copy(update={"model": model})
+        if not self.warnings:
+            raise ResultTooLong
+        return self.model_copy(update={"warnings": self.warnings[:-1]})
+
 
 class TrainResult(Model):
     """How far training came."""
@@ -130,8 +140,8 @@ class StageResult(Model):
     def to_termination_message(self) -> str:
         """The JSON that goes into the termination log; a long failure message is cut to fit.
 
-        What prepare found is deflated if it is too long, then loses warnings. Raises ResultTooLong if that is not
-        enough.
+        What prepare found is deflated if it is too long, then `PrepareResult.shortened`. Raises ResultTooLong if that
+        is not enough.
         """
         text = self.model_dump_json(by_alias=True, exclude_none=True)
         excess = len(text.encode()) - MAX_TERMINATION_MESSAGE_BYTES
@@ -146,10 +156,7 @@ class StageResult(Model):
         deflated = f'{{"deflated":"{b85encode(zlib.compress(text.encode(), 9)).decode()}"}}'
         if len(text.encode()) <= MAX_RESULT_BYTES and len(deflated.encode()) <= MAX_TERMINATION_MESSAGE_BYTES:
             return deflated
-        if not self.prepare.warnings:
-            raise ResultTooLong
-        fewer = self.prepare.model_copy(update={"warnings": self.prepare.warnings[:-1]})
-        return self.model_copy(update={"prepare": fewer}).to_termination_message()
+        return self.model_copy(update={"prepare": self.prepare.shortened()}).to_termination_message()
 
     @classmethod
     def from_termination_message(cls, text: str) -> StageResult:

@@ -24,6 +24,7 @@ from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.sizing.answering import answering_bytes
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.memoized import memoized
+from orchestrator.sizing.memory import traced_rehearsal
 from orchestrator.sizing.memory.attention import SHORT_RECORD_TOKENS, SOFTCAPPED_TYPES, Attention
 from orchestrator.sizing.memory.cuda_allocator import LARGE_PAGE, SMALL_PAGE
 from orchestrator.sizing.memory.experts import Experts, expert_linears, fusing_bytes
@@ -33,6 +34,7 @@ from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linea
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
 from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes, left_bytes, outside_bytes, shared_bytes
+from orchestrator.sizing.memory.traced_rehearsal import TracedJob, unpacked
 
 TOKEN_BYTES = 4 * 8
 """A micro-batch on the card: ids, targets, positions, and where the targets are."""
@@ -48,8 +50,8 @@ DORA_SHARE = 0.028
 """More where prepare traced layers with DoRA: of 53 such jobs one took 2.66 % more than its trace has, and why is not
 known; the others took at most 0.06 % more and 0.39 % less (`benchmarks.traced_report`)."""
 HOLES_SHARE = 0.113
-"""Share of a traced layer's backward pass that is reserved beside it and cannot be used. Fitted, the median over the
-architectures that `benchmarks.sizing_report` calls fitted."""
+"""Share of a layer's backward pass that is reserved beside it and cannot be used, where the order of its tensors is not
+known. Fitted, the median over the architectures that `benchmarks.sizing_report` calls fitted."""
 RESULTS_KEPT = 1536
 TRACES_KEPT = 64
 """A result of a trace keeps the trace, which may take as much memory as a hundred others."""
@@ -162,6 +164,8 @@ class Footprint:
         """
         if isinstance(self._question.shape, FusedLayer) and self._question.facts.mixture is None:
             return reserved_bytes(self.rehearsed(recompute_layers, evaluates=evaluates))
+        if self._question.trace is not None and self._question.trace.walk:
+            return traced_rehearsal.reserved_bytes(self.rehearsed_trace(recompute_layers, evaluates=evaluates))
         recomputing = self._recomputing(recompute_layers)
         ends = self._layers.ends(recomputing)
         largest = max(self._layers.at(index, recomputing).backward_peak for index in ends)
@@ -172,6 +176,12 @@ class Footprint:
         shape = self._question.shape
         assert isinstance(shape, FusedLayer), "the order of tensors is known for layers written by hand alone"
         return _rehearsed(self._question, shape, recompute_layers, evaluates)
+
+    def rehearsed_trace(self, recompute_layers: int, *, evaluates: bool = False) -> TracedJob:
+        """The job as the allocator sees it, where the order of its layers' tensors was traced."""
+        trace = self._question.trace
+        assert trace is not None, "layers that prepare traced"
+        return _traced_job(self._question, trace, self._recomputing(recompute_layers), evaluates)
 
     def training_bytes(self, recompute_layers: int) -> int:
         """The peak from the first micro-batch on, without a margin: loading does not count."""
@@ -605,6 +615,28 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         state=_state(question),
         workspace_bytes=trainer_facts.CUBLAS_WORKSPACE_BYTES,
         evaluates=evaluates,
+    )
+
+
+def _traced_job(question: _Question, trace: ModelTrace, recomputing: int, evaluates: bool) -> TracedJob:
+    facts, plan = question.facts, question.plan
+    return TracedJob(
+        walk=unpacked(trace.walk),
+        layers=trace.layers,
+        frozen_layers=_frozen(trace),
+        recompute_layers=recomputing,
+        pass_tokens=question.pass_tokens,
+        passes=question.passes,
+        accumulates=plan.accumulation_steps > 1,
+        evaluates=evaluates,
+        chunk_tokens=plan.loss_chunk_tokens,
+        hidden=facts.hidden_size,
+        vocabulary=facts.vocab_size,
+        base_bytes=_traced_bytes(trace)[0] + _sixteen_bit_bytes(question),
+        adapter_bytes=question.trainable * BF16_BYTES,
+        state=_state(question),
+        attention=tuple(_attention(question, kind.heads).traced_workspace for kind in trace.kinds),
+        rows_per_token=tuple(0 if kind.experts is None else kind.experts.rows_per_token for kind in trace.kinds),
     )
 
 

@@ -53,6 +53,7 @@ def test_types_without_a_table_are_sized_by_their_traces_as_well_as_others_by_ta
     found: dict[str, Any] = traced_report.report()
     assert found["held_out"]["jobs"] >= 95
     assert found["held_out"]["models"] >= 24
+    assert found["held_out"]["reserved_within_4_percent"] >= 0.95
     assert found["worked_out"]["jobs"] >= 180
     for part, most in {"held_out": 4, "worked_out": 8, "whole": 4}.items():
         assert found[part]["least"] >= 0

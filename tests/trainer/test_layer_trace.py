@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,15 @@ from transformers import AutoConfig
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import AdapterSpec
-from orchestrator.api.layer_trace import ModelTrace
+from orchestrator.api.layer_trace import MOST_KINDS, ModelTrace
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.step_walk import TileWalk
+from orchestrator.sizing.footprint import Footprint
 from orchestrator.sizing.guess import guess_words
+from orchestrator.sizing.memory.cuda_allocator import Block, Pool
+from orchestrator.sizing.memory.timeline import allocated
+from orchestrator.sizing.memory.traced_rehearsal import TracedJob, TrainStage
+from tests.builders import make_spec
 
 UNTABLED: dict[str, dict[str, Any]] = {
     "arcee": {"hidden_act": "relu2"},
@@ -295,3 +302,80 @@ def test_a_model_that_cannot_be_traced_is_sized_by_no_guess(monkeypatch: pytest.
     monkeypatch.setattr("qlora_trainer.model.layer_trace.trace_layers", fails)
     with pytest.raises(Untraceable, match="KeyError: 'what was not foreseen'"):
         facts_of(config_of("glm"), AdapterSpec())
+
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 64, "num_hidden_layers": 5, "vocab_size": 768}
+LONG_ROW, LARGE = 4096, 4 << 20
+"""Tensors as wide as a head are small, and so is whatever does not grow with the tokens but dense weights."""
+
+
+class RecordingPool(Pool):
+    """Says which large tensors come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int] = []
+
+    def take(self, size_bytes: float) -> Block:
+        self._record(allocated(size_bytes), 1)
+        return super().take(size_bytes)
+
+    def drop(self, block: Block) -> None:
+        self._record(block.size, -1)
+        super().drop(block)
+
+    def _record(self, size: int, sign: int) -> None:
+        if size > LARGE:
+            self.events.append(sign * size)
+
+
+@pytest.mark.parametrize("model_type", ["cohere2", "minicpm3", "granitemoe"])
+@pytest.mark.parametrize(
+    ("fields", "recompute"),
+    [
+        pytest.param({"dropout": "0"}, 0, id="nothing recomputed"),
+        pytest.param({"dropout": "0.05"}, 5, id="all layers recomputed, dropout"),
+        pytest.param({"dropout": "0.05", "use_dora": True}, 5, id="all layers recomputed, DoRA"),
+    ],
+)
+def test_large_tensors_come_and_go_in_the_order_that_is_rehearsed(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, fields: dict[str, Any], recompute: int
+) -> None:
+    monkeypatch.setattr(trainer_facts, "CUBLAS_WORKSPACE_BYTES", 512)
+    layers = {"layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL]} if model_type == "cohere2" else {}
+    config = config_of(model_type, **(WIDE | layers))
+    adapter, plan = AdapterSpec(rank=8, **fields), step_plan(1, recompute, loss_chunk_tokens=64)
+    spec = make_spec(sequence_length=LONG_ROW, packing=False).model_copy(update={"adapter": adapter})
+    job = Footprint(spec, facts_of(config, adapter), plan, records=1).rehearsed_trace(recompute)
+    pool = RecordingPool()
+    stage = TrainStage(without_kernels(job), pool)
+    stage.set_up()
+    pool.events.clear()
+    stage.train(accumulated=False)
+    base = base_of(config)
+    events = recorded_step.run_step(base, adapter, tokens=LONG_ROW, recomputes=recompute > 0)
+    assert pool.events == large(events)
+    assert len(pool.events) > 500
+
+
+def without_kernels(job: TracedJob) -> TracedJob:
+    """The job but for what the kernels of attention and experts take by the way, which is no event of a step."""
+    nothing = TileWalk(forward="", backward="")
+    walk = job.walk.model_copy(update={"experts": (nothing,) * MOST_KINDS})
+    return replace(job, walk=walk, attention=((),) * MOST_KINDS)
+
+
+def large(events: Sequence[recorded_step.Event]) -> list[int]:
+    """The bytes of large tensors as they come, and less than none as they go."""
+    sizes = {event.number: allocated(event.size) for event in events if event.kind == "take"}
+    found = [(event.kind, sizes.get(event.number, 0)) for event in with_ends_last(events)]
+    return [size if kind == "take" else -size for kind, size in found if kind in ("take", "drop") and size > LARGE]
+
+
+def with_ends_last(events: Sequence[recorded_step.Event]) -> list[recorded_step.Event]:
+    """What was there before the first layer and goes when the decoder ends is rehearsed to go right before the loss."""
+    marks = {event.name: place for place, event in enumerate(events) if event.kind == "mark"}
+    early = {event.number for event in events[: marks["forward 0"]]}
+    end, loss = marks["end"], marks["loss"]
+    last = [event for event in events[end:loss] if event.kind == "drop" and event.number in early]
+    return [*events[:end], *(each for each in events[end:loss] if each not in last), *last, *events[loss:]]

@@ -288,6 +288,18 @@ def test_warnings_go_before_a_trace_does_and_a_trace_that_fits_in_no_way_is_told
         traced_result((round(1e9 * each, 3) for each in noise), kinds=8).to_termination_message()
 
 
+def test_the_walk_of_a_trace_goes_before_a_warning_does() -> None:
+    draw = random.Random(0)
+    result = traced_result(map(float, count(1_000)), kinds=3)
+    assert result.prepare is not None
+    assert result.prepare.model.trace is not None
+    walk = "".join(draw.choices("0123456789abcdefghijklmnopqrstuvwxyz", k=4096))
+    trace = result.prepare.model.trace.model_copy(update={"walk": walk})
+    model = result.prepare.model.model_copy(update={"trace": trace})
+    long = StageResult(prepare=result.prepare.model_copy(update={"model": model}))
+    assert StageResult.from_termination_message(long.to_termination_message()) == result
+
+
 @pytest.mark.parametrize(
     "packed",
     [

@@ -84,12 +84,15 @@ class Attention:
     @cached_property
     def traced_workspace_bytes(self) -> int:
         """What comes and goes beside the gradients, where transformers computes the layer."""
+        return sum(self.traced_workspace)
+
+    @cached_property
+    def traced_workspace(self) -> tuple[int, ...]:
+        """The tensors of that, all of which are there at once."""
         if self.softcaps or self.head_size > trainer_facts.LARGEST_FLASH_HEAD:
             tile = min(trainer_facts.SCORES_BYTES, 4 * self.query_heads * self.tokens**2)
-            return SCORES_ALIVE * tile + 2 * allocated(self.tokens * self.key_width * FP32_BYTES)
-        if self.sinks:
-            return sum(self.workspace)
-        return sum(self._torch_workspace())
+            return *(tile,) * SCORES_ALIVE, *(allocated(self.tokens * self.key_width * FP32_BYTES),) * 2
+        return self.workspace if self.sinks else self._torch_workspace()
 
     def _flash_workspace(self) -> tuple[int, ...]:
         """The queries' sums, two numbers a row, the keys' and values' sums where heads share them, and who is next."""

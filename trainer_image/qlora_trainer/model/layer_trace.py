@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes as bnb
@@ -33,6 +34,7 @@ from orchestrator.api.layer_trace import (
     KIND_LETTERS,
     MOST_INSTANTS,
     MOST_KINDS,
+    MOST_WALK_CHARACTERS,
     EndInstants,
     ExpertInstants,
     Heads,
@@ -42,6 +44,7 @@ from orchestrator.api.layer_trace import (
     ModelTrace,
 )
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.step_walk import StepWalk, TileWalk
 from qlora_trainer.kernels.moe_experts import NF4Experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention
@@ -58,6 +61,7 @@ from qlora_trainer.model.recorded_step import (
     take_weights_away,
 )
 from qlora_trainer.model.text_part import decoder_of
+from qlora_trainer.model.traced_walk import Part, Sizes, Unwalkable, WalkedStep, tile_codes
 
 Lengths = tuple[int, int, int]
 TOKENS: Lengths = (769, 1281, 2049)
@@ -143,6 +147,7 @@ def trace_layers(base: Any, adapter: AdapterSpec, lengths: Lengths = TOKENS) -> 
         for place, index in enumerate(chosen[1:-1], start=1)
     ]
     distinct = tuple(dict.fromkeys(found))  # layers that differ in their windows alone take the same
+    places = [1 + found.index(kind) for kind in distinct]
     return ModelTrace(
         packed=base.config._attn_implementation == PACKED_ATTENTION,
         kinds=distinct,
@@ -153,7 +158,28 @@ def trace_layers(base: Any, adapter: AdapterSpec, lengths: Lengths = TOKENS) -> 
         other_bytes=_outside_bytes(base, layers),
         other_gradient_bytes=whole.other_gradient_bytes,
         adapter_parameters=sum(whole.adapter_parameters[1 + kind] for kind in numbers) + whole.other_adapter_parameters,
+        walk=_walk(recomputed, whole, places),
     )
+
+
+def _walk(recomputed: _Step, whole: _Step, places: Sequence[int]) -> str:
+    """The walk of both steps, where the same is computed whatever the tokens, and it is no longer than can be kept."""
+    sizes = Sizes()
+    try:
+        steps = recomputed.walked(sizes), whole.walked(sizes)
+        if steps[0] is None or steps[1] is None:
+            return ""
+        experts = tuple(whole.tile_walk(place, sizes) for place in places)
+        walk = StepWalk(
+            recomputed=steps[0].parts(places),
+            whole=steps[1].parts(places),
+            experts=experts if any(experts) else (),
+            sizes=sizes.all(),
+        )
+    except Unwalkable:
+        return ""
+    packed = walk.packed()
+    return packed if len(packed) <= MOST_WALK_CHARACTERS else ""
 
 
 # --- kinds of layers
@@ -303,6 +329,19 @@ class _Run:
         backward = self._events[self._place(f"backward {index}") : self._place(f"backward {index - 1}")]
         return next((event.heads for event in backward if event.kind == ATTENTION), None)
 
+    def walked(self, sizes: Sizes) -> WalkedStep:
+        """The step in its order."""
+        return WalkedStep(self._events, _in_tokens_of(self._sizes), sizes, self._parts(), _in_tokens(self._stream))
+
+    def _parts(self) -> list[Part]:
+        """What is before the layers, each of them, and what is behind."""
+        layers, end, loss = range(len(self._gradient_bytes)), self._place("end"), self._place("loss")
+        forward = [*(self._place(f"forward {index}") for index in layers), end, loss]
+        backward = [len(self._events), *(self._place(f"backward {index}") for index in layers), loss]
+        begin = Part(forward=range(forward[0]), backward=range(end, loss))
+        passes = zip(pairwise(forward), pairwise(backward), strict=True)
+        return [begin, *(Part(forward=range(*to), backward=range(*reversed(back))) for to, back in passes)]
+
     def ends(self) -> dict[str, list[Bytes]]:
         """Of the first layer, of what is around the layers, and from the end of the last one's forward pass to the
         beginning of its backward pass: the moments by their field of `EndInstants`."""
@@ -417,8 +456,12 @@ class _Step:
         others = [each for each in copies[0].parameters() if each.requires_grad and id(each) not in in_layers]
         self.other_adapter_parameters = sum(each.numel() for each in others)
         self.other_gradient_bytes = sum(_allocated(2 * each.numel()) for each in others)
-        self.experts = [_expert_instants(layer, lengths[0]) for layer in layers]
-        if _alike(steps):
+        self._tiles = [_expert_tiles(layer) for layer in layers]
+        self.experts = [
+            _expert_instants(layer, tiles, lengths[0]) for layer, tiles in zip(layers, self._tiles, strict=True)
+        ]
+        self._alike = _alike(steps)
+        if self._alike:
             stream = np.array([0.0, 2.0 * hidden, 0.0])
             runs = [(steps[0], _polynomials(steps, lengths), stream)]
         else:
@@ -434,6 +477,20 @@ class _Step:
     def heads(self, index: int) -> Heads | None:
         """What such a layer attends with; None where transformers computes it."""
         return self._runs[0].heads(index)
+
+    def walked(self, sizes: Sizes) -> WalkedStep | None:
+        """The step in its order; None where it is another one for other numbers of tokens."""
+        return self._runs[0].walked(sizes) if self._alike else None
+
+    def tile_walk(self, index: int, sizes: Sizes) -> TileWalk | None:
+        """Of a layer's routed experts, where it has any."""
+        tiles = self._tiles[index]
+        if not tiles:
+            return None
+        forward, backward = (
+            tile_codes(runs[0], _in_tokens_of(_polynomials(runs, TOKENS)), sizes) for runs in zip(*tiles, strict=True)
+        )
+        return TileWalk(forward=forward, backward=backward)
 
     @property
     def ends(self) -> EndInstants:
@@ -461,12 +518,27 @@ def _alike(steps: Sequence[Sequence[Event]]) -> bool:
     return all(other == first for other in others)
 
 
-def _expert_instants(layer: Module, tokens: int) -> ExpertInstants | None:
-    """What the experts of a layer that was traced with so many tokens take by the way."""
+Tile = tuple[list[Event], list[Event]]
+"""What both passes of experts do."""
+
+
+def _experts(layer: Module) -> TracedExperts | None:
+    """The routed experts of a layer that was traced."""
     experts = next((module for module in layer.modules() if isinstance(module, TracedExperts)), None)
+    return None if experts is None or experts.row is None else experts
+
+
+def _expert_tiles(layer: Module) -> list[Tile]:
+    """The experts of a layer at work, over tiles of so many rows as steps have tokens; none where it has none."""
+    experts = _experts(layer)
+    return [] if experts is None else [run_experts(experts, rows=rows) for rows in TOKENS]
+
+
+def _expert_instants(layer: Module, tiles: Sequence[Tile], tokens: int) -> ExpertInstants | None:
+    """What the experts of a layer that was traced with so many tokens take by the way."""
+    experts = _experts(layer)
     if experts is None or experts.row is None:
         return None
-    tiles = [run_experts(experts, rows=rows) for rows in TOKENS]
     forward, backward = (_largest(_alive([tile[number] for tile in tiles])) for number in range(2))
     return ExpertInstants(rows_per_token=experts.row[0] // tokens, forward=forward, backward=backward)
 
@@ -535,6 +607,10 @@ def _largest(moments: Iterable[Bytes]) -> tuple[InTokens, ...]:
     if len(chosen) > MOST_INSTANTS:
         raise Untraceable(f"{len(chosen)} moments of a layer can be its peak, more than {MOST_INSTANTS}")
     return tuple(_in_tokens(each[index]) for index in chosen)
+
+
+def _in_tokens_of(sizes: Mapping[int, Bytes]) -> dict[int, InTokens]:
+    return {number: _in_tokens(size) for number, size in sizes.items()}
 
 
 def _in_tokens(polynomial: Bytes) -> InTokens:
