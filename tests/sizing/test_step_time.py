@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -15,7 +16,7 @@ from orchestrator.api import trainer_facts
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.layer_trace import ModelTrace
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.plan import AttentionKernels, MemoryPlan
 from orchestrator.sizing import plan_search
 from orchestrator.sizing.hardware import Card, find_card, gpu_class
 from orchestrator.sizing.plan_search import choose_plan
@@ -125,7 +126,8 @@ def test_predicted_times_of_attention_are_near_the_measured_ones_by_either_kerne
             update={"num_layers": 1, "num_attention_heads": shape["heads"], "head_dim": shape["size"]}
         )
         work = Work(sequence_tokens=sum(records), record_tokens=records[0])
-        for kernels, name in (("own", "own"), ("flash-attn-4", "flash")):
+        for kernels in get_args(AttentionKernels):
+            name = kernels.partition("-")[0]
             both = taken[f"{name} forward"] + taken[f"{name} backward"]
             parts = StepTime(make_spec(), facts, work).parts(plan(attention=kernels, accumulation_steps=1), card)
             assert 1000 * parts["attention"] == pytest.approx(both, rel=0.25), (shape, kernels)

@@ -75,7 +75,7 @@ class Attention:
     def workspace(self) -> tuple[int, ...]:
         """What comes and goes in a backward pass that writes its gradients where they belong."""
         if self.by_flash:
-            return self._flash_workspace()
+            return self._workspace_of_flash()
         if self.head_size <= trainer_facts.LARGEST_TRITON_HEAD:
             return (allocated(self.query_heads * self.tokens * FP32_BYTES),)
         widths = (self.query_width, self.key_width, self.key_width)
@@ -94,7 +94,7 @@ class Attention:
             return *(tile,) * SCORES_ALIVE, *(allocated(self.tokens * self.key_width * FP32_BYTES),) * 2
         return self.workspace if self.sinks else self._torch_workspace()
 
-    def _flash_workspace(self) -> tuple[int, ...]:
+    def _workspace_of_flash(self) -> tuple[int, ...]:
         """The queries' sums, two numbers a row, the keys' and values' sums where heads share them, and who is next."""
         block = FLASH_SMALL_BLOCK if self.head_size > SMALL_FLASH_HEAD else FLASH_BLOCK
         records = max(1, self.tokens // trainer_facts.FLASH_RECORD_TOKENS)
