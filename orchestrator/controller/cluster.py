@@ -19,7 +19,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from orchestrator.adapters.kubernetes.api import KubeApi, Pace, Timeouts
+from orchestrator.adapters.kubernetes.api import KubeApi, RateLimiter, Timeouts
 from orchestrator.adapters.kubernetes.lease import Lease, LeaseTimes
 from orchestrator.adapters.kubernetes.pods import KubernetesPods
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
@@ -98,8 +98,8 @@ def _work(settings: ClusterSettings, health: Health, metrics: Metrics, stop: thr
 @contextmanager
 def _watching(settings: ClusterSettings, metrics: Metrics, stop: threading.Event) -> Generator[View]:
     """Complete views of jobs, queues, pods and nodes; whoever stands by has them, too, and is quick to take over."""
-    pace = Pace(settings.kube_requests_per_second, settings.kube_requests_burst)
-    api = KubeApi(settings.kube_context, pace=pace)
+    limiter = RateLimiter(settings.kube_requests_per_second, settings.kube_requests_burst)
+    api = KubeApi(settings.kube_context, limiter=limiter)
     changes = Changes(settings.relist_seconds)
     changes.on_restart = metrics.watch_restarted
     metrics.read_requests = lambda: dict(api.requests)

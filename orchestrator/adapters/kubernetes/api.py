@@ -70,7 +70,7 @@ class Timeouts:
     answer_seconds: float = 30.0
 
 
-class Pace:
+class RateLimiter:
     """So many requests a second about each kind of object in the long run, and so many at once after a pause.
 
     Each kind by itself, as the clients of controllers in Go have it. Safe to share between threads.
@@ -97,18 +97,23 @@ class Pace:
             return max(0.0, -left / self._per_second)
 
 
-NO_BOUND = Pace(0, 1)
+NO_BOUND = RateLimiter(0, 1)
 
 
 class KubeApi:
     """A connection to one API server; safe to share between threads."""
 
     def __init__(
-        self, context: str = "", *, kubeconfig: str = "", timeouts: Timeouts | None = None, pace: Pace = NO_BOUND
+        self,
+        context: str = "",
+        *,
+        kubeconfig: str = "",
+        timeouts: Timeouts | None = None,
+        limiter: RateLimiter = NO_BOUND,
     ) -> None:
         """Connects to a kubeconfig context, the current one by default; `in-cluster` is the pod's own service account.
 
-        The kubeconfig is the one that `KUBECONFIG` names unless another is given. Requests keep to the pace.
+        The kubeconfig is the one that `KUBECONFIG` names unless another is given. The limiter says when to ask.
         """
         untyped: Any = kubernetes_client  # Any: the library has no types
         configuration: Any = untyped.Configuration()
@@ -119,7 +124,7 @@ class KubeApi:
         self._client: Any = untyped.ApiClient(configuration)
         self._host: str = configuration.host
         self._timeouts = timeouts or Timeouts()
-        self._pace = pace
+        self._limiter = limiter
         self._lock = threading.Lock()
         self.requests: Counter[tuple[str, str]] = Counter()
         """Requests made, by verb and resource."""
@@ -207,7 +212,7 @@ class KubeApi:
         self, verb: str, url: str, path: str, data: bytes | None, kind: str, answer_seconds: float, accept: str
     ) -> urllib3.BaseHTTPResponse:
         resource = resource_of(path)
-        time.sleep(self._pace.seconds_to_wait(resource.partition("/")[0]))
+        time.sleep(self._limiter.seconds_to_wait(resource.partition("/")[0]))
         if verb not in READS:
             self.before_write()
         with self._lock:
