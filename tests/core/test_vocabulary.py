@@ -57,7 +57,9 @@ FORMER = {
     "border": Former(now="boundary", found=r"(?<![a-z])borders?(?![a-z])", unless=r"border_style"),
     "notice": Former(now="grace period", found=r"(?<![a-z])notice(?![a-z])", unless=r"spot notice|not notice"),
     "turned": Former(now="rotated", found=r"\bturned\b(?! (off|on|into|by|out))|\b_turn\b", where=KERNELS),
-    "answer": Former(now="output", found=r"\banswer\b( =|:|,|\)|\.)", where=KERNELS),
+    "answer": Former(
+        now="output", found=r"\banswer\b( =|:|,|\)|\.)", where=KERNELS, unless=r"prompt|answer'?s|list|tokens"
+    ),
     "chances": Former(now="probabilities", found=r"\bchances\b", where=COMPUTING),
     "slope": Former(now="grad", found=r"slopes?\b", where=COMPUTING, unless=r"(?i)alibi"),
     "thriftier": Former(now="fallback plan", found=r"thrift"),
