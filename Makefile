@@ -13,7 +13,7 @@ CHECKOV := $(CACHE)/checkov
 MODEL := $(CACHE)/smollm2-135m-instruct
 # What CI runs: two at a time of those that keep one processor busy, and then, one after the other, those that take both,
 # or are about instants and want the machine to themselves.
-LIGHT_TIERS := check test-demo test-core test-docs test-outages test-strangers test-chart
+LIGHT_TIERS := check test-demo test-core test-docs test-simulation test-strangers test-chart
 TIERS := test-trainer test-api test-service test-kills test-scale test-e2e
 # Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
 # the longest first.
@@ -74,7 +74,7 @@ test-e2e: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## A real clust
 test-docs: $(VENV)/.synced $(MODEL)/model.safetensors ## What documents tell people to paste, from the built wheel, and the site
 	QLORA_DOCUMENTS=$(QLORA_DOCUMENTS) QLORA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q tests/documents
 
-test-outages: $(VENV)/.synced ## A thousand bad days of a cluster (QLORA_SEEDS=10000: ten times that), in virtual time: about a minute
+test-simulation: $(VENV)/.synced ## Schedulers and a thousand bad days of a cluster in virtual time (QLORA_SEEDS=10000: ten times that): about a minute
 	QLORA_SEEDS=$${QLORA_SEEDS:-1000} $(BIN)/python -m pytest -q tests/sim
 
 test-core: $(VENV)/.synced ## The pure packages' tests, contract, sizing and core: seconds
