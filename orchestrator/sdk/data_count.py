@@ -26,7 +26,7 @@ from orchestrator.api.base import decimal
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec
 from orchestrator.api.optimizer_steps import held_out, optimizer_steps
 from orchestrator.api.packing import FEWEST_ROWS, arranged
-from orchestrator.api.record_fields import MASK_FIELDS, RECORD_FIELDS, SHAREGPT_ROLES
+from orchestrator.api.record_fields import MASK_FIELDS, RECORD_FIELDS, SHAREGPT_ROLES, as_trl_writes_it
 from orchestrator.api.uris import file_path
 from orchestrator.sdk import extras
 from orchestrator.sizing.step_time import Work
@@ -182,6 +182,8 @@ def _arranged(sizes: Sequence[_Size], rates: Rates, spec: QLoRAJobSpec, *, fewes
 
 
 def _size(record: Record, dataset: DatasetSource) -> _Size:
+    if dataset.format == "preference":
+        record = as_trl_writes_it(record)
     given = [record[name] for name in RECORD_FIELDS[dataset.format] if record.get(name) is not None]
     if dataset.format == "preference" and record.get("prompt") is not None:
         given.append(record["prompt"])  # it stands before both answers

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.record_fields import OPENAI_PREFERENCE_FIELDS, OPENAI_PREFERENCE_REFUSAL, REQUIRED_FIELDS
+from orchestrator.api.record_fields import OPENAI_PREFERENCE_FIELDS, REQUIRED_FIELDS
 from orchestrator.api.uris import file_uri
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
@@ -118,13 +118,12 @@ def name_of(text: str) -> str:
 def format_of(data: Path) -> str:
     """The format whose fields the first record has."""
     found = first_fields(data)
-    if REQUIRED_FIELDS["preference"] <= found:  # such records may have `messages` as well
+    # Preferences may have `messages` as well.
+    if REQUIRED_FIELDS["preference"] <= found or set(OPENAI_PREFERENCE_FIELDS) <= found:
         return "preference"
     for name, wanted in REQUIRED_FIELDS.items():
         if wanted <= found:
             return name
-    if preferences := sorted(found & set(OPENAI_PREFERENCE_FIELDS)):
-        raise InvalidObject(f"{data}: its first record has a field {preferences[0]}: {OPENAI_PREFERENCE_REFUSAL}")
     near = {
         field: closest(field, {each for wanted in REQUIRED_FIELDS.values() for each in wanted})
         for field in sorted(found)

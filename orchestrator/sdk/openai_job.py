@@ -47,6 +47,8 @@ COUNTERPARTS = {
     "learning_rate_multiplier": "learning_rate",
 }
 """Hyperparameters -> fields of the training."""
+METHODS = ("supervised", "dpo")
+"""Those that can be trained here: on what is to be said, and on preferences."""
 NOTHING: tuple[object, ...] = (None, "", [], {})
 
 Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
@@ -73,9 +75,18 @@ class _Supervised(_Read):
     hyperparameters: _Hyperparameters | None = None
 
 
+class _PreferenceHyperparameters(_Hyperparameters):
+    beta: Auto | Annotated[float, Field(gt=0, le=1000)] | None = None
+
+
+class _Preferences(_Read):
+    hyperparameters: _PreferenceHyperparameters | None = None
+
+
 class _Method(_Read):
     type: str
     supervised: _Supervised | None = None
+    dpo: _Preferences | None = None
 
 
 class _Job(_Read):
@@ -85,7 +96,7 @@ class _Job(_Read):
     training_file: Identifier
     validation_file: Identifier | None = None
     method: _Method | None = None
-    hyperparameters: _Hyperparameters | None = None
+    hyperparameters: _PreferenceHyperparameters | None = None
     """Where it stood before there were methods; jobs have it still."""
     seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
     suffix: str | None = None
@@ -118,9 +129,9 @@ class Choices:
 def imported(text: bytes, name: str, choices: Choices) -> Imported:
     """The job in a JSON text; raises InvalidObject, which names the field."""
     job = _read(text, name)
-    if job.method is not None and job.method.type != "supervised":
+    if job.method is not None and job.method.type not in METHODS:
         raise InvalidObject(
-            f"{name}: method.type: only supervised jobs can be trained here; found {shown(job.method.type)}"
+            f"{name}: method.type: {' and '.join(METHODS)} can be trained here; found {shown(job.method.type)}"
         )
     if choices.model is None:
         raise InvalidObject(
@@ -128,7 +139,7 @@ def imported(text: bytes, name: str, choices: Choices) -> Imported:
             "choose the one to train: --model owner/name"
         )
     notes: list[str] = []
-    dataset = _dataset(job, choices, notes)
+    dataset = _dataset(job, name, choices, notes)
     document = {
         "apiVersion": API_VERSION,
         "kind": "QLoRAJob",
@@ -177,11 +188,19 @@ def _metadata(job: _Job, notes: list[str]) -> Mapping[str, object]:
     return {"name": name} | ({"annotations": annotations} if annotations else {})
 
 
-def _dataset(job: _Job, choices: Choices, notes: list[str]) -> dict[str, object]:
+def _dataset(job: _Job, name: str, choices: Choices, notes: list[str]) -> dict[str, object]:
     source, form = _data("training_file", job.training_file, choices.training_file, choices.folder, notes)
+    prefers = _prefers(job)
     if form is None:
-        notes.append("training_file: cannot be read from here, and is taken for records of chats: dataset.format")
-    dataset: dict[str, object] = {"source": source, "format": form or "messages"}
+        what = "preferences" if prefers else "records of chats"
+        notes.append(f"training_file: cannot be read from here, and is taken for {what}: dataset.format")
+        form = "preference" if prefers else "messages"
+    if (form == "preference") != prefers:
+        raise InvalidObject(
+            f"{name}: method.type: {METHODS[prefers]}, but the first record of the training file is "
+            f"{'no preference' if prefers else 'a preference'}; name the job's own file with --training-file"
+        )
+    dataset: dict[str, object] = {"source": source, "format": form}
     if job.validation_file is not None or choices.validation_file is not None:
         held_out = job.validation_file or ""
         dataset["evalSource"], _ = _data("validation_file", held_out, choices.validation_file, choices.folder, notes)
@@ -204,9 +223,17 @@ def _data(field: str, identifier: str, given: str | None, folder: Path, notes: l
 
 
 def _training(job: _Job, notes: list[str]) -> dict[str, object]:
-    supervised = job.method.supervised if job.method is not None else None
-    given = (supervised and supervised.hyperparameters) or job.hyperparameters or _Hyperparameters()
+    given = _given(job)
     usual, training = TrainingSpec(), dict[str, object]()
+    if _prefers(job):
+        training |= first_job.PREFERENCE_TRAINING
+        usual = TrainingSpec.model_validate(first_job.PREFERENCE_TRAINING)
+        if isinstance(given.beta, float):
+            training["objective"] = {"type": "dpo", "beta": f"{given.beta:.6g}"}
+        else:
+            notes.append(f"beta: auto; training.objective.beta has its default here, {usual.objective.beta}")
+    elif given.beta is not None:
+        notes.append("beta: is of preferences, and is left out")
     for name, field in COUNTERPARTS.items():
         if getattr(given, name) in (None, "auto"):
             notes.append(f"{name}: auto; training.{to_camel(field)} has its default here, {getattr(usual, field)}")
@@ -225,15 +252,23 @@ def _training(job: _Job, notes: list[str]) -> dict[str, object]:
     return training
 
 
+def _prefers(job: _Job) -> bool:
+    return job.method is not None and job.method.type == "dpo"
+
+
+def _given(job: _Job) -> _PreferenceHyperparameters:
+    """The hyperparameters of the job's method, or where they stood before there were methods."""
+    method = job.method and (job.method.dpo if _prefers(job) else job.method.supervised)
+    found = (method and method.hyperparameters) or job.hyperparameters
+    return _PreferenceHyperparameters.model_validate(found.model_dump()) if found else _PreferenceHyperparameters()
+
+
 def _left_out(job: _Job) -> Iterator[str]:
     """Fields that say something of how to train, and have no counterpart."""
     yield from (cut(name) for name in job.unknown() if name not in OUTCOME)
-    supervised = job.method.supervised if job.method is not None else None
-    parts = {
-        "method": job.method,
-        "method.supervised": supervised,
-        "method.supervised.hyperparameters": supervised.hyperparameters if supervised is not None else None,
-        "hyperparameters": job.hyperparameters,
-    }
+    parts: dict[str, _Read | None] = {"method": job.method, "hyperparameters": job.hyperparameters}
+    for name in METHODS if job.method is not None else ():
+        own: _Supervised | _Preferences | None = getattr(job.method, name)
+        parts |= {f"method.{name}": own, f"method.{name}.hyperparameters": own and own.hyperparameters}
     for place, part in parts.items():
         yield from (f"{place}.{cut(name)}" for name in (part.unknown() if part is not None else ()))

@@ -142,8 +142,15 @@ def test_files_may_be_elsewhere(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[object, str]] = {
-    "preferences": ({**REQUEST, "method": {"type": "dpo", "dpo": {}}}, 'method.type: only supervised .* found "dpo"'),
-    "rewards": ({**REQUEST, "method": {"type": "reinforcement"}}, "method.type: only supervised"),
+    "preferences, beside chats": (
+        {**REQUEST, "method": {"type": "dpo", "dpo": {}}},
+        "method.type: dpo, but the first record .* is no preference",
+    ),
+    "a beta of nothing": (
+        {**REQUEST, "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.0}}}},
+        r"method\.dpo\.hyperparameters\.beta",
+    ),
+    "rewards": ({**REQUEST, "method": {"type": "reinforcement"}}, "method.type: supervised and dpo can be trained"),
     "a list of jobs": ({"object": "list", "data": [REQUEST]}, 'object: must be fine_tuning.job; found "list"'),
     "no object": ([REQUEST], "must be a fine-tuning job, as the API returns it"),
     "no training file": ({"model": "gpt-4o"}, "training_file: is required"),
@@ -173,7 +180,25 @@ def test_a_model_is_never_guessed(folder: Path) -> None:
         read(REQUEST, folder, model=None)
 
 
+@pytest.mark.parametrize(
+    ("hyperparameters", "beta", "rate"),
+    [({}, "0.1", "5e-6"), ({"beta": 0.25, "learning_rate_multiplier": 2.0, "n_epochs": 2}, "0.25", "1e-05")],
+)
+def test_preferences_become_dpo(folder: Path, hyperparameters: dict[str, Any], beta: str, rate: str) -> None:
+    question, answer = {"role": "user", "content": "¿Qué?"}, {"role": "assistant", "content": "Eso."}
+    other = {**answer, "content": "Nada."}
+    record = {"input": {"messages": [question]}, "preferred_output": [answer], "non_preferred_output": [other]}
+    (folder / "file-a.jsonl").write_text(json.dumps(record))
+    found = read({**REQUEST, "method": {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}}, folder)
+    spec = job_of(found, folder).spec
+    assert spec.dataset.format == "preference"
+    assert (spec.training.objective.type, spec.training.objective.beta, spec.training.learning_rate) == (
+        "dpo", beta, rate,
+    )  # fmt: skip
+    assert any(note.startswith("beta: auto") for note in found.notes) == ("beta" not in hyperparameters)
+
+
 def test_preferences_are_found_in_the_file(folder: Path) -> None:
     (folder / "file-a.jsonl").write_text('{"input": {}, "preferred_output": [], "non_preferred_output": []}')
-    with pytest.raises(InvalidObject, match="write preferences as TRL does"):
+    with pytest.raises(InvalidObject, match=r"method\.type: supervised, but the first record .* is a preference"):
         read(REQUEST, folder)

@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
             "preferred_output": [assistant("good")],
             "non_preferred_output": [assistant("bad")],
         },
-        "field `preferred_output`: write preferences as TRL does",
+        "field `preferred_output`: preferences are trained with spec.dataset.format: preference",
     ),
     "OpenAI's older function calls": (
         "messages",

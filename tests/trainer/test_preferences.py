@@ -35,6 +35,11 @@ def assistant(content: Any = GOOD, **fields: Any) -> dict[str, Any]:
 TEXTS = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 CHAT = {"prompt": [user()], "chosen": [assistant()], "rejected": [assistant(BAD)]}
 IMPLICIT = {"chosen": [user(), assistant()], "rejected": [user(), assistant(BAD)]}
+OPENAI = {
+    "input": {"messages": [user()], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [assistant()],
+    "non_preferred_output": [assistant(BAD)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,7 @@ READ: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "a chat, implicit prompt": (IMPLICIT, CHATS),
     "a chat in the cells of a table": ({name: json.dumps(value) for name, value in CHAT.items()}, CHATS),
     "a prompt as text, that chats repeat": ({"prompt": ASKED, **IMPLICIT}, CHATS),
+    "a chat of OpenAI's": (OPENAI, CHATS),
     "fields that others have": ({**CHAT, "tools": None, "score_chosen": 3.5, "prompt_id": "x"}, CHATS),
 }
 
@@ -117,7 +123,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "the user's answer": ({**CHAT, "rejected": [user()]}, "message 2 of role 'user' after role 'user'.*`rejected`"),
     "a turn of weight 0": ({**CHAT, "rejected": [assistant(BAD, weight=0)]}, "`rejected` with no token to train on"),
     "tools beside texts": ({**TEXTS, "tools": [{"type": "function"}]}, "`tools` beside answers that are texts"),
-    "OpenAI's": ({"preferred_output": [assistant()]}, "write preferences as TRL does"),
+    "OpenAI's without its input": ({**OPENAI, "input": None}, "has no `input` that is an object"),
+    "OpenAI's with half of it": ({**OPENAI, "non_preferred_output": None}, "has no field `non_preferred_output`"),
+    "OpenAI's of two messages": ({**OPENAI, "preferred_output": [user(), assistant()]}, "2 messages after"),
+    "OpenAI's beside TRL's": ({**OPENAI, "chosen": [assistant()]}, "has `chosen` beside `preferred_output`"),
+    "OpenAI's images": (
+        {**OPENAI, "input": {"messages": [user([{"type": "image_url", "image_url": {}}])]}},
+        "only text can be trained on",
+    ),
     "images": ({**CHAT, "images": ["a.png"]}, "only text can be trained on"),
     "a number": ({**TEXTS, "chosen": 4}, "has a field `chosen` that is not a text"),
 }

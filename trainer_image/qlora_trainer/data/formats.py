@@ -17,13 +17,13 @@ from typing import Any, cast
 from orchestrator.api.record_fields import (
     MASK_FIELDS,
     OPENAI_PREFERENCE_FIELDS,
-    OPENAI_PREFERENCE_REFUSAL,
     PREFERENCE_FIELDS,
     PREFERENCE_REFUSAL,
     RECORD_FIELDS,
     REQUIRED_FIELDS,
     SHAREGPT_ROLES,
     Format,
+    as_trl_writes_it,
 )
 from orchestrator.api.words import on_one_line
 
@@ -72,7 +72,6 @@ REFUSED_FIELDS = {
     "refusal": "write it into `content`",
     "documents": "write them into a message's `content`",
     "chat_template_kwargs": "write what they change into spec.model.chatTemplate",
-    **dict.fromkeys(OPENAI_PREFERENCE_FIELDS, OPENAI_PREFERENCE_REFUSAL),
 }
 """Fields with a meaning that nothing here gives them -> what to do instead."""
 VERDICT_FIELDS = ("label", "kto_tag")
@@ -133,6 +132,7 @@ def read_sample(record: Fields, form: Format) -> Sample:
 def unknown_fields(record: Fields, form: Format) -> Iterator[str]:
     """Names of fields that mean nothing in this format, those of messages as `messages[].id`."""
     known = RECORD_FIELDS[form]
+    record = as_trl_writes_it(record) if form == "preference" else record
     yield from (name for name, value in record.items() if name not in known and value not in NOTHING)
     for place, inside in INSIDE.get(form, {}).items():
         messages = record.get(place)
@@ -159,7 +159,7 @@ def _refuse_fields(fields: Fields, place: str) -> None:
 
 
 def _refuse_preferences(record: Fields) -> None:
-    for name in PREFERENCE_FIELDS:
+    for name in (*PREFERENCE_FIELDS, *OPENAI_PREFERENCE_FIELDS):
         if record.get(name) not in NOTHING:
             raise ValueError(f"has a field `{name}`: {PREFERENCE_REFUSAL}")
 
@@ -382,11 +382,12 @@ def _plain_text(record: Fields) -> Text:
     return Text(text=_text(record, "text"))
 
 
-# --- preferences, as TRL reads them
+# --- preferences, as TRL reads them, and OpenAI's
 
 
 def _preference(record: Fields) -> Preference:
     """With its prompt beside the answers, or in both of them (TRL's explicit and implicit prompts)."""
+    record = as_trl_writes_it(record)
     sides = [_turns(_field(record, name)) for name in PREFERENCE_FIELDS]
     chosen, rejected = sides
     prompt = _turns(record.get("prompt"))
