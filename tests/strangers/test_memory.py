@@ -62,6 +62,7 @@ CACHES = {
     "sizing/memory/linear_layers.py _gradient_bytes": "lru_cache(maxsize=MODELS_KEPT)",
     "sizing/memory/linear_layers.py linears": "memoized(MODELS_KEPT)",
     "sizing/memory/traced_layer.py _read": "cache",  # tables of the package, by its own types
+    "sizing/memory/traced_rehearsal.py unpacked": "lru_cache(maxsize=WALKS_KEPT)",  # eight, and in no decision
     "sizing/plan_search.py _candidates": "memoized(RESULTS_KEPT)",
     "sizing/plan_search.py _search": "lru_cache(maxsize=JOBS_KEPT)",
 }
