@@ -258,7 +258,7 @@ def _look_at(folder: Path) -> None:
     description = describe_model(source, "main")
     read_facts(description, source)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(architecture, "rehearse", lambda *_: None)
+        patch.setattr(architecture, "rehearse", lambda *_, **__: None)
         architecture.check_architecture(description, source, AdapterSpec())
     load_tokenizer(description.folder, source, None)
     tokenizer_digest(folder)

@@ -223,7 +223,7 @@ def _opened_file(source: str, scratch: Path) -> BinaryIO:
     except IsADirectoryError as error:
         raise UserError(f"{source} is a folder; give one of its files") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        quoted = " (in a URI, #, ? and % are written %23, %3F and %25)" if re.search("[#?%]", source) else ""
+        quoted = " (in a URI, % is written %25)" if "%" in source else ""
         raise UserError(f"there is no file {source}; check its path{quoted}") from error
 
 
