@@ -13,7 +13,7 @@ from typing import Protocol
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
-from orchestrator.api.results import ProgressReport
+from orchestrator.api.results import ProgressReport, Promotion
 from orchestrator.api.stage_name import StageName
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import Event
@@ -121,7 +121,7 @@ class StageRuntime(Protocol):
 
 
 class Tracking(Protocol):
-    """The MLflow side that belongs to the controller: the run's existence and its last status."""
+    """The MLflow side that belongs to the controller: the run's existence, its last status, and who is promoted."""
 
     def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
         """The job's one run, found by its tag or created; sets it RUNNING.
@@ -132,6 +132,14 @@ class Tracking(Protocol):
 
     def finish_run(self, job: QLoRAJob, run_status: str) -> None:
         """Give the run its last status: FINISHED, FAILED or KILLED. Idempotent. Raises TrackingUnavailable."""
+        ...
+
+    def promote(self, job: QLoRAJob, forced: str) -> Promotion:
+        """Move the alias of spec.tracking.promote to the published job's version, once, and say what came of it.
+
+        It stays where the version or its owner are others than the job's and, unless a person `forced` it with a
+        reason, where another version has it than the one that was compared with. Raises TrackingUnavailable.
+        """
         ...
 
 

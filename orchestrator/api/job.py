@@ -47,6 +47,11 @@ from orchestrator.api.stage_name import StageKind, StageName
 
 SEPARATORS_OF_MLFLOW = frozenset("/:?")
 CANCEL_ANNOTATION = "qlora.dev/cancel"
+PROMOTE_ANNOTATION = "qlora.dev/promote"
+"""`true`, or `forced: ` and a person's reason: spec.tracking.promote's alias is to move to the job's version."""
+FORCED = "forced: "
+REQUEST_ANNOTATIONS = (CANCEL_ANNOTATION, PROMOTE_ANNOTATION)
+"""What people ask of a job that is stored already; a manifest of a new one asks for nothing."""
 RELEASE_FINALIZER = "qlora.dev/release"
 """The finalizer of a job for which something outside has to be settled before its object may go."""
 # What the results depend on; a job that should compute something else is another job.
@@ -368,6 +373,13 @@ class PromoteSpec(Model):
     """Such as `champion`; MLflow reserves `latest` and `v<number>`."""
     when: Annotated[tuple[GateRule, ...], Field(min_length=1, max_length=8)]
     """All of these must hold."""
+    approval: Literal["automatic", "manual"] = "automatic"
+    """Whether the alias then moves by itself, or once somebody says so: `qlora promote NAME`."""
+
+    @property
+    def depends_on_holder(self) -> bool:
+        """Whether it matters who has the alias."""
+        return any(rule.over == "holder" for rule in self.when)
 
     @field_validator("alias")
     @classmethod

@@ -74,10 +74,20 @@ def _jobs_of(command: str) -> Callable[[QLoRAJob], bool]:
             return lambda job: not is_finished(job) and not job.spec.suspend
         case "resume":
             return lambda job: not is_finished(job) and job.spec.suspend
+        case "promote":
+            return _is_left
         case "download":
             return lambda job: job.status.adapter_uri is not None
         case _:
             return lambda _: True
+
+
+def _is_left(job: QLoRAJob) -> bool:
+    """Whether an alias with a gate has not moved to the job's version."""
+    from orchestrator.api.reasons import ConditionType
+
+    found = job.status.condition(ConditionType.PROMOTED)
+    return found is not None and found.status == "False"
 
 
 def _offered(ctx: typer.Context, incomplete: str, names: Callable[[Client], Iterable[str]]) -> list[str]:

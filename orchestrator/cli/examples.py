@@ -38,6 +38,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "cancel": ("qlora cancel medical-es", "qlora cancel one two --dry-run"),
     "suspend": ("qlora suspend medical-es",),
     "resume": ("qlora resume medical-es",),
+    "promote": (
+        "qlora promote medical-es",
+        "qlora promote medical-es --dry-run",
+        'qlora promote medical-es --force --reason "the holder answers in another language"',
+    ),
     "delete": ("qlora delete medical-es", "qlora delete one two -n team-a"),
     "usage": ("qlora usage", "qlora usage --by job --month 2026-11", "qlora usage --by queue --output csv"),
     "queue create": (

@@ -240,6 +240,28 @@ def resume(names: JobNames, namespace: Namespace = None, dry_run: DryRun = False
         _steer(handle, "resume", dry_run)
 
 
+def promote(
+    name: JobName,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even though the gate did not let it pass; needs --reason.")
+    ] = False,
+    reason: Annotated[
+        str,
+        typer.Option("--reason", metavar="TEXT", help="Why it is forced; the version keeps it.", show_default=False),
+    ] = "",
+    namespace: Namespace = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Approve a published job: the alias of spec.tracking.promote moves to its version."""
+    from orchestrator.cli.output import print_text
+
+    handle = connect(namespace).handle(name)
+    if dry_run:
+        print_text(f"job/{handle.name}: {handle.check_promotion(force=force, reason=reason)}")
+    else:
+        print_text(f"job/{handle.name}: {handle.promote(force=force, reason=reason)}")
+
+
 def delete(names: JobNames, namespace: Namespace = None, dry_run: DryRun = False) -> None:
     """Remove jobs; a running stage is stopped. MLflow and the jobs' store keep what they have."""
     from orchestrator.cli.output import print_text

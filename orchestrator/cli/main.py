@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         job_commands.cancel,
         job_commands.suspend,
         job_commands.resume,
+        job_commands.promote,
         job_commands.delete,
         queue_commands.usage,
         queue_commands.queue,

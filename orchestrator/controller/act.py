@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from orchestrator.controller.logs import about
-from orchestrator.controller.mlflow_workers import MlflowWorkers
+from orchestrator.controller.mlflow_workers import MlflowWorkers, OfMlflow
 from orchestrator.controller.throttle import Allowance, Backoff
 from orchestrator.core.commands import (
     Command,
@@ -33,6 +33,7 @@ from orchestrator.core.commands import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    PromoteVersion,
     ReleaseJob,
     ReleaseUnreadable,
     ReportDefect,
@@ -89,7 +90,7 @@ class Actor:
         self._mlflow_workers = MlflowWorkers(store, tracking, backoff, self._bounds.mlflow_workers)
 
     def runs(self) -> Mapping[str, RunFact]:
-        """MLflow runs that no status has on record yet, by the uid of their job."""
+        """What MLflow answered and no status has on record yet, by the uid of the job."""
         return self._mlflow_workers.runs()
 
     def refused(self) -> Mapping[str, str]:
@@ -123,7 +124,7 @@ class Actor:
                 return
 
     def _carry_out(self, command: Command, key: str) -> bool:
-        if isinstance(command, EnsureRun | FinishRun):
+        if isinstance(command, OfMlflow):
             self._mlflow_workers.send(key, command)
             return True
         if isinstance(command, ReportDefect):
@@ -217,6 +218,7 @@ def _key(command: Command) -> str:
             | WriteStatus(job=job)
             | EnsureRun(job=job)
             | FinishRun(job=job)
+            | PromoteVersion(job=job)
             | ReleaseJob(job=job)
             | DeleteJob(job=job)
         ):
@@ -249,6 +251,7 @@ def _job_key(command: Command) -> str:
             | WriteStatus(job=job)
             | EnsureRun(job=job)
             | FinishRun(job=job)
+            | PromoteVersion(job=job)
             | ReleaseJob(job=job)
             | DeleteJob(job=job)
         ):
@@ -267,5 +270,13 @@ def _about(command: Command) -> Mapping[str, str | int]:
             return about(_job_key(command), status.attempts_total or None)
         case WriteQueueStatus():
             return {}
-        case EnsureRun() | FinishRun() | ReleaseJob() | DeleteJob() | ReportDefect() | ReleaseUnreadable():
+        case (
+            EnsureRun()
+            | FinishRun()
+            | PromoteVersion()
+            | ReleaseJob()
+            | DeleteJob()
+            | ReportDefect()
+            | ReleaseUnreadable()
+        ):
             return about(_job_key(command))

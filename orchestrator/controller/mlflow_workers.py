@@ -1,8 +1,8 @@
 """MLflow's workers: threads that carry out what is asked of MLflow, which may take long to answer.
 
 Each worker carries out one command at a time, and at most one command of a job is waiting or in hand. A run that MLflow
-has is a fact for the next round, which puts it on record; a run that has got its last status releases its job. Facts
-live in memory only: whoever takes over asks again, and finds the same run by its tag.
+has, or what came of a request to promote, is a fact for the next round, which puts it on record; a run that has got its
+last status releases its job. Facts live in memory only: whoever takes over asks again, and finds the same by its tag.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import queue
 import threading
 from collections.abc import Mapping
 
+from orchestrator.api.job import QLoRAJob
 from orchestrator.controller.logs import about
 from orchestrator.controller.throttle import Backoff
-from orchestrator.core.commands import EnsureRun, FinishRun
+from orchestrator.core.commands import EnsureRun, FinishRun, PromoteVersion
 from orchestrator.core.snapshot import RunFact
 from orchestrator.errors import InvalidObject, NotFound, OrchestratorError
 from orchestrator.ports import Store, Tracking
 
 log = logging.getLogger(__name__)
 
+OfMlflow = EnsureRun | FinishRun | PromoteVersion
+"""What they carry out."""
 WAITING_LIMIT = 1000
 """Commands that wait for MLflow; what finds no room is decided again later."""
 REFUSALS_KNOWN = 1000
@@ -34,7 +37,7 @@ class MlflowWorkers:
         self._tracking = tracking
         self._backoff = backoff
         self._lock = threading.Lock()
-        self._waiting: queue.Queue[tuple[str, EnsureRun | FinishRun]] = queue.Queue(WAITING_LIMIT)
+        self._waiting: queue.Queue[tuple[str, OfMlflow]] = queue.Queue(WAITING_LIMIT)
         self._in_hand: set[str] = set()
         self._runs: dict[str, RunFact] = {}
         self._refused: dict[str, str] = {}
@@ -42,7 +45,7 @@ class MlflowWorkers:
             threading.Thread(target=self._drive, name=f"mlflow worker {number}", daemon=True).start()
 
     def runs(self) -> Mapping[str, RunFact]:
-        """Runs that no status has on record yet, by the uid of their job."""
+        """What MLflow answered and no status has on record yet, by the uid of the job."""
         with self._lock:
             return dict(self._runs)
 
@@ -52,15 +55,15 @@ class MlflowWorkers:
             return dict(self._refused)
 
     def recorded(self, uid: str) -> None:
-        """The job's status has its run on record."""
+        """The job's status has on record what MLflow answered."""
         with self._lock:
             self._runs.pop(uid, None)
 
-    def send(self, key: str, command: EnsureRun | FinishRun) -> None:
+    def send(self, key: str, command: OfMlflow) -> None:
         """Put a command into the queue; `key` names it for its backoff. Does not wait."""
         uid = command.job.metadata.uid
         with self._lock:
-            is_done = isinstance(command, EnsureRun) and uid in self._runs
+            is_done = not isinstance(command, FinishRun) and uid in self._runs
             if is_done or uid in self._in_hand or self._waiting.full():
                 return
             self._in_hand.add(uid)
@@ -91,16 +94,25 @@ class MlflowWorkers:
             while len(self._refused) > REFUSALS_KNOWN:
                 self._refused.pop(next(iter(self._refused)))
 
-    def _carry_out(self, command: EnsureRun | FinishRun) -> None:
+    def _carry_out(self, command: OfMlflow) -> None:
         job = command.job
-        if isinstance(command, EnsureRun):
-            fact = RunFact(job=job, mlflow=self._tracking.ensure_run(job))
-            with self._lock:
-                self._runs[job.metadata.uid] = fact
-            return
-        self._tracking.finish_run(job, command.run_status)
+        match command:
+            case EnsureRun():
+                self._found(RunFact(job=job, mlflow=self._tracking.ensure_run(job)))
+            case PromoteVersion(forced=forced):
+                promotion = self._tracking.promote(job, forced)
+                self._found(RunFact(job=job, mlflow=job.status.mlflow, promotion=promotion))
+            case FinishRun(run_status=run_status):
+                self._finish(job, run_status)
+
+    def _found(self, fact: RunFact) -> None:
+        with self._lock:
+            self._runs[fact.job.metadata.uid] = fact
+
+    def _finish(self, job: QLoRAJob, run_status: str) -> None:
+        self._tracking.finish_run(job, run_status)
         try:
             self._store.release(job)
         except NotFound:
-            log.info("the job is gone, and its run is %s", command.run_status, extra=about(job.key))
+            log.info("the job is gone, and its run is %s", run_status, extra=about(job.key))
         self.recorded(job.metadata.uid)

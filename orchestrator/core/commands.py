@@ -82,6 +82,15 @@ class FinishRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromoteVersion:
+    """Move the alias of spec.tracking.promote to a published job's version; what came of it becomes a fact."""
+
+    job: QLoRAJob
+    forced: str
+    """Why it moves whatever the gate said; empty where a person only approved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseJob:
     """Let a deleted job's object go although its MLflow run has not got its last status, and say so."""
 
@@ -124,6 +133,7 @@ Command = (
     | DeleteStage
     | EnsureRun
     | FinishRun
+    | PromoteVersion
     | ReleaseJob
     | DeleteJob
 )

@@ -26,6 +26,7 @@ from orchestrator.core.commands import (
     EnsureStage,
     Event,
     FinishRun,
+    PromoteVersion,
     ReleaseJob,
     ReportDefect,
     StopStage,
@@ -33,6 +34,7 @@ from orchestrator.core.commands import (
 )
 from orchestrator.core.job.containment import failed_by_defect
 from orchestrator.core.job.finalizer import owes_run_its_end
+from orchestrator.core.job.promotion import owed_promotion
 from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, release_commands, stage_commands
 from orchestrator.core.job.state_machine import LAST_RUN_STATUS, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
@@ -177,8 +179,9 @@ def _begun(write: WriteStatus, policy: Policy) -> Iterator[EnsureStage]:
     yield ensure_stage(write.job.model_copy(update={"status": write.status}), attempt, policy)
 
 
-def _run_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun | ReleaseJob]:
-    """A run for every job whose data are prepared, and its last status once the job has finished.
+def _run_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureRun | FinishRun | PromoteVersion | ReleaseJob]:
+    """A run for every job whose data are prepared, its last status once the job has finished, and then the alias that
+    somebody asks for.
 
     A job that ends before has nothing to show. It is asked for even if the job is over by now: a controller that was
     killed may have opened it.
@@ -193,6 +196,9 @@ def _run_commands(draft: Draft, snapshot: Snapshot) -> Iterator[EnsureRun | Fini
     is_known = job.status.mlflow.run_id is not None or job.metadata.uid in snapshot.runs
     if not is_known and job.status.prepared is not None:
         yield EnsureRun(job=job)
+    request = owed_promotion(job)
+    if request is not None and job.metadata.uid not in snapshot.runs:
+        yield PromoteVersion(job=job, forced=request.forced)
 
 
 def _is_held_too_long(draft: Draft, snapshot: Snapshot) -> bool:
@@ -210,10 +216,12 @@ def _left_behind(job: QLoRAJob, run_status: str, policy: Policy) -> Event:
 
 
 def _runs_of_gone_jobs(index: Index, snapshot: Snapshot) -> Iterator[FinishRun]:
-    """Runs whose jobs were deleted before they had them on record."""
+    """Runs whose jobs were deleted before they had on record what MLflow answered."""
     for uid in sorted(snapshot.runs):
         if not index.uids.get(uid):
-            yield FinishRun(job=snapshot.runs[uid].job, run_status=LAST_RUN_STATUS[JobState.CANCELLED])
+            job = snapshot.runs[uid].job
+            last = LAST_RUN_STATUS.get(state_of(job.status), LAST_RUN_STATUS[JobState.CANCELLED])
+            yield FinishRun(job=job, run_status=last)
 
 
 def _expired(index: Index, snapshot: Snapshot) -> Iterator[DeleteJob]:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
-from orchestrator.api.results import ProgressReport, StageResult
+from orchestrator.api.results import ProgressReport, Promotion, StageResult
 from orchestrator.core.job.addresses import AddressRules
 from orchestrator.sizing.hardware import GpuClass
 
@@ -64,12 +64,14 @@ class StageFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFact:
-    """A job's MLflow run that is there, and that no status has on record yet."""
+    """What MLflow has of a job, and no status has on record yet: its run, or what came of a request to promote it."""
 
     job: QLoRAJob
-    """As it was when the run was asked for."""
+    """As it was when MLflow was asked."""
     mlflow: MlflowStatus
     """What MLflow answered."""
+    promotion: Promotion | None = None
+    """What came of the request, where that was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +186,7 @@ class Snapshot:
     """`namespace/name` of whatever else keeps a stage of the name from being made."""
     gpu_classes: tuple[GpuClass, ...] = ()
     runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
-    """MLflow runs by the job's uid; may be lost at any time, since asking for a run again finds the same one."""
+    """By the job's uid; may be lost at any time, since asking MLflow again gives the same answer."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
     unreadable: tuple[UnreadableJob, ...] = ()

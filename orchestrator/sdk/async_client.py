@@ -23,7 +23,7 @@ from orchestrator.core.commands import Event
 from orchestrator.sdk.client import Client, JobLike, QueueLike
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation
-from orchestrator.sdk.handle import JobHandle, JobResult
+from orchestrator.sdk.handle import PROMOTE_SECONDS, JobHandle, JobResult
 from orchestrator.sdk.logs import FOLLOW_POLL_SECONDS, LogLine, last_lines
 from orchestrator.sdk.notebook import JobList
 from orchestrator.sdk.planning import JobPlan
@@ -112,6 +112,10 @@ class AsyncClient:
     async def delete(self, name: str, *, namespace: str | None = None) -> None:
         """Remove a job; raises NotFound."""
         await asyncio.to_thread(self.sync.delete, name, namespace=namespace)
+
+    async def promote(self, name: str, *, namespace: str | None = None, force: bool = False, reason: str = "") -> str:
+        """Move the alias of spec.tracking.promote to a published job's version, and say what came of it."""
+        return await asyncio.to_thread(self.sync.promote, name, namespace=namespace, force=force, reason=reason)
 
     async def apply_queue(self, queue: QueueLike) -> QLoRAQueue:
         """Create or replace a queue; raises InvalidObject."""
@@ -202,6 +206,14 @@ class AsyncJobHandle:
     async def resume(self) -> QLoRAJob:
         """Let a suspended job go on from its checkpoint."""
         return await asyncio.to_thread(self.sync.resume)
+
+    async def check_promotion(self, *, force: bool = False, reason: str = "") -> str:
+        """What `promote` would do, in a sentence; raises what it would raise at once, and changes nothing."""
+        return await asyncio.to_thread(self.sync.check_promotion, force=force, reason=reason)
+
+    async def promote(self, *, force: bool = False, reason: str = "", timeout_seconds: float = PROMOTE_SECONDS) -> str:
+        """Move the alias of spec.tracking.promote to the job's version, and say what came of it."""
+        return await asyncio.to_thread(self.sync.promote, force=force, reason=reason, timeout_seconds=timeout_seconds)
 
     async def delete(self, *, wait_seconds: float = 0.0) -> None:
         """Remove the job; a running stage is stopped. Raises WaitTimedOut if it is there after `wait_seconds`."""

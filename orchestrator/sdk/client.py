@@ -212,6 +212,14 @@ class Client:
         """Remove a job; MLflow and the job's store keep what they have. Raises NotFound."""
         self.handle(name, namespace=namespace).delete()
 
+    def promote(self, name: str, *, namespace: str | None = None, force: bool = False, reason: str = "") -> str:
+        """Move the alias of spec.tracking.promote to a published job's version, and say what came of it.
+
+        `JobHandle.promote` says more. Raises NotFound, InvalidObject where it is refused, WaitTimedOut,
+        ServiceNotRunning.
+        """
+        return self.handle(name, namespace=namespace).promote(force=force, reason=reason)
+
     def apply_queue(self, queue: QueueLike) -> QLoRAQueue:
         """Create or replace a queue; raises InvalidObject."""
         return self.connection.store.apply_queue(_one(queue, QLoRAQueue))

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 
 from orchestrator.adapters.job_store import stored_adapter
 from orchestrator.api.formats import JournalRecord, ShownRecords
-from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import CANCEL_ANNOTATION, PROMOTE_ANNOTATION, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.losses import losses
+from orchestrator.api.reasons import ConditionType, Refusal
 from orchestrator.api.stage_name import StageKind
+from orchestrator.api.words import on_one_line
 from orchestrator.core.commands import Event
+from orchestrator.core.job.promotion import MAX_REASON_CHARACTERS, PromotionRequest, answer_to, owed_promotion
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
-from orchestrator.errors import Conflict, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
+from orchestrator.errors import Conflict, InvalidObject, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
 from orchestrator.sdk import extras
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation, explain_job
@@ -47,6 +50,8 @@ CHANGE_POLL_SECONDS = 1.0
 """Longest single wait for a change; bounds how late a stopped service or a deadline is noticed."""
 SERVICE_ABSENCE_SECONDS = 15.0
 """A service may be away for so long, to be restarted, before whoever waits for a job is told."""
+PROMOTE_SECONDS = 60.0
+"""How long MLflow may take to move an alias before whoever asked for it is told that it takes longer."""
 MAX_WRITE_ATTEMPTS = 8
 """Reads and writes again after losing to another writer."""
 
@@ -195,6 +200,36 @@ class JobHandle:
         """Let a suspended job go on from its checkpoint."""
         return self._update(lambda job: _with_suspend(job, suspend=False))
 
+    def check_promotion(self, *, force: bool = False, reason: str = "") -> str:
+        """What `promote` would do, in a sentence; raises what it would raise at once, and changes nothing."""
+        return _allowed(self.object(), _promotion_request(force, reason))
+
+    def promote(self, *, force: bool = False, reason: str = "", timeout_seconds: float = PROMOTE_SECONDS) -> str:
+        """Move the alias of spec.tracking.promote to the job's version: the approval of `approval: manual`.
+
+        The controller does it; the answer says what came of it. With `force`, and a `reason` that is kept in the
+        condition, an event and a tag of the version, whatever its gate found. Done once, however often it is asked for.
+        Raises InvalidObject where it is refused, WaitTimedOut where MLflow takes longer, ServiceNotRunning.
+
+        >>> handle.promote()
+        'the alias champion moved to version 3: approved; f1 is 0.62, which reaches 0.6'
+        """
+        request = _promotion_request(force, reason)
+        job = self._write(lambda job: _with_promotion(job, request))
+        deadline, cursor = time.monotonic() + timeout_seconds, ""
+        while owed_promotion(job) is not None:
+            if not self._connection.is_running():
+                raise ServiceNotRunning(f"job {job.key} waits to be promoted by the service; start it: qlora up")
+            if time.monotonic() >= deadline:
+                raise WaitTimedOut(f"job {job.key} was not promoted after {timeout_seconds:g} s; the service goes on")
+            cursor = self._connection.store.wait_for_change(cursor, CHANGE_POLL_SECONDS)
+            job = self.object()
+        found = job.status.condition(ConditionType.PROMOTED)
+        assert found is not None, "it was there when the alias was asked for"
+        if found.status != "True":
+            raise InvalidObject(f"job {job.key} is not promoted: {found.reason.value}: {found.message}")
+        return found.message
+
     def delete(self, *, wait_seconds: float = 0.0) -> None:
         """Remove the job; a running stage is stopped. MLflow and the job's store keep what they have.
 
@@ -292,11 +327,15 @@ class JobHandle:
         return is_finished(self.object())
 
     def _update(self, change: Callable[[QLoRAJob], QLoRAJob]) -> QLoRAJob:
-        """Apply a change to the newest version of the job; not at all where it is finished or changes nothing."""
+        """Apply a change to the newest version of the job; not at all where it is finished."""
+        return self._write(lambda job: job if is_finished(job) else change(job))
+
+    def _write(self, change: Callable[[QLoRAJob], QLoRAJob]) -> QLoRAJob:
+        """Apply a change to the newest version of the job; not at all where it changes nothing."""
         for _ in range(MAX_WRITE_ATTEMPTS):
             job = self.object()
             changed = change(job)
-            if is_finished(job) or changed == job:
+            if changed == job:
                 return job
             try:
                 return self._connection.store.update_job(changed)
@@ -353,8 +392,37 @@ def _moment(record: JournalRecord) -> datetime:
 
 
 def _with_cancel(job: QLoRAJob) -> QLoRAJob:
-    annotations = {**job.metadata.annotations, CANCEL_ANNOTATION: "true"}
+    return _annotated(job, CANCEL_ANNOTATION, "true")
+
+
+def _with_promotion(job: QLoRAJob, request: PromotionRequest) -> QLoRAJob:
+    _allowed(job, request)
+    is_done = job.status.is_true(ConditionType.PROMOTED)
+    return job if is_done else _annotated(job, PROMOTE_ANNOTATION, request.annotation)
+
+
+def _annotated(job: QLoRAJob, key: str, value: str) -> QLoRAJob:
+    annotations = {**job.metadata.annotations, key: value}
     return job.model_copy(update={"metadata": job.metadata.model_copy(update={"annotations": annotations})})
+
+
+def _promotion_request(force: bool, reason: str) -> PromotionRequest:
+    reason = on_one_line(reason).strip()
+    if force and not reason:
+        raise InvalidObject("promote: to force it needs a reason, which is kept: --force --reason TEXT")
+    if reason and not force:
+        raise InvalidObject("promote: a reason is kept only of what is forced: --force --reason TEXT")
+    if len(reason) > MAX_REASON_CHARACTERS:
+        raise InvalidObject(f"promote: the reason must have at most {MAX_REASON_CHARACTERS} characters")
+    return PromotionRequest(forced=reason)
+
+
+def _allowed(job: QLoRAJob, request: PromotionRequest) -> str:
+    """What would come of the request; raises InvalidObject where it is refused."""
+    answer = answer_to(job, request)
+    if isinstance(answer, Refusal):
+        raise InvalidObject(f"job {job.key} cannot be promoted: {answer.message}")
+    return answer
 
 
 def _with_suspend(job: QLoRAJob, *, suspend: bool) -> QLoRAJob:

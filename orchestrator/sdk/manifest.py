@@ -26,7 +26,7 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.api.base import API_VERSION, BY_PEOPLE, MAX_COUNT, Model
-from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
+from orchestrator.api.job import REQUEST_ANNOTATIONS, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.uris import file_uri
 from orchestrator.api.words import on_one_line
@@ -302,7 +302,9 @@ def _without_service_fields(data: Mapping[str, object]) -> dict[str, object]:
         annotations = kept.get("annotations")
         if isinstance(annotations, dict):
             named = cast(dict[str, object], annotations)
-            kept["annotations"] = {k: v for k, v in named.items() if k != CANCEL_ANNOTATION or not isinstance(v, str)}
+            kept["annotations"] = {
+                k: v for k, v in named.items() if k not in REQUEST_ANNOTATIONS or not isinstance(v, str)
+            }
         wire["metadata"] = kept
     return wire
 

@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus, TrackingSpec
 from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
 from orchestrator.errors import InvalidObject, TrackingUnavailable
 from orchestrator.settings import Settings
@@ -218,6 +219,82 @@ def test_an_experiment_that_was_deleted_meanwhile_is_restored(settings: Settings
     assert tracking.ensure_run(job("u-12", tracking=experiment)).experiment_id == first.experiment_id
 
 
+# --- the alias that a person asks for -----------------------------------------------------------------------------
+
+
+def gated(name: str, version: str, uid: str, over: str | None = "holder") -> QLoRAJob:
+    """A published job of `team-a` that asks for the alias `champion` of a model."""
+    rule = {"metric": "f1", "atLeast": "0"} | ({} if over is None else {"over": over})
+    wanted = job(uid)
+    tracking = {"registeredModel": name, "promote": {"alias": "champion", "approval": "manual", "when": [rule]}}
+    spec = wanted.spec.model_copy(update={"tracking": TrackingSpec.model_validate(tracking)})
+    return recorded(wanted.model_copy(update={"spec": spec}), MlflowStatus(run_id="r", model_version=version))
+
+
+def registered(client: MlflowClient, name: str, *uids: str, owner: str = "team-a", holder: str = "1") -> None:
+    """A registered model with a version of each job, as publish leaves them after a comparison with the first."""
+    client.create_registered_model(name, tags={"qlora.dev/namespace": owner})
+    for uid in uids:
+        tags = {"qlora.dev/job-uid": uid, "qlora.dev/gate/champion": "f1 is 0.6", "qlora.dev/compared/champion": "1"}
+        client.create_model_version(name, source=f"s3://nowhere/{uid}", tags=tags)
+    client.set_registered_model_alias(name, "champion", holder)
+
+
+def holder_of(client: MlflowClient, name: str) -> str:
+    return str(client.get_model_version_by_alias(name, "champion").version)
+
+
+@pytest.mark.parametrize(("forced", "how"), [("", "approved"), ("it is better", "forced (it is better)")])
+def test_an_approved_alias_moves_once_and_the_version_says_why(settings: Settings, forced: str, how: str) -> None:
+    client, name = MlflowClient(settings.tracking_uri), f"terms-{len(forced)}"
+    registered(client, name, "u-1", "u-2", "u-3")
+    tracking, wanted = MlflowTracking(settings), gated(name, "2", "u-2")
+    done = moved("champion", "2", f"{how}; f1 is 0.6")
+    assert tracking.promote(wanted, forced) == done
+    assert holder_of(client, name) == "2"
+    assert client.get_model_version(name, "2").tags["qlora.dev/promoted/champion"] == f"{how}; f1 is 0.6"
+    client.set_registered_model_alias(name, "champion", "3")
+    assert MlflowTracking(settings).promote(wanted, "another reason") == done, "it has been done"
+    assert holder_of(client, name) == "3"
+
+
+def test_an_alias_that_moved_since_the_comparison_stays_unless_it_is_forced(settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    registered(client, "raced", "u-1", "u-2", "u-3", holder="3")
+    tracking, wanted = MlflowTracking(settings), gated("raced", "2", "u-2")
+    found = tracking.promote(wanted, "")
+    assert (found.promoted, found.reason) == (False, Reason.HOLDER_CHANGED)
+    assert found.message.startswith("the alias champion stays with version 3: the adapter was compared with version 1")
+    assert holder_of(client, "raced") == "3"
+    assert "qlora.dev/promoted/champion" not in client.get_model_version("raced", "2").tags
+    client.delete_model_version_tag("raced", "2", "qlora.dev/gate/champion")  # as a version of before there were any
+    assert tracking.promote(wanted, "all the same") == moved("champion", "2", "forced (all the same)")
+    assert holder_of(client, "raced") == "2"
+
+
+def test_a_gate_that_looks_at_no_holder_lets_the_alias_move_from_anybody(settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    registered(client, "alone", "u-1", "u-2", "u-3", holder="3")
+    assert MlflowTracking(settings).promote(gated("alone", "2", "u-2", over=None), "").promoted
+    assert holder_of(client, "alone") == "2"
+
+
+def test_what_is_not_the_jobs_own_version_gets_no_alias_even_by_force(settings: Settings) -> None:
+    client, tracking = MlflowClient(settings.tracking_uri), MlflowTracking(settings)
+    registered(client, "own", "u-1", "u-2")
+    registered(client, "team-bs", "u-1", "u-2", owner="team-b")
+    for wanted, words in (
+        (gated("own", "2", "u-9"), "version 2 of own is another job's"),
+        (gated("own", "7", "u-2"), "version 7 of own is not in the registry any more"),
+        (gated("nothing", "1", "u-2"), "version 1 of nothing is not in the registry any more"),
+        (gated("team-bs", "2", "u-2"), "belongs to namespace team-b, not to team-a"),
+    ):
+        found = tracking.promote(wanted, "by all means")
+        assert (found.promoted, found.reason) == (False, Reason.PROMOTION_REFUSED)
+        assert words in found.message
+    assert holder_of(client, "own") == holder_of(client, "team-bs") == "1"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a real server."""
@@ -256,6 +333,28 @@ def test_a_run_whose_answer_is_lost_after_the_commit_is_made_once(
     assert [path.rpartition("mlflow/")[2] for path in sorted(written)][:2] == ["experiments/create", "runs/create"]
     made = MlflowClient(f"http://127.0.0.1:{server}")
     assert [run.info.run_id for run in made.search_runs([status.experiment_id])] == [status.run_id]
+
+
+@pytest.mark.parametrize("lost", [Cut.AFTER, Cut.LATE])
+def test_an_alias_moves_once_though_the_answer_to_each_write_is_lost(
+    server: int, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: Cut
+) -> None:
+    """As where the controller is killed after each: the alias has moved, and then the tag is there."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    client, name = MlflowClient(f"http://127.0.0.1:{server}"), f"lost-{lost.name}"
+    registered(client, name, "u-1", "u-2", "u-3")
+    written = link.lose_the_answer_to_each_write_once(lost)
+    wanted = gated(name, "2", "u-2")
+    for number, tagged in ((1, False), (2, True)):
+        with pytest.raises(TrackingUnavailable):
+            MlflowTracking(Settings(home=tmp_path, tracking_uri=link.url)).promote(wanted, "")
+        assert len(written) == number
+        assert holder_of(client, name) == "2"
+        assert ("qlora.dev/promoted/champion" in client.get_model_version(name, "2").tags) is tagged
+    client.set_registered_model_alias(name, "champion", "3")
+    tracking = MlflowTracking(Settings(home=tmp_path, tracking_uri=link.url))
+    assert tracking.promote(wanted, "") == moved("champion", "2", "approved; f1 is 0.6")
+    assert holder_of(client, name) == "3", "somebody has moved it since"
 
 
 def test_of_the_runs_that_two_controllers_make_at_once_the_one_on_record_stays(

@@ -22,14 +22,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from orchestrator.api.job import ObjectMeta
+from orchestrator.api.job import PROMOTE_ANNOTATION, ObjectMeta
+from orchestrator.api.promotion import moved, stays
 from orchestrator.api.queue import MonthlyUsage, QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
+from orchestrator.api.results import Promotion
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import app
 from orchestrator.controller.supervisor import RECORD_NAME
+from orchestrator.core.job.promotion import owed_promotion
 from orchestrator.sdk.words import gib
-from tests.sdk.paper_service import STEPS, PaperService, job_document, service_that_is_up
+from tests.sdk.paper_service import STEPS, PaperService, gated_job_document, job_document, service_that_is_up
 
 CONTROL_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 QUEUE = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAQueue", "metadata": {"name": "team-a"}}
@@ -586,6 +589,86 @@ def test_steering_says_what_it_did_and_a_dry_run_does_nothing(service: PaperServ
     assert "marked for deletion" in qlora("delete", "medical").stdout
     service.fail()
     assert "has finished already" in qlora("cancel", "medical").stdout
+
+
+FIGURES = "f1 over the holder is +0.1, which reaches 0"
+
+
+def answered(service: PaperService, promotion: Promotion) -> threading.Thread:
+    """A controller that waits for a request, and MLflow's answer to it."""
+
+    def answer() -> None:
+        while owed_promotion(service.job()) is None:
+            time.sleep(0.02)
+        service.judge(promotion)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_an_alias_that_waits_for_approval_moves_when_somebody_says_so(service: PaperService) -> None:
+    service.client.submit(gated_job_document())
+    early = qlora("promote", "medical")
+    assert (early.exit_code, early.stdout) == (ExitStatus.INVALID, "")
+    assert "job default/medical cannot be promoted: it is not published" in early.stderr
+    service.prepare()
+    service.train()
+    service.succeed()
+    service.judge(stays("champion", "2", Reason.AWAITING_APPROVAL, FIGURES))
+    told = qlora("promote", "medical", "--dry-run")
+    assert told.stdout == (
+        "job/medical: the alias champion would move to version 3 of default-medical if it is still where it was when "
+        f"the adapter was compared with its holder; now the alias champion stays with version 2: {FIGURES}\n"
+    )
+    assert PROMOTE_ANNOTATION not in service.job().metadata.annotations
+    controller = answered(service, moved("champion", "3", f"approved; {FIGURES}"))
+    done = f"the alias champion moved to version 3: approved; {FIGURES}\n"
+    assert qlora("promote", "medical").stdout == f"job/medical: {done}"
+    controller.join()
+    version = service.job().metadata.resource_version
+    assert qlora("promote", "medical").stdout == f"job/medical: {done}"
+    assert service.job().metadata.resource_version == version, "asking twice writes once"
+    assert qlora("promote", "medical", "--dry-run").stdout == f"job/medical: promoted already: {done}"
+
+
+def test_what_the_gate_did_not_let_pass_is_promoted_by_force_alone(service: PaperService) -> None:
+    service.client.submit(gated_job_document())
+    service.prepare()
+    service.train()
+    service.succeed()
+    service.judge(stays("champion", "2", Reason.AWAITING_APPROVAL, FIGURES))
+    controller = answered(service, stays("champion", "4", Reason.HOLDER_CHANGED, "submit the job again"))
+    lost = qlora("promote", "medical")
+    controller.join()
+    assert (lost.exit_code, lost.stdout) == (ExitStatus.INVALID, "")
+    changed = "HolderChanged: the alias champion stays with version 4: submit the job again"
+    assert lost.stderr == f"error: job default/medical is not promoted: {changed}\n"
+    for again in (("--dry-run",), ()):
+        refused = qlora("promote", "medical", *again)
+        assert refused.exit_code == ExitStatus.INVALID
+        assert f"cannot be promoted: {changed}; to move the alias all the same: --force --reason TEXT" in refused.stderr
+    for half, words in ((("--force",), "needs a reason"), (("--reason", "x"), "only of what is forced")):
+        assert words in qlora("promote", "medical", *half).stderr
+    why = "the holder speaks Latin"
+    controller = answered(service, moved("champion", "3", f"forced ({why}); {FIGURES}"))
+    forced = qlora("promote", "medical", "--force", "--reason", why)
+    controller.join()
+    assert forced.stdout == f"job/medical: the alias champion moved to version 3: forced ({why}); {FIGURES}\n"
+    assert service.job().metadata.annotations[PROMOTE_ANNOTATION] == f"forced: {why}"
+
+
+def test_a_request_stays_where_the_service_is_down(service: PaperService) -> None:
+    service.client.submit(gated_job_document())
+    service.prepare()
+    service.train()
+    service.succeed()
+    service.judge(stays("champion", "2", Reason.AWAITING_APPROVAL, FIGURES))
+    (service.settings.home / RECORD_NAME).unlink()
+    down = qlora("promote", "medical")
+    assert down.exit_code == ExitStatus.UNAVAILABLE
+    assert down.stderr == "error: job default/medical waits to be promoted by the service; start it: qlora up\n"
+    assert owed_promotion(service.job()) is not None
 
 
 def test_several_jobs_are_steered_at_once_or_none(service: PaperService) -> None:

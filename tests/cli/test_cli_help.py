@@ -15,6 +15,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from orchestrator.api.promotion import stays
+from orchestrator.api.reasons import Reason
 from orchestrator.cli.examples import EXAMPLES
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import COMMANDS, GROUPS, app
@@ -22,7 +24,7 @@ from tests.sdk.paper_service import PaperService, job_document, service_that_is_
 
 QLORA: Any = typer.main.get_command(app)
 GROUP_NAMES = {function.__name__ for function in GROUPS}
-CHANGES = ("run", "submit", "up", "down", "cancel", "suspend", "resume", "delete")
+CHANGES = ("run", "submit", "up", "down", "cancel", "suspend", "resume", "promote", "delete")
 CHANGES_OF_QUEUES = ("queue create", "queue hold", "queue release", "queue delete")
 
 
@@ -125,6 +127,9 @@ def test_tab_offers_what_the_command_can_do_something_with(service: PaperService
     assert complete("qlora suspend ") == ["hungry"]
     assert complete("qlora resume ") == ["held"]
     assert complete("qlora download ") == ["ended"]
+    assert complete("qlora promote ") == []
+    service.judge(stays("champion", None, Reason.AWAITING_APPROVAL, "f1 is 0.6"), "ended")
+    assert complete("qlora promote ") == ["ended"]
     assert complete("qlora get jobs e") == ["ended"]
     assert complete("qlora describe -n team-a ") == ["elsewhere"]
     assert complete("qlora get -n ") == ["default", "team-a"]

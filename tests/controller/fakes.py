@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
-from orchestrator.api.results import PrepareResult, PublishResult, StageResult, TrainResult
+from orchestrator.api.results import PrepareResult, Promotion, PublishResult, StageResult, TrainResult
 from orchestrator.api.task import StageTask
 from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.sizing.hardware import GpuClass, gpu_class
@@ -110,6 +111,7 @@ class FakeTracking:
     """Runs in a dictionary, by job uid."""
 
     runs: dict[str, str] = field(default_factory=dict[str, str])
+    promoted: dict[str, str] = field(default_factory=dict[str, str])
     error: Exception | None = None
     open: threading.Event = field(default_factory=threading.Event)
     """While it is cleared, calls wait."""
@@ -124,6 +126,13 @@ class FakeTracking:
 
     def finish_run(self, job: QLoRAJob, run_status: str) -> None:
         self._set(job, run_status)
+
+    def promote(self, job: QLoRAJob, forced: str) -> Promotion:
+        """Once a job: `promoted` keeps the reasons."""
+        if self.error is not None:
+            raise self.error
+        self.promoted.setdefault(job.metadata.uid, forced)
+        return moved("champion", "1", self.promoted[job.metadata.uid] or "approved")
 
     def _set(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
         if self.held in ("", job.metadata.name):

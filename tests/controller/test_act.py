@@ -13,6 +13,7 @@ import pytest
 from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.base import utc
 from orchestrator.api.job import RELEASE_FINALIZER, MlflowStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.act import TRIES_BEFORE_REFUSED, Actor, Bounds
 from orchestrator.controller.throttle import Allowance, Backoff
@@ -23,6 +24,7 @@ from orchestrator.core.commands import (
     EnsureStage,
     Event,
     FinishRun,
+    PromoteVersion,
     ReleaseJob,
     ReportDefect,
     StopStage,
@@ -260,6 +262,19 @@ def test_the_run_of_a_job_that_is_gone_is_ended_and_forgotten(world: World) -> N
     world.actor.act([FinishRun(job=job, run_status="KILLED")])
     wait_for(lambda: not world.actor.runs())
     assert world.tracking.runs == {job.metadata.uid: "KILLED"}
+
+
+def test_what_came_of_a_promotion_is_a_fact_and_is_asked_again_while_mlflow_is_away(world: World) -> None:
+    job = world.job()
+    world.tracking.error = TrackingUnavailable("away")
+    world.actor.act([PromoteVersion(job=job, forced="")])
+    time.sleep(0.3)
+    assert world.actor.runs() == {}
+    world.tracking.error, world.now = None, 2.0
+    world.actor.act([PromoteVersion(job=job, forced="")])
+    wait_for(world.actor.runs)
+    fact = world.actor.runs()[job.metadata.uid]
+    assert (fact.job, fact.promotion) == (job, moved("champion", "1", "approved"))
 
 
 # --- the bounds of a round ------------------------------------------------------------------------------------------

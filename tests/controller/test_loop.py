@@ -13,10 +13,21 @@ from pathlib import Path
 import pytest
 
 from orchestrator.adapters.sqlite.store import SqliteStore
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import (
+    PROMOTE_ANNOTATION,
+    DatasetSource,
+    EvaluationSpec,
+    GenerationSpec,
+    QLoRAJob,
+    TrackingSpec,
+)
+from orchestrator.api.promotion import stays
+from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.controller.loop import Controller, Ports
 from orchestrator.core.commands import Command
 from orchestrator.core.decide import decide
+from orchestrator.core.job.conditions import set_condition
+from orchestrator.core.job.promotion import finding_of
 from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
 from orchestrator.errors import RuntimeLost, StoreUnavailable
 from orchestrator.settings import Settings
@@ -32,8 +43,13 @@ class World:
         self.store = SqliteStore(self.settings)
         self.runtime = FakeRuntime()
         self.tracking = FakeTracking()
+        self.decision = decision
+        self.start()
+
+    def start(self) -> None:
+        """A controller that remembers nothing of those before."""
         ports = Ports(store=self.store, runtime=self.runtime, tracking=self.tracking)
-        self.controller = Controller(self.settings, ports, decision)
+        self.controller = Controller(self.settings, ports, self.decision)
 
     def job(self, name: str = "medical") -> QLoRAJob:
         return self.store.get_job("team-a", name)
@@ -218,3 +234,44 @@ def test_a_finished_stage_is_forgotten_only_after_its_end_is_recorded(tmp_path: 
         if "delete medical-prepare-1 recorded" in world.runtime.calls:
             assert recorded
     assert StagePhase.EXITED not in {fact.phase for fact in world.runtime.stages.values()}
+
+
+def awaiting_approval() -> QLoRAJob:
+    """A job that `submit` takes, whose alias has a gate that a person is to approve."""
+    return submitted_job(
+        dataset=DatasetSource(source="file:///data/tiny.jsonl", eval_fraction="0.1"),
+        evaluation=EvaluationSpec(generation=GenerationSpec(metrics=("f1",))),
+        tracking=TrackingSpec.model_validate(
+            {"promote": {"alias": "champion", "approval": "manual", "when": [{"metric": "f1", "atLeast": "0.5"}]}}
+        ),
+    )
+
+
+def test_a_controller_that_is_killed_between_alias_and_status_promotes_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.store.create_job(awaiting_approval())
+    world.rounds(world.is_settled)
+    judged = finding_of(stays("champion", "2", Reason.AWAITING_APPROVAL, "f1 is 0.6"))
+    status = world.job().status
+    conditions = set_condition(status.conditions, judged, now=status.conditions[-1].last_transition_time, generation=1)
+    job = world.store.update_status(world.job(), status.model_copy(update={"conditions": conditions}))
+    asked = job.metadata.model_copy(update={"annotations": {PROMOTE_ANNOTATION: "forced: it is better"}})
+    world.store.update_job(job.model_copy(update={"metadata": asked}))
+
+    world.start()  # one that has nothing in hand
+    world.controller.round()  # which asks MLflow, and is killed before the next one writes what came of it
+    deadline = time.monotonic() + 20
+    while not world.tracking.promoted:
+        assert time.monotonic() < deadline, "MLflow was not asked"
+        time.sleep(0.01)
+    assert not world.job().status.is_true(ConditionType.PROMOTED)
+    world.start()
+    world.rounds(lambda: world.job().status.is_true(ConditionType.PROMOTED))
+    for _ in range(3):
+        world.controller.round()
+    assert world.tracking.promoted == {job.metadata.uid: "it is better"}
+    told = [event for _, event in world.store.list_events("team-a", "medical") if event.reason is Reason.PROMOTED]
+    assert [event.message for event in told] == ["the alias champion moved to version 1: it is better"]
+    found = world.job().status.condition(ConditionType.PROMOTED)
+    assert found is not None
+    assert found.message == told[0].message

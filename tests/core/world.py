@@ -21,6 +21,7 @@ from orchestrator.api.job import (
     QLoRAJobStatus,
 )
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.promotion import moved
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
 from orchestrator.api.results import Failure, PublishResult, StageResult
@@ -33,6 +34,7 @@ from orchestrator.core.commands import (
     EnsureRun,
     EnsureStage,
     FinishRun,
+    PromoteVersion,
     ReleaseJob,
     ReleaseUnreadable,
     ReportDefect,
@@ -78,6 +80,8 @@ class World:
     mlflow_away: bool = False
     mlflow: dict[str, str] = field(default_factory=dict[str, str])
     """Status of each run that MLflow has, by the uid of its job."""
+    promoted: dict[str, str] = field(default_factory=dict[str, str])
+    """Why versions have got the alias, by the uid of their job: once each."""
     runs: dict[str, RunFact] = field(default_factory=dict[str, RunFact])
     """What the controller remembers of them; gone when it is killed."""
     versions: int = 1
@@ -173,6 +177,12 @@ class World:
             case FinishRun():
                 if not self.mlflow_away:
                     self._finish_run(command)
+            case PromoteVersion(job=job, forced=forced):
+                if not self.mlflow_away:
+                    uid = job.metadata.uid
+                    words = self.promoted.setdefault(uid, forced or "approved")
+                    found = moved("champion", "1", words)
+                    self.runs[uid] = RunFact(job=job, mlflow=job.status.mlflow, promotion=found)
             case ReleaseJob():
                 job = self.jobs[command.job.key]
                 self._replace(job, metadata=job.metadata.model_copy(update={"finalizers": released(job)}))

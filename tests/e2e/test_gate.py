@@ -1,4 +1,4 @@
-"""An alias with a gate, on a real pretrained model: a worse adapter does not get it."""
+"""An alias with a gate, on a real pretrained model: a worse adapter does not get it, unless a person says so."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.api.reasons import ConditionType, Reason
+from orchestrator.errors import InvalidObject
 from orchestrator.sdk import Client, JobHandle
 from orchestrator.settings import Settings
 from tests.e2e.jobs import Document, medical_job
@@ -25,7 +26,7 @@ def gated_job(name: str, model: Path, *, steps: int, learning_rate: str) -> Docu
     spec = cast("dict[str, dict[str, object]]", job["spec"])
     spec["training"] |= {"learningRate": learning_rate, "warmupRatio": "0"}
     spec["evaluation"] = {"generation": {"prompts": PROMPTS, "maxNewTokens": 24, "metrics": ["chrf", "exactMatch"]}}
-    gate = {"alias": "champion", "when": [{"metric": "chrf", "over": "holder", "atLeast": "0"}]}
+    gate = {"alias": "champion", "when": [{"metric": "chrf", "over": "holder", "atLeast": "0"}], "approval": "manual"}
     spec["tracking"] |= {"registeredModel": "terms", "promote": gate}
     return job
 
@@ -61,6 +62,9 @@ def test_a_worse_adapter_does_not_get_the_alias(
         return int(mlflow.get_model_version_by_alias("terms", alias).version)
 
     good = finished(client, gated_job("good", pretrained, steps=16, learning_rate="1e-3"))
+    assert outcome(good) == ("False", Reason.AWAITING_APPROVAL)
+    assert set(mlflow.get_registered_model("terms").aliases) == {"candidate"}
+    assert "the alias champion moved to version 1" in client.promote("good")
     assert outcome(good) == ("True", Reason.PROMOTED)
     assert (version("champion"), version("candidate")) == (1, 1)
 
@@ -75,3 +79,14 @@ def test_a_worse_adapter_does_not_get_the_alias(
     assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
     assert [row["base"] for row in first] == [row["base"] for row in second]
     assert [row["holder"] for row in second] == [row["adapter"] for row in first], "the same weights, in another job"
+
+    with pytest.raises(InvalidObject, match=r"GateNotPassed.*--force --reason"):
+        client.promote("worse")
+    client.promote("worse", force=True, reason="to be seen by many")
+    assert outcome(worse) == ("True", Reason.PROMOTED)
+    assert version("champion") == 2
+    assert (
+        mlflow.get_model_version("terms", "2")
+        .tags["qlora.dev/promoted/champion"]
+        .startswith("forced (to be seen by many); chrf over the holder is -")
+    )

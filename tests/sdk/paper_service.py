@@ -22,10 +22,11 @@ from orchestrator.api.job import Attempt, Condition, MlflowStatus, QLoRAJob, QLo
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.api.results import PrepareResult, ProgressReport
+from orchestrator.api.results import PrepareResult, ProgressReport, Promotion
 from orchestrator.controller.supervisor import RECORD_NAME
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import summarize
+from orchestrator.core.job.promotion import finding_of
 from orchestrator.sdk.client import Client
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.logs import LogFolder
@@ -80,6 +81,15 @@ def job_document(name: str = "medical", **spec: Any) -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": {"model": {"source": "file://./model"}, "dataset": {"source": "file://./train.jsonl"}, **spec},
     }
+
+
+def gated_job_document(name: str = "medical", over: str = "holder") -> dict[str, Any]:
+    """A job whose alias `champion` moves when somebody approves."""
+    job = job_document(name, evaluation={"generation": {"metrics": ["f1"]}})
+    job["spec"]["dataset"]["evalFraction"] = "0.1"
+    rule = {"metric": "f1", "over": over, "atLeast": "0"}
+    job["spec"]["tracking"] = {"promote": {"alias": "champion", "when": [rule], "approval": "manual"}}
+    return job
 
 
 @dataclass
@@ -181,6 +191,13 @@ class PaperService:
         """Cancelled, before anything of it ran."""
         cancelled = _condition(ConditionType.FINISHED, "True", Reason.CANCELLED, "cancelled on request")
         return self.write(self.job(name), conditions=(cancelled,), finish_time=_now())
+
+    def judge(self, promotion: Promotion, name: str = "medical") -> QLoRAJob:
+        """What came of the alias with a gate, by publish or by MLflow once somebody asked."""
+        job, found = self.job(name), finding_of(promotion)
+        said = _condition(found.kind, found.status, found.reason, found.message)
+        others = (each for each in job.status.conditions if each.type is not found.kind)
+        return self.write(job, conditions=(*others, said))
 
     def write_adapter(self, job: QLoRAJob) -> tuple[str, str]:
         """A complete adapter folder in the job's store; its URI and digest."""

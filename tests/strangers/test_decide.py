@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 from pydantic import ValidationError
 
 from orchestrator.api.base import MAX_COUNT
-from orchestrator.api.job import CANCEL_ANNOTATION, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import CANCEL_ANNOTATION, PROMOTE_ANNOTATION, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.results import ProgressReport, StageResult
 from orchestrator.cli.tables import simulation_table
 from orchestrator.controller.metrics import Metrics
@@ -69,7 +69,7 @@ def a_job(dice: random.Random, name: str) -> QLoRAJob:
         "creation_timestamp": dice.choice(times),
         "deletion_timestamp": dice.choice([None, None, *times]),
         "finalizers": dice.choice([(), (RELEASE_FINALIZER,), ("foreign.example/held",)]),
-        "annotations": dice.choice([{}, {CANCEL_ANNOTATION: "true"}]),
+        "annotations": dice.choice([{}, {CANCEL_ANNOTATION: "true"}, {PROMOTE_ANNOTATION: "forced: it is ours"}]),
     }
     spec = job.spec.model_copy(
         update={

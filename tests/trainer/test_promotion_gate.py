@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from qlora_trainer.scoring.comparison import Comparison
 from qlora_trainer.scoring.gate import judge
-from qlora_trainer.scoring.scores import Verdict, depends_on_holder
+from qlora_trainer.scoring.scores import Verdict
 
 from orchestrator.api.formats import Answer, AnsweredPrompt, AnswerTable, Holder
 from orchestrator.api.job import GenerationSpec, PromoteSpec
@@ -84,5 +84,5 @@ def test_where_nobody_has_the_alias_there_is_nobody_to_be_better_than() -> None:
 def test_a_gate_depends_on_the_holder_where_a_rule_does() -> None:
     alone = PromoteSpec.model_validate({"alias": "a", "when": [{"metric": "f1", "atLeast": "1", "over": "base"}]})
     both = [{"metric": "f1", "atLeast": "1"}, {"metric": "f1", "atLeast": "1", "over": "holder"}]
-    assert not depends_on_holder(alone)
-    assert depends_on_holder(PromoteSpec.model_validate({"alias": "a", "when": both}))
+    assert not alone.depends_on_holder
+    assert PromoteSpec.model_validate({"alias": "a", "when": both}).depends_on_holder

@@ -655,6 +655,31 @@ def test_an_alias_whose_holder_was_not_compared_with_stays(client: MlflowClient,
     assert holder_of(client, "champion") == found.model_version
 
 
+def test_an_alias_that_somebody_approves_is_left_alone_with_what_the_gate_found(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    client.create_registered_model("terms", tags={"qlora.dev/namespace": "team-a"})
+    for _ in range(7):  # of which the last is the one that has answered
+        client.create_model_version("terms", source="/nowhere", tags={"qlora.dev/namespace": "team-a"})
+    client.set_registered_model_alias("terms", "champion", "7")
+    for seed, least, reason in ((1, "0", Reason.AWAITING_APPROVAL), (2, "0.5", Reason.GATE_NOT_PASSED)):
+        tracking = gated({"over": "holder", "atLeast": least})
+        tracking["promote"]["approval"] = "manual"
+        store = make_store(tmp_path, seed=seed, answers=some_answers(holder=True))
+        asked = make_task(client, store, uid=f"u-{seed}", **tracking)
+        found = publish.run(asked)
+        assert publish.run(asked) == found
+        assert found.promotion is not None
+        assert (found.promotion.promoted, found.promotion.reason) == (False, reason)
+        assert "exactMatch over the holder is +0.25" in found.promotion.message
+        assert ("qlora promote medical-es" in found.promotion.message) is (reason is Reason.AWAITING_APPROVAL)
+        tags = client.get_model_version("terms", found.model_version).tags
+        assert tags["qlora.dev/gate/champion"].startswith("exactMatch over the holder is +0.25")
+        assert tags["qlora.dev/compared/champion"] == "7"
+        assert "qlora.dev/promoted/champion" not in tags
+    assert (holder_of(client, "champion"), holder_of(client, "candidate")) == ("7", "9")
+
+
 def asked_for(task: StageTask, folder: Path, largest_bytes: int = 1 << 30) -> HolderAdapter:
     return fetch_holder(task, "candidate", folder, largest_bytes=largest_bytes, required=True)
 

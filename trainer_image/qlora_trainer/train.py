@@ -37,7 +37,6 @@ from orchestrator.api.results import Failure, PrepareResult, StageResult, TrainR
 from orchestrator.api.task import AGENT_SOCKET_VARIABLE, StageTask
 from qlora_trainer import imports
 from qlora_trainer.outcome import Preempted, Transient, UserError, write_result
-from qlora_trainer.scoring.scores import depends_on_holder
 from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore
@@ -207,7 +206,7 @@ def _answers(
     )
     tracking, holder = task.spec.tracking, None
     if (alias := tracking.compared_alias) is not None:
-        required = tracking.promote is not None and depends_on_holder(tracking.promote)
+        required = tracking.promote is not None and tracking.promote.depends_on_holder
         room = sum(tensor.nbytes for tensor in own.values()) + SAFETENSORS_HEADER_BYTES
         holder = fetch_holder(task, alias, place.scratch / "holder", largest_bytes=room, required=required)
     return interview.table(adapter_digest(own), holder)

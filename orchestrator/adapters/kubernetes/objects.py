@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.adapters.kubernetes.api import Json
 from orchestrator.adapters.kubernetes.watch import key_of
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import CANCEL_ANNOTATION, Attempt, ObjectMeta, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
+from orchestrator.api.job import REQUEST_ANNOTATIONS, Attempt, ObjectMeta, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.core.job.unreadable import read_leniently
 from orchestrator.core.snapshot import UnreadableJob
@@ -30,7 +30,7 @@ OURS = "qlora.dev/"
 
 LABELS_KEPT = ANNOTATIONS_KEPT = 64
 ANNOTATION_CHARACTERS_KEPT = 2048
-"""Of ours, those that the service reads are a word long; the rest is for people, and the server keeps it."""
+"""Of ours, those that the service reads are a sentence at most; the rest is for people, and the server keeps it."""
 
 NAME_SETS_KEPT = 4096
 """Sets of fields that are set, of which statuses that the service writes have some hundred."""
@@ -198,5 +198,7 @@ def _projected(meta: Json) -> Json:
     return {
         **known,
         "labels": dict(ours_first[:LABELS_KEPT]),
-        "annotations": dict(sorted(kept.items(), key=lambda pair: pair[0] != CANCEL_ANNOTATION)[:ANNOTATIONS_KEPT]),
+        "annotations": dict(
+            sorted(kept.items(), key=lambda pair: pair[0] not in REQUEST_ANNOTATIONS)[:ANNOTATIONS_KEPT]
+        ),
     }

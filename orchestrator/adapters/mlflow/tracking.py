@@ -1,4 +1,5 @@
-"""The controller's side of MLflow: a job's one run, found by its tag or created, and the run's last status.
+"""The controller's side of MLflow: a job's one run, found by its tag or created, the run's last status, and the alias
+that a person asks for.
 
 Calls may take long, and are safe from several threads. Only this file of `orchestrator` imports mlflow, which takes
 seconds, so it does that with the first call. Trainers add metrics to the run; they never
@@ -11,14 +12,33 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
-from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
+from orchestrator.api.ownership import (
+    EXPERIMENT,
+    NAMESPACE_TAG,
+    REGISTERED_MODEL,
+    belongs_to,
+    experiment_name,
+    refusal,
+    registered_model_name,
+)
+from orchestrator.api.promotion import (
+    COMPARED_TAG,
+    GATE_TAG,
+    PROMOTED_TAG,
+    holder_changed,
+    moved,
+    stays,
+    tag_value,
+)
+from orchestrator.api.reasons import Reason
+from orchestrator.api.results import Promotion
 from orchestrator.api.tracking_login import read_login
 from orchestrator.api.words import on_one_line, without_logins
 from orchestrator.errors import InvalidObject, TrackingUnavailable
@@ -97,6 +117,10 @@ class MlflowTracking:
         """Give the job's run its last status."""
         self._answered(lambda: self._finish_run(job, run_status))
 
+    def promote(self, job: QLoRAJob, forced: str) -> Promotion:
+        """Move the alias of spec.tracking.promote to the published job's version, once."""
+        return self._answered(lambda: self._promote(job, forced))
+
     def _ensure_run(self, job: QLoRAJob) -> MlflowStatus:
         experiment_id = self._ensure_experiment(job)
         run = self._find_run(job, experiment_id)
@@ -125,6 +149,33 @@ class MlflowTracking:
                     "deleting MLflow run %s: the run of job %s is %s", other.info.run_id, job.key, run.info.run_id
                 )
                 self._connected().delete_run(other.info.run_id)
+
+    def _promote(self, job: QLoRAJob, forced: str) -> Promotion:
+        asked, version = job.spec.tracking.promote, job.status.mlflow.model_version
+        assert asked is not None, "the job asks for it"
+        assert version is not None, "the job is published"
+        client, name = self._connected(), _registered_model_name(job)
+        model = _unless_gone(lambda: client.get_registered_model(name))
+        tags = _unless_gone(lambda: client.get_model_version(name, version).tags)
+        if model is None or tags is None:
+            gone = f"version {version} of {name} is not in the registry any more; submit the job again"
+            return Promotion(promoted=False, reason=Reason.PROMOTION_REFUSED, message=gone)
+        why = _not_its_own(job, model.tags, tags)
+        holder = str(model.aliases[asked.alias]) if asked.alias in model.aliases else None
+        if why is not None:
+            return stays(asked.alias, holder, Reason.PROMOTION_REFUSED, why)
+        promoted = f"{PROMOTED_TAG}/{asked.alias}"
+        if promoted in tags:
+            return moved(asked.alias, version, tags[promoted])
+        changed = holder_changed(asked, holder, tags.get(f"{COMPARED_TAG}/{asked.alias}"))
+        if holder != version and changed is not None and not forced:
+            return changed
+        if holder != version:
+            client.set_registered_model_alias(name, asked.alias, version)
+        how, gate = f"forced ({forced})" if forced else "approved", tags.get(f"{GATE_TAG}/{asked.alias}")
+        words = tag_value(how if gate is None else f"{how}; {gate}")
+        client.set_model_version_tag(name, version, promoted, words)
+        return moved(asked.alias, version, words)
 
     def _say(self, run: Any, words: dict[str, str]) -> None:
         entities: Any = importlib.import_module("mlflow.entities")
@@ -263,6 +314,32 @@ def _experiment_name(job: QLoRAJob) -> str:
 
 def _experiment_key(job: QLoRAJob) -> tuple[str, str]:
     return job.metadata.namespace, _experiment_name(job)
+
+
+def _registered_model_name(job: QLoRAJob) -> str:
+    return registered_model_name(job.spec.tracking, job.metadata.namespace, job.metadata.name)
+
+
+def _not_its_own(job: QLoRAJob, model: Mapping[str, str], version: Mapping[str, str]) -> str | None:
+    """Why the version that the job's status names is not its to promote, by the tags of both: a stage named it, and
+    stages are other people's programs."""
+    name, namespace = _registered_model_name(job), job.metadata.namespace
+    if not belongs_to(model, namespace):
+        return refusal(REGISTERED_MODEL, name, model, namespace)
+    if version.get(UID_TAG) != job.metadata.uid:
+        return f"version {job.status.mlflow.model_version} of {name} is another job's; submit the job again"
+    return None
+
+
+def _unless_gone(look: Callable[[], Answer]) -> Answer | None:
+    """What is there; None where it is not."""
+    exceptions: Any = importlib.import_module("mlflow.exceptions")
+    try:
+        return look()
+    except exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def _last_words(job: QLoRAJob) -> dict[str, str]:

@@ -18,6 +18,7 @@ from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, says_the_same
 from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.progress import between, fold_progress, never_heard, stalled
+from orchestrator.core.job.promotion import event_of, finding_of
 from orchestrator.core.job.recovery import end_attempt, fail
 from orchestrator.core.job.setbacks import (
     WAITED_FOR_EVER,
@@ -45,6 +46,7 @@ CLOCKED = ("created_time", "seen_time", "start_time", "progress_time", "stop_tim
 def reconcile(opened: Draft, snapshot: Snapshot) -> Draft:
     """The job's draft, opened now, after the facts and the user's wishes."""
     draft = noted = _with_clock(_note_run(opened, snapshot), timedelta(seconds=snapshot.clock_step_seconds))
+    draft = _note_promotion(draft, snapshot)
     if (
         draft.job.metadata.deletion_timestamp is not None
         and draft.status.release_since is None
@@ -116,6 +118,14 @@ def _note_run(draft: Draft, snapshot: Snapshot) -> Draft:
     run_status = LAST_RUN_STATUS.get(draft.state, fact.mlflow.run_status)
     found = {"run_id": fact.mlflow.run_id, "experiment_id": fact.mlflow.experiment_id, "run_status": run_status}
     return draft.amend(mlflow=known.model_copy(update=found))
+
+
+def _note_promotion(draft: Draft, snapshot: Snapshot) -> Draft:
+    """The draft with what came of a request to promote the job; what is on record as promoted stays so."""
+    fact = snapshot.runs.get(draft.job.metadata.uid)
+    if fact is None or fact.promotion is None or draft.status.is_true(ConditionType.PROMOTED):
+        return draft
+    return draft.amend(finding_of(fact.promotion)).tell(event_of(fact.promotion))
 
 
 # --- 1. what happened outside ---------------------------------------------------------------------------------

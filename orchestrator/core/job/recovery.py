@@ -13,11 +13,12 @@ from datetime import datetime, timedelta
 from orchestrator.api.job import Attempt, MlflowStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import ConditionType, Reason, Recovery, Refusal
-from orchestrator.api.results import PrepareResult, ProgressReport, Promotion, PublishResult, TrainResult
+from orchestrator.api.results import PrepareResult, ProgressReport, PublishResult, TrainResult
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding, clip, plan_words
 from orchestrator.core.job.outages import hits_others
 from orchestrator.core.job.progress import record_checkpoint
+from orchestrator.core.job.promotion import event_of, finding_of
 from orchestrator.core.job.setbacks import (
     WAITED_FOR_EVER,
     backoff_seconds,
@@ -152,7 +153,7 @@ def _published(draft: Draft, verdict: Verdict, result: PublishResult) -> Draft:
     draft = draft.move(
         JobEvent.PUBLISHED,
         Finding(kind=ConditionType.PUBLISHED, status="True", reason=Reason.PUBLISHED, message=where),
-        *(() if promotion is None else (_promoted(promotion),)),
+        *(() if promotion is None else (finding_of(promotion),)),
         Finding(kind=ConditionType.FINISHED, status="True", reason=Reason.SUCCEEDED, message=f"published as {where}"),
         mlflow=mlflow,
         finish_time=draft.now,
@@ -162,16 +163,7 @@ def _published(draft: Draft, verdict: Verdict, result: PublishResult) -> Draft:
     draft = draft.tell(Event(reason=Reason.SUCCEEDED, message=f"published as {where}"))
     if promotion is None:
         return draft
-    return draft.tell(Event(reason=promotion.reason, message=promotion.message, warning=not promotion.promoted))
-
-
-def _promoted(promotion: Promotion) -> Finding:
-    return Finding(
-        kind=ConditionType.PROMOTED,
-        status="True" if promotion.promoted else "False",
-        reason=promotion.reason,
-        message=promotion.message,
-    )
+    return draft.tell(event_of(promotion))
 
 
 # --- an attempt that did not ----------------------------------------------------------------------------------

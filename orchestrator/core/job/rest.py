@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 
 from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import Reason
-from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.progress import patience_seconds
+from orchestrator.core.job.promotion import awaits_mlflow
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
@@ -67,7 +67,7 @@ def waits_untried(job: QLoRAJob, snapshot: Snapshot) -> bool:
 def is_expired(draft: Draft) -> bool:
     """Whether a finished job's object is to go: it is deleted, or its time is up."""
     job, finished = draft.job, draft.status.finish_time
-    if job.status.finish_time is None or finished is None or owes_run_its_end(job):
+    if job.status.finish_time is None or finished is None or awaits_mlflow(job):
         return False
     ttl_seconds = job.spec.ttl_seconds_after_finished
     is_over = ttl_seconds is not None and (draft.now - finished).total_seconds() >= ttl_seconds
@@ -81,7 +81,7 @@ def _next(now: datetime, times: Iterator[datetime] | tuple[datetime, ...]) -> da
 def _ends(job: QLoRAJob) -> Iterator[datetime]:
     """When a finished job's object is to go."""
     ttl_seconds, finished = job.spec.ttl_seconds_after_finished, job.status.finish_time
-    if ttl_seconds is not None and finished is not None and not owes_run_its_end(job):
+    if ttl_seconds is not None and finished is not None and not awaits_mlflow(job):
         yield finished + timedelta(seconds=ttl_seconds)
 
 

@@ -25,9 +25,9 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
-from orchestrator.core.job.finalizer import owes_run_its_end
 from orchestrator.core.job.lifecycle import is_ready, reconcile
 from orchestrator.core.job.outages import Cause, hit_by
+from orchestrator.core.job.promotion import awaits_mlflow
 from orchestrator.core.job.remaining import surely_remaining_seconds
 from orchestrator.core.job.rest import FOR_EVER, is_expired, rests_until, waits_untried
 from orchestrator.core.job.stage_commands import accounts_for, claimant_of, stage_of
@@ -124,7 +124,7 @@ class Index:
     stopping: set[str] = field(default_factory=set[str])
     """Whose GPU is coming free."""
     runners: set[str] = field(default_factory=set[str])
-    """Whose MLflow run is owed something."""
+    """About whom MLflow is to be asked something."""
     expired: set[str] = field(default_factory=set[str])
     """Finished jobs whose objects are to go, once nothing outside is left of them."""
     broken: set[str] = field(default_factory=set[str])
@@ -417,7 +417,7 @@ class Index:
             book(entry.holding.queue, entry.holding.gpu_class, entry.holding.user)
             if entry.holding.stopping:
                 put(self.stopping, key)
-        if owes_run_its_end(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
+        if awaits_mlflow(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
             put(self.runners, key)
         if entry.is_expired:
             put(self.expired, key)

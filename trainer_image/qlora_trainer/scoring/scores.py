@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.api.job import PromoteSpec
 from orchestrator.api.reasons import Reason
 
 CONFIDENCE = 0.95
@@ -41,8 +40,3 @@ class Verdict:
     reason: Reason
     words: str
     """Every rule with its figures, in a sentence."""
-
-
-def depends_on_holder(promote: PromoteSpec) -> bool:
-    """Whether it matters who has the alias."""
-    return any(rule.over == "holder" for rule in promote.when)

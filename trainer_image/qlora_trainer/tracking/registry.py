@@ -17,13 +17,22 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.api.base import Digest
 from orchestrator.api.formats import Holder
 from orchestrator.api.ownership import NAMESPACE_TAG, REGISTERED_MODEL, belongs_to, refusal, registered_model_name
+from orchestrator.api.promotion import (
+    COMPARED_TAG,
+    GATE_TAG,
+    PROMOTED_TAG,
+    holder_changed,
+    moved,
+    stays,
+    tag_value,
+)
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import Promotion
 from orchestrator.api.task import StageTask
 from qlora_trainer.outcome import UserError
-from qlora_trainer.scoring.scores import Verdict, depends_on_holder
+from qlora_trainer.scoring.scores import Verdict
 from qlora_trainer.tracking.mlflow_client import insist
-from qlora_trainer.tracking.run_page import JOB_UID_TAG, MAX_VALUE_CHARACTERS, tags
+from qlora_trainer.tracking.run_page import JOB_UID_TAG, tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ADAPTER_DIGEST_TAG = "qlora.dev/adapter-digest"
 LOGGED_MODEL_NAME = "adapter"
-PROMOTED_TAG = "qlora.dev/promoted"
-"""With an alias: that the version has got it through its gate, and what the gate said."""
 VERSIONS_TAG = "mlflow.modelVersions"
 """What MLflow's pages take a logged model's versions from."""
 MAX_DESCRIPTION_CHARACTERS = 5000
@@ -86,42 +93,49 @@ def register(registration: Registration, save_model: Callable[[Path, Any], None]
 
 
 def promote(registration: Registration, version: str, verdict: Verdict, compared: Holder | None) -> Promotion:
-    """Move the gated alias to the version if the gate lets it, once.
+    """Move the gated alias to the version if the gate lets it and nobody has to approve, once.
 
-    Where the gate depends on the alias's holder, that must still be the one that the adapter was `compared` with.
+    Where the gate depends on the alias's holder, that must still be the one that the adapter was `compared` with. A
+    version that does not get the alias keeps in tags what the gate found: somebody may ask for the alias later.
     """
     asked = registration.task.spec.tracking.promote
     assert asked is not None, "the job asks for it"
-    name = registration.registered_model
+    name, alias = registration.registered_model, asked.alias
+    known = compared.version if compared is not None else None
 
     def move(client: MlflowClient) -> Promotion:
-        holder, tag = version_of_alias(client, name, asked.alias), f"{PROMOTED_TAG}/{asked.alias}"
-        if holder == version or tag in client.get_model_version(name, version).tags:
-            return Promotion(promoted=True, reason=Reason.PROMOTED, message=_moved(asked.alias, version, verdict))
-        if not verdict.passed:
-            message = f"the alias {asked.alias} stays with {_version(holder)}: {verdict.words}"
-            return Promotion(promoted=False, reason=verdict.reason, message=message)
-        known = compared.version if compared is not None else None
-        if depends_on_holder(asked) and holder != known:
-            message = (
-                f"the alias {asked.alias} stays with {_version(holder)}: the adapter was compared with "
-                f"{_version(known)}, from which the alias has moved since; submit the job again"
-            )
-            return Promotion(promoted=False, reason=Reason.HOLDER_CHANGED, message=message)
-        _own_registered_model(client, registration.task)
-        client.set_registered_model_alias(name, asked.alias, version)
-        client.set_model_version_tag(name, version, tag, verdict.words[:MAX_VALUE_CHARACTERS])
-        return Promotion(promoted=True, reason=Reason.PROMOTED, message=_moved(asked.alias, version, verdict))
+        def note(tag: str, words: str) -> None:
+            client.set_model_version_tag(name, version, f"{tag}/{alias}", tag_value(words))
+
+        holder = version_of_alias(client, name, alias)
+        if f"{PROMOTED_TAG}/{alias}" in client.get_model_version(name, version).tags:
+            return moved(alias, version, verdict.words)
+        if holder != version:
+            left = _left(registration, verdict, holder, known)
+            if left is not None:
+                note(GATE_TAG, verdict.words)
+                if known is not None:
+                    note(COMPARED_TAG, known)
+                return left
+            _own_registered_model(client, registration.task)
+            client.set_registered_model_alias(name, alias, version)
+        note(PROMOTED_TAG, verdict.words)
+        return moved(alias, version, verdict.words)
 
     return insist("move the gated alias", move)
 
 
-def _moved(alias: str, version: str, verdict: Verdict) -> str:
-    return f"the alias {alias} moved to version {version}: {verdict.words}"
-
-
-def _version(number: str | None) -> str:
-    return "nobody" if number is None else f"version {number}"
+def _left(registration: Registration, verdict: Verdict, holder: str | None, known: str | None) -> Promotion | None:
+    """Why the alias is left with its holder; None where it is not."""
+    asked = registration.task.spec.tracking.promote
+    assert asked is not None, "the job asks for it"
+    if not verdict.passed:
+        return stays(asked.alias, holder, verdict.reason, verdict.words)
+    changed = holder_changed(asked, holder, known)
+    if changed is not None or asked.approval == "automatic":
+        return changed
+    words = f"it waits for approval (qlora promote {registration.task.job}): {verdict.words}"
+    return stays(asked.alias, holder, Reason.AWAITING_APPROVAL, words)
 
 
 def version_of_alias(client: MlflowClient, name: str, alias: str) -> str | None:
