@@ -78,6 +78,7 @@ class DataCount:
         """The same for the times of steps."""
         return Work(
             steps=self.steps,
+            sequences=self.sequences,
             sequence_tokens=self.tokens / self.sequences,
             record_tokens=self.tokens / self.records,
         )

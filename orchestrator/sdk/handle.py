@@ -210,9 +210,6 @@ class JobHandle:
         The controller does it; the answer says what came of it. With `force`, and a `reason` that is kept in the
         condition, an event and a tag of the version, whatever its gate found. Done once, however often it is asked for.
         Raises InvalidObject where it is refused, WaitTimedOut where MLflow takes longer, ServiceNotRunning.
-
-        >>> handle.promote()
-        'the alias champion moved to version 3: approved; f1 is 0.62, which reaches 0.6'
         """
         request = _promotion_request(force, reason)
         job = self._write(lambda job: _with_promotion(job, request))
