@@ -19,33 +19,31 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from benchmarks.kueue_peer import MORE_INFLIGHT, Limit
 from benchmarks.kueue_shape import Life, Shape, WorkloadClass, figures
 from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.objects import Parser, job_wire
-from orchestrator.adapters.kubernetes.pod_manifest import JOB_LABEL, MANAGED_BY_LABEL, MANAGER, STAGE_LABEL, TRAINER
+from orchestrator.adapters.kubernetes.pod_manifest import JOB_LABEL, STAGE_LABEL, TRAINER
 from orchestrator.adapters.mlflow.tracking import UID_TAG
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import RELEASE_FINALIZER, MlflowStatus, QLoRAJob, QLoRAJobStatus, ResourcesSpec
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import PublishResult, StageResult
-from orchestrator.errors import NotFound, OrchestratorError, StoreUnavailable
+from orchestrator.errors import NotFound, OrchestratorError
 from tests.builders import ON_THE_HUB, prepare_result, submitted_job, train_result
 from tests.cluster.control_plane import control_plane
 from tests.cluster.resources import furnish
 from tests.scale.paper_mlflow import API as REGISTRY_API
+from tests.scale.pod_watch import PodWatch
 from tests.scale.program import ACCOUNT, audit_arguments, audited_requests, controller, cpu_seconds, registry
 
 GPU_CLASS, GPU_MIB, GPUS_OF_A_NODE = "24Gi", 23_034, 8
 WRITERS = 8
 PAGE_JOBS = 500
-SILENCE_SECONDS = 600.0
 POLL_SECONDS = 1.0
 LIMIT_SECONDS = 7200.0
 """The runner of the other side gives up after as long."""
@@ -216,9 +214,8 @@ class Player:
         self._due: list[tuple[float, str, str]] = []
         self._changed = threading.Condition()
         self._over = False
-        version = api.get(path_of("v1", "pods"), limit=1)["metadata"]["resourceVersion"]
-        self._stream = self._watch(version)
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._follow, self._end_in_time)]
+        self._watch = PodWatch(api, self._hear)
+        self._clock = threading.Thread(target=self._end_in_time, daemon=True)
         self._pool = ThreadPoolExecutor(WRITERS)
         self._messages = {
             "train": _wire(train_result()),
@@ -228,17 +225,16 @@ class Player:
         }
 
     def __enter__(self) -> Player:
-        for thread in self._threads:
-            thread.start()
+        self._watch.__enter__()
+        self._clock.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._over = True
             self._changed.notify_all()
-        self._stream.close()
-        for thread in self._threads:
-            thread.join()
+        self._watch.__exit__()
+        self._clock.join()
         self._pool.shutdown()
 
     def wait_for_ends(self, stage: str, count: int) -> None:
@@ -246,28 +242,13 @@ class Player:
         deadline = time.monotonic() + LIMIT_SECONDS
         while self._ended[stage] < count:
             time.sleep(POLL_SECONDS)
-            assert all(thread.is_alive() for thread in self._threads), "nobody plays the pods any more"
+            assert self._watch.is_alive(), "the watch of the pods has ended"
+            assert self._clock.is_alive(), "nobody ends the pods any more"
             assert time.monotonic() < deadline, f"{self._ended[stage]} of {count} {stage} stages ended"
 
-    def _watch(self, version: str) -> Any:  # Any: a stream of events
-        query = {"labelSelector": f"{MANAGED_BY_LABEL}={MANAGER}", "resourceVersion": version, "timeoutSeconds": 7200}
-        return self._api.watch(path_of("v1", "pods"), SILENCE_SECONDS, **query)
-
-    def _follow(self) -> None:
-        """Note every new pod; a server that hangs up is asked for what came after the last."""
-        while True:
-            version = ""
-            with suppress(StoreUnavailable):
-                for event in self._stream:
-                    version = event["object"]["metadata"]["resourceVersion"]
-                    if event["type"] != "DELETED":
-                        self._note(event["object"]["metadata"])
-            if self._over or not version:
-                return
-            self._stream = self._watch(version)
-
-    def _note(self, meta: Json) -> None:
-        if meta["uid"] in self._seen:
+    def _hear(self, event: str, item: Json) -> None:
+        meta: Json = item["metadata"]
+        if event == "DELETED" or meta["uid"] in self._seen:
             return
         self._seen.add(meta["uid"])
         stage: str = meta["labels"][STAGE_LABEL]

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orchestrator.api.base import StoreUri
+from orchestrator.api.uris import file_uri
 from orchestrator.core.job.addresses import AddressRules
 from orchestrator.core.snapshot import Policy
 
@@ -172,7 +173,7 @@ class Settings(ServiceSettings):
     """Which service the CLI and the SDK talk to: a kubeconfig context, `current`, or empty for the embedded one."""
     home: AbsolutePath = Path("~/.local/share/qlora-orchestrator")
     """Folder of everything that the embedded service keeps: objects, stages, logs, and by default data and results."""
-    store_uri: StoreUri = Field(default_factory=lambda known: (known["home"] / "store").absolute().as_uri())
+    store_uri: StoreUri = Field(default_factory=lambda known: file_uri((known["home"] / "store").absolute()))
     """Where jobs that name no store keep their data; default `file://<home>/store`."""
     tracking_uri: Annotated[str, AfterValidator(_absolute_uri)] = Field(
         default_factory=lambda known: f"sqlite:///{known['home']}/mlflow.db",

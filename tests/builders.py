@@ -50,10 +50,18 @@ def after(seconds: float) -> datetime:
 
 
 def model_facts(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int, tied: bool = False
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    vocab: int,
+    tied: bool = False,
+    model_type: str = "llama",
 ) -> ModelFacts:
     return ModelFacts(
-        model_type="llama",
+        model_type=model_type,
         architecture="LlamaForCausalLM",
         hidden_size=hidden,
         intermediate_size=inner,

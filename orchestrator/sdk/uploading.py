@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.adapters.job_store import uploads
 from orchestrator.api.job import QLoRAJob
-from orchestrator.api.uris import file_path
+from orchestrator.api.uris import file_path, file_uri
 from orchestrator.core.job.addresses import refused_file
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
@@ -36,7 +36,7 @@ def check_upload(job: QLoRAJob, default_store: str) -> None:
         check_model(job.spec.model)
     for field, path in _named(job).items():
         if field != MODEL:
-            check_dataset(f"spec.dataset.{field}", path.as_uri())
+            check_dataset(f"spec.dataset.{field}", file_uri(path))
         uploads.refuse_large(path)
     if (refusal := refused_file(_with_sources(job, dict.fromkeys(_named(job), "s3://bucket/data")).spec)) is not None:
         raise InvalidObject(refusal)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
@@ -37,15 +38,8 @@ MATMUL_EFFICIENCY = 0.84
 """Share of a card's `matmul_tflops` that all products of a step reach: fitted."""
 MEMORY_EFFICIENCY = 0.8
 """Share of a card's `memory_gbps`: NVIDIA's kernels and ours reach 75 to 85 % (a profile at 8B on an H100)."""
-BACKWARD_FLASH, BACKWARD_ATTENTION, BACKWARD_FLASH4 = 0.87, 0.735, 0.78
-"""The backward pass against the forward pass: of torch's flash attention, deterministic, of our own kernels, and of
-flash-attn-4, deterministic."""
-RECORD_TOKENS, FLASH4_RECORD_TOKENS = 1500, 700
-"""How long a record has to be for our own to be half as fast as with endless ones: tiles on the diagonal; and for
-flash-attn-4."""
-SMALL_HEAD, SMALL_HEADS_SPEED, SMALL_HEADS_SPEED_FLASH4 = 64, 0.72, 0.85
-"""Heads up to this size have fewer products for each score; how fast our own kernels are with them, of 128, and
-flash-attn-4."""
+SMALL_HEAD = 64
+"""Heads up to this size have fewer products for each score."""
 INNER_BYTES, HIDDEN_BYTES, ADAPTER_BYTES, LOGIT_BYTES = 18, 48, 5, 6
 """What is read and written for each token: of the inner and hidden sizes in a layer beside its products (the gated
 activation takes 3 values forward and 6 back), of an adapter's inputs and outputs, of the vocabulary (that profile)."""
@@ -97,6 +91,19 @@ UNKNOWN = Card(
     name="unknown", matmul_tflops=60.0, memory_gbps=300.0, host_gbps=12.0, flash_share=0.5, attention_share=0.5
 )
 """Good enough to put plans in order where no speed is known; no times are told from them."""
+
+
+class _Kernels(NamedTuple):
+    """How fast attention is computed, fitted to `benchmarks.kernels` and `benchmarks.attention`."""
+
+    share: float
+    """What of the products' speed the forward pass reaches, with endless records."""
+    half_speed_tokens: float
+    """How long a record has to be for half of that: tiles on the diagonal."""
+    small_heads: float
+    """How fast they are with heads up to SMALL_HEAD, of 1 with others."""
+    backward: float
+    """The speed of the backward pass, deterministic, against that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,24 +257,23 @@ class StepTime:
         """Flash attention (Dao, 2023): a pair takes 4 x width forward and 2.5 times that back; causality keeps half."""
         width = self._facts.num_attention_heads * self._facts.head_dim
         forward = 2 * width * tokens * self._record_tokens / (card.matmul_tflops * 1e12)
-        small = self._facts.head_dim <= SMALL_HEAD
-        if self._fused and plan.attention == "flash-attn-4" and card.flash4_share is not None:
-            speed = SMALL_HEADS_SPEED_FLASH4 if small else 1.0
-            forward *= (1 + FLASH4_RECORD_TOKENS / self._record_tokens) / (card.flash4_share * speed)
-            backward = 2.5 * forward / BACKWARD_FLASH4
-        elif self._fused:
-            speed = SMALL_HEADS_SPEED if small else 1.0
-            forward *= (1 + RECORD_TOKENS / self._record_tokens) / (card.attention_share * speed)
-            backward = 2.5 * forward / BACKWARD_ATTENTION
-        else:
-            forward /= card.flash_share
-            backward = 2.5 * forward / BACKWARD_FLASH
+        kernels = self._kernels(plan, card)
+        speed = kernels.small_heads if self._facts.head_dim <= SMALL_HEAD else 1.0
+        forward *= (1 + kernels.half_speed_tokens / self._record_tokens) / (kernels.share * speed)
+        backward = 2.5 * forward / kernels.backward
         layers = self._facts.num_layers
         products = forward * (layers + (0 if plan.keep_attention else again)) + backward * layers
         if not self._softcaps:
             return products
         scores = self._facts.num_attention_heads * tokens * self._record_tokens * (layers + AGAIN * again)
         return products + scores * SOFTCAP_SCORE_BYTES / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+
+    def _kernels(self, plan: MemoryPlan, card: Card) -> _Kernels:
+        if not self._fused:
+            return _Kernels(card.flash_share, half_speed_tokens=0, small_heads=1.0, backward=0.87)
+        if plan.attention == "flash-attn-4" and card.flash4_share is not None:
+            return _Kernels(card.flash4_share, half_speed_tokens=700, small_heads=0.85, backward=0.78)
+        return _Kernels(card.attention_share, half_speed_tokens=1500, small_heads=0.72, backward=0.735)
 
     def _launch_seconds(self, tokens: float, again: int) -> float:
         if self._facts.trace is not None and not self._fused:

@@ -10,19 +10,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-from orchestrator.adapters.kubernetes.api import Json, KubeApi, Stream, path_of
-from orchestrator.adapters.kubernetes.pod_manifest import JOB_LABEL, MANAGED_BY_LABEL, MANAGER, QUEUE_LABEL, STAGE_LABEL
-from orchestrator.errors import StoreUnavailable
+from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.pod_manifest import JOB_LABEL, QUEUE_LABEL, STAGE_LABEL
 from tests.cluster.resources import NAMESPACES
+from tests.scale.pod_watch import PodWatch
 
-SILENCE_SECONDS = 600.0
 POLL_SECONDS = 0.1
 """Seconds between two looks of whoever waits: a look at every event would take more of the machine than what is
 measured."""
-SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,33 +53,27 @@ class Observer:
         self.broken = Broken()
         self.peak = 0
         """Most GPUs held at one time."""
-        self._api = api
         self._classes = classes
         self._bounds = bounds
         self._on_job: Counter[str] = Counter()
         self._on_node: Counter[str] = Counter()
         self._on_quota: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
-        version = api.get(path_of("v1", "pods"), labelSelector=SELECTOR, limit=1)["metadata"]["resourceVersion"]
-        self._over = False
-        self._stream = self._watch(version)
-        self._thread = threading.Thread(target=self._follow, name="observer", daemon=True)
+        self._watch = PodWatch(api, self._hear)
 
     def __enter__(self) -> Observer:
-        self._thread.start()
+        self._watch.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
-        self._stream.close()
-        self._thread.join()
+        self._watch.__exit__()
 
     def wait(self, seen: Callable[[], bool], timeout_seconds: float, what: str) -> None:
         """Wait until something is so. Fails the test after the time, or where the watch has ended."""
         deadline = time.monotonic() + timeout_seconds
         while not seen():
             time.sleep(POLL_SECONDS)
-            assert self._thread.is_alive(), "the watch of the pods has ended"
+            assert self._watch.is_alive(), "the watch of the pods has ended"
             assert time.monotonic() < deadline, f"not in {timeout_seconds:.0f} s: {what}"
 
     def of(self, stage: str) -> list[Pod]:
@@ -102,24 +93,12 @@ class Observer:
         """Nodes with a GPU that is still held."""
         return sorted(node for node, count in self._on_node.items() if count)
 
-    def _watch(self, version: str) -> Stream:
-        query = {"labelSelector": SELECTOR, "resourceVersion": version, "timeoutSeconds": 3600}
-        return self._api.watch(path_of("v1", "pods"), SILENCE_SECONDS, **query)
+    def _hear(self, kind: str, item: Json) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._note(kind, item, now)
 
-    def _follow(self) -> None:
-        """One event after another; a server that hangs up on a slow reader is asked for what came after the last."""
-        while True:
-            version = ""
-            with suppress(StoreUnavailable):
-                for event in self._stream:
-                    now, version = time.monotonic(), event["object"]["metadata"]["resourceVersion"]
-                    with self._lock:
-                        self._hear(event["type"], event["object"], now)
-            if self._over or not version:
-                return
-            self._stream = self._watch(version)
-
-    def _hear(self, kind: str, item: Json, now: float) -> None:
+    def _note(self, kind: str, item: Json, now: float) -> None:
         meta: Json = item["metadata"]
         labels: dict[str, str] = meta["labels"]
         pod = self.pods.get(meta["uid"])

@@ -10,26 +10,14 @@ from orchestrator.api.plan import Estimate
 from orchestrator.sizing.answering import answering_bytes
 from orchestrator.sizing.plan_search import choose_class
 from orchestrator.sizing.step_time import Work
-from tests.builders import LLAMA_3_8B, SMOLLM2_135M, gpus, make_spec
+from tests.builders import LLAMA_3_8B, SMOLLM2_135M, gpus, make_spec, model_facts
 
 MIB = 1 << 20
 ALL = gpus(_24Gi=1, _48Gi=1, _80Gi=1)
 
 
-def facts(model_type: str, hidden: int, inner: int, layers: int, heads: int, keys: int, size: int, vocabulary: int):
-    return ModelFacts(
-        model_type=model_type,
-        architecture="ForCausalLM",
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        head_dim=size,
-        vocab_size=vocabulary,
-        tied_embeddings=False,
-        revision="main",
-    )
+def facts(model_type: str, *sizes: int) -> ModelFacts:
+    return model_facts(*sizes, model_type=model_type)
 
 
 EXPERTS = Mixture(experts=128, experts_per_token=8, expert_size=768)

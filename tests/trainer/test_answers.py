@@ -12,6 +12,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from plain_base import base_in_nf4
 from qlora_trainer import train
 from qlora_trainer.data.micro_batch import PreparedRows
 from qlora_trainer.data.prompts import all_prompts, chosen_prompts
@@ -26,7 +27,7 @@ from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.training.stop import Stop
 from tiny_model import EOS, SPECIAL_TOKENS, save_tokenizer, tiny_model
 from toy_job import Row, describe_file, make_task, write_rows
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from orchestrator.api.formats import Answer, AnswerTable
@@ -98,15 +99,7 @@ def saved(model: TrainingModel, folder: Path) -> Path:
 
 def plain(base: Path, adapter: Path | None) -> Any:
     """The same weights, by transformers and PEFT alone."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
-    )
+    model: Any = base_in_nf4(base)
     for layer in model.modules():  # whose repacked weights round otherwise on some CPUs
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain_base import base_in_nf4
 from qlora_trainer import train
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.model.loss import Head, record_log_probabilities
@@ -22,7 +23,7 @@ from test_preferences import CHAT, TEXTS, read
 from test_resume import run_until
 from tiny_model import CHAT_TEMPLATE, tiny_model
 from toy_job import Row, make_rows, make_task
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.api.task import StageTask
 
@@ -137,15 +138,7 @@ def test_loss_gradients_figures_and_tokens_are_trls(tmp_path: Path, kind: str) -
 @PEFT_WARNINGS
 def test_held_out_figures_are_what_transformers_and_peft_measure(tmp_path: Path) -> None:
     train.run(dpo_task(tmp_path, {"beta": "0.5"}, steps=8, training={"max_grad_norm": "1"}))
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        tiny_model(), quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
-    )
+    base = base_in_nf4(tiny_model())
     model = PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False).eval()
 
     def log_probabilities(row: Row) -> list[float]:

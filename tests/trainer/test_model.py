@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from plain_base import base_in_nf4
 from qlora_trainer.data.micro_batch import MicroBatch, StepInputs, collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
@@ -21,7 +22,7 @@ from qlora_trainer.outcome import UserError
 from safetensors.torch import load_file, save_file
 from tiny_model import build_tiny_model, save_tokenizer, tiny_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api.job import AdapterSpec
@@ -174,15 +175,7 @@ def test_loading_an_adapter_keeps_its_type_and_refuses_another() -> None:
 
 def reference_loss(folder: Path, records: list[tuple[Any, Any, Any]]) -> float:
     """Every record by itself through transformers' own model, attention and loss."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}, attn_implementation="eager"
-    )
+    model = base_in_nf4(folder, attn_implementation="eager")
     model.train()  # an evaluation would repack the weights on some CPUs
     total = 0.0
     with torch.no_grad():

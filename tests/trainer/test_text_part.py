@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from plain_base import nf4
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import ADAPTER_NAME, add_adapter
 from qlora_trainer.model.architecture import check_architecture
@@ -28,7 +29,6 @@ from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import BitsAndBytesConfig
 
 from benchmarks import models
 from orchestrator.adapters.job_store import model_config
@@ -85,15 +85,9 @@ def save_adapter(model: TrainingModel, folder: Path) -> Path:
 def loaded_by_name(folder: Path) -> Any:
     """The whole model in NF4, by the class that config.json names."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     architecture: Any = getattr(transformers, name)
     base = architecture.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization, attn_implementation="eager"
+        folder, dtype=torch.bfloat16, quantization_config=nf4(), attn_implementation="eager"
     )
     return models.as_trained(base)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from plain_base import base_in_nf4
 from qlora_trainer import train
 from qlora_trainer.outcome import DivergedError, FencedError, UserError
 from qlora_trainer.storage.job_store import JobStore
@@ -17,7 +18,6 @@ from qlora_trainer.storage.journal import Journal
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 from toy_job import digest_of_adapter, make_rows, make_task
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orchestrator.api.plan import MemoryPlan
 
@@ -34,15 +34,7 @@ def metric(store: Path, name: str) -> dict[int, float]:
 
 def held_out_loss(adapter: Path | None) -> float:
     """The loss on the toy job's held-out rows, by transformers and PEFT alone, record by record."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_model(), quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
-    )
+    model = base_in_nf4(tiny_model())
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
     model.eval()

@@ -31,6 +31,8 @@ from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.device_generation import is_hopper
 
 DISTRIBUTION, VERSION = "flash-attn-4", "4.0.0b36"
+OF_ITS_COMPILER = "Argument .* cannot be converted to a JitArgument"
+"""What its compiler warns of about the package's own arguments, whenever it compiles."""
 PROBED_RECORDS = 200, 56, 300
 TOLERANCE = 0.02
 """Largest relative difference to our own kernels: both round to bfloat16, which makes up to 0.003."""
@@ -57,19 +59,16 @@ class FlashAttention:
 
     def __init__(self) -> None:
         """Raises ImportError where the package cannot be loaded."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            interface: Any = import_module("flash_attn.cute.interface")
+        interface: Any = import_module("flash_attn.cute.interface")
+        warnings.filterwarnings("ignore", OF_ITS_COMPILER, UserWarning)
         self._forward: Callable[..., Any] = interface._flash_attn_fwd
         self._backward: Callable[..., Any] = interface._flash_attn_bwd
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float) -> tuple[Tensor, Tensor]:
         """The output, and the log of each query's normalizer [heads, tokens]."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of its compiler's, about its own arguments
-            output, logsumexp, *_ = self._forward(
-                query, key, value, softmax_scale=scaling, return_lse=True, **_options(row)
-            )
+        output, logsumexp, *_ = self._forward(
+            query, key, value, softmax_scale=scaling, return_lse=True, **_options(row)
+        )
         return output, logsumexp
 
     def backward(
@@ -85,11 +84,9 @@ class FlashAttention:
         """The gradients to query, key and value, into `out_grads`."""
         into = dict(zip(("dq", "dk", "dv"), out_grads, strict=True))
         exact = torch.get_deterministic_debug_mode() != 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            self._backward(
-                *inputs, output, grad, logsumexp, softmax_scale=scaling, deterministic=exact, **into, **_options(row)
-            )
+        self._backward(
+            *inputs, output, grad, logsumexp, softmax_scale=scaling, deterministic=exact, **into, **_options(row)
+        )
 
 
 def takes(tokens: int, records: int) -> bool:

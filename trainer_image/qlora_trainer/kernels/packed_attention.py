@@ -95,7 +95,7 @@ class PackedAttention:
             raise UnknownAttention("it gives its attention a mask of its own")
         assert len(query) == 1, "a micro-batch is one packed row"
         assert query.shape[2] == key.shape[2] == self._boundaries[-1], "this is not the row that was announced"
-        window = sliding_window if sliding_window is not None and sliding_window < self._longest_record else None
+        window = self._narrower(sliding_window)
         if s_aux is not None:
             if dropout > 0 or softcap is not None or not fits_flash(query.shape[-1], value.shape[-1]):
                 raise UnknownAttention("its sinks come with dropout, softcaps or heads that no kernel here is made for")
@@ -190,11 +190,15 @@ class PackedAttention:
         return flash_attention.takes(self._boundaries[-1], len(self._boundaries) - 1)
 
     def _row(self, window: int | None) -> flash_attention.Row:
-        own = window if window is not None and window < self._longest_record else None
+        own = self._narrower(window)
         return flash_attention.Row(starts=self._starts, longest=self._longest_record, window=own)
 
+    def _narrower(self, window: int | None) -> int | None:
+        """A window that hides anything in this row."""
+        return window if window is not None and window < self._longest_record else None
+
     def _options(self, scaling: float, window: int | None) -> dict[str, Any]:
-        own = window if window is not None and window < self._longest_record else None
+        own = self._narrower(window)
         left = -1 if own is None else own - 1
         return {"is_causal": own is None, "scale": scaling, "window_size_left": left, "window_size_right": 0}
 

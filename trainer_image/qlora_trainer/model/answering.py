@@ -19,7 +19,7 @@ from torch import LongTensor, Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from orchestrator.api.words import on_one_line
-from qlora_trainer.kernels.moe_experts import NF4Experts, silent_experts
+from qlora_trainer.kernels.moe_experts import silent_experts
 from qlora_trainer.model.probe import drawn_probe
 from qlora_trainer.model.training_model import LOGITS_TOLERANCE, TrainingModel
 from qlora_trainer.outcome import UserError
@@ -36,6 +36,8 @@ class Answerer:
         """`ends` are the tokens that an answer ends with; they are no part of it."""
         model.end_training()
         self._peft: Any = model.peft_model
+        self.without_adapter = model.without_adapter
+        """In the meantime the base itself answers."""
         self._base = model.base
         self._device = model.device
         self._ends = list(ends)
@@ -51,20 +53,6 @@ class Answerer:
             return None
         answer: list[int] = output.sequences[0, len(prompt) :].tolist()
         return answer[:-1] if answer and answer[-1] in self._ends else answer
-
-    @contextmanager
-    def without_adapter(self) -> Generator[None]:
-        """In the meantime the base itself answers."""
-        experts = [module for module in self._base.modules() if isinstance(module, NF4Experts)]
-        adapters = [module.adapters for module in experts]
-        for module in experts:
-            module.adapters = {}  # which PEFT does not know of
-        try:
-            with self._peft.disable_adapter():
-                yield
-        finally:
-            for module, own in zip(experts, adapters, strict=True):
-                module.adapters = own
 
     @contextmanager
     def with_adapter(self, folder: str) -> Generator[None]:

@@ -155,7 +155,7 @@ class TrainingModel:
     @torch.no_grad()
     def base_log_probabilities(self, batch: MicroBatch) -> Tensor:
         """The same of the base alone, without noise or dropout; draws nothing."""
-        with self._without_adapter():
+        with self.without_adapter():
             return self._log_probabilities(StepInputs.of(batch, 0, 1.0, self.device))
 
     def logits(self, batch: MicroBatch) -> Tensor:
@@ -207,12 +207,12 @@ class TrainingModel:
         )
 
     @contextmanager
-    def _without_adapter(self) -> Generator[None]:
-        """The base as it is, and back to what was before."""
+    def without_adapter(self) -> Generator[None]:
+        """The base as it is, without noise or dropout, and back to what was before."""
         was_training, experts = self.peft_model.training, self._experts()
         adapters = [each.adapters for each in experts]
         self.eval()
-        for each in experts:  # which compute with theirs themselves
+        for each in experts:  # which compute with theirs themselves, and PEFT does not know of
             each.adapters = {}
         try:
             with self.peft_model.disable_adapter():
