@@ -22,6 +22,7 @@ from orchestrator.api.job import (
     ANSWERS_ALONE_RULE,
     CHAT_TEMPLATE_NAMES,
     CHAT_TEMPLATE_RULE,
+    EXPERTS_ARE_NOT_MERGED,
     GATE_IS_COMPUTED,
     GENERATION_HOLDS_OUT,
     GENERATION_KNOWS_ANSWERS,
@@ -41,6 +42,7 @@ from orchestrator.api.job import (
     ObjectiveSpec,
     ObjectMeta,
     PromoteSpec,
+    PublishSpec,
     QLoRAJob,
     QLoRAJobSpec,
     TrackingSpec,
@@ -204,6 +206,13 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 field="evaluation.generation",
             ),
         ),
+        "_experts_are_not_merged": (
+            Rule(
+                rule="!self.adapter.experts || self.publish.formats.size() == 0",
+                message=EXPERTS_ARE_NOT_MERGED,
+                field="publish.formats",
+            ),
+        ),
         "_gate_is_computed": (
             Rule(
                 rule="!has(self.tracking.promote) || (has(self.evaluation.generation)"
@@ -228,6 +237,15 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 rule="!self.alias.matches('(?i)^(latest|v[0-9]+)$')",
                 message="promote must not move `latest` or `v<number>`, which MLflow reserves",
                 field="alias",
+            ),
+        )
+    },
+    PublishSpec: {
+        "_formats_differ": (
+            Rule(
+                rule="self.formats.all(one, self.formats.exists_one(other, other == one))",
+                message="formats must name each format once",
+                field="formats",
             ),
         )
     },

@@ -9,23 +9,28 @@
                                           objective.safetensors (what it remembers of records, where it does)
                                           and, written last, manifest.json
     <job>/answers/<digest>.json           an answer to a held-out prompt, by all that it depends on
+    <job>/formats/<format>/               the model in a format of spec.publish.formats and, last, manifest.json
+    <job>/added/formats/<format>/         <file>.json for each file that is there before the manifest is
     <job>/adapter/                        PEFT's layout plus tokenizer files, journal.jsonl, answers.json (to held-out
                                           prompts, where they were asked) and, last, manifest.json
 
-A folder exists when its manifest does, but for logs, which vouch for nothing, and answers, each of which is a whole
-file that is gone once all are in the table. Nothing is pickled.
+A folder exists when its manifest does, but for logs, which vouch for nothing, answers, each of which is a whole file
+that is gone once all are in the table, and what says which files of a format are there. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Literal, cast
 
 from pydantic import BeforeValidator, Field, FiniteFloat, StringConstraints
 
 from orchestrator.api.base import Count, Digest, Model, PositiveCount, ShortText
+from orchestrator.api.job import PublishFormat, QLoRAJob
+from orchestrator.api.reasons import ConditionType
 from orchestrator.api.results import PrepareResult
 from orchestrator.api.stage_name import StageKind
 
@@ -37,6 +42,7 @@ ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
 LOGS_FOLDER = "logs"
+FORMATS_FOLDER, ADDED_FOLDER = "formats", "added"
 ANSWERS_FOLDER, ANSWERS_NAME = "answers", "answers.json"
 LOG_NAME, EARLIER_LOG_NAME = "log.jsonl", "log.1.jsonl"
 SHOWN_NAME = "shown.json"
@@ -44,6 +50,24 @@ MAX_SHOWN_RECORDS = 100
 
 
 _CHECKPOINT = re.compile(r"step-([0-9]{8,16})")
+
+
+def format_folder(name: PublishFormat) -> str:
+    """The folder of a format."""
+    return f"{FORMATS_FOLDER}/{name}"
+
+
+def format_uris(store_uri: str, names: Iterable[PublishFormat]) -> dict[PublishFormat, str]:
+    """Where a job's formats lie, by its own folder in the store."""
+    return {name: f"{store_uri.rstrip('/')}/{format_folder(name)}" for name in names}
+
+
+def formats_of(job: QLoRAJob) -> dict[PublishFormat, str]:
+    """Where a job's formats lie; none before all are there."""
+    store = job.status.store_uri
+    if store is None or not job.status.is_true(ConditionType.PUBLISHED):
+        return {}
+    return format_uris(store, job.spec.publish.formats)
 
 
 def checkpoint_folder(step: int) -> str:
@@ -84,6 +108,22 @@ class CheckpointManifest(Model):
     """Whether this is the final adapter."""
     versions: dict[ShortText, ShortText]
     files: Files
+
+
+class FormatManifest(Model):
+    """Vouches for what a job made of its adapter in another format."""
+
+    format: PublishFormat
+    inputs: Digest
+    """Digest over what its files depend on: adapter, base, and how they are made."""
+    files: Files
+
+
+class AddedFile(Model):
+    """A file that is in its folder already, durable and whole, while others are still to come."""
+
+    inputs: Digest
+    entry: FileEntry
 
 
 class PreparedManifest(Model):

@@ -55,7 +55,16 @@ REQUEST_ANNOTATIONS = (CANCEL_ANNOTATION, PROMOTE_ANNOTATION)
 RELEASE_FINALIZER = "qlora.dev/release"
 """The finalizer of a job for which something outside has to be settled before its object may go."""
 # What the results depend on; a job that should compute something else is another job.
-IMMUTABLE_SPEC_FIELDS = ("model", "dataset", "adapter", "training", "store", "evaluation.generation", "tracking")
+IMMUTABLE_SPEC_FIELDS = (
+    "model",
+    "dataset",
+    "adapter",
+    "training",
+    "store",
+    "evaluation.generation",
+    "tracking",
+    "publish",
+)
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
 TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
 MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
@@ -94,9 +103,14 @@ WHOLE_ANSWERS_RULE = (
     "dataset.tooLong must be fail or drop for preferences: an answer that is cut is not the one that was judged"
 )
 ANSWERS_ALONE_RULE = "dataset.trainOn must not be all for preferences: their answers alone are compared"
+EXPERTS_ARE_NOT_MERGED = (
+    "publish.formats: what an adapter on routed experts is in other formats is not settled; leave out adapter.experts, "
+    "or publish.formats"
+)
 ONE_ANSWER_RULE = "evaluation.generation holds answers against the one that a record has: leave it out for preferences"
 MAX_PARALLELISM = 64
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)]
+PublishFormat = Literal["merged"]
 AnswerMetric = Literal["exactMatch", "f1", "chrf", "bleu", "jsonValidity", "regex"]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
@@ -441,6 +455,20 @@ class TrackingSpec(Model):
         return self.promote.alias if self.promote is not None else self.alias
 
 
+class PublishSpec(Model):
+    """What the job makes of its adapter beside the adapter itself, which is always published."""
+
+    formats: Annotated[tuple[PublishFormat, ...], Field(max_length=4)] = ()
+    """`merged`: the base's 16-bit weights with the adapter added to them, as safetensors."""
+
+    @field_validator("formats")
+    @classmethod
+    def _formats_differ(cls, value: tuple[PublishFormat, ...]) -> tuple[PublishFormat, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("formats must name each format once")
+        return value
+
+
 class StoreSpec(Model):
     """Where prepared data, checkpoints and the adapter are kept."""
 
@@ -464,6 +492,7 @@ class QLoRAJobSpec(Model):
     checkpoint: CheckpointSpec = CheckpointSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     tracking: TrackingSpec = TrackingSpec()
+    publish: PublishSpec = PublishSpec()
     backoff_limit: int = Field(default=3, ge=0, le=100)
     """Failed attempts for one cause that are tried again before a new checkpoint; what is not the job's own fault, such
     as preemptions and outages, does not count."""
@@ -498,6 +527,12 @@ class QLoRAJobSpec(Model):
             raise ValueError(ANSWERS_ALONE_RULE)
         if pairs and self.evaluation.generation is not None:
             raise ValueError(ONE_ANSWER_RULE)
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_not_merged(self) -> QLoRAJobSpec:
+        if self.adapter.experts and self.publish.formats:
+            raise ValueError(EXPERTS_ARE_NOT_MERGED)
         return self
 
     @model_validator(mode="after")

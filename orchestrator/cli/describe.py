@@ -11,6 +11,7 @@ from datetime import datetime
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.api.formats import formats_of
 from orchestrator.api.job import Attempt, Condition, ObjectiveSpec, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue, UserUsage
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
@@ -228,6 +229,7 @@ def _result_fields(job: QLoRAJob) -> Iterator[Field]:
         yield "MLflow run", f"{status.mlflow.run_id} ({status.mlflow.run_status or 'unknown'})"
     if status.mlflow.model_version is not None:
         yield "model", f"models:/{status.mlflow.registered_model}/{status.mlflow.model_version}"
+    yield from formats_of(job).items()
 
 
 def _attempts_title(job: QLoRAJob) -> str:

@@ -7,15 +7,15 @@ instead of acting on the wrong one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.adapters.job_store import stored_adapter
-from orchestrator.api.formats import JournalRecord, ShownRecords
-from orchestrator.api.job import CANCEL_ANNOTATION, PROMOTE_ANNOTATION, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.formats import JournalRecord, ShownRecords, formats_of
+from orchestrator.api.job import CANCEL_ANNOTATION, PROMOTE_ANNOTATION, PublishFormat, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.losses import losses
 from orchestrator.api.reasons import ConditionType, Refusal
 from orchestrator.api.stage_name import StageKind
@@ -77,6 +77,8 @@ class JobResult:
     """Held-out loss of the untouched base model; absent where nothing was held out."""
     eval_loss: float | None
     """Held-out loss of this adapter: of the last evaluation, or of the best where evaluation.keepBest is set."""
+    formats: Mapping[PublishFormat, str] = field(default_factory=dict[PublishFormat, str])
+    """Where the model is in the formats of publish.formats."""
 
     @property
     def model_uri(self) -> str | None:
@@ -284,6 +286,7 @@ class JobHandle:
             train_loss=found.train_loss,
             eval_loss_before=found.eval_loss_before,
             eval_loss=found.eval_loss,
+            formats=formats_of(job),
         )
 
     def metrics(self) -> DataFrame:

@@ -20,7 +20,7 @@ from orchestrator.adapters.kubernetes.node_placement import (
 from orchestrator.adapters.kubernetes.pod_manifest import claim_template, pod
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.api.data_sheets import DATA_SHEETS
-from orchestrator.api.job import DatasetSource, ModelSource, PrepareSpec, ResourcesSpec
+from orchestrator.api.job import DatasetSource, ModelSource, PrepareSpec, PublishSpec, ResourcesSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
@@ -284,6 +284,32 @@ def test_prepare_asks_for_a_cpu_and_memory_for_each_worker_in_its_pod(
     assert resources["requests"]["cpu"] == cpus
     assert mebibytes(resources["requests"]["memory"]) == policy.cpu_stage_memory_bytes + more_gib * GIB
     assert mebibytes(resources["limits"]["memory"]) == 2 * mebibytes(resources["requests"]["memory"])
+
+
+@pytest.mark.parametrize(
+    ("source", "store", "models"),
+    [
+        ("hf://owner/name", "s3://jobs/a", 2),
+        ("hf://owner/name", "pvc://claim/jobs", 1),
+        ("pvc://models/base", "s3://jobs/a", 1),
+        ("pvc://models/base", "pvc://claim/jobs", 0),
+    ],
+)
+def test_a_publish_that_writes_whole_models_has_memory_and_scratch_space_for_that(
+    source: str, store: str, models: int
+) -> None:
+    policy = PodPolicy(trainer_image="trainer:1", tracking_uri="http://mlflow:5000")
+
+    def requests(*formats: str) -> tuple[int, int]:
+        task = make_task("publish", model=LLAMA_3_70B, publish=PublishSpec.model_validate({"formats": formats}))
+        spec = task.spec.model_copy(update={"model": ModelSource(source=source)})
+        made: Manifest = pod(task.model_copy(update={"store_uri": store, "spec": spec}), None, policy)
+        found = trainer(made)["resources"]["requests"]
+        return mebibytes(found["memory"]), mebibytes(found["ephemeral-storage"])
+
+    (memory, scratch), (more_memory, more_scratch) = requests(), requests("merged")
+    assert more_memory - memory == 2 * GIB
+    assert more_scratch - scratch == pytest.approx(models * 2 * 70.55e9, rel=0.001)
 
 
 def test_nodes_to_avoid_are_kept_off_by_name_in_every_way_that_a_node_may_fit() -> None:

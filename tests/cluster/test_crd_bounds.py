@@ -213,11 +213,20 @@ def preference_rule_breakers() -> Iterator[Json]:
     yield {**preferences(evalFraction="0.1"), "evaluation": {"generation": {}}}
 
 
+def format_rule_breakers() -> Iterator[Json]:
+    """Specs that one rule about formats forbids."""
+    yield {"publish": {"formats": ["merged", "merged"]}}
+    yield {"publish": {"formats": ["merged"]}, "adapter": {"experts": True, "dropout": "0"}}
+
+
 def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> None:
     """The field that each names is in the answer, too."""
     own = {rule for model, rules in RULES.items() if model not in IN_STATUS for each in rules.values() for rule in each}
     cases = [(QLoRAJob, changed(SPEC, path, value)) for path, value in rule_breakers()]
-    cases += [(QLoRAJob, {**SPEC, **each}) for each in (*answer_rule_breakers(), *preference_rule_breakers())]
+    cases += [
+        (QLoRAJob, {**SPEC, **each})
+        for each in (*answer_rule_breakers(), *preference_rule_breakers(), *format_rule_breakers())
+    ]
     two = {"turnSeconds": 600, "fairSharing": "PerUser"}
     cases += [(QLoRAQueue, each) for each in ({"quotas": [QUOTA, QUOTA]}, {"budget": {}}, two)]
     met = set[Any]()

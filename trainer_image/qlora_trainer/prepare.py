@@ -224,7 +224,13 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
-    checked = check_architecture(description, source, spec.adapter, answers=spec.evaluation.generation is not None)
+    checked = check_architecture(
+        description,
+        source,
+        spec.adapter,
+        answers=spec.evaluation.generation is not None,
+        formats=spec.publish.formats,
+    )
     if checked.stores_tied_twice:
         log.info("%s has tensors of their own for weights that config.json ties, so each is counted", source)
         facts = facts.model_copy(update={"tied_embeddings": False})

@@ -1,8 +1,8 @@
-"""The publish stage: metrics reconciled, adapter in the registry, once.
+"""The publish stage: metrics reconciled, the adapter in the registry, once, then the model in other formats.
 
-Runs on a CPU and needs neither torch nor the base model. It may be killed at any instruction and repeated any number of
-times: every step first looks whether it has been done (see `mlflow_run`). MLflow away is transient; publish is then
-retried by itself, without a GPU.
+Runs on a CPU. The adapter needs neither torch nor the base model; other formats, where the job asks for them, need
+both. It may be killed at any instruction and repeated any number of times: every step first looks whether it has been
+done (see `mlflow_run`). MLflow away is transient; publish is then retried by itself, without a GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from orchestrator.api.formats import (
     JournalRecord,
     PreparedManifest,
     ShownRecords,
+    format_uris,
 )
 from orchestrator.api.results import PublishResult
 from orchestrator.api.task import StageTask
@@ -73,6 +74,8 @@ def run(task: StageTask) -> PublishResult:
             lambda folder, mlflow_model: save_model(adapter, card, folder, mlflow_model),
             Path(scratch) / "logged",
         )
+        make_formats(task, store, adapter)
+        registry.name_formats(registration, version, format_uris(store.uri, task.spec.publish.formats))
         promotion = None
         if answers is not None and answers.verdict is not None:
             promotion = registry.promote(registration, version, answers.verdict, answers.table.holder)
@@ -85,6 +88,15 @@ def run(task: StageTask) -> PublishResult:
         run_id=run_id,
         promotion=promotion,
     )
+
+
+def make_formats(task: StageTask, store: JobStore, adapter: FinalAdapter) -> None:
+    """Put the model into the store in the other formats that the job asks for, each once."""
+    if not task.spec.publish.formats:
+        return
+    from qlora_trainer.exporting.export import export  # here, because torch takes seconds
+
+    export(task, store, adapter)
 
 
 def score(task: StageTask, adapter: FinalAdapter) -> ScoredAnswers | None:

@@ -24,6 +24,8 @@ RAY_BYTES = GIB // 2
 """Of a prepare stage with several workers: Ray's own processes."""
 PREPARE_WORKER_BYTES = GIB // 2
 """A worker of prepare and the process that renders for it."""
+EXPORT_BYTES = 2 * GIB
+"""A publish stage that writes the model in other formats: the libraries that know models, and rows on their way."""
 SCRATCH_BYTES = 2 * GIB
 """Scratch space for the files a stage makes for itself; a model that is fetched anew comes on top."""
 
@@ -51,7 +53,8 @@ def resources(task: StageTask, policy: PodPolicy, gpu_class: str | None) -> Mani
 def _memory_bytes(task: StageTask, policy: PodPolicy) -> int:
     """Host memory: the process, one matrix on its way to the card, paged optimizer state, what the plan moves out."""
     if task.stage not in STAGES_ON_GPU or task.prepared is None or task.plan is None:
-        return policy.cpu_stage_memory_bytes + _prepare_workers_bytes(_prepare_workers(task, policy))
+        exports = EXPORT_BYTES if _exports(task) else 0
+        return policy.cpu_stage_memory_bytes + exports + _prepare_workers_bytes(_prepare_workers(task, policy))
     facts, spec = task.prepared.model, task.spec
     largest = max(
         facts.vocab_size * facts.hidden_size, facts.layer_inputs, *(linear.parameters for linear in linears(facts))
@@ -83,11 +86,21 @@ def _offloaded_bytes(plan: MemoryPlan, facts: ModelFacts, tokens: int) -> int:
 
 
 def scratch_bytes(task: StageTask, policy: PodPolicy) -> int:
-    """Scratch space: a model that is neither mounted nor cached is fetched into it by the stage that needs weights."""
-    fetched = task.spec.model.source.startswith(("hf://", "s3://")) and not policy.model_cache
-    if not fetched or task.stage not in STAGES_ON_GPU or task.prepared is None:
+    """Scratch space: a model that is neither mounted nor cached is fetched into it by the stage that needs weights.
+
+    What it is written to in other formats goes through it, too, a file at a time, unless the store is mounted.
+    """
+    exports = _exports(task)
+    if task.prepared is None or (task.stage not in STAGES_ON_GPU and not exports):
         return SCRATCH_BYTES
-    return SCRATCH_BYTES + _parameters(task.prepared.model) * BF16_BYTES
+    fetched = task.spec.model.source.startswith(("hf://", "s3://")) and not policy.model_cache
+    sent = exports and not task.store_uri.startswith("pvc://")
+    return SCRATCH_BYTES + (fetched + sent) * _parameters(task.prepared.model) * BF16_BYTES
+
+
+def _exports(task: StageTask) -> bool:
+    """Whether the stage reads the whole base to write it in other formats."""
+    return task.stage == "publish" and bool(task.spec.publish.formats)
 
 
 def _parameters(facts: ModelFacts) -> int:

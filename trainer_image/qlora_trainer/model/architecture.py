@@ -18,7 +18,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,13 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.job import AdapterSpec, PublishFormat
 from qlora_trainer.kernels import state_kernels
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import mxfp4
@@ -42,7 +44,7 @@ from qlora_trainer.model.loading import refuse_unquantized, weightless_base
 from qlora_trainer.model.recorded_step import decoder_layers
 from qlora_trainer.model.rehearsal import rehearse
 from qlora_trainer.model.source import ModelDescription, TensorShape, known_config, library_words
-from qlora_trainer.model.text_part import decoder_of, model_class
+from qlora_trainer.model.text_part import decoder_of, from_config, is_text_part, model_class
 from qlora_trainer.outcome import UserError
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -64,11 +66,16 @@ class CheckedModel:
 
 
 def check_architecture(
-    description: ModelDescription, source: str, adapter: AdapterSpec, *, answers: bool = False
+    description: ModelDescription,
+    source: str,
+    adapter: AdapterSpec,
+    *,
+    answers: bool = False,
+    formats: Sequence[PublishFormat] = (),
 ) -> CheckedModel:
     """Refuse, as a UserError, what training could not do with the model, its weights or the adapter's targets.
 
-    `answers`: the trained model is to generate some.
+    `answers`: the trained model is to generate some; `formats` are what it is to be published in.
     """
     config = known_config(description.folder, source)
     _refuse_generation_config(source, description.folder)
@@ -90,7 +97,9 @@ def check_architecture(
     refuse_reused_layers(source, base)
     _refuse_untraceable(source, base)
     _refuse_unquantizable(source, base)
-    target_modules(base, adapter)
+    targets = target_modules(base, adapter)
+    if formats:
+        refuse_unmergeable(description.tensors, source, deepcopy(config), targets)
     separate_because = rehearse(config, source, adapter, answers=answers)
     return CheckedModel(
         separate_because=separate_because,
@@ -150,6 +159,62 @@ def refuse_reused_layers(source: str, base: Any) -> None:
         f"{source}: {name} {what}, and what an adapter is and how much memory it takes there is not known; choose a "
         "model whose layers are each used once"
     )
+
+
+# --- other formats
+
+
+def refuse_unmergeable(
+    tensors: Mapping[str, TensorShape] | None, source: str, config: Any, targets: Sequence[str]
+) -> None:
+    """UserError where an adapter on these targets, as PEFT matches names, cannot be added to the checkpoint's weights.
+
+    `tensors` are the checkpoint's as they are stored.
+    """
+    where = f"spec.publish.formats: {source}"
+    if tensors is None:
+        raise UserError(f"{where} has no weights to merge the adapter into; leave the formats out")
+    if odd := next((name for name, shape in sorted(tensors.items()) if shape.dtype not in WEIGHT_DTYPES), None):
+        raise UserError(
+            f"{where} holds {odd} in {tensors[odd].dtype}, and an adapter is merged into 16-bit weights alone; give "
+            "the model's 16-bit weights as spec.model.source, or leave the formats out"
+        )
+    base = _plain_base(config)
+    if is_text_part(base):
+        raise UserError(
+            f"{where} holds more than a text model, of which the other parts are not read; leave the formats out"
+        )
+    stored = stored_linears(base, tensors)
+    ends = tuple(f".{target}" for target in targets)
+    for name, module in base.named_modules():
+        is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        if is_matrix and f".{name}".endswith(ends) and name not in stored:
+            raise UserError(
+                f"{where} stores the weight of {name} otherwise than the model has it, fused or transposed, "
+                "so no adapter is merged into it; choose other targets, or leave the formats out"
+            )
+
+
+def linears_of_checkpoint(config: Any, tensors: Iterable[str]) -> dict[str, str]:
+    """`stored_linears` of a model that nobody has built yet."""
+    return stored_linears(_plain_base(config), tensors)
+
+
+def stored_linears(base: Any, tensors: Iterable[str]) -> dict[str, str]:
+    """By the name of a linear layer, the checkpoint's name of its weight, for those that are stored as they are."""
+    ways = _ways_in(base, tensors)
+    found = {
+        name: ways.get(f"{name}.weight", {}).get(f"{name}.weight", [])
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return {name: names[0] for name, names in found.items() if len(names) == 1 and len(ways[f"{name}.weight"]) == 1}
+
+
+def _plain_base(config: Any) -> Any:
+    """The model as transformers has it, without memory."""
+    with init_empty_weights(), no_init_weights():
+        return from_config(config, dtype=torch.bfloat16)
 
 
 # --- weights

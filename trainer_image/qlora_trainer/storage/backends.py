@@ -45,6 +45,7 @@ class Backend(Protocol):
     def folders(self, prefix: str) -> list[str]: ...
     def new_scratch_folder(self) -> Path: ...
     def place(self, local: Path, file_names: list[str], name: str) -> None: ...
+    def add(self, local: Path, file_name: str, name: str) -> None: ...
     def fetch(self, name: str, file_names: list[str], into: Path) -> Path: ...
     def free_bytes(self) -> int | None: ...
     def vanished(self, message: str) -> StageError: ...
@@ -166,6 +167,16 @@ class FileSystem:
         with self._parent(staged) as (scratch, leaf), self._parent(name, make=True) as (parent, final):
             os.rename(leaf, final, src_dir_fd=scratch, dst_dir_fd=parent)
             os.fsync(parent)
+        with self._opened() as root:
+            os.fsync(root)
+
+    def add(self, local: Path, file_name: str, name: str) -> None:
+        """Put one more file of a scratch folder of this store into a folder that may be there."""
+        with self._source(local) as (source, own), self._opened(name, make=True) as target:
+            assert own, "it is moved, not copied"
+            refuse_link(source, file_name, local / file_name)
+            os.replace(file_name, file_name, src_dir_fd=source, dst_dir_fd=target)
+            os.fsync(target)
         with self._opened() as root:
             os.fsync(root)
 
@@ -328,6 +339,9 @@ class ObjectStore:
     def place(self, local: Path, file_names: list[str], name: str) -> None:
         for file_name in file_names:
             self._retrying(lambda n=file_name: self._fs.put_file(str(local / n), self._path(f"{name}/{n}")))
+
+    def add(self, local: Path, file_name: str, name: str) -> None:
+        self.place(local, [file_name], name)
 
     def fetch(self, name: str, file_names: list[str], into: Path) -> Path:
         into.mkdir(parents=True, exist_ok=True)

@@ -27,10 +27,11 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from orchestrator.api.base import Model
+from orchestrator.api.base import Digest, Model
 from orchestrator.api.contained_files import LinkRefused, open_regular
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
+    ADDED_FOLDER,
     ANSWERS_FOLDER,
     ATTEMPTS_NAME,
     CHECKPOINTS_FOLDER,
@@ -38,6 +39,7 @@ from orchestrator.api.formats import (
     LOGS_FOLDER,
     MANIFEST_NAME,
     PREPARED_FOLDER,
+    AddedFile,
     Answer,
     AttemptLog,
     Fence,
@@ -206,6 +208,39 @@ class JobStore:
                 # There is one, which may have come meanwhile: whoever may still write, writes over it.
                 self._backend.write(f"{name}/{MANIFEST_NAME}", _manifest_bytes(make_manifest(files)))
         return self.folder_uri(name)
+
+    def added_file(self, name: str, file_name: str, inputs: Digest) -> FileEntry | None:
+        """A file that `add_file` put into a folder without manifest; None where there is none of these inputs."""
+        with self._trying(f"read {name} from"):
+            data = self._backend.read(f"{ADDED_FOLDER}/{name}/{file_name}.json")
+            if data is None or not self._backend.exists(f"{name}/{file_name}"):
+                return None
+        try:
+            known = AddedFile.model_validate_json(data)
+        except ValidationError as error:
+            log.warning("what is known of %s/%s does not parse, so it is made anew: %s", name, file_name, error)
+            return None
+        return known.entry if known.inputs == inputs else None
+
+    def add_file(self, attempt: int, name: str, path: Path, inputs: Digest) -> FileEntry:
+        """Move a file out of a `scratch_folder` into a folder that has no manifest yet. For the fence's holder.
+
+        Whoever is killed before the last file goes on from here: a file is remembered once it is durable.
+        """
+        entry = describe_durably(path)
+        self.check_fence(attempt)
+        with self._trying(f"write {name} to"):
+            self._backend.add(path.parent, path.name, name)
+            known = AddedFile(inputs=inputs, entry=entry)
+            self._backend.write(f"{ADDED_FOLDER}/{name}/{path.name}.json", _manifest_bytes(known), make=True)
+        return entry
+
+    def finish_folder(self, attempt: int, name: str, manifest: Model) -> None:
+        """Let a folder exist whose files have been added. For the fence's holder."""
+        self.check_fence(attempt)
+        with self._trying(f"write {name} to"):
+            self._backend.write(f"{name}/{MANIFEST_NAME}", _manifest_bytes(manifest))
+            self._backend.remove(f"{ADDED_FOLDER}/{name}")
 
     def read_manifest(self, name: str, kind: type[M]) -> M | None:
         """The folder's manifest; None where there is no such folder, or where its manifest cannot be read."""

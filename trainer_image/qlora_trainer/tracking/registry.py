@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.base import Digest
 from orchestrator.api.formats import Holder
+from orchestrator.api.job import PublishFormat
 from orchestrator.api.ownership import NAMESPACE_TAG, REGISTERED_MODEL, belongs_to, refusal, registered_model_name
 from orchestrator.api.promotion import (
     COMPARED_TAG,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ADAPTER_DIGEST_TAG = "qlora.dev/adapter-digest"
+FORMAT_TAG = "qlora.dev/format"
 LOGGED_MODEL_NAME = "adapter"
 VERSIONS_TAG = "mlflow.modelVersions"
 """What MLflow's pages take a logged model's versions from."""
@@ -90,6 +92,17 @@ def register(registration: Registration, save_model: Callable[[Path, Any], None]
     if alias is not None:
         insist("move the alias", lambda client: _move_alias(client, registration.task, alias, version))
     return version
+
+
+def name_formats(registration: Registration, version: str, uris: Mapping[PublishFormat, str]) -> None:
+    """Say in tags of the version where it lies in other formats, all of which are complete."""
+    name = registration.registered_model
+
+    def note(client: MlflowClient) -> None:
+        for each, uri in uris.items():
+            client.set_model_version_tag(name, version, f"{FORMAT_TAG}/{each}", tag_value(uri))
+
+    insist("name the formats", note)
 
 
 def promote(registration: Registration, version: str, verdict: Verdict, compared: Holder | None) -> Promotion:
