@@ -1,7 +1,8 @@
 """Write the reference pages and the CRDs from the code that they describe; `--check` fails where one is out of date.
 
 The pydantic models, the settings, the reasons and the state table are the source; nobody edits `docs/reference/`. Of
-docs/models.md the tables of types are written, and of docs/performance.md that of Kueue.
+docs/models.md the tables of types are written, of docs/performance.md that of Kueue, and of docs/notifications.md that
+of events.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from docs import kueue_table, model_types, sizes
+from docs import kueue_table, model_types, notification_events, sizes
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.api.crd import custom_resource_definitions
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
+from orchestrator.api.notification import NotificationBody
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, QLoRAQueueStatus
 from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.core.job.state_machine import mermaid
@@ -58,6 +60,8 @@ def pages() -> dict[str, str]:
         "qloraqueue.md": HEADER + page(QLoRAQueue, ("spec", QLoRAQueueSpec), ("status", QLoRAQueueStatus)),
         "qlorajob.schema.json": schema(QLoRAJob),
         "qloraqueue.schema.json": schema(QLoRAQueue),
+        "notification.schema.json": schema(NotificationBody),
+        "../notifications.md": notification_events.page(),
         "settings.md": HEADER + settings(),
         "reasons.md": HEADER + reasons(),
         "states.md": HEADER + states(),

@@ -1,6 +1,7 @@
 """What the controller and the SDK ask of the world: small protocols.
 
 `Store`: SQLite | Kubernetes. `StageRuntime`: local Ray | Kubernetes pods. `Tracking`: MLflow | a fake for tests.
+`Notifier`: HTTP | a fake for tests.
 One contract suite runs over every implementation. `AgentChannel` serves the runtime on Kubernetes, which may lack it.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.notification import Notification, Webhook
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport, Promotion
@@ -47,7 +49,7 @@ class Store(Protocol):
     def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
         """Replace the status alone; raises Conflict if `job.metadata.resource_version` is stale, NotFound.
 
-        With it goes RELEASE_FINALIZER, on or off, as `core/job/finalizer` says.
+        With it go our finalizers, on or off, as `core/job/finalizer` says.
         """
         ...
 
@@ -56,7 +58,7 @@ class Store(Protocol):
         ...
 
     def release_unreadable(self, namespace: str, name: str, uid: str) -> None:
-        """Take RELEASE_FINALIZER off a job that does not parse; with it goes an object that is marked. Idempotent."""
+        """Take our finalizers off a job that does not parse; with them goes an object that is marked. Idempotent."""
         ...
 
     def delete_job(self, namespace: str, name: str) -> None:
@@ -139,6 +141,18 @@ class Tracking(Protocol):
 
         It stays where the version or its owner are others than the job's and, unless a person `forced` it with a
         reason, where another version has it than the one that was compared with. Raises TrackingUnavailable.
+        """
+        ...
+
+
+class Notifier(Protocol):
+    """The way to webhooks."""
+
+    def send(self, job: QLoRAJob, notification: Notification, webhook: Webhook, namespace: str | None) -> None:
+        """Tell a webhook something, and return once it has confirmed it.
+
+        `namespace` is whose secret signs; None is the service's own. Raises TransientError where it should be tried
+        again, and PermanentError where the webhook wants no more. No message names the address or the secret.
         """
         ...
 

@@ -31,8 +31,12 @@ ENVIRONMENT_PREFIX = "QLORA_"
 GPU_PRICES_PATTERN = r"^([1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?(,[1-9][0-9]{0,3}Gi=[0-9]{1,6}(\.[0-9]{1,6})?)*)?$"
 GPU_CLASSES_PATTERN = r"^((cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4}(,(cpu|[1-9][0-9]{0,3}Gi)=[0-9]{1,4})*)?$"
 
+_HOST = r"(\*\.)?[A-Za-z0-9:]([-A-Za-z0-9.:]*[A-Za-z0-9:])?"
+HOSTS_PATTERN = f"^({_HOST}(,{_HOST})*)?$"
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 GpuPricesText = Annotated[str, StringConstraints(pattern=GPU_PRICES_PATTERN)]
+HostsText = Annotated[str, StringConstraints(pattern=HOSTS_PATTERN, max_length=16_384)]
 GpuClassesText = Annotated[str, StringConstraints(pattern=GPU_CLASSES_PATTERN)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
@@ -150,6 +154,20 @@ class ServiceSettings(BaseSettings):
     """How long MLflow may take to answer before it counts as away."""
     tracking_start_seconds: Seconds = 90.0
     """How long MLflow may take to load, and to make the tables of a new database, before the controller goes on."""
+
+    webhook_allowed_hosts: HostsText = ""
+    """Hosts that webhooks may name whatever their addresses, and by `http://`: names, separated by commas, or `*.` and
+    what names end in. Others have to be `https://` with a public address."""
+    webhook_workers: int = Field(default=8, ge=1, le=64)
+    """Webhooks that are told something at one time, one of a namespace or queue."""
+    webhook_timeout_seconds: Seconds = 15.0
+    """How long a webhook may take to answer."""
+    webhook_backoff_base_seconds: Seconds = 5.0
+    """Wait before a webhook that did not take something is tried again; doubles with every failure."""
+    webhook_backoff_max_seconds: Seconds = 3600.0
+    """Longest wait before a webhook is tried again."""
+    webhook_limit_seconds: float = Field(default=259_200.0, ge=1, le=31_536_000)
+    """What a webhook has not taken for so long is given up; three days by default."""
 
     @property
     def has_agents(self) -> bool:

@@ -49,6 +49,7 @@ from orchestrator.api.job import (
     TrainingSpec,
 )
 from orchestrator.api.layer_trace import KIND_LETTERS, ModelTrace
+from orchestrator.api.notification import WEBHOOKS_HAVE_NAMES
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import Budget, QLoRAQueue, QLoRAQueueSpec
 
@@ -81,6 +82,12 @@ def _compared(names: tuple[str, ...], comparison: str, message: str) -> tuple[Ru
         Rule(rule=f"double(self.{field}) {comparison}", message=f"{field} {message}", field=field) for field in fields
     )
 
+
+_WEBHOOKS_HAVE_NAMES = Rule(
+    rule="self.notifications.all(one, self.notifications.exists_one(other, other.name == one.name))",
+    message=WEBHOOKS_HAVE_NAMES,
+    field="notifications",
+)
 
 RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
     DatasetSource: {
@@ -170,6 +177,7 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         )
     },
     QLoRAJobSpec: {
+        "_webhooks_have_names": (_WEBHOOKS_HAVE_NAMES,),
         "_data_fit_the_objective": (
             Rule(
                 rule="(self.training.objective.type == 'dpo') == (self.dataset.format == 'preference')",
@@ -305,6 +313,7 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         )
     },
     QLoRAQueueSpec: {
+        "_webhooks_have_names": (_WEBHOOKS_HAVE_NAMES,),
         "_turns_are_everybodys": (
             Rule(
                 rule="!has(self.turnSeconds) || self.fairSharing == 'None'",

@@ -40,6 +40,7 @@ from orchestrator.api.base import (
     StoreUri,
     Time,
 )
+from orchestrator.api.notification import WEBHOOKS_HAVE_NAMES, NotificationsStatus, Webhooks, names_are_unique
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport
@@ -54,6 +55,8 @@ REQUEST_ANNOTATIONS = (CANCEL_ANNOTATION, PROMOTE_ANNOTATION)
 """What people ask of a job that is stored already; a manifest of a new one asks for nothing."""
 RELEASE_FINALIZER = "qlora.dev/release"
 """The finalizer of a job for which something outside has to be settled before its object may go."""
+NOTIFY_FINALIZER = "qlora.dev/notify"
+"""The finalizer of a job whose webhooks are still to be told something, its end at the latest."""
 # What the results depend on; a job that should compute something else is another job.
 IMMUTABLE_SPEC_FIELDS = (
     "model",
@@ -505,6 +508,14 @@ class QLoRAJobSpec(Model):
     """Delete the job object so long after it finished; MLflow and the store keep the results."""
     suspend: bool = False
     """Hold the job: a running stage checkpoints and stops, and nothing starts until this is false again."""
+    notifications: Webhooks = ()
+    """Who is told what becomes of the job."""
+
+    @model_validator(mode="after")
+    def _webhooks_have_names(self) -> QLoRAJobSpec:
+        if not names_are_unique(self.notifications):
+            raise ValueError(WEBHOOKS_HAVE_NAMES)
+        return self
 
     @model_validator(mode="after")
     def _prompts_can_be_asked(self) -> QLoRAJobSpec:
@@ -677,7 +688,10 @@ class QLoRAJobStatus(Model):
     """Evictions by reason."""
     finish_time: Time | None = None
     release_since: Time | None = None
-    """Since when the deleted job waits for MLflow to take the end of its run, by the controller's clock."""
+    """Since when the deleted job waits for MLflow to take the end of its run, and for webhooks to take what is told, by
+    the controller's clock."""
+    notifications: NotificationsStatus | None = None
+    """Absent where nobody is told anything of the job."""
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of this type, if it has been set."""

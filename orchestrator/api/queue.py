@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from orchestrator.api.base import API_VERSION, Amount, Count, DnsLabel, Model, Time
 from orchestrator.api.job import MAX_PRIORITY, MIN_PRIORITY, GpuClassName, ObjectMeta
+from orchestrator.api.notification import WEBHOOKS_HAVE_NAMES, Webhooks, names_are_unique
 
 MAX_USERS = 256
 """Of whom a queue's status tells."""
@@ -89,11 +90,19 @@ class QLoRAQueueSpec(Model):
     """Whose jobs may use the queue; empty means any namespace's. Jobs of others wait, whatever their priority."""
     max_priority: int | None = Field(default=None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     """Jobs of a higher priority wait until theirs is lowered; absent: no bound."""
+    notifications: Webhooks = ()
+    """Who is told what becomes of the queue's jobs, besides those whom a job names. Their secrets are the service's."""
 
     @property
     def stops(self) -> StopPolicy:
         """What of the queue is stopped, however that is said."""
         return "Hold" if self.hold and self.stop_policy == "None" else self.stop_policy
+
+    @model_validator(mode="after")
+    def _webhooks_have_names(self) -> QLoRAQueueSpec:
+        if not names_are_unique(self.notifications):
+            raise ValueError(WEBHOOKS_HAVE_NAMES)
+        return self
 
     @model_validator(mode="after")
     def _turns_are_everybodys(self) -> QLoRAQueueSpec:

@@ -63,6 +63,8 @@ class Reason(StrEnum):
     """The gate is passed, and spec.tracking.promote.approval is manual: `qlora promote` moves the alias."""
     PROMOTION_REFUSED = "PromotionRefused"
     """The registry does not have the job's version any more, or it is not the job's."""
+    NOTIFICATION_UNDELIVERED = "NotificationUndelivered"
+    """A webhook has not taken what it was to be told, and it is given up; the job goes on as it would."""
     CHECKPOINT_SAVED = "CheckpointSaved"
     NO_CHECKPOINT = "NoCheckpoint"
     CHECKPOINT_LATE = "CheckpointLate"

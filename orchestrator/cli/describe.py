@@ -18,6 +18,7 @@ from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, 
 from orchestrator.cli.plan_view import length_words, plan_words
 from orchestrator.cli.tables import job_table, simulation_table
 from orchestrator.core.commands import Event
+from orchestrator.core.job.finalizer import outstanding
 from orchestrator.sdk.explanation import Explanation
 from orchestrator.sdk.simulation import WhatIf
 from orchestrator.sdk.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
@@ -28,6 +29,7 @@ USER_HEADER = ("USER", "GPU TIME", "VRAM TIME")
 MAX_USERS_SHOWN = 10
 SECONDS_AN_HOUR = 3600.0
 ATTEMPT_HEADER = ("#", "STAGE", "GPU", "STARTED", "TOOK", "EXIT", "REASON", "MESSAGE")
+NOTIFICATION_HEADER = ("#", "EVENT", "AGE", "TO", "LATEST TRY")
 EVENT_HEADER = ("AGE", "REASON", "MESSAGE")
 LABEL_CELLS = 16
 MAX_EVENTS = 20
@@ -49,7 +51,9 @@ def show_job(console: Console, job: QLoRAJob, events: Sequence[tuple[str, Event]
     _print_section(console, "Estimate", _estimate_fields(job))
     _print_section(console, "Progress", _progress_fields(job))
     _print_section(console, "Result", _result_fields(job))
+    _print_section(console, "Notifications", _told_fields(job))
     said = {status.summary.partition(": ")[2]}
+    _print_table(console, "Outstanding notifications", NOTIFICATION_HEADER, _notification_rows(job, now))
     _print_table(console, "Conditions", CONDITION_HEADER, [_condition_row(c, now, said) for c in status.conditions])
     _print_table(console, _attempts_title(job), ATTEMPT_HEADER, [_attempt_row(a, now, said) for a in status.attempts])
     said |= {condition.message for condition in status.conditions} | {a.message for a in status.attempts}
@@ -219,6 +223,16 @@ def _progress_fields(job: QLoRAJob) -> Iterator[Field]:
         yield "GPU time", duration(status.gpu_seconds)
 
 
+def _told_fields(job: QLoRAJob) -> Iterator[Field]:
+    """Who is told of the job, and what is not; what is outstanding has a table."""
+    if job.spec.notifications:
+        yield "webhooks", ", ".join(webhook.name for webhook in job.spec.notifications)
+    told = job.status.notifications
+    if told is not None:
+        lost = f", {told.undelivered} deliveries given up" if told.undelivered else ""
+        yield "told", f"{told.total} events, {len(told.outstanding)} outstanding{lost}"
+
+
 def _result_fields(job: QLoRAJob) -> Iterator[Field]:
     status = job.status
     if status.adapter_uri is not None:
@@ -230,6 +244,19 @@ def _result_fields(job: QLoRAJob) -> Iterator[Field]:
     if status.mlflow.model_version is not None:
         yield "model", f"models:/{status.mlflow.registered_model}/{status.mlflow.model_version}"
     yield from formats_of(job).items()
+
+
+def _notification_rows(job: QLoRAJob, now: datetime) -> list[list[Cell]]:
+    return [
+        [
+            Cell(text=str(notification.number)),
+            Cell(text=notification.event),
+            Cell(text=since(notification.time, now)),
+            Cell(text=", ".join(notification.recipients)),
+            Cell(text=notification.failure or NOTHING, style="waiting" if notification.failure else ""),
+        ]
+        for notification in outstanding(job.status)
+    ]
 
 
 def _attempts_title(job: QLoRAJob) -> str:

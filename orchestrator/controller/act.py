@@ -9,7 +9,8 @@ Rules:
   a new job need not wait until thousands of others have been told why they wait.
 - Conflict and NotFound mean that the world has moved: the command is dropped, and the next round decides anew.
 - A transient error makes that command wait, twice as long each time up to a bound; every other job goes on.
-- MLflow may take long to answer, so its commands go to workers of their own (`mlflow_workers`).
+- MLflow and webhooks may take long to answer, so their commands go to workers of their own (`mlflow_workers`,
+  `webhook_workers`).
 - A status that the store refuses for good, and a stage that cannot be created however often it is tried, become a fact
   with its reason (`refused`): a job of which nothing can come claims nothing.
 - What is only said about jobs that wait is written no faster than a setting allows: words must not crowd out deeds.
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from orchestrator.controller.logs import about
 from orchestrator.controller.mlflow_workers import MlflowWorkers, OfMlflow
 from orchestrator.controller.throttle import Allowance, Backoff
+from orchestrator.controller.webhook_workers import WebhookWorkers
 from orchestrator.core.commands import (
     Command,
     DeleteJob,
@@ -37,11 +39,12 @@ from orchestrator.core.commands import (
     ReleaseJob,
     ReleaseUnreadable,
     ReportDefect,
+    SendNotification,
     StopStage,
     WriteQueueStatus,
     WriteStatus,
 )
-from orchestrator.core.snapshot import RunFact
+from orchestrator.core.snapshot import DeliveryFact, RunFact
 from orchestrator.errors import Conflict, InvalidObject, NotFound, OrchestratorError, RuntimeLost, TransientError
 from orchestrator.ports import StageRuntime, Store, Tracking
 
@@ -77,12 +80,19 @@ class Actor:
     """Carries out one round of commands after another."""
 
     def __init__(
-        self, store: Store, runtime: StageRuntime, tracking: Tracking, backoff: Backoff, bounds: Bounds | None = None
+        self,
+        store: Store,
+        runtime: StageRuntime,
+        tracking: Tracking,
+        webhooks: WebhookWorkers,
+        backoff: Backoff,
+        bounds: Bounds | None = None,
     ) -> None:
         self._bounds = bounds or Bounds()
         self._pool = ThreadPoolExecutor(self._bounds.writers, thread_name_prefix="act")
         self._store = store
         self._runtime = runtime
+        self._webhooks = webhooks
         self._backoff = backoff
         self._refused: dict[str, str] = {}
         self._failed_tries: dict[str, int] = {}
@@ -93,6 +103,10 @@ class Actor:
         """What MLflow answered and no status has on record yet, by the uid of the job."""
         return self._mlflow_workers.runs()
 
+    def deliveries(self) -> Mapping[str, tuple[DeliveryFact, ...]]:
+        """What came of notifications and no status has on record yet, by the uid of the job."""
+        return self._webhooks.deliveries()
+
     def refused(self) -> Mapping[str, str]:
         """Why nothing can come of a job, by its uid: its status is not taken, or no stage of it, or no run."""
         return {**self._mlflow_workers.refused(), **self._refused}
@@ -100,8 +114,11 @@ class Actor:
     def act(self, commands: Sequence[Command], looked_seconds: float = 0.0) -> None:
         """Carry out one decision, which took so long to make. Raises RuntimeLost: the process must start over."""
         over = time.monotonic() + max(self._bounds.seconds, ACT_PER_LOOK * looked_seconds)
+        self._webhooks.offer([command for command in commands if isinstance(command, SendNotification)])
         by_job: dict[str, list[Command]] = {}
         for command in commands:
+            if isinstance(command, SendNotification):
+                continue
             by_job.setdefault(_job_key(command), []).append(command)
         if self._bounds.writers == 1:
             for of_job in by_job.values():
@@ -127,6 +144,7 @@ class Actor:
         if isinstance(command, OfMlflow):
             self._mlflow_workers.send(key, command)
             return True
+        assert not isinstance(command, SendNotification), "webhooks have workers of their own"
         if isinstance(command, ReportDefect):
             log.error("deciding about the job failed, so the job does:\n%s", command.trace, extra=_about(command))
             return True
@@ -219,6 +237,7 @@ def _key(command: Command) -> str:
             | EnsureRun(job=job)
             | FinishRun(job=job)
             | PromoteVersion(job=job)
+            | SendNotification(job=job)
             | ReleaseJob(job=job)
             | DeleteJob(job=job)
         ):
@@ -252,6 +271,7 @@ def _job_key(command: Command) -> str:
             | EnsureRun(job=job)
             | FinishRun(job=job)
             | PromoteVersion(job=job)
+            | SendNotification(job=job)
             | ReleaseJob(job=job)
             | DeleteJob(job=job)
         ):
@@ -274,6 +294,7 @@ def _about(command: Command) -> Mapping[str, str | int]:
             EnsureRun()
             | FinishRun()
             | PromoteVersion()
+            | SendNotification()
             | ReleaseJob()
             | DeleteJob()
             | ReportDefect()

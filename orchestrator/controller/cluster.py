@@ -25,8 +25,10 @@ from orchestrator.adapters.kubernetes.pods import KubernetesPods
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
+from orchestrator.adapters.kubernetes.webhook_secrets import SecretReader
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.adapters.ray_fabric.channel import FabricChannel, NamespacedChannel
+from orchestrator.adapters.webhooks.http import HttpNotifier
 from orchestrator.controller.health import Health, served
 from orchestrator.controller.logs import log_to_stderr
 from orchestrator.controller.loop import Controller, Ports
@@ -159,7 +161,9 @@ def _lead(settings: ClusterSettings, view: View, health: Health, metrics: Metric
             view.runtime.channel = stack.enter_context(NamespacedChannel(settings.ray_fabric_socket, settings.heads))
         elif settings.ray_address:
             view.runtime.channel = stack.enter_context(FabricChannel(settings.ray_fabric_socket))
-        ports = Ports(store=view.store, runtime=view.runtime, tracking=tracking)
+        secrets = SecretReader(view.api, settings.namespace, settings.webhook_secret)
+        notifier = HttpNotifier(settings, secrets)
+        ports = Ports(store=view.store, runtime=view.runtime, tracking=tracking, notifier=notifier)
         controller = Controller(settings, ports, Decider().decide, metrics, health, writers=settings.writers)
         controller.run(stop, ready=lambda: None)
     metrics.leads(False)

@@ -16,12 +16,13 @@ from orchestrator.controller.act import Actor, Bounds
 from orchestrator.controller.clock import Clock
 from orchestrator.controller.health import Health
 from orchestrator.controller.metrics import Metrics
-from orchestrator.controller.observe import observe
+from orchestrator.controller.observe import Answers, observe
 from orchestrator.controller.throttle import Backoff
+from orchestrator.controller.webhook_workers import WebhookWorkers
 from orchestrator.core.commands import Command
 from orchestrator.core.snapshot import Policy, Snapshot
 from orchestrator.errors import RuntimeLost, TransientError
-from orchestrator.ports import StageRuntime, Store, Tracking
+from orchestrator.ports import Notifier, StageRuntime, Store, Tracking
 from orchestrator.settings import ServiceSettings
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Ports:
     store: Store
     runtime: StageRuntime
     tracking: Tracking
+    notifier: Notifier
 
 
 class Controller:
@@ -64,7 +66,9 @@ class Controller:
             mlflow_workers=settings.mlflow_workers,
             words_per_second=settings.words_per_second,
         )
-        self._actor = Actor(ports.store, ports.runtime, ports.tracking, Backoff(base, longest), bounds)
+        patience = Backoff(settings.webhook_backoff_base_seconds, settings.webhook_backoff_max_seconds)
+        webhooks = WebhookWorkers(ports.notifier, patience, settings.webhook_workers)
+        self._actor = Actor(ports.store, ports.runtime, ports.tracking, webhooks, Backoff(base, longest), bounds)
         self._round_backoff = Backoff(base, longest)
         self._clock = Clock()
         self.metrics = metrics or Metrics()
@@ -92,14 +96,10 @@ class Controller:
         """One observation, decision and action; the commands that were decided."""
         start = time.monotonic()
         self.metrics.round_begins()
-        store, runtime, runs, refused = (
-            self._ports.store,
-            self._ports.runtime,
-            self._actor.runs(),
-            self._actor.refused(),
-        )
+        store, runtime = self._ports.store, self._ports.runtime
+        answers = Answers(runs=self._actor.runs(), deliveries=self._actor.deliveries(), refused=self._actor.refused())
         now = self._clock.now()
-        snapshot = observe(store, runtime, runs, self._policy, now, self._clock.step_seconds, refused)
+        snapshot = observe(store, runtime, answers, self._policy, now, self._clock.step_seconds)
         observed = time.monotonic()
         commands = self._decide(snapshot)
         decided = time.monotonic()

@@ -7,21 +7,25 @@ not explain is really unwanted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
-from orchestrator.core.snapshot import Policy, RunFact, Snapshot
+from orchestrator.core.snapshot import DeliveryFact, Policy, RunFact, Snapshot
 from orchestrator.ports import StageRuntime, Store
 from orchestrator.sizing.hardware import priced
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What came of commands whose answers are waited for elsewhere, by the jobs' uids."""
+
+    runs: Mapping[str, RunFact]
+    deliveries: Mapping[str, tuple[DeliveryFact, ...]]
+    refused: Mapping[str, str]
+
+
 def observe(
-    store: Store,
-    runtime: StageRuntime,
-    runs: Mapping[str, RunFact],
-    policy: Policy,
-    now: datetime,
-    clock_step_seconds: float = 0.0,
-    refused: Mapping[str, str] | None = None,
+    store: Store, runtime: StageRuntime, answers: Answers, policy: Policy, now: datetime, clock_step_seconds: float
 ) -> Snapshot:
     """Everything that a decision may depend on. Raises if any part of it cannot be read; one object is no part."""
     stages = runtime.observe()
@@ -35,8 +39,9 @@ def observe(
         stages=stages,
         taken_names=runtime.taken_names(),
         gpu_classes=priced(runtime.gpu_classes(), policy.gpu_prices),
-        runs={uid: fact for uid, fact in runs.items() if fact.job.key not in alone},
-        refused=refused or {},
+        runs={uid: fact for uid, fact in answers.runs.items() if fact.job.key not in alone},
+        deliveries=answers.deliveries,
+        refused=answers.refused,
         unreadable=tuple(unreadable),
         policy=policy,
     )

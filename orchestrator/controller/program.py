@@ -22,6 +22,8 @@ from orchestrator.adapters.local.processes import Process, write_durably
 from orchestrator.adapters.local.ray_stages import LOST_EXIT_CODE, RayStages
 from orchestrator.adapters.mlflow.tracking import MlflowTracking
 from orchestrator.adapters.sqlite.store import SqliteStore
+from orchestrator.adapters.webhooks.http import HttpNotifier
+from orchestrator.adapters.webhooks.secrets import EnvironmentSecrets
 from orchestrator.api.job import ObjectMeta
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.controller.logs import log_to_file
@@ -87,7 +89,9 @@ def _work(settings: Settings) -> None:
     # After Ray, which sets a handler of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: _ask_to_stop(stop, number, frame))
     signal.signal(signal.SIGINT, lambda number, frame: _ask_to_stop(stop, number, frame))
-    controller = Controller(settings, Ports(store=store, runtime=runtime, tracking=tracking), Decider().decide)
+    notifier = HttpNotifier(settings, EnvironmentSecrets(os.environ))
+    ports = Ports(store=store, runtime=runtime, tracking=tracking, notifier=notifier)
+    controller = Controller(settings, ports, Decider().decide)
     log.info("the controller of %s works", settings.home)
     controller.run(stop, ready=_Ready(settings))
     log.info("the controller ends, running stages go on: %s", controller.metrics.latencies())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
+from orchestrator.api.notification import Notification, Webhook
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.task import StageTask
@@ -91,6 +92,17 @@ class PromoteVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SendNotification:
+    """Tell a webhook something that the status has on record; what came of it becomes a fact."""
+
+    job: QLoRAJob
+    notification: Notification
+    recipient: str
+    webhook: Webhook | None
+    """Absent where neither the job nor its queue names it any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseJob:
     """Let a deleted job's object go although its MLflow run has not got its last status, and say so."""
 
@@ -134,6 +146,7 @@ Command = (
     | EnsureRun
     | FinishRun
     | PromoteVersion
+    | SendNotification
     | ReleaseJob
     | DeleteJob
 )

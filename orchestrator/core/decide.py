@@ -12,11 +12,12 @@ Level-triggered and pure: the same snapshot gives the same commands, and each of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason
 from orchestrator.api.stage_name import StageName
 from orchestrator.core.commands import (
@@ -34,6 +35,7 @@ from orchestrator.core.commands import (
 )
 from orchestrator.core.job.containment import failed_by_defect
 from orchestrator.core.job.finalizer import owes_run_its_end
+from orchestrator.core.job.notifications import with_notifications
 from orchestrator.core.job.promotion import owed_promotion
 from orchestrator.core.job.stage_commands import ensure_stage, leftover_commands, release_commands, stage_commands
 from orchestrator.core.job.state_machine import LAST_RUN_STATUS, JobState, state_of
@@ -42,7 +44,10 @@ from orchestrator.core.scheduling.cycle import Round, Scheduler
 from orchestrator.core.scheduling.index import Index
 from orchestrator.core.scheduling.ordering import created
 from orchestrator.core.scheduling.queue_status import queue_statuses
+from orchestrator.core.scheduling.subscriptions import notification_commands, subscriptions_of
 from orchestrator.core.snapshot import Policy, Snapshot
+
+Queues = Mapping[str, QLoRAQueueSpec]
 
 
 def decide(snapshot: Snapshot) -> tuple[Command, ...]:
@@ -72,6 +77,8 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     for key in sorted(index.runners):
         yield from _run_commands(index.entries[key].draft, snapshot)
     yield from _runs_of_gone_jobs(index, snapshot)
+    for key in sorted(index.telling):
+        yield from notification_commands(index.entries[key].draft.job, index.queues)
     yield from queue_statuses(index, snapshot)  # before a job that has ended may be deleted
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
     # just now, then figures of jobs that go on as before, and last come words about those who wait.
@@ -82,7 +89,7 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
         if draft.words_only and draft.job.status.active_attempt is None:
             waiting.append(draft)
             continue
-        own = _of_job(draft, snapshot)
+        own = _of_job(draft, index.queues, snapshot)
         if own.write is None:
             yield from own.stage
         elif own.draft.state is state_of(draft.job.status) and not own.stage:
@@ -95,7 +102,7 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     yield from leftover_commands(snapshot, snapshot.stages.keys() - index.wanted, index.job)
     yield from release_commands(snapshot)
     yield from figures
-    yield from _words(waiting, snapshot)
+    yield from _words(waiting, index.queues, snapshot)
     yield from _expired(index, snapshot)
 
 
@@ -134,24 +141,26 @@ def _in_turn(moved: Iterable[_OfJob], decided: Round) -> list[_OfJob]:
     return sorted(moved, key=turn)
 
 
-def _of_job(draft: Draft, snapshot: Snapshot) -> _OfJob:
+def _of_job(draft: Draft, queues: Queues, snapshot: Snapshot) -> _OfJob:
     """A job's own commands; where they cannot be made, those that end it."""
     try:
-        return _made(draft, snapshot)
+        return _made(draft, queues, snapshot)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
         failed = failed_by_defect(draft.job, snapshot, error)
     try:
-        return _made(failed, snapshot)
+        return _made(failed, queues, snapshot)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - as above
         return _OfJob(draft=failed, write=None)  # what is stored leaves nothing to write; the report tells of it
 
 
-def _made(draft: Draft, snapshot: Snapshot) -> _OfJob:
+def _made(draft: Draft, queues: Queues, snapshot: Snapshot) -> _OfJob:
     write = draft.close()
+    if write is not None:
+        write = _telling(draft, write, queues)
     return _OfJob(
         draft=draft,
         write=write,
@@ -160,11 +169,21 @@ def _made(draft: Draft, snapshot: Snapshot) -> _OfJob:
     )
 
 
-def _words(waiting: list[Draft], snapshot: Snapshot) -> Iterator[Command]:
+def _telling(draft: Draft, write: WriteStatus, queues: Queues) -> WriteStatus:
+    """The write with what is to be told of what it records."""
+    subscriptions = subscriptions_of(draft.job, queues)
+    told, given_up = with_notifications(draft, write.status, subscriptions)
+    if told == write.status.notifications:
+        return write
+    status = write.status.model_copy(update={"notifications": told})
+    return replace(write, status=status, events=(*write.events, *given_up))
+
+
+def _words(waiting: list[Draft], queues: Queues, snapshot: Snapshot) -> Iterator[Command]:
     """So many at a time; whoever has been told nothing at all comes first."""
     news = [draft for draft in waiting if draft.says_something_new]
     news.sort(key=lambda draft: draft.job.status.observed_generation > 0)
-    for own in (_of_job(draft, snapshot) for draft in news[: snapshot.policy.words_limit]):
+    for own in (_of_job(draft, queues, snapshot) for draft in news[: snapshot.policy.words_limit]):
         yield from own.defects
         if own.write is not None:
             yield own.write

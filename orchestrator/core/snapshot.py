@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Literal
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
@@ -75,6 +76,18 @@ class RunFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryFact:
+    """What came of telling a webhook something, and no status has on record yet."""
+
+    number: int
+    """Of the notification."""
+    recipient: str
+    outcome: Literal["delivered", "failed", "refused"]
+    """Failed: it is tried again. Refused: the webhook wants no more of it, or is none any more."""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadableJob:
     """What can be told of a job whose object does not parse: another version wrote it, or accepted it."""
 
@@ -91,7 +104,7 @@ class UnreadableJob:
     """Whether its user wants nothing of it to run: it is suspended, cancelled or deleted."""
     deleted: bool = False
     held: bool = False
-    """Whether RELEASE_FINALIZER keeps its object."""
+    """Whether a finalizer of ours keeps its object."""
     seconds_left: float | None = None
     """Of its deadline, at the start of the active attempt; absent where it has none, or it cannot be told."""
 
@@ -165,6 +178,10 @@ class Policy:
     """What a queue's jobs have had is written to its status so often while they hold GPUs."""
     gpu_prices: str = ""
     """Dollars for an hour of a GPU, by class: `24Gi=0.5,48Gi=0.8`."""
+    webhook_limit_seconds: float = 259_200.0
+    """What a webhook has not taken for so long is given up."""
+    webhook_allowed_hosts: str = ""
+    """Hosts that webhooks may name whatever their addresses, and by http://."""
     addresses: AddressRules = field(default_factory=AddressRules)
     """Which URIs jobs may name."""
     gpu_classes_are_fixed: bool = False
@@ -187,6 +204,8 @@ class Snapshot:
     gpu_classes: tuple[GpuClass, ...] = ()
     runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
     """By the job's uid; may be lost at any time, since asking MLflow again gives the same answer."""
+    deliveries: Mapping[str, tuple[DeliveryFact, ...]] = field(default_factory=dict[str, tuple[DeliveryFact, ...]])
+    """What came of notifications, by the job's uid; may be lost at any time: they are sent again."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
     unreadable: tuple[UnreadableJob, ...] = ()

@@ -37,7 +37,7 @@ from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.notebook import JobList, jobs_html
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
-from orchestrator.sdk.preflight import check_files, check_planned_model
+from orchestrator.sdk.preflight import check_files, check_planned_model, check_webhooks
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
 from orchestrator.sdk.simulation import WhatIf, as_submitted, what_if
@@ -114,6 +114,7 @@ class Client:
         self._check_queue(checked)
         if self.connection.is_local:
             check_files(checked, self.settings.store_uri)
+            check_webhooks(checked.spec.notifications, self.settings.webhook_allowed_hosts)
             self._check_size(checked)
         else:
             check_upload(checked, self.settings.store_uri)
@@ -222,7 +223,10 @@ class Client:
 
     def apply_queue(self, queue: QueueLike) -> QLoRAQueue:
         """Create or replace a queue; raises InvalidObject."""
-        return self.connection.store.apply_queue(_one(queue, QLoRAQueue))
+        checked = _one(queue, QLoRAQueue)
+        if self.connection.is_local:
+            check_webhooks(checked.spec.notifications, self.settings.webhook_allowed_hosts)
+        return self.connection.store.apply_queue(checked)
 
     def list_queues(self) -> Sequence[QLoRAQueue]:
         """All queues, ordered by name."""

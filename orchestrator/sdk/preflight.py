@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.adapters.job_store import model_config
 from orchestrator.api.job import ModelSource, QLoRAJob
+from orchestrator.api.notification import Webhook
 from orchestrator.api.trainable import refuse_files_without_tokenizer
 from orchestrator.api.uris import file_path
+from orchestrator.core.job.webhook_urls import refused_notifications
 from orchestrator.errors import InvalidObject, NotFound, PermanentError
 
 MODEL_FIELD = "spec.model.source"
@@ -32,6 +35,13 @@ def check_files(job: QLoRAJob, default_store_uri: str) -> None:
     if job.spec.dataset.eval_source is not None:
         check_dataset("spec.dataset.evalSource", job.spec.dataset.eval_source)
     _check_store(job.spec.store.uri if job.spec.store is not None else default_store_uri)
+
+
+def check_webhooks(webhooks: Sequence[Webhook], allowed_hosts: str) -> None:
+    """Raise InvalidObject naming the field for a webhook of a job or a queue that the service would not tell."""
+    refusal = refused_notifications(webhooks, allowed_hosts)
+    if refusal is not None:
+        raise InvalidObject(refusal)
 
 
 def check_planned_model(model: ModelSource) -> None:

@@ -25,7 +25,10 @@ from tests.cluster.resources import furnish, require
 from tests.cluster.test_pods import make_task
 from tests.deploy.render import NAMESPACE, documents, rendered
 
-VALUES = "jobs.namespaces={team-a},modelCache=pvc://models,admissionPolicy.reservedClaims={payroll}"
+VALUES = (
+    "jobs.namespaces={team-a},modelCache=pvc://models,admissionPolicy.reservedClaims={payroll},"
+    "webhooks.allowedHosts={ci.team-a.svc,*.Hooks.example,10.0.0.9}"
+)
 VALUES_FILES = sorted((Path(__file__).parents[1] / "deploy" / "values").glob("*.yaml"))
 PARTS = ("admission", "rbac/controller", "controller/service-account")
 ACTIVE_SECONDS = 60.0
@@ -190,6 +193,42 @@ def test_a_finalizer_stays_while_the_job_holds_something(plane: ControlPlane, te
 def test_a_job_that_names_what_is_not_its_own_is_refused(tenant: KubeApi, spec: Json, words: str) -> None:
     with pytest.raises(InvalidObject, match=words):
         tenant.create(JOBS, submission("greedy", **spec))
+
+
+WEBHOOK_WORDS = "a webhook is https:// and a name"
+
+
+@pytest.mark.parametrize(
+    ("url", "is_taken"),
+    [
+        ("https://ci.example.com/hook", True),
+        ("http://ci.example.com/hook", False),
+        ("https://169.254.169.254/latest/meta-data", False),
+        ("https://10.0.0.1/", False),
+        ("https://[::1]:6443/api", False),
+        ("https://[fd00:ec2::254]/", False),
+        ("https://localhost/", False),
+        ("https://a.LOCALHOST./", False),
+        ("https://2130706433/", False),
+        ("https://127.1/", False),
+        ("http://ci.team-a.svc:8080/hook", True),
+        ("http://a.hooks.example/hook", True),
+        ("http://hooks.example/hook", False),
+        ("http://10.0.0.9/hook", True),
+        ("https://ci.team-a.svc.evil.example/", True),
+        ("http://ci.team-a.svc.evil.example/", False),
+    ],
+)
+def test_a_webhook_that_is_no_public_name_is_refused_unless_its_host_is_allowed(
+    tenant: KubeApi, url: str, is_taken: bool
+) -> None:
+    job = submission("talkative", notifications=[{"name": "ci", "url": url}])
+    if not is_taken:
+        with pytest.raises(InvalidObject, match=WEBHOOK_WORDS):
+            tenant.create(JOBS, job)
+        return
+    tenant.create(JOBS, job)
+    KubernetesStore(tenant, namespaces=("team-a",)).delete_job("team-a", "talkative")
 
 
 def test_a_job_that_names_what_is_its_own_is_taken(tenant: KubeApi) -> None:

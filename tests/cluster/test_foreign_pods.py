@@ -42,7 +42,7 @@ from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubelet import PaperKubelet
 from tests.cluster.resources import clear
 from tests.cluster.runtimes import Runtimes, started_runtimes
-from tests.controller.fakes import FakeTracking
+from tests.controller.fakes import FakeNotifier, FakeTracking
 
 NAMESPACE = "team-a"
 PODS = path_of("v1", "pods", NAMESPACE)
@@ -133,7 +133,8 @@ def service(cluster: ControlPlane) -> Iterator[tuple[Controller, KubernetesStore
     runtime = KubernetesPods(connections[1], changes, POLICY, BOUNDS)
     runtime.start()
     store.start()
-    yield Controller(SETTINGS, Ports(store=store, runtime=runtime, tracking=FakeTracking()), decide), store
+    ports = Ports(store=store, runtime=runtime, tracking=FakeTracking(), notifier=FakeNotifier())
+    yield Controller(SETTINGS, ports, decide), store
     runtime.close()
     store.close()
     for connection in connections:

@@ -24,6 +24,7 @@ from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import ObjectMeta
+from orchestrator.api.notification import Webhook
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.errors import NotFound
 from tests.builders import ON_THE_HUB, submitted_job
@@ -57,6 +58,10 @@ SETTINGS = {"QLORA_NAMESPACE": NAMESPACE, "QLORA_WATCH_NAMESPACES": "team-a"}
 
 Right = tuple[str, str, str]
 """Verb, group, resource."""
+
+
+WEBHOOK = Webhook(name="ci", url="https://ci.example.com/hook", events=("job.queued",))
+"""Its secret is looked for, and is not there."""
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,7 @@ def run_a_job_that_expires_and_one_that_is_suspended(api: KubeApi, program: Prog
     [queue] = store.list_queues()
     assert {had.user for had in queue.status.months} == {"team-a"}, "what the job had outlives it"
     with PaperKubelet(api, "gpu-1", train_seconds=PATIENCE_SECONDS) as kubelet:
-        held = store.create_job(submitted_job("held", **ON_THE_HUB))
+        held = store.create_job(submitted_job("held", notifications=(WEBHOOK,), **ON_THE_HUB))
         wait_for(program, lambda: bool(kubelet.books.running.get(held.metadata.uid)))
         api.patch(path_of(API_VERSION, "qlorajobs", "team-a", "held"), {"spec": {"suspend": True}})
         wait_for(program, lambda: not kubelet.books.running[held.metadata.uid])

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.notification import Notification, Webhook
 from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import PrepareResult, Promotion, PublishResult, StageResult, TrainResult
@@ -104,6 +105,20 @@ class FakeRuntime:
                 self.stages[key] = replace(
                     fact, phase=StagePhase.EXITED, exit_code=exit_code, result=result, finish_time=datetime.now(UTC)
                 )
+
+
+@dataclass
+class FakeNotifier:
+    """Notes who is told what."""
+
+    told: list[tuple[str, str, int, str]] = field(default_factory=list[tuple[str, str, int, str]])
+    """Job, event, number and the webhook's name."""
+    error: Exception | None = None
+
+    def send(self, job: QLoRAJob, notification: Notification, webhook: Webhook, namespace: str | None) -> None:
+        if self.error is not None:
+            raise self.error
+        self.told.append((job.metadata.name, notification.event, notification.number, webhook.name))
 
 
 @dataclass

@@ -17,6 +17,7 @@ from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
 from orchestrator.controller.act import TRIES_BEFORE_REFUSED, Actor, Bounds
 from orchestrator.controller.throttle import Allowance, Backoff
+from orchestrator.controller.webhook_workers import WebhookWorkers
 from orchestrator.core.commands import (
     DeleteJob,
     DeleteStage,
@@ -33,7 +34,7 @@ from orchestrator.core.commands import (
 from orchestrator.errors import InvalidObject, RuntimeLost, StoreUnavailable, TrackingUnavailable
 from orchestrator.settings import Settings
 from tests.builders import make_task, submitted_job
-from tests.controller.fakes import FakeRuntime, FakeTracking
+from tests.controller.fakes import FakeNotifier, FakeRuntime, FakeTracking
 
 
 class World:
@@ -42,7 +43,9 @@ class World:
         self.runtime = FakeRuntime()
         self.tracking = FakeTracking()
         self.now = 0.0
-        self.actor = Actor(self.store, self.runtime, self.tracking, Backoff(1, 8, clock=lambda: self.now), bounds)
+        backoff = Backoff(1, 8, clock=lambda: self.now)
+        webhooks = WebhookWorkers(FakeNotifier(), Backoff(1, 8), 1)
+        self.actor = Actor(self.store, self.runtime, self.tracking, webhooks, backoff, bounds)
 
     def job(self, name: str = "medical") -> QLoRAJob:
         return self.store.create_job(submitted_job(name))

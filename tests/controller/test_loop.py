@@ -32,7 +32,7 @@ from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
 from orchestrator.errors import RuntimeLost, StoreUnavailable
 from orchestrator.settings import Settings
 from tests.builders import submitted_job
-from tests.controller.fakes import FakeRuntime, FakeTracking
+from tests.controller.fakes import FakeNotifier, FakeRuntime, FakeTracking
 
 
 class World:
@@ -48,7 +48,7 @@ class World:
 
     def start(self) -> None:
         """A controller that remembers nothing of those before."""
-        ports = Ports(store=self.store, runtime=self.runtime, tracking=self.tracking)
+        ports = Ports(store=self.store, runtime=self.runtime, tracking=self.tracking, notifier=FakeNotifier())
         self.controller = Controller(self.settings, ports, self.decision)
 
     def job(self, name: str = "medical") -> QLoRAJob:
@@ -107,7 +107,7 @@ def test_any_controller_carries_on_where_another_was_killed(tmp_path: Path) -> N
     deadline = time.monotonic() + 20
     while not world.is_settled():
         assert time.monotonic() < deadline, world.job().status.summary
-        ports = Ports(store=world.store, runtime=world.runtime, tracking=world.tracking)
+        ports = Ports(store=world.store, runtime=world.runtime, tracking=world.tracking, notifier=FakeNotifier())
         controller = Controller(world.settings, ports, decide)
         controller.round()
         time.sleep(0.02)
@@ -176,7 +176,7 @@ def test_a_change_wakes_the_loop_before_its_tick(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.controller = Controller(
         world.settings.model_copy(update={"tick_seconds": 60.0}),
-        Ports(store=world.store, runtime=world.runtime, tracking=world.tracking),
+        Ports(store=world.store, runtime=world.runtime, tracking=world.tracking, notifier=FakeNotifier()),
         decide,
     )
     thread, stop, ready, _ = run_in_background(world)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.notification import EVENT_MEANINGS, Webhook
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
 from orchestrator.core.commands import WriteStatus
 from orchestrator.core.decide import decide
 from orchestrator.core.explain import explain
+from orchestrator.core.job.state_machine import JobState
 from orchestrator.core.snapshot import Policy
 from tests.builders import LLAMA_3_70B, gpus, make_job, make_queue
 from tests.core.world import World
 
 POLICY = Policy(store_uri="file:///store", minimum_run_seconds=30, preemption_cooldown_seconds=10, cpu_stages_limit=3)
 MAX_PASSES = 400
+EVERYTHING = Webhook(name="ci", url="https://ci.example.com/hook", events=tuple(EVENT_MEANINGS))
 CODES = (1, 81, 82, 85, 137, -9)
 
 QUEUES: tuple[tuple[QLoRAQueue, ...], ...] = (
@@ -39,6 +44,7 @@ actions = st.one_of(
     st.tuples(st.just("suspend"), st.integers(0, 5), st.booleans()),
     st.tuples(st.just("cancel"), st.integers(0, 5)),
     st.tuples(st.just("mlflow"), st.booleans()),
+    st.tuples(st.just("webhooks"), st.booleans()),
     st.tuples(st.just("capacity"), st.sampled_from(("24Gi", "48Gi")), st.integers(0, 3)),
     st.tuples(st.just("beat"), st.booleans()),
     st.tuples(
@@ -62,7 +68,7 @@ def submit(world: World, priority: int, queue: str, large: bool) -> None:
         queue = "default"
     if large:
         world.models[name] = LLAMA_3_70B
-    world.submit(make_job(name, priority=priority, queue=queue, backoff_limit=3))
+    world.submit(make_job(name, priority=priority, queue=queue, backoff_limit=3, notifications=(EVERYTHING,)))
 
 
 def happen(world: World, action: tuple) -> None:
@@ -86,6 +92,8 @@ def happen(world: World, action: tuple) -> None:
             world.cancel(keys[details[0] % len(keys)])
         case "mlflow":
             world.mlflow_away = details[0]
+        case "webhooks":
+            world.webhooks_away = details[0]
         case "capacity":
             world.set_capacity(*details)
         case "beat":
@@ -98,7 +106,7 @@ def happen(world: World, action: tuple) -> None:
 
 def be_fair(world: World) -> None:
     """From here on nothing goes wrong: everything runs, nobody interferes, and there is a card of each size."""
-    world.mlflow_away = False
+    world.mlflow_away = world.webhooks_away = False
     for name in ("24Gi", "48Gi"):
         world.set_capacity(name, 2)
     for key in world.jobs:
@@ -148,6 +156,43 @@ def test_in_any_story_the_invariants_hold_and_every_job_finishes_once_the_world_
         expected = ends.get(finished.reason, "FAILED")
         assert job.status.mlflow.run_status in ({expected} if job.status.mlflow.run_id else {None})
         assert world.mlflow.get(job.metadata.uid) == job.status.mlflow.run_status
+        check_told(world, job)
+
+
+ARRIVED: dict[JobState, set[str]] = {
+    JobState.NEW: {"job.retrying"},
+    JobState.STARTING: {"job.admitted"},
+    JobState.TRAINING: {"job.running"},
+    JobState.SUCCEEDED: {"job.succeeded"},
+    JobState.FAILED: {"job.failed"},
+    JobState.CANCELLED: {"job.cancelled"},
+}
+"""What is told of a job that has come to be so."""
+
+
+def check_told(world: World, job: QLoRAJob) -> None:
+    """Whatever its statuses have been was told at least once, in order, and never under another's number."""
+    heard = {number: event for key, number, event in world.told if key == job.key}
+    assert {(n, e) for key, n, e in world.told if key == job.key} == set(heard.items()), "a number is one event's"
+    events = [heard[number] for number in sorted(heard)]
+    told = job.status.notifications
+    assert told is not None
+    assert (told.outstanding, told.undelivered) == ((), 0), "too little happens here for anything to be given up"
+    assert sorted(heard) == list(range(1, told.total + 1))
+    states = world.states[job.key]
+    for before, state in pairwise(states):
+        expected = ARRIVED.get(state, set())
+        if state is JobState.QUEUED:
+            is_new = before in (JobState.NEW, JobState.PREPARING)
+            expected = {"job.queued"} if is_new else {"job.preempted", "job.retrying"}
+        if state is JobState.TRAINED:
+            expected = {"job.retrying"} if before is JobState.PUBLISHING else {"job.trained"}
+        if not expected:
+            continue
+        while events and events[0] not in expected:
+            events.pop(0)
+        assert events, f"{before} -> {state} was never told: {states}, {heard}"
+        events.pop(0)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])

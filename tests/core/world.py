@@ -38,13 +38,15 @@ from orchestrator.core.commands import (
     ReleaseJob,
     ReleaseUnreadable,
     ReportDefect,
+    SendNotification,
     StopStage,
     WriteQueueStatus,
     WriteStatus,
 )
 from orchestrator.core.decide import Decider, decide
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
-from orchestrator.core.snapshot import Policy, RunFact, Snapshot, StageFact, StagePhase
+from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.core.snapshot import DeliveryFact, Policy, RunFact, Snapshot, StageFact, StagePhase
 from orchestrator.sizing.hardware import GpuClass
 from tests.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
 
@@ -84,6 +86,13 @@ class World:
     """Why versions have got the alias, by the uid of their job: once each."""
     runs: dict[str, RunFact] = field(default_factory=dict[str, RunFact])
     """What the controller remembers of them; gone when it is killed."""
+    told: list[tuple[str, int, str]] = field(default_factory=list[tuple[str, int, str]])
+    """What webhooks have heard, in order: the job's key, the notification's number and its event."""
+    webhooks_away: bool = False
+    deliveries: dict[str, dict[int, DeliveryFact]] = field(default_factory=dict[str, dict[int, DeliveryFact]])
+    """What the controller remembers of that, by the job's uid; gone when it is killed."""
+    states: dict[str, list[JobState]] = field(default_factory=dict[str, list[JobState]])
+    """What statuses have been, by the job's key."""
     versions: int = 1
     vouched: set[str] = field(default_factory=set[str])
     """Stages that the controller knows to have made, by their uid; forgotten when it is killed."""
@@ -108,6 +117,7 @@ class World:
             },
             gpu_classes=tuple(self.gpu_classes),
             runs=dict(self.runs),
+            deliveries={uid: tuple(facts.values()) for uid, facts in self.deliveries.items()},
             policy=self.policy,
         )
 
@@ -126,6 +136,7 @@ class World:
     def forget(self) -> None:
         """The controller is killed."""
         self.runs.clear()
+        self.deliveries.clear()
         self.vouched.clear()
         self.refused.clear()
         self.decider = Decider()
@@ -183,6 +194,8 @@ class World:
                     words = self.promoted.setdefault(uid, forced or "approved")
                     found = moved("champion", "1", words)
                     self.runs[uid] = RunFact(job=job, mlflow=job.status.mlflow, promotion=found)
+            case SendNotification():
+                self._send(command)
             case ReleaseJob():
                 job = self.jobs[command.job.key]
                 self._replace(job, metadata=job.metadata.model_copy(update={"finalizers": released(job)}))
@@ -202,6 +215,22 @@ class World:
         self._replace(stored, status=parsed, metadata=stored.metadata.model_copy(update={"finalizers": finalizers}))
         if parsed.mlflow.run_id is not None:
             self.runs.pop(stored.metadata.uid, None)
+        states = self.states.setdefault(stored.key, [JobState.NEW])
+        if states[-1] is not (state := state_of(parsed)):
+            states.append(state)
+
+    def _send(self, command: SendNotification) -> None:
+        """As the workers of webhooks do, for one webhook."""
+        uid, number = command.job.metadata.uid, command.notification.number
+        known = self.deliveries.setdefault(uid, {}).get(number)
+        if known is not None and known.outcome == "delivered":
+            return
+        fact = DeliveryFact(number=number, recipient=command.recipient, outcome="failed", message="answered 503")
+        if not self.webhooks_away:
+            assert command.webhook is not None
+            self.told.append((command.job.key, number, command.notification.event))
+            fact = replace(fact, outcome="delivered", message="")
+        self.deliveries[uid][number] = fact
 
     def _write_queue(self, queue: QLoRAQueue, status: QLoRAQueueStatus) -> None:
         self.versions += 1

@@ -29,7 +29,7 @@ from orchestrator.core.snapshot import StagePhase
 from orchestrator.settings import Settings
 from orchestrator.sizing.hardware import GpuClass, gpu_class
 from tests.builders import make_attempt, prepare_result, running_status, submitted_job
-from tests.controller.fakes import RESULTS, FakeRuntime, FakeTracking
+from tests.controller.fakes import RESULTS, FakeNotifier, FakeRuntime, FakeTracking
 from tests.strangers.test_fuzz import JOB, any_value, mutated
 
 Json = dict[str, Any]
@@ -139,7 +139,7 @@ class World:
     def __init__(self, home: Path) -> None:
         settings = Settings(home=home, command_backoff_base_seconds=0.001, tick_minimum_seconds=0.0)
         self.store, self.runtime, self.tracking = SqliteStore(settings), PoisonedRuntime(), FakeTracking()
-        ports = Ports(store=self.store, runtime=self.runtime, tracking=self.tracking)
+        ports = Ports(store=self.store, runtime=self.runtime, tracking=self.tracking, notifier=FakeNotifier())
         self.controller = Controller(settings, ports, decide)
         self.database = settings.database
         self.dice = random.Random(SEED)

@@ -25,6 +25,7 @@ from orchestrator.sizing.hardware import GIB
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Parts = Annotated[list[dict[str, Any]], Field(max_length=64)]  # Any: Kubernetes' own objects, which the server checks
 Words = Annotated[dict[str, str], Field(max_length=64)]
+SecretName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=253)]
 RAY_ADDRESSES_PATTERN = r"^([a-z0-9-]+=[^,=]+:[0-9]{1,5}(,[a-z0-9-]+=[^,=]+:[0-9]{1,5})*)?$"
 STORE_URIS_PATTERN = r"^((pvc|s3)://[^\s,]+(,(pvc|s3)://[^\s,]+)*)?$"
 TEMPLATE_BYTES = 256 * 2**10
@@ -131,6 +132,9 @@ class ClusterSettings(ServiceSettings):
     it may still run and write to them, so only where a node that does not answer is as good as gone."""
     progress_interval_seconds: float = Field(default=30.0, ge=0, le=3600)
     """A running job's progress is recorded at most so often; the end of a stage always is."""
+    webhook_secret: SecretName = "qlora-webhooks"  # noqa: S105 - its name
+    """The Secret with the secrets of webhooks by their names: in each namespace of jobs, and beside the controller for
+    those of queues. Empty: no webhook is told anything."""
     relist_seconds: Seconds = 600.0
     """Everything is listed anew so often, whatever the watches have told."""
     mlflow_workers: int = Field(default=4, ge=1, le=64)

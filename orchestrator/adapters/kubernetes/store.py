@@ -15,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from operator import attrgetter
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
@@ -26,7 +26,7 @@ from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.core.commands import Event
-from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
+from orchestrator.core.job.finalizer import FINALIZERS, finalizers_with, is_at_rest, without
 from orchestrator.core.snapshot import UnreadableJob
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 
@@ -72,13 +72,14 @@ class KubernetesStore:
         self._queues.refresh()
         self._jobs.refresh()
         for job in self.list_jobs():
-            if len(finalizers_with(job, job.status)) < len(job.metadata.finalizers):
-                self._release_left(job)
+            gone = set(job.metadata.finalizers).difference(finalizers_with(job, job.status))
+            if gone:
+                self._release_left(job, gone)
 
-    def _release_left(self, job: QLoRAJob) -> None:
+    def _release_left(self, job: QLoRAJob, gone: Set[str]) -> None:
         """Whoever takes over must not fail for one object that the server takes no write of."""
         try:
-            self._release_finished(job)
+            self._release_finished(job, gone)
         except InvalidObject as error:
             log.warning("the finalizer stays on job %s, of which the server takes no write: %s", job.key, error)
 
@@ -150,20 +151,21 @@ class KubernetesStore:
 
     def update_status(self, job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJob:
         """Replace the status alone."""
-        wanted = finalizers_with(job, status)
-        if len(wanted) > len(job.metadata.finalizers) and job.metadata.deletion_timestamp is None:
-            job = self._set_finalizers(job, wanted)
+        held, wanted = job.metadata.finalizers, finalizers_with(job, status)
+        new, gone = set(wanted).difference(held), set(held).difference(wanted)
+        if new and job.metadata.deletion_timestamp is None:
+            job = self._set_finalizers(job, (*held, *(finalizer for finalizer in wanted if finalizer in new)))
         try:
             written = self._took(self._api.replace(f"{self._path(job)}/status", status_wire(job, status)))
         except (NotFound, Conflict) as error:
             raise self._put_right(job, error) from error
-        return self._release_finished(written) if len(wanted) < len(job.metadata.finalizers) else written
+        return self._release_finished(written, gone) if gone else written
 
     def release(self, job: QLoRAJob) -> None:
         """Take RELEASE_FINALIZER off a job that owes nothing any more."""
         current = self.get_job(job.metadata.namespace, job.metadata.name)
         if current.metadata.uid == job.metadata.uid and RELEASE_FINALIZER in current.metadata.finalizers:
-            self._release_finished(current)
+            self._release_finished(current, {RELEASE_FINALIZER})
 
     def release_unreadable(self, namespace: str, name: str, uid: str) -> None:
         """Take our finalizer off a job that does not parse."""
@@ -171,7 +173,7 @@ class KubernetesStore:
         try:
             meta: Json = self._api.get(path)["metadata"]
             listed: list[str] = meta.get("finalizers") or []
-            left = [finalizer for finalizer in listed if finalizer != RELEASE_FINALIZER]
+            left = [finalizer for finalizer in listed if finalizer not in FINALIZERS]
             version = {"uid": uid, "resourceVersion": meta["resourceVersion"]}
             self._api.patch(path, {"metadata": {"finalizers": left, **version}})
         except NotFound:
@@ -188,13 +190,13 @@ class KubernetesStore:
             self._api.delete(path_of(API_VERSION, JOBS, namespace, name))
             return
         is_marked = job.metadata.deletion_timestamp is not None
-        held = RELEASE_FINALIZER in job.metadata.finalizers
+        held = not set(FINALIZERS).isdisjoint(job.metadata.finalizers)
         if not is_at_rest(job):
             if not is_marked:
                 self._remove(job if held else self._set_finalizers(job, (*job.metadata.finalizers, RELEASE_FINALIZER)))
             return
         if held:
-            job = self._set_finalizers(job, released(job))
+            job = self._set_finalizers(job, without(job, FINALIZERS))
         if not is_marked:
             self._remove(job)
 
@@ -291,14 +293,14 @@ class KubernetesStore:
         else:
             self._jobs.drop(job.key)
 
-    def _release_finished(self, job: QLoRAJob) -> QLoRAJob:
-        """Take our finalizer off, with which an object that is marked is gone.
+    def _release_finished(self, job: QLoRAJob, gone: Set[str]) -> QLoRAJob:
+        """Take finalizers of ours off, with the last of which an object that is marked is gone.
 
         The status is written all the same; where this comes to nothing, it is tried again later.
         """
         for _ in range(RELEASE_TRIES):
             try:
-                return self._set_finalizers(job, released(job))
+                return self._set_finalizers(job, without(job, gone))
             except Conflict:
                 job = self.read_job(job.metadata.namespace, job.metadata.name)
             except NotFound:

@@ -31,7 +31,7 @@ from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRA
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event
-from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
+from orchestrator.core.job.finalizer import FINALIZERS, finalizers_with, is_at_rest, released, without
 from orchestrator.core.job.unreadable import read_leniently
 from orchestrator.core.snapshot import UnreadableJob
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, StoreUnavailable
@@ -397,7 +397,7 @@ def _remove(connection: sqlite3.Connection, kind: str, namespace: str, name: str
 
 def _at_rest(job: QLoRAJob) -> bool:
     """Whether nothing outside would be forgotten with the object: no stage, no open run, no other's finalizer."""
-    return is_at_rest(job) and not released(job)
+    return is_at_rest(job) and not without(job, FINALIZERS)
 
 
 def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:

@@ -19,7 +19,7 @@ from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, clip, set_condition
 from orchestrator.core.job.recovery import fail, give_up_attempt
 from orchestrator.core.job.stage_commands import stage_of
-from orchestrator.core.job.state_machine import TERMINAL_STATES, state_of
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobEvent, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Snapshot, StagePhase
 
@@ -76,7 +76,7 @@ def _broken_off(draft: Draft, snapshot: Snapshot, message: str) -> Draft:
         draft.status.conditions, finding, now=draft.now, generation=draft.job.metadata.generation
     )
     ended = _with_status(draft, attempts=attempts, conditions=conditions, finish_time=draft.now, retry_after=None)
-    return ended.tell(Event(reason=Reason.INTERNAL_ERROR, message=message, warning=True))
+    return ended.happen(JobEvent.FAILED).tell(Event(reason=Reason.INTERNAL_ERROR, message=message, warning=True))
 
 
 def _with_status(draft: Draft, **changes: object) -> Draft:

@@ -16,7 +16,8 @@ from orchestrator.core.commands import Event
 from orchestrator.core.job.addresses import refused_address
 from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, says_the_same
-from orchestrator.core.job.finalizer import owes_run_its_end
+from orchestrator.core.job.finalizer import outstanding, owes_run_its_end
+from orchestrator.core.job.notifications import note_deliveries
 from orchestrator.core.job.progress import between, fold_progress, never_heard, stalled
 from orchestrator.core.job.promotion import event_of, finding_of
 from orchestrator.core.job.recovery import end_attempt, fail
@@ -31,6 +32,7 @@ from orchestrator.core.job.stage_commands import claimant_of, stage_of
 from orchestrator.core.job.state_machine import LAST_RUN_STATUS, TERMINAL_STATES, JobEvent, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.verdict import judge
+from orchestrator.core.job.webhook_urls import refused_notifications
 from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
 
 WAITING_CONDITION: Mapping[JobState, ConditionType] = {
@@ -50,9 +52,10 @@ def reconcile(opened: Draft, snapshot: Snapshot) -> Draft:
     if (
         draft.job.metadata.deletion_timestamp is not None
         and draft.status.release_since is None
-        and owes_run_its_end(draft.job)
+        and (owes_run_its_end(draft.job) or outstanding(draft.status))
     ):
         draft = draft.amend(release_since=draft.now)  # when it was deleted, another clock says
+    draft = note_deliveries(draft, snapshot.deliveries.get(draft.job.metadata.uid, ()), snapshot.policy)
     if draft.state not in TERMINAL_STATES:
         draft = _observe(draft, snapshot)  # 1. what happened outside
     if draft.state not in TERMINAL_STATES:
@@ -279,6 +282,7 @@ def _is_over_deadline(draft: Draft) -> bool:
 
 def _refuse_address(draft: Draft, policy: Policy) -> Draft:
     refusal = refused_address(draft.job, policy.store_uri, policy.addresses)
+    refusal = refusal or refused_notifications(draft.job.spec.notifications, policy.webhook_allowed_hosts)
     return draft if refusal is None else fail(draft, Reason.USER_ERROR, refusal)
 
 

@@ -11,6 +11,8 @@ from datetime import UTC, datetime, timedelta
 
 from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import Reason
+from orchestrator.core.job.finalizer import outstanding
+from orchestrator.core.job.notifications import gives_up_at
 from orchestrator.core.job.progress import patience_seconds
 from orchestrator.core.job.promotion import awaits_mlflow
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState
@@ -29,6 +31,11 @@ def rests_until(draft: Draft, fact: StageFact | None, policy: Policy) -> datetim
     """
     if draft.says_something_new or draft.events or draft.defect:
         return draft.now
+    return min((_own_rest(draft, fact, policy), *gives_up_at(draft, policy)))
+
+
+def _own_rest(draft: Draft, fact: StageFact | None, policy: Policy) -> datetime:
+    """Whatever is told of it."""
     if draft.state in TERMINAL_STATES:
         return _next(draft.now, _ends(draft.job))
     attempt = draft.attempt
@@ -54,6 +61,7 @@ def waits_untried(job: QLoRAJob, snapshot: Snapshot) -> bool:
         and status.release_since is None
         and status.retry_after is None
         and status.adapter_uri is None
+        and not outstanding(status)
         and status.observed_generation == meta.generation
         and not spec.suspend
         and spec.active_deadline_seconds is None
@@ -67,7 +75,7 @@ def waits_untried(job: QLoRAJob, snapshot: Snapshot) -> bool:
 def is_expired(draft: Draft) -> bool:
     """Whether a finished job's object is to go: it is deleted, or its time is up."""
     job, finished = draft.job, draft.status.finish_time
-    if job.status.finish_time is None or finished is None or awaits_mlflow(job):
+    if job.status.finish_time is None or finished is None or awaits_mlflow(job) or outstanding(job.status):
         return False
     ttl_seconds = job.spec.ttl_seconds_after_finished
     is_over = ttl_seconds is not None and (draft.now - finished).total_seconds() >= ttl_seconds
@@ -81,7 +89,7 @@ def _next(now: datetime, times: Iterator[datetime] | tuple[datetime, ...]) -> da
 def _ends(job: QLoRAJob) -> Iterator[datetime]:
     """When a finished job's object is to go."""
     ttl_seconds, finished = job.spec.ttl_seconds_after_finished, job.status.finish_time
-    if ttl_seconds is not None and finished is not None and not awaits_mlflow(job):
+    if ttl_seconds is not None and finished is not None and not awaits_mlflow(job) and not outstanding(job.status):
         yield finished + timedelta(seconds=ttl_seconds)
 
 

@@ -7,11 +7,12 @@ state); both check the derived state, so a transition that `core/job/state_machi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
-from orchestrator.api.reasons import Reason
+from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.commands import Event, WriteStatus
 from orchestrator.core.job.conditions import Finding, clip, set_condition, summarize
 from orchestrator.core.job.state_machine import (
@@ -22,6 +23,38 @@ from orchestrator.core.job.state_machine import (
     next_state,
     state_of,
 )
+
+_SAID_OF: Mapping[JobEvent, ConditionType] = {
+    JobEvent.PREPARED: ConditionType.PREPARED,
+    JobEvent.ADMITTED: ConditionType.ADMITTED,
+    JobEvent.TRAIN_STARTED: ConditionType.RUNNING,
+    JobEvent.TRAINED: ConditionType.RUNNING,
+    JobEvent.PUBLISHED: ConditionType.FINISHED,
+    JobEvent.FAILED: ConditionType.FINISHED,
+    JobEvent.CANCELLED: ConditionType.FINISHED,
+}
+"""The condition that says why; of other events the latest attempt does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Happening:
+    """An event of the state machine, and what was said of it."""
+
+    event: JobEvent
+    reason: Reason
+    message: str
+
+    @classmethod
+    def of(cls, event: JobEvent, status: QLoRAJobStatus) -> Happening | None:
+        """As the status says after the event; None where it says nothing."""
+        kind = _SAID_OF.get(event)
+        if kind is not None:
+            said = status.condition(kind)
+            return None if said is None else cls(event=event, reason=said.reason, message=said.message)
+        last = status.attempts[-1] if status.attempts else None
+        if last is None or last.reason is None:
+            return None
+        return cls(event=event, reason=last.reason, message=last.message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +67,8 @@ class Draft:
     """Where the job is now: derived from the status, once for each of them."""
     now: datetime
     events: tuple[Event, ...] = ()
+    happened: tuple[Happening, ...] = ()
+    """What of the state machine, in order."""
     word: Finding | None = None
     """Why the job waits. It gets into the status when the draft is closed: of thousands who wait few are told so."""
     words_only: bool = True
@@ -65,7 +100,13 @@ class Draft:
         after = self._with(findings, changes)
         if after.state is not expected:
             raise IllegalTransitionError(self.job.key, self.state, event, f"the change leads to {after.state.value}")
+        after = after.happen(event)
         return after._end_run() if after.state in LAST_RUN_STATUS else after
+
+    def happen(self, event: JobEvent) -> Draft:
+        """The draft with the event on its list, of which its status tells already."""
+        found = Happening.of(event, self.status)
+        return self if found is None else replace(self, happened=(*self.happened, found))
 
     def amend(self, *findings: Finding, **changes: object) -> Draft:
         """The draft with changes that leave the job in its state."""

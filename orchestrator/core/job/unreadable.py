@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import cast
 
 from orchestrator.api.base import MAX_COUNT
-from orchestrator.api.job import CANCEL_ANNOTATION, RELEASE_FINALIZER
+from orchestrator.api.job import CANCEL_ANNOTATION
 from orchestrator.api.stage_name import STAGES_ON_GPU, StageName
+from orchestrator.core.job.finalizer import FINALIZERS
 from orchestrator.core.snapshot import UnreadableJob
 
 _STAGES = ("prepare", "train", "publish")
@@ -36,7 +37,7 @@ def read_leniently(item: object, *, namespace: str, name: str) -> UnreadableJob:
         gpu_class=(gpu_class or None) if stage in STAGES_ON_GPU else None,
         stop=deleted or cancelled or spec.get("suspend") is True,
         deleted=deleted,
-        held=isinstance(finalizers, list | tuple) and RELEASE_FINALIZER in finalizers,
+        held=isinstance(finalizers, list | tuple) and any(ours in finalizers for ours in FINALIZERS),
         seconds_left=_seconds_left(spec, status),
     )
 

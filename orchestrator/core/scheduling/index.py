@@ -25,6 +25,7 @@ from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
+from orchestrator.core.job.finalizer import outstanding
 from orchestrator.core.job.lifecycle import is_ready, reconcile
 from orchestrator.core.job.outages import Cause, hit_by
 from orchestrator.core.job.promotion import awaits_mlflow
@@ -125,6 +126,8 @@ class Index:
     """Whose GPU is coming free."""
     runners: set[str] = field(default_factory=set[str])
     """About whom MLflow is to be asked something."""
+    telling: set[str] = field(default_factory=set[str])
+    """Of whom webhooks are to be told something."""
     expired: set[str] = field(default_factory=set[str])
     """Finished jobs whose objects are to go, once nothing outside is left of them."""
     broken: set[str] = field(default_factory=set[str])
@@ -221,7 +224,7 @@ class Index:
             closed=closures(snapshot.queues, snapshot.now),
             ledger=Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues)),
             shares=Shares.of(snapshot, queues),
-            _seen=replace(snapshot, jobs=(), stages={}, runs={}),
+            _seen=replace(snapshot, jobs=(), stages={}, runs={}, deliveries={}),
             _known={} if before is None else before._unchanged(snapshot),
         )
         if before is not None and before._seen.gpu_classes == snapshot.gpu_classes:
@@ -419,6 +422,8 @@ class Index:
                 put(self.stopping, key)
         if awaits_mlflow(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
             put(self.runners, key)
+        if outstanding(job.status):
+            put(self.telling, key)
         if entry.is_expired:
             put(self.expired, key)
         if job.status.attempts and any(attempt.reason is Reason.BROKEN_GPU for attempt in job.status.attempts):
@@ -595,6 +600,8 @@ def _changed_stages(before: Mapping[str, StageFact], after: Mapping[str, StageFa
 
 
 def _changed_runs(seen: Snapshot, snapshot: Snapshot) -> set[str]:
-    """Uids of jobs about whose run something else is known."""
+    """Uids of jobs about whose run, or of what is told of whom, something else is known."""
     before, after = seen.runs, snapshot.runs
-    return {uid for uid in before.keys() | after.keys() if before.get(uid) is not after.get(uid)}
+    changed = {uid for uid in before.keys() | after.keys() if before.get(uid) is not after.get(uid)}
+    told, now_told = seen.deliveries, snapshot.deliveries
+    return changed | {uid for uid in told.keys() | now_told.keys() if told.get(uid) != now_told.get(uid)}

@@ -1,0 +1,1 @@
+"""Webhooks: what is told of jobs, as signed HTTP requests."""
