@@ -44,3 +44,8 @@ def test_a_question_runs_the_chosen_plan_and_its_rivals(plans: ModuleType) -> No
     assert len(answer["plans"]) >= 3
     assert all(each["step_seconds"] > 0 for each in answer["plans"])
     assert answer["chosen_over_fastest"] >= 1
+
+
+def test_a_question_for_which_no_time_is_left_is_not_asked(plans: ModuleType) -> None:
+    question = plans.Question(model="tiny", sequence_length=64, global_batch_size=2, class_name="16Gi")
+    assert plans.ask(question, time.monotonic()) == {"plans": []}
