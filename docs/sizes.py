@@ -35,7 +35,9 @@ gets the smallest class that fits, of those that are here.
 |---|---|---|---|
 {classes}
 
-A T4 has no bfloat16: jobs are sized for it, but no times are told, and nothing was measured there.
+Cards without bfloat16 (V100, T4, GeForce before the 3000s) are in no class, whatever their memory: jobs do not train on
+them, and the service says so of a node that has some. Nor is a card in one that has no memory of its own (GB10). Where
+nobody tells what the cards of a class are, times are for the slowest of it, and `qlora plan` calls them a guess.
 
 ## The longest row that fits
 
@@ -73,7 +75,11 @@ def longest(facts: ModelFacts, gpu_class: GpuClass) -> int | None:
 
 
 def _class_row(gpu_class: GpuClass) -> str:
-    cards = [name for name, sheet in DATA_SHEETS.items() if classify(sheet.total_mib) == gpu_class.name]
+    cards = [
+        name
+        for name, sheet in DATA_SHEETS.items()
+        if sheet.tflops is not None and classify(sheet.total_mib) == gpu_class.name
+    ]
     usable = f"{gpu_class.usable_bytes / GIB:.1f} GiB"
     return f"| `{gpu_class.name}` | {gpu_class.marketed_gib} GB | {usable} | {', '.join(cards) or 'slices (MIG)'} |"
 

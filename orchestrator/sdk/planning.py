@@ -142,13 +142,14 @@ def _few_steps(spec: QLoRAJobSpec, data: DataCount | None) -> Iterator[str]:
 
 
 def _better(chosen: Estimate | None, every: Sequence[GpuClass], alternatives: Sequence[Alternative]) -> Iterator[str]:
-    """What of the classes that are here would be faster and cost less, and what no times can be told of."""
+    """What of the classes that are here would be faster and cost less, and whose times are a guess."""
     if chosen is None:
         return
     known = {gpu_class.name: gpu_class for gpu_class in every}
     ours = known[chosen.gpu_class]
-    if ours.card is None and not ours.cpu:
-        yield f"cards of {ours.name} have no bfloat16: they train, at a speed that is not known, and not fast"
+    if ours.capacity and not ours.cpu and not ours.card_known and chosen.card is not None:
+        guessed = f"times are a guess, for {chosen.card}, the slowest of {ours.name}"
+        yield f"{guessed}: the cards here have not told their names"
     here = [each.estimate for each in alternatives if each.capacity and each.estimate is not None]
     steps = {
         estimate.gpu_class: (estimate.step_seconds, dollars)
@@ -230,8 +231,6 @@ def _alternative(
         remark = "fits; none here"
     else:
         remark = f"fits; {_why_not(spec, estimate, chosen)}"
-    if estimate is not None and remark != "chosen" and gpu_class.card is None and not gpu_class.cpu:
-        remark += "; no bfloat16"  # which is why there is no time
     return Alternative(gpu_class=gpu_class.name, capacity=gpu_class.capacity, estimate=estimate, remark=remark)
 
 

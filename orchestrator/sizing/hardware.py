@@ -51,7 +51,9 @@ class GpuClass:
     multiprocessors: int = 148
     """The most on a card of the class: deterministic attention keeps a sum for each."""
     card: Card | None = None
-    """The slowest card of the class, which times are told for; none where it has no bfloat16."""
+    """The slowest card of the class, which times are told for."""
+    card_known: bool = False
+    """Whether that is the slowest of those that are here, which have told their names, and no guess."""
     dollars_per_hour: float | None = None
     """What one GPU costs, where the operator has told."""
     cpu: bool = False
@@ -88,15 +90,20 @@ CONTEXT_MIB = 922
 # multiprocessors on one of them, by NVIDIA's data sheets; the slowest of them)
 _CLASSES: Mapping[str, tuple[int, int, int, str]] = MappingProxyType(
     {
-        "10Gi": (10, 8_704, 70, "A100 80GB MIG 1g.10gb"),  # 8.5 GiB: a seventh of an A100 or H100
-        "16Gi": (16, 14_336, 40, "T4"),  # 14.0 GiB
-        "20Gi": (20, 18_944, 48, "A100 80GB MIG 2g.20gb"),  # 18.5 GiB: two sevenths of an A100 or H100
+        "8Gi": (8, 7_168, 48, "RTX 3050"),  # 7.0 GiB: RTX 5060; RTX 3070
+        "10Gi": (10, 8_704, 70, "A100 80GB MIG 1g.10gb"),  # 8.5 GiB: a seventh of an A100 or H100; RTX 3080
+        "12Gi": (12, 11_264, 80, "RTX 3060"),  # 11.0 GiB: RTX 5070; RTX 3080 Ti
+        "16Gi": (16, 14_336, 84, "A2"),  # 14.0 GiB: A2; RTX 5080
+        "20Gi": (20, 18_944, 56, "A100 80GB MIG 2g.20gb"),  # 18.5 GiB: two sevenths of an A100 or H100; RTX A4500
         "24Gi": (24, 22_016, 128, "A10G"),  # 21.5 GiB: A10G, L4; RTX 4090
+        "32Gi": (32, 31_232, 170, "RTX 5090"),  # 30.5 GiB: RTX 5090
         "40Gi": (40, 39_168, 108, "A100 80GB MIG 3g.40gb"),  # 38.25 GiB: half an A100 or H100; A100 40GB
-        "48Gi": (48, 45_056, 142, "A40"),  # 44.0 GiB: L40S, A40
+        "48Gi": (48, 45_056, 142, "L20"),  # 44.0 GiB: L40S, A40, L20
         "80Gi": (80, 79_872, 132, "A100 80GB"),  # 78.0 GiB: H100 80GB
+        "96Gi": (96, 94_208, 188, "H20"),  # 92.0 GiB: H100 NVL; RTX PRO 6000
         "141Gi": (141, 142_336, 132, "H200"),  # 139.0 GiB: H200
         "180Gi": (180, 181_760, 148, "B200"),  # 177.5 GiB: B200
+        "288Gi": (288, 272_384, 160, "B300"),  # 266.0 GiB: B300
     }
 )
 CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
@@ -120,13 +127,15 @@ def gpu_class(name: str, capacity: int, products: Iterable[str] = ()) -> GpuClas
     marketed_gib, usable_mib, multiprocessors, slowest = _CLASSES[name]
     found = [find_card(product) for product in products]
     known = [card for card in found if card is not None]
+    card_known = bool(known) and len(known) == len(found)
     return GpuClass(
         name=name,
         marketed_gib=marketed_gib,
         usable_bytes=usable_mib * MIB,
         capacity=capacity,
         multiprocessors=multiprocessors,
-        card=min(known, key=_speed) if known and len(known) == len(found) else find_card(slowest),
+        card=min(known, key=_speed) if card_known else find_card(slowest),
+        card_known=card_known,
     )
 
 
@@ -143,7 +152,7 @@ _MIG = re.compile(r"MIG[- ](\d)g\.(\d+)gb", re.IGNORECASE)
 
 
 def _card(name: str) -> Card | None:
-    """A card's speed, if it can train."""
+    """A card's speed, if it has bfloat16."""
     sheet = DATA_SHEETS[name]
     if sheet.sustained_tflops is None:
         return None
@@ -151,7 +160,7 @@ def _card(name: str) -> Card | None:
         name=name,
         matmul_tflops=sheet.sustained_tflops,
         memory_gbps=sheet.memory_gbps,
-        host_gbps=GIGABYTES_OF_PCIE[sheet.pcie],
+        host_gbps=GIGABYTES_OF_PCIE[sheet.pcie] * sheet.pcie_width / 16,
         flash_share=FLASH_SHARES.get(sheet.generation, ATTENTION_SHARE),
         attention_share=ATTENTION_SHARES.get(sheet.generation, ATTENTION_SHARE),
         flash4_share=FLASH4_SHARES.get(sheet.generation),

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from orchestrator.adapters.kubernetes.node_placement import (
+    CAPABILITY_LABEL,
     CARD_LABELS,
     KARPENTER_CARD,
     KARPENTER_MEMORY,
@@ -390,6 +391,12 @@ def test_a_pod_goes_to_nodes_of_its_class_and_to_no_others(labels: dict[str, str
         assert found == classify(int(labels["nvidia.com/gpu.memory"]))
 
 
+@pytest.mark.parametrize(("major", "goes"), [("7", False), ("8", True), ("12", True)])
+def test_a_pod_stays_off_cards_without_bfloat16(major: str, goes: bool) -> None:
+    labels = {"nvidia.com/gpu.memory": "32768", CAPABILITY_LABEL: major}
+    assert admits(pod(make_task(), "32Gi", POLICY), labels) is goes
+
+
 def test_the_two_a100s_are_told_apart() -> None:
     assert {name: node_class(labels, "nvidia.com/gpu") for name, labels in A100S.items()} == {
         "small": "40Gi",
@@ -420,7 +427,8 @@ def test_dynamic_allocation_claims_a_device_instead() -> None:
     [request] = template["spec"]["spec"]["devices"]["requests"]
     [selector] = request["exactly"]["selectors"]
     assert 'quantity("22938Mi")' in selector["cel"]["expression"]  # 22,016 MiB of class 24Gi and the context's 922
-    assert 'quantity("40090Mi")' in selector["cel"]["expression"]  # class 40Gi begins there
+    assert 'quantity("32154Mi")' in selector["cel"]["expression"]  # class 32Gi begins there
+    assert 'semver("8.0.0")' in selector["cel"]["expression"]  # what is older has no bfloat16
 
 
 # --- spot --------------------

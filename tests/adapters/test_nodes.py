@@ -28,12 +28,12 @@ def test_a_class_is_as_fast_as_the_slowest_card_that_its_nodes_name() -> None:
 
 def test_where_a_node_does_not_name_its_card_it_may_be_the_slowest_of_the_class() -> None:
     found = only(count_gpus([node("a", "NVIDIA-L40S"), node("b", "")], {}, {}))
-    assert found.card == gpu_class("48Gi", 1).card == find_card("A40")
+    assert found.card == gpu_class("48Gi", 1).card == find_card("L20")
 
 
 def test_what_an_autoscaler_may_bring_is_not_known_by_name() -> None:
     found = only(count_gpus([node("a", "NVIDIA-L40S")], {}, {"48Gi": 4}))
-    assert (found.capacity, found.card) == (4, find_card("A40"))
+    assert (found.capacity, found.card) == (4, find_card("L20"))
     assert only(count_gpus([node("a", "NVIDIA-L40S", gpus=4)], {}, {"48Gi": 4})).card == find_card("L40S")
 
 
@@ -73,12 +73,25 @@ def test_a_card_that_is_handed_out_in_parts_does_not_count_and_says_why(labels: 
     assert count_gpus([read_node(of_the_api(), POLICY)], {}, {}) != ()
     found = read_node(of_the_api(gpus=4, **labels), POLICY)
     assert count_gpus([found], {}, {}) == ()
-    assert found.not_whole
+    assert found.unfit
+
+
+@pytest.mark.parametrize("labels", [
+    {"gpu_memory": "15360", "gpu_product": "Tesla-T4"},
+    {"gpu_memory": "15360", "gpu_product": "Tesla-T4", "gpu_compute_major": "7"},
+    {"gpu_memory": "32768", "gpu_product": "Tesla-V100-SXM2-32GB"},
+    {"gpu_memory": "24220", "gpu_product": "Quadro-RTX-6000", "gpu_compute_major": "7"},
+])  # fmt: skip
+def test_a_card_without_bfloat16_does_not_count_and_says_why(labels: dict[str, str]) -> None:
+    found = read_node(of_the_api(**labels), POLICY)
+    assert count_gpus([found], {}, {}) == ()
+    assert labels["gpu_product"] in found.unfit
+    assert "bfloat16" in found.unfit
 
 
 def test_slices_that_are_asked_for_as_slices_count() -> None:
     policy = PodPolicy(trainer_image="t", tracking_uri="http://m", gpu_mode="mig")
-    assert read_node(of_the_api(gpu_product="NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"), policy).not_whole == ""
+    assert read_node(of_the_api(gpu_product="NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"), policy).unfit == ""
 
 
 AWAY = {

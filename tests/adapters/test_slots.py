@@ -73,7 +73,29 @@ def test_only_visible_cards_count(monkeypatch: pytest.MonkeyPatch, visible: str 
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     cards = [
-        Card(uuid="GPU-a", total_mib=23_034, name="NVIDIA A10G"),
-        Card(uuid="GPU-b", total_mib=23_034, name="NVIDIA A10G"),
+        Card(uuid="GPU-a", total_mib=23_034, name="NVIDIA A10G", compute_capability=8),
+        Card(uuid="GPU-b", total_mib=23_034, name="NVIDIA A10G", compute_capability=8),
     ]
     assert [card.uuid for card in slots.visible(cards)] == left
+
+
+UNFIT = {
+    "has no bfloat16": Card(uuid="GPU-t", total_mib=15_360, name="Tesla T4", compute_capability=7),
+    "6144 MiB are too little": Card(
+        uuid="GPU-s", total_mib=6_144, name="NVIDIA GeForce RTX 3050", compute_capability=8
+    ),
+    "does not tell a memory of its own": Card(uuid="GPU-u", total_mib=0, name="NVIDIA GB10", compute_capability=12),
+}
+
+
+@pytest.mark.parametrize(("why", "card"), UNFIT.items(), ids=UNFIT)
+def test_a_card_on_which_no_job_trains_is_left_out_in_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str, card: Card
+) -> None:
+    good = Card(uuid="GPU-g", total_mib=32_607, name="NVIDIA GeForce RTX 5090", compute_capability=12)
+    monkeypatch.setattr(slots, "_find_cards", lambda: [card, good])
+    found = find_slots("")
+    assert {name: [slot.device for slot in each] for name, each in found.by_class.items()} == {"32Gi": ["GPU-g"]}
+    [told] = caplog.messages
+    assert card.name in told
+    assert why in told

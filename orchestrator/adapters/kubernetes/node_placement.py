@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from orchestrator.adapters.kubernetes.pod_policy import Manifest, PodPolicy, PodTemplate
+from orchestrator.api.data_sheets import BFLOAT16_CAPABILITY
 from orchestrator.api.task import StageTask
 from orchestrator.sizing.hardware import classify, memory_range_mib
 
@@ -27,23 +28,25 @@ SPOT_LABELS: Mapping[str, str] = MappingProxyType(
 GPU_TAINTS = ("nvidia.com/gpu",)
 SPOT_TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
+CAPABILITY_LABEL = "nvidia.com/gpu.compute.major"
+"""GPU Feature Discovery's, of whole cards and of slices alike."""
 KARPENTER_CARD, KARPENTER_MEMORY = "karpenter.k8s.aws/instance-gpu-name", "karpenter.k8s.aws/instance-gpu-memory"
 A100, A100_BOUNDARY_MIB = "40Gi or 80Gi", 65_536
 """Karpenter calls both A100s by one name; its figure of their memory is marketing's, but tells which."""
 CARD_LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "cloud.google.com/gke-accelerator": {
-            "nvidia-tesla-t4": "16Gi",
             "nvidia-l4": "24Gi",
             "nvidia-tesla-a100": "40Gi",
             "nvidia-a100-80gb": "80Gi",
+            "nvidia-rtx-pro-6000": "96Gi",
             "nvidia-h100-80gb": "80Gi",
             "nvidia-h100-mega-80gb": "80Gi",
             "nvidia-h200-141gb": "141Gi",
             "nvidia-b200": "180Gi",
+            "nvidia-b300": "288Gi",
         },
         "k8s.amazonaws.com/accelerator": {
-            "nvidia-tesla-t4": "16Gi",
             "nvidia-a10g": "24Gi",
             "nvidia-l4": "24Gi",
             "nvidia-l40s": "48Gi",
@@ -52,7 +55,6 @@ CARD_LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "nvidia-b200": "180Gi",
         },
         KARPENTER_CARD: {
-            "t4": "16Gi",
             "a10g": "24Gi",
             "l4": "24Gi",
             "a100": A100,
@@ -144,7 +146,9 @@ def _class_terms(gpu_class: str, gpu_resource: str) -> Iterator[Term]:
         "operator": "NotIn",
         "values": ["mps", "time-slicing"],
     }
-    yield [*_between(f"{gpu_resource}.memory", lower, upper), whole]
+    older = [str(major) for major in range(1, BFLOAT16_CAPABILITY)]
+    bfloat16: Manifest = {"key": CAPABILITY_LABEL, "operator": "NotIn", "values": older}
+    yield [*_between(f"{gpu_resource}.memory", lower, upper), whole, bfloat16]
     if gpu_resource != "nvidia.com/gpu":
         return
     unmeasured: Manifest = {"key": f"{gpu_resource}.memory", "operator": "DoesNotExist"}

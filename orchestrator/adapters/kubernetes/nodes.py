@@ -8,8 +8,9 @@ Rules:
 - What an autoscaler can bring up counts as if it were there (`GPU_CLASSES`): a pod that waits is what brings it up.
 - GPUs that pods of others ask for are taken (`others`), as far as the controller may see those pods. Where it may not,
   the scheduler leaves a pod of ours pending, which ends as UNSCHEDULABLE: the job goes on elsewhere.
-- A card that is handed out in parts (time-slicing, MPS, MIG) is no card of its class, and does not count; why is on
-  the node (`not_whole`). Slices that an operator asks for by their own resource are another matter.
+- A card that is handed out in parts (time-slicing, MPS, MIG) is no card of its class, and does not count; nor does one
+  without bfloat16, on which no job trains. Why is on the node (`unfit`). Slices that an operator asks for by their own
+  resource are another matter.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
-from orchestrator.adapters.kubernetes.node_placement import SPOT_LABELS, node_class, takes_pods
+from orchestrator.adapters.kubernetes.node_placement import CAPABILITY_LABEL, SPOT_LABELS, node_class, takes_pods
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
+from orchestrator.api.data_sheets import lacks_bfloat16
 from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, GpuClass, gpu_class
 
@@ -66,8 +68,8 @@ class Node:
     """Whether its machine may be taken away at any time, by the label that its cloud gives it."""
     leaving: str = ""
     """Why it is about to go, in words; empty if nothing is known."""
-    not_whole: str = ""
-    """Why its GPUs are no whole cards, in words; empty where they are."""
+    unfit: str = ""
+    """Why no job trains on its GPUs, in words; empty where one may."""
     out_of_service: bool = False
     """Whether an operator vouches for it that nothing runs there any more."""
 
@@ -80,11 +82,11 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
     labels: dict[str, str] = meta.get("labels") or {}
     taints: list[dict[str, str]] = spec.get("taints") or []
     leaving = _leaving(meta, taints)
-    not_whole = _not_whole(labels, policy)
+    unfit = _no_bfloat16(labels, policy) or _not_whole(labels, policy)
     ready = _is_ready(status)
     usable = (
         ready
-        and not not_whole
+        and not unfit
         and not spec.get("unschedulable", False)
         and not leaving
         and takes_pods(labels, [taint for taint in taints if taint["key"] not in READINESS_TAINTS], policy.template)
@@ -98,7 +100,7 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
         ready=ready,
         spot=any(labels.get(key) == value for key, value in SPOT_LABELS.items()),
         leaving=leaving,
-        not_whole=not_whole,
+        unfit=unfit,
         out_of_service=any(taint["key"] == OUT_OF_SERVICE for taint in taints),
     )
 
@@ -189,6 +191,14 @@ def _not_whole(labels: Mapping[str, str], policy: PodPolicy) -> str:
     if "-MIG-" in product or PARTITION_LABEL in labels:
         return "cards are handed out in MIG slices; ask for those by their own resource (QLORA_GPU_MODE=mig)"
     return ""
+
+
+def _no_bfloat16(labels: Mapping[str, str], policy: PodPolicy) -> str:
+    """Why a node's GPUs cannot compute a job; empty where they can, or where nobody says what they are."""
+    product, capability = labels.get(f"{policy.gpu_resource}.product", ""), labels.get(CAPABILITY_LABEL, "")
+    if not lacks_bfloat16(product, int(capability) if capability.isdecimal() else None):
+        return ""
+    return f"{product or 'the card'} has no bfloat16; jobs train on Ampere or newer"
 
 
 def _is_ready(status: Json) -> bool:

@@ -30,6 +30,7 @@ from orchestrator.adapters.kubernetes.pod_policy import (
 )
 from orchestrator.adapters.kubernetes.resources import GPU_CLAIM, LIMIT_FACTOR, mebibytes, resources, scratch_bytes
 from orchestrator.api.base import API_VERSION
+from orchestrator.api.data_sheets import BFLOAT16_CAPABILITY
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.api.task import (
     AGENT_SOCKET_VARIABLE,
@@ -81,6 +82,8 @@ def claim_template(namespace: str, gpu_class: str) -> Manifest:
     memory = 'device.capacity["gpu.nvidia.com"].memory'
     bounds = [f'{memory}.compareTo(quantity("{lower}Mi")) >= 0']
     bounds += [f'{memory}.compareTo(quantity("{upper}Mi")) < 0'] if upper else []
+    capability = 'device.attributes["gpu.nvidia.com"].cudaComputeCapability'
+    bounds += [f'{capability}.compareTo(semver("{BFLOAT16_CAPABILITY}.0.0")) >= 0']
     wanted: Manifest = {
         "deviceClassName": "gpu.nvidia.com",
         "selectors": [{"cel": {"expression": " && ".join(bounds)}}],

@@ -143,7 +143,7 @@ class KubernetesPods:
             namespaces=namespaces,
             selector=f"{MANAGED_BY_LABEL}!={MANAGER}",
         )
-        self._told_not_whole: frozenset[str] = frozenset()
+        self._told_unfit: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # never held while a cache is asked
         self._ends: dict[str, StagePod] = {}
         self._forgotten: set[str] = set()
@@ -240,7 +240,7 @@ class KubernetesPods:
             books[found.node] += found.gpus
         for node, count in self._others.values().values():
             others[node] += count
-        self._tell_not_whole(nodes.values())
+        self._tell_unfit(nodes.values())
         return count_gpus(nodes.values(), held, self._reachable, others)
 
     def _coming(self, nodes: Iterable[Node]) -> frozenset[str]:
@@ -252,19 +252,19 @@ class KubernetesPods:
         return frozenset(name for name, count in self._reachable.items() if here[name] < count)
 
     def uncounted_gpus(self) -> Mapping[str, int]:
-        """GPUs that no job gets because they are parts of cards, by the reason in words."""
+        """GPUs that no job gets because they are parts of cards or have no bfloat16, by the reason in words."""
         counts: Counter[str] = Counter()
         for node in self._nodes.values().values():
-            if node.not_whole:
-                counts[node.not_whole] += node.gpus
+            if node.unfit:
+                counts[node.unfit] += node.gpus
         return counts
 
-    def _tell_not_whole(self, nodes: Iterable[Node]) -> None:
+    def _tell_unfit(self, nodes: Iterable[Node]) -> None:
         """Say once of each node why its GPUs do not count."""
-        found = {node.name: node.not_whole for node in nodes if node.not_whole}
-        for name in sorted(found.keys() - self._told_not_whole):
+        found = {node.name: node.unfit for node in nodes if node.unfit}
+        for name in sorted(found.keys() - self._told_unfit):
             log.warning("the GPUs of node %s do not count: %s", name, found[name])
-        self._told_not_whole = frozenset(found)
+        self._told_unfit = frozenset(found)
 
     # start
 

@@ -1,12 +1,14 @@
 """The GPU slots of this machine: which cards there are, by class; the only file that asks NVML.
 
 `QLORA_GPU_CLASSES` decides where it is set. On a machine with cards its entries must be there; on a machine
-without, they stand for cards that are not (to try scheduling out), and trainers run on the CPU.
+without, they stand for cards that are not (to try scheduling out), and trainers run on the CPU. A card on which no job
+can train, for want of bfloat16 or of memory, counts as none, which the log says.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.api.data_sheets import lacks_bfloat16
 from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS, MIB, GpuClass, classify, cpu_class, gpu_class
+
+log = logging.getLogger(__name__)
 
 CPU_MEMORY_SHARE = 0.8
 """The share of the machine's memory that CPU slots may use together."""
@@ -44,17 +49,34 @@ class Card:
 
     uuid: str
     total_mib: int
+    """0 where NVML does not tell, as of a card that shares the machine's memory."""
     name: str
+    compute_capability: int
+    """The major one."""
+
+    @property
+    def unfit(self) -> str:
+        """Why no job trains on it, in words; empty where one may."""
+        if lacks_bfloat16(self.name, self.compute_capability):
+            return "it has no bfloat16; jobs train on Ampere or newer"
+        if classify(self.total_mib) is None:
+            told = f"{self.total_mib} MiB are too little" if self.total_mib else "it does not tell a memory of its own"
+            return f"{told}, so it is in no GPU class"
+        return ""
 
 
 def find_slots(wanted: str) -> Slots:
     """The slots that a `gpu_classes` setting asks for, or those of the cards that are here."""
-    cards = _find_cards()
+    cards: list[Card] = []
+    for card in _find_cards():
+        if card.unfit:
+            log.warning("%s (%s) is left out: %s", card.name, card.uuid, card.unfit)
+        else:
+            cards.append(card)
     devices: dict[str, list[str]] = defaultdict(list)
     products: dict[str, set[str]] = defaultdict(set)
     for card in cards:
-        name = classify(card.total_mib)
-        if name is not None:
+        if (name := classify(card.total_mib)) is not None:
             devices[name].append(card.uuid)
             products[name].add(card.name)
     counts = _parse(wanted) or {name: len(found) for name, found in devices.items()} or {CPU_CLASS: 1}
@@ -110,14 +132,22 @@ def _find_cards() -> list[Card]:
         cards = [
             Card(
                 uuid=pynvml.nvmlDeviceGetUUID(handle),
-                total_mib=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // MIB,
+                total_mib=_total_mib(pynvml, handle),
                 name=str(pynvml.nvmlDeviceGetName(handle)),
+                compute_capability=int(pynvml.nvmlDeviceGetCudaComputeCapability(handle)[0]),
             )
             for handle in handles
         ]
     finally:
         pynvml.nvmlShutdown()
     return visible(cards)
+
+
+def _total_mib(pynvml: Any, handle: Any) -> int:
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // MIB
+    except pynvml.NVMLError_NotSupported:
+        return 0
 
 
 def visible(cards: list[Card]) -> list[Card]:
