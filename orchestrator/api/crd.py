@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from pydantic.alias_generators import to_camel
 
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.base import API_VERSION, Model
 from orchestrator.api.job import (
     ANSWERS_ALONE_RULE,
@@ -34,7 +35,6 @@ from orchestrator.api.job import (
     TRAINING_FIELDS_ABOVE_ZERO,
     TRAINING_FIELDS_BELOW_ONE,
     WHOLE_ANSWERS_RULE,
-    AdapterSpec,
     DatasetSource,
     GateRule,
     GenerationSpec,

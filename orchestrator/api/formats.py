@@ -4,6 +4,8 @@
     <job>/attempts.json                   what each train attempt says of itself: its plan, libraries and card
     <job>/logs/<stage>-<attempt>/         log.jsonl, and log.1.jsonl with what came before it
     <job>/prepared/<digest>/manifest.json train.parquet, eval.parquet, shown.json, tokenizer files
+    <job>/start/                          adapter_model.safetensors that training begins with, in the trainer's type,
+                                          and, last, manifest.json
     <job>/checkpoints/step-00000120/      adapter_model.safetensors, adapter_config.json, optimizer.safetensors,
                                           state.json, journal.jsonl, best_adapter.safetensors (when it is not this one),
                                           objective.safetensors (what it remembers of records, where it does)
@@ -31,7 +33,7 @@ from pydantic import BeforeValidator, Field, FiniteFloat, StringConstraints
 from orchestrator.api.base import Count, Digest, Model, PositiveCount, ShortText
 from orchestrator.api.job import PublishFormat, QLoRAJob
 from orchestrator.api.reasons import ConditionType
-from orchestrator.api.results import PrepareResult
+from orchestrator.api.results import PrepareResult, PrepareWarning, StartingAdapter
 from orchestrator.api.stage_name import StageKind
 
 MANIFEST_NAME = "manifest.json"
@@ -41,6 +43,7 @@ ATTEMPTS_NAME = "attempts.json"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
+START_FOLDER = "start"
 LOGS_FOLDER = "logs"
 FORMATS_FOLDER, ADDED_FOLDER = "formats", "added"
 ANSWERS_FOLDER, ANSWERS_NAME = "answers", "answers.json"
@@ -135,6 +138,16 @@ class PreparedManifest(Model):
     files: Files
 
 
+class StartManifest(Model):
+    """Vouches for the adapter that training begins with."""
+
+    asked: str
+    """What `adapter.from` says: what it names may be another adapter by now, and the job keeps its own."""
+    start: StartingAdapter
+    warnings: tuple[PrepareWarning, ...] = ()
+    files: Files
+
+
 class ShownPart(Model):
     """A piece of a record's text, all of which carries loss or none of it."""
 
@@ -221,7 +234,7 @@ class AttemptLog(Model):
 class JournalRecord(Model):
     """One line of the metrics journal: the metrics of one step, logged to MLflow exactly once.
 
-    `step` 0 holds the evaluation of the untouched base model.
+    `step` 0 holds the evaluation before the first step.
     """
 
     step: Count

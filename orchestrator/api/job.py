@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
+from orchestrator.api.adapter import TAKEN_OVER, AdapterSpec
 from orchestrator.api.base import (
     API_VERSION,
     NAME_PATTERN,
@@ -43,7 +44,7 @@ from orchestrator.api.base import (
 from orchestrator.api.notification import WEBHOOKS_HAVE_NAMES, NotificationsStatus, Webhooks, names_are_unique
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
-from orchestrator.api.results import PrepareResult, ProgressReport
+from orchestrator.api.results import PrepareResult, ProgressReport, StartingAdapter
 from orchestrator.api.stage_name import StageKind, StageName
 
 SEPARATORS_OF_MLFLOW = frozenset("/:?")
@@ -117,7 +118,6 @@ PublishFormat = Literal["merged"]
 AnswerMetric = Literal["exactMatch", "f1", "chrf", "bleu", "jsonValidity", "regex"]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", min_length=1, max_length=128)]
 GPU_CLASS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$"
 GpuClassName = Annotated[str, StringConstraints(pattern=GPU_CLASS_PATTERN, max_length=32)]
 
@@ -198,38 +198,6 @@ class DatasetSource(Model):
         if self.eval_split is not None and self.eval_source is None:
             raise ValueError("evalSplit is a split of evalSource: set both")
         return self
-
-
-class AdapterSpec(Model):
-    """The LoRA adapter, in PEFT's terms."""
-
-    rank: int = Field(default=64, ge=1, le=512)
-    alpha: int = Field(default=16, ge=1, le=4096)
-    dropout: DecimalString = "0.05"
-    target_modules: Literal["all-linear"] | Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = (
-        "all-linear"
-    )
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
-    use_dora: bool = False
-    """Weight-decomposed adaptation (Liu et al., 2024)."""
-    experts: bool = False
-    """A and B for each routed expert of a mixture, too, as PEFT's `target_parameters`; has no dropout and no DoRA."""
-
-    @model_validator(mode="after")
-    def _experts_are_plain(self) -> AdapterSpec:
-        if self.experts and float(self.dropout) != 0:
-            raise ValueError('experts have no dropout in PEFT: set dropout to "0", or leave experts out')
-        if self.experts and self.use_dora:
-            raise ValueError("experts have no DoRA in PEFT: leave out useDora or experts")
-        return self
-
-    @field_validator("dropout")
-    @classmethod
-    def _dropout_is_a_probability(cls, value: DecimalString) -> DecimalString:
-        if float(value) >= 1:
-            raise ValueError("dropout must be at least 0 and below 1")
-        return value
 
 
 class ObjectiveSpec(Model):
@@ -517,6 +485,13 @@ class QLoRAJobSpec(Model):
             raise ValueError(WEBHOOKS_HAVE_NAMES)
         return self
 
+    def settled(self, start: StartingAdapter | None) -> QLoRAJobSpec:
+        """With what is taken over from the adapter that training begins with, where there is one and it is known."""
+        if start is None:
+            return self
+        taken = {name: getattr(start, name) for name in TAKEN_OVER}
+        return self.model_copy(update={"adapter": self.adapter.model_copy(update=taken)})
+
     @model_validator(mode="after")
     def _prompts_can_be_asked(self) -> QLoRAJobSpec:
         if self.evaluation.generation is None:
@@ -700,6 +675,11 @@ class QLoRAJobStatus(Model):
                 return known
         return None
 
+    @property
+    def start(self) -> StartingAdapter | None:
+        """The adapter that training begins with, once prepare has read it."""
+        return self.prepared.start if self.prepared is not None else None
+
     def is_true(self, kind: ConditionType) -> bool:
         """Whether the condition has been set and is True."""
         found = self.condition(kind)
@@ -729,6 +709,11 @@ class QLoRAJob(Model):
         if template is not None and not ("{{" in template or "{%" in template or template in CHAT_TEMPLATE_NAMES):
             raise ValueError(f"model.chatTemplate must be {CHAT_TEMPLATE_RULE}")
         return spec
+
+    @property
+    def settled_spec(self) -> QLoRAJobSpec:
+        """The spec as the job is sized and trained: with what prepare took over from `adapter.from`."""
+        return self.spec.settled(self.status.start)
 
     @property
     def key(self) -> str:

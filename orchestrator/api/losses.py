@@ -20,7 +20,7 @@ class Losses:
     eval_loss: float | None
     """Held-out loss of the adapter that the job ends with."""
     eval_loss_before: float | None
-    """Held-out loss of the untouched base."""
+    """Held-out loss before the first step."""
 
 
 def losses(records: Sequence[JournalRecord], *, keep_best: bool) -> Losses:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
+from orchestrator.api.adapter import TargetModules
 from orchestrator.api.base import Count, Digest, Measured, Model, PositiveCount, Sentence, ShortText, Time
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.reasons import Reason
@@ -45,6 +46,21 @@ PrepareWarning = Annotated[str, StringConstraints(max_length=MAX_WARNING_CHARACT
 Uri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARACTERS), AfterValidator(_uri)]
 
 
+class StartingAdapter(Model):
+    """The adapter that `adapter.from` names, as prepare has found and stored it."""
+
+    source: Uri
+    """Where exactly: with the commit of a hub's repository."""
+    digest: Digest
+    """SHA-256 of its adapter_model.safetensors."""
+    rank: PositiveCount
+    alpha: PositiveCount
+    target_modules: TargetModules
+    use_rslora: bool
+    use_dora: bool
+    experts: bool
+
+
 class PrepareResult(Model):
     """What prepare found out and stored."""
 
@@ -66,6 +82,8 @@ class PrepareResult(Model):
     dropped_records: Count = 0
     chats: bool = False
     """Of preferences: whether the answers are messages of a chat, as opposed to texts."""
+    start: StartingAdapter | None = None
+    """The adapter that training begins with, where that is not a new one."""
     warnings: Annotated[tuple[PrepareWarning, ...], Field(max_length=MAX_WARNINGS)] = ()
     """What is likely to be wrong with the data or the step count, each with what to change."""
 
@@ -94,7 +112,7 @@ class TrainResult(Model):
     train_loss: Measured = None
     eval_loss: Measured = None
     eval_loss_before: Measured = None
-    """Held-out loss of the untouched base model."""
+    """Held-out loss before the first step: of the base, or of the adapter that training goes on from."""
     peak_allocated_bytes: Count | None = None
     peak_reserved_bytes: Count | None = None
     versions: ShortText | None = None

@@ -151,7 +151,7 @@ def _user_row(usage: UserUsage) -> list[Cell]:
 
 
 def _spec_fields(job: QLoRAJob) -> Iterator[Field]:
-    spec = job.spec
+    spec = job.settled_spec
     yield "digest", spec_digest(job)
     yield "model", f"{spec.model.source} ({spec.model.revision})"
     yield "dataset", f"{spec.dataset.source} ({spec.dataset.format})"
@@ -160,12 +160,19 @@ def _spec_fields(job: QLoRAJob) -> Iterator[Field]:
         "training",
         (
             f"{length}, batch {spec.training.global_batch_size} x {spec.training.sequence_length} tokens, "
-            f"learning rate {spec.training.learning_rate}, rank {spec.adapter.rank}"
+            f"learning rate {spec.training.learning_rate}, {_rank(job)}"
             f"{_objective(spec.training.objective)}"
         ),
     )
     yield "resources", f"vram {spec.resources.vram}, classes {', '.join(spec.resources.gpu_classes) or 'any'}"
+    if spec.adapter.start is not None:
+        yield "goes on from", spec.adapter.start
     yield "queue", f"{spec.queue}, priority {spec.priority}"
+
+
+def _rank(job: QLoRAJob) -> str:
+    is_unknown = job.spec.adapter.start is not None and job.status.start is None
+    return "the rank of the adapter that it goes on from" if is_unknown else f"rank {job.settled_spec.adapter.rank}"
 
 
 def _objective(objective: ObjectiveSpec) -> str:
@@ -189,6 +196,8 @@ def _prepared_fields(job: QLoRAJob) -> Iterator[Field]:
         ),
     )
     yield "held out", f"{prepared.eval_records} records in {prepared.eval_sequences} sequences"
+    if prepared.start is not None:
+        yield "goes on from", f"{prepared.start.source}, {prepared.start.digest}"
     if prepared.truncated_records or prepared.dropped_records:
         yield "too long", f"{prepared.truncated_records} truncated, {prepared.dropped_records} dropped"
     for warning in prepared.warnings:

@@ -149,7 +149,7 @@ def _time_and_price(estimate: Estimate) -> str:
 
 def _kept_class(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]:
     """What a job would have besides the class that it began on, if it might change it."""
-    spec, prepared = draft.job.spec, draft.status.prepared
+    spec, prepared = draft.job.spec.settled(draft.status.start), draft.status.prepared
     if draft.status.checkpoint is None or prepared is None or may_change_class(spec) or len(claim.estimates) != 1:
         return
     kept = claim.estimates[0].gpu_class
@@ -178,7 +178,7 @@ def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]
             continue
         name = CLASS_NAMES[index]
         offered = known.get(name) or priced([gpu_class(name, 0)], snapshot.policy.gpu_prices)[0]
-        spec = draft.job.spec.model_copy(update={"resources": ResourcesSpec()})
+        spec = draft.job.spec.settled(prepared.start).model_copy(update={"resources": ResourcesSpec()})
         found = choose_class(spec, prepared.model, (offered,), work=Work.of(prepared), margins=margins)
         if isinstance(found, Refusal):
             yield f"The next {way} class, {name}, does not do: it {found.message}."

@@ -74,7 +74,7 @@ class JobResult:
     train_loss: float | None
     """Mean of the last ten steps."""
     eval_loss_before: float | None
-    """Held-out loss of the untouched base model; absent where nothing was held out."""
+    """Held-out loss before the first step; absent where nothing was held out."""
     eval_loss: float | None
     """Held-out loss of this adapter: of the last evaluation, or of the best where evaluation.keepBest is set."""
     formats: Mapping[PublishFormat, str] = field(default_factory=dict[PublishFormat, str])
@@ -292,7 +292,7 @@ class JobHandle:
     def metrics(self) -> DataFrame:
         """The job's figures as a pandas DataFrame: a row a step, a column a metric.
 
-        They reach as far as a checkpoint is durable; step 0 is the evaluation of the untouched base. Raises NotFound
+        They reach as far as a checkpoint is durable; step 0 is the evaluation before the first one. Raises NotFound
         before there is a checkpoint, MissingExtra without pandas.
 
         >>> handle.metrics()["eval/loss"].dropna().tolist()

@@ -73,6 +73,7 @@ _URI_FIELDS: tuple[FieldPath, ...] = (
     ("spec", "model", "source"),
     ("spec", "dataset", "source"),
     ("spec", "dataset", "evalSource"),
+    ("spec", "adapter", "from"),
     ("spec", "store", "uri"),
 )
 

@@ -16,8 +16,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.base import decimal
-from orchestrator.api.job import AdapterSpec, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.layer_trace import KIND_LETTERS, Heads, ModelTrace
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan

@@ -7,7 +7,7 @@ and none is needed: a job gets no GPU before prepare has run.
 
 from __future__ import annotations
 
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.layer_tables import has_table
 from orchestrator.api.model_facts import ModelFacts
 

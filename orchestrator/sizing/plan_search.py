@@ -13,8 +13,8 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.job import (
-    AdapterSpec,
     DatasetSource,
     EvaluationSpec,
     GenerationSpec,
@@ -104,7 +104,8 @@ class _Job:
         self.facts, self.work, self.margins = facts, work, margins
         objective = vars(training.objective).values()
         flat = (value for name, value in vars(training).items() if name != "objective")
-        self._key = (*vars(adapter).values(), *flat, *objective, generation, facts, work, margins)
+        shape = (value for name, value in vars(adapter).items() if name != "start")
+        self._key = (*shape, *flat, *objective, generation, facts, work, margins)
 
     @classmethod
     def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None, margins: Margins = DEFAULT) -> _Job:

@@ -178,10 +178,10 @@ def test_the_reference_is_the_model_without_its_adapter(family: str, adapter: di
     model = make_model(tiny_model(family), **adapter)
     batch = collate(make_records())
     model.train()
-    before = model.base_log_probabilities(batch)  # B is zero
+    before = model.reference_log_probabilities(batch)  # B is zero
     wake_adapter(model)
     state = torch.get_rng_state()
-    assert torch.equal(model.base_log_probabilities(batch), before)
+    assert torch.equal(model.reference_log_probabilities(batch), before)
     assert torch.equal(torch.get_rng_state(), state), "a resumed step draws the same"
     assert model.peft_model.training
     own = model.log_probabilities(batch)

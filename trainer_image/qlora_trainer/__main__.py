@@ -140,8 +140,9 @@ def set_environment(task: StageTask) -> None:
     # A thread that waits for another one sleeps: spinning on a core that somebody else needs makes training on two
     # threads five times slower than on one. The order of sums, and so the bits, depend on the number of threads alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    sources = (task.spec.model.source, task.spec.dataset.source, task.spec.dataset.eval_source or "")
-    if not any(source.startswith("hf://") for source in sources):
+    spec = task.spec
+    sources = (spec.model.source, spec.dataset.source, spec.dataset.eval_source, spec.adapter.start)
+    if not any(source is not None and source.startswith("hf://") for source in sources):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["TRANSFORMERS_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"

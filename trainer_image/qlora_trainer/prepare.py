@@ -13,21 +13,30 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.base import decimal
-from orchestrator.api.formats import PREPARED_FOLDER, SHOWN_NAME, FileEntry, PreparedManifest, ShownRecords
+from orchestrator.api.formats import (
+    PREPARED_FOLDER,
+    SHOWN_NAME,
+    START_FOLDER,
+    FileEntry,
+    PreparedManifest,
+    ShownRecords,
+    StartManifest,
+)
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.linear_regex import compile_regex
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.optimizer_steps import FEW_STEPS, optimizer_steps, steps_warning
 from orchestrator.api.package_data import known_type
 from orchestrator.api.packing import FEWEST_ROWS
-from orchestrator.api.results import PrepareResult, ResultTooLong, StageResult
+from orchestrator.api.results import PrepareResult, ResultTooLong, StageResult, StartingAdapter
 from orchestrator.api.task import StageTask
 from orchestrator.api.trainer_facts import ANSWER_TOKENS
 from orchestrator.api.words import on_one_line
@@ -45,6 +54,7 @@ from qlora_trainer.data.dataset import (
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
     HIGH_RATE,
+    OF_START,
     RECORD_BY_RECORD,
     WITH_A_STATE,
     bounded,
@@ -67,6 +77,7 @@ from qlora_trainer.model.source import (
 )
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backends import DamagedFolder
+from qlora_trainer.storage.final_adapter import ADAPTER_NAME
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.tracking.names import refuse_foreign_names
 
@@ -93,6 +104,17 @@ class _Model:
     tokenizer: Any
     tokenizer_digest: str
     warnings: list[str]
+    start: StartingAdapter | None
+    """The adapter that training begins with, where that is not a new one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Start:
+    """The adapter that training begins with."""
+
+    adapter: StartingAdapter | None
+    """None for a new one."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +142,10 @@ def run(task: StageTask) -> PrepareResult:
     store = JobStore(task.store_uri, is_new=True)
     store.take_fence(task.attempt)
     store.sweep()
+    keep = partial(_keep_start, task, store) if task.spec.adapter.start is not None else None
     with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
         datasets = _open_datasets(task.spec, Path(scratch))
-        model = _open_model(task.spec)
+        model = _open_model(task.spec, keep)
         digest = inputs_digest(task.spec, datasets, model)
         found = _find_prepared(store, digest, Path(scratch) / "prepared")
         splits = None if found is not None else _read(task.spec, datasets, model)
@@ -217,13 +240,16 @@ def _open_datasets(spec: QLoRAJobSpec, scratch: Path) -> _Datasets:
     return _Datasets(train=train, evaluation=held_out)
 
 
-def _open_model(spec: QLoRAJobSpec) -> _Model:
+def _open_model(spec: QLoRAJobSpec, keep_start: Callable[[ModelDescription], _Start] | None = None) -> _Model:
+    """`keep_start` gives the adapter that training begins with; without one, a new one is what the spec asks for."""
     from qlora_trainer.kernels.flash_attention import has_kernels_for  # here, because torch takes seconds
     from qlora_trainer.model.architecture import check_architecture
 
     source = spec.model.source
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
+    start = keep_start(description) if keep_start is not None else _Start(adapter=None)
+    spec = spec.settled(start.adapter)
     checked = check_architecture(
         description,
         source,
@@ -249,8 +275,48 @@ def _open_model(spec: QLoRAJobSpec) -> _Model:
         facts=facts.model_copy(update=here),
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(description.folder),
-        warnings=list(_model_warnings(checked, spec)),
+        warnings=[*start.warnings, *_model_warnings(checked, spec)],
+        start=start.adapter,
     )
+
+
+def _keep_start(task: StageTask, store: JobStore, description: ModelDescription) -> _Start:
+    """The adapter that the job goes on from, kept in its store: what its source names later is another job's."""
+    from qlora_trainer.model.starting_adapter import take_adapter  # here, because torch takes seconds
+    from qlora_trainer.storage.tensors import save_tensors
+
+    asked = task.spec.adapter.start
+    assert asked is not None, "the job goes on from one"
+    known = store.read_manifest(START_FOLDER, StartManifest)
+    if known is not None and known.asked == asked and _is_whole(store, known):
+        log.info("training goes on from %s, %s, which is in the job's store", known.start.source, known.start.digest)
+        return _Start(adapter=known.start, warnings=known.warnings)
+    taken = take_adapter(task.spec, description)
+    if known is not None and known.asked == asked and known.start.digest != taken.start.digest:
+        raise UserError(
+            f"spec.adapter.from: the job's own copy of {known.start.digest} is damaged, and {asked} is another adapter "
+            "by now; submit the job anew"
+        )
+
+    def make_manifest(files: tuple[FileEntry, ...]) -> StartManifest:
+        store.check_fence(task.attempt)
+        return StartManifest(asked=asked, start=taken.start, warnings=taken.warnings, files=files)
+
+    with store.scratch_folder() as folder:
+        save_tensors(taken.tensors, folder / ADAPTER_NAME)
+        store.check_fence(task.attempt)
+        store.publish_folder(folder, START_FOLDER, make_manifest)
+    return _Start(adapter=taken.start, warnings=taken.warnings)
+
+
+def _is_whole(store: JobStore, known: StartManifest) -> bool:
+    with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+        try:
+            store.fetch_folder(START_FOLDER, known.files, Path(scratch))
+        except DamagedFolder as error:
+            log.warning("the job's copy of the adapter that it goes on from is made again: %s", error)
+            return False
+    return True
 
 
 def _model_warnings(checked: CheckedModel, spec: QLoRAJobSpec) -> Iterator[str]:
@@ -300,8 +366,8 @@ def inputs_digest(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> str
 def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> PrepareResult:
     """The result of data that is prepared already, for this job's model and steps."""
     steps = optimizer_steps(training, found.train_sequences)
-    result = found.model_copy(update={"model": model.facts, "steps": steps})
-    not_data = FEW_STEPS, HIGH_RATE, RECORD_BY_RECORD, WITH_A_STATE
+    result = found.model_copy(update={"model": model.facts, "steps": steps, "start": model.start})
+    not_data = FEW_STEPS, HIGH_RATE, RECORD_BY_RECORD, WITH_A_STATE, OF_START
     about_data = [warning for warning in found.warnings if not warning.startswith(not_data)]
     return _warned(result, training, [*model.warnings, *about_data])
 
@@ -401,6 +467,7 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
         truncated_records=train.truncated + evaluation.truncated,
         dropped_records=train.dropped + evaluation.dropped,
         chats=splits.chats,
+        start=model.start,
     )
     log.info("%s", counts(result, training))
     first = first_shown(model.tokenizer, train, SHOWN_RECORDS, pairs=pairs)

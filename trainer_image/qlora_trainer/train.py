@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -20,25 +21,28 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic.alias_generators import to_camel
 
 from orchestrator.api import trainer_facts
+from orchestrator.api.adapter import TAKEN_OVER
 from orchestrator.api.base import Model
 from orchestrator.api.formats import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     PREPARED_FOLDER,
+    START_FOLDER,
     AnswerTable,
     CheckpointManifest,
     PreparedManifest,
+    StartManifest,
     checkpoint_step,
 )
 from orchestrator.api.losses import losses
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.reasons import ExitCode, Reason
-from orchestrator.api.results import Failure, PrepareResult, StageResult, TrainResult
+from orchestrator.api.results import Failure, PrepareResult, StageResult, StartingAdapter, TrainResult
 from orchestrator.api.task import AGENT_SOCKET_VARIABLE, StageTask
 from qlora_trainer import imports
 from qlora_trainer.outcome import Preempted, Transient, UserError, write_result
 from qlora_trainer.storage.backends import DamagedFolder
-from qlora_trainer.storage.final_adapter import adapter_config, fetch_final_adapter
+from qlora_trainer.storage.final_adapter import ADAPTER_NAME, adapter_config, fetch_final_adapter
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking.holder import fetch_holder
@@ -109,6 +113,9 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         # 4. Base in NF4 with double quantization, adapter in bfloat16.
         with weights_told(tell):
             model = _load_model(task, plan, folder, device, cached)
+            if prepared.start is not None:
+                tensors = _fetch_start(store, prepared.start, scratch)
+                model.begin_with(tensors, is_reference=task.spec.training.objective.type == "dpo")
 
         # 5. Optimizer, and the state of the last checkpoint if there is one.
         from qlora_trainer.data.micro_batch import PreparedRows
@@ -276,12 +283,14 @@ def log_settings(task: StageTask, plan: MemoryPlan, prepared: PrepareResult) -> 
     """One line per resolved setting, with where it comes from; of what is not set there is nothing to say."""
     for section in ("model", "dataset", "adapter", "training", "evaluation", "checkpoint"):
         settings: Model = getattr(task.spec, section)
-        for name in type(settings).model_fields:
+        for name, field in type(settings).model_fields.items():
             origin = (
                 "spec" if section in task.spec.model_fields_set and name in settings.model_fields_set else "default"
             )
+            if section == "adapter" and name in TAKEN_OVER and prepared.start is not None:
+                origin = "adapter.from"
             if (value := getattr(settings, name)) is not None:
-                log.info("%s.%s = %s (%s)", section, to_camel(name), value, origin)
+                log.info("%s.%s = %s (%s)", section, field.alias, value, origin)
     for name in type(plan).model_fields:
         log.info("%s = %s (plan)", to_camel(name), getattr(plan, name))
     log.info("steps = %d (prepare)", prepared.steps)
@@ -314,6 +323,19 @@ def _fetch_prepared(store: JobStore, prepared: PrepareResult, scratch: Path) -> 
         return store.fetch_folder(name, manifest.files, scratch / "prepared")
     except DamagedFolder as error:
         raise Transient(f"the prepared data is damaged, the prepare stage must run again: {error}") from error
+
+
+def _fetch_start(store: JobStore, start: StartingAdapter, scratch: Path) -> Mapping[str, torch.Tensor]:
+    """The adapter that training begins with, as prepare has kept it."""
+    from qlora_trainer.storage.tensors import read_tensors
+
+    manifest = store.read_manifest(START_FOLDER, StartManifest)
+    if manifest is None or manifest.start.digest != start.digest:
+        raise Transient(f"the adapter that training begins with, {start.digest}, is gone from {store.uri}")
+    try:
+        return read_tensors(store.fetch_folder(START_FOLDER, manifest.files, scratch / "start") / ADAPTER_NAME)
+    except DamagedFolder as error:
+        raise Transient(f"the adapter that training begins with is damaged: {error}") from error
 
 
 def _prepared_folder(prepared: PrepareResult) -> str:

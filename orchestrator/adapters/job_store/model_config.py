@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from orchestrator.api import package_data, trainable
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.contained_files import Contained, LinkRefused
-from orchestrator.api.job import AdapterSpec, ModelSource
+from orchestrator.api.job import ModelSource
 from orchestrator.api.json_text import read_json
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.uris import file_path

@@ -241,9 +241,8 @@ def _escalate(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapsh
     if failures > draft.job.spec.backoff_limit:
         return _give_up(draft, verdict, failures)
     margins = learned(snapshot.jobs).get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
-    chosen = escalate(
-        draft.job.spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared), margins=margins
-    )
+    spec = draft.job.spec.settled(prepared.start)
+    chosen = escalate(spec, prepared.model, failed, snapshot.gpu_classes, work=Work.of(prepared), margins=margins)
     if isinstance(chosen, Refusal):
         return fail(draft, chosen.reason, chosen.message)
     draft = draft.amend(estimate=chosen, step_ups=draft.status.step_ups + 1)

@@ -87,7 +87,7 @@ def stage_task(job: QLoRAJob, attempt: Attempt, policy: Policy) -> StageTask:
         job=job.metadata.name,
         uid=job.metadata.uid,
         attempt=attempt.number,
-        spec=job.spec,
+        spec=job.settled_spec,
         store_uri=job_store_uri(job, policy),
         plan=attempt.plan if stage in STAGES_ON_GPU else None,
         prepared=None if stage == "prepare" else status.prepared,

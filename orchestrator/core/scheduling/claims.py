@@ -116,7 +116,7 @@ def _sized(
     draft: Draft, snapshot: Snapshot, margins: Mapping[tuple[str, str], Margins]
 ) -> tuple[Estimate, ...] | Refusal:
     """Every class here that the job fits."""
-    spec, prepared = draft.job.spec, draft.status.prepared
+    spec, prepared = draft.job.spec.settled(draft.status.start), draft.status.prepared
     assert prepared is not None, "a queued job is prepared"
     of_model = margins.get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
     return candidates(spec, prepared.model, snapshot.gpu_classes, work=Work.of(prepared), margins=of_model)

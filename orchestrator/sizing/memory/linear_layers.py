@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from orchestrator.api import trainer_facts
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.sizing.memoized import memoized
 from orchestrator.sizing.memory.timeline import BF16_BYTES, allocated

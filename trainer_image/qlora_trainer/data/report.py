@@ -21,6 +21,7 @@ HIGHEST_RATE = 5e-5
 """Of preferences: ten times that of TRL's example of DPO with LoRA, and a quarter of the default."""
 HIGH_RATE = "a high learning rate"
 RECORD_BY_RECORD, WITH_A_STATE = "record by record", "layers that carry a state"
+OF_START = "the adapter that training begins with"
 """How the warnings begin that depend on more than the data."""
 SHOWN_CHARACTERS = 1000
 """How much of a part of a record is shown, from its start and its end."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.trainable import NO_EXPERTS
 from orchestrator.api.words import on_one_line
 from qlora_trainer.kernels.moe_experts import ExpertAdapter, NF4Experts
@@ -100,13 +100,18 @@ def _hand_over(model: PeftModel) -> None:
             wrapper.forward = experts.__call__
 
 
+def adaptable_layers(base: PreTrainedModel) -> list[str]:
+    """The names of layers that can have an adapter: those that are quantized, but for what PEFT takes for others."""
+    return [name for name in quantized_layers(base) if peft_takes(base, name.rpartition(".")[2])]
+
+
 def target_modules(base: PreTrainedModel, adapter: AdapterSpec) -> list[str]:
     """What the adapter is on, as PEFT matches names: a layer's last name, or more of its path.
 
     A target is a layer that is quantized; `base` may be without memory. UserError for any other. Layers of a text part
     are named in full: in the whole model, others may have the same last names.
     """
-    names = [name for name in quantized_layers(base) if peft_takes(base, name.rpartition(".")[2])]
+    names = adaptable_layers(base)
     if adapter.target_modules == "all-linear":
         return sorted(names) if is_text_part(base) else _shortest(base, names)
     for wanted in adapter.target_modules:

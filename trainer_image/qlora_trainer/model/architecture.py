@@ -34,7 +34,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from orchestrator.api.job import AdapterSpec, PublishFormat
+from orchestrator.api.adapter import AdapterSpec
+from orchestrator.api.job import PublishFormat
 from qlora_trainer.kernels import state_kernels
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model import mxfp4

@@ -28,7 +28,7 @@ from torch.nn import Module, ModuleList
 from transformers import PreTrainedConfig
 
 from orchestrator.api import trainer_facts
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD, has_table
 from orchestrator.api.layer_trace import (
     KIND_LETTERS,

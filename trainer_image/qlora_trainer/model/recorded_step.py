@@ -26,6 +26,7 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 from bitsandbytes.functional import QuantState
+from peft import PeftModel
 from peft.tuners.lora import dora
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,7 +37,7 @@ from transformers import AttentionInterface, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.api import trainer_facts
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.layer_tables import ATTENTION, EXPERTS_BACKWARD, EXPERTS_FORWARD
 from orchestrator.api.layer_trace import Heads
 from qlora_trainer.data.micro_batch import collate
@@ -374,12 +375,7 @@ def run_step(base: Any, adapter: AdapterSpec, *, tokens: int, recomputes: bool) 
     """
     recorder = Recorder()
     AttentionInterface.register(packed.NAME, TracedAttention(recorder.events.append))
-    take_weights_away(base)
-    base.requires_grad_(False)
-    base.is_loaded_in_4bit = True
-    with warnings.catch_warnings(), mock.patch.object(dora.DoraLinearLayer, "update_layer", _add_magnitudes):
-        warnings.simplefilter("ignore")
-        peft_model = add_adapter(base, adapter, seed=0)
+    peft_model = adapted(base, adapter)
     places = np.arange(tokens, dtype=np.int32)
     batch = collate([(places % 5, places % 5, places)])
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -429,6 +425,16 @@ def _masks_as_of_one_record() -> Any:
         return True
 
     return mock.patch.multiple(masking_utils, is_tracing=no, find_packed_sequence_indices=no, fast_all=yes)
+
+
+def adapted(base: Any, adapter: AdapterSpec) -> PeftModel:
+    """A base without memory with an adapter, of whose weights only names, shapes and types mean anything."""
+    take_weights_away(base)
+    base.requires_grad_(False)
+    base.is_loaded_in_4bit = True
+    with warnings.catch_warnings(), mock.patch.object(dora.DoraLinearLayer, "update_layer", _add_magnitudes):
+        warnings.simplefilter("ignore")
+        return add_adapter(base, adapter, seed=0)
 
 
 def take_weights_away(base: Module) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.model_facts import OVERRIDES
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch

@@ -109,8 +109,8 @@ class ModelDescription:
 
 def resolve_model(source: str, revision: str) -> Path:
     """A local folder with the whole model, weights included."""
-    with translated(source, field="spec.model.source"):
-        location = _locate(source, revision)
+    with translated(source, field=MODEL.field):
+        location = locate(source, revision)
         names = _weight_names(location)
         folder = location.fetch([*location.description_names(), *names])
         if INDEX_NAME in location.files:
@@ -120,8 +120,8 @@ def resolve_model(source: str, revision: str) -> Path:
 
 def describe_model(source: str, revision: str) -> ModelDescription:
     """A local folder with config and tokenizer, and what the weights' headers say; all of it checked."""
-    with translated(source, field="spec.model.source"):
-        location = _locate(source, revision)
+    with translated(source, field=MODEL.field):
+        location = locate(source, revision)
         weights = _weight_names(location)
         location.check_size(weights)
         headers = {name: location.read_header(name) for name in weights}
@@ -197,11 +197,26 @@ class _Header:
     tensors: Mapping[str, TensorShape]
 
 
-class _Location:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sought:
+    """What a source is asked for, in words for messages."""
+
+    what: str
+    field: str
+    """The field of the job that names the source."""
+
+
+MODEL = Sought(what="model folder", field="spec.model.source")
+
+
+class Location:
     """A folder of files behind fsspec: the same few questions for every kind of source."""
 
-    def __init__(self, source: str, file_system: Any, root: str, commit: str | None = None) -> None:
+    def __init__(
+        self, source: str, file_system: Any, root: str, *, sought: Sought = MODEL, commit: str | None = None
+    ) -> None:
         self.source = source
+        self.sought = sought
         self.commit = commit
         self._file_system = file_system
         self._root = root.rstrip("/")
@@ -211,8 +226,11 @@ class _Location:
         try:
             entries = self._file_system.ls(self._root, detail=True)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"there is no model folder at {self.source}; check spec.model.source") from error
+            raise self._absent() from error
         return {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+
+    def _absent(self) -> UserError:
+        return UserError(f"there is no {self.sought.what} at {self.source}; check {self.sought.field}")
 
     def refuse_adapter(self) -> None:
         """An adapter is not a model, although it lies in a folder like one."""
@@ -259,16 +277,17 @@ class _Location:
         raise NotImplementedError
 
 
-class _Folder(_Location):
+class _Folder(Location):
     """`file://` and `pvc://`, of which nothing is read that a link leads out of them to."""
 
-    def __init__(self, source: str, path: Path, claim: Path | None) -> None:
+    def __init__(self, source: str, path: Path, claim: Path | None, sought: Sought) -> None:
+        self.source, self.sought = source, sought
         try:
             self._contained = Contained.of(path, claim)
             self._listed = self._contained.files()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"there is no model folder at {source}; check spec.model.source") from error
-        super().__init__(source, None, str(path))
+            raise self._absent() from error
+        super().__init__(source, None, str(path), sought=sought)
 
     def _list(self) -> dict[str, Mapping[str, Any]]:
         return {name: {"size": status.st_size} for name, status in self._listed.items()}
@@ -308,7 +327,7 @@ def _own_folder(contained: Contained, names: Iterable[str]) -> Path:
     return own
 
 
-class _Remote(_Location):
+class _Remote(Location):
     """What is fetched into the cache that the stages of a machine share (`shared_cache`)."""
 
     def check_size(self, names: Iterable[str]) -> None:
@@ -354,9 +373,9 @@ class _Remote(_Location):
 class _Bucket(_Remote):
     """`s3://` and whatever else fsspec can list."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, sought: Sought) -> None:
         file_system, root = fsspec.core.url_to_fs(source, use_listings_cache=False)
-        super().__init__(source, file_system, root)
+        super().__init__(source, file_system, root, sought=sought)
 
     def fetch(self, names: Iterable[str]) -> Path:
         names = sorted(names)
@@ -383,14 +402,13 @@ class _Bucket(_Remote):
 class _HubModel(_Remote):
     """`hf://owner/name` at one commit."""
 
-    def __init__(self, source: str, revision: str) -> None:
+    def __init__(self, source: str, revision: str, sought: Sought) -> None:
         from huggingface_hub import HfApi, HfFileSystem
 
         self._repository = source.removeprefix("hf://").rstrip("/")
         commit = HfApi().model_info(self._repository, revision=revision).sha
-        super().__init__(
-            source, HfFileSystem(use_listings_cache=False), f"{self._repository}@{commit}", commit=str(commit)
-        )
+        files = HfFileSystem(use_listings_cache=False)
+        super().__init__(source, files, f"{self._repository}@{commit}", sought=sought, commit=str(commit))
 
     def fetch(self, names: Iterable[str]) -> Path:
         """Large files come as blobs of the hub's cache, which its client links; it fetches the small ones."""
@@ -406,17 +424,18 @@ class _HubModel(_Remote):
         return _own_folder(Contained.of(Path(folder)), names)
 
 
-def _locate(source: str, revision: str) -> _Location:
+def locate(source: str, revision: str, sought: Sought = MODEL) -> Location:
+    """The folder behind a source; `revision` is of a hub's repository. For use inside `translated`."""
     if source.startswith("hf://"):
-        return _HubModel(source, revision)
+        return _HubModel(source, revision, sought)
     path = local_path(source)
-    return _Bucket(source) if path is None else _Folder(source, path, claim_path(source))
+    return _Bucket(source, sought) if path is None else _Folder(source, path, claim_path(source), sought)
 
 
 # --- its files
 
 
-def _weight_names(location: _Location) -> list[str]:
+def _weight_names(location: Location) -> list[str]:
     """The files that hold the weights that are trained, all of them there."""
     files = location.files
     location.refuse_adapter()
@@ -458,7 +477,7 @@ def _what_instead_of_weights(files: Iterable[str]) -> str:
     return f"holds neither {SINGLE_FILE_NAME} nor {INDEX_NAME}; give the folder of a Hugging Face model"
 
 
-def _holds_more_than_text(location: _Location) -> bool:
+def _holds_more_than_text(location: Location) -> bool:
     """As config.json has it, before transformers is imported."""
     if CONFIG_NAME not in location.files:
         return False
@@ -477,7 +496,7 @@ def _write_index(folder: Path, weight_map: Mapping[str, str], names: Collection[
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": fetched}))
 
 
-def _weight_map(location: _Location) -> Mapping[str, str]:
+def _weight_map(location: Location) -> Mapping[str, str]:
     try:
         index: Any = read_json(location.read(INDEX_NAME))
         weight_map = index["weight_map"]
@@ -486,7 +505,7 @@ def _weight_map(location: _Location) -> Mapping[str, str]:
         raise UserError(f"{location.source}: {INDEX_NAME} is damaged ({error!r}); copy it again") from error
 
 
-def _check_index(location: _Location, headers: Mapping[str, _Header]) -> None:
+def _check_index(location: Location, headers: Mapping[str, _Header]) -> None:
     if INDEX_NAME not in location.files:
         return
     listed = {tensor: name for tensor, name in _weight_map(location).items() if name in headers}
@@ -570,7 +589,7 @@ def library_words(error: BaseException) -> str:
     return words if len(words) <= LIBRARY_CHARACTERS else f"{words[:LIBRARY_CHARACTERS]} ..."
 
 
-def _content_digest(location: _Location, headers: Mapping[str, _Header]) -> str:
+def _content_digest(location: Location, headers: Mapping[str, _Header]) -> str:
     digest = hashlib.sha256(location.read(CONFIG_NAME) if CONFIG_NAME in location.files else b"")
     for name, header in headers.items():
         digest.update(f"\n{name}\n".encode() + hashlib.sha256(header.raw).digest())

@@ -44,6 +44,7 @@ from qlora_trainer.model.loss import Head, cross_entropy, record_log_probabiliti
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.text_part import decoder_of
 from qlora_trainer.outcome import UserError
+from qlora_trainer.storage.tensors import on_host
 
 log = logging.getLogger(__name__)
 LOGITS_TOLERANCE = 0.05
@@ -75,6 +76,7 @@ class TrainingModel:
         self._plan = plan
         self._neftune_alpha = neftune_alpha
         self._saved = saved_parameters(peft_model)
+        self._start: Mapping[str, Tensor] | None = None
         self.fused = fuse(
             self._decoder,
             self.base.config.get_text_config(),
@@ -129,6 +131,11 @@ class TrainingModel:
         for name, parameter in self._saved.items():
             parameter.data.copy_(tensors[name])
 
+    def begin_with(self, tensors: Mapping[str, Tensor], *, is_reference: bool) -> None:
+        """Take a saved adapter for the one that training begins with; as a reference it is kept in host memory."""
+        self.load_adapter(tensors)
+        self._start = tensors if is_reference else None
+
     def loss(self, batch: MicroBatch, *, divisor: float) -> Tensor:
         """Summed cross-entropy of the micro-batch's targets, over `divisor`."""
         inputs = StepInputs.of(batch, draw_seed(), divisor, self.device)
@@ -153,9 +160,9 @@ class TrainingModel:
         return self._log_probabilities(StepInputs.of(batch, draw_seed(), 1.0, self.device))
 
     @torch.no_grad()
-    def base_log_probabilities(self, batch: MicroBatch) -> Tensor:
-        """The same of the base alone, without noise or dropout; draws nothing."""
-        with self.without_adapter():
+    def reference_log_probabilities(self, batch: MicroBatch) -> Tensor:
+        """The same of the model that training began with, without noise or dropout; draws nothing."""
+        with self.without_adapter() if self._start is None else self._as_it_began(self._start):
             return self._log_probabilities(StepInputs.of(batch, 0, 1.0, self.device))
 
     def logits(self, batch: MicroBatch) -> Tensor:
@@ -220,6 +227,19 @@ class TrainingModel:
         finally:
             for each, own in zip(experts, adapters, strict=True):
                 each.adapters = own
+            self.peft_model.train(was_training)
+
+    @contextmanager
+    def _as_it_began(self, start: Mapping[str, Tensor]) -> Generator[None]:
+        """With the adapter that training began with, and back: what is trained waits in host memory meanwhile, so
+        that the card needs no room for a second one."""
+        was_training, own = self.peft_model.training, on_host(self.adapter())
+        self.eval()
+        self.load_adapter(start)
+        try:
+            yield
+        finally:
+            self.load_adapter(own)
             self.peft_model.train(was_training)
 
     def _hidden(self, inputs: StepInputs) -> Tensor:

@@ -39,6 +39,7 @@ from orchestrator.api.formats import (
     LOGS_FOLDER,
     MANIFEST_NAME,
     PREPARED_FOLDER,
+    START_FOLDER,
     AddedFile,
     Answer,
     AttemptLog,
@@ -285,6 +286,7 @@ class JobStore:
             self._backend.remove(SCRATCH_FOLDER)
             folders = [
                 ADAPTER_FOLDER,
+                START_FOLDER,
                 *self._backend.folders(CHECKPOINTS_FOLDER),
                 *self._backend.folders(PREPARED_FOLDER),
             ]

@@ -41,7 +41,8 @@ def _meaning(error: Exception, source: str, field: str) -> StageError | None:
             f"{source} is gated: accept its terms on the hub, and give a token of that account through HF_TOKEN"
         )
     if "RevisionNotFoundError" in kinds:
-        return UserError(f"{source} has no such revision; check spec.model.revision")
+        where = "spec.model.revision" if field == "spec.model.source" else field
+        return UserError(f"{source} has no such revision; check {where}")
     if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
         return UserError(f"{source} is not on the hub, or is private; check its name, or give a token through HF_TOKEN")
     if found is Trouble.REFUSED:

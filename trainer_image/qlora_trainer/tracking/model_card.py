@@ -46,7 +46,7 @@ def model_card(
     name = registered_model_name(task.spec.tracking, task.namespace, task.job)
     sections = (
         front_matter(task, base),
-        f"# {_shown(name)}\n\nA LoRA adapter for {_shown(base)}, tuned with QLoRA (NF4 base with double quantization).",
+        f"# {_shown(name)}\n\n{_summary(task, base)}",
         f"## Results\n\n{results(task, adapter)}",
         *(() if answers is None else (f"## Answers\n\n{answered(answers)}",)),
         f"## Use\n\n{usage(task, name, base)}",
@@ -54,6 +54,13 @@ def model_card(
         f"## Provenance\n\n{provenance(task, adapter, attempts)}",
     )
     return "\n\n".join(sections) + "\n"
+
+
+def _summary(task: StageTask, base: str) -> str:
+    made = f"A LoRA adapter for {_shown(base)}, tuned with QLoRA (NF4 base with double quantization)"
+    if task.prepared is None or task.prepared.start is None:
+        return f"{made}."
+    return f"{made}. Training went on from the adapter {_shown(task.prepared.start.source)}."
 
 
 def front_matter(task: StageTask, base: str) -> str:
@@ -81,12 +88,17 @@ def results(task: StageTask, adapter: FinalAdapter) -> str:
     """Losses before and after, from the journal."""
     found = losses(adapter.journal, keep_best=task.spec.evaluation.keep_best)
     rows = {
-        "held-out loss of the base": found.eval_loss_before,
+        _before(task): found.eval_loss_before,
         "held-out loss with the adapter": found.eval_loss,
         f"training loss, mean of the last {LOSSES_AVERAGED} steps": found.train_loss,
         "optimizer steps": adapter.manifest.step,
     }
     return _table("measure", "value", {name: _number(value) for name, value in rows.items() if value is not None})
+
+
+def _before(task: StageTask) -> str:
+    went_on = task.prepared is not None and task.prepared.start is not None
+    return f"held-out loss of the {'adapter that training went on from' if went_on else 'base'}"
 
 
 def answered(answers: ScoredAnswers) -> str:
@@ -212,6 +224,9 @@ def provenance(task: StageTask, adapter: FinalAdapter, attempts: Mapping[str, st
     }
     if task.prepared is not None:
         rows["base revision"] = task.prepared.model.revision
+        if (start := task.prepared.start) is not None:
+            rows["went on from"] = start.source
+            rows["SHA-256 of what it went on from"] = start.digest.removeprefix("sha256:")
         rows["prepared data"] = task.prepared.digest
         rows["records, tokens"] = f"{task.prepared.train_records}, {task.prepared.train_tokens}"
     if plans:

@@ -22,6 +22,8 @@ Json = dict[str, Any]  # Any: whatever JSON holds
 
 CARD_NAME = "README.md"
 JOB_UID_TAG = "qlora.dev/job-uid"
+START_TAG, START_DIGEST_TAG = "qlora.dev/continues", "qlora.dev/continues-digest"
+"""The adapter that training went on from: where it was, and the SHA-256 of its weights."""
 PLAN_TAG = "qlora.dev/plan"
 NOTE_TAG = "mlflow.note.content"
 """What MLflow shows as a run's description."""
@@ -98,6 +100,8 @@ def tags(task: StageTask) -> dict[str, str]:
     if task.prepared is not None:
         found["qlora.dev/base-revision"] = task.prepared.model.revision
         found["qlora.dev/dataset-digest"] = task.prepared.digest
+        if (start := task.prepared.start) is not None:
+            found |= {START_TAG: start.source, START_DIGEST_TAG: start.digest}
         found |= {
             f"qlora.dev/warning/{number}": warning for number, warning in enumerate(task.prepared.warnings, start=1)
         }
@@ -153,6 +157,8 @@ def first_note(task: StageTask) -> str:
     if task.prepared is None:
         return f"{made}."
     data = task.prepared
+    if data.start is not None:
+        made += f", going on from `{on_one_line(data.start.source)}`"
     return f"{made}: {data.train_records} records with {data.train_tokens} tokens, {data.steps} steps."
 
 

@@ -241,7 +241,7 @@ class Loop:
             raise self._divergence(f"the held-out loss after step {step} is {loss}")
         with self._lock:
             self.journal.record(step, self._named("eval", figures))
-            if step > 0:  # the untouched base is what is to be beaten, not a result
+            if step > 0:  # what training begins with is to be beaten, and is no result
                 self._judge(step, loss)
         log.info("held-out loss after step %d: %.4f", step, loss)
         self.report("training")

@@ -2,8 +2,9 @@
 
     loss = -log sigmoid(beta * ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected))))
 
-where p is the model with its adapter and q the one without. With a label smoothing of e it is (1 - e) times that,
-plus e times the same of the pair the other way round (Mitchell, 2023: https://ericmitchell.ai/cdpo.pdf).
+where p is the model with its adapter and q the one that training began with (`reference`). With a label smoothing of e
+it is (1 - e) times that, plus e times the same of the pair the other way round (Mitchell, 2023:
+https://ericmitchell.ai/cdpo.pdf).
 
 Log-probabilities are sums over an answer's tokens. A row holds pairs, of each what was chosen first, then what was
 rejected.

@@ -1,4 +1,5 @@
-"""The log-probabilities of records by the model that training began with: the base without its adapter.
+"""The log-probabilities of records by the model that training began with: the base without its adapter, or with the
+one that the job goes on from.
 
 They never change, so each is computed once: in the first micro-batch that has the record, without gradients. From then
 on it is remembered, in checkpoints too. A job that is resumed finds what was computed, and computes the others in the
@@ -31,6 +32,6 @@ class Reference:
         records = np.array(batch.records)
         found = self.values[records]
         if bool(found.isnan().any()):
-            found = self._model.base_log_probabilities(batch).cpu()
+            found = self._model.reference_log_probabilities(batch).cpu()
             self.values[records] = found
         return found.to(self._model.device)
