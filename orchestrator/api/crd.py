@@ -23,6 +23,7 @@ from orchestrator.api.job import (
     ANSWERS_ALONE_RULE,
     CHAT_TEMPLATE_NAMES,
     CHAT_TEMPLATE_RULE,
+    DORA_IS_NO_GGUF_ADAPTER,
     EXPERTS_ARE_NOT_MERGED,
     GATE_IS_COMPUTED,
     GENERATION_HOLDS_OUT,
@@ -214,10 +215,15 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 field="evaluation.generation",
             ),
         ),
-        "_experts_are_not_merged": (
+        "_formats_take_the_adapter": (
             Rule(
                 rule="!self.adapter.experts || self.publish.formats.size() == 0",
                 message=EXPERTS_ARE_NOT_MERGED,
+                field="publish.formats",
+            ),
+            Rule(
+                rule="!self.adapter.useDora || !('gguf-adapter' in self.publish.formats)",
+                message=DORA_IS_NO_GGUF_ADAPTER,
                 field="publish.formats",
             ),
         ),

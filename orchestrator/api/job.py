@@ -111,10 +111,14 @@ EXPERTS_ARE_NOT_MERGED = (
     "publish.formats: what an adapter on routed experts is in other formats is not settled; leave out adapter.experts, "
     "or publish.formats"
 )
+DORA_IS_NO_GGUF_ADAPTER = (
+    "publish.formats: llama.cpp has no DoRA in adapters; take merged or gguf-q8_0 instead of gguf-adapter"
+)
 ONE_ANSWER_RULE = "evaluation.generation holds answers against the one that a record has: leave it out for preferences"
 MAX_PARALLELISM = 64
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)]
-PublishFormat = Literal["merged"]
+PublishFormat = Literal["merged", "gguf-f16", "gguf-q8_0", "gguf-adapter"]
+WHOLE_MODEL_FORMATS: frozenset[PublishFormat] = frozenset({"merged", "gguf-f16", "gguf-q8_0"})
 AnswerMetric = Literal["exactMatch", "f1", "chrf", "bleu", "jsonValidity", "regex"]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 VramQuantity = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}(\.[0-9]{1,3})?Gi)$", max_length=12)]
@@ -430,7 +434,8 @@ class PublishSpec(Model):
     """What the job makes of its adapter beside the adapter itself, which is always published."""
 
     formats: Annotated[tuple[PublishFormat, ...], Field(max_length=4)] = ()
-    """`merged`: the base's 16-bit weights with the adapter added to them, as safetensors."""
+    """`merged`: the base's 16-bit weights with the adapter added to them, as safetensors; `gguf-f16` and `gguf-q8_0`:
+    the same as a GGUF file; `gguf-adapter`: the adapter alone as GGUF."""
 
     @field_validator("formats")
     @classmethod
@@ -516,9 +521,11 @@ class QLoRAJobSpec(Model):
         return self
 
     @model_validator(mode="after")
-    def _experts_are_not_merged(self) -> QLoRAJobSpec:
+    def _formats_take_the_adapter(self) -> QLoRAJobSpec:
         if self.adapter.experts and self.publish.formats:
             raise ValueError(EXPERTS_ARE_NOT_MERGED)
+        if self.adapter.use_dora and "gguf-adapter" in self.publish.formats:
+            raise ValueError(DORA_IS_NO_GGUF_ADAPTER)
         return self
 
     @model_validator(mode="after")

@@ -217,6 +217,7 @@ def format_rule_breakers() -> Iterator[Json]:
     """Specs that one rule about formats forbids."""
     yield {"publish": {"formats": ["merged", "merged"]}}
     yield {"publish": {"formats": ["merged"]}, "adapter": {"experts": True, "dropout": "0"}}
+    yield {"publish": {"formats": ["gguf-adapter"]}, "adapter": {"useDora": True}}
 
 
 def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> None:

@@ -264,6 +264,7 @@ def _open_model(spec: QLoRAJobSpec, keep_start: Callable[[ModelDescription], _St
     facts = traced_model(facts, config, spec, packs=checked.separate_because is None)
     tokenizer = load_tokenizer(description.folder, source, named_template(spec.model.chat_template))
     check_tokenizer(tokenizer, spec.dataset, source)
+    _refuse_formats(spec, config, tokenizer)
     log.info("base model %s: %s at %s", source, facts.architecture, facts.revision)
     if facts.part_of is not None:
         log.info("text part of %s: the image tower is not loaded", facts.part_of)
@@ -317,6 +318,18 @@ def _is_whole(store: JobStore, known: StartManifest) -> bool:
             log.warning("the job's copy of the adapter that it goes on from is made again: %s", error)
             return False
     return True
+
+
+def _refuse_formats(spec: QLoRAJobSpec, config: Any, tokenizer: Any) -> None:
+    """UserError for a model that GGUF is not written of, where the job asks for it."""
+    from qlora_trainer.exporting.gguf_families import family_of, pre_tokenizer_of
+
+    names, source = spec.publish.formats, spec.model.source
+    if any(name.startswith("gguf") for name in names):
+        family_of(config, source)
+    if "gguf-f16" in names or "gguf-q8_0" in names:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        pre_tokenizer_of(json.loads(backend.to_str()) if backend is not None else {}, source)
 
 
 def _model_warnings(checked: CheckedModel, spec: QLoRAJobSpec) -> Iterator[str]:

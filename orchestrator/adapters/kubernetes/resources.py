@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from orchestrator.adapters.kubernetes.pod_policy import Manifest, PodPolicy
 from orchestrator.api import trainer_facts
+from orchestrator.api.job import WHOLE_MODEL_FORMATS
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.stage_name import STAGES_ON_GPU
@@ -90,7 +91,7 @@ def scratch_bytes(task: StageTask, policy: PodPolicy) -> int:
 
     What it is written to in other formats goes through it, too, a file at a time, unless the store is mounted.
     """
-    exports = _exports(task)
+    exports = _exports(task) and not WHOLE_MODEL_FORMATS.isdisjoint(task.spec.publish.formats)
     if task.prepared is None or (task.stage not in STAGES_ON_GPU and not exports):
         return SCRATCH_BYTES
     fetched = task.spec.model.source.startswith(("hf://", "s3://")) and not policy.model_cache
@@ -99,7 +100,7 @@ def scratch_bytes(task: StageTask, policy: PodPolicy) -> int:
 
 
 def _exports(task: StageTask) -> bool:
-    """Whether the stage reads the whole base to write it in other formats."""
+    """Whether the stage writes other formats than the adapter's."""
     return task.stage == "publish" and bool(task.spec.publish.formats)
 
 

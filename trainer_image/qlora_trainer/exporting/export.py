@@ -15,9 +15,9 @@ from time import monotonic
 
 from orchestrator.api.base import Digest
 from orchestrator.api.formats import FileEntry, FormatManifest, format_folder
-from orchestrator.api.job import PublishFormat
+from orchestrator.api.job import WHOLE_MODEL_FORMATS, PublishFormat
 from orchestrator.api.task import StageTask
-from qlora_trainer.exporting import merged_folder
+from qlora_trainer.exporting import gguf_file, merged_folder
 from qlora_trainer.exporting.sources import MakeFile, Sources, open_sources
 from qlora_trainer.storage.final_adapter import FinalAdapter
 from qlora_trainer.storage.job_store import JobStore
@@ -37,7 +37,8 @@ def export(task: StageTask, store: JobStore, adapter: FinalAdapter) -> None:
             missing.append((name, inputs))
     if not missing:
         return
-    sources = open_sources(task, adapter.folder)
+    whole = any(name in WHOLE_MODEL_FORMATS for name, _ in missing)
+    sources = open_sources(task, adapter.folder, whole=whole)
     for name, inputs in missing:
         _make(task, store, name, inputs, sources)
 
@@ -72,6 +73,12 @@ def _files(name: PublishFormat, sources: Sources) -> Mapping[str, MakeFile]:
     match name:
         case "merged":
             return merged_folder.files(sources)
+        case "gguf-f16":
+            return {"model-f16.gguf": lambda sources, path: gguf_file.write_model(sources, path, "f16")}
+        case "gguf-q8_0":
+            return {"model-q8_0.gguf": lambda sources, path: gguf_file.write_model(sources, path, "q8_0")}
+        case "gguf-adapter":
+            return {"adapter.gguf": gguf_file.write_adapter}
 
 
 def _made(

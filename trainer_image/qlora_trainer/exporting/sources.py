@@ -18,9 +18,9 @@ class Sources:
     """Base and adapter on this machine."""
 
     base: Path
-    """The base's folder, weights included."""
+    """The base's folder, weights included where a format needs them."""
     weights: tuple[str, ...]
-    """The names of its files of weights, in order."""
+    """The names of its files of weights, in order; none where no format needs them."""
     adapter: Adapter
     adapter_folder: Path
     """Holds the tokenizer with the chat template that was trained, too."""
@@ -32,17 +32,26 @@ MakeFile = Callable[[Sources, Path], None]
 """Writes a file of a format at a path, where there is none."""
 
 
-def open_sources(task: StageTask, adapter_folder: Path) -> Sources:
-    """The job's. UserError where the base is another one by now, or cannot take the adapter."""
+def open_sources(task: StageTask, adapter_folder: Path, *, whole: bool) -> Sources:
+    """The job's, with the base's weights if it is to be `whole`.
+
+    UserError where the base is another one by now, or cannot take the adapter.
+    """
     assert task.prepared is not None, "a job that is published was prepared"
     source, revision = task.spec.model.source, task.prepared.model.revision
-    if not source.startswith("hf://") and describe_model(source, revision).revision != revision:
+    described = describe_model(source, revision)
+    if described.revision != revision:
         raise UserError(
             f"spec.publish.formats: {source} is not what it was when the job was prepared, so the adapter is not "
             "merged into it; put the model back, or submit the job again"
         )
+    adapter = Adapter(adapter_folder)
+    if not whole:
+        return Sources(
+            base=described.folder, weights=(), adapter=adapter, adapter_folder=adapter_folder, modules=dict[str, str]()
+        )
     base = resolve_model(source, revision)
-    adapter, weights = Adapter(adapter_folder), weight_files(base)
+    weights = weight_files(base)
     names = [name for file in weights for name in tensor_names(base / file)]
     stored = linears_of_checkpoint(known_config(base, source), names)
     if absent := [module for module in adapter.modules if module not in stored]:
