@@ -1,8 +1,8 @@
 """Write the reference pages and the CRDs from the code that they describe; `--check` fails where one is out of date.
 
 The pydantic models, the settings, the reasons and the state table are the source; nobody edits `docs/reference/`. Of
-docs/models.md the tables of types are written, of docs/performance.md that of Kueue, and of docs/notifications.md that
-of events.
+docs/models.md the tables of types are written, of docs/performance.md that of Kueue, of docs/notifications.md that
+of events, and of docs/ci.md that of exit statuses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from docs import kueue_table, model_types, notification_events, sizes
+from docs import exit_statuses, kueue_table, model_types, notification_events, sizes
 from orchestrator.adapters.kubernetes.settings import ClusterSettings
 from orchestrator.api.crd import custom_resource_definitions
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
@@ -62,6 +62,7 @@ def pages() -> dict[str, str]:
         "qloraqueue.schema.json": schema(QLoRAQueue),
         "notification.schema.json": schema(NotificationBody),
         "../notifications.md": notification_events.page(),
+        "../ci.md": exit_statuses.page(),
         "settings.md": HEADER + settings(),
         "reasons.md": HEADER + reasons(),
         "states.md": HEADER + states(),

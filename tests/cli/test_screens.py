@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from orchestrator.api.job import CheckpointStatus, Condition, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.notification import Notification, NotificationsStatus, Webhook
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import ProgressReport
@@ -227,6 +228,34 @@ EVENTS = (
 JOBS = [FAILED, HELD, told(SUCCEEDED), TRAINING, WAITING]
 
 
+TOLD = FAILED.model_copy(
+    update={
+        "spec": FAILED.spec.model_copy(
+            update={"notifications": (Webhook(name="ci", url="https://ci.example.com/hooks/qlora"),)}
+        ),
+        "status": FAILED.status.model_copy(
+            update={
+                "notifications": NotificationsStatus(
+                    total=2,
+                    outstanding=(
+                        Notification(
+                            number=2,
+                            event="job.failed",
+                            time=after(-50),
+                            reason=Reason.USER_ERROR,
+                            message=LINE_7,
+                            recipients=("job/ci", "queue/operators"),
+                            failure="answered 503",
+                        ),
+                    ),
+                    undelivered=1,
+                )
+            }
+        ),
+    }
+)
+
+
 def described(job: QLoRAJob, *events: tuple[str, Event]) -> Draw:
     """`qlora describe` of a job."""
     return lambda _, console: show_job(console, told(job), events, NOW)
@@ -285,6 +314,7 @@ DRAWN: dict[str, Draw] = {
     "describe": described(SUCCEEDED),
     "describe-awaiting": described(AWAITING),
     "describe-failed": described(FAILED, *EVENTS),
+    "describe-told": described(TOLD),
     "describe-waiting": described(WAITING),
     "describe-queue": lambda _, console: show_queue(console, RESEARCH, [told(HELD), told(WAITING)], NOW),
     "explain": explained(WAITING, TRAINING, queues=(make_queue("research"),)),
