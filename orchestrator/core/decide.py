@@ -251,4 +251,4 @@ def _expired(index: Index, snapshot: Snapshot) -> Iterator[DeleteJob]:
         if facts and named is None:
             named = {attempt.stage_uid for other in snapshot.jobs for attempt in other.status.attempts}
         if not any(StageName.parse(fact.name) and (fact.vouched or fact.stage_uid in (named or ())) for fact in facts):
-            yield DeleteJob(job=index.entries[key].draft.job)
+            yield DeleteJob(job=index.entries[key].job)

@@ -7,10 +7,11 @@ the classes the smallest that fits and that spec.resources allows, or the cheape
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from heapq import heappop, heappush
-from typing import NamedTuple
+from operator import itemgetter
+from typing import NamedTuple, cast
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.adapter import AdapterSpec
@@ -19,6 +20,7 @@ from orchestrator.api.job import (
     EvaluationSpec,
     GenerationSpec,
     ModelSource,
+    ObjectiveSpec,
     QLoRAJobSpec,
     TrainingSpec,
 )
@@ -82,55 +84,58 @@ def candidates(
     return _candidates(job, resources.vram, resources.gpu_classes, spec.active_deadline_seconds, tuple(classes))
 
 
-class _Job:
+_OF_ADAPTER = tuple(name for name in AdapterSpec.model_fields if name != "start")
+_OF_OBJECTIVE = tuple(ObjectiveSpec.model_fields)
+_OF_TRAINING = tuple(name for name in TrainingSpec.model_fields if name != "objective")
+_Values = Callable[[Mapping[str, object]], tuple[object, ...]]
+_adapter_values = cast("_Values", itemgetter(*_OF_ADAPTER))
+_objective_values = cast("_Values", itemgetter(*_OF_OBJECTIVE))
+_training_values = cast("_Values", itemgetter(*_OF_TRAINING))
+
+
+class _Job(NamedTuple):
     """All that bytes and seconds depend on: neither model source nor data. Jobs alike ask alike.
 
-    Ten thousand ask in one decision. Pydantic compares and hashes in Python, so what jobs differ in most is compared
-    value by value.
+    Ten thousand ask in one decision. Pydantic compares and hashes in Python, so what jobs differ in most is here value
+    by value, in the order of the fields.
     """
 
-    __slots__ = ("_key", "adapter", "facts", "generation", "margins", "training", "work")
-
-    def __init__(
-        self,
-        adapter: AdapterSpec,
-        training: TrainingSpec,
-        generation: GenerationSpec | None,
-        facts: ModelFacts,
-        work: Work,
-        margins: Margins,
-    ) -> None:
-        self.adapter, self.training, self.generation = adapter, training, generation
-        self.facts, self.work, self.margins = facts, work, margins
-        objective = vars(training.objective).values()
-        flat = (value for name, value in vars(training).items() if name != "objective")
-        shape = (value for name, value in vars(adapter).items() if name != "start")
-        self._key = (*shape, *flat, *objective, generation, facts, work, margins)
+    adapter: tuple[object, ...]
+    training: tuple[object, ...]
+    objective: tuple[object, ...]
+    generation: GenerationSpec | None
+    facts: ModelFacts
+    work: Work
+    margins: Margins
 
     @classmethod
     def of(cls, spec: QLoRAJobSpec, facts: ModelFacts, work: Work | None, margins: Margins = DEFAULT) -> _Job:
         """Of a job's spec."""
-        known = work or Work(steps=spec.training.max_steps or 0)
-        return cls(spec.adapter, spec.training, spec.evaluation.generation, facts, known, margins)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Job) and self._key == other._key
+        training = spec.training
+        return cls(
+            _adapter_values(vars(spec.adapter)),
+            _training_values(vars(training)),
+            _objective_values(vars(training.objective)),
+            spec.evaluation.generation,
+            facts,
+            work or Work(steps=training.max_steps or 0),
+            margins,
+        )
 
     def spec(self) -> QLoRAJobSpec:
         """One that is the same to sizing."""
         nowhere = "file:///"
+        objective = ObjectiveSpec.model_validate(dict(zip(_OF_OBJECTIVE, self.objective, strict=True)))
+        training = dict(zip(_OF_TRAINING, self.training, strict=True))
         return QLoRAJobSpec(
             model=ModelSource(source=nowhere),
             dataset=DatasetSource(
                 source=nowhere,
                 eval_source=nowhere,
-                format="messages" if self.training.objective.type == "sft" else "preference",
+                format="messages" if objective.type == "sft" else "preference",
             ),
-            adapter=self.adapter,
-            training=self.training,
+            adapter=AdapterSpec.model_validate(dict(zip(_OF_ADAPTER, self.adapter, strict=True))),
+            training=TrainingSpec.model_validate({**training, "objective": objective}),
             evaluation=EvaluationSpec(generation=self.generation),
         )
 
@@ -236,10 +241,10 @@ class _Search:
         self.margins = job.margins
         self._steps = job.work.steps
         self._step_time = StepTime(self.spec, job.facts, job.work)
-        self.sizes = tuple(micro_batch_sizes(job.training.global_batch_size))
+        self.sizes = tuple(micro_batch_sizes(self.spec.training.global_batch_size))
         self._offloads = offloads(self.spec, job.facts)
-        self._fused = is_fused(job.adapter, job.facts)
-        self._card_matters = card_matters(job.adapter, job.facts)
+        self._fused = is_fused(self.spec.adapter, job.facts)
+        self._card_matters = card_matters(self.spec.adapter, job.facts)
         self._footprints: dict[tuple[MemoryPlan, int], Footprint] = {}
         self._plans: dict[tuple[int, Way, int], MemoryPlan] = {}
         self._seconds: dict[tuple[MemoryPlan, Card], float] = {}

@@ -15,7 +15,6 @@ and the traffic over PCIe. The time for evaluations, checkpoints and loading is 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
@@ -106,9 +105,8 @@ class _Kernels(NamedTuple):
     """The speed of the backward pass, deterministic, against that."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """How much there is to train on."""
+class Work(NamedTuple):
+    """How much there is to train on; a tuple, since it is part of what each of thousands of jobs asks."""
 
     steps: int = 0
     """Optimizer steps of the job; 0 where prepare has not counted them."""

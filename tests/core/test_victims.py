@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,7 +12,16 @@ from orchestrator.api.reasons import Reason
 from orchestrator.core.scheduling.admission import GROUNDS, Ledger, Quotas, place
 from orchestrator.core.scheduling.line import Line, RankedLine
 from orchestrator.core.scheduling.ordering import Claim, user_of
-from orchestrator.core.scheduling.preemption import Holding, Hopeless, choose_victims, reserve_coming_free
+from orchestrator.core.scheduling.preemption import (
+    Holding,
+    Hopeless,
+    Running,
+    choose_victims,
+    is_cooling_down,
+    move,
+    nobody,
+    reserve_coming_free,
+)
 from orchestrator.sizing.plan_search import candidates
 from tests.builders import POLICY, SMOLLM2_135M, after, gpus, make_spec
 
@@ -98,8 +107,12 @@ def rank(claim: Claim, line: RankedLine) -> tuple[object, ...]:
     return -claim.priority, share, claim.since, claim.uid
 
 
-def of_class(holdings: list[Holding]) -> Callable[[str], list[Holding]]:
-    return lambda name: [each for each in holdings if each.gpu_class == name]
+def running(holdings: list[Holding]) -> Running:
+    movable = nobody()
+    for each in holdings:
+        if not (each.stopping or is_cooling_down(each, POLICY)):
+            move(movable, each, 1)
+    return Running(movable, lambda name: [each for each in holdings if each.gpu_class == name], POLICY)
 
 
 def placed_one_by_one(claims: list[Claim], ledger: Ledger) -> Iterator[tuple[str, str]]:
@@ -215,8 +228,8 @@ def test_who_is_placed_and_who_makes_way_is_what_the_rules_say_one_by_one(seed: 
         stopping = [(each.queue, each.gpu_class, each.user) for each in holdings if each.stopping]
         reserved = reserve_coming_free(left, stopping, ledger)
         left, hopeless = left.without(p.claim.key for p in reserved), Hopeless()
-        chosen = (*reserved, *choose_victims(left, of_class(holdings), ledger.copy(), POLICY, hopeless))
-        again = choose_victims(left, of_class(holdings), ledger, POLICY, hopeless)
+        chosen = (*reserved, *choose_victims(left, running(holdings), ledger.copy(), hopeless))
+        again = choose_victims(left, running(holdings), ledger, hopeless)
         assert (*reserved, *again) == chosen, "what is known of the hopeless changes nothing"
         assert [
             (p.claim.key, p.estimate.gpu_class, p.victim.key if p.victim is not None else None, p.reason)

@@ -54,6 +54,12 @@ def says_the_same(condition: Condition, reason: Reason, message: str, generation
     )
 
 
+def is_said(status: QLoRAJobStatus, kind: ConditionType, reason: Reason, message: str, generation: int) -> bool:
+    """The same of the condition of this type, if there is one."""
+    before = status.condition(kind)
+    return before is not None and says_the_same(before, reason, message, generation)
+
+
 def words(message: str) -> str:
     """A sentence without its figures."""
     return _known_words(message) if len(message) <= WORDS_KEPT_CHARACTERS else _FIGURES.sub("#", message)

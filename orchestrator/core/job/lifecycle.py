@@ -15,7 +15,7 @@ from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.core.commands import Event
 from orchestrator.core.job.addresses import refused_address
 from orchestrator.core.job.attempts import request_stop
-from orchestrator.core.job.conditions import Finding, says_the_same
+from orchestrator.core.job.conditions import Finding, is_said
 from orchestrator.core.job.finalizer import outstanding, owes_run_its_end
 from orchestrator.core.job.notifications import note_deliveries
 from orchestrator.core.job.progress import between, fold_progress, never_heard, stalled
@@ -77,8 +77,7 @@ def is_ready(draft: Draft, policy: Policy) -> bool:
 def wait(draft: Draft, reason: Reason, message: str) -> Draft:
     """Say what an idle job waits for."""
     kind = WAITING_CONDITION[draft.state]
-    before = draft.status.condition(kind)
-    if before is not None and says_the_same(before, reason, message, draft.job.metadata.generation):
+    if is_said(draft.status, kind, reason, message, draft.job.metadata.generation):
         return draft
     return draft.say(Finding(kind=kind, status="False", reason=reason, message=message))
 

@@ -134,6 +134,14 @@ class Draft:
         seen = self.status.observed_generation == self.job.metadata.generation
         return self.word is not None or self.status is not self.job.status or not seen
 
+    def check(self) -> None:
+        """See whether the status could be stored, where all its parts are new and were checked when they were made.
+
+        Raises ValueError as `close` does, at a tenth of the time.
+        """
+        stored = vars(self.job.status)
+        QLoRAJobStatus.model_validate({k: v for k, v in vars(self.status).items() if v is not stored[k]})
+
     def close(self) -> WriteStatus | None:
         """The write that stores the draft; None where it says what is stored already.
 
@@ -145,9 +153,12 @@ class Draft:
         status = said.status.model_copy(
             update={"observed_generation": self.job.metadata.generation, "summary": summarize(said.status)},
         )
-        if status == self.job.status:
+        stored = vars(self.job.status)
+        changed = {name for name, value in vars(status).items() if value is not stored[name] and value != stored[name]}
+        if not changed:
             return None
-        QLoRAJobStatus.model_validate_json(status.model_dump_json(by_alias=True, warnings=False))
+        text = status.model_dump_json(include=changed, by_alias=True, warnings=False)
+        QLoRAJobStatus.model_validate_json(text)  # what is stored was read, and no field depends on another
         return WriteStatus(job=self.job, status=status, events=said.events, words_only=self.words_only)
 
     def _with_word(self, word: Finding) -> Draft:

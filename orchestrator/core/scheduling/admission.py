@@ -10,7 +10,7 @@ a quota need not wait for someone who uses it meanwhile, whatever the priority.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -236,7 +236,7 @@ def granted(line: RankedLine, ledger: Ledger) -> Iterator[tuple[Claim, Estimate]
                 continue
             ledger.take(claim.queue, estimate.gpu_class, claim.user)
             served.add(claim.key)
-            serve(claim, line.without(served), ledger)
+            serve(claim, line, served, ledger)
             yield claim, estimate
         line = line.without(served)
 
@@ -256,10 +256,10 @@ def _head(queue: str, user: str, line: RankedLine, ledger: Ledger) -> str | None
     return next((key for key in keys if ledger.may_come(line.line.claims[key])), None)
 
 
-def serve(claim: Claim, line: RankedLine, ledger: Ledger) -> None:
-    """The claim waits no more, and another of its user's is next, if it was."""
+def serve(claim: Claim, line: RankedLine, served: Set[str], ledger: Ledger) -> None:
+    """The claim waits no more, nor do others who are served, and another of its user's is next, if it was."""
     if ledger.heads.get((claim.queue, claim.user)) == claim.key:
-        head = _head(claim.queue, claim.user, line, ledger)
+        head = _head(claim.queue, claim.user, line.without(served), ledger)
         del ledger.heads[claim.queue, claim.user]
         if head is not None:
             ledger.heads[claim.queue, claim.user] = head

@@ -14,11 +14,11 @@ from functools import partial
 from itertools import islice
 
 from orchestrator.api.plan import Estimate
-from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.api.reasons import ConditionType, Reason, Refusal
 from orchestrator.api.stage_name import StageKind
 from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
-from orchestrator.core.job.conditions import words
+from orchestrator.core.job.conditions import is_said, words
 from orchestrator.core.job.containment import contained
 from orchestrator.core.job.lifecycle import is_ready, wait
 from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_back
@@ -28,13 +28,14 @@ from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Held, Ledger, Placement, depends_on, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
-from orchestrator.core.scheduling.index import Index
+from orchestrator.core.scheduling.index import Entry, Index
 from orchestrator.core.scheduling.line import Fare, RankedLine, fare_of
 from orchestrator.core.scheduling.ordering import Claim, created, permission_refusal
 from orchestrator.core.scheduling.preemption import (
     Holding,
     Hopeless,
     Preemption,
+    Running,
     choose_victims,
     reserve_coming_free,
 )
@@ -130,7 +131,7 @@ class Scheduler:
         line = line.without(held)
         ledger = index.ledger.copy()
         placements = place(line, ledger)  # 4. who gets one now
-        nodes = broken_nodes((index.entries[key].draft.job for key in index.broken), snapshot.now, snapshot.policy)
+        nodes = broken_nodes((index.entries[key].job for key in index.broken), snapshot.now, snapshot.policy)
         blocked = line.without(placement.claim.key for placement in placements)
         chosen, moved = self._who_makes_way(blocked, placements, ledger, index, snapshot)  # 5. who makes way
         preemptions, failed = self._worth_a_victim(chosen, nodes, index, snapshot)
@@ -176,8 +177,8 @@ class Scheduler:
         self._taken = taken
         self._hopeless.forget(moved)
         left = blocked.without(preemption.claim.key for preemption in reserved)
-        holdings = partial(index.holdings, snapshot=snapshot)
-        return (*reserved, *choose_victims(left, holdings, books, snapshot.policy, self._hopeless)), moved
+        running = Running(index.movable, partial(index.holdings, snapshot=snapshot), snapshot.policy)
+        return (*reserved, *choose_victims(left, running, books, self._hopeless)), moved
 
     def _worth_a_victim(
         self, preemptions: Iterable[Preemption], nodes: tuple[str, ...], index: Index, snapshot: Snapshot
@@ -196,7 +197,7 @@ class Scheduler:
                 continue
             before = self._storable.get(key)
             if before is None or before[0] is not known or before[1] is not estimate or before[2] != nodes:
-                admission = partial(_storable_admission, estimate=estimate, nodes=nodes, snapshot=snapshot)
+                admission = partial(_tried_admission, estimate=estimate, nodes=nodes, snapshot=snapshot)
                 draft = contained(index.draft(key, snapshot.now), snapshot, admission)
                 if draft.defect:
                     failed[key] = draft
@@ -310,7 +311,7 @@ def _held(line: RankedLine, outages: Mapping[Cause, Outage], index: Index, polic
     probed = {cause for cause, outage in outages.items() if outage.probe is not None}
     held: dict[str, Refusal] = {}
     for claim in line.in_order():
-        outage = holds_back(outages, index.entries[claim.key].draft.job, "train", policy)
+        outage = holds_back(outages, index.entries[claim.key].job, "train", policy)
         if outage is not None and outage.cause in probed:
             held[claim.key] = Refusal(reason=Reason.OUTAGE, message=outage.sentence)
         elif outage is not None:
@@ -341,6 +342,13 @@ def _told_of_outages(
 def _storable_admission(draft: Draft, estimate: Estimate, nodes: tuple[str, ...], snapshot: Snapshot) -> Draft:
     admitted = admit(draft, estimate, snapshot, nodes)
     admitted.close()
+    return admitted
+
+
+def _tried_admission(draft: Draft, estimate: Estimate, nodes: tuple[str, ...], snapshot: Snapshot) -> Draft:
+    """Nothing of an admission is a changed copy, which nobody has checked."""
+    admitted = admit(draft, estimate, snapshot, nodes)
+    admitted.check()
     return admitted
 
 
@@ -506,8 +514,11 @@ class Told:
         looked_at |= {key for key, _ in differs if key in index.line.claims}
         self._news = {key for key in self._news if key in index.line.claims or key in index.refused}
         for key in looked_at | self._news:
-            draft = drafts.get(key) or index.draft(key, snapshot.now)
-            refused = _refused(draft, refusals.with_place(key), snapshot.policy)
+            refusal, draft = refusals.with_place(key), drafts.get(key)
+            if draft is None and _has_heard(index.entries[key], refusal):
+                self._news.discard(key)
+                continue
+            refused = _refused(draft or index.draft(key, snapshot.now), refusal, snapshot.policy)
             if refused is not None and refused.says_something_new:
                 self._news.add(key)
                 found[key] = refused
@@ -528,6 +539,14 @@ class Told:
         for fare in self._words.keys() - by_fare.keys():
             del self._words[fare]  # whoever joins it is looked at alone
         return found
+
+
+def _has_heard(entry: Entry, refusal: Refusal | None) -> bool:
+    """Whether a job that only waits says so already: of thousands of drafts most would say nothing new."""
+    if entry.changed is not None or refusal is None or refusal.reason is Reason.DOES_NOT_FIT:
+        return False
+    job = entry.job
+    return is_said(job.status, ConditionType.ADMITTED, refusal.reason, refusal.message, job.metadata.generation)
 
 
 def _refused(draft: Draft, refusal: Refusal | None, policy: Policy) -> Draft | None:

@@ -4,8 +4,9 @@
   same, until the time that `core/job/rest` tells. A job of which something becomes now is looked at in every decision.
 - What is counted over all jobs (the line, the books of GPUs, shares, who teaches, where cards broke) is changed by the
   difference that a job makes.
-- Where queues, classes of GPUs or jobs that do not parse changed, only jobs' own outcomes are kept; where settings
-  changed, the clock, or what the store takes, nothing is.
+- Where something else is said of a queue, its jobs are looked at again, and those who have no claim.
+- Where queues came or went, or classes of GPUs or jobs that do not parse changed, only jobs' own outcomes are kept;
+  where settings changed, the clock, or what the store takes, nothing is.
 
 So the index never depends on how it came about: one that has followed a thousand changes equals one that is new.
 """
@@ -21,7 +22,7 @@ from heapq import heappop, heappush
 from itertools import compress, count
 from operator import is_not
 
-from orchestrator.api.job import QLoRAJob
+from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
@@ -36,7 +37,7 @@ from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.unreadable import job_key_of
 from orchestrator.core.scheduling.admission import Held, Ledger, Quotas, depends_on
-from orchestrator.core.scheduling.claims import claim_of, in_queue
+from orchestrator.core.scheduling.claims import Claims
 from orchestrator.core.scheduling.cpu_slots import IN_CPU_STAGE, last_served
 from orchestrator.core.scheduling.line import Line
 from orchestrator.core.scheduling.ordering import (
@@ -44,12 +45,19 @@ from orchestrator.core.scheduling.ordering import (
     Claim,
     account,
     closures,
-    queue_refusal,
     queue_specs,
     standing,
     user_of,
 )
-from orchestrator.core.scheduling.preemption import EVICTIONS_BY_US, Holding, is_cooling_down, lost_seconds
+from orchestrator.core.scheduling.preemption import (
+    EVICTIONS_BY_US,
+    Holding,
+    Movable,
+    is_cooling_down,
+    lost_seconds,
+    move,
+    nobody,
+)
 from orchestrator.core.scheduling.turns import is_turn_over, turn_ends
 from orchestrator.core.scheduling.usage import Shares, Stint
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
@@ -60,8 +68,10 @@ from orchestrator.sizing.margins import Margins, learned, teaches
 class Entry:
     """What is known of one job. Nothing changes it; to say so takes longer than all else about most of them."""
 
-    draft: Draft
-    """As it is to be by itself."""
+    job: QLoRAJob
+    looked_at: datetime
+    changed: Draft | None
+    """As it is to be by itself; None of a job that `waits_untried`, which is as it is stored."""
     until: datetime
     """When it has to be looked at again, whatever else happens."""
     claim: Claim | None
@@ -78,9 +88,21 @@ class Entry:
     """What it waits for, if others may wait for the same."""
 
     @property
+    def draft(self) -> Draft:
+        """As it is to be by itself."""
+        if self.changed is None:
+            self.changed = Draft.untried(self.job, self.looked_at)
+        return self.changed
+
+    @property
     def is_restless(self) -> bool:
         """Whether something becomes of the job now."""
-        return self.until <= self.draft.now
+        return self.until <= self.looked_at
+
+    @property
+    def may_move(self) -> bool:
+        """Whether it may be asked to give its GPU back, as far as that is its own affair."""
+        return self.holding is not None and not self.holding.stopping and not self.cools_down
 
     def moves_like(self, other: Entry) -> bool:
         """Whether it makes the same of the books: who may be moved for whom."""
@@ -107,6 +129,7 @@ class Index:
     _seen: Snapshot
     _known: Mapping[str, Entry]
     """Entries of an index before, while this one is made."""
+    _claims: Claims
     _sizes_hold: bool = False
     """Whether what they fit is still so."""
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
@@ -122,6 +145,8 @@ class Index:
     """Who is ready to train and has no claim."""
     holders: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Who has a GPU, by class."""
+    movable: Movable = field(default_factory=nobody)
+    """Of those, who may be asked to give it back."""
     stopping: set[str] = field(default_factory=set[str])
     """Whose GPU is coming free."""
     runners: set[str] = field(default_factory=set[str])
@@ -140,7 +165,7 @@ class Index:
     """How many are prepared, or being prepared, and hold no GPU, by queue and namespace."""
     served: defaultdict[str, dict[str, datetime]] = field(default_factory=lambda: defaultdict(dict))
     """When each job last began a CPU stage, by namespace."""
-    uids: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    uids: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """Keys of jobs by uid."""
     stages: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Keys of stages by the key of the job that they are named after."""
@@ -164,7 +189,9 @@ class Index:
     def holdings(self, gpu_class: str, snapshot: Snapshot) -> Iterator[Holding]:
         """The GPUs of a class that jobs have, by the snapshot's time."""
         for key in self.holders[gpu_class]:
-            found = holding_of(self.entries[key].draft, self.queues, snapshot)
+            entry = self.entries[key]
+            is_new = entry.looked_at == snapshot.now
+            found = entry.holding if is_new else holding_of(entry.draft, self.queues, snapshot)
             if found is not None:
                 yield found
 
@@ -195,7 +222,7 @@ class Index:
     def job(self, key: str) -> QLoRAJob | None:
         """A job by its key."""
         entry = self.entries.get(key)
-        return entry.draft.job if entry is not None else None
+        return entry.job if entry is not None else None
 
     def drafts(self, keys: Iterable[str], now: datetime) -> dict[str, Draft]:
         """The drafts of some jobs, by key in the keys' order, as of now."""
@@ -203,14 +230,14 @@ class Index:
 
     def draft(self, key: str, now: datetime) -> Draft:
         """A job's draft as of now."""
-        found = self.entries[key].draft
-        return found if found.now == now else Draft.open(found.job, now)
+        found = self.entries[key]
+        return found.draft if found.looked_at == now else Draft.open(found.job, now)
 
     def follow(self, snapshot: Snapshot) -> Index:
         """That of a snapshot: this one, brought up to date, or a new one where more than jobs and stages changed."""
         if not _continues(self._seen, snapshot):
             return Index.of(snapshot)
-        if not _has_same_quotas(self._seen, snapshot):
+        if not (_is_alike(self._seen, snapshot) and self.shares.goes_on(snapshot)):
             return Index.of(snapshot, self)
         self._update(snapshot)
         return self
@@ -219,13 +246,15 @@ class Index:
     def of(cls, snapshot: Snapshot, before: Index | None = None) -> Index:
         """That of a snapshot, from nothing, or with what jobs were by themselves under other queues and GPUs."""
         queues = queue_specs(snapshot.queues)
+        closed = closures(snapshot.queues, snapshot.now)
         index = cls(
             queues=queues,
-            closed=closures(snapshot.queues, snapshot.now),
+            closed=closed,
             ledger=Ledger(capacity={c.name: c.capacity for c in snapshot.gpu_classes}, quotas=Quotas.of(queues)),
             shares=Shares.of(snapshot, queues),
             _seen=replace(snapshot, jobs=(), stages={}, runs={}, deliveries={}),
             _known={} if before is None else before._unchanged(snapshot),
+            _claims=_claims(queues, closed, snapshot, {}),
         )
         if before is not None and before._seen.gpu_classes == snapshot.gpu_classes:
             index._sizes_hold = learned(snapshot.jobs) == before.margins
@@ -241,7 +270,7 @@ class Index:
         return {
             key
             for key, known, new in pairs
-            if new is not None and new.draft is known.draft and new.claim is known.claim and new.refusal is None
+            if new is not None and new.changed is known.changed and new.claim is known.claim and new.refusal is None
         }
 
     def _unchanged(self, snapshot: Snapshot) -> Mapping[str, Entry]:
@@ -257,6 +286,7 @@ class Index:
         runs = _changed_runs(self._seen, snapshot)
         self._seen = snapshot
         self.changed, self.moved = set(), set()
+        requeued = self._requeued(snapshot)
         self.shares.follow(snapshot)
         jobs = {job.key: job for job in came}
         gone = {job.key for job in left} - jobs.keys()
@@ -264,12 +294,12 @@ class Index:
         dirty = {job_key_of_stage(key) for key in stages} | self.restless
         dirty |= {key for uid in runs for key in self.uids.get(uid, ())}
         dirty |= self._due_by(snapshot.now)
-        dirty |= self._taught(jobs, gone)
+        dirty |= self._taught(jobs, gone) | requeued
         dirty = (dirty & self.entries.keys()) | jobs.keys()
         for key in gone:
             self._replace(key, None)
         for key in dirty - gone:
-            job = jobs.get(key) or self.entries[key].draft.job
+            job = jobs.get(key) or self.entries[key].job
             self._replace(key, self._entry(key, job, snapshot))
         self.line.change(self._gone, self._came)
         self._gone, self._came = [], []
@@ -279,6 +309,31 @@ class Index:
             self._lent = None
 
     # --- what has to be looked at --------------------------------------------------------------------------------
+
+    def _requeued(self, snapshot: Snapshot) -> set[str]:
+        """The jobs of queues of which something else is said, and all without a claim: their reasons name others."""
+        queues, closed = queue_specs(snapshot.queues), closures(snapshot.queues, snapshot.now)
+        changed = {name for name, spec in queues.items() if spec != self.queues.get(name)}
+        if not changed and closed == self.closed:
+            return set()
+        others = {name for name in queues if closed.get(name) != self.closed.get(name)} | changed
+        self.queues, self.closed = queues, closed
+        self._claims = _claims(queues, closed, snapshot, self.margins)
+        if changed:
+            self.shares.requeue(queues)
+            self._book_anew()
+            self.moved |= self.ledger.capacity.keys() | {
+                name for _, classes, _ in self.line.by_fare for name in classes
+            }
+        return {key for key, entry in self.entries.items() if entry.job.spec.queue in others} | self.refused
+
+    def _book_anew(self) -> None:
+        """The same books, by other quotas."""
+        self.ledger = Ledger(capacity=self.ledger.capacity, quotas=Quotas.of(self.queues))
+        holdings = (self.entries[key].holding for keys in self.holders.values() for key in keys)
+        held = ((each.queue, each.gpu_class, each.user) for each in holdings if each is not None)
+        for each in (*held, *self._extra):
+            self.ledger.take(*each)
 
     def _note_stages(self, changed: Iterable[str], snapshot: Snapshot) -> None:
         for key in changed:
@@ -312,34 +367,38 @@ class Index:
         known, self.margins = self.margins, learned(self._teaching[key] for key in sorted(self._teaching))
         if known == self.margins:
             return set()
+        self._claims = replace(self._claims, margins=self.margins)
         changed = {of for of in known.keys() | self.margins.keys() if known.get(of) != self.margins.get(of)}
         waiting = (*self.line.claims, *self.refused)
-        return {key for key in waiting if _model_of(self.entries[key].draft) in changed}
+        return {key for key in waiting if _model_of(self.entries[key].job) in changed}
 
     # --- one job -------------------------------------------------------------------------------------------------
 
     def _entry(self, key: str, job: QLoRAJob, snapshot: Snapshot) -> Entry:
         known = self._known.get(key)
-        if known is not None and known.draft.job is not job:
+        if known is not None and known.job is not job:
             known = None
-        claim: Claim | Refusal | None = None
+        claim: Claim | Refusal | Draft | None = None
         if waits_untried(job, snapshot):
-            draft = known.draft if known is not None else Draft.untried(job, snapshot.now)
-            draft, claim = self._with_claim(draft, known, snapshot)
-            if not draft.defect:
-                return _untried(draft, claim)
+            draft = claim = self._claim(job, job.status, known, snapshot)
+            if not isinstance(draft, Draft):
+                return _untried(job, draft, snapshot.now)
         else:
             draft = known.draft if known is not None else _reconciled(job, snapshot)
             if draft.state is JobState.QUEUED and is_ready(draft, snapshot.policy):
-                draft, claim = self._with_claim(draft, known, snapshot)
+                claim = self._claim(job, draft.status, known, snapshot)
+        if isinstance(claim, Draft):
+            draft, claim = claim, None
         holding = holding_of(draft, self.queues, snapshot)
         attempt = job.status.active_attempt
         fact = stage_of(job, attempt, snapshot) if attempt is not None else None
         claimant = claimant_of(job, attempt, snapshot) if attempt is not None and fact is None else None
-        is_known = known is not None and known.draft is draft
+        is_known = known is not None and known.changed is draft
         until = known.until if known is not None and is_known else _until(draft, fact, claim, snapshot)
         return Entry(
-            draft=draft,
+            job=job,
+            looked_at=draft.now,
+            changed=draft,
             until=min(until, self._turn_ends(draft, snapshot)),
             claim=claim if isinstance(claim, Claim) else None,
             refusal=claim if isinstance(claim, Refusal) else None,
@@ -356,23 +415,21 @@ class Index:
         ends = turn_ends(draft, self.queues, snapshot.policy)
         return ends if ends is not None and ends > snapshot.now else FOR_EVER
 
-    def _with_claim(
-        self, draft: Draft, known: Entry | None, snapshot: Snapshot
-    ) -> tuple[Draft, Claim | Refusal | None]:
-        """A job that is ready to train, and its claim or why it has none; where that raises, the job fails."""
+    def _claim(
+        self, job: QLoRAJob, status: QLoRAJobStatus, known: Entry | None, snapshot: Snapshot
+    ) -> Claim | Refusal | Draft:
+        """The claim of a job that is ready to train, or why it has none; where that raises, the job failed.
+
+        What it fits need not be worked out again if that is known.
+        """
         try:
-            return draft, self._claim(draft, known, snapshot)
+            if known is None or known.claim is None or not self._sizes_hold:
+                return self._claims.of(job, status, snapshot.now)
+            return self._claims.again(known.claim, job, status, snapshot.now)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
-            return failed_by_defect(draft.job, snapshot, error), None
-
-    def _claim(self, draft: Draft, known: Entry | None, snapshot: Snapshot) -> Claim | Refusal:
-        """The claim of a job that is ready to train; what it fits need not be worked out again if that is known."""
-        if known is None or known.claim is None or not self._sizes_hold:
-            return claim_of(draft, self.queues, self.closed, snapshot, self.margins)
-        refusal = queue_refusal(draft.job, self.queues, self.closed)
-        return refusal or in_queue(known.claim, draft, self.queues.get(draft.job.spec.queue))
+            return failed_by_defect(job, snapshot, error)
 
     def _replace(self, key: str, new: Entry | None) -> None:
         old = self.entries.get(key)
@@ -393,26 +450,40 @@ class Index:
 
     def _count(self, key: str, entry: Entry, *, is_there: bool) -> None:
         """The difference that a job makes."""
-        draft, job = entry.draft, entry.draft.job
-        put = _PUT[is_there]
+        job, put = entry.job, _PUT[is_there]
         if entry.is_restless:
             put(self.restless, key)
+        if entry.refusal is not None:
+            put(self.refused, key)
+        if entry.claim is not None:
+            (self._came if is_there else self._gone).append(entry.claim)
+        if entry.claim is not None or entry.refusal is not None:
+            of_queue = self.pending[job.spec.queue]
+            if is_there:
+                of_queue[key] = _ready_since(job, entry)
+            else:
+                del of_queue[key]
+        if awaits_mlflow(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
+            put(self.runners, key)
+        if outstanding(job.status):
+            put(self.telling, key)
+        uid, keys = job.metadata.uid, self.uids.get(job.metadata.uid, ())
+        if is_there:
+            self.uids[uid] = (*keys, key)
+        elif len(keys) > 1:
+            self.uids[uid] = tuple(other for other in keys if other != key)
+        else:
+            del self.uids[uid]
+        if entry.changed is None:  # that is all of one that only waits
+            self.waiting[job.spec.queue, job.metadata.namespace] += 1 if is_there else -1
+            return
+        draft = entry.changed
         if draft.state in (JobState.NEW, JobState.TRAINED):
             put(self.idle, key)
         elif draft.state in IN_CPU_STAGE:
             put(self.in_cpu_stage, key)
-        if entry.refusal is not None:
-            put(self.refused, key)
-        if entry.claim is not None or entry.refusal is not None:
-            of_queue = self.pending[job.spec.queue]
-            if is_there:
-                of_queue[key] = _ready_since(draft)
-            else:
-                del of_queue[key]
         if draft.state in (JobState.PREPARING, JobState.QUEUED):
             self.waiting[job.spec.queue, job.metadata.namespace] += 1 if is_there else -1
-        if entry.claim is not None:
-            (self._came if is_there else self._gone).append(entry.claim)
         self.shares.count(key, entry.stints, is_there=is_there)
         if entry.holding is not None:
             put(self.holders[entry.holding.gpu_class], key)
@@ -420,17 +491,14 @@ class Index:
             book(entry.holding.queue, entry.holding.gpu_class, entry.holding.user)
             if entry.holding.stopping:
                 put(self.stopping, key)
-        if awaits_mlflow(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
-            put(self.runners, key)
-        if outstanding(job.status):
-            put(self.telling, key)
+            if entry.may_move:
+                move(self.movable, entry.holding, 1 if is_there else -1)
         if entry.is_expired:
             put(self.expired, key)
         if job.status.attempts and any(attempt.reason is Reason.BROKEN_GPU for attempt in job.status.attempts):
             put(self.broken, key)
         if entry.cause is not None:
             self.causes[entry.cause] += 1 if is_there else -1
-        put(self.uids[job.metadata.uid], key)
         for stage in entry.wanted:
             put(self.wanted, stage)
         served = last_served(draft) if draft.status.attempts else None
@@ -451,8 +519,8 @@ class Index:
             if fact is None or fact.gpus == 0 or fact.gpu_class is None or key in unreadable:
                 continue
             owner = self.entries.get(job_key_of_stage(key))
-            attempts = owner.draft.job.status.attempts if owner is not None else ()
-            if owner is None or not any(accounts_for(owner.draft.job, attempt, fact) for attempt in attempts):
+            attempts = owner.job.status.attempts if owner is not None else ()
+            if owner is None or not any(accounts_for(owner.job, attempt, fact) for attempt in attempts):
                 self._unexplained[key] = fact
 
     def _book_extra(self, snapshot: Snapshot) -> None:
@@ -479,19 +547,30 @@ class Index:
                 yield account(job.namespace, job.queue, self.queues), job.gpu_class, ""
 
 
-def _untried(draft: Draft, claim: Claim | Refusal | None) -> Entry:
+def _claims(
+    queues: Mapping[str, QLoRAQueueSpec],
+    closed: Mapping[str, Refusal],
+    snapshot: Snapshot,
+    margins: Mapping[tuple[str, str], Margins],
+) -> Claims:
+    return Claims(
+        queues=queues, closed=closed, gpu_classes=snapshot.gpu_classes, policy=snapshot.policy, margins=margins
+    )
+
+
+def _untried(job: QLoRAJob, claim: Claim | Refusal, now: datetime) -> Entry:
     """Of a job that `waits_untried`; one without a time of creation is younger in every decision."""
     if isinstance(claim, Claim):
-        is_dated = draft.job.metadata.creation_timestamp is not None
-        return Entry(draft=draft, until=FOR_EVER if is_dated else draft.now, claim=claim, refusal=None)
-    return Entry(draft=draft, until=FOR_EVER, claim=None, refusal=claim)
+        until = FOR_EVER if job.metadata.creation_timestamp is not None else now
+        return Entry(job=job, looked_at=now, changed=None, until=until, claim=claim, refusal=None)
+    return Entry(job=job, looked_at=now, changed=None, until=FOR_EVER, claim=None, refusal=claim)
 
 
-def _ready_since(draft: Draft) -> datetime:
+def _ready_since(job: QLoRAJob, entry: Entry) -> datetime:
     """Since when a job that waits for a GPU does: the end of its last attempt."""
-    attempts = draft.status.attempts
+    attempts = job.status.attempts if entry.changed is None else entry.changed.status.attempts
     last = attempts[-1].finish_time if attempts else None
-    return last or draft.job.metadata.creation_timestamp or draft.now
+    return last or job.metadata.creation_timestamp or entry.looked_at
 
 
 def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Holding | None:
@@ -536,9 +615,9 @@ def _until(draft: Draft, fact: StageFact | None, claim: Claim | Refusal | None, 
         return draft.now
 
 
-def _model_of(draft: Draft) -> tuple[str, str] | None:
-    prepared = draft.status.prepared
-    return None if prepared is None else (draft.job.metadata.namespace, prepared.model.architecture)
+def _model_of(job: QLoRAJob) -> tuple[str, str] | None:
+    prepared = job.status.prepared
+    return None if prepared is None else (job.metadata.namespace, prepared.model.architecture)
 
 
 _PUT: Mapping[bool, Callable[[set[str], str], None]] = {True: set[str].add, False: set[str].discard}
@@ -564,19 +643,13 @@ def _continues(seen: Snapshot, snapshot: Snapshot) -> bool:
     )
 
 
-def _has_same_quotas(seen: Snapshot, snapshot: Snapshot) -> bool:
-    """Whether what they may have is the same, too."""
+def _is_alike(seen: Snapshot, snapshot: Snapshot) -> bool:
+    """Whether there are the same queues and GPUs, whatever is said of the queues."""
     return (
-        _rules(seen) == _rules(snapshot)
+        {queue.metadata.name for queue in seen.queues} == {queue.metadata.name for queue in snapshot.queues}
         and seen.gpu_classes == snapshot.gpu_classes
         and seen.unreadable == snapshot.unreadable
     )
-
-
-def _rules(snapshot: Snapshot) -> tuple[object, ...]:
-    """What is said of queues, and which admit nobody; what else becomes of them changes no claim."""
-    specs = {queue.metadata.name: queue.spec for queue in snapshot.queues}
-    return specs, closures(snapshot.queues, snapshot.now)
 
 
 def _difference(before: Sequence[QLoRAJob], after: Sequence[QLoRAJob]) -> tuple[Sequence[QLoRAJob], Sequence[QLoRAJob]]:

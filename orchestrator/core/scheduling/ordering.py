@@ -8,8 +8,8 @@ before it had started, so they take turns even when nobody has run yet.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJob
 from orchestrator.api.plan import Estimate
@@ -24,9 +24,8 @@ SECONDS_AN_HOUR = 3600.0
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A waiting job's claim on one GPU."""
+class Claim(NamedTuple):
+    """A waiting job's claim on one GPU; a tuple, since thousands are made at once."""
 
     key: str
     uid: str
@@ -42,9 +41,12 @@ class Claim:
     """Whose it is, in a queue that tells its users apart; empty in others."""
 
 
+_UNDESCRIBED = QLoRAQueueSpec()
+
+
 def queue_specs(queues: Iterable[QLoRAQueue]) -> Mapping[str, QLoRAQueueSpec]:
     """The queues by name; `default` exists without being described."""
-    return {DEFAULT_QUEUE: QLoRAQueueSpec(), **{queue.metadata.name: queue.spec for queue in queues}}
+    return {DEFAULT_QUEUE: _UNDESCRIBED, **{queue.metadata.name: queue.spec for queue in queues}}
 
 
 def closures(queues: Iterable[QLoRAQueue], now: datetime) -> Mapping[str, Refusal]:

@@ -9,10 +9,11 @@ Where a queue gives turns (`core/scheduling/turns`), whoever's is over makes way
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import NamedTuple
 
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
@@ -49,6 +50,35 @@ class Holding:
     """Whether the job had to make way before."""
     turn_is_over: bool = False
     """Whether it makes way for jobs of its queue whose priority is no lower."""
+
+
+class Standing(NamedTuple):
+    """What decides to whom a job yields that may be moved."""
+
+    user: str
+    priority: int
+    turn_is_over: bool
+
+
+Movable = defaultdict[str, defaultdict[str, Counter[Standing]]]
+"""How many of each standing may be asked to stop, by class and queue."""
+
+
+def nobody() -> Movable:
+    """Before anyone holds anything."""
+    return defaultdict(lambda: defaultdict(Counter[Standing]))
+
+
+def move(movable: Movable, holding: Holding, count: int) -> None:
+    """So many more who stand as the holding does."""
+    of_class = movable[holding.gpu_class]
+    of_queue = of_class[holding.queue]
+    standing = Standing(holding.user, holding.priority, holding.turn_is_over)
+    of_queue[standing] += count
+    if not of_queue[standing]:
+        del of_queue[standing]
+    if not of_queue:
+        del of_class[holding.queue]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,17 +133,14 @@ def reserve_coming_free(blocked: RankedLine, stopping: Iterable[Held], books: Le
     return tuple(Preemption(claim=claim, estimate=estimate, victim=None) for claim, estimate in granted(blocked, books))
 
 
-def choose_victims(
-    blocked: RankedLine, holdings: Callable[[str], Iterable[Holding]], books: Ledger, policy: Policy, hopeless: Hopeless
-) -> tuple[Preemption, ...]:
+def choose_victims(blocked: RankedLine, running: Running, books: Ledger, hopeless: Hopeless) -> tuple[Preemption, ...]:
     """A victim for each blocked claim that has one, in their order.
 
-    `holdings` gives those of a class. What is `hopeless` by these books already is not looked at again; who is chosen
-    changes the books, and then nothing is known any more.
+    What is `hopeless` by these books already is not looked at again; who is chosen changes the books, and then nothing
+    is known any more.
     """
-    running = _Running(holdings, policy)
     for kind in blocked.line.by_kind.keys() - hopeless.kinds:
-        if running.choose(_first_of(kind, blocked.line.by_kind[kind], books), books) is not None:
+        if running.has_one_for(_first_of(kind, blocked.line.by_kind[kind], books), books):
             break
         hopeless.kinds.add(kind)
     else:
@@ -131,7 +158,7 @@ def _first_of(kind: Kind, claims: Mapping[str, Claim], books: Ledger) -> Claim:
     return head if head is not None else next(iter(claims.values()))
 
 
-def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iterable[Kind]) -> Iterator[Preemption]:
+def _evict(blocked: RankedLine, running: Running, books: Ledger, hopeless: Iterable[Kind]) -> Iterator[Preemption]:
     """The best victim for each claim that has one; claims alike fare alike until somebody of their classes is taken."""
     taken: Counter[str] = Counter()
     looked = dict.fromkeys(hopeless, 0)
@@ -143,7 +170,7 @@ def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iter
         if claim.queue in stuck:
             continue
         kind, before = kind_of(claim), sum(map(taken.__getitem__, depends_on(*fare_of(claim))))
-        chosen = _choose(claim, running, books, blocked.without(served)) if looked.get(kind) != before else None
+        chosen = _choose(claim, running, books, blocked, served) if looked.get(kind) != before else None
         if chosen is None:
             looked[kind] = before
             if books.is_strict(claim.queue):
@@ -156,52 +183,67 @@ def _evict(blocked: RankedLine, running: _Running, books: Ledger, hopeless: Iter
         books.release(victim.queue, victim.gpu_class, victim.user)
         books.take(claim.queue, victim.gpu_class, claim.user)
         served.add(claim.key)
-        serve(claim, blocked.without(served), books)
+        serve(claim, blocked, served, books)
         ends = ends_by_itself(victim, running.policy)
         yield replace(chosen, victim=None, finishing=victim.key) if ends else chosen
 
 
-def _choose(claim: Claim, running: _Running, books: Ledger, blocked: RankedLine) -> Preemption | None:
+def _choose(claim: Claim, running: Running, books: Ledger, blocked: RankedLine, served: Set[str]) -> Preemption | None:
     """The claim's victim; nobody whose turn is over where his GPU would be another's."""
     going_on: set[tuple[str, str]] = set()
     while True:
         chosen = running.choose(claim, books, going_on)
-        if chosen is None or chosen.victim is None or _would_get(chosen, blocked, books):
+        if chosen is None or chosen.victim is None or _would_get(chosen, blocked, served, books):
             return chosen
         going_on.add((chosen.victim.gpu_class, chosen.victim.user))
 
 
-def _would_get(chosen: Preemption, blocked: RankedLine, books: Ledger) -> bool:
+def _would_get(chosen: Preemption, blocked: RankedLine, served: Set[str], books: Ledger) -> bool:
     """Whether what the victim gives back is the claim's: only for that one does a job end its turn."""
     if chosen.reason is not Reason.TURN_ENDED or chosen.victim is None:
         return True
     after = books.copy()
     after.release(chosen.victim.queue, chosen.victim.gpu_class, chosen.victim.user)
-    first = next(granted(blocked, after), None)
+    first = next(granted(blocked.without(served), after), None)
     return first is not None and first[0].key == chosen.claim.key
 
 
-class _Running:
-    """Those who may be asked to stop, by class and queue; in each, whoever is to be asked first comes first."""
+class Running:
+    """Those who may be asked to stop, by class and queue; in each, whoever is to be asked first comes first.
 
-    def __init__(self, holdings: Callable[[str], Iterable[Holding]], policy: Policy) -> None:
+    `holdings` gives those of a class, and is asked only where somebody is to be chosen.
+    """
+
+    def __init__(self, movable: Movable, holdings: Callable[[str], Iterable[Holding]], policy: Policy) -> None:
         self.policy = policy
-        self._holdings = holdings
+        self._movable, self._holdings = movable, holdings
         self._by_class: dict[str, dict[str, list[Holding]]] = {}
         self._over: dict[str, dict[str, None]] = {}
         """The queues with more GPUs of a class than are their own, by class."""
         self._changed: dict[str, set[str]] = {}
         """Queues that have others than when that was found, by class."""
 
+    def has_one_for(self, claim: Claim, books: Ledger) -> bool:
+        """Whether anybody does for the claim, before anyone was chosen."""
+        lower = _lower(claim, books)
+        if lower is None:
+            return False
+        return any(
+            takes_any or _yields(standing, queue, claim, name, lower)
+            for name in claim.classes
+            for queue, takes_any, is_full in self._queues(claim, name, books, self._movable[name])
+            for standing in self._movable[name][queue]
+            if not is_full or standing.user == claim.user
+        )
+
     def choose(self, claim: Claim, books: Ledger, going_on: Set[tuple[str, str]] = frozenset()) -> Preemption | None:
         """The victim that does for the claim and costs least; changes nothing.
 
         Of the classes and users in `going_on` nobody's turn ends.
         """
-        spec = books.quotas.queues.get(claim.queue)
-        if spec is None:
+        lower = _lower(claim, books)
+        if lower is None:
             return None
-        lower = claim.priority if spec.preemption == "LowerPriority" else MIN_PRIORITY
         best: tuple[Holding, Estimate] | None = None
         least: Rank | None = None
         for preference, estimate in enumerate(claim.estimates):
@@ -235,38 +277,47 @@ class _Running:
     def _of_class(
         self, claim: Claim, gpu_class: str, lower: int, books: Ledger, going_on: Set[tuple[str, str]]
     ) -> Iterator[Holding]:
-        """Of each queue the first that would do; `lower` is what a victim's priority has to be below.
+        """Of each queue the first that would do; `lower` is what a victim's priority has to be below."""
+        by_queue = self._of(gpu_class)
+        for queue, takes_any, is_full in self._queues(claim, gpu_class, books, by_queue):
+            for each in by_queue[queue]:
+                if is_full and each.user != claim.user:
+                    continue
+                if takes_any or _yields(each, queue, claim, gpu_class, lower, going_on):
+                    yield each
+                    break
+
+    def _queues(
+        self, claim: Claim, gpu_class: str, books: Ledger, here: Container[str]
+    ) -> Iterator[tuple[str, bool, bool]]:
+        """The queues of which somebody may do, whether anybody does, and whether only the claim's user's own do.
 
         Only his own jobs make way for a user who holds as many GPUs as he may.
         """
-        by_queue = self._of(gpu_class)
         is_full = books.is_full_for(claim)
         if is_full and books.is_full_for(claim, coming_free=1):
             return
+        if claim.queue in here and _makes_room(claim, claim.queue, gpu_class, books):
+            yield claim.queue, False, is_full
+        if is_full:
+            return
         owns = books.is_within_nominal(claim.queue, gpu_class)
-        room: dict[tuple[bool, str | None], bool] = {}
-        foreign = () if is_full else self._over_guarantee(gpu_class, books)
-        for queue in (claim.queue, *(other for other in foreign if other != claim.queue)):
-            kind = queue == claim.queue, books.quotas.cohort(queue, gpu_class)
-            if kind not in room:
-                room[kind] = _makes_room(claim, queue, gpu_class, books)
-            if not room[kind]:
-                continue
-            takes_any = owns and queue != claim.queue
-            may_move = (each for each in by_queue.get(queue, ()) if not is_full or each.user == claim.user)
-            victim = next((each for each in may_move if takes_any or _yields(each, claim, lower, going_on)), None)
-            if victim is not None:
-                yield victim
+        room: dict[str | None, bool] = {}
+        for queue in self._over_guarantee(gpu_class, books):
+            cohort = books.quotas.cohort(queue, gpu_class)
+            if cohort not in room:
+                room[cohort] = _makes_room(claim, queue, gpu_class, books)
+            if room[cohort] and queue != claim.queue:
+                yield queue, owns, False
 
     def _over_guarantee(self, gpu_class: str, books: Ledger) -> Iterable[str]:
-        """The queues with more GPUs of the class than are their own."""
-        over = self._over.get(gpu_class)
+        """The queues with more GPUs of the class than are their own, of those that anybody of may be moved."""
+        here, over = self._movable[gpu_class], self._over.get(gpu_class)
         if over is None:
-            here = self._of(gpu_class)
             over = self._over[gpu_class] = dict.fromkeys(q for q in here if books.is_over_guarantee(q, gpu_class))
         for queue in self._changed.pop(gpu_class, ()):
             over.pop(queue, None)
-            if queue in self._of(gpu_class) and books.is_over_guarantee(queue, gpu_class):
+            if queue in here and books.is_over_guarantee(queue, gpu_class):
                 over[queue] = None
         return over
 
@@ -281,11 +332,26 @@ class _Running:
         return stays, victim.queue == queue, victim.priority, victim.lost_seconds, preference, victim.uid
 
 
-def _yields(holding: Holding, claim: Claim, lower: int, going_on: Set[tuple[str, str]]) -> bool:
-    """Whether it makes way for a claim by priority, or because its turn is over."""
-    is_equal = holding.queue == claim.queue and holding.priority <= claim.priority
-    is_over = holding.turn_is_over and (holding.gpu_class, holding.user) not in going_on
-    return holding.priority < lower or (is_equal and is_over)
+def _lower(claim: Claim, books: Ledger) -> int | None:
+    """What a victim's priority has to be below; None where the claim's queue is gone."""
+    spec = books.quotas.queues.get(claim.queue)
+    if spec is None:
+        return None
+    return claim.priority if spec.preemption == "LowerPriority" else MIN_PRIORITY
+
+
+def _yields(
+    who: Holding | Standing,
+    queue: str,
+    claim: Claim,
+    gpu_class: str,
+    lower: int,
+    going_on: Set[tuple[str, str]] = frozenset(),
+) -> bool:
+    """Whether somebody of a queue makes way for a claim by priority, or because his turn is over."""
+    is_equal = queue == claim.queue and who.priority <= claim.priority
+    is_over = who.turn_is_over and (gpu_class, who.user) not in going_on
+    return who.priority < lower or (is_equal and is_over)
 
 
 def _reason(claim: Claim, victim: Holding, lower: int) -> Reason:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
+from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason
 from orchestrator.core.job.state_machine import JobState
@@ -55,15 +56,15 @@ def has_advanced(draft: Draft) -> bool:
     return attempt is not None and checkpoint is not None and checkpoint.attempt == attempt.number
 
 
-def waits_since(draft: Draft, spec: QLoRAQueueSpec | None) -> datetime:
+def waits_since(job: QLoRAJob, status: QLoRAJobStatus, now: datetime, spec: QLoRAQueueSpec | None) -> datetime:
     """What the age of a waiting job counts from: its creation or, in a queue with turns, the end of its last turn.
 
     Whatever else ended an attempt costs nobody his place. Where only later attempts are on record than that of the last
     turn, it is the first of those.
     """
-    since = created(draft.job, draft.now)
-    if spec is None or spec.turn_seconds is None or Reason.TURN_ENDED.value not in draft.status.evictions:
+    since = created(job, now)
+    if spec is None or spec.turn_seconds is None or Reason.TURN_ENDED.value not in status.evictions:
         return since
-    attempts = draft.status.attempts
+    attempts = status.attempts
     ended = (each.finish_time for each in reversed(attempts) if each.reason is Reason.TURN_ENDED)
     return next(ended, None) or (attempts[0].created_time if attempts else since)

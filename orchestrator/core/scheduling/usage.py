@@ -197,6 +197,20 @@ class Shares:
             for name in self._held.keys() - self._statuses.keys():
                 self._recount(name)
 
+    def goes_on(self, snapshot: Snapshot) -> bool:
+        """Whether no queue's status says that less is counted than it said before, as one does that is made anew."""
+        then = ((self._counted.get(q.metadata.name), counted_until(q.status, snapshot)) for q in snapshot.queues)
+        return all(before is None or (counted is not None and counted >= before) for before, counted in then)
+
+    def requeue(self, queues: Mapping[str, QLoRAQueueSpec]) -> None:
+        """Go on under what is said of the same queues now."""
+        self.weights = {name: spec.weight for name, spec in queues.items()}
+        by_user = {name for name, spec in queues.items() if spec.fair_sharing == "PerUser"}
+        others = by_user ^ self.by_user.keys()
+        self.by_user = {name: self.by_user.get(name, {}) for name in by_user}
+        for name in others:
+            self._recount(name)
+
     def stints(self, draft: Draft, account: str) -> tuple[Stint, ...]:
         """Those of a job that are not counted yet; `account` is of attempts that say none.
 
@@ -352,20 +366,23 @@ class Shares:
 
     def _by_month(self, before: Iterable[MonthlyUsage], pieces: Iterable[Stint]) -> Sequence[MonthlyUsage]:
         known = {(each.month, each.user, each.gpu_class): each for each in before}
+        had = {key: (each.gpu_seconds, each.dollars) for key, each in known.items()}
+        more: set[tuple[str, str, str]] = set()
         for piece in pieces:
             assert piece.end is not None, "pieces have ended"
             price = self.classes[piece.gpu_class].dollars_per_hour if piece.gpu_class in self.classes else None
             for month, seconds in by_month(piece.start, piece.end):
                 key = month, piece.user, piece.gpu_class
-                had = known.get(key) or MonthlyUsage(
-                    month=month, user=piece.user, gpu_class=piece.gpu_class, gpu_seconds=0.0
-                )
-                known[key] = had.model_copy(
-                    update={
-                        "gpu_seconds": round(had.gpu_seconds + seconds, 6),
-                        "dollars": round(had.dollars + seconds / SECONDS_AN_HOUR * (price or 0.0), 6),
-                    }
-                )
+                gpu_seconds, dollars = had.get(key, (0.0, 0.0))
+                dollars += seconds / SECONDS_AN_HOUR * (price or 0.0)
+                had[key] = round(gpu_seconds + seconds, 6), round(dollars, 6)
+                more.add(key)
+        for key in more:
+            month, user, gpu_class = key
+            gpu_seconds, dollars = had[key]
+            known[key] = MonthlyUsage(
+                month=month, user=user, gpu_class=gpu_class, gpu_seconds=gpu_seconds, dollars=dollars
+            )
         return [known[key] for key in sorted(known)[-MAX_MONTHLY:]]
 
 
