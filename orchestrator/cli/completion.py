@@ -76,7 +76,7 @@ def _jobs_of(command: str) -> Callable[[QLoRAJob], bool]:
             return lambda job: not is_finished(job) and job.spec.suspend
         case "promote":
             return _is_left
-        case "download":
+        case "download" | "chat":
             return lambda job: job.status.adapter_uri is not None
         case _:
             return lambda _: True

@@ -28,6 +28,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "wait": ("qlora wait medical-es", "qlora wait medical-es --timeout 3600"),
     "download": ("qlora download medical-es", "qlora download medical-es --into adapters/medical-es"),
+    "chat": ("qlora chat medical-es", 'qlora chat medical-es --prompt "¿Qué es la disnea?"'),
     "explain": ("qlora explain medical-es",),
     "simulate": (
         "qlora simulate --gpus 48Gi=+2",

@@ -294,6 +294,20 @@ def download(
     print_text(str(connect(namespace).handle(name).adapter(into or Path(f"{name}-adapter"))))
 
 
+def chat(
+    name: JobName,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Answer this and end.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, max=4096, help="Of an answer.")
+    ] = 256,
+    namespace: Namespace = None,
+) -> None:
+    """Talk to a finished adapter on this machine, with its base in 4 bits; lines are chat turns, /exit ends."""
+    connect(namespace).handle(name).chat(prompt, max_new_tokens=max_new_tokens)
+
+
 def plan(
     spec: Manifest,
     changes: Changes = None,

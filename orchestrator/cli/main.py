@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         job_commands.logs,
         job_commands.wait,
         job_commands.download,
+        job_commands.chat,
         job_commands.explain,
         job_commands.simulate,
         job_commands.calibration,

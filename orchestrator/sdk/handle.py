@@ -25,6 +25,7 @@ from orchestrator.core.job.promotion import MAX_REASON_CHARACTERS, PromotionRequ
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.errors import Conflict, InvalidObject, JobFailed, NotFound, ServiceNotRunning, WaitTimedOut
 from orchestrator.sdk import extras
+from orchestrator.sdk.chat import DEFAULT_ANSWER_TOKENS, chat
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation, explain_job
 from orchestrator.sdk.logs import (
@@ -322,6 +323,10 @@ class JobHandle:
         if uri is None:
             raise JobFailed(f"job {job.key} has no adapter{_and_why(job)}")
         return stored_adapter.download(uri, Path(into), job.status.adapter_digest)
+
+    def chat(self, prompt: str | None = None, *, max_new_tokens: int = DEFAULT_ANSWER_TOKENS) -> None:
+        """Print the adapter's greedy answer to a prompt, or to each line of standard input; see `sdk.chat`."""
+        chat(self.object(), prompt, max_new_tokens)
 
     def _is_finished(self) -> bool:
         return is_finished(self.object())

@@ -127,6 +127,7 @@ def test_tab_offers_what_the_command_can_do_something_with(service: PaperService
     assert complete("qlora suspend ") == ["hungry"]
     assert complete("qlora resume ") == ["held"]
     assert complete("qlora download ") == ["ended"]
+    assert complete("qlora chat ") == ["ended"]
     assert complete("qlora promote ") == []
     service.judge(stays("champion", None, Reason.AWAITING_APPROVAL, "f1 is 0.6"), "ended")
     assert complete("qlora promote ") == ["ended"]

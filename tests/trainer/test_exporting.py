@@ -261,3 +261,20 @@ def test_models_that_no_adapter_is_merged_into_are_refused_before_a_gpu_is_taken
     transposed = describe_model(gpt2.as_uri(), "main")
     with pytest.raises(UserError, match=r"stores the weight of .*c_attn otherwise than the model has it"):
         refuse_unmergeable(transposed.tensors, "gpt2", known_config(gpt2, "gpt2"), ["c_attn"])
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"r": 4}, "--enable-lora --max-lora-rank 8 --lora-modules medical-es=FOLDER"),
+        ({"r": 64, "use_rslora": True}, "--max-lora-rank 64 "),
+        ({"use_dora": True}, "vLLM does not take this adapter: it has no DoRA; publish the merged model"),
+    ],
+)
+def test_the_card_says_how_vllm_serves_the_adapter_or_why_not(tmp_path: Path, lora: dict[str, Any], words: str) -> None:
+    base = tiny_model()
+    store = store_with_adapter(tmp_path / "store", base, save_adapter(base, tmp_path / "adapter", **lora))
+    task = publish_task(store, base, ("merged",))
+    card = publish.model_card(task, publish.fetch_adapter(store, tmp_path / "fetched"), {})
+    assert words in card
+    assert f"- `merged`: `{store.uri}/formats/merged`" in card

@@ -45,7 +45,7 @@ def served(template: str | None = None) -> Any:
 
 
 def prompt(model: Any, row: Mapping[str, Any]) -> list[int]:
-    return model._encode(dict(row))["input_ids"][0].tolist()
+    return model.encode(dict(row))["input_ids"][0].tolist()
 
 
 def trained_prompt(model: Any, record: Mapping[str, Any], form: Format) -> list[int]:

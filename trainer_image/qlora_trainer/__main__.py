@@ -2,6 +2,7 @@
 
 `python -m qlora_trainer show N` prints the first N records of a prepare task as they would be trained, and
 `python -m qlora_trainer trace` what the layers of its model take, by the config.json that it reads.
+`python -m qlora_trainer chat FOLDER TOKENS [PROMPT]` talks to an adapter in a folder on the task's base model.
 
 The frame around a stage: its task, its environment, its log, and its verdict, which is the exit code and the
 termination message and nothing else. Nothing heavy is imported before the stage that needs it.
@@ -18,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from time import gmtime
 from types import FrameType
 from typing import Any
@@ -66,6 +68,8 @@ def main(arguments: list[str]) -> ExitCode:
         return answer("show", lambda prepare, task: prepare.show(task, int(arguments[1])))
     if arguments == ["trace"]:
         return answer("trace", lambda prepare, task: prepare.trace(task, sys.stdin.read()))
+    if arguments[:1] == ["chat"]:
+        return talk(Path(arguments[1]), int(arguments[2]), next(iter(arguments[3:]), None))
     stage = arguments[0] if len(arguments) == 1 else ""
     start_logging(stage=stage)
     stored_log: StoredLog | None = None
@@ -107,6 +111,22 @@ def answer(command: str, ask: Callable[[Any, StageTask], BaseModel]) -> ExitCode
         print(result.model_dump_json(), flush=True)  # noqa: T201 - the answer
         return exit_code
     print(found.model_dump_json(), flush=True)  # noqa: T201 - the answer
+    return ExitCode.OK
+
+
+def talk(adapter: Path, max_new_tokens: int, prompt: str | None) -> ExitCode:
+    """Answer a prompt, or those that are typed; what goes wrong is written where a stage's result would be."""
+    try:
+        task = read_task("prepare")
+        set_environment(task)
+        start_logging(stage="chat")
+        logging.getLogger().setLevel(logging.ERROR)
+        import_module("qlora_trainer.chat").run(task, adapter, prompt, max_new_tokens)
+    except Exception as error:  # noqa: BLE001 - the frame: whatever comes out becomes the verdict
+        logging.getLogger().setLevel(logging.CRITICAL)  # whoever asked prints it
+        exit_code, result = verdict(error)
+        write_result(result)
+        return exit_code
     return ExitCode.OK
 
 

@@ -7,7 +7,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from orchestrator.api.formats import format_uris
 from orchestrator.api.job import DatasetSource
 from orchestrator.api.losses import LOSSES_AVERAGED, losses
 from orchestrator.api.ownership import registered_model_name
@@ -17,6 +19,7 @@ from orchestrator.api.words import on_one_line, without_logins
 from qlora_trainer.storage.final_adapter import ADAPTER_CONFIG_NAME, FinalAdapter
 from qlora_trainer.tracking.answers_page import ScoredAnswers, score_rows, words
 from qlora_trainer.tracking.run_page import PLAN_TAG, parameters
+from qlora_trainer.tracking.vllm import serving_words
 
 SAMPLES, SAMPLE_CHARACTERS = 3, 300
 """Answers that a card shows, and how much of each."""
@@ -50,6 +53,7 @@ def model_card(
         f"## Results\n\n{results(task, adapter)}",
         *(() if answers is None else (f"## Answers\n\n{answered(answers)}",)),
         f"## Use\n\n{usage(task, name, base)}",
+        f"## Serve\n\n{served(task, config, base)}",
         f"## Hyperparameters\n\n{hyperparameters(task)}",
         f"## Provenance\n\n{provenance(task, adapter, attempts)}",
     )
@@ -158,6 +162,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
+
+
+def served(task: StageTask, config: Mapping[str, Any], base: str) -> str:
+    """How vLLM serves the adapter, and where the model is in other formats."""
+    uris = format_uris(without_logins(task.store_uri), task.spec.publish.formats)
+    others = [f"- `{name}`: `{uri}`" for name, uri in uris.items()]
+    return "\n\n".join([serving_words(config, task.job, base), *(["\n".join(others)] if others else [])])
 
 
 def trained_format(task: StageTask) -> Format:

@@ -62,11 +62,12 @@ class AdapterModel(_pyfunc.PythonModel):
         rows: list[dict[str, Any]] = (
             model_input.to_dict("records") if hasattr(model_input, "to_dict") else list(model_input)
         )
-        return [self._generate(self._encode(row), params or {}) for row in rows]
+        return [self._answer(self.encode(row), params or {}) for row in rows]
 
     del predict.__annotations__["model_input"]  # MLflow takes it for a signature, and warns that it is none
 
-    def _encode(self, row: dict[str, Any]) -> Any:
+    def encode(self, row: dict[str, Any]) -> Any:
+        """The tokens of a row, as it was trained up to where the answer begins."""
         messages, prompt, instruction, tools = (
             _given(row.get(name)) for name in ("messages", "prompt", "instruction", "tools")
         )
@@ -94,20 +95,20 @@ class AdapterModel(_pyfunc.PythonModel):
             ids = torch.cat([torch.tensor([begins]), ids.long()], dim=1)
         return {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
 
-    def _generate(self, encoded: Any, params: dict[str, Any]) -> str:
+    def _answer(self, encoded: Any, params: dict[str, Any]) -> str:
+        temperature = float(params["temperature"])
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+        return self.generate(encoded, max_new_tokens=int(params["max_new_tokens"]), **sampling)
+
+    def generate(self, encoded: Any, **options: Any) -> str:
+        """The text that follows; `options` are those of transformers' `generate`, of which greedy is the default."""
         torch: Any = import_module("torch")
 
-        temperature = float(params["temperature"])
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            sampling["temperature"] = temperature
         inputs = {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
         with torch.inference_mode():
             generated = self.model.generate(
                 **inputs,
-                **sampling,
-                **self.ends,
-                max_new_tokens=int(params["max_new_tokens"]),
+                **{"do_sample": False, **self.ends, **options},
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )
         continuation = generated[0, inputs["input_ids"].shape[1] :]
