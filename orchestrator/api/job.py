@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from orchestrator.api.adapter import TAKEN_OVER, AdapterSpec
+from orchestrator.api.adapter import TAKEN_OVER, AdapterSpec, StartingJob
 from orchestrator.api.base import (
     API_VERSION,
     NAME_PATTERN,
@@ -639,6 +639,8 @@ class QLoRAJobStatus(Model):
     """One line for people: what is going on and what it waits for."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
     prepared: PrepareResult | None = None
+    starting_job: StartingJob | None = None
+    """The job that `adapter.from` names, from the first prepare attempt on."""
     estimate: Estimate | None = None
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=64)] = ()
     """The most recent attempts, oldest first; older ones are folded into the counters below."""

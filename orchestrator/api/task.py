@@ -13,6 +13,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
+from orchestrator.api.adapter import StartingJob
 from orchestrator.api.base import DnsLabel, JobName, Model, PositiveCount, ShortText
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.plan import MemoryPlan
@@ -46,6 +47,8 @@ class StageTask(Model):
     """Set for train and publish."""
     adapter_uri: Annotated[str, StringConstraints(max_length=2048)] | None = None
     """Set for publish."""
+    starting_job: StartingJob | None = None
+    """Set for prepare where the adapter of another job is gone on from."""
     run_id: ShortText | None = None
     """The job's MLflow run. Always set for publish; for train it may be absent while MLflow is away."""
     grace_seconds: int = Field(default=120, ge=1, le=86_400)

@@ -272,8 +272,8 @@ class Client:
         refusal = refuse_resources(job.spec, classes)
         if refusal is not None:
             raise InvalidObject(refusal)
-        if file_path(job.spec.model.source) is None:
-            return
+        if file_path(job.spec.model.source) is None or job.spec.adapter.start is not None:
+            return  # what it is, or what its adapter is, prepare will read
         plan = plan_job(job, model_config.read_facts(job.spec.model, job.spec.adapter), classes)
         if plan.refusal is not None and plan.guess is None:
             raise InvalidObject(f"the job fits no GPU here: {plan.refusal.message}")

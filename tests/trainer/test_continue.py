@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_base import base_in_nf4
-from qlora_trainer import prepare, train
+from qlora_trainer import prepare, publish, train
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.outcome import Transient, UserError
 from qlora_trainer.storage.journal import Journal
@@ -33,7 +34,7 @@ from test_resume import digest_of_adapter, losses, run_until
 from tiny_model import build_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
 
-from orchestrator.api.adapter import AdapterSpec
+from orchestrator.api.adapter import AdapterSpec, StartingJob
 from orchestrator.api.formats import StartManifest
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
@@ -385,3 +386,109 @@ def test_experts_go_on_from_experts(tmp_path: Path) -> None:
 
 def test_a_field_with_its_default_asks_for_nothing() -> None:
     assert AdapterSpec.model_validate({"from": "hf://owner/adapter"}).rank == 64
+
+
+# --- versions and jobs
+
+
+def publish_job(store: Path, **fields: Any) -> StageTask:
+    """A job's whole life, into MLflow on a file of its own; the task that it was published with."""
+    task = on_its_card(make_task(store, training=SMALL, adapter={"rank": 4, "alpha": 8}, **fields))
+    trained = train.run(task)
+    told = {"stage": "publish", "run_id": mlflow_run_of(task), "adapter_uri": trained.adapter_uri, "attempt": 2}
+    done = task.model_copy(update=told)
+    publish.run(done)
+    return done
+
+
+def mlflow_run_of(task: StageTask) -> str:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(task.namespace)
+    assert experiment is not None
+    return client.create_run(experiment.experiment_id, tags={"qlora.dev/job-uid": task.uid}).info.run_id
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = MlflowClient(tracking_uri=uri)
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", uri, raising=False)
+    tags = {"qlora.dev/namespace": "team-a"}
+    client.create_experiment("team-a", artifact_location=(tmp_path / "artifacts").as_uri(), tags=tags)
+    return client
+
+
+def from_version(store: Path, asked: str, **sections: Any) -> StageTask:
+    training = {**SMALL, "learningRate": "1e-99"}
+    return make_task(store, adapter={"from": asked, "dropout": "0"}, training=training, **sections)
+
+
+def test_a_registered_version_is_gone_on_from_and_the_next_one_says_so(tmp_path: Path, registry: MlflowClient) -> None:
+    publish_job(tmp_path / "first")
+    name = "team-a-medical-es"
+    for number, asked in enumerate((f"models:/{name}/1", f"models:/{name}@candidate")):
+        store = tmp_path / str(number)
+        task = on_its_card(from_version(store, asked))
+        train.run(task)
+        assert digest_of_adapter(store) == digest_of_adapter(tmp_path / "first")
+    assert task.prepared is not None
+    assert task.prepared.start is not None
+    assert task.prepared.start.source == f"models:/{name}/1"
+
+    told = {"stage": "publish", "run_id": mlflow_run_of(task), "attempt": 2, "uid": "0002"}
+    publish.run(task.model_copy(update=told))
+    version = registry.get_model_version(name, "2")
+    assert version.tags["qlora.dev/continues"] == f"models:/{name}/1"
+    assert version.tags["qlora.dev/continues-digest"] == task.prepared.start.digest
+    assert version.description is not None
+    assert f"Training went on from the adapter models:/{name}/1" in version.description
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("models:/nobody/1", "there is no registered model nobody"),
+        ("models:/team-a-medical-es/9", "has no version 9"),
+        ("models:/team-a-medical-es@champion", "no version of team-a-medical-es has the alias champion"),
+        ("models:/theirs/1", "is not namespace team-a's; let its owner name team-a in its tag qlora.dev/namespace"),
+        ("models:/ours/1", "version 1 of ours is none that a job has published"),
+    ],
+)
+def test_a_version_that_cannot_be_gone_on_from_is_refused(
+    tmp_path: Path, registry: MlflowClient, asked: str, words: str
+) -> None:
+    for name, owner in (("team-a-medical-es", "team-a"), ("theirs", "team-b"), ("ours", "team-b, team-a")):
+        registry.create_registered_model(name, tags={"qlora.dev/namespace": owner})
+        registry.create_model_version(name, source=tmp_path.as_uri())
+    assert words in refusal(from_version(tmp_path / "job", asked))
+
+
+def test_another_job_is_gone_on_from(tmp_path: Path) -> None:
+    first = on_its_card(make_task(tmp_path / "first", training=SMALL, adapter={"rank": 4, "alpha": 8}))
+    trained = train.run(first)
+    assert first.prepared is not None
+    known = StartingJob.model_validate(
+        {
+            "uid": "0001",
+            "adapter_uri": trained.adapter_uri,
+            "adapter_digest": trained.adapter_digest,
+            "base": first.spec.model.source,
+            "base_revision": first.prepared.model.revision,
+        }
+    )
+    task = from_version(tmp_path / "second", "job:medical-es").model_copy(update={"starting_job": known})
+    started = on_its_card(task)
+    assert started.prepared is not None
+    assert started.prepared.warnings == first.prepared.warnings
+    train.run(started)
+    assert digest_of_adapter(tmp_path / "second") == digest_of_adapter(tmp_path / "first")
+
+    other = known.model_copy(update={"base_revision": "sha256:" + "0" * 64})
+    assert "is an adapter for file://" in refusal(
+        task.model_copy(update={"starting_job": other, "attempt": 2, "store_uri": (tmp_path / "third").as_uri()})
+    )
+    changed = known.model_copy(update={"adapter_digest": "sha256:" + "0" * 64})
+    assert "is on record" in refusal(
+        task.model_copy(update={"starting_job": changed, "store_uri": (tmp_path / "fourth").as_uri()})
+    )

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.api.adapter import JOB_PREFIX
 from orchestrator.api.base import decimal
 from orchestrator.api.formats import (
     PREPARED_FOLDER,
@@ -80,9 +81,11 @@ from qlora_trainer.storage.backends import DamagedFolder
 from qlora_trainer.storage.final_adapter import ADAPTER_NAME
 from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.tracking.names import refuse_foreign_names
+from qlora_trainer.tracking.starting_version import fetch_version
 
 if TYPE_CHECKING:
     from qlora_trainer.model.architecture import CheckedModel
+    from qlora_trainer.model.starting_adapter import Known
 
 FORMAT_VERSION = 5
 """Raise it when the same inputs would give other data than before."""
@@ -292,7 +295,8 @@ def _keep_start(task: StageTask, store: JobStore, description: ModelDescription)
     if known is not None and known.asked == asked and _is_whole(store, known):
         log.info("training goes on from %s, %s, which is in the job's store", known.start.source, known.start.digest)
         return _Start(adapter=known.start, warnings=known.warnings)
-    taken = take_adapter(task.spec, description)
+    with tempfile.TemporaryDirectory(prefix="qlora-") as scratch:
+        taken = take_adapter(task.spec, description, _known_start(task, Path(scratch)))
     if known is not None and known.asked == asked and known.start.digest != taken.start.digest:
         raise UserError(
             f"spec.adapter.from: the job's own copy of {known.start.digest} is damaged, and {asked} is another adapter "
@@ -308,6 +312,24 @@ def _keep_start(task: StageTask, store: JobStore, description: ModelDescription)
         store.check_fence(task.attempt)
         store.publish_folder(folder, START_FOLDER, make_manifest)
     return _Start(adapter=taken.start, warnings=taken.warnings)
+
+
+def _known_start(task: StageTask, scratch: Path) -> Known | None:
+    """What is on record of a job's adapter that the job goes on from; None where an address is named."""
+    from qlora_trainer.model.starting_adapter import Known  # here, because torch takes seconds
+
+    if task.spec.adapter.starting_job is not None:
+        job = task.starting_job
+        if job is None:
+            raise UserError("a prepare task of a job that goes on from another one needs that one; the task names none")
+        return Known(
+            source=f"{JOB_PREFIX}{task.spec.adapter.starting_job}",
+            uri=job.adapter_uri,
+            digest=job.adapter_digest,
+            base=job.base,
+            base_revision=job.base_revision,
+        )
+    return None if task.spec.adapter.start_uri is not None else fetch_version(task, scratch)
 
 
 def _is_whole(store: JobStore, known: StartManifest) -> bool:

@@ -255,7 +255,8 @@ def _claims(task: StageTask) -> dict[str, bool]:
     """Persistent volume claims that the task's URIs name, in order, and whether the stage writes to them."""
     spec = task.spec
     uris = [task.store_uri, spec.model.source, spec.dataset.source, spec.dataset.eval_source or ""]
-    uris.append(spec.adapter.start or "")
+    uris.append(spec.adapter.start_uri or "")
+    uris.append(task.starting_job.adapter_uri if task.starting_job is not None else "")
     claims: dict[str, bool] = {}
     for uri in uris:
         parts = urlsplit(uri)

@@ -62,8 +62,8 @@ def _named(spec: QLoRAJobSpec) -> Iterator[tuple[str, str]]:
     yield "spec.dataset.source", spec.dataset.source
     if spec.dataset.eval_source is not None:
         yield "spec.dataset.evalSource", spec.dataset.eval_source
-    if spec.adapter.start is not None:
-        yield "spec.adapter.from", spec.adapter.start
+    if spec.adapter.start_uri is not None:
+        yield "spec.adapter.from", spec.adapter.start_uri
     if spec.store is not None:
         yield STORE_FIELD, spec.store.uri
 

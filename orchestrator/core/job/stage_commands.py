@@ -92,6 +92,7 @@ def stage_task(job: QLoRAJob, attempt: Attempt, policy: Policy) -> StageTask:
         plan=attempt.plan if stage in STAGES_ON_GPU else None,
         prepared=None if stage == "prepare" else status.prepared,
         adapter_uri=status.adapter_uri if stage == "publish" else None,
+        starting_job=status.starting_job if stage == "prepare" else None,
         run_id=None if stage == "prepare" else status.mlflow.run_id,
         grace_seconds=policy.grace_seconds,
         checkpoint_lag_seconds=policy.checkpoint_lag_seconds,

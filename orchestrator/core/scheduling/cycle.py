@@ -24,7 +24,8 @@ from orchestrator.core.job.lifecycle import is_ready, wait
 from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_back
 from orchestrator.core.job.recovery import fail
 from orchestrator.core.job.setbacks import broken_nodes
-from orchestrator.core.job.state_machine import JobState, state_of
+from orchestrator.core.job.starting_job import begins_with
+from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Held, Ledger, Placement, depends_on, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
@@ -244,7 +245,12 @@ def _start_cpu_stages(drafts: Mapping[str, Draft], index: Index, snapshot: Snaps
         refusal = crowded.get(draft.job.key) or (
             permission_refusal(draft.job, index.queues) if draft.state is JobState.NEW else None
         )
-        if refusal is not None:
+        if refusal is None:
+            begun = begins_with(draft, index.job)
+            refusal, draft = (begun, draft) if isinstance(begun, Refusal) else (None, begun)
+        if draft.state in TERMINAL_STATES:
+            changed[draft.job.key] = draft
+        elif refusal is not None:
             changed[draft.job.key] = wait(draft, refusal.reason, refusal.message)
         elif draft.state is JobState.TRAINED and draft.status.mlflow.run_id is None:
             message = "the adapter is safe in the store; waits for MLflow to give the job a run"

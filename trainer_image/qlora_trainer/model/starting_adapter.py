@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from orchestrator.api.adapter import MAX_TARGETS, TAKEN_OVER, AdapterSpec, TargetModules
+from orchestrator.api.base import Digest
 from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.json_text import read_json
 from orchestrator.api.results import StartingAdapter
@@ -104,6 +105,20 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is on record of an adapter that a job has made."""
+
+    source: str
+    """What to call it."""
+    uri: str
+    """Its folder."""
+    digest: Digest
+    base: str
+    """Its job's model.source."""
+    base_revision: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
     """The adapter as training begins with it."""
 
@@ -113,17 +128,23 @@ class Taken:
     warnings: tuple[str, ...]
 
 
-def take_adapter(spec: QLoRAJobSpec, description: ModelDescription) -> Taken:
-    """The adapter that `adapter.from` names, checked; UserError for one that the job cannot go on from."""
-    asked = spec.adapter.start
-    assert asked is not None, "the job goes on from one"
-    source, revision = _address(asked)
+def take_adapter(spec: QLoRAJobSpec, description: ModelDescription, known: Known | None = None) -> Taken:
+    """The adapter that `adapter.from` names, checked; UserError for one that the job cannot go on from.
+
+    `known` says where it is if no address is named.
+    """
+    uri = spec.adapter.start_uri if known is None else known.uri
+    assert uri is not None, "the job goes on from one"
+    address, revision = _address(uri)
+    source = address if known is None else known.source
     with translated(source, field=FIELD):
-        location = locate(source, revision, SOUGHT)
+        location = locate(address, revision, SOUGHT)
         config = _read_config(location)
         tensors = location.read_header(WEIGHTS_NAME).tensors
         folder = location.fetch([WEIGHTS_NAME])
-    warnings = tuple(_held_against_base(source, config, spec, description))
+    if known is not None:
+        _refuse_other_base(known, spec, description)
+    warnings = () if known is not None else tuple(_held_against_base(source, config, spec, description))
     own = _own_fields(source, config)
     base = _base(description.folder, spec.model.source)
     own["target_modules"] = _targets(source, base, tensors)
@@ -134,6 +155,8 @@ def take_adapter(spec: QLoRAJobSpec, description: ModelDescription) -> Taken:
     _tell_type(source, tensors)
     with (folder / WEIGHTS_NAME).open("rb") as file:
         digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    if known is not None and digest != known.digest:
+        raise UserError(f"{source}: {WEIGHTS_NAME} is {digest}, and {known.digest} is on record; name another adapter")
     where = f"{source}@{location.commit}" if location.commit is not None else source
     taken = {name: getattr(adapter, name) for name in TAKEN_OVER}
     log.info("training goes on from %s, %s: %s", where, digest, taken)
@@ -262,6 +285,19 @@ def _held_against_base(
             )
     elif path is None or Path(name) != path:
         yield f"{OF_START}: its base was {shown(name)}, and nobody knows whether that is {own}; its tensors fit"
+
+
+def _refuse_other_base(known: Known, spec: QLoRAJobSpec, description: ModelDescription) -> None:
+    """UserError for a base of other content: its commit, or the digest of its config and of what its weights are."""
+    if known.base_revision == description.revision:
+        return
+    change = f"spec.model.source to {known.base}"
+    if spec.model.source == known.base and COMMIT.fullmatch(known.base_revision):
+        change = f"spec.model.revision to {known.base_revision}"
+    raise UserError(
+        f"{known.source} is an adapter for {known.base} at {known.base_revision}, and the job's base is "
+        f"{spec.model.source} at {description.revision}: set {change}"
+    )
 
 
 def _base(folder: Path, source: str) -> Any:

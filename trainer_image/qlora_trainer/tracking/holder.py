@@ -56,7 +56,7 @@ def fetch_holder(task: StageTask, alias: str, into: Path, *, largest_bytes: int,
         if reason is not None:
             return _refused(alias, str(found.version), reason)
         name = registered_model_name(task.spec.tracking, task.namespace, task.job)
-        folder = insist("fetch the alias's adapter", lambda _: _download(name, str(found.version), into))
+        folder = insist("fetch the alias's adapter", lambda _: download_adapter(name, str(found.version), into))
     except Transient as error:
         if required:
             raise
@@ -83,7 +83,8 @@ def _unfit(task: StageTask, version: Any) -> str | None:
     return None
 
 
-def _download(name: str, version: str, into: Path) -> Path:
+def download_adapter(name: str, version: str, into: Path) -> Path:
+    """The adapter of a version that publish has made, in PEFT's layout. For use inside `insist`."""
     from mlflow.artifacts import download_artifacts
 
     into.mkdir(parents=True, exist_ok=True)

@@ -165,12 +165,15 @@ def version_of_alias(client: MlflowClient, name: str, alias: str) -> str | None:
 
 def refuse_foreign_model(client: MlflowClient, task: StageTask) -> Any | None:
     """The job's registered model, if there is one; raises UserError where it is not the namespace's."""
-    model = _registered_model(client, registered_model_name(task.spec.tracking, task.namespace, task.job))
-    if model is None or belongs_to(model.tags, task.namespace):
-        return model
-    if NAMESPACE_TAG in model.tags or not _is_ours(client, model, task.namespace):
+    model = find_registered_model(client, registered_model_name(task.spec.tracking, task.namespace, task.job))
+    if model is not None and not belongs_here(client, model, task.namespace):
         raise UserError(refusal(REGISTERED_MODEL, model.name, model.tags, task.namespace))
     return model
+
+
+def belongs_here(client: MlflowClient, model: Any, namespace: str) -> bool:
+    """Whether a registered model is the namespace's: by its owner's tag, or without one by all of its versions."""
+    return belongs_to(model.tags, namespace) or (NAMESPACE_TAG not in model.tags and _is_ours(client, model, namespace))
 
 
 def _move_alias(client: MlflowClient, task: StageTask, alias: str, version: str) -> None:
@@ -274,7 +277,8 @@ def _own_registered_model(client: Any, task: StageTask) -> None:
         refuse_foreign_model(client, task)  # somebody else may have been slower
 
 
-def _registered_model(client: Any, name: str) -> Any | None:  # Any: mlflow's registered models have no types
+def find_registered_model(client: Any, name: str) -> Any | None:  # Any: mlflow's registered models have no types
+    """The registered model; None where there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
