@@ -329,7 +329,18 @@ VICTIMS = {
         (running("higher", spec={"priority": 2}, ran_seconds=400), running("lower", spec={"priority": 1})),
         {"urgent": "lower"},
     ),
-    "nobody who ends sooner than a move takes": ((about_to_end("ends", 60), running("runs")), {"urgent": None}),
+    "nobody where one ends sooner than another could stop": (
+        (about_to_end("ends", 30), running("runs", checkpoint_age_seconds=1)),
+        {"urgent": None},
+    ),
+    "another than one that ends sooner than a move takes": (
+        (about_to_end("ends", 60), running("runs", ran_seconds=9000)),
+        {"urgent": "runs"},
+    ),
+    "nobody where there is no other than one that ends sooner than a move takes": (
+        (about_to_end("ends", 60), running("equal", spec={"priority": 5})),
+        {"urgent": None},
+    ),
     "not the one that should have ended long ago": ((about_to_end("late", -600), running("runs")), {"urgent": "runs"}),
     "not one that was just moved": (
         (running("moved", ran_seconds=59, evictions={"Preempted": 1}), running("equal", spec={"priority": 5})),

@@ -63,7 +63,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
             stopping=seeded.random() < 0.2,
             run_seconds=seeded.choice((10.0, 5_000.0)),
             lost_seconds=float(seeded.randrange(3)),
-            remaining_seconds=seeded.choice((None, -1_000.0, 5.0, 500.0)),
+            remaining_seconds=seeded.choice((None, -1_000.0, 5.0, 50.0, 500.0)),
             was_evicted=seeded.random() < 0.2,
             turn_is_over=seeded.random() < 0.3,
         )
@@ -161,23 +161,23 @@ def victims_one_by_one(claims: list[Claim], holdings: list[Holding], books: Ledg
     for claim in claims:
         if claim.queue in stuck:
             continue
-        options: list[tuple[tuple[bool, bool, int, float, int, str], Holding, Reason]] = []
+        options: list[tuple[tuple[int, bool, int, float, int, str], Holding, Reason]] = []
         for each in running if claim.key not in reserved else ():
             reason = reason_to_move(claim, each, books)
             if reason is Reason.TURN_ENDED and not is_next(claim, each, claims, found, books):
                 reason = None
             left = [other for other in claims if other.key not in {key for key, _, _, _ in found}]
             if reason is not None and room_without(each, claim, left, books):
-                stays, is_own = each.remaining_seconds != 5, each.queue == claim.queue
+                turn, is_own = {5: 0, 50: 2}.get(each.remaining_seconds or 0, 1), each.queue == claim.queue
                 preference = claim.classes.index(each.gpu_class)
-                rank = stays, is_own, each.priority, each.lost_seconds, preference, each.uid
+                rank = turn, is_own, each.priority, each.lost_seconds, preference, each.uid
                 options.append((rank, each, reason))
         if options:
             _, victim, reason = min(options, key=lambda option: option[0])
             running.remove(victim)
             books.release(victim.queue, victim.gpu_class, victim.user)
             books.take(claim.queue, victim.gpu_class, claim.user)
-            asked = None if victim.remaining_seconds == 5 else victim.key
+            asked = None if victim.remaining_seconds in (5, 50) else victim.key
             found.append((claim.key, victim.gpu_class, asked, reason))
         elif claim.key not in reserved and is_strict(claim, books):
             stuck.add(claim.queue)

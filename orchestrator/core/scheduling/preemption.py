@@ -24,7 +24,7 @@ from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
-Rank = tuple[bool, bool, int, float, int, str]
+Rank = tuple[int, bool, int, float, int, str]
 EVICTIONS_BY_US = frozenset(each.value for each in (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED))
 
 
@@ -112,6 +112,16 @@ def ends_by_itself(holding: Holding, policy: Policy) -> bool:
     """Whether the job gives its GPU back sooner than a move takes; one that should have ended long ago does not."""
     left, move = holding.remaining_seconds, policy.restart_cost_seconds + STOP_SECONDS
     return left is not None and -move < left <= move
+
+
+def turn_to_go(holding: Holding, policy: Policy) -> int:
+    """Whom a claim turns to first: to a job that ends before anybody could have stopped, then to those who would have
+    to stop. A job that ends later than that, but sooner than a move takes, is the last, and is waited for as well: to
+    move it gains nothing, and to wait for it would take longer than to stop another."""
+    if not ends_by_itself(holding, policy):
+        return 1
+    assert holding.remaining_seconds is not None, "by its trainer it ends by itself"
+    return 0 if holding.remaining_seconds <= STOP_SECONDS else 2
 
 
 @dataclass(slots=True)
@@ -322,14 +332,14 @@ class Running:
         return over
 
     def _rank(self, victim: Holding, queue: str, preference: int) -> Rank:
-        """Least first: ends by itself, of another queue, lowest priority, fewest GPU-seconds lost, preferred class.
+        """Least first: about to end, of another queue, lowest priority, fewest GPU-seconds lost, preferred class.
 
         Whoever has more than its own, or less priority, moves nobody in his turn: somebody more important would, and
         then two jobs have been moved for one. Whoever is lost least has often just begun: what keeps one job from being
         moved again and again is its cool-down (`python -m benchmarks.policies`).
         """
-        stays = not ends_by_itself(victim, self.policy)
-        return stays, victim.queue == queue, victim.priority, victim.lost_seconds, preference, victim.uid
+        turn = turn_to_go(victim, self.policy)
+        return turn, victim.queue == queue, victim.priority, victim.lost_seconds, preference, victim.uid
 
 
 def _lower(claim: Claim, books: Ledger) -> int | None:
