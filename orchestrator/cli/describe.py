@@ -16,11 +16,12 @@ from orchestrator.api.job import Attempt, Condition, ObjectiveSpec, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue, UserUsage
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
 from orchestrator.cli.plan_view import length_words, plan_words
-from orchestrator.cli.tables import job_table, simulation_table
+from orchestrator.cli.tables import job_table, simulation_table, trace_table
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import outstanding
 from orchestrator.sdk.explanation import Explanation
 from orchestrator.sdk.simulation import WhatIf
+from orchestrator.sdk.trace import TracePlayed
 from orchestrator.sdk.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
 
 CONDITION_HEADER = ("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE")
@@ -104,6 +105,19 @@ def show_simulation(console: Console, found: WhatIf) -> None:
         print_paragraph(console, Text(f"{more} more jobs are not shown here; all are in: --output json"))
     for note in found.notes:
         print_paragraph(console, Text(note))
+
+
+def show_trace(console: Console, found: TracePlayed) -> None:
+    """Waits by queue and user, moves and missed deadlines, and how much of the GPUs was used; with changes beside."""
+    print_columns(console, trace_table(found))
+    console.print()
+    for which, side in (("as it is", found.before), ("with the changes", found.after)):
+        if side is None:
+            continue
+        used = ", ".join(f"{name} {share:.0%}" for name, share in sorted(side.utilisation.items())) or "no GPU is here"
+        print_paragraph(console, Text(f"GPU time used {which}: {used}; all was done in {duration(side.seconds)}."))
+        if side.is_cut:
+            print_paragraph(console, Text(f"Not played to its end {which}: jobs move too often."))
 
 
 def spec_digest(job: QLoRAJob) -> str:

@@ -407,14 +407,33 @@ def simulate(
         list[Path] | None,
         typer.Option("--job", metavar="SPEC.YAML", help="A job that is submitted now; repeat.", show_default=False),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Instead of the jobs that are here: a CSV or JSONL file of jobs, played on its queues and GPUs.",
+            show_default=False,
+        ),
+    ] = None,
     namespace: Namespace = None,
     output: Output = None,
 ) -> None:
     """Say when jobs would start and end with other GPUs, quotas or jobs, by the code that decides. Changes nothing."""
     from orchestrator.cli.console import answers
-    from orchestrator.cli.describe import show_simulation
+    from orchestrator.cli.describe import show_simulation, show_trace
     from orchestrator.cli.output import print_data
+    from orchestrator.errors import InvalidObject
 
+    if trace is not None:
+        if jobs:
+            raise InvalidObject("--job and --trace cannot be combined: put the job into the trace")
+        outcome = connect(namespace).simulate_trace(trace, gpus=gpus or (), quotas=quotas or ())
+        if output is not None:
+            print_data(outcome.to_wire(), output)
+        else:
+            show_trace(answers(), outcome)
+        return
     added = [only_job(load(path, namespace), path) for path in jobs or ()]
     found = connect(namespace).simulate(gpus=gpus or (), quotas=quotas or (), jobs=added)
     if output is not None:

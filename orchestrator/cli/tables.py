@@ -12,6 +12,7 @@ from orchestrator.core.forecast import Expectation
 from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.simulate import Prospect, Simulation
 from orchestrator.sdk.simulation import SAME_SECONDS
+from orchestrator.sdk.trace import TracePlayed, groups_of
 from orchestrator.sdk.usage import UsageBy, UsageRow
 from orchestrator.sdk.words import NOTHING, duration, figure, progress_word, since, state_style, state_word
 from orchestrator.sizing.margins import Bound
@@ -100,6 +101,26 @@ def simulation_table(found: Simulation, most_jobs: int) -> Columns:
     """One row for each of the first jobs: how long until it starts and ends, as things are and with the changes."""
     rows = [_prospect_row(each, found) for each in found.jobs[:most_jobs]]
     return Columns(header=SIMULATION_HEADER, rows=rows, optional=("QUEUE", "START", "NEW START"))
+
+
+def trace_table(found: TracePlayed) -> Columns:
+    """One row for each queue, and for each user of a queue that has several; each figure with the changes, too."""
+    sides = [groups_of(side) for side in (found.before, found.after) if side is not None]
+    marks = ("", " NEW")[: len(sides)]
+    header = ["QUEUE", "USER", "JOBS"]
+    for name in ("MEAN WAIT", "P90 WAIT", "MOVES", "MISSED", "NEVER RAN"):
+        header += [f"{mark} {name}".strip() for mark in marks]
+    rows: list[list[Cell]] = []
+    for groups in zip(*sides, strict=True):
+        of = groups[0]
+        cells = [of.queue, of.user or "all", str(of.jobs)]
+        cells += [duration(group.mean_wait_seconds) for group in groups]
+        cells += [duration(group.tail_wait_seconds) for group in groups]
+        cells += [str(group.moves) for group in groups]
+        cells += [str(group.missed) for group in groups]
+        cells += [str(group.waiting) for group in groups]
+        rows.append([Cell(text=text) for text in cells])
+    return Columns(header=tuple(header), rows=rows, optional=("MOVES", "NEW MOVES", "NEVER RAN", "NEW NEVER RAN"))
 
 
 def _prospect_row(prospect: Prospect, found: Simulation) -> list[Cell]:

@@ -9,6 +9,7 @@ arrived lately.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -99,7 +100,7 @@ def forecast(
 
     What arrived within `again` before the snapshot then arrives once more.
     """
-    course = _Course.of(snapshot)
+    course = Course.of(snapshot)
     if again is not None:
         course.expect_again(again)
     course.decide()
@@ -126,7 +127,7 @@ class _Work:
 
 
 @dataclass(slots=True)
-class _Course:
+class Course:
     """The world on its way."""
 
     now: datetime
@@ -145,10 +146,16 @@ class _Course:
     """What was left when it last started or stopped, by the job's key: of those whose time is known."""
     coming: dict[str, QLoRAJob] = field(default_factory=dict[str, QLoRAJob])
     """Who is to arrive, by key."""
+    moves: Counter[str] = field(default_factory=Counter[str])
+    """How often each job made way, by its key."""
+    held_seconds: Counter[str] = field(default_factory=Counter[str])
+    """GPU seconds that were had and are over, by class."""
+    _held: dict[str, tuple[datetime, str]] = field(default_factory=dict[str, tuple[datetime, str]])
+    """Since when a train stage has its GPU, and of which class."""
     _order: count[int] = field(default_factory=count)
 
     @classmethod
-    def of(cls, snapshot: Snapshot) -> _Course:
+    def of(cls, snapshot: Snapshot) -> Course:
         """As it is now."""
         course = cls(
             now=snapshot.now,
@@ -179,6 +186,12 @@ class _Course:
             copy = job.model_copy(update={"metadata": metadata, "status": status})
             self.coming[copy.key] = copy
             self._at(came + lately, "come", copy.key)
+
+    def expect(self, job: QLoRAJob, come: datetime, seconds: float) -> None:
+        """Somebody arrives, prepared, who has to train for so long."""
+        self.coming[job.key] = job
+        self.work[job.key] = _Work(seconds=seconds, estimate=None)
+        self._at(come, "come", job.key)
 
     def go_on(self) -> int:
         """To the next moment at which something happens; how many stages end then."""
@@ -245,6 +258,7 @@ class _Course:
             known = self.expected.get(job.key, Expectation())
             started = replace(known, start=self.now, gpu_class=command.gpu_class) if known.start is None else known
             self.expected[job.key] = started
+            self._held[key] = self.now, command.gpu_class or ""
             self._runs(key, job)
             self._at(self.now + timedelta(seconds=self.template.policy.minimum_run_seconds + 1), "look", job.key)
         return True
@@ -283,6 +297,7 @@ class _Course:
         key = self.job_of[stage]
         if stage in self.stopping or self.stages.pop(stage, None) is None:
             return 0
+        self._release(stage)
         self.jobs.pop(key, None)
         return 1
 
@@ -291,6 +306,8 @@ class _Course:
         fact, job = self.stages.get(stage), self.jobs.get(self.job_of[stage])
         if fact is None or job is None:
             return
+        self._release(stage)
+        self.moves[job.key] += 1
         end, left = self.expected[job.key].end, self.work.get(job.key)
         if end is not None and left is not None:
             seconds = min(left.seconds, (end - self.now).total_seconds() + STOP_SECONDS)
@@ -305,6 +322,11 @@ class _Course:
             exit_code=ExitCode.PREEMPTED,
             result=StageResult(train=done),
         )
+
+    def _release(self, stage: str) -> None:
+        """The stage has had its GPU."""
+        since, gpu_class = self._held.pop(stage, (self.now, ""))
+        self.held_seconds[gpu_class] += round((self.now - since).total_seconds())
 
     def _save(self, stage: str) -> None:
         """A checkpoint at the end of a job's turn, without which it does not yield: it saves them all the time."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
+from pathlib import Path
 from typing import TypeVar, cast
 
 from orchestrator.adapters.job_store import model_config
@@ -28,6 +29,7 @@ from orchestrator.api.queue import MONTH_PATTERN, QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.api.uris import file_path
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
+from orchestrator.core.snapshot import Snapshot
 from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
 from orchestrator.sdk import first_job
 from orchestrator.sdk.connection import Connection, connect, read_settings
@@ -40,7 +42,8 @@ from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, check_planned_model, check_webhooks
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
-from orchestrator.sdk.simulation import WhatIf, as_submitted, what_if
+from orchestrator.sdk.simulation import WhatIf, as_submitted, what_if, with_changes
+from orchestrator.sdk.trace import TracePlayed, played, read_trace
 from orchestrator.sdk.traced_here import traced_here
 from orchestrator.sdk.uploading import check_upload, uploaded
 from orchestrator.sdk.usage import UsageBy, UsageRow, usage_rows
@@ -168,16 +171,27 @@ class Client:
         >>> client.simulate(gpus=["24Gi=+1"]).jobs[0].job
         'default/notes'
         """
+        present = self._present()
+        added = [as_submitted(self.check(job), self.plan(job), present.now) for job in jobs]
+        found = what_if(present, gpus, quotas, added)
+        return found if self.connection.is_running() else replace(found, notes=(*found.notes, NOT_RUNNING))
+
+    def simulate_trace(self, trace: str | Path, *, gpus: Sequence[str] = (), quotas: Sequence[str] = ()) -> TracePlayed:
+        """What would become of a file's jobs on the queues and cards that are here, and with others; changes nothing,
+        and looks at no job that is here. Raises InvalidObject, which names the line, NotFound and Forbidden."""
+        present = self._present()
+        arrivals = read_trace(Path(trace), present)
+        changed = with_changes(present, gpus, quotas) if gpus or quotas else None
+        return played(present, changed, arrivals)
+
+    def _present(self) -> Snapshot:
         try:
-            present = read_snapshot(self.connection, self.settings.policy())
+            return read_snapshot(self.connection, self.settings.policy())
         except Forbidden as error:
             raise Forbidden(
                 "what would become of whom is not worked out here, since other jobs, queues or nodes are not this "
                 "account's to read; ask whoever looks after the queues"
             ) from error
-        added = [as_submitted(self.check(job), self.plan(job), present.now) for job in jobs]
-        found = what_if(present, gpus, quotas, added)
-        return found if self.connection.is_running() else replace(found, notes=(*found.notes, NOT_RUNNING))
 
     def handle(self, name: str, *, namespace: str | None = None) -> JobHandle:
         """A handle on a job that exists; raises NotFound."""

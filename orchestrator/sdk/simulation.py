@@ -65,13 +65,19 @@ def what_if(present: Snapshot, gpus: Sequence[str], quotas: Sequence[str], added
     keys = [job.key for job in added]
     if len(set(keys)) < len(keys):
         raise InvalidObject(f"--job: each must have a name of its own, not {', '.join(keys)}")
-    changed = replace(present, jobs=(*present.jobs, *added))
+    changed = with_changes(replace(present, jobs=(*present.jobs, *added)), gpus, quotas)
+    found = simulate(present, changed)
+    return WhatIf(simulation=found, notes=tuple(_notes(found, keys)))
+
+
+def with_changes(present: Snapshot, gpus: Sequence[str], quotas: Sequence[str]) -> Snapshot:
+    """The same with other numbers of GPUs and other quotas; raises InvalidObject, NotFound."""
+    changed = present
     for text in gpus:
         changed = _with_gpus(changed, text)
     for text in quotas:
         changed = _with_quota(changed, text)
-    found = simulate(present, changed)
-    return WhatIf(simulation=found, notes=tuple(_notes(found, keys)))
+    return changed
 
 
 def as_submitted(job: QLoRAJob, plan: JobPlan, now: datetime) -> QLoRAJob:

@@ -805,6 +805,24 @@ def test_version_names_what_jobs_run_with() -> None:
     assert {"qlora-orchestrator", "mlflow", "ray", "torch"} <= set(versions)
 
 
+def test_a_trace_is_played_on_the_queues_and_gpus_that_are_here(service: PaperService) -> None:
+    Path("trace.csv").write_text(
+        "submit,user,gpuClass,seconds,due\n0,ana,24Gi,600,700\n0,ben,24Gi,600,900\n0,ben,24Gi,600,\n"
+    )
+    told = json.loads(qlora("simulate", "--trace", "trace.csv", "--gpus", "24Gi=3", "-o", "json").stdout)
+    before, after = (told[which]["groups"][0] for which in ("before", "after"))
+    assert (before["jobs"], before["missed"]) == (3, 1)
+    assert (after["missed"], after["meanWaitSeconds"]) == (0, 0)
+    shown = qlora("simulate", "--trace", "trace.csv").stdout
+    assert re.search(r"QUEUE +USER +JOBS +MEAN WAIT", shown)
+    assert re.search(r"default +ben +2", shown)
+    assert "GPU time used as it is: 24Gi " in shown
+    refused = qlora("simulate", "--trace", "trace.csv", "--job", write_manifest(job_document()))
+    assert (refused.exit_code, "cannot be combined" in refused.stderr) == (ExitStatus.INVALID, True)
+    Path("trace.csv").write_text("submit,gpuClass,seconds\n0,24Gi,never\n")
+    assert "trace.csv: line 2: seconds: must be a number" in qlora("simulate", "--trace", "trace.csv").stderr
+
+
 # --- run and wait, in processes of their own ----------------------------------------------------------------------
 
 
