@@ -43,10 +43,11 @@ def make_model(
     keep_attention: bool = False,
     attention: AttentionKernels = "own",
     packed_attention: PackedAttention | None = None,
+    streamed_layers: int = 0,
     **adapter: Any,
 ) -> TrainingModel:
     packed_attention = packed_attention or PackedAttention()
-    base = load_base(folder or tiny_model(), CPU, packed_attention)
+    base = load_base(folder or tiny_model(), CPU, packed_attention, streamed_layers=streamed_layers)
     peft_model = add_adapter(base, AdapterSpec(**{"rank": 4, "alpha": 8, "dropout": "0", **adapter}), seed=seed)
     plan = MemoryPlan(
         micro_batch_size=1,
@@ -56,6 +57,7 @@ def make_model(
         offload=offload,
         keep_attention=keep_attention,
         attention=attention,
+        streamed_layers=streamed_layers,
     )
     return TrainingModel(peft_model, plan, packed_attention, neftune_alpha)
 

@@ -84,10 +84,12 @@ def make_task(
     evaluation: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     family: str = "llama",
+    layers: int = 2,
+    streamed_layers: int = 0,
     grace_seconds: int = 60,
 ) -> StageTask:
     """A train task over a store that holds its prepared data; the same arguments give the same job."""
-    model = tiny_model(family)
+    model = tiny_model(family, layers=layers)
     prepared = write_prepared(store, steps=steps, rows=rows, eval_rows=eval_rows, strides=strides)
     small = {"learning_rate": "1e-2", "global_batch_size": global_batch_size, "sequence_length": 64}
     spec = QLoRAJobSpec(
@@ -112,6 +114,7 @@ def make_task(
             micro_batch_size=micro_batch_size,
             accumulation_steps=global_batch_size // micro_batch_size,
             recompute_layers=recompute_layers,
+            streamed_layers=streamed_layers,
             loss_chunk_tokens=16,
         ),
         prepared=prepared,

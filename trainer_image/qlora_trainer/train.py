@@ -106,7 +106,7 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
 
         # 3. The libraries; quantized weights that are cached go to the card meanwhile.
         tell("loading the libraries")
-        device, cached = _load_libraries(task, folder)
+        device, cached = _load_libraries(task, plan, folder)
 
         store.record_attempt(task.attempt, attempt_tags(task))
 
@@ -223,7 +223,7 @@ def _preempted(training: Loop) -> NoReturn:
     raise Preempted(training.result(complete=False))
 
 
-def _load_libraries(task: StageTask, folder: Path) -> tuple[torch.device, ReadAhead]:
+def _load_libraries(task: StageTask, plan: MemoryPlan, folder: Path) -> tuple[torch.device, ReadAhead]:
     """Import what training takes; the device, and the base's cached weights on their way to it."""
     _prepare_process(task)
     imports.load_torch()
@@ -231,7 +231,7 @@ def _load_libraries(task: StageTask, folder: Path) -> tuple[torch.device, ReadAh
     from qlora_trainer.training import runtime
 
     device = runtime.set_up(threads=task.threads, deterministic=task.spec.training.deterministic)
-    cached = ReadAhead(folder, device)
+    cached = ReadAhead(folder, device, streamed_layers=plan.streamed_layers)
     imports.load_peft()
     import_module("qlora_trainer.model.training_model")
     import_module("qlora_trainer.training.loop")
@@ -248,7 +248,7 @@ def _load_model(
     from qlora_trainer.model.training_model import TrainingModel
 
     packed_attention = PackedAttention()
-    base = load_base(folder, device, packed_attention, cached)
+    base = load_base(folder, device, packed_attention, cached, streamed_layers=plan.streamed_layers)
     peft_model = add_adapter(base, task.spec.adapter, seed=task.spec.training.seed)
     model = TrainingModel(peft_model, plan, packed_attention, float(task.spec.training.neftune_alpha))
     model.check()

@@ -33,6 +33,7 @@ from qlora_trainer.kernels import ops
 from qlora_trainer.kernels.host_offload import InputStore
 from qlora_trainer.kernels.lora_linears import Dropout, LinearGroup
 from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.kernels.streamed_layers import StreamedLayers
 
 Gate = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], None]]
 """A gated activation of `ops`, and its backward pass."""
@@ -143,6 +144,7 @@ class FusedLayer:
         recomputes: bool,
         keeps_attention: bool,
         store: InputStore | None,
+        streamed: StreamedLayers | None,
     ) -> None:
         """`module` is transformers' layer, of a class that `takeover` lists.
 
@@ -155,6 +157,7 @@ class FusedLayer:
         self._recomputes = recomputes
         self._keeps_attention = recomputes and keeps_attention
         self._store = store if recomputes else None
+        self._streamed = streamed
         own = module.self_attn
         self._input_norm = Norm.found(module, "input_layernorm")
         self._mlp_end_norm = Norm.found(module, "post_feedforward_layernorm")
@@ -281,6 +284,14 @@ class FusedLayer:
 
     def backward(self, ctx: Any, grad: Tensor, run: Run) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients to the layer's input and to its adapters, in the order of its parameters."""
+        if self._streamed is None:
+            return self._backward(ctx, grad, run)
+        self._streamed.take(self._number, back=True)
+        found = self._backward(ctx, grad, run)
+        self._streamed.leave(self._number, back=True)
+        return found
+
+    def _backward(self, ctx: Any, grad: Tensor, run: Run) -> tuple[Tensor | None, list[Tensor | None]]:
         x, middle, attended, gated = self._activations(ctx, run)
         middle_grad, of_mlp = self._mlp_backward(grad, middle, gated, run)
         del middle, gated

@@ -47,6 +47,7 @@ from qlora_trainer.kernels.lora_linears import LinearGroup
 from qlora_trainer.kernels.moe_experts import SWIGLU, NF4Experts
 from qlora_trainer.kernels.moe_layer import MixtureLayer
 from qlora_trainer.kernels.packed_attention import NAME, PackedAttention
+from qlora_trainer.kernels.streamed_layers import StreamedLayers
 
 WINDOWS: dict[type[Any], Callable[[Any], int | None]] = {
     LlamaDecoderLayer: lambda _: None,
@@ -167,6 +168,7 @@ def fuse(
     recompute_layers: int,
     keeps_attention: bool,
     store: InputStore | None,
+    streamed: StreamedLayers | None = None,
 ) -> FusedDecoder | None:
     """Take over the decoder's layers, the first `recompute_layers` of which recompute; None where that is not exact.
 
@@ -190,6 +192,7 @@ def fuse(
             recomputes=number < recompute_layers,
             keeps_attention=keeps_attention,
             store=store,
+            streamed=streamed,
         )
         fused.take_over(module, layer)
     fused.take_over_norm(decoder.norm)

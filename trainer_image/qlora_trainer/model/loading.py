@@ -7,6 +7,8 @@ Rules, each the answer to a trap:
 - What would stay in 16 bits is refused: it is why a model would not fit where it should.
 - On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight the first time it is evaluated, and from then on
   bypasses the autograd path in training. It is told not to.
+- Layers that are streamed from the host are there from the beginning: never is all of the base on the card, nor twice
+  on the host.
 - Attention is packed where that is the model's own (`attention`), else transformers computes it, record by record.
 """
 
@@ -26,8 +28,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from orchestrator.api import trainer_facts
 from qlora_trainer.kernels import state_kernels
 from qlora_trainer.kernels.packed_attention import PackedAttention
+from qlora_trainer.kernels.streamed_layers import NOTHING_ON_HOST, OnHost, StreamedLayers
 from qlora_trainer.model import quantization
 from qlora_trainer.model.attention import attention_implementation, settle_attention
 from qlora_trainer.model.layer_inputs import keep_layer_inputs_on_host
@@ -44,7 +48,7 @@ from qlora_trainer.model.quantized_cache import (
 )
 from qlora_trainer.model.random_weights import random_base, random_seed
 from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME, config_of_weights_as_read
-from qlora_trainer.model.text_part import from_config, model_class
+from qlora_trainer.model.text_part import decoder_of, from_config, model_class
 from qlora_trainer.outcome import UserError
 
 KERNEL_TOKENS = 80
@@ -58,23 +62,31 @@ def load_base(
     device: torch.device,
     packed_attention: PackedAttention,
     cached: ReadAhead | None = None,
+    *,
+    streamed_layers: int = 0,
 ) -> PreTrainedModel:
     """The base of a Hugging Face model folder, frozen and quantized on the device.
 
-    Its attention is the packed one only where that is the model's own; `base.config` names it.
+    Its attention is the packed one only where that is the model's own; `base.config` names it. Of so many layers the
+    weights stay on the host (`streamed`).
     """
     began = time.perf_counter()
     config = config_of_weights_as_read(folder)
+    on_host = _on_host(config, streamed_layers)
     packed_attention.register()
     implementation = attention_implementation(config)
     if (folder / RANDOM_WEIGHTS_NAME).is_file():
-        base, origin = random_base(config, implementation, device, seed=random_seed(folder)), "drawn at random"
+        seed = random_seed(folder)
+        base, origin = random_base(config, implementation, device, seed=seed, on_host=on_host), "drawn at random"
     else:
-        base, origin = _checkpoint_base(folder, config, implementation, device, cached or ReadAhead(folder, device))
+        cached = cached or ReadAhead(folder, device, streamed_layers=streamed_layers)
+        base, origin = _checkpoint_base(folder, config, implementation, device, cached, on_host)
     base.requires_grad_(False)
     base.config.use_cache = False
     _keep_cpu_weights_unpacked(base)
     refuse_unquantized(base)
+    if on_host.numbers:
+        _stream(base, on_host, device)
     keep_layer_inputs_on_host(base, device)
     _settle_state_kernels(base, device, packed_attention)
     settle_attention(base, packed_attention)
@@ -85,14 +97,41 @@ def load_base(
     return base
 
 
+def streamed(base: Any) -> StreamedLayers | None:
+    """The layers of a base whose weights are on the host; None where all are on the card."""
+    return getattr(base, "streamed_layers", None)
+
+
+def _on_host(config: PreTrainedConfig, streamed_layers: int) -> OnHost:
+    text = config.get_text_config()
+    if streamed_layers and text.model_type not in trainer_facts.HANDWRITTEN_TYPES:
+        raise UserError(
+            f"the plan's streamedLayers is {streamed_layers}, and layers of {text.model_type} cannot be streamed from "
+            "the host: only those that the trainer computes itself; use a larger card"
+        )
+    return OnHost.of(streamed_layers, text.num_hidden_layers)
+
+
+def _stream(base: Any, on_host: OnHost, device: torch.device) -> None:
+    layers = decoder_of(base).layers
+    base.streamed_layers = StreamedLayers({number: layers[number] for number in on_host.numbers}, device)
+    gib = base.streamed_layers.host_bytes / 2**30
+    log.info("%d layers are streamed from host memory, where they take %.1f GiB", len(on_host.numbers), gib)
+
+
 def _checkpoint_base(
-    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device, cached: ReadAhead
+    folder: Path,
+    config: PreTrainedConfig,
+    implementation: str,
+    device: torch.device,
+    cached: ReadAhead,
+    on_host: OnHost,
 ) -> tuple[PreTrainedModel, str]:
     """The base and how it was had. What had to be quantized is kept at once, while nothing else needs card or disk."""
     base = _cached_base(cached, folder, config, device)
     if base is not None:
         return base, "from the cache of quantized weights"
-    base = _quantized_base(folder, config, implementation, device)
+    base = _quantized_base(folder, config, implementation, device, on_host)
     if names := quantization.not_finite(base):
         raise UserError(
             f"{type(base).__name__} has weights that are not finite numbers, in {len(names)} tensors, the first is "
@@ -105,13 +144,13 @@ def _checkpoint_base(
 
 
 def _quantized_base(
-    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device
+    folder: Path, config: PreTrainedConfig, implementation: str, device: torch.device, on_host: OnHost
 ) -> PreTrainedModel:
     """Read through a memory map and quantized on the device, one tensor after the other."""
     return model_class(config).from_pretrained(
         folder,
         config=config,
-        quantization_config=_quantization(),
+        quantization_config=_quantization(on_host),
         dtype=COMPUTE_DTYPE,
         device_map={"": str(device)},
         attn_implementation=implementation,
@@ -182,8 +221,8 @@ def _refusal_of_kernels(base: Any, packed_attention: PackedAttention) -> str | N
     return None
 
 
-def _quantization() -> quantization.Quantization:
-    return quantization.Quantization(**QUANTIZATION)
+def _quantization(on_host: OnHost = NOTHING_ON_HOST) -> quantization.Quantization:
+    return quantization.Quantization(on_host, **QUANTIZATION)
 
 
 def _keep_cpu_weights_unpacked(base: PreTrainedModel) -> None:

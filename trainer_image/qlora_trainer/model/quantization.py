@@ -31,6 +31,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from orchestrator.api import trainer_facts
 from qlora_trainer.kernels.moe_experts import SECOND, ExpertLayout, NF4Experts
+from qlora_trainer.kernels.streamed_layers import NOTHING_ON_HOST, OnHost
 from qlora_trainer.model import mxfp4
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -41,8 +42,10 @@ LLAMA4_MATRICES = {"gate_up_proj", "down_proj"}
 class Quantization(BitsAndBytesConfig):
     """NF4 for linear layers and experts."""
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, on_host: OnHost = NOTHING_ON_HOST, **fields: Any) -> None:
+        """`on_host`: weights that go back to the host as soon as they are quantized."""
         super().__init__(**fields)
+        self.layers_on_host = sorted(on_host.numbers)  # transformers writes its fields as JSON
         self.quant_method: Any = METHOD  # transformers lists its own in an enum
 
 
@@ -53,7 +56,9 @@ class _Quantize(Bnb4bitQuantize):
         for name, value in input_dict.items():
             if not _is_finite(value[0] if isinstance(value, list) else value):
                 self.hf_quantizer.not_finite.append(name)
-        return super().convert(input_dict, *args, **kwargs)
+        found = super().convert(input_dict, *args, **kwargs)
+        on_host = self.hf_quantizer.on_host
+        return {name: value.to("cpu") if on_host.holds(name) else value for name, value in found.items()}
 
 
 @register_quantizer(METHOD)
@@ -64,6 +69,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         super().__init__(*args, **kwargs)
         self.not_finite: list[str] = []
         """The names of quantized weights that were no numbers."""
+        self.on_host = OnHost(frozenset(getattr(self.quantization_config, "layers_on_host", ())))
 
     def get_quantize_ops(self) -> _Quantize:
         """What quantizes a weight."""
@@ -79,6 +85,10 @@ class Quantizer(Bnb4BitHfQuantizer):
             model, device_map, **kwargs
         )
         replace_experts(model)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of a weight on the card, which transformers makes room for before it reads."""
+        return 0.0 if self.on_host.holds(param_name) else super().param_element_size(model, param_name, param)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether it is a weight of a linear layer or of experts."""

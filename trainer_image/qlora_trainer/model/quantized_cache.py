@@ -45,6 +45,7 @@ from torch.nn import Module, Parameter
 
 from orchestrator.api.base import Model
 from orchestrator.api.formats import MANIFEST_NAME, FileEntry
+from qlora_trainer.kernels.streamed_layers import NOTHING_ON_HOST, OnHost
 from qlora_trainer.model.source import CONFIG_NAME
 from qlora_trainer.storage.backends import sync_folder
 from qlora_trainer.storage.job_store import describe_durably
@@ -116,6 +117,11 @@ def entry_key(folder: Path, device: torch.device) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _layers(folder: Path) -> int:
+    config = json.loads((folder / CONFIG_NAME).read_bytes())
+    return config.get("text_config", config)["num_hidden_layers"]
+
+
 def _identity(path: Path) -> list[object]:
     """Tells a file from every other without reading it all; a hub's file resolves to its content's digest."""
     stat = path.stat()
@@ -180,9 +186,10 @@ def _grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 class ReadAhead:
     """A model folder's entry on its way to the device, read by threads that leave the interpreter to others."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, *, streamed_layers: int = 0) -> None:
         self._folder = folder
         self._device = device
+        self._streamed_layers = streamed_layers
         pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._found: Future[dict[str, Tensor] | None] | None = pool.submit(self._read)
         pool.shutdown(wait=False)
@@ -195,7 +202,10 @@ class ReadAhead:
 
     def _read(self) -> dict[str, Tensor] | None:
         cache = QuantizedCache.from_environment()
-        return None if cache is None else cache.read(entry_key(self._folder, self._device), self._device)
+        if cache is None:
+            return None
+        on_host = OnHost.of(self._streamed_layers, _layers(self._folder)) if self._streamed_layers else NOTHING_ON_HOST
+        return cache.read(entry_key(self._folder, self._device), self._device, on_host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +224,13 @@ class QuantizedCache:
             return None
         return cls(Path(models).expanduser() / CACHE_NAME, int(limit_gib * 2**30))
 
-    def read(self, key: str, device: torch.device) -> dict[str, Tensor] | None:
-        """The entry's tensors on the device; None if there is none, or none that is whole."""
+    def read(self, key: str, device: torch.device, on_host: OnHost = NOTHING_ON_HOST) -> dict[str, Tensor] | None:
+        """The entry's tensors on the device, or the host; None if there is none, or none that is whole."""
         entry = self.folder / key
         try:
             manifest = _read_manifest(entry)
             with ThreadPoolExecutor(WORKERS) as pool:
-                shards = list(pool.map(partial(_read_shard, entry, device), manifest.files))
+                shards = list(pool.map(partial(_read_shard, entry, device, on_host), manifest.files))
         except FileNotFoundError:
             return None
         except OSError as error:  # the storage may answer the next trainer
@@ -337,7 +347,7 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     yield names
 
 
-def _read_shard(entry: Path, device: torch.device, expected: FileEntry) -> dict[str, Tensor]:
+def _read_shard(entry: Path, device: torch.device, on_host: OnHost, expected: FileEntry) -> dict[str, Tensor]:
     """A shard's tensors, through one small buffer; raises ValueError if the file is not the expected one."""
     path = entry / expected.name
     if not path.exists():
@@ -349,7 +359,7 @@ def _read_shard(entry: Path, device: torch.device, expected: FileEntry) -> dict[
         if path.stat().st_size != expected.bytes:
             raise ValueError(f"{expected.name} has {path.stat().st_size} bytes instead of {expected.bytes}")
         for name, dtype, shape in _read_header(file, digest, expected.bytes):
-            tensors[name] = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+            tensors[name] = torch.empty(shape, dtype=DTYPES[dtype], device=on_host.device(name, device))
             _read_into(tensors[name].view(-1).view(torch.uint8), file, buffer, digest)
     if digest.hexdigest() != expected.sha256:
         raise ValueError(f"{expected.name} has the SHA-256 {digest.hexdigest()} instead of {expected.sha256}")

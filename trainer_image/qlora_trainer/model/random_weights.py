@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.kernels.moe_experts import NF4Experts, nf4
+from qlora_trainer.kernels.streamed_layers import NOTHING_ON_HOST, OnHost
 from qlora_trainer.model import quantization
 from qlora_trainer.model.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.source import RANDOM_WEIGHTS_NAME, RANDOM_WEIGHTS_VARIABLE
@@ -34,7 +35,9 @@ def random_seed(folder: Path) -> int:
     return int(json.loads((folder / RANDOM_WEIGHTS_NAME).read_text())["seed"])
 
 
-def random_base(config: PreTrainedConfig, implementation: str, device: torch.device, *, seed: int) -> PreTrainedModel:
+def random_base(
+    config: PreTrainedConfig, implementation: str, device: torch.device, *, seed: int, on_host: OnHost = NOTHING_ON_HOST
+) -> PreTrainedModel:
     """N(0, 0.02) drawn and quantized layer by layer: the memory layout of a real checkpoint, with no file read."""
     with torch.device("meta"):
         base = from_config(config, dtype=COMPUTE_DTYPE, attn_implementation=implementation)
@@ -45,8 +48,11 @@ def random_base(config: PreTrainedConfig, implementation: str, device: torch.dev
     for name, module in list(base.named_modules()):
         if isinstance(module, NF4Experts):
             _draw_experts(module, device, generator)
+            _leave(module, on_host.device(f"{name}.", device))
         elif type(module) is torch.nn.Linear and module is not head:  # as bitsandbytes replaces them
-            base.set_submodule(name, _random_layer(module, device, generator))
+            base.set_submodule(
+                name, _leave(_random_layer(module, device, generator), on_host.device(f"{name}.", device))
+            )
         elif type(module).__name__.endswith("RotaryEmbedding"):
             rotary: Any = type(module)
             base.set_submodule(name, rotary(config.get_text_config()).to(device))
@@ -85,6 +91,14 @@ def _random_layer(linear: Any, device: torch.device, generator: torch.Generator)
     parameter: Any = bnb.nn.Params4bit  # whose __new__ has no types
     layer.weight = parameter(weight, quant_type="nf4", compress_statistics=True, module=layer).to(device)
     return layer
+
+
+def _leave(module: torch.nn.Module, place: torch.device) -> torch.nn.Module:
+    """Put a module's quantized weights there."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if isinstance(parameter, bnb.nn.Params4bit) and parameter.device.type != place.type:
+            setattr(module, name, parameter.to(place))
+    return module
 
 
 def _draw_experts(module: NF4Experts, device: torch.device, generator: torch.Generator) -> None:

@@ -34,12 +34,13 @@ from qlora_trainer.kernels.host_offload import HostEmbedding, InputStore
 from qlora_trainer.kernels.moe_experts import NF4Experts, silent_experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
+from qlora_trainer.kernels.streamed_layers import StreamedLayers
 from qlora_trainer.kernels.takeover import LARGEST_DIFFERENCE, FusedDecoder, draw_seed, fuse
 from qlora_trainer.model.adapter import ADAPTER_NAME, saved_parameters
 from qlora_trainer.model.attention import own_attention_implementation
 from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.layer_inputs import layer_inputs_table, look_up_on_host
-from qlora_trainer.model.loading import quantized_layers
+from qlora_trainer.model.loading import quantized_layers, streamed
 from qlora_trainer.model.loss import Head, cross_entropy, record_log_probabilities
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.text_part import decoder_of
@@ -77,6 +78,7 @@ class TrainingModel:
         self._neftune_alpha = neftune_alpha
         self._saved = saved_parameters(peft_model)
         self._start: Mapping[str, Tensor] | None = None
+        self._streamed = self._streamed_layers()
         self.fused = fuse(
             self._decoder,
             self.base.config.get_text_config(),
@@ -85,6 +87,7 @@ class TrainingModel:
             recompute_layers=plan.recompute_layers,
             keeps_attention=plan.keep_attention,
             store=InputStore(self.device) if "activations" in plan.offload else None,
+            streamed=self._streamed,
         )
         packed_attention.flash = self._flash_attention()
         if self.fused is None:
@@ -286,6 +289,11 @@ class TrainingModel:
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[None, :, None].to(embedded.dtype)
 
     def _go_without_fused_layers(self) -> None:
+        if self._streamed is not None:
+            raise UserError(
+                f"the plan streams {self._streamed.count} layers from the host, and the layers of "
+                f"{type(self.base).__name__} cannot be computed by hand here, which that takes; use a larger card"
+            )
         self.fused = self.cuda_graphs = self.attention.flash = None
         if "activations" in self._plan.offload:
             log.warning("the activations stay on the card: only layers that are computed by hand can do without them")
@@ -300,9 +308,17 @@ class TrainingModel:
 
     def _make_cuda_graphs(self) -> CudaGraphs | None:
         """CUDA graphs, where everything between tokens and gradients runs on the card and draws nothing there."""
-        if self.fused is None or self._plan.offload or self._neftune_alpha > 0 or not ops.can_be_captured(self.device):
+        from_host = self._plan.offload or self._streamed is not None
+        if self.fused is None or from_host or self._neftune_alpha > 0 or not ops.can_be_captured(self.device):
             return None
         return CudaGraphs(list(self._saved.values()), self._loss, draw_seed)
+
+    def _streamed_layers(self) -> StreamedLayers | None:
+        found = streamed(self.base)
+        asked = min(self._plan.streamed_layers, self.base.config.get_text_config().num_hidden_layers)
+        if (0 if found is None else found.count) != asked:
+            raise ValueError(f"the plan streams {asked} layers from the host; the base was loaded for another plan")
+        return found
 
     def _offloaded_embedding(self) -> HostEmbedding | None:
         table = self.base.get_input_embeddings()
