@@ -125,6 +125,12 @@ class Group:
     cases: tuple[Case, ...]
     part: str
 
+    @property
+    def streamed_layers(self) -> int:
+        """How many layers of the model are streamed from the host in its cases."""
+        (found,) = {case.plan.streamed_layers for case in self.cases}
+        return found
+
 
 def main() -> None:
     """Run what fits into the time."""
@@ -328,6 +334,8 @@ LORA16 = (
 class Bench:
     """The card, the file of rows, and one model at a time."""
 
+    job: type[Job]
+
     def __init__(self, rows: Path, *, deadline: float, timed_seconds: float = 0.0) -> None:
         self._device = runtime.set_up(threads=os.cpu_count() or 1, deterministic=True)
         self._rows = rows
@@ -369,7 +377,7 @@ class Bench:
             (folder / "random_weights.json").write_text(json.dumps({"seed": 0}))
             if group.part == "lora16":
                 return self._load_in_16_bits(folder)
-            return load_base(folder, self._device, self._attention)
+            return load_base(folder, self._device, self._attention, streamed_layers=group.streamed_layers)
 
     def _load_in_16_bits(self, folder: Path) -> PreTrainedModel:
         own = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -380,7 +388,7 @@ class Bench:
 
     def _measured(self, base: PreTrainedModel, group: Group, case: Case) -> dict[str, object]:
         torch.use_deterministic_algorithms(case.training.deterministic and group.part != "lora16")
-        kind = SixteenBitJob if group.part == "lora16" else Job
+        kind = SixteenBitJob if group.part == "lora16" else self.job
         job = kind(base, case, self._attention, self._device)
         self._fresh()
         self._cap(case.cap_gib)
@@ -511,6 +519,9 @@ class Job:
             for _ in range(self._case.plan.micro_batch_size)
         ]
         return collate([(ids, ids, places) for ids in rows])
+
+
+Bench.job = Job
 
 
 # --- tracing

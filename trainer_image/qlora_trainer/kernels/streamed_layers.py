@@ -173,7 +173,7 @@ class _Pieces:
 
     def leave(self, buffer: Tensor, device: torch.device) -> Tensor:
         """Gather them on the host and put views into the buffer in their places; what is not streamed stays."""
-        host = _pinned(self.bytes, device)
+        host = pinned(self.bytes, device)
         start = 0
         for owner, name in self._owners:
             tensor = _bare(getattr(owner, name))
@@ -206,7 +206,7 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def _pinned(count: int, device: torch.device) -> Tensor:
+def pinned(count: int, device: torch.device) -> Tensor:
     """So many bytes of host memory that the card reads by itself; torch's own pinned memory comes in powers of two."""
     memory = torch.empty(count, dtype=torch.uint8)
     if device.type != "cuda":
