@@ -1,6 +1,6 @@
 """Training with layers streamed from the host, held against the same steps with all layers on the card, on one GPU.
 
-    python -m benchmarks.streaming --rows FILE [--questions 70b 32b] [--seconds 540] [--plans 1/80/80 ...] [--save NAME]
+    python -m benchmarks.streaming --rows FILE [--questions 70b 32b 30b-a3b] [--seconds 540] [--plans 1/80/80 ...] [--save NAME]
 
 A question is a model that its class of cards does not hold, with all its layers and random weights; the allocator is
 capped to the class's bytes, while the model is loaded too. It is trained for some steps under the plan that is chosen
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.architectures import config
 from benchmarks.report import argument_parser, card, emit
@@ -35,13 +35,13 @@ from qlora_trainer.kernels.streamed_layers import pinned
 
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.plan import MemoryPlan, OffloadTarget
 from orchestrator.sizing import plan_search
 from orchestrator.sizing.footprint import peak_bytes
 from orchestrator.sizing.hardware import gpu_class
 
 LINK_COPIES = 12
-PLAN = re.compile(r"(\d+)/(\d+)/(\d+)(\+activations)?(\+embeddings)?")
+PLAN = re.compile(r"(\d+)/(\d+)/(\d+)(?:\+activations)?(?:\+embeddings)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +84,13 @@ class Question:
     def _plan(self, text: str) -> MemoryPlan:
         found = PLAN.fullmatch(text)
         assert found is not None, f"{text} is no plan"
-        size, recompute, streamed = map(int, found.groups()[:3])
+        size, recompute, streamed = map(int, found.groups())
         return MemoryPlan(
             micro_batch_size=size,
             accumulation_steps=self.global_batch_size // size,
             recompute_layers=recompute,
             streamed_layers=streamed,
-            offload=tuple(name[1:] for name in found.groups()[3:] if name),
+            offload=tuple(name for name in get_args(OffloadTarget) if f"+{name}" in text),
         )
 
     def _group(self, plans: Iterable[MemoryPlan], *, cap_gib: float) -> Group:
@@ -102,6 +102,7 @@ class Question:
 QUESTIONS = {
     "70b": Question(model="llama-3.1-70b", class_name="24Gi"),
     "32b": Question(model="qwen2.5-32b", class_name="16Gi"),
+    "30b-a3b": Question(model="qwen3-30b-a3b", class_name="16Gi"),
     "tiny": Question(model="tiny", class_name="16Gi", sequence_length=32),
 }
 
@@ -149,7 +150,7 @@ def main() -> None:
     """Answer the questions, one after the other."""
     parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=Path, required=True, help="file that gets a JSON line for every row")
-    parser.add_argument("--questions", nargs="+", default=["70b", "32b"], choices=QUESTIONS)
+    parser.add_argument("--questions", nargs="+", default=["70b", "32b", "30b-a3b"], choices=QUESTIONS)
     parser.add_argument("--plans", nargs="*", default=[], help="beside the chosen one")
     parser.add_argument("--seconds", type=float, default=540.0)
     arguments = parser.parse_args()

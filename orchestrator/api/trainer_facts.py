@@ -82,3 +82,15 @@ CUBLAS_WORKSPACES = 8
 def cublas_workspace_config() -> str:
     """The value of CUBLAS_WORKSPACE_CONFIG that asks for this workspace."""
     return f":{CUBLAS_WORKSPACE_BYTES // CUBLAS_WORKSPACES >> 10}:{CUBLAS_WORKSPACES}"
+
+
+STREAM_BUFFERS = 2
+"""Rooms on the card that layers from the host share: one computes while the next one comes."""
+STREAM_ALIGNMENT = 512
+"""Bytes at which each tensor of such a layer begins: what the card's allocator aligns to, and kernels are used to."""
+
+
+def streamed_numbers(streamed: int, layers: int) -> tuple[int, ...]:
+    """The numbers of the layers that are streamed from the host: so many of all, evenly among them."""
+    count = min(streamed, layers)
+    return tuple(number for number in range(layers) if (number + 1) * count // layers > number * count // layers)

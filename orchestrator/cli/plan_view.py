@@ -59,11 +59,12 @@ def bar(share: float, cells: int = BAR_CELLS, *, unicode: bool = True) -> str:
 def plan_words(plan: MemoryPlan) -> str:
     """A memory plan as one line."""
     offload = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
+    streamed = f", {plan.streamed_layers} layers streamed from host memory" if plan.streamed_layers else ""
     recompute = f"{plan.recompute_layers} layers recomputed" if plan.recompute_layers else "nothing recomputed"
     kept = " but for attention" if plan.keep_attention else ""
     by = f", attention by {plan.attention}" if plan.attention != "own" else ""
     micro = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulated"
-    return f"{micro}, {recompute}{kept}{by}{offload}"
+    return f"{micro}, {recompute}{kept}{by}{offload}{streamed}"
 
 
 def _heading(plan: JobPlan) -> Text:

@@ -31,7 +31,7 @@ from orchestrator.sizing.memory.cuda_allocator import LARGE_PAGE, SMALL_PAGE
 from orchestrator.sizing.memory.experts import Experts, expert_linears, fusing_bytes
 from orchestrator.sizing.memory.fragmentation import Rehearsed, reserved_bytes
 from orchestrator.sizing.memory.handwritten_layer import FusedLayer, LayerBytes, family_of, layer_bytes
-from orchestrator.sizing.memory.linear_layers import GROUPS, Group, group, linears, targeted
+from orchestrator.sizing.memory.linear_layers import GROUPS, Group, Linear, group, linears, targeted
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES, allocated
 from orchestrator.sizing.memory.traced_layer import TracedLayer, final_norm, traced_layer_bytes
 from orchestrator.sizing.memory.traced_model import end_bytes, kinds_bytes, left_bytes, outside_bytes, shared_bytes
@@ -57,6 +57,8 @@ RESULTS_KEPT = 1536
 TRACES_KEPT = 64
 """A result of a trace keeps the trace, which may take as much memory as a hundred others."""
 
+
+OUTER_CODE_BYTES = 1024
 
 LOADING = "loading"
 """The instant before training."""
@@ -306,8 +308,14 @@ class _Question:
     @cached_property
     def uses_cuda_graphs(self) -> bool:
         """Whether micro-batches run as CUDA graphs."""
-        graphs = is_fused(self.adapter, self.facts) and not self.plan.offload and self.captures
+        from_host = self.plan.offload or self.plan.streamed_layers
+        graphs = is_fused(self.adapter, self.facts) and not from_host and self.captures
         return graphs and self.plan.micro_batch_size * self.sequence_length <= trainer_facts.CUDA_GRAPH_TOKENS
+
+    @property
+    def streamed_layers(self) -> int:
+        """How many layers' weights are on the host."""
+        return min(self.plan.streamed_layers, self.facts.num_layers)
 
     @cached_property
     def tokens(self) -> int:
@@ -383,7 +391,11 @@ class _Question:
 def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
     """What stays for as long as training does."""
     facts, trainable = question.facts, question.trainable
-    yield "base weights, NF4", _weight_bytes(facts) if question.trace is None else _traced_bytes(question.trace)[0]
+    streamed, layer = question.streamed_layers, layer_streamed_bytes(facts)
+    weights = _weight_bytes(facts) if question.trace is None else _traced_bytes(question.trace)[0]
+    yield "base weights, NF4", weights - streamed * (layer - _outer_codes_bytes(facts))
+    if streamed:
+        yield "buffers of streamed layers", min(streamed, trainer_facts.STREAM_BUFFERS) * allocated(layer)
     yield (
         "embeddings, head, norms and routers, bf16" if facts.mixture else "embeddings, head and norms, bf16",
         _sixteen_bit_bytes(question),
@@ -395,8 +407,37 @@ def _lasting(question: _Question) -> Iterator[tuple[str, int]]:
 
 @memoized(RESULTS_KEPT)
 def _weight_bytes(facts: ModelFacts) -> int:
+    return facts.num_layers * sum(linear.weight_bytes for linear in _quantized(facts))
+
+
+@memoized(RESULTS_KEPT)
+def layer_streamed_bytes(facts: ModelFacts) -> int:
+    """What a layer that is streamed takes on the host, and in a buffer on the card."""
+    return sum(linear.streamed_bytes for linear in _quantized(facts))
+
+
+def _outer_codes_bytes(facts: ModelFacts) -> int:
+    """Each matrix of a streamed layer has a copy of its own of the code of its scales' scales."""
+    return len(_quantized(facts)) * OUTER_CODE_BYTES
+
+
+def _quantized(facts: ModelFacts) -> tuple[Linear, ...]:
     experts = () if facts.mixture is None else expert_linears(facts.mixture, facts.hidden_size)
-    return facts.num_layers * sum(linear.weight_bytes for linear in (*linears(facts), *experts))
+    return *linears(facts), *experts
+
+
+def can_stream(spec: QLoRAJobSpec, facts: ModelFacts) -> bool:
+    """Whether layers can come from the host: where the trainer computes them, and nothing is answered token by token.
+
+    An answer would take all layers over the link for each of its tokens.
+    """
+    by_hand = is_fused(spec.adapter, facts) and not facts.record_by_record
+    return by_hand and spec.evaluation.generation is None
+
+
+def streamed_host_bytes(plan: MemoryPlan, facts: ModelFacts) -> int:
+    """What the plan's streamed layers take of the host's memory, pinned."""
+    return min(plan.streamed_layers, facts.num_layers) * layer_streamed_bytes(facts)
 
 
 def _state(question: _Question) -> tuple[float, ...]:
@@ -610,6 +651,7 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         uses_cuda_graphs=question.uses_cuda_graphs,
         offloads_activations="activations" in plan.offload,
         offloads_embeddings=_embeddings_leave(question),
+        streamed_layers=question.streamed_layers,
         chunk_tokens=plan.loss_chunk_tokens,
         adapted=targeted(question.adapter, linears(facts)),
         adapter_bytes=question.trainable * BF16_BYTES,

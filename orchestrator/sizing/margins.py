@@ -33,13 +33,17 @@ LARGEST_SHARE = 0.25
 """More than this is no error of the model: something else was on the card."""
 
 Kind = str
-"""What kind of plan: how much it recomputes, and what it offloads."""
+"""What kind of plan: how much it recomputes, and what of it is on the host."""
 
 
-def plan_kind(recompute_layers: int, num_layers: int, offload: Iterable[str]) -> Kind:
+def plan_kind(recompute_layers: int, num_layers: int, on_host: Iterable[str]) -> Kind:
     """Plans of one kind take their bytes at the same moments."""
     recomputed = "kept" if recompute_layers == 0 else "recomputed" if recompute_layers >= num_layers else "mixed"
-    return "+".join((recomputed, *offload))
+    return "+".join((recomputed, *on_host))
+
+
+def _on_host(plan: MemoryPlan) -> tuple[str, ...]:
+    return (*plan.offload, "layers") if plan.streamed_layers else plan.offload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +101,7 @@ class Margins:
 
     def share(self, plan: MemoryPlan, num_layers: int, recompute_layers: int, default: float) -> float:
         """The margin for a plan, of what is predicted for it."""
-        kind = plan_kind(recompute_layers, num_layers, plan.offload)
+        kind = plan_kind(recompute_layers, num_layers, _on_host(plan))
         for known, share, certain in self.shares:
             if known == kind:
                 return share if certain else max(share, default)
@@ -213,7 +217,7 @@ def _observation(namespace: str, status: QLoRAJobStatus, attempt: Attempt, share
     yield Observation(
         namespace=namespace,
         architecture=prepared.model.architecture,
-        kind=plan_kind(plan.recompute_layers, prepared.model.num_layers, plan.offload),
+        kind=plan_kind(plan.recompute_layers, prepared.model.num_layers, _on_host(plan)),
         versions=attempt.versions or "",
         time=time,
         share=share,

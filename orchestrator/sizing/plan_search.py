@@ -2,7 +2,8 @@
 
 Every plan learns the same thing: the global batch is fixed, and a plan only says how it is split, what is computed
 twice and what waits in host memory. Among the plans that fit a class the fastest is taken (`sizing/step_time`); among
-the classes the smallest that fits and that spec.resources allows, or the cheapest that makes the job's deadline.
+the classes the smallest that fits and that spec.resources allows, or the cheapest that makes the job's deadline. Only
+where no class that is allowed holds all layers are some streamed from the host.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import product
 from operator import itemgetter
 from typing import NamedTuple, cast
 
@@ -29,7 +31,7 @@ from orchestrator.api.plan import AttentionKernels, ByteItem, Estimate, MemoryPl
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
 from orchestrator.sizing.answering import answering_seconds
-from orchestrator.sizing.footprint import Footprint, card_matters, is_fused
+from orchestrator.sizing.footprint import Footprint, can_stream, card_matters, is_fused
 from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GIB, Card, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
@@ -54,6 +56,8 @@ HOLES_AT_MOST = 0.05
 finds 0 to 9 %, and more than this in one of twenty, for which the out-of-memory ladder is there."""
 KEPT_RECORD_TOKENS = 4096
 """How long records have to be for layers that recompute to keep what attention gave: below, attention costs little."""
+STREAMED_CHOICES = 4
+"""How many numbers of streamed layers are tried, from as few as fit to all: the more, the fewer have to recompute."""
 AS_FAST = 1.02
 """Plans that are within this of the fastest imaginable one are alike: the smaller micro-batch takes less memory."""
 
@@ -148,13 +152,19 @@ def _candidates(
     if not allowed:
         return _nothing_allowed(vram, wanted, classes)
     search = _search(job)
-    chosen = ((gpu_class, search.choose(gpu_class)) for gpu_class in allowed)
-    fitting = _sharing_items(search.estimate(plan, gpu_class) for gpu_class, plan in chosen if plan is not None)
+    fitting = _fitting(search, allowed, search.choose) or _fitting(search, allowed, search.choose_streaming)
     if not fitting:
         return _does_not_fit(search, max(allowed, key=_size))
     if deadline_seconds is None or wanted or all(each.dollars is None for each in fitting):
         return fitting
     return tuple(sorted(fitting, key=lambda estimate: _price_in_time(estimate, deadline_seconds)))
+
+
+def _fitting(
+    search: _Search, allowed: tuple[GpuClass, ...], choose: Callable[[GpuClass], MemoryPlan | None]
+) -> tuple[Estimate, ...]:
+    chosen = ((gpu_class, choose(gpu_class)) for gpu_class in allowed)
+    return _sharing_items(search.estimate(plan, gpu_class) for gpu_class, plan in chosen if plan is not None)
 
 
 def _sharing_items(estimates: Iterable[Estimate]) -> tuple[Estimate, ...]:
@@ -195,14 +205,17 @@ def choose_plan(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> MemoryPlan | None:
     """The fastest plan that fits the class; None where even the one that takes least does not."""
-    return _search(_Job.of(spec, facts, work)).choose(gpu_class)
+    return next(plans(spec, facts, gpu_class, work=work), None)
 
 
 def plans(
     spec: QLoRAJobSpec, facts: ModelFacts, gpu_class: GpuClass, *, work: Work | None = None
 ) -> Iterator[MemoryPlan]:
     """The plans that fit the class, fastest first: of each split and way the one that recomputes least."""
-    return _search(_Job.of(spec, facts, work)).fastest_first(gpu_class)
+    search = _search(_Job.of(spec, facts, work))
+    if search.choose(gpu_class) is None:
+        return search.streaming(gpu_class)
+    return search.fastest_first(gpu_class)
 
 
 def estimate(
@@ -230,6 +243,7 @@ class Way(NamedTuple):
     offload: tuple[OffloadTarget, ...]
     attention: AttentionKernels
     keep_attention: bool
+    streamed_layers: int = 0
 
 
 class _Search:
@@ -252,6 +266,57 @@ class _Search:
     def choose(self, gpu_class: GpuClass) -> MemoryPlan | None:
         """The fastest plan that fits."""
         return next(self.fastest_first(gpu_class), None)
+
+    def choose_streaming(self, gpu_class: GpuClass) -> MemoryPlan | None:
+        """The fastest plan that fits with layers on the host."""
+        return next(self.streaming(gpu_class), None)
+
+    def streaming(self, gpu_class: GpuClass) -> Iterator[MemoryPlan]:
+        """The plans that fit with layers on the host, fastest first; of those alike, what takes least of the host."""
+        if not self._can_stream(gpu_class):
+            return
+        card = ordering_card(gpu_class)
+        for room_bytes in (int(gpu_class.usable_bytes / (1 + HOLES_AT_MOST)), gpu_class.usable_bytes):
+            found = [*self._streaming_into(room_bytes, gpu_class)]
+            if found:
+                alike_seconds = AS_FAST * min(self.step_seconds(plan, card) for plan in found)
+                yield from sorted(
+                    found,
+                    key=lambda plan: (
+                        max(self.step_seconds(plan, card), alike_seconds),
+                        plan.streamed_layers,
+                        plan.micro_batch_size,
+                    ),
+                )
+                return
+
+    def _can_stream(self, gpu_class: GpuClass) -> bool:
+        return not gpu_class.cpu and can_stream(self.spec, self.facts)
+
+    def _streaming_into(self, room_bytes: int, gpu_class: GpuClass) -> Iterator[MemoryPlan]:
+        layers = self.facts.num_layers
+        fastest, *others = self.ways(gpu_class)
+        ways = [fastest, *(way for way in others if way.attention == fastest.attention)]
+        for size, way in product(self.sizes, ways):
+            least = self._least_streamed(size, way, gpu_class, room_bytes)
+            if least is None:
+                continue
+            for part in range(STREAMED_CHOICES):
+                streamed = least + (layers - least) * part // (STREAMED_CHOICES - 1)
+                plan = self.least_recompute(size, way._replace(streamed_layers=streamed), gpu_class, room_bytes)
+                if plan is not None:
+                    yield plan
+
+    def _least_streamed(self, size: int, way: Way, gpu_class: GpuClass, room_bytes: int) -> int | None:
+        """How few layers may be streamed where all recompute; None where it does not fit even if all are."""
+        layers = self.facts.num_layers
+        peaks = [
+            self._footprint(self.plan(size, way._replace(streamed_layers=count)), gpu_class).peak_bytes(layers)
+            for count in (layers, layers - 1)
+        ]
+        if peaks[0] > room_bytes:
+            return None
+        return max(1, layers - (room_bytes - peaks[0]) // max(1, peaks[1] - peaks[0]))
 
     def fastest_first(self, gpu_class: GpuClass) -> Iterator[MemoryPlan]:
         """The plans that fit beside the allocator's holes; where there is none, those that fit if holes stay small."""
@@ -291,6 +356,7 @@ class _Search:
                 keep_attention=way.keep_attention,
                 attention=way.attention,
                 offload=way.offload,
+                streamed_layers=way.streamed_layers,
                 loss_chunk_tokens=LOSS_CHUNK_TOKENS,
             )
         return self._plans[key]
@@ -310,10 +376,11 @@ class _Search:
             return None
         return self.plan(size, way if layers else way._replace(keep_attention=False), layers)
 
-    def least_bytes(self, gpu_class: GpuClass) -> int:
-        """The peak of the plan that takes least."""
+    def least_bytes(self, gpu_class: GpuClass, *, streaming: bool = True) -> int:
+        """The peak of the plan that takes least; without `streaming`, of those that have all layers on the card."""
+        streamed = self.facts.num_layers if streaming and self._can_stream(gpu_class) else 0
         ways = (way for way in self.ways(gpu_class) if way.attention == "own" and not way.keep_attention)
-        plans = (self.plan(1, way) for way in ways)
+        plans = (self.plan(1, way._replace(streamed_layers=streamed)) for way in ways)
         return min(self._footprint(plan, gpu_class).peak_bytes(self.facts.num_layers) for plan in plans)
 
     def estimate(self, plan: MemoryPlan, gpu_class: GpuClass) -> Estimate:
@@ -411,7 +478,7 @@ class _FastestFirst:
         fitting = self._fitting(size, way) if most_kept >= 0 else None
         if fitting is not None:
             self._wait(fitting, way, fitted=True)
-        elif not self._known and self._search.least_bytes(self._gpu_class) > self._room_bytes:
+        elif not self._known and self._search.least_bytes(self._gpu_class, streaming=False) > self._room_bytes:
             self._queue.clear()  # nothing will fit
             return
         self._known[way] = size, self._layers - fitting.recompute_layers if fitting is not None else NONE
@@ -453,13 +520,18 @@ def offloads(spec: QLoRAJobSpec, facts: ModelFacts) -> tuple[tuple[OffloadTarget
 def fallback_plan(
     spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan, *, offload: bool = True
 ) -> MemoryPlan | None:
-    """What to try once a plan ran out of memory: recompute everything, offload everything, halve the micro-batch."""
+    """What to try once a plan ran out of memory: recompute everything, offload everything, halve the micro-batch.
+
+    Where layers are streamed, all of them are before that.
+    """
     if plan.recompute_layers < facts.num_layers or plan.keep_attention or plan.attention != "own":
         everything = {"recompute_layers": facts.num_layers, "keep_attention": False, "attention": "own"}
         return plan.model_copy(update=everything)
     most = offloads(spec, facts)[-1] if offload else ()
     if not set(most) <= set(plan.offload):
         return plan.model_copy(update={"offload": most})
+    if 0 < plan.streamed_layers < facts.num_layers:
+        return plan.model_copy(update={"streamed_layers": facts.num_layers})
     if plan.micro_batch_size == 1:
         return None
     global_batch_size = plan.micro_batch_size * plan.accumulation_steps

@@ -22,7 +22,7 @@ from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
-from orchestrator.sizing.footprint import adapter_parameters, can_be_captured, is_fused
+from orchestrator.sizing.footprint import adapter_parameters, can_be_captured, is_fused, layer_streamed_bytes
 from orchestrator.sizing.hardware import Card, GpuClass
 from orchestrator.sizing.memory.attention import SOFTCAPPED_TYPES
 from orchestrator.sizing.memory.handwritten_layer import family_of
@@ -183,12 +183,29 @@ class StepTime:
     def micro_step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """Forward and backward pass of one micro-batch."""
         tokens, again = self._tokens(plan), self._again_layers(plan)
-        graphs = self._uses_cuda_graphs and not plan.offload and tokens <= trainer_facts.CUDA_GRAPH_TOKENS
+        from_host = plan.offload or plan.streamed_layers
+        graphs = self._uses_cuda_graphs and not from_host and tokens <= trainer_facts.CUDA_GRAPH_TOKENS
         launches = 0.0 if graphs or card is CPU else self._launch_seconds(tokens, again)
         stream = self._stream_seconds(tokens, card)
         there_and_back = 2 * again * stream if "activations" in plan.offload else 0.0
         embeddings = stream if "embeddings" in plan.offload else 0.0  # which the card waits for
-        return max(self._card_seconds(plan, tokens, again, card), launches, there_and_back) + embeddings
+        computing = self._with_streamed_layers(plan, self._card_seconds(plan, tokens, again, card), again, card)
+        return max(computing, launches, there_and_back) + embeddings
+
+    def _with_streamed_layers(self, plan: MemoryPlan, seconds: float, again: int, card: Card) -> float:
+        """Each pass takes as long as the card computes, or as its layers' weights are on their way.
+
+        Those that fill the buffers where the passes turn around are there. A frozen layer's products take as long back
+        as forth, and once more where it recomputes.
+        """
+        layers = self._facts.num_layers
+        copied = max(0, min(plan.streamed_layers, layers) - trainer_facts.STREAM_BUFFERS)
+        if not copied:
+            return seconds
+        copying = copied * layer_streamed_bytes(self._facts) / (card.host_gbps * 1e9)
+        forth = seconds * layers / (2 * layers + again)
+        fetched = again * self._stream_seconds(self._tokens(plan), card) if "activations" in plan.offload else 0.0
+        return max(forth, copying) + max(seconds - forth, copying + fetched)
 
     def parts(self, plan: MemoryPlan, card: Card) -> dict[str, float]:
         """Seconds of the card's own work in a micro-step, by what it does."""

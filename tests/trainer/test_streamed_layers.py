@@ -12,7 +12,7 @@ import torch
 from qlora_trainer import train
 from qlora_trainer.data.micro_batch import collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
-from qlora_trainer.kernels.streamed_layers import StreamedLayers, streamed_numbers
+from qlora_trainer.kernels.streamed_layers import StreamedLayers
 from qlora_trainer.model.loading import load_base, streamed
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import UserError
@@ -22,6 +22,8 @@ from test_resume import losses, run_until
 from tiny_model import save_tokenizer, tiny_model
 from torch import Tensor
 from toy_job import digest_of_adapter, make_task
+
+from orchestrator.api import trainer_facts
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -48,7 +50,7 @@ def learned(model: TrainingModel) -> list[Tensor]:
 def test_streamed_layers_lie_evenly_among_the_others() -> None:
     for layers in range(1, 12):
         for count in range(layers + 3):
-            numbers = streamed_numbers(count, layers)
+            numbers = trainer_facts.streamed_numbers(count, layers)
             assert len(numbers) == min(count, layers)
             gaps = [after - before for before, after in zip((-1, *numbers), (*numbers, layers), strict=True)]
             assert not numbers or max(gaps[:-1]) - min(gaps[:-1]) <= 1

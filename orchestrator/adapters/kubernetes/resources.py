@@ -12,7 +12,7 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.api.task import StageTask
-from orchestrator.sizing.footprint import adapter_parameters
+from orchestrator.sizing.footprint import adapter_parameters, streamed_host_bytes
 from orchestrator.sizing.hardware import GIB, MIB
 from orchestrator.sizing.memory.linear_layers import linears
 from orchestrator.sizing.memory.timeline import BF16_BYTES
@@ -83,7 +83,7 @@ def _offloaded_bytes(plan: MemoryPlan, facts: ModelFacts, tokens: int) -> int:
     activations = plan.recompute_layers * tokens * facts.hidden_size * BF16_BYTES
     embeddings = facts.vocab_size * facts.hidden_size * BF16_BYTES
     moved = ("activations" in plan.offload) * activations + ("embeddings" in plan.offload) * embeddings
-    return moved + facts.layer_inputs * BF16_BYTES
+    return moved + streamed_host_bytes(plan, facts) + facts.layer_inputs * BF16_BYTES
 
 
 def scratch_bytes(task: StageTask, policy: PodPolicy) -> int:

@@ -136,5 +136,6 @@ def _running(attempt: Attempt, status: QLoRAJobStatus) -> str:
 def plan_words(plan: MemoryPlan) -> str:
     """A memory plan in a sentence."""
     offloaded = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
+    streamed = f", {plan.streamed_layers} layers streamed from host memory" if plan.streamed_layers else ""
     split = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}"
-    return f"{split}, {plan.recompute_layers} layers recomputed{offloaded}"
+    return f"{split}, {plan.recompute_layers} layers recomputed{offloaded}{streamed}"

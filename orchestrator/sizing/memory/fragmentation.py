@@ -71,6 +71,7 @@ class Rehearsed:
     uses_cuda_graphs: bool
     offloads_activations: bool
     offloads_embeddings: bool
+    streamed_layers: int
     chunk_tokens: int
     """Tokens whose logits the loss computes at a time; all of them where it is 0."""
     adapted: tuple[Linear, ...]
@@ -216,15 +217,20 @@ class TrainStage:
 def _load(job: Rehearsed, base: _Tensors) -> None:
     """`load_base`: the layers' matrices one after the other, then tables and norms."""
     facts = job.facts
+    streamed = trainer_facts.streamed_numbers(job.streamed_layers, facts.num_layers)
     for index in range(facts.num_layers):
         for linear in linears(facts):
             _quantize(base, f"{index} {linear.name}", linear)
+            if index in streamed:
+                base.drop(*(f"{part} {index} {linear.name}" for part in ("packed", "scales", "outer scales")))
     table = facts.vocab_size * facts.hidden_size * BF16_BYTES
     base.take(embeddings=table)
     for index in range(job.norms):
         base.take(**{f"norm {index}": facts.hidden_size * BF16_BYTES})
     if not facts.tied_embeddings:
         base.take(head=table)
+    for number in range(min(job.streamed_layers, trainer_facts.STREAM_BUFFERS)):
+        base.take(**{f"buffer {number}": sum(linear.streamed_bytes for linear in linears(facts))})
 
 
 def _quantize(base: _Tensors, name: str, linear: Linear) -> None:

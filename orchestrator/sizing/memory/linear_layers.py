@@ -38,10 +38,15 @@ class Linear:
     @property
     def weight_bytes(self) -> int:
         """What bitsandbytes keeps: packed weights, scales, scales of scales, the code and the offset."""
+        bias = allocated(BF16_BYTES * self.outputs) if self.bias else 0
+        return self.streamed_bytes + allocated(CODE_BYTES) + allocated(OFFSET_BYTES) + bias
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What of that is on the host where the layer is streamed, or in its buffer on the card."""
         scales = -(-self.parameters // trainer_facts.NF4_BLOCK)
         outer = -(-scales // trainer_facts.NF4_SCALE_BLOCK)
-        tensors = (-(-self.parameters // 2), scales, 4 * outer, CODE_BYTES, OFFSET_BYTES)
-        return sum(allocated(size) for size in tensors) + (allocated(BF16_BYTES * self.outputs) if self.bias else 0)
+        return sum(allocated(size) for size in (-(-self.parameters // 2), scales, 4 * outer))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

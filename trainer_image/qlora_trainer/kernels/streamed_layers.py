@@ -27,16 +27,9 @@ from bitsandbytes.nn import Params4bit
 from torch import Tensor
 from torch.nn import Module
 
-ALIGNMENT = 512
-"""Bytes: what the card's allocator aligns to, so that kernels find what they are used to."""
-BUFFERS = 2
+from orchestrator.api import trainer_facts
+
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
-
-def streamed_numbers(streamed: int, layers: int) -> tuple[int, ...]:
-    """The numbers of the layers that are streamed: so many of all, evenly among them."""
-    count = min(streamed, layers)
-    return tuple(number for number in range(layers) if (number + 1) * count // layers > number * count // layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +42,7 @@ class OnHost:
     @classmethod
     def of(cls, streamed: int, layers: int) -> OnHost:
         """So many of a decoder's layers."""
-        return cls(frozenset(streamed_numbers(streamed, layers)))
+        return cls(frozenset(trainer_facts.streamed_numbers(streamed, layers)))
 
     def holds(self, name: str) -> bool:
         """Whether a parameter, by its full name in the model, is of such a layer."""
@@ -90,7 +83,8 @@ class StreamedLayers:
         pieces = [_Pieces(modules[number]) for number in self._places]
         size = max(each.bytes for each in pieces)
         self._buffers = [
-            _Buffer(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(BUFFERS, len(pieces)))
+            _Buffer(torch.empty(size, dtype=torch.uint8, device=device))
+            for _ in range(min(trainer_facts.STREAM_BUFFERS, len(pieces)))
         ]
         self._host: list[Tensor] = []
         for place, (number, own) in enumerate(zip(self._places, pieces, strict=True)):
@@ -123,7 +117,7 @@ class StreamedLayers:
         """A layer has been computed, as far as the host knows."""
         place = self._places.get(number)
         if place is not None:
-            self._fetch(place - BUFFERS if back else place + BUFFERS)
+            self._fetch(place - trainer_facts.STREAM_BUFFERS if back else place + trainer_facts.STREAM_BUFFERS)
 
     def _buffer(self, place: int) -> _Buffer:
         return self._buffers[place % len(self._buffers)]
@@ -203,7 +197,8 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    step = trainer_facts.STREAM_ALIGNMENT
+    return -(-count // step) * step
 
 
 def pinned(count: int, device: torch.device) -> Tensor:
