@@ -1,6 +1,7 @@
 """Training with layers streamed from the host, held against the same steps with all layers on the card, on one GPU.
 
-    python -m benchmarks.streaming --rows FILE [--questions 70b 32b 30b-a3b] [--seconds 540] [--plans 1/80/80 ...] [--save NAME]
+    python -m benchmarks.streaming --rows FILE [--questions 70b 32b 30b-a3b] [--plans 1/80/80+embeddings ...]
+        [--seconds 540] [--save streaming]
 
 A question is a model that its class of cards does not hold, with all its layers and random weights; the allocator is
 capped to the class's bytes, while the model is loaded too. It is trained for some steps under the plan that is chosen
@@ -27,6 +28,7 @@ from statistics import median
 from typing import Any, get_args
 
 from benchmarks.architectures import config
+from benchmarks.estimators import Row, ours
 from benchmarks.report import argument_parser, card, emit
 
 from benchmarks.sizing import GIB, Bench, Case, Group, Job  # isort: skip - sets torch's allocator up before it is loaded
@@ -37,7 +39,6 @@ from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJ
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan, OffloadTarget
 from orchestrator.sizing import plan_search
-from orchestrator.sizing.footprint import peak_bytes
 from orchestrator.sizing.hardware import gpu_class
 
 LINK_COPIES = 12
@@ -168,7 +169,7 @@ def main() -> None:
             default=0,
         )
         link = link_gbps(layer_bytes) if layer_bytes else None
-        answers[name] = [answer for row in rows if (answer := judged(row, rows, question, link))]
+        answers[name] = [answer for row in rows if (answer := judged(row, rows, link))]
         print(json.dumps(answers[name]), file=sys.stderr, flush=True)
     emit(answers, save=arguments.save)
 
@@ -189,7 +190,7 @@ def link_gbps(count: int) -> float:
     return count / milliseconds / 1e6
 
 
-def judged(row: dict[str, Any], rows: list[dict[str, Any]], question: Question, link: float | None) -> dict[str, Any]:
+def judged(row: dict[str, Any], rows: list[dict[str, Any]], link: float | None) -> dict[str, Any]:
     """A case that streams against its bound, its twin and its prediction; nothing of any other row."""
     if "plan" not in row or not row["plan"]["streamedLayers"]:
         return {}
@@ -206,13 +207,8 @@ def judged(row: dict[str, Any], rows: list[dict[str, Any]], question: Question, 
     copied = 2 * max(0, streamed - 2) * row["host_bytes"] // streamed * plan.accumulation_steps
     bound = max(twin["step_seconds"], copied / link / 1e9)
     steps = min(len(row["losses"]), len(twin["losses"]))
-    predicted = peak_bytes(
-        question.spec,
-        question.facts,
-        plan,
-        multiprocessors=row["multiprocessors"] or 132,
-        records=plan.micro_batch_size,
-    )
+    job = Row.read(row)
+    predicted = 0 if job is None else ours(job, margin=True)
     return {
         "plan": row["plan"],
         "cap_gib": row["cap_gib"],

@@ -42,7 +42,8 @@ nobody tells what the cards of a class are, times are for the slowest of it, and
 ## The longest row that fits
 
 Tokens a row, as predicted for the defaults (rank 16 on all linear layers): powers of two up to 65,536, whatever the
-model itself was made for. A dash: not even 512. Of long rows a part waits in host memory. `qlora plan` tells what holds
+model itself was made for. A dash: not even 512. Of long rows a part waits in host memory. A star: with layers of the
+model streamed from host memory ([how](../memory.md)), where no larger class is allowed. `qlora plan` tells what holds
 for your job; what was measured is in [performance](../performance.md) and [memory](../memory.md).
 
 | model | {names} |
@@ -86,8 +87,15 @@ def _class_row(gpu_class: GpuClass) -> str:
 
 def _model_row(name: str, shape: str, classes: list[GpuClass]) -> str:
     facts = ModelFacts.from_config(config(shape), "main")
-    lengths = [longest(facts, each) for each in classes]
-    return f"| {name} | {' | '.join('-' if each is None else f'{each:,}' for each in lengths)} |"
+    return f"| {name} | {' | '.join(_length_words(facts, each) for each in classes)} |"
+
+
+def _length_words(facts: ModelFacts, gpu_class: GpuClass) -> str:
+    length = longest(facts, gpu_class)
+    if length is None:
+        return "-"
+    plan = choose_plan(_spec(length), facts, gpu_class)
+    return f"{length:,}*" if plan is not None and plan.streamed_layers else f"{length:,}"
 
 
 def _spec(sequence_length: int) -> QLoRAJobSpec:

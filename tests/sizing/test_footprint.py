@@ -233,7 +233,13 @@ def test_plans_that_holes_could_break_are_for_jobs_that_fit_nothing_else() -> No
     (found,) = plans(spec, LLAMA_3_8B, tight)
     assert found == least.model_copy(update={"recompute_layers": found.recompute_layers})
     assert peak_on(offered, spec, LLAMA_3_8B, found) == tight.usable_bytes, "it recomputes no more than helps"
-    assert list(plans(spec, LLAMA_3_8B, replace(tight, usable_bytes=tight.usable_bytes - 1))) == []
+    tighter = replace(tight, usable_bytes=tight.usable_bytes - 1)
+    assert all(each.streamed_layers for each in plans(spec, LLAMA_3_8B, tighter)), "none has all layers on the card"
+    assert list(plans(spec, never_streamed(LLAMA_3_8B), tighter)) == []
+
+
+def never_streamed(facts: ModelFacts) -> ModelFacts:
+    return facts.model_copy(update={"record_by_record": True})
 
 
 def peak_on(gpu_class: GpuClass, spec: QLoRAJobSpec, facts: ModelFacts, under: MemoryPlan) -> int:
@@ -243,7 +249,7 @@ def peak_on(gpu_class: GpuClass, spec: QLoRAJobSpec, facts: ModelFacts, under: M
 @pytest.mark.parametrize("name", ["10Gi", "24Gi", "48Gi", "80Gi"])
 @pytest.mark.parametrize("facts", [SMOLLM2_135M, LLAMA_3_8B, LLAMA_2_13B, LLAMA_3_70B])
 def test_the_chosen_plan_is_as_fast_as_the_fastest_of_all_that_fit(facts: ModelFacts, name: str) -> None:
-    assert_fastest(make_spec(), facts, gpu_class(name, 1), attentions=((False, "own"),))
+    assert_fastest(make_spec(), never_streamed(facts), gpu_class(name, 1), attentions=((False, "own"),))
 
 
 @pytest.mark.parametrize("has_flash", [False, True])
@@ -357,10 +363,10 @@ def test_the_smallest_class_that_fits_is_chosen() -> None:
 
 
 def test_a_model_that_fits_nothing_is_refused_with_what_would_fit() -> None:
-    here, spec = gpus(_24Gi=1, _48Gi=1), make_spec(sequence_length=65_536)
+    here, spec, facts = gpus(_24Gi=1, _48Gi=1), make_spec(sequence_length=65_536), never_streamed(LLAMA_3_70B)
     least = plan(1, 80).model_copy(update={"offload": ("activations", "embeddings")})
-    needed = peak_on(here[1], spec, LLAMA_3_70B, least)
-    refused = choose_class(spec, LLAMA_3_70B, here)
+    needed = peak_on(here[1], spec, facts, least)
+    refused = choose_class(spec, facts, here)
     assert refused.reason is Reason.DOES_NOT_FIT
     told = re.fullmatch(
         rf"needs {needed / GIB:.1f} GiB at sequenceLength 65536, and 48Gi offers 44.0 GiB; "
@@ -369,13 +375,13 @@ def test_a_model_that_fits_nothing_is_refused_with_what_would_fit() -> None:
     )
     assert told
     shorter = int(told[1])
-    assert not isinstance(choose_class(make_spec(sequence_length=shorter), LLAMA_3_70B, here), Refusal)
-    assert isinstance(choose_class(make_spec(sequence_length=shorter + 65_536 // 16), LLAMA_3_70B, here), Refusal)
-    assert not isinstance(choose_class(spec, LLAMA_3_70B, gpus(_80Gi=1)), Refusal)
+    assert not isinstance(choose_class(make_spec(sequence_length=shorter), facts, here), Refusal)
+    assert isinstance(choose_class(make_spec(sequence_length=shorter + 65_536 // 16), facts, here), Refusal)
+    assert not isinstance(choose_class(spec, facts, gpus(_80Gi=1)), Refusal)
 
 
 def test_what_fits_no_card_at_any_length_is_told_so() -> None:
-    refused = choose_class(make_spec(), LLAMA_3_70B, gpus(_24Gi=1))
+    refused = choose_class(make_spec(), never_streamed(LLAMA_3_70B), gpus(_24Gi=1))
     assert refused.message.endswith("24Gi offers 21.5 GiB; a card of class 40Gi takes it as it is"), refused.message
 
 

@@ -43,7 +43,7 @@ def learned(model: TrainingModel) -> list[Tensor]:
     found = [loss.detach() for loss in (model.loss(batch, divisor=3.0) for batch in batches)]
     with torch.no_grad():
         model.eval()
-        found += [model.logits(batches[0]), model.base_log_probabilities(batches[1])]
+        found += [model.logits(batches[0]), model.reference_log_probabilities(batches[1])]
     return [*found, *gradients(model, batches)]
 
 
