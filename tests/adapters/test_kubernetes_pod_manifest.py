@@ -258,6 +258,19 @@ def test_what_a_plan_moves_to_the_host_is_asked_for() -> None:
     assert 0 <= moved - plain - 10 * 2048 * 8192 * 2 <= MIB  # ten layers' inputs of 2048 tokens in bf16
 
 
+def test_layers_that_are_streamed_are_in_the_memory_that_the_pod_asks_for() -> None:
+    """In NF4 with double quantization a weight takes 4 bits, 1/64 of a byte and 4 bytes for each 64 x 256."""
+
+    def request(streamed_layers: int) -> int:
+        plan = make_plan().model_copy(update={"streamed_layers": streamed_layers})
+        made: Manifest = pod(make_task(model=LLAMA_3_70B, plan=plan), "24Gi", POLICY)
+        return mebibytes(trainer(made)["resources"]["requests"]["memory"])
+
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28_672
+    by_hand = 60 * layer * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    assert request(60) - request(0) == pytest.approx(by_hand, rel=0.001)
+
+
 def test_more_host_memory_is_asked_for_after_it_ran_out() -> None:
     def request(factor: float) -> int:
         task = make_task(model=LLAMA_3_70B).model_copy(update={"host_memory_factor": factor})

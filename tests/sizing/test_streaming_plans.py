@@ -103,9 +103,9 @@ def test_out_of_memory_all_layers_are_streamed_before_the_micro_batch_is_halved(
         streamed_layers=60,
         offload=("activations", "embeddings"),
     )
-    thriftier = fallback_plan(spec, LLAMA_3_70B, plan)
-    assert thriftier == plan.model_copy(update={"streamed_layers": 80})
-    halved = fallback_plan(spec, LLAMA_3_70B, thriftier)
+    smaller = fallback_plan(spec, LLAMA_3_70B, plan)
+    assert smaller == plan.model_copy(update={"streamed_layers": 80})
+    halved = fallback_plan(spec, LLAMA_3_70B, smaller)
     assert halved is not None
     assert (halved.micro_batch_size, halved.streamed_layers) == (2, 80)
 
