@@ -38,6 +38,7 @@ from orchestrator.sdk.explanation import NOT_RUNNING, read_snapshot
 from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import load_manifest, parse_object
 from orchestrator.sdk.notebook import JobList, jobs_html
+from orchestrator.sdk.planned_start import settled_job
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
 from orchestrator.sdk.preflight import check_files, check_planned_model, check_webhooks
 from orchestrator.sdk.records import Records, records_file
@@ -133,6 +134,7 @@ class Client:
         checked = self._in_namespace(_one(job, QLoRAJob))
         if self.connection.is_local:
             check_planned_model(checked.spec.model)
+        checked, of_start = settled_job(checked, self.connection.store)
         config = model_config.read_config(checked.spec.model)
         facts = model_config.facts_in(config, checked.spec.model, checked.spec.adapter)
         facts, of_trace = traced_here(checked, facts, config)
@@ -143,7 +145,8 @@ class Client:
         except Forbidden:
             classes = None
         plan = plan_job(checked, facts, classes, known, count_data(checked.spec))
-        return plan if of_trace is None else replace(plan, notes=(of_trace, *plan.notes))
+        notes = [words for words in (of_start, of_trace) if words is not None]
+        return replace(plan, notes=(*notes, *plan.notes))
 
     def records(self, job: JobLike, count: int = 3) -> ShownRecords:
         """The first training records with their masks, read on this machine as prepare would; changes nothing."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.optimizer_steps import steps_warning
@@ -177,11 +176,6 @@ def _dollars_a_step(estimate: Estimate, gpu_class: GpuClass) -> float | None:
 def _notes(spec: QLoRAJobSpec, facts: ModelFacts, data: DataCount | None) -> Iterator[str]:
     if facts.part_of is not None:
         yield f"text part of {facts.part_of}: the image tower is not loaded, and the records are of text alone"
-    if spec.adapter.start is not None:
-        yield (
-            f"spec.adapter.from: rank and target modules of {spec.adapter.start} are not known until prepare has read "
-            f"it; this is for rank {spec.adapter.rank} on {_targets(spec.adapter)}"
-        )
     if spec.adapter.experts and facts.mixture is not None:
         yield (
             f"adapters on experts: A and B for each of {facts.mixture.experts} experts of a layer; layers are "
@@ -202,10 +196,6 @@ def _notes(spec: QLoRAJobSpec, facts: ModelFacts, data: DataCount | None) -> Ite
             f"spec.training.sequenceLength is {spec.training.sequence_length}, but the model was made for "
             f"{facts.context_length} positions: prepare refuses a data set with a longer record"
         )
-
-
-def _targets(adapter: AdapterSpec) -> str:
-    return ", ".join(adapter.target_modules) if isinstance(adapter.target_modules, tuple) else adapter.target_modules
 
 
 def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.adapters.job_store import model_config
+from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.job import ModelSource, QLoRAJob
 from orchestrator.api.notification import Webhook
 from orchestrator.api.trainable import refuse_files_without_tokenizer
@@ -19,7 +20,8 @@ from orchestrator.api.uris import file_path
 from orchestrator.core.job.webhook_urls import refused_notifications
 from orchestrator.errors import InvalidObject, NotFound, PermanentError
 
-MODEL_FIELD = "spec.model.source"
+MODEL_FIELD, ADAPTER_FIELD = "spec.model.source", "spec.adapter.from"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SINGLE_FILE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 POINTED_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".safetensors"})
@@ -31,6 +33,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 def check_files(job: QLoRAJob, default_store_uri: str) -> None:
     """Raise InvalidObject naming the field for a model, dataset or store on this machine that cannot work."""
     check_model(job.spec.model)
+    check_adapter(job.spec.adapter)
     check_dataset("spec.dataset.source", job.spec.dataset.source)
     if job.spec.dataset.eval_source is not None:
         check_dataset("spec.dataset.evalSource", job.spec.dataset.eval_source)
@@ -88,6 +91,20 @@ def check_model(model: ModelSource) -> None:
     raise InvalidObject(
         f"{field}: {folder} holds neither {SINGLE_FILE_NAME} nor {INDEX_NAME}; give the folder of a complete model"
     )
+
+
+def check_adapter(adapter: AdapterSpec) -> None:
+    """Raise InvalidObject for an adapter folder on this machine that prepare will refuse for what its files are."""
+    folder = file_path(adapter.start_uri) if adapter.start_uri is not None else None
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise InvalidObject(f"{ADAPTER_FIELD}: {folder} is not a folder; give that of an adapter that PEFT has saved")
+    if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
+        raise InvalidObject(
+            f"{ADAPTER_FIELD}: there is no {missing[0]} in {folder}; give the folder of an adapter that PEFT has saved "
+            "as safetensors"
+        )
 
 
 def _refuse_pointers(folder: Path) -> None:

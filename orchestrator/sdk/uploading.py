@@ -1,4 +1,5 @@
-"""Data files and a model folder of this machine for a job of a cluster: they go into the bucket of the job's store.
+"""Data files, and folders of a model and an adapter, of this machine for a job of a cluster: they go into the bucket of
+the job's store.
 
 A claim cannot be reached from here, so such a job is refused with what would do.
 """
@@ -14,11 +15,11 @@ from orchestrator.api.uris import file_path, file_uri
 from orchestrator.core.job.addresses import refused_file
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import extras
-from orchestrator.sdk.preflight import check_dataset, check_model
+from orchestrator.sdk.preflight import check_adapter, check_dataset, check_model
 from orchestrator.sdk.words import gib
 
 BUCKET_SCHEME = "s3://"
-MODEL = "model"
+MODEL, ADAPTER = "model", "adapter"
 TOLD_PERCENT = 10
 
 
@@ -34,8 +35,9 @@ def check_upload(job: QLoRAJob, default_store: str) -> None:
         return
     if file_path(job.spec.model.source) is not None:
         check_model(job.spec.model)
+    check_adapter(job.spec.adapter)
     for field, path in _named(job).items():
-        if field != MODEL:
+        if field not in (MODEL, ADAPTER):
             check_dataset(f"spec.dataset.{field}", file_uri(path))
         uploads.refuse_large(path)
     if (refusal := refused_file(_with_sources(job, dict.fromkeys(_named(job), "s3://bucket/data")).spec)) is not None:
@@ -74,15 +76,20 @@ def _store(job: QLoRAJob, default_store: str) -> str | None:
 
 
 def _named(job: QLoRAJob) -> dict[str, Path]:
-    """What of this machine the job names: the model's folder, and data files by the field of `spec.dataset`."""
-    dataset = job.spec.dataset
-    uris = {MODEL: job.spec.model.source, "source": dataset.source, "eval_source": dataset.eval_source or ""}
+    """What of this machine the job names: folders of model and adapter, and data files by the field of
+    `spec.dataset`."""
+    dataset, start = job.spec.dataset, job.spec.adapter.start_uri
+    uris = {MODEL: job.spec.model.source, ADAPTER: start or ""}
+    uris |= {"source": dataset.source, "eval_source": dataset.eval_source or ""}
     return {field: path for field, uri in uris.items() if (path := file_path(uri)) is not None}
 
 
 def _with_sources(job: QLoRAJob, sources: dict[str, str]) -> QLoRAJob:
-    data = {field: uri for field, uri in sources.items() if field != MODEL}
+    data = {field: uri for field, uri in sources.items() if field not in (MODEL, ADAPTER)}
     spec = job.spec.model_copy(update={"dataset": job.spec.dataset.model_copy(update=data)})
     if MODEL in sources:
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": sources[MODEL]})})
+    if ADAPTER in sources:
+        adapter = spec.adapter.model_copy(update={"start": sources[ADAPTER]})
+        spec = spec.model_copy(update={"adapter": adapter})
     return job.model_copy(update={"spec": spec})

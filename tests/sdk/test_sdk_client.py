@@ -242,6 +242,27 @@ def test_a_plan_says_what_here_is_cheaper_and_faster_and_whose_times_are_a_guess
     )
 
 
+def test_a_plan_is_for_the_adapter_that_a_job_goes_on_from(service: PaperService) -> None:
+    folder = Path("starting")
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    asked = {"rank": 8, "alpha": 16, "targetModules": ["q_proj", "v_proj"]}
+    new = service.client.plan(job_document(adapter=asked))
+    found = service.client.plan(job_document(adapter={"from": "file://./starting"}))
+    assert found.chosen == new.chosen
+    assert found.notes[0].startswith("spec.adapter.from: rank 8 on q_proj, v_proj, as file:///")
+
+    service.client.submit(job_document("first", adapter=asked))
+    of_job = service.client.plan(job_document("second", adapter={"from": "job:first"}))
+    assert of_job.chosen == new.chosen
+    with pytest.raises(InvalidObject, match=r"spec\.adapter\.from: .*nobody"):
+        service.client.plan(job_document("second", adapter={"from": "job:nobody"}))
+    for unknown in ("models:/first/1", "pvc://claim/adapter"):
+        [words, *_] = service.client.plan(job_document(adapter={"from": unknown})).notes
+        assert f"rank and target modules of {unknown} are not known until prepare has read it" in words
+
+
 def test_a_plan_says_why_nothing_here_will_do(service: PaperService) -> None:
     plan = service.client.plan(job_document(resources={"vram": "80Gi"}))
     assert plan.chosen is None

@@ -92,6 +92,25 @@ def test_a_local_model_goes_into_the_jobs_bucket_with_the_files_that_the_trainer
     assert client.submit(job_document("other")).object().spec.model.source != source
 
 
+def test_a_local_adapter_goes_into_the_jobs_bucket(
+    service: PaperService, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, client = Path("starting"), client_of(service, monkeypatch, server.port)
+    folder.mkdir()
+    document = job_document(**ON_THE_HUB)
+    document["spec"]["adapter"] = {"from": "file://./starting"}
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with pytest.raises(InvalidObject, match=f"spec.adapter.from: there is no {name} in .*starting"):
+            client.submit(document)
+        (folder / name).write_bytes(b"{}")
+    (folder / "adapter_model.bin").write_bytes(b"pickled")
+    start = client.submit(document).object().spec.adapter.start
+    assert start is not None
+    assert start.startswith(f"{STORE}/default/uploads/")
+    there = server.bucket / start.removeprefix(f"s3://{BUCKET}/")
+    assert sorted(path.name for path in there.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_without_a_bucket_it_is_said_what_would_do(service: PaperService, monkeypatch: pytest.MonkeyPatch) -> None:
     for store in ("pvc://jobs/store", service.settings.store_uri):
         client = client_of(service, monkeypatch, 9, store)

@@ -22,7 +22,9 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.uris import file_path
 from orchestrator.errors import InvalidObject, NotFound, OrchestratorError, PermanentError, StoreUnavailable
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
+WHOSE = {CONFIG_NAME: "a Hugging Face model", ADAPTER_CONFIG_NAME: "an adapter that PEFT has saved"}
+"""In whose folder these files are."""
 MAX_CONFIG_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 5
 HUB_SECONDS = 3.0
@@ -61,22 +63,34 @@ def read_config(model: ModelSource) -> Mapping[str, Any]:
         raise PermanentError(
             f"{model.source} lies on a claim, which only the cluster can read: submit the job, and prepare will size it"
         )
-    content = _from_hub(model) if scheme == "hf" else _from_folder(model.source)
+    return _parsed(model, CONFIG_NAME)
+
+
+def read_adapter_config(uri: str) -> Mapping[str, Any] | None:
+    """The parsed adapter_config.json of an adapter's folder; None for one on a claim, which only the cluster reads."""
+    if uri.startswith("pvc://"):
+        return None
+    address, _, revision = uri.partition("@") if uri.startswith("hf://") else (uri, "", "")
+    return _parsed(ModelSource(source=address, revision=revision or "main"), ADAPTER_CONFIG_NAME)
+
+
+def _parsed(model: ModelSource, name: str) -> Mapping[str, Any]:
+    content = _from_hub(model, name) if model.source.startswith("hf://") else _from_folder(model.source, name)
     try:
         config = read_json(content)
     except ValueError as error:
-        raise InvalidObject(f"{model.source}: {CONFIG_NAME} is not valid JSON: {error}") from error
+        raise InvalidObject(f"{model.source}: {name} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise InvalidObject(f"{model.source}: {CONFIG_NAME} is not a JSON object")
+        raise InvalidObject(f"{model.source}: {name} is not a JSON object")
     return cast(dict[str, Any], config)
 
 
-def _from_folder(source: str) -> bytes:
+def _from_folder(source: str, name: str) -> bytes:
     try:
-        with _opened(source) as stream:
+        with _opened(source, name) as stream:
             return cast(bytes, stream.read(MAX_CONFIG_BYTES))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFound(f"{source}: there is no {CONFIG_NAME}; give the folder of a Hugging Face model") from error
+        raise NotFound(f"{source}: there is no {name}; give the folder of {WHOSE[name]}") from error
     except LinkRefused as error:
         raise InvalidObject(f"{source}: {error}") from error
     except PermissionError as error:
@@ -89,13 +103,13 @@ def _from_folder(source: str) -> bytes:
         raise StoreUnavailable(f"{source}: could not be read: {error}; check the endpoint and try again") from error
 
 
-def _opened(source: str) -> Any:
+def _opened(source: str, name: str) -> Any:
     if (folder := file_path(source)) is not None:
-        return Contained.of(folder).open(CONFIG_NAME)
+        return Contained.of(folder).open(name)
     import fsspec  # pyright: ignore[reportMissingTypeStubs]  here, because importing it takes long
 
     options = S3_OPTIONS if source.startswith("s3://") else {}
-    return cast(Any, fsspec).open(f"{source.rstrip('/')}/{CONFIG_NAME}", "rb", **options)
+    return cast(Any, fsspec).open(f"{source.rstrip('/')}/{name}", "rb", **options)
 
 
 S3_OPTIONS: dict[str, Any] = {
@@ -107,7 +121,7 @@ S3_OPTIONS: dict[str, Any] = {
 }
 
 
-def _from_hub(model: ModelSource) -> bytes:
+def _from_hub(model: ModelSource, name: str) -> bytes:
     try:
         from huggingface_hub import (
             hf_hub_download,  # pyright: ignore[reportUnknownVariableType]  an overload of it is untyped
@@ -127,7 +141,7 @@ def _from_hub(model: ModelSource) -> bytes:
     try:
         path = hf_hub_download(
             repository,
-            CONFIG_NAME,
+            name,
             revision=model.revision,
             etag_timeout=CONNECT_TIMEOUT_SECONDS,
             local_files_only=not _hub_listens(),
