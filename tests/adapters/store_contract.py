@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.api.base import utc
 from orchestrator.api.job import (
+    NOTIFY_FINALIZER,
     RELEASE_FINALIZER,
     Attempt,
     MlflowStatus,
@@ -19,6 +20,7 @@ from orchestrator.api.job import (
     TrackingSpec,
     TrainingSpec,
 )
+from orchestrator.api.notification import Notification, NotificationsStatus
 from orchestrator.api.queue import MonthlyUsage, QLoRAQueue, QLoRAQueueSpec, QLoRAQueueStatus, Quota, UserUsage
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event
@@ -223,6 +225,38 @@ class StoreContract(ABC):
         job = store.update_status(created, QLoRAJobStatus(finish_time=utc(0)))
         assert job.metadata.finalizers == ()
         store.delete_job("team-a", "medical")
+        assert store.list_jobs() == []
+
+    def test_a_job_whose_webhooks_are_to_be_told_stays_until_its_end_is_told(self) -> None:
+        """Through what a run and a notification owe at one time, each taken off by itself."""
+        store = self.open()
+        told = NotificationsStatus(total=1)
+        job = store.update_status(store.create_job(submitted_job()), QLoRAJobStatus(notifications=told))
+        assert job.metadata.finalizers == (NOTIFY_FINALIZER,)
+        running = MlflowStatus(run_id="r", run_status="RUNNING")
+        job = store.update_status(job, QLoRAJobStatus(notifications=told, mlflow=running))
+        assert set(job.metadata.finalizers) == {NOTIFY_FINALIZER, RELEASE_FINALIZER}
+        store.delete_job("team-a", "medical")
+        end = Notification(
+            number=1,
+            event="job.cancelled",
+            time=datetime(2026, 11, 30, 12, tzinfo=UTC),
+            reason=Reason.CANCELLED,
+            recipients=("job/ci",),
+        )
+        ended = QLoRAJobStatus(
+            notifications=NotificationsStatus(total=1, outstanding=(end,)),
+            mlflow=running.model_copy(update={"run_status": "KILLED"}),
+            finish_time=datetime(2026, 11, 30, 12, tzinfo=UTC),
+        )
+        job = store.update_status(store.get_job("team-a", "medical"), ended)
+        store.release(job)
+        store.delete_job("team-a", "medical")
+        job = store.get_job("team-a", "medical")
+        assert job.metadata.finalizers == (NOTIFY_FINALIZER,)
+        store.update_status(job, ended.model_copy(update={"notifications": told}))
+        if store.list_jobs():  # an API server removes it with its last finalizer
+            store.delete_job("team-a", "medical")
         assert store.list_jobs() == []
 
     def test_a_finalizer_keeps_a_deleted_job_until_it_is_taken_off(self) -> None:

@@ -208,7 +208,7 @@ WEBHOOK_WORDS = "a webhook is https:// and a name"
         ("https://[::1]:6443/api", False),
         ("https://[fd00:ec2::254]/", False),
         ("https://localhost/", False),
-        ("https://a.LOCALHOST./", False),
+        ("https://a.LOCALHOST/", False),
         ("https://2130706433/", False),
         ("https://127.1/", False),
         ("http://ci.team-a.svc:8080/hook", True),
