@@ -184,7 +184,10 @@ def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]
             yield f"The next {way} class, {name}, does not do: it {found.message}."
         else:
             here = "fits" if name in known else "would fit, but there is none here"
-            yield f"The next {way} class, {name}, {here}: {found.peak_bytes / GIB:.1f} GiB.{_time_and_price(found)}"
+            layers = found.plan.streamed_layers
+            streamed = f", {layers} layers streamed from host memory" if layers else ""
+            gib = found.peak_bytes / GIB
+            yield f"The next {way} class, {name}, {here}: {gib:.1f} GiB{streamed}.{_time_and_price(found)}"
 
 
 def _holds(draft: Draft, gpu_class: str) -> bool:

@@ -644,7 +644,8 @@ def test_prepare_and_publish_stages_are_bounded_and_go_by_priority() -> None:
 
 
 def test_a_job_that_fits_no_class_waits_where_gpus_may_come_and_fails_where_they_are_fixed() -> None:
-    job = make_job(status=prepared_status(LLAMA_3_70B))
+    never_streamed = LLAMA_3_70B.model_copy(update={"record_by_record": True})
+    job = make_job(status=prepared_status(never_streamed))
     small = gpus(_24Gi=1)
     waiting = written(decide(snapshot(job, gpu_classes=small)))
     assert says(waiting, ConditionType.ADMITTED) == ("False", Reason.DOES_NOT_FIT)
