@@ -277,7 +277,18 @@ def start_logging(**fields: str | int) -> None:
     handler.setFormatter(JsonFormatter(fields))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for chatty in ("httpx", "httpcore", "urllib3", "botocore", "aiobotocore", "s3fs", "fsspec", "alembic", "filelock"):
+    for chatty in (
+        "httpx",
+        "httpcore",
+        "urllib3",
+        "botocore",
+        "aiobotocore",
+        "s3fs",
+        "fsspec",
+        "alembic",
+        "filelock",
+        "gguf",
+    ):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for remarking in ("py.warnings", "accelerate", "bitsandbytes", "peft", "torch"):
         logging.getLogger(remarking).setLevel(logging.ERROR)

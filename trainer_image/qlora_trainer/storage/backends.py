@@ -174,6 +174,7 @@ class FileSystem:
         """Put one more file of a scratch folder of this store into a folder that may be there."""
         with self._source(local) as (source, own), self._opened(name, make=True) as target:
             assert own, "it is moved, not copied"
+            os.fchmod(target, 0o755)
             refuse_link(source, file_name, local / file_name)
             os.replace(file_name, file_name, src_dir_fd=source, dst_dir_fd=target)
             os.fsync(target)
