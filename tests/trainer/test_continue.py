@@ -384,6 +384,14 @@ def test_experts_go_on_from_experts(tmp_path: Path) -> None:
     assert "experts have no dropout in PEFT" in refusal(dropping)
 
 
+def test_what_is_taken_over_keeps_the_rules_of_specs(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    usual = {"rank": 4, "alpha": 8, "dropout": "0", "experts": True}
+    train.run(on_its_card(make_task(tmp_path / "first", model=model, training=SMALL, adapter=usual)))
+    task = going_on(tmp_path / "job", tmp_path / "first" / "adapter", model=model, publish={"formats": ["merged"]})
+    assert "spec.adapter.from: with what file://" in refusal(task)
+
+
 def test_a_field_with_its_default_asks_for_nothing() -> None:
     assert AdapterSpec.model_validate({"from": "hf://owner/adapter"}).rank == 64
 

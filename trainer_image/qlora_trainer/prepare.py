@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from orchestrator.api.adapter import JOB_PREFIX
 from orchestrator.api.base import decimal
 from orchestrator.api.formats import (
@@ -252,7 +254,7 @@ def _open_model(spec: QLoRAJobSpec, keep_start: Callable[[ModelDescription], _St
     description = describe_model(source, spec.model.revision)
     facts = read_facts(description, source)
     start = keep_start(description) if keep_start is not None else _Start(adapter=None)
-    spec = spec.settled(start.adapter)
+    spec = _settled(spec, start.adapter)
     checked = check_architecture(
         description,
         source,
@@ -312,6 +314,19 @@ def _keep_start(task: StageTask, store: JobStore, description: ModelDescription)
         store.check_fence(task.attempt)
         store.publish_folder(folder, START_FOLDER, make_manifest)
     return _Start(adapter=taken.start, warnings=taken.warnings)
+
+
+def _settled(spec: QLoRAJobSpec, start: StartingAdapter | None) -> QLoRAJobSpec:
+    """The spec with what is taken over; UserError where that goes against a rule of specs."""
+    if start is None:
+        return spec
+    settled = spec.settled(start)
+    try:
+        QLoRAJobSpec.model_validate(settled.model_dump())
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"spec.adapter.from: with what {start.source} is, the spec cannot be: {reason}") from error
+    return settled
 
 
 def _known_start(task: StageTask, scratch: Path) -> Known | None:
