@@ -272,6 +272,8 @@ def sample(document: Json, node: Json) -> Any:
     node = resolved(document, node)
     if "enum" in node:
         return node["enum"][0]
+    if any(option.get("type") == "array" for option in node.get("anyOf", [])):  # a word or a list of texts
+        return sample(document, next(option for option in node["anyOf"] if option.get("type") == "array"))
     match node["type"]:
         case "object" if "properties" in node:
             return {name: sample(document, child) for name, child in node["properties"].items()}
@@ -283,7 +285,8 @@ def sample(document: Json, node: Json) -> Any:
             return "2026-01-01T12:00:00Z"
         case "string":
             pattern = node.get("pattern", "")
-            return f"sha256:{'0' * 64}" if "sha256" in pattern else "a" if KIND_LETTERS in pattern else "text"
+            known = {"sha256": f"sha256:{'0' * 64}", KIND_LETTERS: "a", "hf|": "hf://a/b", "(job|queue)": "job/a"}
+            return next((value for part, value in known.items() if part in pattern), "text")
         case kind:
             return {"boolean": True, "integer": 1, "number": 0.5}[kind]
 
