@@ -173,7 +173,7 @@ class PaperWorld(World):
 
     stage_of: dict[str, str] = field(default_factory=dict[str, str])
     """The train stage of a job that has one, by the job's name."""
-    told: dict[str, int] = field(default_factory=dict[str, int])
+    news: dict[str, int] = field(default_factory=dict[str, int])
     started: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     stopped: list[str] = field(default_factory=list[str])
 
@@ -189,7 +189,7 @@ class PaperWorld(World):
     ) -> None:
         """A trainer reports how far it is, what of that is durable, and for how long it goes on."""
         key = self.stage_of[job]
-        is_news = saved is not None and self.told.get(key) != saved
+        is_news = saved is not None and self.news.get(key) != saved
         report = progress(step, eta_seconds=eta_seconds).model_copy(
             update={
                 "steps": steps,
@@ -199,7 +199,7 @@ class PaperWorld(World):
             }
         )
         if saved is not None:
-            self.told[key] = saved
+            self.news[key] = saved
         self.stages[key] = replace(self.stages[key], progress=report)
 
     def end(self, key: str, code: int, step: int, *, complete: bool) -> None:

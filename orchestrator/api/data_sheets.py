@@ -32,7 +32,7 @@ class DataSheet:
     pcie: int = 4
     """Its generation."""
     pcie_width: int = 16
-    """Its lanes."""
+    """8 or 16."""
 
     @property
     def sustained_tflops(self) -> float | None:

@@ -228,6 +228,8 @@ def test_every_rule_of_a_spec_is_enforced_in_the_same_words(api: KubeApi) -> Non
         (QLoRAJob, {**SPEC, **each})
         for each in (*answer_rule_breakers(), *preference_rule_breakers(), *format_rule_breakers())
     ]
+    named_twice = {"notifications": [{"name": "chat", "url": "https://example.org/a"}] * 2}
+    cases += [(QLoRAJob, {**SPEC, **named_twice}), (QLoRAQueue, named_twice)]
     two = {"turnSeconds": 600, "fairSharing": "PerUser"}
     cases += [(QLoRAQueue, each) for each in ({"quotas": [QUOTA, QUOTA]}, {"budget": {}}, two)]
     met = set[Any]()

@@ -421,6 +421,8 @@ def test_an_eviction_is_written_first_and_asked_for_in_the_next_pass_until_the_s
 def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help() -> None:
     jobs = (running("runs", spec={"priority": 9}), waiting("ahead", age_seconds=60), waiting("behind"))
     needs = schedule(world(*jobs)).line[1].estimates[0].peak_bytes / 2**30
+    larger = world(*jobs, gpu_classes=gpus(_32Gi=1))
+    on_larger = schedule(larger).line[1].estimates[0].peak_bytes / 2**30
     assert explain(world(*jobs), "default/behind") == (
         "default/behind is queued: WaitingForGpu: 1 of 1 24Gi GPUs are in use; waits for one to come free, or add one.",
         "It is number 2 of 2 in line for a GPU (priority 0 in queue default); "
@@ -429,7 +431,7 @@ def test_explain_tells_a_waiting_job_its_place_what_it_fits_and_what_would_help(
         "Its steps take about a minute there.",
         f"The next smaller class, 20Gi, would fit, but there is none here: {needs:.1f} GiB. "
         "Its steps take about a minute there.",
-        f"The next larger class, 40Gi, would fit, but there is none here: {needs:.1f} GiB. "
+        f"The next larger class, 32Gi, would fit, but there is none here: {on_larger:.1f} GiB. "
         "Its steps take about a minute there.",
         "Until one comes free only a job of lower priority could make way, and none may.",
         "When it starts cannot be told: nobody knows for how long default/runs will hold a GPU.",

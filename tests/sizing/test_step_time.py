@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -233,7 +232,7 @@ def test_preferences_take_a_pass_without_gradients_for_what_is_seen_for_the_firs
     card = find_card("A40")
     whole = {"sequence_tokens": 2048.0, "record_tokens": 1024.0}
     usual = StepTime(make_spec(), LLAMA_3_8B, Work(sequence_tokens=2048, record_tokens=512))
-    found = StepTime(preferences(**training), LLAMA_3_8B, replace(work, **whole))
+    found = StepTime(preferences(**training), LLAMA_3_8B, work._replace(**whole))
     recomputing = plan(1, recompute_layers=32)
     assert found.parts(plan(1), card) == usual.parts(plan(1), card), "an answer is half of a pair"
     more = found.step_seconds(recomputing, card) - 16 * found.micro_step_seconds(recomputing, card)

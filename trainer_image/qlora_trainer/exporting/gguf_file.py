@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gguf
 import numpy as np
@@ -163,7 +163,7 @@ def _ends(folder: Path, own: int | None) -> list[int]:
     """The tokens that generation ends with, the tokenizer's own first."""
     file = folder / GENERATION_CONFIG_NAME
     told: Any = json.loads(file.read_bytes()).get("eos_token_id") if file.is_file() else None
-    others: Any = told if isinstance(told, list) else [told]
+    others = cast("list[int | None]", told if isinstance(told, list) else [told])
     return [number for number in dict.fromkeys([own, *others]) if number is not None]
 
 

@@ -95,10 +95,10 @@ def _random_layer(linear: Any, device: torch.device, generator: torch.Generator)
 
 def _leave(module: torch.nn.Module, place: torch.device) -> torch.nn.Module:
     """Put a module's quantized weights there."""
-    parameter: Any  # bitsandbytes' class has methods of a module's types
     for name, parameter in list(module.named_parameters(recurse=False)):
         if isinstance(parameter, bnb.nn.Params4bit) and parameter.device.type != place.type:
-            setattr(module, name, parameter.to(place))
+            weight: Any = parameter  # whose class has methods of a module's types
+            setattr(module, name, weight.to(place))
     return module
 
 
