@@ -84,32 +84,39 @@ def test_predicted_step_times_are_within_the_stated_error_of_the_measured_ones(
         assert predicted == pytest.approx(case["step_seconds"], rel=STATED_ERROR)
 
 
-def test_predicted_step_times_of_chosen_plans_are_within_the_stated_error_too() -> None:
-    document = json.loads((RESULTS / "plans.json").read_text())
-    card = find_card(document["card"].split(" (")[0])
-    for question, answer in document["results"]["answers"].items():
-        model, sequence = question.split()[:2]
-        facts, chosen = ModelFacts.from_config(config(model), "main"), answer["plans"][0]
-        spec = make_spec(rank=16, dropout="0.05", sequence_length=int(sequence))
-        predicted = StepTime(spec, facts, Work()).step_seconds(MemoryPlan.model_validate(chosen["plan"]), card)
-        error = STATED_ERROR if facts.hidden_size >= 2048 else ERROR_OF_SMALL_MODELS
-        assert predicted == pytest.approx(chosen["step_seconds"], rel=error), question
+CHOSEN = {"plans.json": False, "plans_attention.json": True}
+"""Files of questions and chosen plans; whether attention was a choice when they were asked."""
 
 
-def test_what_was_measured_to_be_the_fastest_plan_or_close_to_it_is_still_chosen(
+def chosen_plans() -> Iterator[object]:
+    """Every question: the card, the model's facts, its name, whether attention was a choice, and the plan's time."""
+    for file, has_choice in CHOSEN.items():
+        document = json.loads((RESULTS / file).read_text())
+        for question, answer in document["results"]["answers"].items():
+            facts = ModelFacts.from_config(config(question.split()[0]), "main")
+            facts = facts.model_copy(update={"flash_attention": has_choice})
+            name = f"{file.removesuffix('.json')}: {question}"
+            yield pytest.param(document["card"], facts, question, has_choice, answer["plans"][0], id=name)
+
+
+@pytest.mark.parametrize(("product", "facts", "question", "has_choice", "chosen"), list(chosen_plans()))
+def test_what_was_measured_to_be_the_fastest_plan_or_close_to_it_is_still_chosen_and_takes_as_long_as_is_said(
     monkeypatch: pytest.MonkeyPatch,
+    product: str,
+    facts: ModelFacts,
+    question: str,
+    has_choice: bool,
+    chosen: dict,
 ) -> None:
-    # Layers could not keep what attention gave when this was measured.
-    monkeypatch.setattr(plan_search, "KEPT_RECORD_TOKENS", float("inf"))
-    document = json.loads((RESULTS / "plans.json").read_text())
-    answers = document["results"]["answers"]
-    assert len(answers) >= 10
-    for question, answer in answers.items():
-        model, sequence, _, batch, _, class_name = question.split()
-        on = gpu_class(class_name, 1, products=[document["card"]])
-        spec = make_spec(rank=16, dropout="0.05", sequence_length=int(sequence), global_batch_size=int(batch))
-        chosen = choose_plan(spec, ModelFacts.from_config(config(model), "main"), on)
-        assert chosen == MemoryPlan.model_validate(answer["plans"][0]["plan"]), question
+    _, sequence, _, batch, _, class_name = question.split()
+    plan = MemoryPlan.model_validate(chosen["plan"])
+    spec = make_spec(rank=16, dropout="0.05", sequence_length=int(sequence), global_batch_size=int(batch))
+    predicted = StepTime(spec, facts, Work()).step_seconds(plan, find_card(product.split(" (")[0]))
+    error = STATED_ERROR if facts.hidden_size >= 2048 else ERROR_OF_SMALL_MODELS
+    assert predicted == pytest.approx(chosen["step_seconds"], rel=error)
+    if not has_choice:
+        monkeypatch.setattr(plan_search, "KEPT_RECORD_TOKENS", float("inf"))
+    assert choose_plan(spec, facts, gpu_class(class_name, 1, products=[product])) == plan
 
 
 def test_predicted_times_of_attention_are_near_the_measured_ones_by_either_kernels() -> None:
