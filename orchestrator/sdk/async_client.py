@@ -20,6 +20,7 @@ from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.stage_name import StageKind
 from orchestrator.core.commands import Event
+from orchestrator.sdk.chat import DEFAULT_ANSWER_TOKENS
 from orchestrator.sdk.client import Client, JobLike, QueueLike
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation
@@ -30,6 +31,7 @@ from orchestrator.sdk.planning import JobPlan
 from orchestrator.sdk.progress import News
 from orchestrator.sdk.records import Records
 from orchestrator.sdk.simulation import WhatIf
+from orchestrator.sdk.trace import TracePlayed
 from orchestrator.sdk.usage import UsageBy, UsageRow
 from orchestrator.settings import Settings
 from orchestrator.sizing.margins import Bound
@@ -90,6 +92,12 @@ class AsyncClient:
     ) -> WhatIf:
         """When each job is expected to start and end, as things are and with other GPUs, quotas and jobs."""
         return await asyncio.to_thread(self.sync.simulate, gpus=gpus, quotas=quotas, jobs=jobs)
+
+    async def simulate_trace(
+        self, trace: str | Path, *, gpus: Sequence[str] = (), quotas: Sequence[str] = ()
+    ) -> TracePlayed:
+        """What would become of a file's jobs on the queues and cards that are here, and with others."""
+        return await asyncio.to_thread(self.sync.simulate_trace, trace, gpus=gpus, quotas=quotas)
 
     async def handle(self, name: str, *, namespace: str | None = None) -> AsyncJobHandle:
         """A handle on a job that exists; raises NotFound."""
@@ -242,6 +250,10 @@ class AsyncJobHandle:
     async def adapter(self, into: Path | str) -> Path:
         """Download the adapter as the new folder `into`, every file verified."""
         return await asyncio.to_thread(self.sync.adapter, into)
+
+    async def chat(self, prompt: str | None = None, *, max_new_tokens: int = DEFAULT_ANSWER_TOKENS) -> None:
+        """Print the adapter's greedy answer to a prompt, or to each line of standard input."""
+        await asyncio.to_thread(self.sync.chat, prompt, max_new_tokens=max_new_tokens)
 
 
 _END = "end of the log"

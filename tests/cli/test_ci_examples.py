@@ -16,6 +16,7 @@ import yaml
 
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.controller.supervisor import RECORD_NAME
+from orchestrator.sdk.handle import SERVICE_ABSENCE_SECONDS
 from orchestrator.sdk.manifest import parse_manifest
 from tests.sdk.paper_service import PaperService, job_document, service_that_is_up
 
@@ -169,4 +170,4 @@ def test_wait_says_why_there_is_nothing_to_wait_for(service: PaperService) -> No
     service.client.submit(job_document())
     assert bash("qlora wait medical --timeout 0.2", {}).returncode == ExitStatus.TIMED_OUT
     (service.settings.home / RECORD_NAME).unlink()
-    assert bash("qlora wait medical --timeout 5", {}).returncode == ExitStatus.UNAVAILABLE
+    assert bash(f"qlora wait medical --timeout {2 * SERVICE_ABSENCE_SECONDS}", {}).returncode == ExitStatus.UNAVAILABLE
