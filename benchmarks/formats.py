@@ -3,20 +3,18 @@
     python -m benchmarks.formats --model FOLDER --job FOLDER [--prompts 20] [--tokens 16] [--save formats]
 
 `--job` is the job's folder in its store, with adapter/ and formats/; `--model` is the base. PEFT's greedy answers, with
-the adapter beside the base's 16-bit weights, are what the others are held against, all computed in float32: the merged
-model in transformers, each GGUF file in llama.cpp where its package is installed, else in transformers' reader. All are
-led along PEFT's answer and asked for the next token at each step: where every one is the same, so is the answer.
+the adapter beside the base's 16-bit weights, are what the others are held against: the merged model in transformers, in
+float32, and each GGUF file in llama.cpp. All are led along PEFT's answer and asked for the next token at each step:
+where every one is the same, so is the answer.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Why: transformers and PEFT declare the types of what they return only in part, llama-cpp-python declares none.
+# Why: transformers and PEFT declare the types of what they return only in part.
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.report import argument_parser, emit
+from tests.trainer.llama_cpp import LlamaCpp
 
 HELD_OUT = Path(__file__).parents[1] / "examples" / "medical-es" / "heldout.jsonl"
-Next = Callable[[Tensor], Tensor]
-"""The most likely token after each of a text's tokens [n]."""
+Next = Callable[[Tensor, int], Tensor]
+"""The most likely tokens of a text [n] from a place on [n - place], each after all before it."""
 
 
 def main() -> None:
@@ -66,16 +65,13 @@ def readers(formats: Path) -> list[tuple[str, str, Next]]:
     if (formats / "merged").is_dir():
         found.append(("merged", "transformers", of_transformers(read(formats / "merged"))))
     for path in sorted(formats.glob("gguf-*/model-*.gguf")):
-        if find_spec("llama_cpp") is not None:
-            found.append((path.parent.name, "llama.cpp", of_llama_cpp(path)))
-        else:
-            found.append((path.parent.name, "transformers", of_transformers(read(path.parent, gguf_file=path.name))))
+        found.append((path.parent.name, "llama.cpp", of_llama_cpp(LlamaCpp(path, context=2048))))
     return found
 
 
 def compare(ask: Next, answered: list[Tensor], starts: list[int]) -> dict[str, float]:
     """Of all steps, how many have the same token, and how many whole answers are the same."""
-    same = [(ask(text)[start - 1 : -1] == text[start:]).tolist() for text, start in zip(answered, starts, strict=True)]
+    same = [(ask(text, start) == text[start:]).tolist() for text, start in zip(answered, starts, strict=True)]
     steps = [each for answer in same for each in answer]
     return {
         "steps": len(steps),
@@ -84,27 +80,19 @@ def compare(ask: Next, answered: list[Tensor], starts: list[int]) -> dict[str, f
     }
 
 
-def read(folder: Path, **options: Any) -> Any:
+def read(folder: Path) -> Any:
     """A model of transformers', in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def of_transformers(model: Any) -> Next:
     """A model of transformers' as what is asked."""
-    return lambda text: model(text[None]).logits[0].argmax(-1)
+    return lambda text, start: model(text[None]).logits[0].argmax(-1)[start - 1 : -1]
 
 
-def of_llama_cpp(path: Path) -> Next:
+def of_llama_cpp(model: LlamaCpp) -> Next:
     """A GGUF file in llama.cpp as what is asked."""
-    llama_cpp: Any = import_module("llama_cpp")
-    model = llama_cpp.Llama(str(path), n_ctx=1024, logits_all=True, verbose=False)
-
-    def ask(text: Tensor) -> Tensor:
-        model.reset()
-        model.eval(text.tolist())
-        return torch.from_numpy(model.scores[: len(text)].copy()).argmax(-1)
-
-    return ask
+    return lambda text, start: torch.tensor([model.likeliest(text[:end].tolist()) for end in range(start, len(text))])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GGUF files as others read them: transformers' reader everywhere, llama.cpp itself where its package is installed."""
+"""GGUF files as others read them: transformers' reader, and llama.cpp itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
+from llama_cpp import LlamaCpp
 from peft_adapter import save_adapter, with_peft
 from qlora_trainer import publish
 from qlora_trainer.exporting.gguf_families import family_of, pre_tokenizer_of
@@ -130,43 +131,37 @@ def test_what_gguf_is_not_written_of_is_refused_in_words(tmp_path: Path) -> None
 
 
 def greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
-    """transformers' most likely tokens, one after the other."""
+    """transformers' prompt and most likely tokens, one after the other."""
     tokens = list(prompt)
     for _ in range(steps):
         tokens.append(int(logits(model, tokens)[-1].argmax()))
-    return tokens[len(prompt) :]
-
-
-def next_logits(model: Any, tokens: list[int]) -> torch.Tensor:
-    """llama.cpp's, after each of the tokens."""
-    model.reset()
-    model.eval(tokens)
-    return torch.from_numpy(np.array(model.scores[: len(tokens)], dtype=np.float32))
+    return tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_computes_what_peft_does(tmp_path: Path, kind: str) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python takes minutes to build")
     family, shape, lora = KINDS[kind]
     base = build_tiny_model(tmp_path / "base", family, **shape)
     adapter = save_adapter(base, tmp_path / "adapter", **lora)
     nothing = save_adapter(base, tmp_path / "nothing", scale=0.0, **lora)
     folder = exported(tmp_path, base, adapter, "gguf-f16", "gguf-q8_0", "gguf-adapter")
     plain = exported(tmp_path / "plain", base, nothing, "gguf-f16") / "gguf-f16" / "model-f16.gguf"
+    whole = LlamaCpp(folder / "gguf-f16" / "model-f16.gguf")
+    beside = LlamaCpp(plain, folder / "gguf-adapter" / "adapter.gguf")
+    coarse = LlamaCpp(folder / "gguf-q8_0" / "model-q8_0.gguf")
+    judge, without = with_peft(base, adapter), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for tokens in (TOKENS, TOKENS * 12):  # the second far enough for scaled positions to matter
+        wanted = logits(judge, tokens)[-1].log_softmax(-1)
+        effect = (wanted - logits(without, tokens)[-1].log_softmax(-1)).norm()
 
-    def read(path: Path, **options: Any) -> Any:
-        return llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, logits_all=True, verbose=False, **options)
+        def off(model: LlamaCpp, tokens: list[int] = tokens, wanted: torch.Tensor = wanted) -> float:
+            return float((model.log_probabilities(tokens, len(wanted)) - wanted).norm())
 
-    tokens = TOKENS * 12  # far enough for scaled positions to matter
-    wanted = logits(with_peft(base, adapter), tokens)
-    without = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tokens)
-    effect = (wanted - without).norm()
-    whole = read(folder / "gguf-f16" / "model-f16.gguf")
-    assert (next_logits(whole, tokens) - wanted).norm() < 0.02 * effect
-    beside = read(plain, lora_path=str(folder / "gguf-adapter" / "adapter.gguf"))
-    assert (next_logits(beside, tokens) - wanted).norm() < 0.02 * effect
-    coarse = read(folder / "gguf-q8_0" / "model-q8_0.gguf")
-    assert (next_logits(coarse, tokens) - wanted).norm() < 0.1 * effect
+        assert off(whole) < 0.02 * effect
+        assert off(beside) < 0.02 * effect
+        assert off(coarse) < 0.1 * effect
+        said = greedy(judge, tokens, 8)
+        assert [whole.likeliest(said[:end]) for end in range(len(tokens), len(said))] == said[len(tokens) :]
     own = AutoTokenizer.from_pretrained(base)
     for text in ("La disnea es falta de aire.", "¿Qué dosis? 1200 mg  y 3,5", "it's  12345\n\n x"):
-        assert whole.tokenize(text.encode(), add_bos=True) == own(text).input_ids, text
+        assert whole.tokens(text) == own(text).input_ids, text
