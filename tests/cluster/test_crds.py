@@ -298,6 +298,7 @@ CHANGES = {
     "store": {"uri": "s3://elsewhere/x"},
     "evaluation.generation": {"prompts": 3},
     "tracking": {"experiment": "other"},
+    "publish": {"formats": ["merged"]},
 }
 
 

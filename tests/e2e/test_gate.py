@@ -111,6 +111,7 @@ HELD_OUT = EXAMPLE / "heldout.jsonl"
 ASKED, ANSWER_TOKENS = 20, 12
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 def test_what_is_published_answers_held_out_prompts_as_the_adapter_does(
     settings: Settings, good: JobHandle, pretrained: Path
 ) -> None:

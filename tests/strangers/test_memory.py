@@ -55,6 +55,7 @@ CACHES = {
     "sizing/footprint.py _kept_sums": "lru_cache(maxsize=TRACES_KEPT)",
     "sizing/footprint.py _traced_bytes": "memoized(TRACES_KEPT)",
     "sizing/footprint.py _weight_bytes": "memoized(RESULTS_KEPT)",
+    "sizing/footprint.py layer_streamed_bytes": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py traced_layer_bytes": "lru_cache(maxsize=RESULTS_KEPT)",
     "sizing/hardware.py find_card": "lru_cache(maxsize=PRODUCTS_KEPT)",
     "sizing/margins.py _learned": "lru_cache(maxsize=1)",
