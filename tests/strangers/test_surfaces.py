@@ -163,7 +163,7 @@ def test_tags_parameters_and_the_card_hold_none_and_run_nothing(tmp_path: Path) 
     adapter = FinalAdapter(folder=tmp_path, manifest=manifest, digest=DIGEST, journal=())
     card = model_card(task, adapter, {f"{PLAN_TAG}/{MARKDOWN}": MARKDOWN + BAD, f"{PLAN_TAG}/2": MARKDOWN + BAD})
     assert shown(card) == []
-    prose = re.sub(r"```python\n.*?```", "", card.split("---\n", 2)[2], flags=re.DOTALL)
+    prose = re.sub(r"^```(?:python|sh)$.*?^```$", "", card.split("---\n", 2)[2], flags=re.DOTALL | re.MULTILINE)
     assert not re.search(r"<script|!\[|\]\(|</code>", prose)
     for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         code = compile(snippet, "card", "exec")
