@@ -134,7 +134,9 @@ def _helm(lab: Lab, *arguments: str) -> str:
     if done.returncode:
         pods = lab.kubectl("get", "pods", "--all-namespaces", "--output=wide")
         events = lab.kubectl("get", "events", "--namespace", SYSTEM, "--sort-by=.lastTimestamp")
-        raise AssertionError(f"helm {arguments[0]}: {done.stderr}\n{pods}\n{events[-4000:]}")
+        component = "--selector=app.kubernetes.io/component=controller"
+        logs = lab.kubectl("logs", "--namespace", SYSTEM, component, "--container=controller", "--tail=40")
+        raise AssertionError(f"helm {arguments[0]}: {done.stderr}\n{pods}\n{events[-4000:]}\n{logs[-4000:]}")
     return done.stdout
 
 

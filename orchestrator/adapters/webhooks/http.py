@@ -23,7 +23,6 @@ from http.client import HTTPConnection, HTTPException
 from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
-from orchestrator import __version__
 from orchestrator.adapters.webhooks.signing import keys_of, signatures
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.notification import (
@@ -87,7 +86,7 @@ class HttpNotifier:
         identity, now = webhook_id(job.metadata.uid, notification.number), int(time.time())
         headers = {
             "Content-Type": "application/json",
-            "User-Agent": f"qlora-orchestrator/{__version__}",
+            "User-Agent": "qlora-orchestrator",  # whose version an image, where nothing is installed, does not know
             "webhook-id": identity,
             "webhook-timestamp": str(now),
             "webhook-signature": signatures(keys, identity, now, body),
