@@ -12,6 +12,7 @@ from typing import Literal
 Generation = Literal["Volta", "Turing", "Ampere", "Ada", "Hopper", "Blackwell", "Blackwell RTX"]
 BFLOAT16_CAPABILITY = 8
 """The first major compute capability that has bfloat16: Ampere's."""
+NO_BFLOAT16 = "has no bfloat16; jobs train on Ampere or newer"
 PRODUCTS_KEPT = 1024
 """Names of products, as nodes tell them, whose cards are remembered."""
 

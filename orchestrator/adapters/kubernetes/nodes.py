@@ -23,7 +23,7 @@ from types import MappingProxyType
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.node_placement import CAPABILITY_LABEL, SPOT_LABELS, node_class, takes_pods
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
-from orchestrator.api.data_sheets import lacks_bfloat16
+from orchestrator.api.data_sheets import NO_BFLOAT16, lacks_bfloat16
 from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, GpuClass, gpu_class
 
@@ -198,7 +198,7 @@ def _no_bfloat16(labels: Mapping[str, str], policy: PodPolicy) -> str:
     product, capability = labels.get(f"{policy.gpu_resource}.product", ""), labels.get(CAPABILITY_LABEL, "")
     if not lacks_bfloat16(product, int(capability) if capability.isdecimal() else None):
         return ""
-    return f"{product or 'the card'} has no bfloat16; jobs train on Ampere or newer"
+    return f"{product or 'the card'} {NO_BFLOAT16}"
 
 
 def _is_ready(status: Json) -> bool:

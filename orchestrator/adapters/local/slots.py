@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.api.data_sheets import lacks_bfloat16
+from orchestrator.api.data_sheets import NO_BFLOAT16, lacks_bfloat16
 from orchestrator.errors import InvalidObject
 from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS, MIB, GpuClass, classify, cpu_class, gpu_class
 
@@ -58,7 +58,7 @@ class Card:
     def unfit(self) -> str:
         """Why no job trains on it, in words; empty where one may."""
         if lacks_bfloat16(self.name, self.compute_capability):
-            return "it has no bfloat16; jobs train on Ampere or newer"
+            return f"it {NO_BFLOAT16}"
         if classify(self.total_mib) is None:
             told = f"{self.total_mib} MiB are too little" if self.total_mib else "it does not tell a memory of its own"
             return f"{told}, so it is in no GPU class"
