@@ -112,6 +112,9 @@ class ServiceSettings(BaseSettings):
     """A start counts in fair share for at least so long."""
     restart_cost_seconds: float = Field(default=60.0, ge=0, le=86_400)
     """GPU seconds that a move is taken to cost on top of the work since the last checkpoint."""
+    stop_cost_seconds: float = Field(default=30.0, ge=0, le=86_400)
+    """How long it is taken to last from asking a stage to stop until its GPU is free. A job that ends sooner is waited
+    for, and one that ends sooner than stop and restart together is moved by nobody; 0 of both: nobody is waited for."""
     preemption_cooldown_seconds: float = Field(default=60.0, ge=0, le=86_400)
     """A job that was just evicted is not chosen again for so long after it restarted."""
     history_limit: int = Field(default=32, ge=1, le=64)
@@ -207,6 +210,10 @@ class Settings(ServiceSettings):
 
     gpu_classes_are_fixed: bool = True
     """No other GPU can appear later: a job that fits none of them fails at once instead of waiting."""
+    restart_cost_seconds: float = Field(default=5.0, ge=0, le=86_400)
+    """GPU seconds that a move is taken to cost: here no image is fetched and no pod waited for."""
+    stop_cost_seconds: float = Field(default=2.0, ge=0, le=86_400)
+    """How long a stage that is asked to stop is taken to need; a job that ends before it has moved is not moved."""
     trainer_threads: int = Field(default_factory=_usable_cpus, ge=1, le=1024)
     """CPU threads of each stage; part of what makes results repeatable. Default: the CPUs this process may use."""
 

@@ -22,7 +22,7 @@ from orchestrator.api.reasons import ExitCode
 from orchestrator.api.results import StageResult, TrainResult
 from orchestrator.core.commands import DeleteStage, EnsureStage, StopStage, WriteQueueStatus, WriteStatus
 from orchestrator.core.decide import Decider
-from orchestrator.core.job.remaining import MOST_SECONDS, STOP_SECONDS, remaining_seconds
+from orchestrator.core.job.remaining import MOST_SECONDS, remaining_seconds
 from orchestrator.core.scheduling.ordering import queue_specs
 from orchestrator.core.scheduling.turns import turn_length
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
@@ -290,7 +290,7 @@ class Course:
         if stage in self.stopping or stage not in self.job_of:
             return
         self.stopping.add(stage)
-        self._at(self.now + timedelta(seconds=STOP_SECONDS), "stop", stage)
+        self._at(self.now + timedelta(seconds=self.template.policy.stop_cost_seconds), "stop", stage)
 
     def _end(self, stage: str) -> int:
         """The job has made its last step, and holds no GPU any more."""
@@ -310,7 +310,7 @@ class Course:
         self.moves[job.key] += 1
         end, left = self.expected[job.key].end, self.work.get(job.key)
         if end is not None and left is not None:
-            seconds = min(left.seconds, (end - self.now).total_seconds() + STOP_SECONDS)
+            seconds = min(left.seconds, (end - self.now).total_seconds() + self.template.policy.stop_cost_seconds)
             self.work[job.key] = replace(left, seconds=seconds)
         done = TrainResult(step=self._steps_done(job), complete=False, checkpoint_uri=_checkpoint_uri(job))
         self.endless.discard(job.key)

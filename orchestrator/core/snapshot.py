@@ -155,6 +155,8 @@ class Policy:
     """A start counts in fair share for at least so long."""
     restart_cost_seconds: float = 60.0
     """GPU seconds that a move costs on top of the work since the last checkpoint."""
+    stop_cost_seconds: float = 30.0
+    """From being asked to stop until the GPU is free: a checkpoint is written, and the process ends."""
     preemption_cooldown_seconds: float = 60.0
     """A job that was just evicted is not chosen as a victim again for so long after it restarted."""
     history_limit: int = 32

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.core.explain import explain
-from orchestrator.core.forecast import STOP_SECONDS, forecast
+from orchestrator.core.forecast import forecast
 from orchestrator.core.job.remaining import MOST_SPEEDUP, remaining_seconds, surely_remaining_seconds
 from orchestrator.core.scheduling.cycle import schedule
 from tests.builders import (
@@ -59,7 +59,7 @@ def test_a_job_for_which_somebody_makes_way_starts_when_that_one_has_stopped() -
     )
     found = forecast(world)
     urgent = found.jobs["default/urgent"]
-    assert urgent.start == after(STOP_SECONDS)
+    assert urgent.start == after(POLICY.stop_cost_seconds)
     assert found.jobs["default/holder"].start == urgent.end
 
 
@@ -69,11 +69,13 @@ def test_a_job_that_makes_way_later_has_left_what_is_left_then() -> None:
     urgent = make_job("urgent", status=paused, gpu_classes=("24Gi",), priority=100)
     world = snapshot(holder, urgent, stages=(stage(holder, stage_uid="pod"),), gpu_classes=gpus(_24Gi=1))
     found = forecast(world).jobs
-    assert found["default/urgent"].start == after(500 + STOP_SECONDS)
+    assert found["default/urgent"].start == after(500 + POLICY.stop_cost_seconds)
     again, end = found["default/holder"].start, found["default/holder"].end
     assert again is not None
     assert end is not None
-    assert (end - again).total_seconds() == pytest.approx(9000 - 500 + POLICY.restart_cost_seconds, abs=STOP_SECONDS)
+    assert (end - again).total_seconds() == pytest.approx(
+        9000 - 500 + POLICY.restart_cost_seconds, abs=POLICY.stop_cost_seconds
+    )
 
 
 def test_who_has_gone_on_for_hours_is_not_taken_for_stuck_ahead_of_time() -> None:
@@ -102,9 +104,9 @@ def test_turns_end_ahead_of_time_as_they_will() -> None:
     world = snapshot(*jobs, stages=(stage(holder, stage_uid="pod"),), gpu_classes=gpus(_24Gi=1), queues=(queue,))
     found = forecast(world).jobs
     first, second = found["default/first"], found["default/second"]
-    assert first.start == after(600 + STOP_SECONDS)
+    assert first.start == after(600 + POLICY.stop_cost_seconds)
     assert first.end is not None
-    assert second.start == min(first.end, after(600 + 1600 + 2 * STOP_SECONDS))
+    assert second.start == min(first.end, after(600 + 1600 + 2 * POLICY.stop_cost_seconds))
     again, end = found["default/holder"].start, found["default/holder"].end
     assert again is not None
     assert again > second.start

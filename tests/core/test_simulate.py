@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 
-from orchestrator.core.forecast import STOP_SECONDS, Expectation, forecast
+from orchestrator.core.forecast import Expectation, forecast
 from orchestrator.core.job.state_machine import JobState
 from orchestrator.core.simulate import Simulation, simulate
 from orchestrator.core.snapshot import Snapshot
 from tests.builders import (
     LLAMA_3_8B,
     NOW,
+    POLICY,
     after,
     gpus,
     make_attempt,
@@ -83,7 +84,7 @@ def test_a_job_that_is_added_changes_nobody_before_it() -> None:
     assert found.jobs[-1].after.start >= latest
     first = make_job("added", status=ready, gpu_classes=("24Gi",), priority=5)
     told = starts(simulate(present, replace(present, jobs=(*present.jobs, first))))
-    assert told["default/added"] == (None, after(STOP_SECONDS)), "somebody makes way for it"
+    assert told["default/added"] == (None, after(POLICY.stop_cost_seconds)), "somebody makes way for it"
     assert any(became is not None and was is None for job, (was, became) in told.items() if job != "default/added")
 
 

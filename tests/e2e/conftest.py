@@ -23,6 +23,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         backoff_max_seconds=1.0,
         minimum_run_seconds=0.0,
         preemption_cooldown_seconds=0.0,
+        restart_cost_seconds=0.0,
+        stop_cost_seconds=0.0,
         grace_seconds=60,
         trainer_threads=1,
     )

@@ -49,6 +49,8 @@ VALUES = {
             "TRAINER_THREADS": "1",
             "MINIMUM_RUN_SECONDS": "0",
             "PREEMPTION_COOLDOWN_SECONDS": "0",
+            "RESTART_COST_SECONDS": "0",
+            "STOP_COST_SECONDS": "0",
             "PROGRESS_INTERVAL_SECONDS": "2",
         },
     },

@@ -7,8 +7,6 @@ from datetime import datetime
 from orchestrator.api.job import QLoRAJobStatus
 from orchestrator.core.snapshot import Policy
 
-STOP_SECONDS = 30.0
-"""From being asked to stop until the GPU is free: a checkpoint is written, and the process ends."""
 MOST_SPEEDUP = 4.0
 """No job is so much faster than its plan."""
 MOST_SECONDS = 366 * 86_400.0

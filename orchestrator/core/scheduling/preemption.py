@@ -18,7 +18,6 @@ from typing import NamedTuple
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason
-from orchestrator.core.job.remaining import STOP_SECONDS
 from orchestrator.core.scheduling.admission import Held, Ledger, depends_on, granted, serve
 from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
@@ -110,7 +109,7 @@ def lost_seconds(status: QLoRAJobStatus, now: datetime, policy: Policy) -> float
 
 def ends_by_itself(holding: Holding, policy: Policy) -> bool:
     """Whether the job gives its GPU back sooner than a move takes; one that should have ended long ago does not."""
-    left, move = holding.remaining_seconds, policy.restart_cost_seconds + STOP_SECONDS
+    left, move = holding.remaining_seconds, policy.restart_cost_seconds + policy.stop_cost_seconds
     return left is not None and -move < left <= move
 
 
@@ -121,7 +120,7 @@ def turn_to_go(holding: Holding, policy: Policy) -> int:
     if not ends_by_itself(holding, policy):
         return 1
     assert holding.remaining_seconds is not None, "by its trainer it ends by itself"
-    return 0 if holding.remaining_seconds <= STOP_SECONDS else 2
+    return 0 if holding.remaining_seconds <= policy.stop_cost_seconds else 2
 
 
 @dataclass(slots=True)
