@@ -21,6 +21,7 @@ from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orchestrator.api.base import StoreUri
+from orchestrator.api.job import MAX_EVICTIONS
 from orchestrator.api.uris import file_uri
 from orchestrator.core.job.addresses import AddressRules
 from orchestrator.core.snapshot import Policy
@@ -117,6 +118,13 @@ class ServiceSettings(BaseSettings):
     for, and one that ends sooner than stop and restart together is moved by nobody; 0 of both: nobody is waited for."""
     preemption_cooldown_seconds: float = Field(default=60.0, ge=0, le=86_400)
     """A job that was just evicted is not chosen again for so long after it restarted."""
+    max_evictions: int = Field(default=0, ge=0, le=MAX_EVICTIONS)
+    """How often a job that has no `spec.evictionBudget` may be moved for others' sake; 0: without bound."""
+    eviction_window_seconds: float = Field(default=86_400.0, ge=3_600, le=31_536_000)
+    """Only evictions within so long count in that."""
+    eviction_protection_seconds: float = Field(default=3_600.0, ge=0, le=604_800)
+    """A job whose eviction budget is spent keeps a GPU for so long before it may be moved again: whoever has a right to
+    that GPU waits no longer for it. 0: budgets protect nobody."""
     history_limit: int = Field(default=32, ge=1, le=64)
     """Attempts kept in a job's status."""
     usage_half_life_seconds: float = Field(default=604_800.0, ge=3_600, le=315_360_000)

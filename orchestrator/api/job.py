@@ -72,6 +72,8 @@ IMMUTABLE_SPEC_FIELDS = (
 TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
 TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
 MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
+MAX_EVICTIONS = 64
+"""Of an eviction budget: so many are remembered, so that each budget can be kept to the letter."""
 MAX_LABELS = 1024
 MAX_ANNOTATIONS_BYTES = 1 << 18
 """Of keys and values together: the API server's bound."""
@@ -451,6 +453,17 @@ class StoreSpec(Model):
     uri: StoreUri
 
 
+class EvictionBudget(Model):
+    """How often the job may be moved for others' sake: preempted, reclaimed, at the end of its turn. What becomes of
+    nodes, a drained queue and the job's own failures are counted by nothing."""
+
+    max_evictions: int = Field(ge=1, le=MAX_EVICTIONS)
+    """Once it has been moved so often, it is not chosen again before it has run for as long as the service protects
+    it."""
+    window_seconds: int | None = Field(default=None, ge=3_600, le=31_536_000)
+    """Only evictions within so long count; absent: all that there were."""
+
+
 class QLoRAJobSpec(Model):
     """What the user asks for."""
 
@@ -463,6 +476,8 @@ class QLoRAJobSpec(Model):
     queue: DnsLabel = "default"
     priority: int = Field(default=0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     """Higher goes first and may preempt lower."""
+    eviction_budget: EvictionBudget | None = None
+    """Default: the service's."""
     store: StoreSpec | None = None
     """Default: the service's own store."""
     checkpoint: CheckpointSpec = CheckpointSpec()
@@ -610,6 +625,17 @@ class ClassChange(Model):
     to_class: ShortText
 
 
+class EvictionBudgetStatus(Model):
+    """What of the eviction budget is spent."""
+
+    times: Annotated[tuple[Time, ...], Field(max_length=MAX_EVICTIONS)] = ()
+    """When the job was asked to make way for others, the latest of these, oldest first, by the controller's clock."""
+    left: Count | None = None
+    """Evictions before it is protected; absent where it has no budget."""
+    renew_time: Time | None = None
+    """When the next one of them counts no more; absent where none ever does, or there is no budget."""
+
+
 class Setback(Model):
     """A cause that has ended attempts since the last durable progress."""
 
@@ -670,6 +696,8 @@ class QLoRAJobStatus(Model):
     mlflow: MlflowStatus = MlflowStatus()
     evictions: Annotated[dict[ShortText, Count], Field(max_length=16)] = {}
     """Evictions by reason."""
+    eviction_budget: EvictionBudgetStatus | None = None
+    """Absent until the job was moved for others' sake: all of its budget is left then."""
     finish_time: Time | None = None
     release_since: Time | None = None
     """Since when the deleted job waits for MLflow to take the end of its run, and for webhooks to take what is told, by

@@ -153,6 +153,9 @@ class Reason(StrEnum):
         return _RECOVERIES.get(self, Recovery.NONE)
 
 
+VOLUNTARY_EVICTIONS = frozenset({Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED})
+"""Those that the scheduler chooses for another job's sake: they spend a job's eviction budget."""
+
 _RECOVERIES = {
     Reason.PREEMPTED: Recovery.RESUME,
     Reason.QUOTA_RECLAIMED: Recovery.RESUME,

@@ -50,7 +50,7 @@ def show_job(console: Console, job: QLoRAJob, events: Sequence[tuple[str, Event]
     _print_section(console, "Spec", _spec_fields(job))
     _print_section(console, "Data and model", _prepared_fields(job))
     _print_section(console, "Estimate", _estimate_fields(job))
-    _print_section(console, "Progress", _progress_fields(job))
+    _print_section(console, "Progress", _progress_fields(job, now))
     _print_section(console, "Result", _result_fields(job))
     _print_section(console, "Notifications", _told_fields(job))
     said = {status.summary.partition(": ")[2]}
@@ -228,7 +228,7 @@ def _estimate_fields(job: QLoRAJob) -> Iterator[Field]:
     yield "length", length_words(estimate)
 
 
-def _progress_fields(job: QLoRAJob) -> Iterator[Field]:
+def _progress_fields(job: QLoRAJob, now: datetime) -> Iterator[Field]:
     status = job.status
     if status.prepared is not None:
         yield "steps", progress_word(job)
@@ -242,6 +242,10 @@ def _progress_fields(job: QLoRAJob) -> Iterator[Field]:
         yield "warning", progress.warning
     if status.evictions:
         yield "evictions", ", ".join(f"{reason} {count}" for reason, count in status.evictions.items())
+    budget = status.eviction_budget
+    if budget is not None and budget.left is not None:
+        renewed = "" if budget.renew_time is None else f", one more in {since(now, budget.renew_time)}"
+        yield "moves left", f"{budget.left}{renewed}"
     if status.gpu_seconds:
         yield "GPU time", duration(status.gpu_seconds)
 

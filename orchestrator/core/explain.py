@@ -14,6 +14,7 @@ from orchestrator.api.job import QLoRAJob, ResourcesSpec
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Reason, Recovery, Refusal
 from orchestrator.core.forecast import Outlook, outlook
+from orchestrator.core.job.eviction_budget import budget_words, protection_of
 from orchestrator.core.job.setbacks import avoided_classes, counted_failures
 from orchestrator.core.job.state_machine import GPU_STATES, TERMINAL_STATES
 from orchestrator.core.job.status_draft import Draft
@@ -62,6 +63,8 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
         yield from _kept_class(draft, outcome.line[place], snapshot)
         yield from _neighbours(draft, outcome.line[place], snapshot)
     yield from _next(key, outcome)
+    if place is not None:
+        yield from _protected(outcome.line[place], outcome, snapshot)
     if place is not None or draft.state in GPU_STATES:
         yield from _when(outlook(snapshot, key), snapshot.now)
     yield from _history(draft, snapshot.policy)
@@ -216,6 +219,23 @@ def _next(key: str, outcome: Schedule) -> Iterator[str]:
         yield _NOBODY_MAKES_WAY[refusal.reason]
 
 
+def _protected(claim: Claim, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+    """Who might make way for a job that waits, if that were not moved as often as it may be already."""
+    refusal = outcome.refusals.get(claim.key)
+    if refusal is None or refusal.reason is Reason.WAITING_FOR_PREEMPTION:
+        return
+    holders = (d for d in outcome.drafts.values() if any(_holds(d, name) for name in claim.classes))
+    found = [(until, draft) for draft in holders if (until := protection_of(draft, snapshot.policy)) is not None]
+    if found:
+        until, draft = min(found, key=lambda each: (each[0], each[1].job.key))
+        most = budget_words(draft.job.spec, snapshot.policy)
+        others = f", and {len(found) - 1} more are" if len(found) > 1 else ""
+        yield (
+            f"{draft.job.key} may not be moved for {span(until - snapshot.now)}: its eviction budget of {most} is spent"
+            f"{others and others + ' protected so'}."
+        )
+
+
 _NOBODY_MAKES_WAY = {
     Reason.WAITING_FOR_GPU: "Until one comes free only a job of lower priority could make way, and none may.",
     Reason.WAITING_FOR_QUOTA: "No job that would free this quota may be moved.",
@@ -244,6 +264,13 @@ def _history(draft: Draft, policy: Policy) -> Iterator[str]:
     if status.evictions:
         told = ", ".join(f"{count} x {reason}" for reason, count in sorted(status.evictions.items()))
         yield f"It was moved before: {told}."
+    most, spent = budget_words(draft.job.spec, policy), status.eviction_budget
+    if most and spent is not None and spent.left is not None:
+        renewed = f"; one more in {span(spent.renew_time - draft.now)}" if spent.renew_time is not None else ""
+        yield f"Of its eviction budget of {most}, {spent.left} are left{renewed}."
+    until = protection_of(draft, policy)
+    if until is not None:
+        yield f"It is not moved for others' sake for {span(until - draft.now)}."
     for known in status.setbacks:
         if known.reason.recovery is not Recovery.WAIT:
             used = counted_failures(status, known.reason)

@@ -159,6 +159,12 @@ class Policy:
     """From being asked to stop until the GPU is free: a checkpoint is written, and the process ends."""
     preemption_cooldown_seconds: float = 60.0
     """A job that was just evicted is not chosen as a victim again for so long after it restarted."""
+    max_evictions: int = 0
+    """The eviction budget of jobs that name none; 0: they have none."""
+    eviction_window_seconds: float = 86_400.0
+    """Only evictions within so long count in that."""
+    eviction_protection_seconds: float = 3600.0
+    """A job whose eviction budget is spent keeps a GPU for so long before it may be moved again."""
     history_limit: int = 32
     """Attempts kept in a job's status."""
     cpu_stages_limit: int = 4

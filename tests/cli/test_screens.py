@@ -20,7 +20,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from orchestrator.api.job import CheckpointStatus, Condition, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import CheckpointStatus, Condition, EvictionBudgetStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.notification import Notification, NotificationsStatus, Webhook
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import ConditionType, Reason
@@ -129,6 +129,7 @@ SUCCEEDED = make_job(
         ),
         checkpoint=CheckpointStatus(step=400, uri="file:///store/default/medical-es/uid/checkpoints/400", time=NOW),
         evictions={"Preempted": 1},
+        eviction_budget=EvictionBudgetStatus(times=(after(-2050),), left=1, renew_time=after(86_400 - 2050)),
         gpu_seconds=3680.0,
         adapter_uri="file:///home/ada/.local/share/qlora-orchestrator/store/default/medical-es/adapter",
         adapter_digest="sha256:" + "1f2e3d4c" * 8,

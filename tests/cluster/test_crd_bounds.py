@@ -135,6 +135,7 @@ def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> N
     needed: Json = {
         "dataset.evalSplit": {"dataset": {**SPEC["dataset"], "evalSource": "s3://b/e"}},
         "adapter.experts": {"adapter": {"dropout": "0"}},
+        "evictionBudget.windowSeconds": {"evictionBudget": {"maxEvictions": 1}},
         "evaluation.generation.regex": {**HELD_OUT, "evaluation": {"generation": {"metrics": ["regex"]}}},
     }
     if path.startswith("training.objective."):  # the bounds of what only preferences have

@@ -13,7 +13,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.api.job import Attempt, CheckpointStatus, QLoRAJob, QLoRAJobStatus
+from orchestrator.api.job import (
+    Attempt,
+    CheckpointStatus,
+    EvictionBudget,
+    EvictionBudgetStatus,
+    QLoRAJob,
+    QLoRAJobStatus,
+)
 from orchestrator.api.queue import Budget, QLoRAQueue, UserLimits
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Command, DeleteJob, DeleteStage, EnsureStage, WriteQueueStatus, WriteStatus
@@ -45,9 +52,13 @@ POLICY = Policy(
     minimum_run_seconds=30,
     preemption_cooldown_seconds=400,
     usage_half_life_seconds=3_000,
+    max_evictions=2,
+    eviction_window_seconds=4_000,
+    eviction_protection_seconds=500,
 )
 CLASSES = ("24Gi", "48Gi")
 NAMES = ("a", "b", "c")
+EVERY_HOUR = EvictionBudget(max_evictions=1, window_seconds=3_600)
 ENDS = (Reason.TRANSIENT_ERROR, Reason.BROKEN_GPU, Reason.UNSCHEDULABLE, Reason.PREEMPTED)
 
 
@@ -105,12 +116,14 @@ def a_status(seeded: random.Random) -> QLoRAJobStatus:
     checkpoint = CheckpointStatus(
         step=1, uri="file:///c", time=after(-seeded.uniform(0, 300)), attempt=seeded.choice((3, 3, None))
     )
+    moved = sorted(after(-seeded.uniform(0, 6_000)) for _ in range(seeded.choice((0, 0, 1, 2, 3))))
     return prepared_status(
         model,
         attempts=(*before, attempt),
         attempts_total=3,
         checkpoint=seeded.choice((None, checkpoint)),
-        evictions=seeded.choice(({}, {"Preempted": 1})),
+        evictions={"Preempted": len(moved)} if moved else {},
+        eviction_budget=EvictionBudgetStatus(times=tuple(moved)) if moved else None,
     )
 
 
@@ -142,6 +155,7 @@ class Crowd:
             priority=seeded.choice((0, 0, 3, 9)),
             ttl_seconds_after_finished=seeded.choice((None, 100)),
             active_deadline_seconds=seeded.choice((None, None, 1_000)),
+            eviction_budget=seeded.choice((None, EvictionBudget(max_evictions=1), EVERY_HOUR)),
         )
         meta = job.metadata.model_copy(update={"namespace": seeded.choice(("default", "default", "team-b"))})
         job = job.model_copy(update={"metadata": meta})

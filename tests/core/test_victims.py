@@ -17,7 +17,7 @@ from orchestrator.core.scheduling.preemption import (
     Hopeless,
     Running,
     choose_victims,
-    is_cooling_down,
+    is_left_alone,
     move,
     nobody,
     reserve_coming_free,
@@ -66,6 +66,7 @@ def a_world(seeded: random.Random) -> tuple[RankedLine, list[Holding], Ledger]:
             remaining_seconds=seeded.choice((None, -1_000.0, 5.0, 50.0, 500.0)),
             was_evicted=seeded.random() < 0.2,
             turn_is_over=seeded.random() < 0.3,
+            protected_seconds=seeded.choice((0.0, 0.0, 0.0, 7.0)),
         )
         for n, queue in enumerate(held_of)
     ]
@@ -110,7 +111,7 @@ def rank(claim: Claim, line: RankedLine) -> tuple[object, ...]:
 def running(holdings: list[Holding]) -> Running:
     movable = nobody()
     for each in holdings:
-        if not (each.stopping or is_cooling_down(each, POLICY)):
+        if not (each.stopping or is_left_alone(each, POLICY)):
             move(movable, each, 1)
     return Running(movable, lambda name: [each for each in holdings if each.gpu_class == name], POLICY)
 
@@ -188,7 +189,13 @@ def reason_to_move(claim: Claim, holding: Holding, books: Ledger) -> Reason | No
     name = holding.gpu_class
     cools_down = holding.was_evicted and holding.run_seconds < POLICY.preemption_cooldown_seconds
     is_foreign = holding.queue != claim.queue
-    if name not in claim.classes or cools_down or (is_foreign and not books.is_over_guarantee(holding.queue, name)):
+    is_protected = holding.protected_seconds > 0
+    if (
+        name not in claim.classes
+        or cools_down
+        or is_protected
+        or (is_foreign and not books.is_over_guarantee(holding.queue, name))
+    ):
         return None
     may_preempt = books.quotas.queues[claim.queue].preemption == "LowerPriority"
     if may_preempt and holding.priority < claim.priority:

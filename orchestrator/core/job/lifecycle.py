@@ -16,6 +16,7 @@ from orchestrator.core.commands import Event
 from orchestrator.core.job.addresses import refused_address
 from orchestrator.core.job.attempts import request_stop
 from orchestrator.core.job.conditions import Finding, is_said
+from orchestrator.core.job.eviction_budget import with_eviction_budget
 from orchestrator.core.job.finalizer import outstanding, owes_run_its_end
 from orchestrator.core.job.notifications import note_deliveries
 from orchestrator.core.job.progress import between, fold_progress, never_heard, stalled
@@ -48,7 +49,7 @@ CLOCKED = ("created_time", "seen_time", "start_time", "progress_time", "stop_tim
 def reconcile(opened: Draft, snapshot: Snapshot) -> Draft:
     """The job's draft, opened now, after the facts and the user's wishes."""
     draft = noted = _with_clock(_note_run(opened, snapshot), timedelta(seconds=snapshot.clock_step_seconds))
-    draft = _note_promotion(draft, snapshot)
+    draft = with_eviction_budget(_note_promotion(draft, snapshot), snapshot.policy)
     if (
         draft.job.metadata.deletion_timestamp is not None
         and draft.status.release_since is None
@@ -100,6 +101,9 @@ def _with_clock(draft: Draft, step: timedelta) -> Draft:
         attempt.model_copy(update={name: put(getattr(attempt, name)) for name in CLOCKED})
         for attempt in status.attempts
     )
+    if status.eviction_budget is not None:
+        times = tuple(min(time + step, now) for time in status.eviction_budget.times)
+        changes["eviction_budget"] = status.eviction_budget.model_copy(update={"times": times})
     if draft.state not in TERMINAL_STATES:
         changes["retry_after"] = None if status.retry_after is None else status.retry_after + step
     return draft.amend(**changes)
@@ -108,6 +112,8 @@ def _with_clock(draft: Draft, step: timedelta) -> Draft:
 def _clocked(status: QLoRAJobStatus) -> Iterator[datetime | None]:
     """The latest of the times that durations are counted from, and others before them."""
     yield from (status.finish_time, status.release_since)
+    if status.eviction_budget is not None and status.finish_time is None:
+        yield from status.eviction_budget.times
     if status.attempts and status.finish_time is None:
         yield from (getattr(status.attempts[-1], name) for name in CLOCKED)
 

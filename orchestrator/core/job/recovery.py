@@ -12,10 +12,11 @@ from datetime import datetime, timedelta
 
 from orchestrator.api.job import Attempt, MlflowStatus
 from orchestrator.api.plan import Estimate
-from orchestrator.api.reasons import ConditionType, Reason, Recovery, Refusal
+from orchestrator.api.reasons import VOLUNTARY_EVICTIONS, ConditionType, Reason, Recovery, Refusal
 from orchestrator.api.results import PrepareResult, ProgressReport, PublishResult, TrainResult
 from orchestrator.core.commands import Event
 from orchestrator.core.job.conditions import Finding, clip, plan_words
+from orchestrator.core.job.eviction_budget import spend_eviction
 from orchestrator.core.job.outages import hits_others
 from orchestrator.core.job.progress import record_checkpoint
 from orchestrator.core.job.promotion import event_of, finding_of
@@ -196,6 +197,8 @@ def _resume(draft: Draft, attempt: Attempt, verdict: Verdict, snapshot: Snapshot
     asked = attempt.stop_reason is verdict.reason
     apart = attempt.created_time + timedelta(seconds=snapshot.policy.backoff_base_seconds)
     draft = draft.amend(evictions=evictions, retry_after=apart if not asked and apart > draft.now else None)
+    if verdict.reason in VOLUNTARY_EVICTIONS:
+        draft = spend_eviction(draft, attempt.stop_time or draft.now, snapshot.policy)
     return draft.tell(Event(reason=verdict.reason, message=verdict.message))
 
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.api.reasons import Reason
+from orchestrator.core.job.eviction_budget import protected_until
 from orchestrator.core.job.finalizer import outstanding
 from orchestrator.core.job.notifications import gives_up_at
 from orchestrator.core.job.progress import patience_seconds
@@ -31,7 +32,7 @@ def rests_until(draft: Draft, fact: StageFact | None, policy: Policy) -> datetim
     """
     if draft.says_something_new or draft.events or draft.defect:
         return draft.now
-    return min((_own_rest(draft, fact, policy), *gives_up_at(draft, policy)))
+    return min((_own_rest(draft, fact, policy), *gives_up_at(draft, policy), *_renewed(draft)))
 
 
 def _own_rest(draft: Draft, fact: StageFact | None, policy: Policy) -> datetime:
@@ -93,6 +94,13 @@ def _ends(job: QLoRAJob) -> Iterator[datetime]:
         yield finished + timedelta(seconds=ttl_seconds)
 
 
+def _renewed(draft: Draft) -> Iterator[datetime]:
+    """When an eviction counts no more in the budget, of which the status tells."""
+    budget = draft.status.eviction_budget
+    if budget is not None and budget.renew_time is not None and draft.state not in TERMINAL_STATES:
+        yield budget.renew_time
+
+
 def _pause(draft: Draft, policy: Policy) -> Iterator[datetime]:
     """When `is_paused` changes."""
     after = draft.status.retry_after
@@ -118,6 +126,9 @@ def _training(draft: Draft, attempt: Attempt, fact: StageFact, policy: Policy) -
     yield since + timedelta(seconds=policy.minimum_run_seconds)
     yield since + timedelta(seconds=policy.preemption_cooldown_seconds)
     yield attempt.created_time + timedelta(seconds=policy.minimum_run_seconds)
+    protected = protected_until(draft.job.spec, draft.status, policy)
+    if protected is not None:
+        yield protected
     if attempt.start_time is None:
         return
     deadline = draft.job.spec.active_deadline_seconds

@@ -26,6 +26,7 @@ from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
+from orchestrator.core.job.eviction_budget import protected_seconds
 from orchestrator.core.job.finalizer import outstanding
 from orchestrator.core.job.lifecycle import is_ready, reconcile
 from orchestrator.core.job.outages import Cause, hit_by
@@ -53,7 +54,7 @@ from orchestrator.core.scheduling.preemption import (
     EVICTIONS_BY_US,
     Holding,
     Movable,
-    is_cooling_down,
+    is_left_alone,
     lost_seconds,
     move,
     nobody,
@@ -78,7 +79,7 @@ class Entry:
     refusal: Refusal | None
     """Why it is ready to train and has no claim."""
     holding: Holding | None = None
-    cools_down: bool = False
+    left_alone: bool = False
     stints: tuple[Stint, ...] = ()
     """What it has had and has, as far as that is not counted in a queue's status."""
     wanted: tuple[str, ...] = ()
@@ -102,7 +103,7 @@ class Entry:
     @property
     def may_move(self) -> bool:
         """Whether it may be asked to give its GPU back, as far as that is its own affair."""
-        return self.holding is not None and not self.holding.stopping and not self.cools_down
+        return self.holding is not None and not self.holding.stopping and not self.left_alone
 
     def moves_like(self, other: Entry) -> bool:
         """Whether it makes the same of the books: who may be moved for whom."""
@@ -112,7 +113,7 @@ class Entry:
         held = self.holding
         if held is None:
             return None
-        may_move = held.stopping, self.cools_down, held.turn_is_over
+        may_move = held.stopping, self.left_alone, held.turn_is_over
         return held.queue, held.user, held.gpu_class, held.priority, may_move
 
 
@@ -403,7 +404,7 @@ class Index:
             claim=claim if isinstance(claim, Claim) else None,
             refusal=claim if isinstance(claim, Refusal) else None,
             holding=holding,
-            cools_down=holding is not None and is_cooling_down(holding, snapshot.policy),
+            left_alone=holding is not None and is_left_alone(holding, snapshot.policy),
             stints=self.shares.stints(draft, account(job.metadata.namespace, job.spec.queue, self.queues)),
             wanted=tuple(found.key for found in (fact, claimant) if found is not None) if attempt is not None else (),
             is_expired=is_expired(draft) if known is None else known.is_expired,
@@ -593,6 +594,7 @@ def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Sna
         remaining_seconds=surely_remaining_seconds(draft.status, snapshot.policy, now),
         turn_is_over=is_turn_over(draft, queues, snapshot),
         was_evicted=not EVICTIONS_BY_US.isdisjoint(draft.status.evictions),
+        protected_seconds=protected_seconds(job.spec, draft.status, snapshot.policy, now),
     )
 
 

@@ -4,7 +4,8 @@ Choosing changes nothing: asking a victim to stop comes later. A victim has a lo
 queue has more than its guarantee while the claim's has less (reclaim, whatever the priority). What a queue holds within
 its guarantee, its nominal quota, is moved by nobody but its own jobs. Every job takes one GPU, so one victim is always
 enough. GPUs whose stage is already stopping count as coming free, and no new victim is taken while enough of them are.
-Where a queue gives turns (`core/scheduling/turns`), whoever's is over makes way for its equals, too.
+Where a queue gives turns (`core/scheduling/turns`), whoever's is over makes way for its equals, too. Whoever has been
+moved as often as its eviction budget allows (`core/job/eviction_budget`) is nobody's victim for some time.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import NamedTuple
 
 from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
-from orchestrator.api.reasons import Reason
+from orchestrator.api.reasons import VOLUNTARY_EVICTIONS, Reason
 from orchestrator.core.scheduling.admission import Held, Ledger, depends_on, granted, serve
 from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
 Rank = tuple[int, bool, int, float, int, str]
-EVICTIONS_BY_US = frozenset(each.value for each in (Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED))
+EVICTIONS_BY_US = frozenset(each.value for each in VOLUNTARY_EVICTIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class Holding:
     """Until it makes its last step, by its trainer; below zero where it should have; None where it said nothing."""
     was_evicted: bool
     """Whether the job had to make way before."""
+    protected_seconds: float = 0.0
+    """For so long its eviction budget, which is spent, keeps it where it is (`core/job/eviction_budget`)."""
     turn_is_over: bool = False
     """Whether it makes way for jobs of its queue whose priority is no lower."""
 
@@ -278,7 +281,7 @@ class Running:
         if found is None:
             found = self._by_class[gpu_class] = {}
             here = self._holdings(gpu_class)
-            may_move = (each for each in here if not (each.stopping or is_cooling_down(each, self.policy)))
+            may_move = (each for each in here if not (each.stopping or is_left_alone(each, self.policy)))
             for holding in sorted(may_move, key=lambda each: self._rank(each, each.queue, 0)):
                 found.setdefault(holding.queue, []).append(holding)
         return found
@@ -377,6 +380,7 @@ def _makes_room(claim: Claim, queue: str, gpu_class: str, books: Ledger) -> bool
     return books.has_room(claim.queue, gpu_class, borrow=queue == claim.queue, without=queue)
 
 
-def is_cooling_down(holding: Holding, policy: Policy) -> bool:
-    """Whether a job that had to make way lately is left alone."""
-    return holding.was_evicted and holding.run_seconds < policy.preemption_cooldown_seconds
+def is_left_alone(holding: Holding, policy: Policy) -> bool:
+    """Whether a job that had to make way lately, or as often as it may, is no one's to choose."""
+    is_cooling_down = holding.was_evicted and holding.run_seconds < policy.preemption_cooldown_seconds
+    return is_cooling_down or holding.protected_seconds > 0
