@@ -146,12 +146,12 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
             *_compared(("label_smoothing",), "< 0.5", "must be below 0.5"),
             Rule(
                 rule="self.type != 'sft' || double(self.beta) == 0.1",
-                message="beta is of preferences: set type to dpo, or leave beta out",
+                message="beta is of preferences: set type to dpo or orpo, or leave beta out",
                 field="beta",
             ),
             Rule(
-                rule="self.type != 'sft' || double(self.labelSmoothing) == 0.0",
-                message="labelSmoothing is of preferences: set type to dpo, or leave labelSmoothing out",
+                rule="self.type == 'dpo' || double(self.labelSmoothing) == 0.0",
+                message="labelSmoothing is of dpo: set type to dpo, or leave labelSmoothing out",
                 field="labelSmoothing",
             ),
         )
@@ -181,7 +181,7 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         "_webhooks_have_names": (_WEBHOOKS_HAVE_NAMES,),
         "_data_fit_the_objective": (
             Rule(
-                rule="(self.training.objective.type == 'dpo') == (self.dataset.format == 'preference')",
+                rule="(self.training.objective.type != 'sft') == (self.dataset.format == 'preference')",
                 message=OBJECTIVE_RULE,
                 field="training",
             ),

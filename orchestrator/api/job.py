@@ -103,7 +103,8 @@ GENERATION_KNOWS_ANSWERS = (
 GATE_IS_COMPUTED = "tracking.promote.when must name metrics of evaluation.generation.metrics"
 MAX_EPOCHS = 1_000_000
 OBJECTIVE_RULE = (
-    "training.objective.type dpo and dataset.format preference go together: set both, or neither (sft takes the others)"
+    "training.objective.type dpo or orpo and dataset.format preference go together: set both, or neither (sft "
+    "takes the others)"
 )
 WHOLE_ANSWERS_RULE = (
     "dataset.tooLong must be fail or drop for preferences: an answer that is cut is not the one that was judged"
@@ -209,11 +210,13 @@ class DatasetSource(Model):
 class ObjectiveSpec(Model):
     """What training minimises; the defaults are TRL's."""
 
-    type: Literal["sft", "dpo"] = "sft"
+    type: Literal["sft", "dpo", "orpo"] = "sft"
     """`sft` is the cross-entropy of what carries loss; `dpo` prefers chosen to rejected answers (Rafailov et al., 2023)
-    and takes records of the format preference."""
+    and takes records of the format preference; `orpo` takes them too, and teaches the chosen ones beside (Hong et al.,
+    2024)."""
     beta: DecimalString = "0.1"
-    """Of dpo: how much it costs to move away from the model that training begins with."""
+    """Of dpo: how much it costs to move away from the model that training begins with. Of orpo: what preferring weighs
+    beside teaching."""
     label_smoothing: DecimalString = "0"
     """Of dpo: the share of the preferences that is held to be the wrong way round (Mitchell, 2023)."""
 
@@ -224,9 +227,9 @@ class ObjectiveSpec(Model):
         if float(self.label_smoothing) >= 0.5:
             raise ValueError("labelSmoothing must be below 0.5")
         if self.type == "sft" and float(self.beta) != 0.1:
-            raise ValueError("beta is of preferences: set type to dpo, or leave beta out")
-        if self.type == "sft" and float(self.label_smoothing) != 0:
-            raise ValueError("labelSmoothing is of preferences: set type to dpo, or leave labelSmoothing out")
+            raise ValueError("beta is of preferences: set type to dpo or orpo, or leave beta out")
+        if self.type != "dpo" and float(self.label_smoothing) != 0:
+            raise ValueError("labelSmoothing is of dpo: set type to dpo, or leave labelSmoothing out")
         return self
 
 
@@ -525,7 +528,7 @@ class QLoRAJobSpec(Model):
     @model_validator(mode="after")
     def _data_fit_the_objective(self) -> QLoRAJobSpec:
         pairs = self.dataset.format == "preference"
-        if (self.training.objective.type == "dpo") != pairs:
+        if (self.training.objective.type != "sft") != pairs:
             raise ValueError(OBJECTIVE_RULE)
         if pairs and self.dataset.too_long == "truncate":
             raise ValueError(WHOLE_ANSWERS_RULE)

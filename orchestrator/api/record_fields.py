@@ -42,8 +42,8 @@ REQUIRED_FIELDS: Mapping[Format, frozenset[str]] = {
 MASK_FIELDS = ("weight", "train", "training", "loss")
 """How OpenAI, axolotl (the two in the middle) and ms-swift say whether an assistant's turn carries loss: 0 or 1."""
 PREFERENCE_REFUSAL = (
-    "preferences are trained with spec.dataset.format: preference and spec.training.objective.type: dpo; set both, or "
-    "remove the field to train on the others"
+    "preferences are trained with spec.dataset.format: preference and spec.training.objective.type: dpo or orpo; set "
+    "both, or remove the field to train on the others"
 )
 
 

@@ -163,6 +163,7 @@ class StepTime:
         self._first_share = 0.0
         if spec.training.objective.type != "sft":
             self._record_tokens /= 2
+        if spec.training.objective.type == "dpo":
             self._first_share = _first_share(spec.training, work)
 
     @property

@@ -251,6 +251,9 @@ def test_a_job_gets_the_same_verdict_from_both(api: KubeApi, path: str, value: o
         ({"trainOn": "all"}, {}, False),
         ({"format": "messages"}, {}, False),
         ({}, {"type": "sft"}, False),
+        ({}, {"type": "orpo", "beta": "0.2"}, True),
+        ({}, {"type": "orpo", "labelSmoothing": "0.2"}, False),
+        ({"format": "messages"}, {"type": "orpo"}, False),
     ],
 )
 def test_a_job_of_preferences_gets_the_same_verdict_from_both(

@@ -275,14 +275,24 @@ MISMATCHED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "cut answers": ({"format": "preference", "tooLong": "truncate"}, DPO, "an answer that is cut"),
     "all tokens": ({"format": "preference", "trainOn": "all"}, DPO, "their answers alone"),
     "beta of sft": ({}, {"objective": {"beta": "0.2"}}, "beta is of preferences"),
-    "smoothing of sft": ({}, {"objective": {"labelSmoothing": "0.1"}}, "labelSmoothing is of preferences"),
+    "smoothing of sft": ({}, {"objective": {"labelSmoothing": "0.1"}}, "labelSmoothing is of dpo"),
+    "smoothing of orpo": (
+        {"format": "preference"},
+        {"objective": {"type": "orpo", "labelSmoothing": "0.1"}},
+        "labelSmoothing is of dpo",
+    ),
+    "orpo with messages": (
+        {"format": "messages"},
+        {"objective": {"type": "orpo"}},
+        "go together: set both, or neither",
+    ),
     "no beta": ({"format": "preference"}, {"objective": {"type": "dpo", "beta": "0"}}, "beta must be above 0"),
     "half the labels": (
         {"format": "preference"},
         {"objective": {"type": "dpo", "labelSmoothing": "0.5"}},
         "labelSmoothing must be below 0.5",
     ),
-    "another": ({"format": "preference"}, {"objective": {"type": "orpo"}}, "Input should be 'sft' or 'dpo'"),
+    "another": ({"format": "preference"}, {"objective": {"type": "kto"}}, "Input should be 'sft', 'dpo' or 'orpo'"),
 }
 
 

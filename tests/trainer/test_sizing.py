@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.cuda_graphs import CudaGraphs
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
-from qlora_trainer.training.objectives.dpo import DirectPreference
+from qlora_trainer.training.objectives.objective import objective_of
 from qlora_trainer.training.optimizer import AdapterOptimizer
 from tiny_model import EXPERTS, tiny_model
 from torch import Tensor
@@ -176,9 +176,11 @@ def assert_all_is_counted(
         pytest.param("gemma3_text", "0.05", 3, 2, 8192, id="norms at both ends, dropout, accumulated"),
     ],
 )
+@pytest.mark.parametrize("kind", ["dpo", "orpo"])
 def test_every_tensor_of_a_step_on_preferences_is_counted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    kind: Literal["dpo", "orpo"],
     model_type: str,
     dropout: str,
     recompute: int,
@@ -199,8 +201,8 @@ def test_every_tensor_of_a_step_on_preferences_is_counted(
     half = list(range(TOKENS // 2))
     row = {name: [*half, *half] for name in ("input_ids", "labels", "position_ids")}
     rows = PreparedRows(write_rows([row] * accumulation, tmp_path / "train.parquet"))
-    objective = ObjectiveSpec(type="dpo")
-    preferences = DirectPreference(objective, model, rows, None, {})
+    objective = ObjectiveSpec(type=kind)
+    preferences = objective_of(objective, model, rows, None, None)
     batches = list(micro_batches(rows, range(accumulation), 1))
     model.loss(batches[0], divisor=1.0).detach()  # the adapters' stacked matrices are found once
     with Traced() as traced:  # each pair is new, so that the reference is asked as well

@@ -35,7 +35,8 @@ MAX_DIGEST_CHARACTERS = 36
 """MLflow's bound on the digest of a data set."""
 RECIPE = ("model", "dataset", "adapter", "training", "evaluation")
 """The sections of a spec that say what is trained; the others say where and when."""
-OF_PREFERENCES = ("training.objective.beta", "training.objective.labelSmoothing")
+OF_PREFERENCES = {"training.objective.beta": ("dpo", "orpo"), "training.objective.labelSmoothing": ("dpo",)}
+"""Of which objectives a field is."""
 OF_HUB_DATA = ("dataset.split", "dataset.evalSplit", "dataset.config")
 
 
@@ -75,7 +76,7 @@ def _is_idle(name: str, task: StageTask) -> bool:
     if name == "dataset.evalFraction":
         return spec.dataset.eval_source is not None
     if name in OF_PREFERENCES:
-        return spec.training.objective.type == "sft"
+        return spec.training.objective.type not in OF_PREFERENCES[name]
     if name == "dataset.trainOn":
         return spec.dataset.format == "preference"
     if name in OF_HUB_DATA:

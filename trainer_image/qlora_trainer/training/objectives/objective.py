@@ -17,6 +17,7 @@ from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.storage.tensors import Tensors
 from qlora_trainer.training.objectives.dpo import DirectPreference
+from qlora_trainer.training.objectives.orpo import OddsRatio
 from qlora_trainer.training.objectives.sft import CrossEntropy
 
 
@@ -58,4 +59,6 @@ def objective_of(
     """The job's objective, with the `memory` of the attempt that it resumes."""
     if spec.type == "sft":
         return CrossEntropy(model)
+    if spec.type == "orpo":
+        return OddsRatio(spec, model)
     return DirectPreference(spec, model, train_rows, eval_rows, memory or {})
