@@ -28,9 +28,12 @@ from orchestrator.api.job import (
     GATE_IS_COMPUTED,
     GENERATION_HOLDS_OUT,
     GENERATION_KNOWS_ANSWERS,
+    HELD_OUT_METRICS,
     IMMUTABLE_SPEC_FIELDS,
     MAX_CHAT_TEMPLATE_BYTES,
     MAX_EPOCHS,
+    METRIC_HOLDS_OUT,
+    METRIC_IS_SHOWN,
     OBJECTIVE_RULE,
     ONE_ANSWER_RULE,
     TRAINING_FIELDS_ABOVE_ZERO,
@@ -89,6 +92,8 @@ _WEBHOOKS_HAVE_NAMES = Rule(
     message=WEBHOOKS_HAVE_NAMES,
     field="notifications",
 )
+
+_HOLDS_OUT = "has(self.dataset.evalSource) || double(self.dataset.evalFraction) > 0.0"
 
 RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
     DatasetSource: {
@@ -201,10 +206,25 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 field="evaluation.generation",
             ),
         ),
+        "_metric_is_shown": (
+            Rule(
+                rule=" && ".join(
+                    f"(self.training.objective.type != '{objective}' || self.evaluation.metric in {list(metrics)})"
+                    for objective, metrics in HELD_OUT_METRICS.items()
+                ),
+                message=METRIC_IS_SHOWN,
+                field="evaluation.metric",
+            ),
+            Rule(
+                rule="(self.evaluation.metric == 'loss' && !self.evaluation.keepBest"
+                f" && self.evaluation.earlyStoppingPatience == 0) || {_HOLDS_OUT}",
+                message=METRIC_HOLDS_OUT,
+                field="evaluation",
+            ),
+        ),
         "_prompts_can_be_asked": (
             Rule(
-                rule="!has(self.evaluation.generation) || has(self.dataset.evalSource)"
-                " || double(self.dataset.evalFraction) > 0.0",
+                rule=f"!has(self.evaluation.generation) || {_HOLDS_OUT}",
                 message=GENERATION_HOLDS_OUT,
                 field="evaluation.generation",
             ),

@@ -243,6 +243,10 @@ class JournalRecord(Model):
     """What is not finite is left out: neither JSON nor MLflow's store has a word for it."""
 
 
+TRAINED, EVALUATED = "train", "eval"
+"""What an objective's figures have before the slash."""
+
+
 class Metric(StrEnum):
     """Names of metrics in the journal and in MLflow; the part before the slash groups them in its UI."""
 

@@ -8,6 +8,7 @@ which is what the trainer and CEL make of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 from uuid import uuid4
 
@@ -65,6 +66,9 @@ IMMUTABLE_SPEC_FIELDS = (
     "adapter",
     "training",
     "store",
+    "evaluation.metric",
+    "evaluation.mode",
+    "evaluation.keepBest",
     "evaluation.generation",
     "tracking",
     "publish",
@@ -99,6 +103,44 @@ CHAT_TEMPLATE_PATTERN = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
 GENERATION_HOLDS_OUT = "evaluation.generation asks held-out records: set dataset.evalSource or dataset.evalFraction"
 GENERATION_KNOWS_ANSWERS = (
     "evaluation.generation has to know where an answer begins: dataset.trainOn must not be all, nor dataset.format text"
+)
+HeldOutMetric = Literal[
+    "loss",
+    "perplexity",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+    "log_odds_ratio",
+    "log_odds_chosen",
+]
+_OF_PAIRS: tuple[HeldOutMetric, ...] = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+HELD_OUT_METRICS: Mapping[Literal["sft", "dpo", "orpo"], tuple[HeldOutMetric, ...]] = {
+    "sft": ("loss", "perplexity"),
+    "dpo": _OF_PAIRS,
+    "orpo": (*_OF_PAIRS, "nll_loss", "log_odds_ratio", "log_odds_chosen"),
+}
+"""What an evaluation shows of each objective, behind `eval/`."""
+LOWER_IS_BETTER: frozenset[HeldOutMetric] = frozenset(
+    {"loss", "perplexity", "nll_loss", "rewards/rejected", "logps/rejected"}
+)
+METRIC_IS_SHOWN = "evaluation.metric must be one that evaluations of this objective show: " + "; ".join(
+    f"of {objective} {', '.join(metrics)}" for objective, metrics in HELD_OUT_METRICS.items()
+)
+METRIC_HOLDS_OUT = (
+    "evaluation.metric, keepBest and earlyStoppingPatience go by held-out records: set dataset.evalSource or "
+    "dataset.evalFraction"
 )
 GATE_IS_COMPUTED = "tracking.promote.when must name metrics of evaluation.generation.metrics"
 MAX_EPOCHS = 1_000_000
@@ -195,6 +237,11 @@ class DatasetSource(Model):
     """The split of evalSource where that is a datasets id; default: split."""
     config: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
     """The configuration of a datasets id that has several, of evalSource too."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some records are for evaluation alone."""
+        return self.eval_source is not None or float(self.eval_fraction) > 0
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DatasetSource:
@@ -331,12 +378,30 @@ class EvaluationSpec(Model):
     """Held-out evaluation; runs only where the dataset holds something out, and always once at the end."""
 
     every_steps: int = Field(default=100, ge=1, le=1_000_000)
+    metric: HeldOutMetric = "loss"
+    """What early stopping and keepBest go by, as evaluations show it behind `eval/`: perplexity is of sft, rewards and
+    logps are of dpo and orpo, the rest of orpo."""
+    mode: Literal["min", "max"] | None = None
+    """Whether a lower or a higher metric is better. Default: min of losses, perplexity and what is
+    rejected, max of the others."""
     early_stopping_patience: int = Field(default=0, ge=0, le=1000)
-    """Stop after so many evaluations without a better loss; 0 never stops early."""
+    """Stop after so many evaluations in a row without a better metric; 0 never stops early."""
+    early_stopping_min_delta: DecimalString = "0"
+    """For early stopping, only what is better than the best before by more than this is better."""
     keep_best: bool = False
     """End with the adapter of the best evaluation instead of the last step's."""
     generation: GenerationSpec | None = None
-    """Also answer held-out prompts; costs the GPU the time that the estimate tells."""
+    """Also answer held-out prompts when training is over; costs the GPU the time that the estimate tells."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of the metric that decides."""
+        return self.metric in LOWER_IS_BETTER if self.mode is None else self.mode == "min"
+
+    @property
+    def compares(self) -> bool:
+        """Whether something follows from which evaluation was the best."""
+        return self.metric != "loss" or self.keep_best or self.early_stopping_patience > 0
 
 
 class GateRule(Model):
@@ -519,10 +584,18 @@ class QLoRAJobSpec(Model):
     def _prompts_can_be_asked(self) -> QLoRAJobSpec:
         if self.evaluation.generation is None:
             return self
-        if self.dataset.eval_source is None and float(self.dataset.eval_fraction) == 0:
+        if not self.dataset.holds_out:
             raise ValueError(GENERATION_HOLDS_OUT)
         if self.dataset.train_on == "all" or self.dataset.format == "text":
             raise ValueError(GENERATION_KNOWS_ANSWERS)
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_shown(self) -> QLoRAJobSpec:
+        if self.evaluation.metric not in HELD_OUT_METRICS[self.training.objective.type]:
+            raise ValueError(METRIC_IS_SHOWN)
+        if self.evaluation.compares and not self.dataset.holds_out:
+            raise ValueError(METRIC_HOLDS_OUT)
         return self
 
     @model_validator(mode="after")

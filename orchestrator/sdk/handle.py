@@ -274,7 +274,7 @@ class JobHandle:
         status = job.status
         assert status.adapter_uri is not None, "a succeeded job has an adapter"
         records = _journal(status.adapter_uri)
-        found = losses(records, keep_best=job.spec.evaluation.keep_best)
+        found = losses(records, job.spec.evaluation)
         return JobResult(
             adapter_uri=status.adapter_uri,
             adapter_digest=status.adapter_digest,

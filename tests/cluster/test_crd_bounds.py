@@ -136,12 +136,14 @@ def test_every_bound_of_a_job_is_the_same_for_both(api: KubeApi, path: str) -> N
         "dataset.evalSplit": {"dataset": {**SPEC["dataset"], "evalSource": "s3://b/e"}},
         "adapter.experts": {"adapter": {"dropout": "0"}},
         "evictionBudget.windowSeconds": {"evictionBudget": {"maxEvictions": 1}},
-        "evaluation.generation.regex": {**HELD_OUT, "evaluation": {"generation": {"metrics": ["regex"]}}},
+        "evaluation.generation.regex": {"evaluation": {"generation": {"metrics": ["regex"]}}, "tracking": {}},
     }
+    if path.startswith("evaluation."):
+        needed.setdefault(path, HELD_OUT)
     if path.startswith("training.objective."):  # the bounds of what only preferences have
         needed[path] = preferences()
     if path.startswith(("evaluation.generation.", "tracking.promote.")):
-        needed.setdefault(path, {**HELD_OUT, **GATED})
+        needed[path] = {**HELD_OUT, **GATED, **needed.get(path, {})}
     agree_on_all(api, QLoRAJob, {**SPEC, **needed.get(path, {})}, path, JOB_FIELDS[path])
 
 
@@ -186,6 +188,8 @@ def answer_rule_breakers() -> Iterator[Json]:
     yield {**HELD_OUT, "evaluation": {"generation": {"metrics": ["f1", "f1"]}}}
     yield {**HELD_OUT, "evaluation": {"generation": {"regex": "a"}}}
     yield {"tracking": GATED["tracking"]}
+    yield {**HELD_OUT, "evaluation": {"metric": "rewards/margins"}}
+    yield {"evaluation": {"keepBest": True}}
     for promote in (
         {"alias": "candidate", "when": [GATE]},
         {"alias": "v1", "when": [GATE]},

@@ -127,6 +127,8 @@ JOB_CASES: list[tuple[str, object, bool]] = [
     ("checkpoint.keep", 101, False),
     ("evaluation.earlyStoppingPatience", 0, True),
     ("evaluation.everySteps", 0, False),
+    ("evaluation.earlyStoppingPatience", 1, False),  # nothing is held out
+    ("evaluation.mode", "min", True),
     ("evaluation.generation", {}, False),
     ("evaluation.generation.metrics", ["accuracy"], False),
     ("tracking.alias", "champion", True),
@@ -299,6 +301,9 @@ CHANGES = {
     "adapter": {"rank": 8},
     "training": {"seed": 7},
     "store": {"uri": "s3://elsewhere/x"},
+    "evaluation.metric": "perplexity",
+    "evaluation.mode": "max",
+    "evaluation.keepBest": True,
     "evaluation.generation": {"prompts": 3},
     "tracking": {"experiment": "other"},
     "publish": {"formats": ["merged"]},

@@ -20,7 +20,6 @@ import torch
 from peft_fields import known_fields
 from qlora_trainer.outcome import FencedError, Transient
 from qlora_trainer.storage.checkpoint import (
-    BestEvaluation,
     Checkpointer,
     Provenance,
     Snapshot,
@@ -57,11 +56,7 @@ def make_checkpointer(store: JobStore, *, attempt: int = 1, prepared: str = DIGE
 def make_snapshot(step: int, *, best: bool = False) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     return Snapshot(
-        state=TrainingState(
-            step=step,
-            best=BestEvaluation(step=1, loss=1 / 3) if best else None,
-            evaluations_without_gain=2,
-        ),
+        state=TrainingState(step=step),
         adapter={
             "b.lora_A.weight": torch.randn(4, 8, generator=generator).to(torch.bfloat16),
             "a.lora_B.weight": torch.randn(8, 4, generator=generator),
@@ -134,11 +129,7 @@ def test_nothing_is_pickled_and_the_files_are_the_documented_ones(store: JobStor
         "optimizer.safetensors",
         "state.json",
     ]
-    assert json.loads((folder / "state.json").read_bytes()) == {
-        "step": 3,
-        "best": {"step": 1, "loss": 1 / 3},
-        "evaluations_without_gain": 2,
-    }
+    assert json.loads((folder / "state.json").read_bytes()) == {"step": 3}
     assert set(load_file(folder / "adapter_model.safetensors")) == {"a.lora_B.weight", "b.lora_A.weight"}
 
 

@@ -11,15 +11,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from qlora_trainer import train
 from qlora_trainer.outcome import Preempted
+from qlora_trainer.storage.checkpoint import Checkpointer, Provenance
+from qlora_trainer.storage.job_store import JobStore
 from qlora_trainer.storage.journal import Journal
-from toy_job import digest_of_adapter, make_task
+from toy_job import DIGEST, digest_of_adapter, make_task
 
+from orchestrator.api.formats import JournalRecord
 from orchestrator.api.results import TrainResult
 from orchestrator.api.task import StageTask
 
@@ -53,18 +57,18 @@ JOBS: dict[str, dict[str, Any]] = {
         "dataset": {"format": "preference"},
         "adapter": {"dropout": "0.2"},
         "training": {"objective": {"type": "dpo", "beta": "0.3", "label_smoothing": "0.1"}},
-        "evaluation": {"every_steps": 4, "keep_best": True},
+        "evaluation": {"every_steps": 4, "keep_best": True, "metric": "rewards/margins"},
     },
     "a mixture of experts": {"family": "qwen2_moe", "training": {"optimizer": "paged_adamw_8bit"}},
 }
 
 
-class StopAtStep(logging.Handler):
-    """Sends this process a SIGTERM when the loop says that a step is done."""
+class StopAt(logging.Handler):
+    """Sends this process a SIGTERM when the loop says something that begins so."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__()
-        self._message = f"step {step} of "
+        self._message = message
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith(self._message):
@@ -72,9 +76,9 @@ class StopAtStep(logging.Handler):
 
 
 @contextmanager
-def stopping_at(step: int) -> Iterator[None]:
+def stopping_at(message: str) -> Iterator[None]:
     loop = logging.getLogger("qlora_trainer.training.loop")
-    handler, level = StopAtStep(step), loop.level
+    handler, level = StopAt(message), loop.level
     loop.addHandler(handler)
     loop.setLevel(logging.INFO)
     try:
@@ -85,7 +89,7 @@ def stopping_at(step: int) -> Iterator[None]:
 
 
 def run_until(task: StageTask, step: int) -> TrainResult:
-    with stopping_at(step), pytest.raises(Preempted) as caught:
+    with stopping_at(f"step {step} of "), pytest.raises(Preempted) as caught:
         train.run(task)
     assert caught.value.result is not None
     return caught.value.result
@@ -114,6 +118,41 @@ def test_stopped_four_times_it_ends_as_if_nothing_had_happened(tmp_path: Path, n
     assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
     assert resumed.adapter_digest == expected.adapter_digest
     assert (resumed.eval_loss, resumed.train_loss) == (expected.eval_loss, expected.train_loss)
+
+
+EARLY: dict[str, Any] = {
+    "steps": 30,
+    # Overshoots, and never calms down.
+    "training": {"learning_rate": "3", "scheduler": "constant", "max_grad_norm": "10"},
+    "evaluation": {"every_steps": 1, "early_stopping_patience": 3, "metric": "perplexity", "keep_best": True},
+}
+
+
+def test_stopped_it_ends_early_at_the_same_step_with_the_same_adapter(tmp_path: Path) -> None:
+    stores = [tmp_path / name for name in ("undisturbed", "stopped")]
+    expected = train.run(make_task(stores[0], **EARLY))
+    assert expected.step < EARLY["steps"]
+    best = expected.step - EARLY["evaluation"]["early_stopping_patience"]
+    for attempt, step in enumerate((best, best + 1, expected.step), start=1):
+        run_until(make_task(stores[1], attempt=attempt, **EARLY), step)
+    assert train.run(make_task(stores[1], attempt=4, **EARLY)).step == expected.step
+    assert digest_of_adapter(stores[1]) == digest_of_adapter(stores[0])
+    assert losses(stores[1]) == losses(stores[0])
+
+
+def test_an_attempt_that_was_stopped_right_after_the_best_evaluation_ends_with_the_last_adapter(tmp_path: Path) -> None:
+    """Unless the job asks for the best: no step boundary comes between an evaluation and the step after it."""
+    stores = [tmp_path / name for name in ("undisturbed", "stopped")]
+    train.run(make_task(stores[0], steps=4))
+    run_until(task := make_task(stores[1], steps=4), 2)
+    provenance = Provenance(attempt=1, prepared=DIGEST, adapter_config={}, versions={})
+    checkpointer = Checkpointer(JobStore(task.store_uri), provenance, keep=2)
+    snapshot = checkpointer.latest()
+    assert snapshot is not None
+    evaluation = JournalRecord(step=2, time_ms=1, metrics={"eval/loss": 1e-3})
+    checkpointer.save(replace(snapshot, journal=[*snapshot.journal, evaluation]), wait=True)
+    train.run(make_task(stores[1], steps=4, attempt=2))
+    assert digest_of_adapter(stores[1]) == digest_of_adapter(stores[0])
 
 
 def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def _finished(store: JobStore, task: StageTask, prepared: PrepareResult) -> Trai
         complete=True,
         adapter_uri=store.folder_uri(ADAPTER_FOLDER),
         adapter_digest=adapter.digest,
-        **asdict(losses(adapter.journal, keep_best=task.spec.evaluation.keep_best)),
+        **asdict(losses(adapter.journal, task.spec.evaluation)),
     )
 
 

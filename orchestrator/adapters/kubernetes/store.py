@@ -18,6 +18,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from operator import attrgetter
 
+from pydantic.alias_generators import to_snake
+
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.events import Recorder
 from orchestrator.adapters.kubernetes.objects import Parser, job_wire, metadata_wire, queue_status_wire, status_wire
@@ -335,7 +337,7 @@ def _changes(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, 
 def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
     """The API server checks the same; here the field is named in the same words as everywhere."""
     for field in IMMUTABLE_SPEC_FIELDS:
-        value_of = attrgetter(field)
+        value_of = attrgetter(to_snake(field))
         if value_of(stored.spec) != value_of(wanted.spec):
             raise InvalidObject(
                 f"spec.{field} of job {wanted.key} cannot be changed, because the work done so far depends on it; "

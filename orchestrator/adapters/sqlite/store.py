@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
+from pydantic.alias_generators import to_snake
 
 from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus, new_uid
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
@@ -402,7 +403,7 @@ def _at_rest(job: QLoRAJob) -> bool:
 
 def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
     for field in IMMUTABLE_SPEC_FIELDS:
-        value_of = attrgetter(field)
+        value_of = attrgetter(to_snake(field))
         if value_of(stored.spec) != value_of(wanted.spec):
             raise InvalidObject(
                 f"spec.{field} of job {stored.key} cannot be changed, because the work done so far depends on it; "

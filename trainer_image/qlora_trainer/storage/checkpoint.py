@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from hashlib import file_digest
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 from orchestrator.api.base import MAX_COUNT, Digest
 from orchestrator.api.contained_files import open_regular
@@ -63,49 +63,27 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BestEvaluation:
-    """The lowest held-out loss so far, and the step whose adapter had it."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
     """All of the training state that is neither a tensor nor in the journal; the rest follows from the step."""
 
     step: int
     """Optimizer steps that are done."""
-    best: BestEvaluation | None = None
-    evaluations_without_gain: int = 0
-    """Held-out losses since `best` that were not lower; early stopping counts them."""
 
     def to_bytes(self) -> bytes:
-        """JSON; Python writes every float so that it reads back exactly."""
+        """JSON."""
         return json.dumps(asdict(self), sort_keys=True).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TrainingState:
         """The state behind `to_bytes`; other fields are passed over. Raises KeyError, TypeError or ValueError."""
         fields: Any = read_json(data)
-        best = fields["best"]
-        return cls(
-            step=_count(fields["step"]),
-            best=None if best is None else BestEvaluation(step=_count(best["step"]), loss=_figure(best["loss"])),
-            evaluations_without_gain=_count(fields["evaluations_without_gain"]),
-        )
+        return cls(step=_count(fields["step"]))
 
 
 def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value <= MAX_COUNT:
         raise ValueError(f"{STATE_NAME} has {value!r:.40} where a count belongs")
     return value
-
-
-def _figure(value: object) -> float:
-    if type(value) not in (int, float):
-        raise ValueError(f"{STATE_NAME} has {value!r:.40} where a figure belongs")
-    return float(cast(float, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +97,8 @@ class Snapshot:
     """Flat: `<parameter>.<state>`."""
     journal: Sequence[JournalRecord]
     best_adapter: Tensors | None = None
-    """The adapter of `state.best` where that is an earlier step's. Never changed after it was taken, so not copied."""
+    """The adapter of the best evaluation where that is an earlier step's. Never changed after it was taken, so not
+    copied."""
     objective: Tensors | None = None
     """What the objective remembers, where it does."""
 

@@ -90,7 +90,7 @@ def without_front_matter(card: str) -> str:
 
 def results(task: StageTask, adapter: FinalAdapter) -> str:
     """Losses before and after, from the journal."""
-    found = losses(adapter.journal, keep_best=task.spec.evaluation.keep_best)
+    found = losses(adapter.journal, task.spec.evaluation)
     rows = {
         _before(task): found.eval_loss_before,
         "held-out loss with the adapter": found.eval_loss,

@@ -30,8 +30,8 @@ def evaluate(
     data: PreparedRows,
     micro_batch_size: int,
     between: Callable[[], None],
-) -> list[float]:
-    """The objective's figures over all held-out data; `between` is called after every micro-batch."""
+) -> dict[str, float]:
+    """The objective's figures over all held-out data, by name; `between` is called after every micro-batch."""
     rows = range(len(data))
     count = objective.count(data, rows)
     model.eval()
@@ -40,4 +40,4 @@ def evaluate(
     for batch in micro_batches(data, rows, micro_batch_size):
         totals = [total + float(found) for total, found in zip(totals, objective.measure(batch).cpu(), strict=True)]
         between()
-    return [total / count for total in totals]
+    return objective.held_out([total / count for total in totals])

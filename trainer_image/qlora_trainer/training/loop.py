@@ -19,15 +19,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
 
-from orchestrator.api.formats import Metric
-from orchestrator.api.losses import losses
+from orchestrator.api.formats import EVALUATED, TRAINED, JournalRecord, Metric
+from orchestrator.api.losses import Standing, losses
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import TrainResult
 from orchestrator.api.task import StageTask
@@ -36,7 +36,6 @@ from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import DivergedError, Preempted
 from qlora_trainer.storage.checkpoint import (
-    BestEvaluation,
     Checkpointer,
     OnItsWay,
     Snapshot,
@@ -65,13 +64,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class Position:
-    """Where training is: all of its state that is neither in the model nor in the optimizer nor in the journal."""
+    """Where training is, beside model, optimizer and journal."""
 
     step: int = 0
-    best: BestEvaluation | None = None
+    standing: Standing = field(default_factory=Standing)
     best_adapter: dict[str, Tensor] | None = None
-    """Copied to the host; kept where the job ends with its best adapter."""
-    evaluations_without_gain: int = 0
+    """Of `standing.best_step`, copied to the host; kept where the job ends with its best adapter."""
 
 
 class Loop:
@@ -141,9 +139,16 @@ class Loop:
                 pass
 
     def _done(self) -> bool:
-        patience = self._spec.evaluation.early_stopping_patience
-        if 0 < patience <= self._position.evaluations_without_gain:
-            log.info("stopped early at step %d: %d evaluations without a better loss", self._position.step, patience)
+        spec, standing = self._spec.evaluation, self._position.standing
+        if 0 < spec.early_stopping_patience <= standing.without_gain:
+            log.info(
+                "stopped early at step %d: %d evaluations without a better %s; the best was %s, after step %s",
+                self._position.step,
+                standing.without_gain,
+                spec.metric,
+                standing.best,
+                standing.best_step,
+            )
             return True
         return self._position.step >= self.steps
 
@@ -191,7 +196,7 @@ class Loop:
     ) -> None:
         """Bring position and journal up to the adapter."""
         metrics: dict[str, float] = {
-            **self._named("train", figures),
+            **{f"{TRAINED}/{name}": figure for name, figure in zip(self._objective.figures, figures, strict=True)},
             Metric.LEARNING_RATE: self._learning_rate(),
             Metric.GRADIENT_NORM: norm,
             Metric.TOKENS_PER_SECOND: sum(batch.tokens for batch in batches) / seconds,
@@ -202,10 +207,6 @@ class Loop:
         self._stall_seconds = 0.0
         self._position.step += 1
         self.journal.record(self._position.step, metrics)
-
-    def _named(self, group: str, figures: Sequence[float]) -> dict[str, float]:
-        """The objective's figures under their names in the journal; the loss is `Metric`'s."""
-        return {f"{group}/{name}": figure for name, figure in zip(self._objective.figures, figures, strict=True)}
 
     def _learning_rate(self) -> float:
         return learning_rate(self._position.step, self.steps, self._spec.training)
@@ -235,25 +236,20 @@ class Loop:
             self._plan.micro_batch_size,
             between=self._stop_if_asked,
         )
-        loss = figures[0]
+        loss = figures["loss"]
         self.clock.close()
         if not math.isfinite(loss):
             raise self._divergence(f"the held-out loss after step {step} is {loss}")
         with self._lock:
-            self.journal.record(step, self._named("eval", figures))
-            if step > 0:  # what training begins with is to be beaten, and is no result
-                self._judge(step, loss)
+            self._judge(self.journal.record(step, {f"{EVALUATED}/{name}": value for name, value in figures.items()}))
         log.info("held-out loss after step %d: %.4f", step, loss)
         self.report("training")
 
-    def _judge(self, step: int, loss: float) -> None:
-        if self._position.best is None or loss < self._position.best.loss:
-            self._position.best = BestEvaluation(step=step, loss=loss)
-            self._position.evaluations_without_gain = 0
-            if self._spec.evaluation.keep_best:
-                self._position.best_adapter = on_host(self._model.adapter())
-        else:
-            self._position.evaluations_without_gain += 1
+    def _judge(self, evaluation: JournalRecord) -> None:
+        position, spec = self._position, self._spec.evaluation
+        position.standing = position.standing.after(evaluation, spec)
+        if spec.keep_best and position.standing.best_step == evaluation.step > 0:
+            position.best_adapter = on_host(self._model.adapter())
 
     # --- stopping and saving
 
@@ -377,13 +373,9 @@ class Loop:
 
     def _snapshot(self) -> Snapshot:
         position = self._position
-        is_best = position.best is not None and position.best.step == position.step
+        is_best = position.standing.best_step == position.step
         return Snapshot(
-            state=TrainingState(
-                step=position.step,
-                best=position.best,
-                evaluations_without_gain=position.evaluations_without_gain,
-            ),
+            state=TrainingState(step=position.step),
             adapter=self._model.adapter(),
             optimizer=self._optimizer.export_state(),
             journal=self.journal.records(),
@@ -396,14 +388,13 @@ class Loop:
             return Position()
         self._model.load_adapter(snapshot.adapter)
         self._optimizer.import_state(snapshot.optimizer)
-        state = snapshot.state
-        is_best = state.best is not None and state.best.step == state.step
+        step, standing = snapshot.state.step, Standing.of(snapshot.journal, self._spec.evaluation)
+        is_best = self._spec.evaluation.keep_best and standing.best_step == step
         best_adapter = snapshot.adapter if is_best else snapshot.best_adapter
         return Position(
-            step=state.step,
-            best=state.best,
+            step=step,
+            standing=standing,
             best_adapter=dict(best_adapter) if best_adapter is not None else None,
-            evaluations_without_gain=state.evaluations_without_gain,
         )
 
     def _seconds_to_save(self) -> float:
@@ -449,7 +440,7 @@ class Loop:
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
             versions=memory_versions() if allocated is not None else None,
-            **asdict(losses(self.journal.records(), keep_best=self._spec.evaluation.keep_best)),
+            **asdict(losses(self.journal.records(), self._spec.evaluation)),
         )
 
     def report(self, detail: str) -> None:

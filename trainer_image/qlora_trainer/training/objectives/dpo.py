@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from orchestrator.api.job import ObjectiveSpec
+from orchestrator.api.job import HELD_OUT_METRICS, ObjectiveSpec
 from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.storage.tensors import Tensors
@@ -31,15 +31,7 @@ TRAIN, EVALUATION = "train", "eval"
 class DirectPreference:
     """See `objective.Objective`."""
 
-    figures = (
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    figures = HELD_OUT_METRICS["dpo"]
 
     def __init__(
         self,
@@ -69,6 +61,10 @@ class DirectPreference:
     def measure(self, batch: MicroBatch) -> Tensor:
         """The sums of the figures, [7]."""
         return self._sums(batch, self._references[EVALUATION])
+
+    def held_out(self, means: Sequence[float]) -> dict[str, float]:
+        """The same figures."""
+        return dict(zip(self.figures, means, strict=True))
 
     def memory(self) -> Tensors:
         """What the reference has said so far."""

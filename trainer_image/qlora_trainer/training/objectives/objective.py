@@ -26,7 +26,7 @@ class Objective(Protocol):
 
     @property
     def figures(self) -> Sequence[str]:
-        """Names of what it measures, as in the journal behind `train/` and `eval/`; the first is the loss."""
+        """Names of what it measures, as in the journal behind `train/`; the first is the loss."""
         ...
 
     def count(self, data: PreparedRows, rows: Sequence[int]) -> int:
@@ -42,6 +42,10 @@ class Objective(Protocol):
 
     def measure(self, batch: MicroBatch) -> Tensor:
         """The sums of the figures of a held-out micro-batch, float32; to be asked without gradients."""
+        ...
+
+    def held_out(self, means: Sequence[float]) -> dict[str, float]:
+        """What an evaluation shows of the means of the figures, by name: `HELD_OUT_METRICS` of the API."""
         ...
 
     def memory(self) -> Tensors | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from orchestrator.api.job import ObjectiveSpec
+from orchestrator.api.job import HELD_OUT_METRICS, ObjectiveSpec
 from qlora_trainer.data.micro_batch import MicroBatch, PreparedRows
 from qlora_trainer.model.training_model import TrainingModel
 
@@ -28,18 +28,7 @@ NEAREST_TO_CERTAIN = -1e-6
 class OddsRatio:
     """See `objective.Objective`."""
 
-    figures = (
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-        "nll_loss",
-        "log_odds_ratio",
-        "log_odds_chosen",
-    )
+    figures = HELD_OUT_METRICS["orpo"]
 
     def __init__(self, spec: ObjectiveSpec, model: TrainingModel) -> None:
         self._beta = float(spec.beta)
@@ -61,6 +50,10 @@ class OddsRatio:
         lengths = torch.tensor(batch.supervised_by_record())
         sums = self._model.log_probabilities(batch)
         return odds_figures(sums / lengths.to(sums.device), beta=self._beta).sum(1)
+
+    def held_out(self, means: Sequence[float]) -> dict[str, float]:
+        """The same figures."""
+        return dict(zip(self.figures, means, strict=True))
 
     def memory(self) -> None:
         """Nothing: a step depends on the model and its rows alone."""
