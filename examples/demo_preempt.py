@@ -1,9 +1,9 @@
 """`make demo-preempt`: an urgent job moves another out of the way, and the other loses nothing.
 
 One slot, three jobs. `calm` runs undisturbed and is the yardstick. `moved` is the same job again; while it trains,
-`urgent` comes with a higher priority, takes the slot, and ends. `moved` comes back from its checkpoint, and its
-adapter must
-be the yardstick's, byte for byte.
+`urgent` comes with a higher priority, takes the slot, and ends. `moved` comes back from its checkpoint, and its adapter
+must be the yardstick's, byte for byte. The queue of `urgent` is held until then, since its data are prepared first, and
+that may take longer than all of `moved`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import yaml
 from rich.console import Console
 
 from examples.demo import HERE, free_name
-from orchestrator.api.job import QLoRAJobStatus
-from orchestrator.api.reasons import Reason
+from orchestrator.api.job import ObjectMeta, QLoRAJobStatus
+from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec
+from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.controller import supervisor
 from orchestrator.sdk import Client, JobHandle
 
 STEPS = 12
+QUEUE = "demo-urgent"
 POLL_SECONDS = 0.5
 STAGE_TIMEOUT_SECONDS = 600.0
 
@@ -38,11 +40,14 @@ def main() -> int:
     supervisor.start(client.settings)
     console.print("[bold]1.[/] `calm` runs alone, as the yardstick")
     calm = finished(console, client.submit(job(client, base, "calm", priority=0)))
+    client.apply_queue(QLoRAQueue(metadata=ObjectMeta(name=QUEUE), spec=QLoRAQueueSpec(stop_policy="Hold")))
+    urgent = client.submit(job(client, base, "urgent", priority=100, steps=2, queue=QUEUE))
+    wait_until(urgent, lambda status: status.is_true(ConditionType.PREPARED), console)
     console.print("[bold]2.[/] `moved` starts, the same job again")
     moved = client.submit(job(client, base, "moved", priority=0))
     wait_until(moved, lambda status: status.progress is not None and status.progress.step >= STEPS // 3, console)
     console.print("[bold]3.[/] `urgent` comes with priority 100; there is one slot")
-    urgent = client.submit(job(client, base, "urgent", priority=100, steps=2))
+    client.hold_queue(QUEUE, hold=False)
     wait_until(moved, lambda status: sum(status.evictions.values()) > 0, console)
     finished(console, urgent)
     console.print("[bold]4.[/] `moved` comes back from its checkpoint")
@@ -50,7 +55,9 @@ def main() -> int:
     return verdict(console, calm, moved)
 
 
-def job(client: Client, base: Path, stem: str, *, priority: int, steps: int = STEPS) -> dict[str, object]:
+def job(
+    client: Client, base: Path, stem: str, *, priority: int, steps: int = STEPS, queue: str = "default"
+) -> dict[str, object]:
     """A short tuning job on the example's data, under a free name."""
     document = yaml.safe_load((HERE / "job.yaml").read_text())
     spec = document["spec"]
@@ -60,7 +67,7 @@ def job(client: Client, base: Path, stem: str, *, priority: int, steps: int = ST
     spec["training"] |= {"maxSteps": steps, "sequenceLength": 256}
     spec["checkpoint"] = {"everySeconds": 5}
     spec["tracking"] = {"experiment": "demo-preempt"}
-    spec["priority"] = priority
+    spec |= {"priority": priority, "queue": queue}
     return document
 
 

@@ -21,7 +21,8 @@ from tests.cluster.control_plane import ControlPlane
 from tests.cluster.lease_victim import TIMES
 
 WAIT_SECONDS = 30.0
-TAKEOVER_SECONDS = TIMES.duration_seconds + 2 * TIMES.retry_seconds + 1.5
+TAKEOVER_SECONDS = TIMES.duration_seconds + 2 * TIMES.retry_seconds + 4.0
+"""With as long as a busy machine may keep a process from starting to write."""
 PATH = path_of(LEASE_VERSION, LEASES, "default", "election")
 
 Start = Callable[[str], "subprocess.Popen[bytes]"]

@@ -12,6 +12,7 @@ from orchestrator.api.job import Condition, QLoRAJob
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.core.commands import EnsureStage
 from orchestrator.core.decide import decide
+from orchestrator.core.job.starting_job import MOST_IN_A_RING
 from orchestrator.core.job.state_machine import JobState, state_of
 from tests.builders import DIGEST, POLICY, gpus, make_job, snapshot, written
 from tests.core.world import World
@@ -19,9 +20,9 @@ from tests.core.world import World
 FIRST, SECOND = "default/first", "default/second"
 
 
-def going_on(name: str = "first", **fields: Any) -> QLoRAJob:
+def going_on(name: str = "first", own_name: str = "second", **fields: Any) -> QLoRAJob:
     """A job that goes on from the one of that name."""
-    job = make_job("second", **fields)
+    job = make_job(own_name, **fields)
     adapter = AdapterSpec.model_validate({"from": f"job:{name}"})
     return job.model_copy(update={"spec": job.spec.model_copy(update={"adapter": adapter})})
 
@@ -103,3 +104,21 @@ def test_a_job_of_another_namespace_is_none() -> None:
     finished = status.condition(ConditionType.FINISHED)
     assert finished is not None
     assert "there is no job first in namespace default" in finished.message
+
+
+@pytest.mark.parametrize("length", [2, 3, MOST_IN_A_RING])
+def test_jobs_that_go_on_from_each_other_fail_at_once_and_so_does_who_names_one_of_them(length: int) -> None:
+    names = [f"ring-{number}" for number in range(length)]
+    ring = [going_on(name, own_name=names[number - 1]) for number, name in enumerate(names)]
+    world = make_world(*ring, going_on(names[0], own_name="behind"))
+    live(world, 3)
+    assert {state_of(job.status) for job in world.jobs.values()} == {JobState.FAILED}
+    told = condition(world.jobs["default/ring-0"], ConditionType.FINISHED).message
+    assert " -> ".join([*names, names[0]]) in told or "has ended without an adapter" in told
+    assert not world.tasks
+
+
+def test_a_chain_of_jobs_is_no_ring() -> None:
+    world = make_world(make_job("first"), going_on(), going_on("second", own_name="third"))
+    live(world, 120)
+    assert {state_of(job.status) for job in world.jobs.values()} == {JobState.SUCCEEDED}

@@ -16,6 +16,8 @@ from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state
 from orchestrator.core.job.status_draft import Draft
 
 FIELD = "spec.adapter.from"
+MOST_IN_A_RING = 64
+"""Jobs of a longer ring wait, in words, until somebody cancels one: looking is done in every decision."""
 
 
 def begins_with(draft: Draft, jobs: Callable[[str], QLoRAJob | None]) -> Draft | Refusal:
@@ -40,7 +42,27 @@ def begins_with(draft: Draft, jobs: Callable[[str], QLoRAJob | None]) -> Draft |
     if state in TERMINAL_STATES:
         message = f"{FIELD}: job {name} has ended without an adapter ({state.value}); name another"
         return fail(draft, Reason.USER_ERROR, message)
+    if ring := _ring(draft.job, other, jobs):
+        message = f"{FIELD}: the jobs go on from each other ({ring}), and none can begin; let one name another adapter"
+        return fail(draft, Reason.USER_ERROR, message)
     return Refusal(reason=Reason.PREPARING, message=f"waits for job {name}, from whose adapter it goes on, to succeed")
+
+
+def _ring(job: QLoRAJob, other: QLoRAJob, jobs: Callable[[str], QLoRAJob | None]) -> str:
+    """The names of a ring of jobs that wait for each other, from this one to itself; empty where it is in none."""
+    names, at = [job.metadata.name], other
+    while len(names) <= MOST_IN_A_RING:
+        names.append(at.metadata.name)
+        if at.metadata.name == job.metadata.name:
+            return " -> ".join(names)
+        name = at.spec.adapter.starting_job
+        if name is None or at.status.starting_job is not None:
+            return ""
+        following = jobs(f"{job.metadata.namespace}/{name}")
+        if following is None or state_of(following.status) in TERMINAL_STATES:
+            return ""
+        at = following
+    return ""
 
 
 def _adapter_of(job: QLoRAJob) -> StartingJob | None:
