@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
@@ -11,18 +9,25 @@ from datetime import datetime
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.api.formats import formats_of
-from orchestrator.api.job import Attempt, Condition, ObjectiveSpec, QLoRAJob
+from orchestrator.api.job import Attempt, Condition, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue, UserUsage
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields, print_paragraph
-from orchestrator.cli.plan_view import length_words, plan_words
 from orchestrator.cli.tables import job_table, simulation_table, trace_table
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import outstanding
 from orchestrator.sdk.explanation import Explanation
+from orchestrator.sdk.job_fields import (
+    Field,
+    estimate_fields,
+    prepared_fields,
+    progress_fields,
+    result_fields,
+    spec_fields,
+    told_fields,
+)
 from orchestrator.sdk.simulation import WhatIf
 from orchestrator.sdk.trace import TracePlayed
-from orchestrator.sdk.words import NOTHING, duration, figure, gib, progress_word, short, since, state_style, state_word
+from orchestrator.sdk.words import NOTHING, duration, short, since, state_style, state_word
 
 CONDITION_HEADER = ("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE")
 QUOTA_HEADER = ("CLASS", "HELD", "NOMINAL", "BORROWS", "BORROWED", "LENT")
@@ -37,7 +42,6 @@ MAX_EVENTS = 20
 """The newest so many events are shown."""
 MAX_PROSPECTS = 100
 """Jobs of a simulation that are shown."""
-Field = tuple[str, str]
 _QUEUE_STATES = {"None": ("open", "good"), "Hold": ("held", "waiting"), "HoldAndDrain": ("drained", "waiting")}
 
 
@@ -47,12 +51,12 @@ def show_job(console: Console, job: QLoRAJob, events: Sequence[tuple[str, Event]
     print_paragraph(console, Text.assemble((job.key, "bold"), "  ", (state_word(job), state_style(job))))
     if (why := status.summary.removeprefix(f"{state_word(job)}: ")) not in ("", state_word(job)):
         print_paragraph(console, Text(why))
-    _print_section(console, "Spec", _spec_fields(job))
-    _print_section(console, "Data and model", _prepared_fields(job))
-    _print_section(console, "Estimate", _estimate_fields(job))
-    _print_section(console, "Progress", _progress_fields(job, now))
-    _print_section(console, "Result", _result_fields(job))
-    _print_section(console, "Notifications", _told_fields(job))
+    _print_section(console, "Spec", spec_fields(job))
+    _print_section(console, "Data and model", prepared_fields(job))
+    _print_section(console, "Estimate", estimate_fields(job))
+    _print_section(console, "Progress", progress_fields(job, now))
+    _print_section(console, "Result", result_fields(job))
+    _print_section(console, "Notifications", told_fields(job))
     said = {status.summary.partition(": ")[2]}
     _print_table(console, "Outstanding notifications", NOTIFICATION_HEADER, _notification_rows(job, now))
     _print_table(console, "Conditions", CONDITION_HEADER, [_condition_row(c, now, said) for c in status.conditions])
@@ -120,12 +124,6 @@ def show_trace(console: Console, found: TracePlayed) -> None:
             print_paragraph(console, Text(f"Not played to its end {which}: jobs move too often."))
 
 
-def spec_digest(job: QLoRAJob) -> str:
-    """SHA-256 of the spec's canonical JSON: two jobs with one digest ask for the same."""
-    canonical = json.dumps(job.spec.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
-
-
 def _queue_fields(queue: QLoRAQueue) -> Iterator[Field]:
     spec = queue.spec
     yield "for jobs of", ", ".join(spec.namespaces) or "any namespace"
@@ -162,115 +160,6 @@ def _bound(limit: int | None) -> str:
 def _user_row(usage: UserUsage) -> list[Cell]:
     gpu_hours, gib_hours = usage.gpu_seconds / SECONDS_AN_HOUR, usage.gib_seconds / SECONDS_AN_HOUR
     return [Cell(text=usage.user), Cell(text=f"{gpu_hours:.1f} h"), Cell(text=f"{gib_hours:.0f} GiB h")]
-
-
-def _spec_fields(job: QLoRAJob) -> Iterator[Field]:
-    spec = job.settled_spec
-    yield "digest", spec_digest(job)
-    yield "model", f"{spec.model.source} ({spec.model.revision})"
-    yield "dataset", f"{spec.dataset.source} ({spec.dataset.format})"
-    length = f"{spec.training.max_steps} steps" if spec.training.max_steps else f"{spec.training.epochs} epochs"
-    yield (
-        "training",
-        (
-            f"{length}, batch {spec.training.global_batch_size} x {spec.training.sequence_length} tokens, "
-            f"learning rate {spec.training.learning_rate}, {_rank(job)}"
-            f"{_objective(spec.training.objective)}"
-        ),
-    )
-    yield "resources", f"vram {spec.resources.vram}, classes {', '.join(spec.resources.gpu_classes) or 'any'}"
-    if spec.adapter.start is not None:
-        yield "goes on from", spec.adapter.start
-    yield "queue", f"{spec.queue}, priority {spec.priority}"
-
-
-def _rank(job: QLoRAJob) -> str:
-    is_unknown = job.spec.adapter.start is not None and job.status.start is None
-    return "the rank of the adapter that it goes on from" if is_unknown else f"rank {job.settled_spec.adapter.rank}"
-
-
-def _objective(objective: ObjectiveSpec) -> str:
-    """What is not said of the usual one."""
-    if objective.type == "sft":
-        return ""
-    smoothed = f", label smoothing {objective.label_smoothing}" if float(objective.label_smoothing) else ""
-    return f", {objective.type} with beta {objective.beta}{smoothed}"
-
-
-def _prepared_fields(job: QLoRAJob) -> Iterator[Field]:
-    prepared = job.status.prepared
-    if prepared is None:
-        return
-    yield "model", f"{prepared.model.architecture}, revision {prepared.model.revision}"
-    yield (
-        "training",
-        (
-            f"{prepared.train_records} records in {prepared.train_sequences} sequences, "
-            f"{prepared.train_tokens} tokens, {prepared.supervised_tokens} with loss"
-        ),
-    )
-    yield "held out", f"{prepared.eval_records} records in {prepared.eval_sequences} sequences"
-    if prepared.start is not None:
-        yield "goes on from", f"{prepared.start.source}, {prepared.start.digest}"
-    if prepared.truncated_records or prepared.dropped_records:
-        yield "too long", f"{prepared.truncated_records} truncated, {prepared.dropped_records} dropped"
-    for warning in prepared.warnings:
-        yield "warning", warning
-    yield "digest", prepared.digest
-
-
-def _estimate_fields(job: QLoRAJob) -> Iterator[Field]:
-    estimate = job.status.estimate
-    if estimate is None:
-        return
-    yield "GPU class", f"{estimate.gpu_class}: {gib(estimate.peak_bytes)} of {gib(estimate.usable_bytes)} usable"
-    yield "plan", plan_words(estimate.plan)
-    yield "length", length_words(estimate)
-
-
-def _progress_fields(job: QLoRAJob, now: datetime) -> Iterator[Field]:
-    status = job.status
-    if status.prepared is not None:
-        yield "steps", progress_word(job)
-    if (progress := status.progress) is not None:
-        yield "loss", f"{figure(progress.loss)}, held out {figure(progress.eval_loss)}"
-        if progress.tokens_per_second is not None:
-            yield "speed", f"{progress.tokens_per_second:.0f} tokens/s"
-    if status.checkpoint is not None:
-        yield "checkpoint", f"step {status.checkpoint.step} at {status.checkpoint.uri}"
-    if progress is not None and progress.warning is not None and status.active_attempt is not None:
-        yield "warning", progress.warning
-    if status.evictions:
-        yield "evictions", ", ".join(f"{reason} {count}" for reason, count in status.evictions.items())
-    budget = status.eviction_budget
-    if budget is not None and budget.left is not None:
-        renewed = "" if budget.renew_time is None else f", one more in {since(now, budget.renew_time)}"
-        yield "moves left", f"{budget.left}{renewed}"
-    if status.gpu_seconds:
-        yield "GPU time", duration(status.gpu_seconds)
-
-
-def _told_fields(job: QLoRAJob) -> Iterator[Field]:
-    """Who is told of the job, and what is not; what is outstanding has a table."""
-    if job.spec.notifications:
-        yield "webhooks", ", ".join(webhook.name for webhook in job.spec.notifications)
-    told = job.status.notifications
-    if told is not None:
-        lost = f", {told.undelivered} deliveries given up" if told.undelivered else ""
-        yield "told", f"{told.total} events, {len(told.outstanding)} outstanding{lost}"
-
-
-def _result_fields(job: QLoRAJob) -> Iterator[Field]:
-    status = job.status
-    if status.adapter_uri is not None:
-        yield "adapter", status.adapter_uri
-    if status.adapter_digest is not None:
-        yield "digest", status.adapter_digest
-    if status.mlflow.run_id is not None:
-        yield "MLflow run", f"{status.mlflow.run_id} ({status.mlflow.run_status or 'unknown'})"
-    if status.mlflow.model_version is not None:
-        yield "model", f"models:/{status.mlflow.registered_model}/{status.mlflow.model_version}"
-    yield from formats_of(job).items()
 
 
 def _notification_rows(job: QLoRAJob, now: datetime) -> list[list[Cell]]:

@@ -169,8 +169,9 @@ def get(
 def describe(name: JobName, namespace: Namespace = None, output: Output = None) -> None:
     """Show one job's whole story: spec, estimate, conditions, attempts, results, events."""
     from orchestrator.cli.console import answers
-    from orchestrator.cli.describe import show_job, spec_digest
+    from orchestrator.cli.describe import show_job
     from orchestrator.cli.output import print_data, wire
+    from orchestrator.sdk.job_fields import spec_digest
 
     client = connect(namespace)
     handle = client.handle(name)

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.api.plan import Estimate, MemoryPlan
+from orchestrator.api.plan import Estimate
 from orchestrator.cli.output import Cell, Columns, print_columns, print_fields
 from orchestrator.sdk.data_count import DataCount
 from orchestrator.sdk.planning import Alternative, JobPlan
-from orchestrator.sdk.words import NOTHING, dollars, duration, gib, step_time
+from orchestrator.sdk.words import NOTHING, dollars, duration, gib, length_words, plan_words, step_time
 from orchestrator.sizing.hardware import CPU_CLASS
 
 BAR_CELLS = 28
@@ -54,17 +54,6 @@ def bar(share: float, cells: int = BAR_CELLS, *, unicode: bool = True) -> str:
     if not unicode:
         return "#" * round(eighths / 8)
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-
-
-def plan_words(plan: MemoryPlan) -> str:
-    """A memory plan as one line."""
-    offload = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
-    streamed = f", {plan.streamed_layers} layers streamed from host memory" if plan.streamed_layers else ""
-    recompute = f"{plan.recompute_layers} layers recomputed" if plan.recompute_layers else "nothing recomputed"
-    kept = " but for attention" if plan.keep_attention else ""
-    by = f", attention by {plan.attention}" if plan.attention != "own" else ""
-    micro = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulated"
-    return f"{micro}, {recompute}{kept}{by}{offload}{streamed}"
 
 
 def _heading(plan: JobPlan) -> Text:
@@ -112,21 +101,6 @@ def _data_words(data: DataCount) -> str:
 
 def _class_words(estimate: Estimate) -> str:
     return "cpu: no GPU is here, so it trains on the CPU" if estimate.gpu_class == CPU_CLASS else estimate.gpu_class
-
-
-def length_words(estimate: Estimate, *, about: bool = False) -> str:
-    """How long the steps take, on which card, and what they cost."""
-    steps = f"{'about ' if about else ''}{estimate.steps} steps"
-    words = [steps if estimate.steps else "steps are counted by prepare"]
-    if estimate.step_seconds is not None:
-        words.append(f"{step_time(estimate.step_seconds)} each on {estimate.card}")
-    if estimate.seconds is not None:
-        words.append(f"about {duration(estimate.seconds)} in all")
-    if estimate.answering_seconds is not None:
-        words.append(f"then answers for up to {duration(estimate.answering_seconds)}")
-    if estimate.dollars is not None:
-        words.append(f"about {dollars(estimate.dollars)}")
-    return ", ".join(words)
 
 
 def _alternatives(alternatives: tuple[Alternative, ...]) -> Columns:

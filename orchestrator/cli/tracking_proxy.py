@@ -3,15 +3,11 @@
 MLflow itself has no accounts and does whatever a request asks for, with its owner's rights. So it listens on a socket
 in a folder that only its owner can enter, and this server, on loopback, passes on what has the password.
 
-- HTTP's own Basic scheme: browsers and MLflow's clients know it, and a browser keeps it to one host and port, where a
-  cookie would go to every port of this machine.
-- A request for another host, or from a page of another, is refused: DNS rebinding and forged forms end here.
+`sdk/door` says who that is.
 """
 
 from __future__ import annotations
 
-import base64
-import secrets
 import socket
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -20,8 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase
 from pathlib import Path
 
-LOOPBACK = "127.0.0.1"
-USER = "qlora"
+from orchestrator.sdk.door import LOOPBACK, Door
+
 REQUEST_SECONDS = 120.0
 CHUNK_BYTES = 1 << 16
 OWN_HEADERS = frozenset(
@@ -39,24 +35,7 @@ class TrackingProxy(ThreadingHTTPServer):
     def __init__(self, port: int, backend: Path) -> None:
         super().__init__((LOOPBACK, port), _Handler)
         self.backend = backend
-        self.password = secrets.token_urlsafe(24)
-        self.hosts = (f"{LOOPBACK}:{self.server_port}", f"localhost:{self.server_port}")
-
-    @property
-    def url(self) -> str:
-        """With the password."""
-        return f"http://{USER}:{self.password}@{LOOPBACK}:{self.server_port}"
-
-    def refusal(self, host: str, origin: str | None, authorization: str) -> tuple[HTTPStatus, str] | None:
-        """Why a request is not passed on; None where it is."""
-        if host not in self.hosts:
-            return HTTPStatus.FORBIDDEN, f"this is {self.hosts[0]}, not {host[:100]!r}"
-        if origin is not None and origin not in [f"http://{known}" for known in self.hosts]:
-            return HTTPStatus.FORBIDDEN, "pages of other addresses may not ask"
-        expected = "Basic " + base64.b64encode(f"{USER}:{self.password}".encode()).decode()
-        if not secrets.compare_digest(authorization.encode(), expected.encode()):
-            return HTTPStatus.UNAUTHORIZED, "the password is in the address that `qlora ui` printed"
-        return None
+        self.door = Door("qlora ui", self.server_port)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is nothing to tell of."""
@@ -79,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         get = self.headers.get
-        refusal = self.server.refusal(get("Host", ""), get("Origin"), get("Authorization", ""))
+        refusal = self.server.door.refusal(get("Host", ""), get("Origin"), get("Authorization", ""))
         length = get("Content-Length", "0")
         if refusal is None and (get("Transfer-Encoding") is not None or not length.isdecimal()):
             refusal = HTTPStatus.LENGTH_REQUIRED, "say how long the request is"
@@ -120,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = f"{why}\n".encode()
         self.send_response(status)
         if status is HTTPStatus.UNAUTHORIZED:
-            self.send_header("WWW-Authenticate", 'Basic realm="qlora ui", charset="UTF-8"')
+            self.send_header("WWW-Authenticate", self.server.door.challenge)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import html
 import importlib.util
 import os
 import signal
@@ -35,7 +34,7 @@ ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 """Nobody needs the server's own jobs here, and without them it starts in half the time."""
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
@@ -54,14 +53,14 @@ def serve(settings: Settings, port: int, start_seconds: float) -> ExitStatus:
         folder = Path(private)
         proxy = _proxy(port, folder / SOCKET_NAME)
         try:
-            with _terminable(), _server(server_command(settings, folder / SOCKET_NAME)) as server:
+            with terminable(), _server(server_command(settings, folder / SOCKET_NAME)) as server:
                 with messages().status("starting MLflow", spinner_style="busy"):
                     _await(server, folder / SOCKET_NAME, start_seconds)
                 threading.Thread(target=proxy.serve_forever, name="proxy", daemon=True).start()
                 _tell(proxy, folder)
                 _, told = server.communicate()
                 raise ServiceNotRunning(f"mlflow server ended with status {server.returncode}: {_last_line(told)}")
-        except (KeyboardInterrupt, _Terminated):
+        except (KeyboardInterrupt, Terminated):
             return ExitStatus.OK
         finally:
             proxy.server_close()
@@ -75,21 +74,20 @@ def _proxy(port: int, backend: Path) -> TrackingProxy:
 
 
 def _tell(proxy: TrackingProxy, folder: Path) -> None:
-    print_text(proxy.url)
+    print_text(proxy.door.url)
     say("whoever has this address can change everything in MLflow; Ctrl-C ends it", style="quiet")
     if sys.stdout.isatty():
-        # A browser's command line can be read by everybody on this machine, a file in this folder cannot.
         page = folder / PAGE_NAME
-        page.write_text(f'<meta http-equiv="refresh" content="0; url={html.escape(proxy.url)}">')
+        page.write_text(proxy.door.opening_page)
         webbrowser.open(page.as_uri())
 
 
 @contextmanager
-def _terminable() -> Generator[None]:
+def terminable() -> Generator[None]:
     """SIGTERM ends what is inside as Ctrl-C does."""
 
     def end(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise _Terminated
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -7,7 +7,7 @@ happen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 
 from orchestrator.api.job import QLoRAJob, ResourcesSpec
@@ -33,11 +33,17 @@ NAMES_TOLD = 3  # of those ahead or in possession; the rest is a number
 
 def explain(snapshot: Snapshot, key: str) -> tuple[str, ...]:
     """Sentences about the job `namespace/name`, in the order in which to read them."""
-    outcome = schedule(snapshot)
+    return explain_scheduled(schedule(snapshot), snapshot, key, look_ahead=lambda: outlook(snapshot, key))
+
+
+def explain_scheduled(
+    outcome: Schedule, snapshot: Snapshot, key: str, *, look_ahead: Callable[[], Outlook] | None = None
+) -> tuple[str, ...]:
+    """The same by a decision that is made already; without `look_ahead`, which takes longest, nothing of when."""
     draft = outcome.drafts.get(key)
     if draft is None:
         return (f"There is no job {key}.",)
-    return tuple(_sentences(draft, outcome, snapshot))
+    return tuple(_sentences(draft, outcome, snapshot, look_ahead))
 
 
 def explain_recorded(job: QLoRAJob, policy: Policy, now: datetime) -> tuple[str, ...]:
@@ -47,7 +53,9 @@ def explain_recorded(job: QLoRAJob, policy: Policy, now: datetime) -> tuple[str,
     return (told, *(() if draft.state in TERMINAL_STATES else _history(draft, policy)))
 
 
-def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[str]:
+def _sentences(
+    draft: Draft, outcome: Schedule, snapshot: Snapshot, look_ahead: Callable[[], Outlook] | None
+) -> Iterator[str]:
     key = draft.job.key
     refusal = outcome.refusals.get(key)
     what = f"{refusal.reason.value}: {refusal.message}" if refusal is not None else _what(draft)
@@ -65,8 +73,8 @@ def _sentences(draft: Draft, outcome: Schedule, snapshot: Snapshot) -> Iterator[
     yield from _next(key, outcome)
     if place is not None:
         yield from _protected(outcome.line[place], outcome, snapshot)
-    if place is not None or draft.state in GPU_STATES:
-        yield from _when(outlook(snapshot, key), snapshot.now)
+    if look_ahead is not None and (place is not None or draft.state in GPU_STATES):
+        yield from _when(look_ahead(), snapshot.now)
     yield from _history(draft, snapshot.policy)
 
 

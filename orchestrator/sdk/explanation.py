@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.queue import QLoRAQueue
 from orchestrator.core.explain import explain, explain_recorded
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
 from orchestrator.errors import Forbidden
 from orchestrator.sdk.connection import Connection
-from orchestrator.sizing.hardware import priced
+from orchestrator.sizing.hardware import GpuClass, priced
 
 ON_RECORD = (
     "This is what the controller has put on record: other jobs, queues or nodes are not this account's to read, so "
@@ -55,13 +56,25 @@ def explain_job(job: QLoRAJob, connection: Connection, policy: Policy) -> Explan
 
 def read_snapshot(connection: Connection, policy: Policy) -> Snapshot:
     """What a decision of this moment would see; raises Forbidden where that is not this account's to read."""
-    jobs = tuple(connection.store.list_jobs())
+    store = connection.store
+    return snapshot_of(store.list_jobs(), store.list_queues(), connection.gpu_classes(), policy, datetime.now(UTC))
+
+
+def snapshot_of(
+    jobs: Iterable[QLoRAJob],
+    queues: Iterable[QLoRAQueue],
+    gpu_classes: Iterable[GpuClass],
+    policy: Policy,
+    now: datetime,
+) -> Snapshot:
+    """The world that objects and cards tell of."""
+    jobs = tuple(jobs)
     return Snapshot(
-        now=datetime.now(UTC),
+        now=now,
         jobs=jobs,
-        queues=tuple(connection.store.list_queues()),
+        queues=tuple(queues),
         stages=_stages(jobs),
-        gpu_classes=priced(connection.gpu_classes(), policy.gpu_prices),
+        gpu_classes=priced(gpu_classes, policy.gpu_prices),
         policy=policy,
     )
 

@@ -6,6 +6,7 @@ import re
 from datetime import datetime
 
 from orchestrator.api.job import QLoRAJob
+from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
 
 NOTHING = "-"
@@ -95,3 +96,29 @@ def progress_word(job: QLoRAJob) -> str:
     if job.status.adapter_uri is not None:
         return f"{prepared.steps}/{prepared.steps}"
     return f"{job.status.checkpoint.step if job.status.checkpoint else 0}/{prepared.steps}"
+
+
+def plan_words(plan: MemoryPlan) -> str:
+    """A memory plan as one line."""
+    offload = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
+    streamed = f", {plan.streamed_layers} layers streamed from host memory" if plan.streamed_layers else ""
+    recompute = f"{plan.recompute_layers} layers recomputed" if plan.recompute_layers else "nothing recomputed"
+    kept = " but for attention" if plan.keep_attention else ""
+    by = f", attention by {plan.attention}" if plan.attention != "own" else ""
+    micro = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulated"
+    return f"{micro}, {recompute}{kept}{by}{offload}{streamed}"
+
+
+def length_words(estimate: Estimate, *, about: bool = False) -> str:
+    """How long the steps take, on which card, and what they cost."""
+    steps = f"{'about ' if about else ''}{estimate.steps} steps"
+    words = [steps if estimate.steps else "steps are counted by prepare"]
+    if estimate.step_seconds is not None:
+        words.append(f"{step_time(estimate.step_seconds)} each on {estimate.card}")
+    if estimate.seconds is not None:
+        words.append(f"about {duration(estimate.seconds)} in all")
+    if estimate.answering_seconds is not None:
+        words.append(f"then answers for up to {duration(estimate.answering_seconds)}")
+    if estimate.dollars is not None:
+        words.append(f"about {dollars(estimate.dollars)}")
+    return ", ".join(words)

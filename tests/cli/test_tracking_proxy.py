@@ -82,7 +82,7 @@ def ask(proxy: TrackingProxy, method: str = "GET", path: str = "/", body: bytes 
 
 
 def password(proxy: TrackingProxy, word: str = "") -> str:
-    return "Basic " + base64.b64encode(f"qlora:{word or proxy.password}".encode()).decode()
+    return "Basic " + base64.b64encode(f"qlora:{word or proxy.door.password}".encode()).decode()
 
 
 def test_whoever_has_the_password_comes_in(proxy: TrackingProxy, backend: Backend) -> None:
@@ -143,8 +143,8 @@ def test_a_server_that_is_gone_is_said(tmp_path: Path) -> None:
 
 def test_every_start_has_a_password_of_its_own_and_only_this_machine_is_listened_to(tmp_path: Path) -> None:
     proxies = [TrackingProxy(0, tmp_path / "s") for _ in range(2)]
-    assert len({proxy.password for proxy in proxies}) == 2
+    assert len({proxy.door.password for proxy in proxies}) == 2
     assert {proxy.server_address[0] for proxy in proxies} == {"127.0.0.1"}
-    assert proxies[0].password in proxies[0].url
+    assert proxies[0].door.password in proxies[0].door.url
     for proxy in proxies:
         proxy.server_close()

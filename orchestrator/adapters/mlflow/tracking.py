@@ -1,22 +1,18 @@
 """The controller's side of MLflow: a job's one run, found by its tag or created, the run's last status, and the alias
 that a person asks for.
 
-Calls may take long, and are safe from several threads. Only this file of `orchestrator` imports mlflow, which takes
-seconds, so it does that with the first call. Trainers add metrics to the run; they never
-open or end it.
+Calls may take long, and are safe from several threads. Trainers add metrics to the run; they never open or end it.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from orchestrator.adapters.mlflow.calls import MlflowCalls, TrackingSettings
 from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
 from orchestrator.api.ownership import (
@@ -39,9 +35,8 @@ from orchestrator.api.promotion import (
 )
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import Promotion
-from orchestrator.api.tracking_login import read_login
-from orchestrator.api.words import on_one_line, without_logins
-from orchestrator.errors import InvalidObject, TrackingUnavailable
+from orchestrator.api.words import on_one_line
+from orchestrator.errors import InvalidObject
 
 log = logging.getLogger(__name__)
 
@@ -55,35 +50,6 @@ RUNNING = "RUNNING"
 Answer = TypeVar("Answer")
 
 
-class TrackingSettings(Protocol):
-    """What it needs to know."""
-
-    @property
-    def tracking_uri(self) -> str:
-        """The tracking and registry URI."""
-        ...
-
-    @property
-    def artifact_root(self) -> Path | None:
-        """Artifacts of experiments that are created here; MLflow's own choice by default."""
-        ...
-
-    @property
-    def tracking_timeout_seconds(self) -> float:
-        """How long MLflow may take to answer."""
-        ...
-
-    @property
-    def tracking_start_seconds(self) -> float:
-        """How long it may take to load, and to make the tables of a new database."""
-        ...
-
-    @property
-    def mlflow_workers(self) -> int:
-        """Calls that it may have to answer at one time."""
-        ...
-
-
 class MlflowTracking:
     """`ports.Tracking` on an MLflow server or database."""
 
@@ -91,9 +57,7 @@ class MlflowTracking:
         """Runs are shown as made by `user`; by their namespace where there is no one person."""
         self._settings = settings
         self._user = user
-        self._client: Any = None  # Any: mlflow is imported late
-        self._connecting = threading.Lock()
-        self._free = threading.BoundedSemaphore(settings.mlflow_workers)
+        self._calls = MlflowCalls(settings)
         self._experiments: dict[tuple[str, str], str] = {}
         """Ids by namespace and name, of experiments that were there, and the namespace's, when they were last used."""
 
@@ -105,34 +69,36 @@ class MlflowTracking:
 
     def connect(self) -> None:
         """Import mlflow and touch the store, which makes the tables of a new database."""
-        self._answered(
-            lambda: self._connected().get_experiment_by_name("Default"), self._settings.tracking_start_seconds
+        self._calls.answered(
+            lambda: self._calls.connected().get_experiment_by_name("Default"), self._settings.tracking_start_seconds
         )
 
     def ensure_run(self, job: QLoRAJob) -> MlflowStatus:
         """The job's one run, set RUNNING. Raises InvalidObject for an experiment that is not the namespace's."""
-        return self._answered(lambda: self._ensure_run(job))
+        return self._calls.answered(lambda: self._ensure_run(job))
 
     def finish_run(self, job: QLoRAJob, run_status: str) -> None:
         """Give the job's run its last status."""
-        self._answered(lambda: self._finish_run(job, run_status))
+        self._calls.answered(lambda: self._finish_run(job, run_status))
 
     def promote(self, job: QLoRAJob, forced: str) -> Promotion:
         """Move the alias of spec.tracking.promote to the published job's version, once."""
-        return self._answered(lambda: self._promote(job, forced))
+        return self._calls.answered(lambda: self._promote(job, forced))
 
     def _ensure_run(self, job: QLoRAJob) -> MlflowStatus:
         experiment_id = self._ensure_experiment(job)
         run = self._find_run(job, experiment_id)
         if run is None:
             try:
-                run = self._connected().create_run(experiment_id, run_name=job.metadata.name, tags=self._tags(job))
+                run = self._calls.connected().create_run(
+                    experiment_id, run_name=job.metadata.name, tags=self._tags(job)
+                )
             except Exception:
                 self._experiments.pop(_experiment_key(job), None)  # somebody may have deleted it
                 raise
             log.info("created MLflow run %s for job %s", run.info.run_id, job.key)
         elif run.info.status != RUNNING:
-            self._connected().update_run(run.info.run_id, status=RUNNING)
+            self._calls.connected().update_run(run.info.run_id, status=RUNNING)
         return _status(job, run, RUNNING)
 
     def _finish_run(self, job: QLoRAJob, run_status: str) -> None:
@@ -142,19 +108,19 @@ class MlflowTracking:
             return
         self._say(run, _last_words(job))
         if run.info.status != run_status:
-            self._connected().set_terminated(run.info.run_id, status=run_status)
+            self._calls.connected().set_terminated(run.info.run_id, status=run_status)
         for other in self._runs(job, run.info.experiment_id):
             if other.info.run_id != run.info.run_id:  # two controllers made one each at a time
                 log.warning(
                     "deleting MLflow run %s: the run of job %s is %s", other.info.run_id, job.key, run.info.run_id
                 )
-                self._connected().delete_run(other.info.run_id)
+                self._calls.connected().delete_run(other.info.run_id)
 
     def _promote(self, job: QLoRAJob, forced: str) -> Promotion:
         asked, version = job.spec.tracking.promote, job.status.mlflow.model_version
         assert asked is not None, "the job asks for it"
         assert version is not None, "the job is published"
-        client, name = self._connected(), _registered_model_name(job)
+        client, name = self._calls.connected(), _registered_model_name(job)
         model = _unless_gone(lambda: client.get_registered_model(name))
         tags = _unless_gone(lambda: client.get_model_version(name, version).tags)
         if model is None or tags is None:
@@ -181,14 +147,14 @@ class MlflowTracking:
         entities: Any = importlib.import_module("mlflow.entities")
         news = [entities.RunTag(key, value) for key, value in words.items() if run.data.tags.get(key) != value]
         for start in range(0, len(news), TAGS_AT_ONCE):
-            self._connected().log_batch(run.info.run_id, tags=news[start : start + TAGS_AT_ONCE])
+            self._calls.connected().log_batch(run.info.run_id, tags=news[start : start + TAGS_AT_ONCE])
 
     def _known_run(self, job: QLoRAJob) -> Any:
         """The run that the job's status names or else the one with its tag; None where it is gone."""
         if job.status.mlflow.run_id is None:
-            experiment = self._connected().get_experiment_by_name(_experiment_name(job))
+            experiment = self._calls.connected().get_experiment_by_name(_experiment_name(job))
             return None if experiment is None else self._find_run(job, experiment.experiment_id)
-        client = self._connected()  # first, because no two threads may import parts of mlflow at one time
+        client = self._calls.connected()  # first, because no two threads may import parts of mlflow at one time
         exceptions: Any = importlib.import_module("mlflow.exceptions")
         try:
             run = client.get_run(job.status.mlflow.run_id)
@@ -213,7 +179,7 @@ class MlflowTracking:
         """The runs with the job's tag in an experiment, the oldest first."""
         query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
         order = ["attributes.start_time ASC"]
-        return self._connected().search_runs([experiment_id], query, max_results=RUNS_OF_A_JOB, order_by=order)
+        return self._calls.connected().search_runs([experiment_id], query, max_results=RUNS_OF_A_JOB, order_by=order)
 
     def _ensure_experiment(self, job: QLoRAJob) -> str:
         key = _experiment_key(job)
@@ -225,18 +191,18 @@ class MlflowTracking:
 
     def _find_or_create_experiment(self, job: QLoRAJob) -> str:
         name = _experiment_name(job)
-        found = self._connected().get_experiment_by_name(name) or self._create_experiment(name, job)
+        found = self._calls.connected().get_experiment_by_name(name) or self._create_experiment(name, job)
         self._own_experiment(found, job.metadata.namespace)
         if found.lifecycle_stage == "deleted":
             log.warning("MLflow experiment %s was deleted; job %s needs it and restores it", name, job.key)
-            self._connected().restore_experiment(found.experiment_id)
+            self._calls.connected().restore_experiment(found.experiment_id)
         for key, value in EXPERIMENT_TAGS.items():
             if key not in found.tags:  # a person's choice stays
-                self._connected().set_experiment_tag(found.experiment_id, key, value)
+                self._calls.connected().set_experiment_tag(found.experiment_id, key, value)
         return found.experiment_id
 
     def _create_experiment(self, name: str, job: QLoRAJob) -> Any:
-        client = self._connected()
+        client = self._calls.connected()
         exceptions: Any = importlib.import_module("mlflow.exceptions")
         tags = {NAMESPACE_TAG: job.metadata.namespace, **EXPERIMENT_TAGS}
         try:
@@ -250,7 +216,7 @@ class MlflowTracking:
         """Raise InvalidObject for somebody else's; one without an owner in which all is the namespace's becomes its."""
         if belongs_to(found.tags, namespace):
             return
-        client = self._connected()
+        client = self._calls.connected()
         runs = client.search_runs([found.experiment_id], max_results=RUNS_LOOKED_AT)
         if NAMESPACE_TAG in found.tags or not all(belongs_to(run.data.tags, namespace) for run in runs):
             raise InvalidObject(refusal(EXPERIMENT, found.name, found.tags, namespace))
@@ -263,49 +229,6 @@ class MlflowTracking:
         if root is None or self._settings.tracking_uri.startswith(("http://", "https://", "databricks")):
             return None
         return (root / name.replace("/", "_")).as_uri()
-
-    def _connected(self) -> Any:
-        with self._connecting:
-            return self._connect()
-
-    def _connect(self) -> Any:
-        read_login(os.environ)
-        if self._client is None:
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(self._settings.tracking_timeout_seconds)))
-            # The caller tries again: a client that does by itself makes a second run when an answer is lost.
-            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            mlflow: Any = importlib.import_module("mlflow")
-            self._client = mlflow.MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
-        return self._client
-
-    def _answered(self, call: Callable[[], Answer], timeout_seconds: float | None = None) -> Answer:
-        """The answer of one of the calls at a time, or TrackingUnavailable once its time is over."""
-        seconds = timeout_seconds or self._settings.tracking_timeout_seconds
-        where = without_logins(self._settings.tracking_uri)
-        if not self._free.acquire(blocking=False):
-            raise TrackingUnavailable(f"MLflow at {where} still owes an answer to earlier calls")
-        answer: Future[Answer] = Future()
-
-        def carry_out() -> None:
-            try:
-                answer.set_result(call())
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it can be handled
-                answer.set_exception(error)
-            finally:
-                self._free.release()
-
-        threading.Thread(target=carry_out, name="mlflow call", daemon=True).start()
-        try:
-            return answer.result(seconds)
-        except TimeoutError as error:
-            raise TrackingUnavailable(f"MLflow at {where} did not answer within {seconds:g} s") from error
-        except InvalidObject:
-            raise
-        except Exception as error:
-            raise TrackingUnavailable(
-                f"MLflow at {where} failed: {without_logins(str(error))}; check MLFLOW_TRACKING_URI"
-            ) from error
 
 
 def _experiment_name(job: QLoRAJob) -> str:

@@ -10,10 +10,6 @@ from orchestrator.api.formats import Answer, AnswerTable
 from orchestrator.api.job import AnswerMetric
 from qlora_trainer.scoring.scores import CONFIDENCE, Interval, Score, Verdict
 
-SCORES_PATH, ANSWERS_PATH = "answers/scores.json", "answers/answers.json"
-"""Where they lie among the run's artifacts, as tables that MLflow shows by itself."""
-
-
 UPPER = re.compile("[A-Z]")
 
 

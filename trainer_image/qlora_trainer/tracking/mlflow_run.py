@@ -18,13 +18,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.api.formats import JournalRecord
-from orchestrator.api.mlflow_pages import EXPERIMENT_TAGS, run_tags
+from orchestrator.api.mlflow_pages import ANSWERS_PATH, EXPERIMENT_TAGS, SCORES_PATH, run_tags
 from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
-from qlora_trainer.tracking.answers_page import ANSWERS_PATH, SCORES_PATH, answers_table, scores_table
+from qlora_trainer.tracking.answers_page import answers_table, scores_table
 from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, insist, open_client
 from qlora_trainer.tracking.records_page import PAGE_PATH, TABLE_PATH, records_page, records_table
 from qlora_trainer.tracking.run_page import (

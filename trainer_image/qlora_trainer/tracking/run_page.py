@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.api.formats import ShownRecords
+from orchestrator.api.mlflow_pages import ANSWERS_PATH, SCORES_PATH
 from orchestrator.api.ownership import NAMESPACE_TAG
 from orchestrator.api.task import StageTask
 from orchestrator.api.words import in_lines, on_one_line
 from qlora_trainer.storage.versions import library_versions
-from qlora_trainer.tracking.answers_page import ANSWERS_PATH, SCORES_PATH, ScoredAnswers
+from qlora_trainer.tracking.answers_page import ScoredAnswers
 from qlora_trainer.tracking.records_page import TABLE_PATH
 
 if TYPE_CHECKING:
