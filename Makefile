@@ -51,7 +51,7 @@ test-trainer: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The trai
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
 	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_gate.py tests/e2e/test_out_of_memory.py \
-	  tests/adapters tests/controller tests/sdk tests/cli tests/model
+	  tests/adapters tests/controller tests/sdk tests/cli tests/page tests/model
 
 test-kills: $(VENV)/.synced ## Twelve kills and, beside them, four preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
 	$(PYTEST) --dist=load tests/e2e/test_kills.py

@@ -180,6 +180,25 @@ class ServiceSettings(BaseSettings):
     webhook_limit_seconds: float = Field(default=259_200.0, ge=1, le=31_536_000)
     """What a webhook has not taken for so long is given up; three days by default."""
 
+    page_read_seconds: Seconds = 1.0
+    """The page reads jobs, queues and cards at most so often, however many look at it, and only while somebody does."""
+    page_refresh_seconds: float = Field(default=5.0, ge=1, le=3_600)
+    """A page that is open shows what is new so often."""
+    page_forecast_seconds: Seconds = 10.0
+    """The page works out when jobs start and end at most so often, and rests ten times as long as that takes."""
+    page_forecast_events: int = Field(default=100, ge=1, le=10_000)
+    """It looks no further ahead than so many jobs that end."""
+    page_mlflow_seconds: Seconds = 5.0
+    """The page asks MLflow for a run's figures at most so often."""
+    page_mlflow_timeout_seconds: Seconds = 3.0
+    """A page waits no longer for MLflow, and is then shown without its figures."""
+    page_runs_kept: int = Field(default=64, ge=1, le=10_000)
+    """Runs whose figures the page remembers."""
+    page_requests_limit: int = Field(default=64, ge=1, le=10_000)
+    """Requests that the page answers at one time; it refuses others."""
+    page_mlflow_url: Annotated[str, StringConstraints(pattern=r"^(https?://[^\s\"'<>]+)?$", max_length=2048)] = ""
+    """Where browsers find MLflow, for links; default: the tracking URI, where that is a server's."""
+
     @property
     def has_agents(self) -> bool:
         """Whether somebody beside each trainer passes its reports on."""
@@ -215,6 +234,9 @@ class Settings(ServiceSettings):
     """GPU slots such as `24Gi=2,cpu=1`. Empty: the cards that NVML reports, or one `cpu` slot where there are none."""
     trainer_command: str = f"{shlex.quote(sys.executable)} -m qlora_trainer"
     """The command of a stage; the stage's name is appended."""
+
+    page_port: int = Field(default=5001, ge=0, le=65_535)
+    """Port of `qlora page` on 127.0.0.1; 0 is any that is free."""
 
     gpu_classes_are_fixed: bool = True
     """No other GPU can appear later: a job that fits none of them fails at once instead of waiting."""

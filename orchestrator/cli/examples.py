@@ -58,6 +58,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "up": ("qlora up",),
     "down": ("qlora down", "qlora down --dry-run"),
     "ui": ("qlora ui", "qlora ui --port 5001"),
+    "page": ("qlora page", "qlora page --port 5002", "qlora page --context prod -n team-a"),
     "env": ('eval "$(qlora env)"',),
     "version": ("qlora version", "qlora version -o json"),
 }

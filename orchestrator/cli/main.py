@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         job_commands.promote,
         job_commands.delete,
         queue_commands.usage,
+        service_commands.page,
         queue_commands.queue,
     ),
     "The embedded service": (

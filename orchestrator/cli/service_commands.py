@@ -136,6 +136,42 @@ def ui(
     raise typer.Exit(serve(settings, port, UI_START_SECONDS))
 
 
+def page(
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Port on 127.0.0.1 (also QLORA_PAGE_PORT).",
+            show_default=False,
+        ),
+    ] = None,
+    namespace: Namespace = None,
+) -> None:
+    """Show queues, cards and jobs on a page for the browser, on loopback, behind a password, until Ctrl-C."""
+    from orchestrator.cli.console import say
+    from orchestrator.cli.output import print_text
+    from orchestrator.cli.tracking_ui import Terminated, terminable
+    from orchestrator.sdk import extras
+
+    extras.require("controller", purpose="the page")
+    from orchestrator.page.server import serve
+
+    def told(url: str) -> None:
+        print_text(url)
+        say("whoever has this address can see what you can; Ctrl-C ends it", style="quiet")
+
+    client = connect(namespace)
+    chosen = client.settings.page_port if port is None else port
+    try:
+        with terminable():
+            serve(client.connection, client.settings, chosen, told)
+    except (KeyboardInterrupt, Terminated):
+        raise typer.Exit(ExitStatus.OK) from None
+
+
 def env() -> None:
     """Print what other programs need to find the results, as exports: eval "$(qlora env)"."""
     import shlex

@@ -24,7 +24,7 @@ HISTORY = re.compile(r"<!-- history:begin -->.*<!-- history:end -->", re.DOTALL)
 EVERYWHERE = ""
 COMPUTING = r"trainer_image/|orchestrator/sizing/|benchmarks/|tests/trainer/|tests/sizing/"
 """Where tensors are named or counted; elsewhere the same words are plain English."""
-SERVICE = r"orchestrator/|docs/|helm/|tests/(adapters|cli|controller|core|scale|sdk)/"
+SERVICE = r"orchestrator/|docs/|helm/|tests/(adapters|cli|controller|core|page|scale|sdk)/"
 KERNELS = r"trainer_image/qlora_trainer/(kernels|model)/|tests/trainer/test_(attention|kernels|moe_experts)"
 
 

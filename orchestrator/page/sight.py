@@ -1,0 +1,34 @@
+"""Whose jobs somebody may see, and whether the cards, the queues and everybody's place in line, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from orchestrator.api.job import QLoRAJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What one account may see."""
+
+    namespaces: frozenset[str] | None = None
+    """None is all of them, and whatever is decided about them."""
+    queues: bool = True
+    """Whether queues are its to read."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it may see everything."""
+        return self.namespaces is None
+
+    def sees(self, namespace: str) -> bool:
+        """Whether the namespace's jobs are its to read."""
+        return self.namespaces is None or namespace in self.namespaces
+
+    def of(self, jobs: Iterable[QLoRAJob]) -> tuple[QLoRAJob, ...]:
+        """The jobs that it may see."""
+        return tuple(job for job in jobs if self.sees(job.metadata.namespace))
+
+
+EVERYTHING = Sight()
