@@ -95,7 +95,7 @@ def job_page(
     figures, note = run
     now, state = view.snapshot.now, state_of(job.status)
     sections = (
-        ("Progress", progress_fields(job)),
+        ("Progress", progress_fields(job, now)),
         ("Spec", spec_fields(job)),
         ("Data and model", prepared_fields(job)),
         ("Estimate", estimate_fields(job)),
