@@ -29,7 +29,7 @@ export QLORA_SCALE ?= 0.1
 
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo demo-preempt test nightly $(LIGHT_TIERS) $(TIERS) fmt docs docs-site lock manifests targets clean
+.PHONY: help demo demo-preempt test test-page nightly $(LIGHT_TIERS) $(TIERS) fmt docs docs-site lock manifests targets clean
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -49,9 +49,14 @@ timed-%:
 test-trainer: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages; builds an S3 server once
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
 
+# On Debian Chromium is a package; it is in no tier, which would wait for it to be installed.
+test-page: $(VENV)/.synced ## The page in Chromium, on a desk and on a phone (QLORA_PICTURES=FOLDER keeps the pictures)
+	command -v chromium chromium-browser google-chrome || apt-get install -y --no-install-recommends chromium
+	$(BIN)/python -m pytest -q tests/page/test_chromium.py
+
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
 	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_gate.py tests/e2e/test_out_of_memory.py \
-	  tests/adapters tests/controller tests/sdk tests/cli tests/page tests/model
+	  tests/adapters tests/controller tests/sdk tests/cli tests/page/test_page.py tests/model
 
 test-kills: $(VENV)/.synced ## Twelve kills and, beside them, four preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
 	$(PYTEST) --dist=load tests/e2e/test_kills.py
@@ -98,6 +103,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris $(MODEL)/model.safetensors
 	$(MAKE) --no-print-directory test-demo QLORA_DEMO_FAULTS=all
 	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1
 	$(MAKE) --no-print-directory test-docs QLORA_DOCUMENTS=all
+	$(MAKE) --no-print-directory test-page
 
 check: $(VENV)/.synced ## Lint, types, layering, generated files up to date
 	$(BIN)/ruff format --check .

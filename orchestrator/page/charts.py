@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from statistics import fmean
 
 from orchestrator.api.job import Attempt, QLoRAJob
 from orchestrator.sdk.words import duration
@@ -14,7 +15,7 @@ WIDTH, HEIGHT = 640, 200
 """Of a curve, in the SVG's own units; the browser scales it."""
 LEFT, RIGHT, TOP, BOTTOM = 84, 12, 10, 24
 MOST_POINTS = 400
-"""Of a curve; of more, the mean of neighbours is drawn."""
+"""Of a curve; of more, one for some neighbours each is drawn."""
 ROW_HEIGHT = 26
 Points = Sequence[tuple[float, float]]
 
@@ -60,10 +61,17 @@ class Chart:
 
 
 def chart(
-    title: str, curves: Sequence[tuple[str, str, Points]], unit: str = "", level: tuple[str, float] | None = None
+    title: str,
+    curves: Sequence[tuple[str, str, Points]],
+    unit: str = "",
+    level: tuple[str, float] | None = None,
+    kept: Callable[[Sequence[float]], float] = fmean,
 ) -> Chart | None:
-    """Curves of name, style and points, with a level across them; None where there is nothing to draw."""
-    curves = [(name, style, thinned(_finite(points))) for name, style, points in curves]
+    """Curves of name, style and points, with a level across them; None where there is nothing to draw.
+
+    `kept` says what of neighbours is drawn where there are many points: their mean, or of peaks the highest.
+    """
+    curves = [(name, style, thinned(_finite(points), kept)) for name, style, points in curves]
     curves = [each for each in curves if each[2]]
     if not curves:
         return None
@@ -82,14 +90,13 @@ def chart(
     )
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """No more than so many points: means of neighbours, and the last one as it is."""
-    if len(points) <= most:
+def thinned(points: Points, kept: Callable[[Sequence[float]], float]) -> Points:
+    """No more than MOST_POINTS: one for some neighbours each, and the last one as it is."""
+    if len(points) <= MOST_POINTS:
         return points
-    size = math.ceil((len(points) - 1) / (most - 1))
-    groups = [points[start : start + size] for start in range(0, len(points) - 1, size)]
-    means = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-    return [*means, points[-1]]
+    size = math.ceil((len(points) - 1) / (MOST_POINTS - 1))
+    groups = [points[start : min(start + size, len(points) - 1)] for start in range(0, len(points) - 1, size)]
+    return [*((fmean([x for x, _ in group]), kept([y for _, y in group])) for group in groups), points[-1]]
 
 
 def nice_steps(low: float, high: float, wanted: int = 4) -> list[float]:

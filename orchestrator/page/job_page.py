@@ -185,7 +185,7 @@ def _charts(job: QLoRAJob, curves: Mapping[str, Curve]) -> Sequence[Chart | None
     return (
         chart("Loss", losses),
         chart("Speed", (("tokens a second", "first", points(Metric.TOKENS_PER_SECOND, speed)),)),
-        chart("Memory of the card", (("allocated", "first", memory),), " GiB", expected),
+        chart("Memory of the card", (("allocated", "first", memory),), " GiB", expected, kept=max),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -235,7 +236,7 @@ def test_many_who_look_are_one_who_reads(world: PaperWorld) -> None:
         for looker in lookers:
             looker.join()
     assert set(answers) == {200}
-    assert len(answers) > 20
+    assert len(answers) > 8
     assert 1 <= len(reads) <= 4
     assert all(later - earlier >= world.settings.page_read_seconds - 0.01 for earlier, later in pairwise(reads))
 
@@ -380,6 +381,17 @@ def test_curves_stay_in_their_picture_and_within_bounds(values: list[float]) -> 
     assert drawn.level is not None
     assert 0 <= drawn.level.at <= charts.HEIGHT
     assert 2 <= len(drawn.y_marks) <= 8
+
+
+def test_a_peak_of_memory_is_seen_among_thousands_of_steps() -> None:
+    points = [(float(step), 99.0 if step == 777 else 1.0) for step in range(5000)]
+    highest, mean = (charts.chart("x", (("a", "first", points),), kept=kept) for kept in (max, fmean))
+    assert highest is not None
+    assert mean is not None
+    top = [
+        min(float(y) for _, y in (place.split(",") for place in each.lines[0].path.split())) for each in (highest, mean)
+    ]
+    assert top[0] == highest.y_marks[-1].at == charts.TOP or top[0] < top[1]
 
 
 def wait_for_outlook(site: Site) -> None:
