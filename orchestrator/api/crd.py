@@ -36,6 +36,7 @@ from orchestrator.api.job import (
     METRIC_IS_SHOWN,
     OBJECTIVE_RULE,
     ONE_ANSWER_RULE,
+    ROLLBACK_RULE,
     TRAINING_FIELDS_ABOVE_ZERO,
     TRAINING_FIELDS_BELOW_ONE,
     WHOLE_ANSWERS_RULE,
@@ -204,6 +205,14 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 rule="self.dataset.format != 'preference' || !has(self.evaluation.generation)",
                 message=ONE_ANSWER_RULE,
                 field="evaluation.generation",
+            ),
+        ),
+        "_there_is_a_way_back": (
+            Rule(
+                rule="(self.training.onNonFinite != 'rollback' && self.training.onSpike != 'rollback')"
+                " || has(self.checkpoint.everySteps)",
+                message=ROLLBACK_RULE,
+                field="checkpoint.everySteps",
             ),
         ),
         "_metric_is_shown": (

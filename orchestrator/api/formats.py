@@ -253,6 +253,8 @@ class Metric(StrEnum):
     TRAIN_LOSS = "train/loss"
     LEARNING_RATE = "train/learning_rate"
     GRADIENT_NORM = "train/grad_norm"
+    SKIPPED_STEPS = "train/skipped_steps"
+    ROLLBACKS = "train/rollbacks"
     TOKENS_PER_SECOND = "train/tokens_per_second"
     MFU = "train/mfu"
     EVAL_LOSS = "eval/loss"

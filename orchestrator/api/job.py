@@ -73,7 +73,14 @@ IMMUTABLE_SPEC_FIELDS = (
     "tracking",
     "publish",
 )
-TRAINING_FIELDS_ABOVE_ZERO = ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon", "lora_plus_ratio")
+TRAINING_FIELDS_ABOVE_ZERO = (
+    "epochs",
+    "learning_rate",
+    "max_grad_norm",
+    "spike_ratio",
+    "adam_epsilon",
+    "lora_plus_ratio",
+)
 TRAINING_FIELDS_BELOW_ONE = ("warmup_ratio", "adam_beta1", "adam_beta2")
 MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
 MAX_EVICTIONS = 64
@@ -141,6 +148,10 @@ METRIC_IS_SHOWN = "evaluation.metric must be one that evaluations of this object
 METRIC_HOLDS_OUT = (
     "evaluation.metric, keepBest and earlyStoppingPatience go by held-out records: set dataset.evalSource or "
     "dataset.evalFraction"
+)
+ROLLBACK_RULE = (
+    "training.onNonFinite and onSpike rollback go back to a checkpoint whose step does not depend on the clock: set "
+    "checkpoint.everySteps"
 )
 GATE_IS_COMPUTED = "tracking.promote.when must name metrics of evaluation.generation.metrics"
 MAX_EPOCHS = 1_000_000
@@ -298,6 +309,18 @@ class TrainingSpec(Model):
     warmup_ratio: DecimalString = "0.03"
     weight_decay: DecimalString = "0"
     max_grad_norm: DecimalString = "0.3"
+    on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What follows a loss or a gradient norm that is no finite number: `stop` fails the job and names the records,
+    `skip` leaves that step's update out and goes on with the next rows, `rollback` also takes adapter and optimizer
+    back to the last checkpoint of checkpoint.everySteps."""
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """The same of a gradient norm that is more than spikeRatio times the median of the last 64 steps', from step 17
+    on."""
+    spike_ratio: DecimalString = "10"
+    max_skips: int = Field(default=10, ge=0, le=100_000)
+    """Updates that the job leaves out by `skip` at most; one more ends it."""
+    max_rollbacks: int = Field(default=3, ge=0, le=1000)
+    """How often it goes back by `rollback` at most; once more ends it."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"] = "paged_adamw_32bit"
     adam_beta1: DecimalString = "0.9"
     adam_beta2: DecimalString = "0.999"
@@ -309,6 +332,11 @@ class TrainingSpec(Model):
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     deterministic: bool = True
     """Bit-exact resume on the same kind of card."""
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether something takes training back to a checkpoint."""
+        return "rollback" in (self.on_non_finite, self.on_spike)
 
     @model_validator(mode="after")
     def _ranges(self) -> TrainingSpec:
@@ -588,6 +616,12 @@ class QLoRAJobSpec(Model):
             raise ValueError(GENERATION_HOLDS_OUT)
         if self.dataset.train_on == "all" or self.dataset.format == "text":
             raise ValueError(GENERATION_KNOWS_ANSWERS)
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_way_back(self) -> QLoRAJobSpec:
+        if self.training.rolls_back and self.checkpoint.every_steps is None:
+            raise ValueError(ROLLBACK_RULE)
         return self
 
     @model_validator(mode="after")

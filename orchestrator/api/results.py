@@ -214,6 +214,10 @@ class ProgressReport(Model):
     eval_loss: Measured = None
     tokens_per_second: Measured = None
     eta_seconds: Measured = None
+    skipped_steps: PositiveCount | None = None
+    """Updates left out by training.onNonFinite or onSpike; absent where there are none."""
+    rollbacks: PositiveCount | None = None
+    """How often they took training back to a checkpoint; absent where they did not."""
     checkpoint_step: Count | None = None
     checkpoint_uri: Uri | None = None
     warning: Sentence | None = None

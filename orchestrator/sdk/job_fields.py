@@ -83,6 +83,8 @@ def progress_fields(job: QLoRAJob, now: datetime) -> Iterator[Field]:
         yield "loss", f"{figure(progress.loss)}, held out {figure(progress.eval_loss)}"
         if progress.tokens_per_second is not None:
             yield "speed", f"{progress.tokens_per_second:.0f} tokens/s"
+    if progress is not None and (progress.skipped_steps or progress.rollbacks):
+        yield "unstable", f"{progress.skipped_steps or 0} updates left out, {progress.rollbacks or 0} rollbacks"
     if status.checkpoint is not None:
         yield "checkpoint", f"step {status.checkpoint.step} at {status.checkpoint.uri}"
     if progress is not None and progress.warning is not None and status.active_attempt is not None:

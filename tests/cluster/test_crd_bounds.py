@@ -190,6 +190,7 @@ def answer_rule_breakers() -> Iterator[Json]:
     yield {"tracking": GATED["tracking"]}
     yield {**HELD_OUT, "evaluation": {"metric": "rewards/margins"}}
     yield {"evaluation": {"keepBest": True}}
+    yield {"training": {"onNonFinite": "rollback"}}
     for promote in (
         {"alias": "candidate", "when": [GATE]},
         {"alias": "v1", "when": [GATE]},

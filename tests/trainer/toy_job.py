@@ -61,7 +61,7 @@ def _row(records: list[list[int]]) -> Row:
 def write_rows(rows: list[Row], path: Path) -> Path:
     """Write prepared rows in the columns that prepare documents."""
     kind = pyarrow.list_(pyarrow.int32())
-    names = ("input_ids", "labels", "position_ids")
+    names = ("input_ids", "labels", "position_ids", *(["samples"] if "samples" in rows[0] else []))
     columns = {name: pyarrow.array([row[name] for row in rows], kind) for name in names}
     parquet.write_table(pyarrow.table(columns), path)
     return path
@@ -78,6 +78,7 @@ def make_task(
     micro_batch_size: int = 2,
     recompute_layers: int = 1,
     global_batch_size: int = 4,
+    bad_tokens: Mapping[int, int] | None = None,
     training: Mapping[str, Any] | None = None,
     adapter: Mapping[str, Any] | None = None,
     dataset: Mapping[str, Any] | None = None,
@@ -88,9 +89,14 @@ def make_task(
     streamed_layers: int = 0,
     grace_seconds: int = 60,
 ) -> StageTask:
-    """A train task over a store that holds its prepared data; the same arguments give the same job."""
+    """A train task over a store that holds its prepared data; the same arguments give the same job.
+
+    `bad_tokens` are what some training rows end with instead.
+    """
     model = tiny_model(family, layers=layers)
-    prepared = write_prepared(store, steps=steps, rows=rows, eval_rows=eval_rows, strides=strides)
+    prepared = write_prepared(
+        store, steps=steps, rows=rows, eval_rows=eval_rows, strides=strides, bad_tokens=bad_tokens
+    )
     small = {"learning_rate": "1e-2", "global_batch_size": global_batch_size, "sequence_length": 64}
     spec = QLoRAJobSpec(
         model=ModelSource(source=model.as_uri()),
@@ -130,11 +136,17 @@ def write_prepared(
     rows: int,
     eval_rows: int,
     strides: Sequence[Sequence[int]] = ((1, 2, 3), (1, 2, 3)),
+    bad_tokens: Mapping[int, int] | None = None,
 ) -> PrepareResult:
     """The prepared folder in the job's store, as the prepare stage leaves it."""
     folder = store / "prepared" / DIGEST.removeprefix("sha256:")[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    write_rows(make_rows(rows, seed=1, strides=strides), folder / "train.parquet")
+    train = make_rows(rows, seed=1, strides=strides)
+    for index, row in enumerate(train):
+        row["samples"] = [2 * index, 2 * index + 1]
+    for index, token in (bad_tokens or {}).items():
+        train[index]["input_ids"][-2] = token
+    write_rows(train, folder / "train.parquet")
     if eval_rows:
         write_rows(make_rows(eval_rows, seed=2, strides=strides), folder / "eval.parquet")
     result = PrepareResult(

@@ -264,7 +264,8 @@ def _checkpointer(task: StageTask, prepared: PrepareResult, store: JobStore, mod
         adapter_config=adapter_config(model.peft_model.peft_config["default"], task),
         versions=library_versions(),
     )
-    return Checkpointer(store, provenance, keep=task.spec.checkpoint.keep)
+    way_back_steps = task.spec.checkpoint.every_steps if task.spec.training.rolls_back else None
+    return Checkpointer(store, provenance, keep=task.spec.checkpoint.keep, way_back_steps=way_back_steps)
 
 
 def _inputs(task: StageTask) -> tuple[MemoryPlan, PrepareResult]:

@@ -20,6 +20,9 @@ from orchestrator.core.job.stage_commands import checkpoint_uri
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Policy
 
+KEPT_FIGURES = ("loss", "eval_loss", "skipped_steps", "rollbacks")
+"""Of training, which stay in view when it is over."""
+
 
 def fold_progress(draft: Draft, report: ProgressReport, policy: Policy) -> Draft:
     """The draft with what the report brings: a checkpoint at once, figures no more often than the policy's interval."""
@@ -129,4 +132,4 @@ def _with_losses(report: ProgressReport, known: ProgressReport | None) -> Progre
     """A publish stage has no losses of its own; what training ended with stays in view."""
     if report.stage != "publish" or known is None:
         return report
-    return report.model_copy(update={"loss": known.loss, "eval_loss": known.eval_loss})
+    return report.model_copy(update={name: getattr(known, name) for name in KEPT_FIGURES})

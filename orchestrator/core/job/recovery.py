@@ -127,6 +127,7 @@ def _trained(draft: Draft, verdict: Verdict, result: TrainResult) -> Draft:
 
 def _last_progress(draft: Draft, verdict: Verdict, result: TrainResult) -> ProgressReport:
     """The result as a last report, so that the status shows the final losses even if no report came through."""
+    known = draft.status.progress
     return ProgressReport(
         stage="train",
         step=result.step,
@@ -134,6 +135,8 @@ def _last_progress(draft: Draft, verdict: Verdict, result: TrainResult) -> Progr
         detail="training is done",
         loss=result.train_loss,
         eval_loss=result.eval_loss,
+        skipped_steps=known.skipped_steps if known is not None else None,
+        rollbacks=known.rollbacks if known is not None else None,
         checkpoint_step=result.step if result.checkpoint_uri else None,
         checkpoint_uri=result.checkpoint_uri,
         time=verdict.finish_time,

@@ -277,13 +277,16 @@ def _in_order(row: Row, samples: Sequence[int]) -> Row:
 
 
 def write_rows(path: Path, split: Split, rows: Sequence[Row]) -> None:
-    """A Parquet file with one training sequence a row: input_ids, labels and position_ids, all of one length."""
+    """A Parquet file with one training sequence a row: input_ids, labels and position_ids, all of one length.
+
+    And samples: which of the dataset's each of the row's records is of, counted from 0.
+    """
     import pyarrow as untyped_pyarrow  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
     import pyarrow.parquet as untyped_parquet  # pyright: ignore[reportMissingTypeStubs]
 
     pyarrow: Any = untyped_pyarrow
     parquet: Any = untyped_parquet
-    names = ("input_ids", "labels", "position_ids")
+    names = ("input_ids", "labels", "position_ids", "samples")
     schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in names])
     # Nothing that depends on the time or the machine goes in; what pyarrow's version writes about itself does.
     with parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, write_statistics=False) as file:
@@ -292,11 +295,13 @@ def write_rows(path: Path, split: Split, rows: Sequence[Row]) -> None:
             file.write_table(pyarrow.table(dict(zip(names, map(list, columns), strict=True)), schema=schema))
 
 
-def _columns(split: Split, rows: Sequence[Row]) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
+def _columns(split: Split, rows: Sequence[Row]) -> Iterator[tuple[Numbers, ...]]:
+    samples = split.records.samples()
     for row in rows:
         records = [split.records[index] for index in row]
         yield (
             np.concatenate([record.input_ids for record in records]),
             np.concatenate([record.labels for record in records]),
             np.concatenate([np.arange(len(record.input_ids), dtype=np.int32) for record in records]),
+            np.array([samples[index] for index in row], dtype=np.int32),
         )

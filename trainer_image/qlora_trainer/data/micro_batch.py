@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,12 +34,14 @@ class PreparedRows:
     def __init__(self, path: Path) -> None:
         file: Any
         with parquet.ParquetFile(path) as file:  # `read_table` and `to_numpy` import pandas
-            table = file.read(columns=["input_ids", "labels", "position_ids"])
+            names = {"input_ids", "labels", "position_ids", "samples"} & set(file.schema_arrow.names)
+            table = file.read(columns=sorted(names))
         self._columns = [_flat(table.column(name)) for name in ("input_ids", "labels", "position_ids")]
         lengths = np.from_dlpack(table.column("input_ids").combine_chunks().value_lengths())
         self._row_starts = np.concatenate([[0], np.cumsum(lengths)])
         records_before = np.concatenate([[0], np.cumsum(self._columns[2] == 0)])
         self._record_starts = records_before[self._row_starts]
+        self._samples = _flat(table.column("samples")) if "samples" in names else None
 
     def __len__(self) -> int:
         return len(self._row_starts) - 1
@@ -52,6 +54,10 @@ class PreparedRows:
     def records(self, index: int) -> range:
         """The records of one row, numbered through all rows."""
         return range(int(self._record_starts[index]), int(self._record_starts[index + 1]))
+
+    def samples(self, records: Iterable[int]) -> list[int]:
+        """Which records of the dataset these were, counted from 0; none where older prepared data do not tell."""
+        return [] if self._samples is None else [int(self._samples[number]) for number in records]
 
     def row(self, index: int) -> tuple[Numbers, Numbers, Numbers]:
         """Token ids, labels and positions of one row."""

@@ -150,10 +150,14 @@ class Provenance:
 class Checkpointer:
     """Saves and finds the checkpoints of one attempt."""
 
-    def __init__(self, store: JobStore, provenance: Provenance, *, keep: int) -> None:
+    def __init__(
+        self, store: JobStore, provenance: Provenance, *, keep: int, way_back_steps: int | None = None
+    ) -> None:
+        """`keep` checkpoints stay, and the last one of a multiple of `way_back_steps`, which `way_back` gives."""
         self._store = store
         self._provenance = provenance
         self._keep = keep
+        self._way_back_steps = way_back_steps
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._damaged: set[str] = set()
@@ -203,6 +207,25 @@ class Checkpointer:
                 self.last = StoredCheckpoint(step=manifest.step, uri=self._store.folder_uri(name))
                 return snapshot
         return None
+
+    def way_back(self, step: int) -> Snapshot | None:
+        """The last whole checkpoint of a multiple of `way_back_steps` up to this step; it stays where it is.
+
+        Which one that is does not depend on when there were others. None where none can be read.
+        """
+        self.finish()
+        for name in reversed(self._ways_back(step)):
+            manifest = self._store.read_manifest(name, CheckpointManifest)
+            if manifest is not None and (snapshot := self._load(name, manifest)) is not None:
+                return snapshot
+        return None
+
+    def _ways_back(self, step: int) -> list[str]:
+        every = self._way_back_steps
+        if every is None:
+            return []
+        names = [name for name in self._names() if self._is_usable(name)]
+        return [name for name in names if checkpoint_step(name) <= step and checkpoint_step(name) % every == 0]
 
     def publish_adapter(
         self,
@@ -278,7 +301,7 @@ class Checkpointer:
         """Keep the newest checkpoints that can be resumed; the others, damaged or of other data, go."""
         names, last = self._names(), checkpoint_step(newest)
         usable = [name for name in names if checkpoint_step(name) <= last and self._is_usable(name)]
-        kept = usable[-self._keep :]
+        kept = [*usable[-self._keep :], *self._ways_back(last)[-1:]]
         for name in names:
             if name not in kept:
                 self._store.check_fence(self._provenance.attempt)

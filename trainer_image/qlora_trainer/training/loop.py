@@ -2,6 +2,8 @@
 
 - A step is a function of the state at the step boundary before it: rows, noise and dropout come from seeds that depend
   on the job's seed and the step alone, the learning rate from the step. So a resumed run goes on bit for bit.
+- A step whose update would do harm makes none (`stability`), and its rows are not trained again: data and learning
+  rate go by the step, whatever became of it, and what is told of a step stays.
 - Between step boundaries the adapter, the optimizer and the journal stay as they are; they change together, under a
   lock, when a step is complete. So whoever holds the lock may save a checkpoint at any instant, in the middle of a step
   too: it is the one of the last step boundary.
@@ -17,9 +19,10 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from statistics import median
 from time import monotonic, perf_counter
 
@@ -49,6 +52,7 @@ from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.objectives.objective import objective_of
 from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
 from qlora_trainer.training.reports import Reports
+from qlora_trainer.training.stability import Response, Stability, numbered
 from qlora_trainer.training.stop import AgentClient, Stop, Watchdog
 from qlora_trainer.training.telemetry import Card, PhaseClock
 
@@ -119,6 +123,7 @@ class Loop:
         self._reports = Reports(agent, self.journal, self.steps)
         self._warning: str | None = None
         self._position = self._restore(resumed)
+        self._stability = Stability(task.spec.training, self.journal.records())
         self._arithmetic = arithmetic(model)
         self._card = Card(model.device, latest(self.journal, Metric.ENERGY_JOULES) or 0.0)
         self.clock = PhaseClock(model.device)
@@ -160,42 +165,92 @@ class Loop:
         batches = list(micro_batches(self._train_rows, rows, self._plan.micro_batch_size))
         count = max(1, self._objective.count(self._train_rows, rows))
         torch.manual_seed(step_seed(training.seed, step))  # pyright: ignore[reportUnknownMemberType]  # torch's own
-        totals = self._accumulate_gradients(batches, count)
+        parts = self._accumulate_gradients(batches, count)
         self.clock.enter("optimizer")
         norms = gradient_norm(self._parameters)
-        found = totals.cpu()  # the GPU is waited for once, with everything queued
-        figures, norm = [float(figure) for figure in found], norms.item()
+        found = parts.cpu()  # the GPU is waited for once, with everything queued
+        figures, norm = [float(figure) for figure in reduce(torch.add, found)], norms.item()
         loss = figures[0]
-        self._refuse_to_diverge(step, loss, norm)
+        response = self._response(batches, found, loss, norm)
+        way_back = self._way_back() if response == "rollback" else None
         with self._lock:
-            self._update(norm)
+            told = self._update(norm) if response is None else self._leave_out(response, way_back)
             seconds = perf_counter() - self._step_started
-            self._complete_step(batches, figures, norm=norm, seconds=seconds)
+            self._complete_step(batches, figures, norm=norm, seconds=seconds, told=told)
         log.info("step %d of %d: loss %.4f, %.2f s", step + 1, self.steps, loss, seconds)
 
     def _accumulate_gradients(self, batches: Sequence[MicroBatch], count: int) -> Tensor:
-        """The step's figures, the loss first, as means over what the objective counts; gradients are added up."""
+        """Figures [micro-batches, figures], the loss first, whose sums are means over what the objective counts.
+
+        Gradients are added up.
+        """
         self._model.train()
-        totals = torch.zeros(len(self._objective.figures), device=self._model.device)
+        parts = torch.zeros(len(batches), len(self._objective.figures), device=self._model.device)
         for number, batch in enumerate(batches, start=1):
             if not self._step_seconds or self._step_seconds[-1] > LONG_STEP_SECONDS:
                 self.report(f"step {self._position.step + 1}: micro-batch {number} of {len(batches)}")
             self.clock.enter("forward")
-            totals += self._objective.accumulate(batch, divisor=count, between=lambda: self.clock.enter("backward"))
+            parts[number - 1] = self._objective.accumulate(
+                batch, divisor=count, between=lambda: self.clock.enter("backward")
+            )
             self._stop_inside_a_step_if_need_be()
-        return totals
+        return parts
 
-    def _update(self, norm: float) -> None:
-        """Change the adapter."""
+    def _update(self, norm: float) -> dict[str, float]:
+        """Change the adapter; there is nothing else to tell of it."""
         clip(self._parameters, norm, float(self._spec.training.max_grad_norm))
         self._optimizer.step(self._learning_rate())
         self.clock.close()
+        return {}
+
+    def _response(self, batches: Sequence[MicroBatch], parts: Tensor, loss: float, norm: float) -> Response | None:
+        """What there is to do instead of an update; raises DivergedError where that is to stop."""
+        trouble = self._stability.trouble(loss, norm)
+        if trouble is None:
+            return None
+        (response, what), step = trouble, self._position.step + 1
+        # Those whose own loss is no number, where there are such: a gradient may be none though all losses are.
+        broken = [batch for batch, part in zip(batches, parts, strict=True) if not math.isfinite(float(part[0]))]
+        records = numbered(self._train_rows.samples(number for each in broken or batches for number in each.records))
+        where = f"; {records}" if records else ""
+        if response == "stop":
+            raise self._divergence(f"training diverged in step {step}: {what}{where}")
+        done = (
+            "its update is left out" if response == "skip" else "training goes back to a checkpoint, and leaves it out"
+        )
+        log.warning("step %d is unstable: %s%s; %s", step, what, where, done)
+        return response
+
+    def _way_back(self) -> Snapshot:
+        found = self._checkpointer.way_back(self._position.step)
+        if found is None:
+            raise self._divergence(
+                f"step {self._position.step + 1} is unstable, and no checkpoint to go back to is whole"
+            )
+        return found
+
+    def _leave_out(self, response: Response, way_back: Snapshot | None) -> dict[str, float]:
+        """Go on without the step's update, from the `way_back` where there is one; what there is to tell of it."""
+        self._optimizer.drop_gradients()
+        if way_back is not None:
+            self._model.load_adapter(way_back.adapter)
+            self._optimizer.import_state(way_back.optimizer)
+            log.warning("adapter and optimizer are those of step %d again", way_back.state.step)
+        self.clock.close()
+        return self._stability.note_response(response)
 
     def _complete_step(
-        self, batches: Sequence[MicroBatch], figures: Sequence[float], *, norm: float, seconds: float
+        self,
+        batches: Sequence[MicroBatch],
+        figures: Sequence[float],
+        *,
+        norm: float,
+        seconds: float,
+        told: Mapping[str, float],
     ) -> None:
-        """Bring position and journal up to the adapter."""
+        """Bring position and journal up to the adapter; `told` is what else there is to tell of the step."""
         metrics: dict[str, float] = {
+            **told,
             **{f"{TRAINED}/{name}": figure for name, figure in zip(self._objective.figures, figures, strict=True)},
             Metric.LEARNING_RATE: self._learning_rate(),
             Metric.GRADIENT_NORM: norm,
@@ -203,6 +258,7 @@ class Loop:
             Metric.CHECKPOINT_STALL_SECONDS: self._stall_seconds,
             **self._card.metrics(self._arithmetic.operations(batches), seconds),
         }
+        self._stability.note(norm)
         self._step_seconds.append(seconds)
         self._stall_seconds = 0.0
         self._position.step += 1
@@ -210,10 +266,6 @@ class Loop:
 
     def _learning_rate(self) -> float:
         return learning_rate(self._position.step, self.steps, self._spec.training)
-
-    def _refuse_to_diverge(self, step: int, loss: float, norm: float) -> None:
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._divergence(f"training diverged in step {step + 1}: loss {loss}, gradient norm {norm}")
 
     def _divergence(self, what: str) -> DivergedError:
         self._checkpointer.finish()  # the one that is being written is kept too, and the message is to name it
@@ -271,7 +323,9 @@ class Loop:
     def _checkpoint_due(self) -> bool:
         step, spec = self._position.step, self._spec.checkpoint
         asked = self._stop.take_checkpoint_request()
-        if step == 0 or step == self._durable_step():
+        if step == 0:  # nothing is lost with it, but there may have to be a way back to it
+            return self._spec.training.rolls_back and self._checkpointer.last is None
+        if step == self._durable_step():
             return False
         on_step = spec.every_steps is not None and step % spec.every_steps == 0
         return asked or on_step or monotonic() - self._last_save >= spec.every_seconds
@@ -449,6 +503,8 @@ class Loop:
             detail,
             step=self._position.step,
             step_seconds=self._step_seconds,
+            skips=self._stability.skips,
+            rollbacks=self._stability.rollbacks,
             checkpoint=self._checkpointer.last,
             warning=self._warning,
         )

@@ -28,6 +28,8 @@ class Reports:
         *,
         step: int,
         step_seconds: Sequence[float],
+        skips: int,
+        rollbacks: int,
         checkpoint: StoredCheckpoint | None,
         warning: str | None,
     ) -> None:
@@ -44,6 +46,8 @@ class Reports:
                 eval_loss=latest(self._journal, Metric.EVAL_LOSS),
                 tokens_per_second=latest(self._journal, Metric.TOKENS_PER_SECOND),
                 eta_seconds=median(step_seconds) * (self._steps - step) if step_seconds else None,
+                skipped_steps=skips or None,
+                rollbacks=rollbacks or None,
                 checkpoint_step=checkpoint.step if checkpoint else None,
                 checkpoint_uri=checkpoint.uri if checkpoint else None,
                 warning=warning,
