@@ -167,7 +167,7 @@ def page(
     chosen = client.settings.page_port if port is None else port
     try:
         with terminable():
-            serve(client.connection, client.settings, chosen, told)
+            serve(client, chosen, told)
     except (KeyboardInterrupt, Terminated):
         raise typer.Exit(ExitStatus.OK) from None
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 
@@ -28,9 +28,10 @@ from orchestrator.page.figures import Figures, ReadRun
 from orchestrator.page.outlook import Outlook
 from orchestrator.page.sight import EVERYTHING, Sight
 from orchestrator.page.view import Views
+from orchestrator.sdk.client import Client
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.door import LOOPBACK, Door
-from orchestrator.settings import ServiceSettings, Settings
+from orchestrator.settings import ServiceSettings
 
 log = logging.getLogger(__name__)
 
@@ -70,19 +71,24 @@ class PageTracking:
     mlflow_workers: int = MLFLOW_CALLS
 
 
-def serve(connection: Connection, settings: Settings, port: int, told: Callable[[str], None]) -> None:
+def serve(client: Client, port: int, told: Callable[[str], None]) -> None:
     """Answer until Ctrl-C or SIGTERM; `told` hears the address, with the password. Raises PermanentError for a port
     that cannot be used."""
     with listening(port) as listener, tempfile.TemporaryDirectory(prefix="qlora-page-") as private:
         door = Door(COMMAND, listener.getsockname()[1])
-        address = settings.known_tracking_uri
-        app = make_app(parts(PasswordGate(door), connection, settings, address))
+        settings = client.settings
+        app = make_app(parts(PasswordGate(door), client_view(client), settings, settings.known_tracking_uri))
         told(door.url)
         if sys.stdout.isatty():
             page = Path(private) / "open.html"  # in a folder that its owner alone can enter
             page.write_text(door.opening_page)
             webbrowser.open(page.as_uri())
         server_of(app, settings).run(sockets=[listener])
+
+
+def client_view(client: Client) -> Connection:
+    """A client's connection, whose namespace is the client's: that is shown where nothing beyond it may be read."""
+    return replace(client.connection, namespace=client.namespace)
 
 
 def parts(gate: Gate, connection: Connection, settings: ServiceSettings, tracking_uri: str | None) -> Parts:

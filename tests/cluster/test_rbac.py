@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.page import get
 from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
@@ -24,6 +25,8 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.cli.exits import ExitStatus
 from orchestrator.cli.main import app
 from orchestrator.errors import WaitTimedOut
+from orchestrator.page.app import make_app
+from orchestrator.page.server import client_view, parts
 from orchestrator.sdk.client import Client
 from orchestrator.sdk.explanation import ON_RECORD
 from orchestrator.settings import Settings
@@ -42,6 +45,7 @@ from tests.cluster.accounts import (
 from tests.cluster.control_plane import CONTEXT, ControlPlane, control_plane
 from tests.cluster.resources import furnish, require
 from tests.deploy.render import NAMESPACE, documents
+from tests.page.gates import OpenGate
 from tests.sdk.paper_service import LLAMA_8B
 
 CLUSTER = "cluster"
@@ -161,6 +165,25 @@ def test_a_submitter_hands_in_jobs_in_the_own_namespace_alone(plane: ControlPlan
     ):
         refused(attempt)
     api.delete(mine)
+
+
+def test_the_page_of_a_submitter_shows_the_jobs_of_the_own_namespace_and_nothing_of_others(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    everybodys = KubernetesStore(plane.api())
+    for name, namespace in (("shown", "team-a"), ("hidden", "team-b")):
+        everybodys.create_job(submitted_job(name, namespace, **ON_THE_HUB))
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig_of(plane, "submitter")))
+    client = Client(Settings(context=CONTEXT, home=tmp_path), namespace="team-a")
+    page = make_app(parts(OpenGate(), client_view(client), client.settings, None))
+    first, one = (get(page, path).decode() for path in ("/", "/jobs/team-a/shown"))
+    assert "team-a/shown" in first
+    assert "Cards are not this account" in first
+    assert ON_RECORD.partition(":")[0] in one
+    assert "hidden" not in first + one
+    assert "team-b" not in first + one
+    for job in (submitted_job("shown", "team-a"), submitted_job("hidden", "team-b")):
+        everybodys.delete_job(job.metadata.namespace, job.metadata.name)
 
 
 def test_a_submitter_lists_follows_plans_and_is_told_why_without_a_right_beyond_the_own_namespace(
