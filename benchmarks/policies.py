@@ -44,6 +44,7 @@ PRIORITIES = {"research": (0, 0, 10), "product": (0, 10, 100), "batch": (0,)}
 HIGH_PRIORITY = 100
 LARGE_SHARE = 0.2
 LOAD = 0.9
+DEFRAGMENTATION_GAIN = 2.0
 SLACK = (1.5, 6.0)
 """A job's due time is this many times its work after its submission; nobody is told."""
 
@@ -98,13 +99,15 @@ def schedulers(trainer: Trainer) -> Mapping[str, Callable[[], Scheduler]]:
             class_change=class_change,
         )
 
-    without: dict[str, Callable[[], Scheduler]] = {
+    changed: dict[str, Callable[[], Scheduler]] = {
         "ours, no cool-down": partial(ours, preemption_cooldown_seconds=0.0),
+        "ours, large cards made room on": partial(ours, defragmentation_gain=DEFRAGMENTATION_GAIN),
+        "ours, budgets of one move a day": partial(ours, max_evictions=1),
         "ours, not told of progress": partial(ours, tells=False),
         "ours, jobs keep their class": partial(ours, class_change="forbidden"),
     }
     rivals = {name: partial(kind, NOMINAL) for name, kind in RIVALS.items()}
-    return {"ours": ours, **without, **rivals}
+    return {"ours": ours, **changed, **rivals}
 
 
 def drawn(trace: str, jobs: int, seed: int) -> Iterator[Task]:

@@ -125,6 +125,9 @@ class ServiceSettings(BaseSettings):
     eviction_protection_seconds: float = Field(default=3_600.0, ge=0, le=604_800)
     """A job whose eviction budget is spent keeps a GPU for so long before it may be moved again: whoever has a right to
     that GPU waits no longer for it. 0: budgets protect nobody."""
+    defragmentation_gain: float = Field(default=0.0, ge=0, le=1_000)
+    """A job that may change its class is moved from a large card to a free smaller one, where another then starts
+    sooner by so many times what the move costs; 0: nobody is moved for that."""
     history_limit: int = Field(default=32, ge=1, le=64)
     """Attempts kept in a job's status."""
     usage_half_life_seconds: float = Field(default=604_800.0, ge=3_600, le=315_360_000)

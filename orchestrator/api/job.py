@@ -689,6 +689,8 @@ class Attempt(Model):
     stop_time: Time | None = None
     """When it was asked to stop."""
     stop_reason: Reason | None = None
+    moves_to: ShortText | None = None
+    """Of a job that makes room on a large card: the class of the free GPU that is kept for it while it stops."""
     finish_time: Time | None = None
     exit_code: ExitStatus | None = None
     reason: Reason | None = None

@@ -99,6 +99,8 @@ class Reason(StrEnum):
     QUOTA_RECLAIMED = "QuotaReclaimed"
     TURN_ENDED = "TurnEnded"
     """Its queue gives turns (turnSeconds): its own is over, and an equal waited."""
+    DEFRAGMENTED = "Defragmented"
+    """It makes room on a large card for a job that fits no smaller one, and goes on on a smaller one that is free."""
     QUEUE_DRAINED = "QueueDrained"
     """The queue's stopPolicy is HoldAndDrain."""
     DISRUPTED = "Disrupted"
@@ -153,13 +155,14 @@ class Reason(StrEnum):
         return _RECOVERIES.get(self, Recovery.NONE)
 
 
-VOLUNTARY_EVICTIONS = frozenset({Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED})
+VOLUNTARY_EVICTIONS = frozenset({Reason.PREEMPTED, Reason.QUOTA_RECLAIMED, Reason.TURN_ENDED, Reason.DEFRAGMENTED})
 """Those that the scheduler chooses for another job's sake: they spend a job's eviction budget."""
 
 _RECOVERIES = {
     Reason.PREEMPTED: Recovery.RESUME,
     Reason.QUOTA_RECLAIMED: Recovery.RESUME,
     Reason.TURN_ENDED: Recovery.RESUME,
+    Reason.DEFRAGMENTED: Recovery.RESUME,
     Reason.QUEUE_DRAINED: Recovery.RESUME,
     Reason.DISRUPTED: Recovery.RESUME,
     Reason.SUSPENDED: Recovery.RESUME,

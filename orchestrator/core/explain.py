@@ -218,6 +218,14 @@ def _next(key: str, outcome: Schedule) -> Iterator[str]:
             yield f"It gets the {gpu_class} GPU of {preemption.finishing}, which ends before anybody could make way."
         elif preemption.claim.key == key and victim is None:
             yield f"It gets the {preemption.estimate.gpu_class} GPU of a job that is stopping already."
+        elif preemption.claim.key == key and victim is not None and preemption.onto:
+            sooner = span(timedelta(seconds=preemption.gain_seconds))
+            yield (
+                f"{victim.key} makes room for it on {victim.gpu_class} and goes on on a free {preemption.onto} GPU: "
+                f"that costs {victim.lost_seconds:.0f} GPU-seconds, and lets it start {sooner} sooner."
+            )
+        elif victim is not None and victim.key == key and preemption.onto:
+            yield f"It makes room for {preemption.claim.key} and goes on on a free {preemption.onto} GPU."
         elif preemption.claim.key == key and victim is not None:
             yield f"{victim.key} makes way for it, which costs {victim.lost_seconds:.0f} GPU-seconds."
         elif victim is not None and victim.key == key:

@@ -165,6 +165,9 @@ class Policy:
     """Only evictions within so long count in that."""
     eviction_protection_seconds: float = 3600.0
     """A job whose eviction budget is spent keeps a GPU for so long before it may be moved again."""
+    defragmentation_gain: float = 0.0
+    """A job is moved from a large card to a free smaller one where somebody then starts sooner by so many times what
+    the move costs; 0: nobody is."""
     history_limit: int = 32
     """Attempts kept in a job's status."""
     cpu_stages_limit: int = 4

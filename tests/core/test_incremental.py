@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -21,6 +22,8 @@ from orchestrator.api.job import (
     QLoRAJob,
     QLoRAJobStatus,
 )
+from orchestrator.api.model_facts import ModelFacts
+from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import Budget, QLoRAQueue, UserLimits
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Command, DeleteJob, DeleteStage, EnsureStage, WriteQueueStatus, WriteStatus
@@ -31,6 +34,7 @@ from orchestrator.core.job.stage_commands import stage_of
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.cycle import Scheduler, schedule
 from orchestrator.core.snapshot import Policy, Snapshot, StagePhase
+from orchestrator.sizing.plan_search import candidates
 from tests.builders import (
     LLAMA_3_8B,
     NOW,
@@ -41,6 +45,7 @@ from tests.builders import (
     make_attempt,
     make_job,
     make_queue,
+    make_spec,
     prepared_status,
     progress,
     stage,
@@ -55,6 +60,7 @@ POLICY = Policy(
     max_evictions=2,
     eviction_window_seconds=4_000,
     eviction_protection_seconds=500,
+    defragmentation_gain=1.0,
 )
 CLASSES = ("24Gi", "48Gi")
 NAMES = ("a", "b", "c")
@@ -92,6 +98,13 @@ def past(seeded: random.Random) -> tuple[Attempt, ...]:
     )
 
 
+@cache
+def estimate_on(gpu_class: str, model: ModelFacts) -> Estimate | None:
+    """What such a job has there."""
+    found = candidates(make_spec(), model, gpus(**{f"_{gpu_class}": 1}))
+    return found[0] if isinstance(found, tuple) else None
+
+
 def a_status(seeded: random.Random) -> QLoRAJobStatus:
     before, model = past(seeded), seeded.choice((SMOLLM2_135M, LLAMA_3_8B))
     kind = seeded.choice(("new", "queued", "queued", "queued", "running", "running", "stopping", "over"))
@@ -103,14 +116,17 @@ def a_status(seeded: random.Random) -> QLoRAJobStatus:
         retry_after = after(seeded.uniform(-50, 200)) if before else None
         return prepared_status(model, attempts=before, attempts_total=2, retry_after=retry_after, gpu_seconds=9.5)
     began = after(-seeded.uniform(0, 900))
+    gpu_class = seeded.choice(CLASSES)
+    told = seeded.choice((None, progress(1, eta_seconds=seeded.choice((0.0, 50.0, 5_000.0, 90_000.0)))))
     attempt = make_attempt(
         number=3,
-        gpu_class=seeded.choice(CLASSES),
+        gpu_class=gpu_class,
         created_time=began,
         seen_time=began,
         start_time=seeded.choice((began, began, None)),
         stop_time=NOW if kind == "stopping" else None,
         stop_reason=Reason.PREEMPTED if kind == "stopping" else None,
+        moves_to=seeded.choice((None, "24Gi")) if kind == "stopping" else None,
         progress_time=seeded.choice((None, began)),
     )
     checkpoint = CheckpointStatus(
@@ -122,6 +138,8 @@ def a_status(seeded: random.Random) -> QLoRAJobStatus:
         attempts=(*before, attempt),
         attempts_total=3,
         checkpoint=seeded.choice((None, checkpoint)),
+        estimate=estimate_on(gpu_class, model),
+        progress=told,
         evictions={"Preempted": len(moved)} if moved else {},
         eviction_budget=EvictionBudgetStatus(times=tuple(moved)) if moved else None,
     )
@@ -141,8 +159,13 @@ class Crowd:
         )
         self.jobs: dict[str, QLoRAJob] = {}
         self.names = 0
+        self.is_fragmented = self.seeded.random() < 0.4
         for _ in range(size):
             self.submit()
+        if self.is_fragmented:  # all large cards are taken, by no more than there are, and small ones are free
+            active = (job.status.active_attempt for job in self.jobs.values())
+            held = sum(attempt is not None and attempt.gpu_class == "48Gi" for attempt in active)
+            self.seen = replace(self.seen, gpu_classes=gpus(_24Gi=size, _48Gi=held))
 
     def submit(self) -> None:
         seeded, status = self.seeded, a_status(self.seeded)
@@ -151,10 +174,12 @@ class Crowd:
             f"job-{self.names}",
             status=status,
             age_seconds=seeded.choice((0, 10, seeded.uniform(0, 5_000))),
-            queue=seeded.choice((*NAMES, "default", "nowhere")),
+            queue="default" if self.is_fragmented else seeded.choice((*NAMES, "default", "nowhere")),
             priority=seeded.choice((0, 0, 3, 9)),
             ttl_seconds_after_finished=seeded.choice((None, 100)),
             active_deadline_seconds=seeded.choice((None, None, 1_000)),
+            gpu_classes=seeded.choice(((), (), ("48Gi",))),
+            class_change="allowed" if self.is_fragmented else seeded.choice(("auto", "allowed")),
             eviction_budget=seeded.choice((None, EvictionBudget(max_evictions=1), EVERY_HOUR)),
         )
         meta = job.metadata.model_copy(update={"namespace": seeded.choice(("default", "default", "team-b"))})
@@ -185,7 +210,7 @@ class Crowd:
                 others = [queue for queue in self.seen.queues if queue.metadata.name != "a"]
                 self.seen = replace(self.seen, queues=(a_queue("a", seeded), *others))
             case "cards":
-                self.seen = replace(self.seen, gpu_classes=gpus(_24Gi=seeded.randrange(8), _48Gi=4))
+                self.seen = replace(self.seen, gpu_classes=gpus(_24Gi=seeded.randrange(30), _48Gi=4))
             case "delete" if job is not None:
                 del self.jobs[key]
                 self.seen = replace(self.seen, jobs=tuple(self.jobs.values()))

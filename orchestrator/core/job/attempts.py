@@ -91,12 +91,13 @@ def _changed(change: ClassChange) -> str:
     )
 
 
-def request_stop(draft: Draft, reason: Reason, message: str) -> Draft:
-    """Record that the active attempt shall end; unchanged if it was asked before."""
+def request_stop(draft: Draft, reason: Reason, message: str, moves_to: str | None = None) -> Draft:
+    """Record that the active attempt shall end; unchanged if it was asked before. A GPU of the class that it moves to
+    is kept for it."""
     attempt = draft.attempt
     if attempt is None or attempt.stop_time is not None:
         return draft
-    attempts = draft.change_attempt(stop_time=draft.now, stop_reason=reason, message=clip(message))
+    attempts = draft.change_attempt(stop_time=draft.now, stop_reason=reason, message=clip(message), moves_to=moves_to)
     told = Event(reason=reason, message=message, warning=reason is Reason.NO_PROGRESS)
     if attempt.stage != "train":
         return draft.amend(attempts=attempts).tell(told)

@@ -75,6 +75,7 @@ class Claims:
         found = self._fitting(job, status, classes)
         if isinstance(found, Refusal) or not status.attempts:
             return found
+        found = _smaller_first(found, status)
         avoided = avoided_classes(status, now, self.policy)
         if not avoided:
             return found
@@ -87,6 +88,17 @@ class Claims:
         least = status.estimate.usable_bytes if status.step_ups > 0 else 0
         others = tuple(e for e in elsewhere if e.gpu_class not in avoided and e.usable_bytes >= least)
         return others or found
+
+    def smaller(self, job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> tuple[Estimate, ...]:
+        """Where a job that trains could go on from a checkpoint on a class of less memory than it has."""
+        here = status.estimate
+        if here is None or status.step_ups > 0 or not may_change_class(job.spec):
+            return ()
+        found = self._sized(job, status, self._on_machines(job.spec.resources.spot))
+        if isinstance(found, Refusal):
+            return ()
+        avoided = avoided_classes(status, now, self.policy)
+        return tuple(e for e in found if e.usable_bytes < here.usable_bytes and e.gpu_class not in avoided)
 
     def _fitting(
         self, job: QLoRAJob, status: QLoRAJobStatus, classes: tuple[GpuClass, ...]
@@ -127,6 +139,14 @@ class Claims:
                 if c.spot is None or (c.spot > 0 if spot == "required" else c.spot < c.capacity)
             )
         return found
+
+
+def _smaller_first(found: tuple[Estimate, ...], status: QLoRAJobStatus) -> tuple[Estimate, ...]:
+    """The same, but who has made room on a large card prefers smaller ones: it would take that one back."""
+    began = status.estimate
+    if began is None or status.attempts[-1].reason is not Reason.DEFRAGMENTED:
+        return found
+    return tuple(sorted(found, key=lambda estimate: estimate.usable_bytes >= began.usable_bytes))
 
 
 def may_change_class(spec: QLoRAJobSpec) -> bool:

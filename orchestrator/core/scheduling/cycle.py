@@ -29,6 +29,7 @@ from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.scheduling.admission import Held, Ledger, Placement, depends_on, place, why_blocked
 from orchestrator.core.scheduling.cpu_slots import CpuSlots, in_turn
+from orchestrator.core.scheduling.defragmentation import Cards, make_room
 from orchestrator.core.scheduling.index import Entry, Index
 from orchestrator.core.scheduling.line import Fare, RankedLine, fare_of
 from orchestrator.core.scheduling.ordering import Claim, created, permission_refusal
@@ -134,7 +135,7 @@ class Scheduler:
         placements = place(line, ledger)  # 4. who gets one now
         nodes = broken_nodes((index.entries[key].job for key in index.broken), snapshot.now, snapshot.policy)
         blocked = line.without(placement.claim.key for placement in placements)
-        chosen, moved = self._who_makes_way(blocked, placements, ledger, index, snapshot)  # 5. who makes way
+        chosen, moved = self._who_makes_way(blocked, placements, ledger, index, outages, snapshot)  # 5. who makes way
         preemptions, failed = self._worth_a_victim(chosen, nodes, index, snapshot)
         drafts |= failed
         blocked = blocked.without(failed)
@@ -161,6 +162,7 @@ class Scheduler:
         placements: tuple[Placement, ...],
         ledger: Ledger,
         index: Index,
+        outages: Mapping[Cause, Outage],
         snapshot: Snapshot,
     ) -> tuple[tuple[Preemption, ...], set[str]]:
         """What each blocked claim may count on, and of what others have the GPUs than before (`depends_on`)."""
@@ -179,7 +181,12 @@ class Scheduler:
         self._hopeless.forget(moved)
         left = blocked.without(preemption.claim.key for preemption in reserved)
         running = Running(index.movable, partial(index.holdings, snapshot=snapshot), snapshot.policy)
-        return (*reserved, *choose_victims(left, running, books, self._hopeless)), moved
+        chosen = (*reserved, *choose_victims(left, running, books, self._hopeless))
+        if not snapshot.policy.defragmentation_gain or outages:  # whoever is moved may then not start again
+            return chosen, moved
+        cards = Cards(occupants=partial(index.occupants, now=snapshot.now), ends=partial(index.ends, snapshot=snapshot))
+        left = left.without(preemption.claim.key for preemption in chosen)
+        return (*chosen, *make_room(left, running, cards, chosen, books)), moved
 
     def _worth_a_victim(
         self, preemptions: Iterable[Preemption], nodes: tuple[str, ...], index: Index, snapshot: Snapshot
@@ -384,7 +391,7 @@ def _evicted(
         if victim is not None:
             message = _eviction_sentence(preemption, victim)
             draft = drafts.get(victim.key) or index.draft(victim.key, snapshot.now)
-            changed[victim.key] = request_stop(draft, preemption.reason, message)
+            changed[victim.key] = request_stop(draft, preemption.reason, message, preemption.onto or None)
     return changed
 
 
@@ -397,6 +404,11 @@ def _eviction_sentence(preemption: Preemption, victim: Holding) -> str:
         )
     if preemption.reason is Reason.TURN_ENDED:
         return f"its turn on {victim.gpu_class} is over (turnSeconds of queue {victim.queue}); {claim.key} is next"
+    if preemption.reason is Reason.DEFRAGMENTED:
+        return (
+            f"makes room on {victim.gpu_class} for {claim.key}, which starts about {preemption.gain_seconds / 60:.0f} "
+            f"minutes sooner; goes on on a free {preemption.onto}, which costs {victim.lost_seconds:.0f} GPU-seconds"
+        )
     return f"makes way on {victim.gpu_class} for {claim.key}: priority {claim.priority} over {victim.priority}"
 
 

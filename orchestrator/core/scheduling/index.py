@@ -31,21 +31,23 @@ from orchestrator.core.job.finalizer import outstanding
 from orchestrator.core.job.lifecycle import is_ready, reconcile
 from orchestrator.core.job.outages import Cause, hit_by
 from orchestrator.core.job.promotion import awaits_mlflow
-from orchestrator.core.job.remaining import surely_remaining_seconds
+from orchestrator.core.job.remaining import remaining_seconds, surely_remaining_seconds
 from orchestrator.core.job.rest import FOR_EVER, is_expired, rests_until, waits_untried
 from orchestrator.core.job.stage_commands import accounts_for, claimant_of, stage_of
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.job.unreadable import job_key_of
 from orchestrator.core.scheduling.admission import Held, Ledger, Quotas, depends_on
-from orchestrator.core.scheduling.claims import Claims
+from orchestrator.core.scheduling.claims import Claims, may_change_class
 from orchestrator.core.scheduling.cpu_slots import IN_CPU_STAGE, last_served
+from orchestrator.core.scheduling.defragmentation import Occupant
 from orchestrator.core.scheduling.line import Line
 from orchestrator.core.scheduling.ordering import (
     NO_QUEUE,
     Claim,
     account,
     closures,
+    queue_refusal,
     queue_specs,
     standing,
     user_of,
@@ -113,7 +115,7 @@ class Entry:
         held = self.holding
         if held is None:
             return None
-        may_move = held.stopping, self.left_alone, held.turn_is_over
+        may_move = held.stopping, self.left_alone, held.turn_is_over, held.moves_to
         return held.queue, held.user, held.gpu_class, held.priority, may_move
 
 
@@ -195,6 +197,37 @@ class Index:
             found = entry.holding if is_new else holding_of(entry.draft, self.queues, snapshot)
             if found is not None:
                 yield found
+
+    def occupants(self, gpu_class: str, now: datetime) -> Mapping[str, Callable[[], Occupant | None]]:
+        """Who has a GPU of the class, may be moved and may change its class: by key, to be sized by whoever asks."""
+        return {
+            key: partial(self._occupant, key, now)
+            for key in self.holders.get(gpu_class, ())
+            if self.entries[key].may_move and may_change_class(self.entries[key].job.spec)
+        }
+
+    def _occupant(self, key: str, now: datetime) -> Occupant | None:
+        """What of less would do for it; None where its queue would not start it again, or it cannot be sized."""
+        entry = self.entries[key]
+        job, status = entry.job, entry.draft.status
+        if status.estimate is None or queue_refusal(job, self.queues, self.closed) is not None:
+            return None
+        try:
+            return Occupant(estimate=status.estimate, smaller=self._claims.smaller(job, status, now))
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - who cannot be sized stays where it is
+            return None
+
+    def ends(self, gpu_class: str, snapshot: Snapshot) -> Mapping[str, float]:
+        """In how many seconds who holds a GPU of the class is expected to end; of one long overdue nobody knows."""
+        policy, found = snapshot.policy, dict[str, float]()
+        late = policy.restart_cost_seconds + policy.stop_cost_seconds
+        for key in self.holders.get(gpu_class, set[str]()) - self.stopping:
+            left = remaining_seconds(self.entries[key].draft.status, policy, snapshot.now)
+            if left is not None and left > -late:
+                found[key] = max(0.0, left)
+        return found
 
     def coming_free(self) -> Iterator[Held]:
         """What stages hold that are stopping already."""
@@ -332,7 +365,7 @@ class Index:
         """The same books, by other quotas."""
         self.ledger = Ledger(capacity=self.ledger.capacity, quotas=Quotas.of(self.queues))
         holdings = (self.entries[key].holding for keys in self.holders.values() for key in keys)
-        held = ((each.queue, each.gpu_class, each.user) for each in holdings if each is not None)
+        held = (booked for each in holdings if each is not None for booked in _booked(each))
         for each in (*held, *self._extra):
             self.ledger.take(*each)
 
@@ -447,7 +480,9 @@ class Index:
         if not same:
             for entry in (old, new):
                 if entry is not None and (held := entry.holding) is not None:
-                    self.moved |= set(depends_on(held.queue, (held.gpu_class,), held.user))
+                    self.moved |= {
+                        name for booked in _booked(held) for name in depends_on(booked[0], booked[1:2], booked[2])
+                    }
 
     def _count(self, key: str, entry: Entry, *, is_there: bool) -> None:
         """The difference that a job makes."""
@@ -489,7 +524,8 @@ class Index:
         if entry.holding is not None:
             put(self.holders[entry.holding.gpu_class], key)
             book = self.ledger.take if is_there else self.ledger.release
-            book(entry.holding.queue, entry.holding.gpu_class, entry.holding.user)
+            for booked in _booked(entry.holding):
+                book(*booked)
             if entry.holding.stopping:
                 put(self.stopping, key)
             if entry.may_move:
@@ -574,6 +610,13 @@ def _ready_since(job: QLoRAJob, entry: Entry) -> datetime:
     return last or job.metadata.creation_timestamp or entry.looked_at
 
 
+def _booked(holding: Holding) -> Iterator[Held]:
+    """What is taken for a job that holds a GPU: that one, and the one that is kept for it."""
+    yield holding.queue, holding.gpu_class, holding.user
+    if holding.moves_to:
+        yield holding.queue, holding.moves_to, ""
+
+
 def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Snapshot) -> Holding | None:
     """The GPU that a job's train stage has: admitted, running, or stopping."""
     if draft.state not in GPU_STATES:
@@ -593,6 +636,7 @@ def holding_of(draft: Draft, queues: Mapping[str, QLoRAQueueSpec], snapshot: Sna
         lost_seconds=lost_seconds(draft.status, now, snapshot.policy),
         remaining_seconds=surely_remaining_seconds(draft.status, snapshot.policy, now),
         turn_is_over=is_turn_over(draft, queues, snapshot),
+        moves_to=attempt.moves_to or "",
         was_evicted=not EVICTIONS_BY_US.isdisjoint(draft.status.evictions),
         protected_seconds=protected_seconds(job.spec, draft.status, snapshot.policy, now),
     )

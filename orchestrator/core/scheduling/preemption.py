@@ -52,6 +52,8 @@ class Holding:
     """For so long its eviction budget, which is spent, keeps it where it is (`core/job/eviction_budget`)."""
     turn_is_over: bool = False
     """Whether it makes way for jobs of its queue whose priority is no lower."""
+    moves_to: str = ""
+    """The class of the GPU that is kept for it while it stops."""
 
 
 class Standing(NamedTuple):
@@ -94,6 +96,10 @@ class Preemption:
     reason: Reason = Reason.PREEMPTED
     finishing: str = ""
     """The key of the job that ends by itself, sooner than a move would take."""
+    onto: str = ""
+    """The class of the free GPU on which the victim goes on (`core/scheduling/defragmentation`)."""
+    gain_seconds: float = 0.0
+    """How much sooner the claim starts then."""
 
 
 def lost_seconds(status: QLoRAJobStatus, now: datetime, policy: Policy) -> float:
@@ -205,15 +211,15 @@ def _choose(claim: Claim, running: Running, books: Ledger, blocked: RankedLine, 
     going_on: set[tuple[str, str]] = set()
     while True:
         chosen = running.choose(claim, books, going_on)
-        if chosen is None or chosen.victim is None or _would_get(chosen, blocked, served, books):
+        if chosen is None or chosen.reason is not Reason.TURN_ENDED or would_get(chosen, blocked, served, books):
             return chosen
+        assert chosen.victim is not None, "it is somebody's turn that is over"
         going_on.add((chosen.victim.gpu_class, chosen.victim.user))
 
 
-def _would_get(chosen: Preemption, blocked: RankedLine, served: Set[str], books: Ledger) -> bool:
-    """Whether what the victim gives back is the claim's: only for that one does a job end its turn."""
-    if chosen.reason is not Reason.TURN_ENDED or chosen.victim is None:
-        return True
+def would_get(chosen: Preemption, blocked: RankedLine, served: Set[str], books: Ledger) -> bool:
+    """Whether what the victim gives back is the claim's: only for that one does an equal make way."""
+    assert chosen.victim is not None, "nobody makes way who ends by itself"
     after = books.copy()
     after.release(chosen.victim.queue, chosen.victim.gpu_class, chosen.victim.user)
     first = next(granted(blocked.without(served), after), None)
@@ -267,6 +273,15 @@ class Running:
             return None
         victim, estimate = best
         return Preemption(claim=claim, estimate=estimate, victim=victim, reason=_reason(claim, victim, lower))
+
+    def equals(self, claim: Claim, gpu_class: str, books: Ledger) -> Iterator[Holding]:
+        """Those of no higher priority whose GPU would be the claim's, if they needed none."""
+        spec, by_queue = books.quotas.queues.get(claim.queue), self._of(gpu_class)
+        if spec is None or spec.preemption == "Never":
+            return
+        for queue, _, is_full in self._queues(claim, gpu_class, books, by_queue):
+            if not is_full:
+                yield from (each for each in by_queue[queue] if each.priority <= claim.priority)
 
     def take(self, claim: Claim, victim: Holding | None) -> Holding:
         """The victim, which is no one's to choose any more; the claim's queue gets what it has."""
