@@ -346,7 +346,8 @@ class Course:
         estimate = status.estimate
         if left is None or estimate is None or not estimate.step_seconds:
             return durable
-        return min(max(durable, round(estimate.steps - left.seconds / estimate.step_seconds)), estimate.steps)
+        made = estimate.steps - left.seconds / estimate.step_seconds  # no number, where a step takes no time at all
+        return round(min(max(durable, made), estimate.steps))
 
     def _at(self, time: datetime, what: str, key: str) -> None:
         heapq.heappush(self.events, (time, next(self._order), what, key))
