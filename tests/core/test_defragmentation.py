@@ -13,6 +13,7 @@ from orchestrator.api.reasons import ExitCode, Reason
 from orchestrator.core.commands import WriteStatus
 from orchestrator.core.decide import decide
 from orchestrator.core.explain import explain
+from orchestrator.core.forecast import forecast
 from orchestrator.core.scheduling.cycle import Schedule, schedule
 from orchestrator.core.snapshot import Snapshot
 from tests.builders import (
@@ -194,3 +195,15 @@ def test_explain_says_who_makes_room_and_what_it_costs() -> None:
         "it start 1.0 hours sooner."
     ) in told
     assert "It makes room for default/large and goes on on a free 24Gi GPU." in explain(seen, "default/small")
+
+
+def test_a_forecast_counts_on_it() -> None:
+    starts = [
+        {key: each.start for key, each in forecast(world(holder(), large(), gain=gain)).jobs.items()}
+        for gain in (0.0, 2.0)
+    ]
+    soon = after(POLICY.stop_cost_seconds)
+    assert starts == [
+        {"default/small": None, "default/large": after(HOUR)},
+        {"default/small": soon, "default/large": soon},
+    ]
