@@ -95,7 +95,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris $(MODEL)/model.safetensors
 	$(BIN)/python -m tests.strangers.coverage_fuzz --seconds $(FUZZ_SECONDS)
 	QLORA_SEEDS=10000 $(BIN)/python -m pytest -q --timeout=14400 tests/sim
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_FUZZ=20000 QLORA_POISON=1000 $(BIN)/python -m pytest -q --timeout=14400 \
-	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py
+	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py tests/cluster/test_sweep_objects.py
 	OMP_NUM_THREADS=1 QLORA_FUZZ_MODELS=500 QLORA_FUZZ_PLANS=400 QLORA_ALL_TYPES=1 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py
 	QLORA_TEST_MODEL=$(MODEL) QLORA_BASE_FORMS=all $(BIN)/python -m pytest -q tests/e2e/test_main_job.py

@@ -25,6 +25,7 @@ from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.notification import NotificationBody
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, QLoRAQueueStatus
 from orchestrator.api.reasons import ExitCode, Reason
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepSpec, QLoRASweepStatus
 from orchestrator.core.job.state_machine import mermaid
 from orchestrator.settings import Settings
 
@@ -58,8 +59,10 @@ def pages() -> dict[str, str]:
     return {
         "qlorajob.md": HEADER + page(QLoRAJob, ("spec", QLoRAJobSpec), ("status", QLoRAJobStatus)),
         "qloraqueue.md": HEADER + page(QLoRAQueue, ("spec", QLoRAQueueSpec), ("status", QLoRAQueueStatus)),
+        "qlorasweep.md": HEADER + page(QLoRASweep, ("spec", QLoRASweepSpec), ("status", QLoRASweepStatus)),
         "qlorajob.schema.json": schema(QLoRAJob),
         "qloraqueue.schema.json": schema(QLoRAQueue),
+        "qlorasweep.schema.json": schema(QLoRASweep),
         "notification.schema.json": schema(NotificationBody),
         "../notifications.md": notification_events.page(),
         "../ci.md": exit_statuses.page(),

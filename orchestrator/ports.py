@@ -17,14 +17,15 @@ from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport, Promotion
 from orchestrator.api.stage_name import StageName
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus, TrialStatus
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import Event
-from orchestrator.core.snapshot import StageFact, UnreadableJob
+from orchestrator.core.snapshot import StageFact, SweepFact, UnreadableJob
 from orchestrator.sizing.hardware import GpuClass
 
 
 class Store(Protocol):
-    """The truth: job and queue objects. Writes carry the resource version they were decided on."""
+    """The truth: job, queue and sweep objects. Writes carry the resource version they were decided on."""
 
     def list_jobs(self, namespace: str | None = None) -> Sequence[QLoRAJob]:
         """All jobs, ordered by namespace and name."""
@@ -39,7 +40,10 @@ class Store(Protocol):
         ...
 
     def create_job(self, job: QLoRAJob) -> QLoRAJob:
-        """Store a new job with a uid, resource version and creation time; raises AlreadyExists."""
+        """Store a new job with a uid, resource version and creation time; raises AlreadyExists.
+
+        A trial whose sweep is gone is not kept: the store refuses it with NotFound, or deletes it.
+        """
         ...
 
     def update_job(self, job: QLoRAJob) -> QLoRAJob:
@@ -79,6 +83,26 @@ class Store(Protocol):
 
     def delete_queue(self, name: str) -> None:
         """Remove a queue, whatever jobs name it; raises NotFound."""
+        ...
+
+    def list_sweeps(self, namespace: str | None = None) -> Sequence[QLoRASweep]:
+        """All sweeps that parse, ordered by namespace and name."""
+        ...
+
+    def create_sweep(self, sweep: QLoRASweep) -> QLoRASweep:
+        """Store a new sweep; raises AlreadyExists, InvalidObject."""
+        ...
+
+    def update_sweep_status(self, sweep: QLoRASweep, status: QLoRASweepStatus) -> QLoRASweep:
+        """Replace the status alone; raises Conflict if `sweep.metadata.resource_version` is stale, NotFound."""
+        ...
+
+    def cancel_sweep(self, namespace: str, name: str) -> None:
+        """Ask for its end. Idempotent; raises NotFound."""
+        ...
+
+    def delete_sweep(self, namespace: str, name: str) -> None:
+        """Remove a sweep, and with it its trials, as `delete_job` does; raises NotFound."""
         ...
 
     def record_event(self, job: QLoRAJob, event: Event) -> None:
@@ -141,6 +165,13 @@ class Tracking(Protocol):
 
         It stays where the version or its owner are others than the job's and, unless a person `forced` it with a
         reason, where another version has it than the one that was compared with. Raises TrackingUnavailable.
+        """
+        ...
+
+    def finish_sweep(self, sweep: QLoRASweep, run_status: str, promoted: TrialStatus | None) -> SweepFact:
+        """Give a sweep's run its last status, and the alias of spec.promote to the trial's version. Idempotent.
+
+        Raises TrackingUnavailable.
         """
         ...
 

@@ -31,6 +31,7 @@ from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, Quota
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import Failure, PrepareResult, ProgressReport, PublishResult, StageResult, TrainResult
 from orchestrator.api.stage_name import StageKind
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepSpec, SweepMeta
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import Command, WriteStatus
 from orchestrator.core.snapshot import Policy, RunFact, Snapshot, StageFact, StagePhase
@@ -315,6 +316,20 @@ def submitted_job(
         "dataset": DatasetSource(source="file:///data/tiny.jsonl"),
     }
     return QLoRAJob(metadata=metadata, spec=QLoRAJobSpec(**{**sources, **spec}))
+
+
+def submitted_sweep(name: str = "search", namespace: str = "team-a", **spec: Any) -> QLoRASweep:
+    """A sweep as a user would submit it."""
+    job = {
+        "model": {"source": "hf://owner/model"},
+        "dataset": {"source": "s3://bucket/train.jsonl", "evalFraction": "0.1"},
+    }
+    space = [
+        {"field": "training.learningRate", "logUniform": {"min": "1e-5", "max": "1e-3"}},
+        {"field": "adapter.rank", "choice": ["8", "16"]},
+    ]
+    fields = {"job": job, "space": space, "trials": 4, "parallel": 2, **spec}
+    return QLoRASweep(metadata=SweepMeta(name=name, namespace=namespace), spec=QLoRASweepSpec.model_validate(fields))
 
 
 def make_task(job: QLoRAJob, stage: Any = "train", attempt: int = 1, *, store: Path, **fields: Any) -> StageTask:

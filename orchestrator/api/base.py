@@ -59,17 +59,17 @@ BY_PEOPLE = "by people"
 """The context in which JSON is validated that people wrote, and no server or client sent."""
 
 
-def _written(value: object, info: ValidationInfo) -> object:
+def written(value: object, info: ValidationInfo) -> object:
     """A number as the text that is sent for it: people write `epochs: 3`, in YAML and in Python."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if is_number and (info.mode == "python" or info.context == BY_PEOPLE) else value
 
 
 DecimalString = Annotated[
-    str, StringConstraints(pattern=DECIMAL_PATTERN, max_length=24, strict=True), BeforeValidator(_written)
+    str, StringConstraints(pattern=DECIMAL_PATTERN, max_length=24, strict=True), BeforeValidator(written)
 ]
 SignedDecimalString = Annotated[
-    str, StringConstraints(pattern=SIGNED_DECIMAL_PATTERN, max_length=24, strict=True), BeforeValidator(_written)
+    str, StringConstraints(pattern=SIGNED_DECIMAL_PATTERN, max_length=24, strict=True), BeforeValidator(written)
 ]
 DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL_PATTERN, min_length=1, max_length=63)]
 # A job's name is a label value and the stem of its pods' names: `<job>-publish-999` must stay a DNS label.

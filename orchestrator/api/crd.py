@@ -18,7 +18,7 @@ from typing import Any, cast
 from pydantic.alias_generators import to_camel
 
 from orchestrator.api.adapter import AdapterSpec
-from orchestrator.api.base import API_VERSION, Model
+from orchestrator.api.base import API_VERSION, DECIMAL_PATTERN, Model
 from orchestrator.api.job import (
     ANSWERS_ALONE_RULE,
     CHAT_TEMPLATE_NAMES,
@@ -57,6 +57,29 @@ from orchestrator.api.layer_trace import KIND_LETTERS, ModelTrace
 from orchestrator.api.notification import WEBHOOKS_HAVE_NAMES
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import Budget, QLoRAQueue, QLoRAQueueSpec
+from orchestrator.api.sweep import (
+    CHOICE_RULE,
+    CHOICES_DIFFER_RULE,
+    DECIMAL_FIELDS,
+    DECIMAL_RULE,
+    FIELDS_DIFFER_RULE,
+    GATE_RULE,
+    INTEGER_FIELDS,
+    INTEGER_PATTERN,
+    INTEGER_RULE,
+    LOG_RULE,
+    METRIC_RULE,
+    ONE_WAY_RULE,
+    ORDER_RULE,
+    RUNGS_RULE,
+    SWEEP_IMMUTABLE_FIELDS,
+    DecimalRange,
+    IntegerRange,
+    LogRange,
+    QLoRASweep,
+    QLoRASweepSpec,
+    SweepDimension,
+)
 
 Json = dict[str, Any]  # Any: schemas and manifests, as they come
 
@@ -95,6 +118,12 @@ _WEBHOOKS_HAVE_NAMES = Rule(
 )
 
 _HOLDS_OUT = "has(self.dataset.evalSource) || double(self.dataset.evalFraction) > 0.0"
+
+
+def _in_cel(pattern: str) -> str:
+    """A regular expression within a text of CEL."""
+    return pattern.replace("\\", "\\\\")
+
 
 RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
     DatasetSource: {
@@ -364,6 +393,83 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
             ),
         ),
     },
+    DecimalRange: {"_in_order": (Rule(rule="double(self.min) < double(self.max)", message=ORDER_RULE, field="max"),)},
+    LogRange: {
+        "_in_order": (
+            Rule(rule="double(self.min) > 0.0", message=LOG_RULE, field="min"),
+            Rule(
+                rule="double(self.min) <= 0.0 || double(self.min) < double(self.max)", message=ORDER_RULE, field="max"
+            ),
+        )
+    },
+    IntegerRange: {"_in_order": (Rule(rule="self.min < self.max", message=ORDER_RULE, field="max"),)},
+    SweepDimension: {
+        "_one_way_that_fits": (
+            Rule(
+                rule="[has(self.choice), has(self.uniform), has(self.logUniform), has(self.integer)]"
+                ".filter(one, one).size() == 1",
+                message=ONE_WAY_RULE,
+                field="field",
+            ),
+            Rule(
+                rule=f"self.field in {list(DECIMAL_FIELDS)} || !(has(self.uniform) || has(self.logUniform))",
+                message=DECIMAL_RULE,
+                field="field",
+            ),
+            Rule(
+                rule=f"self.field in {list(INTEGER_FIELDS)} || !has(self.integer)",
+                message=INTEGER_RULE,
+                field="integer",
+            ),
+            Rule(
+                rule=f"!has(self.choice) || (self.field in {list(DECIMAL_FIELDS)}"
+                f" ? self.choice.all(one, one.matches('{_in_cel(DECIMAL_PATTERN)}'))"
+                f" : !(self.field in {list(INTEGER_FIELDS)}) || "
+                f"self.choice.all(one, one.matches('{_in_cel(INTEGER_PATTERN)}')))",
+                message=CHOICE_RULE,
+                field="choice",
+            ),
+            Rule(
+                rule="!has(self.choice) || self.choice.all(one, self.choice.exists_one(other, other == one))",
+                message=CHOICES_DIFFER_RULE,
+                field="choice",
+            ),
+        )
+    },
+    QLoRASweepSpec: {
+        "_fields_differ": (
+            Rule(
+                rule="self.space.all(one, self.space.exists_one(other, other.field == one.field))",
+                message=FIELDS_DIFFER_RULE,
+                field="space",
+            ),
+        ),
+        "_metric_is_logged": (
+            Rule(
+                rule="self.metric.name != 'eval/loss' || has(self.job.dataset.evalSource)"
+                " || double(self.job.dataset.evalFraction) > 0.0",
+                message=METRIC_RULE,
+                field="metric",
+            ),
+        ),
+        "_gate_is_the_sweeps": (
+            Rule(rule="!has(self.job.tracking.promote)", message=GATE_RULE, field="job.tracking.promote"),
+        ),
+        "_rungs_have_figures": (
+            Rule(
+                rule="!has(self.earlyStop) || self.earlyStop.firstStep % self.job.evaluation.everySteps == 0",
+                message=RUNGS_RULE,
+                field="earlyStop",
+            ),
+        ),
+        "_alias_is_free": (
+            Rule(
+                rule="!has(self.promote) || !self.promote.matches('(?i)^(latest|v[0-9]+)$')",
+                message="promote must not be `latest` or `v<number>`, which MLflow reserves",
+                field="promote",
+            ),
+        ),
+    },
 }
 """CEL for every validator, by model and the validator's name, in the validator's words."""
 
@@ -378,6 +484,7 @@ def _immutable(field: str) -> Rule:
 
 
 IMMUTABLE = tuple(_immutable(field) for field in IMMUTABLE_SPEC_FIELDS)
+SWEEP_IMMUTABLE = tuple(_immutable(field) for field in SWEEP_IMMUTABLE_FIELDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -421,13 +528,25 @@ QUEUE_COLUMNS = (
     Column(name="Pending-Since", kind="date", path=".status.pendingSince", description="The longest wait.", wide=True),
     AGE,
 )
+SWEEP_COLUMNS = (
+    Column(name="State", kind="string", path=".status.summary", description="What goes on."),
+    Column(name="Trials", kind="integer", path=".spec.trials", description="Trials in all."),
+    Column(name="Running", kind="integer", path=".status.running", description="Trials that are there."),
+    Column(name="Succeeded", kind="integer", path=".status.succeeded", description="Trials that have."),
+    Column(name="Stopped", kind="integer", path=".status.stopped", description="Trials that earlyStop ended."),
+    Column(name="Failed", kind="integer", path=".status.failed", description="Trials that have."),
+    Column(name="Best", kind="string", path=".status.best.job", description="The best trial's job."),
+    Column(name="Value", kind="number", path=".status.best.value", description="Its metric."),
+    AGE,
+)
 
 
 def custom_resource_definitions() -> Sequence[Json]:
     """The manifests."""
     jobs = _definition(QLoRAJob, short="qj", scope="Namespaced", columns=JOB_COLUMNS)
     queues = _definition(QLoRAQueue, short="qq", scope="Cluster", columns=QUEUE_COLUMNS)
-    return jobs, queues
+    sweeps = _definition(QLoRASweep, short="qs", scope="Namespaced", columns=SWEEP_COLUMNS)
+    return jobs, queues, sweeps
 
 
 def _definition(kind: type[Model], *, short: str, scope: str, columns: tuple[Column, ...]) -> Json:
@@ -475,13 +594,16 @@ def _object(kind: type[Model]) -> Json:
         "description": document["description"],
         **({"required": required} if required else {}),
         "properties": properties,
-        "x-kubernetes-validations": [_name_rule().to_wire()],
+        "x-kubernetes-validations": [_name_rule(kind).to_wire()],
     }
 
 
-def _name_rule() -> Rule:
+def _name_rule(kind: type[Model]) -> Rule:
     """The name as the model bounds it: the server's own rule allows dots and more characters."""
-    name: Json = ObjectMeta.model_json_schema()["properties"]["name"]
+    meta = kind.model_fields["metadata"].annotation
+    assert isinstance(meta, type), "every kind has it"
+    assert issubclass(meta, ObjectMeta), "every kind has it"
+    name: Json = meta.model_json_schema()["properties"]["name"]
     pattern, limit = name["pattern"], name["maxLength"]
     return Rule(
         rule=f"self.metadata.name.size() <= {limit} && self.metadata.name.matches('{pattern}')",
@@ -584,6 +706,8 @@ def _rules(name: str) -> tuple[Rule, ...]:
     if differing := validators ^ set(rules):
         raise TypeError(f"{name}: validators and RULES differ in {', '.join(sorted(differing))}")
     own = tuple(rule for of_one in rules.values() for rule in of_one)
+    if model is QLoRASweepSpec:
+        return own + SWEEP_IMMUTABLE
     return own + IMMUTABLE if model is QLoRAJobSpec else own
 
 

@@ -182,6 +182,17 @@ GPU_CLASS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$"
 GpuClassName = Annotated[str, StringConstraints(pattern=GPU_CLASS_PATTERN, max_length=32)]
 
 
+class OwnerReference(Model):
+    """The sweep that a trial belongs to: with that it is deleted, as Kubernetes' garbage collector does."""
+
+    api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
+    kind: Literal["QLoRASweep"] = "QLoRASweep"
+    name: DnsLabel
+    uid: ShortText
+    controller: bool = True
+    block_owner_deletion: bool = False
+
+
 class ObjectMeta(Model):
     """The part of Kubernetes object metadata that the service reads; the store fills what it owns."""
 
@@ -195,6 +206,8 @@ class ObjectMeta(Model):
     labels: Labels = {}
     annotations: Annotations = {}
     finalizers: Annotated[tuple[Annotated[str, StringConstraints(max_length=317)], ...], Field(max_length=1024)] = ()
+    owner_references: Annotated[tuple[OwnerReference, ...], Field(max_length=1)] = ()
+    """The sweep of a trial. Owners of other kinds are nothing to the service."""
 
     @field_validator("annotations")
     @classmethod
@@ -471,12 +484,13 @@ class PromoteSpec(Model):
     @field_validator("alias")
     @classmethod
     def _alias_is_free(cls, value: str) -> str:
-        if _is_reserved(value):
+        if is_reserved(value):
             raise ValueError("promote must not move `latest` or `v<number>`, which MLflow reserves")
         return value
 
 
-def _is_reserved(alias: str) -> bool:
+def is_reserved(alias: str) -> bool:
+    """Whether MLflow keeps the alias for itself."""
     return alias.lower() == "latest" or (alias[0] in "vV" and alias[1:].isdigit())
 
 
@@ -512,7 +526,7 @@ class TrackingSpec(Model):
     @field_validator("alias")
     @classmethod
     def _alias_is_free(cls, value: str | None) -> str | None:
-        if value is not None and _is_reserved(value):
+        if value is not None and is_reserved(value):
             raise ValueError("alias must not be `latest` or `v<number>`, which MLflow reserves")
         return value
 
@@ -868,6 +882,11 @@ class QLoRAJob(Model):
     def key(self) -> str:
         """`namespace/name`, how the store and the controller address a job."""
         return f"{self.metadata.namespace}/{self.metadata.name}"
+
+    @property
+    def sweep(self) -> OwnerReference | None:
+        """The sweep that the job is a trial of."""
+        return self.metadata.owner_references[0] if self.metadata.owner_references else None
 
     @property
     def cancelled(self) -> bool:

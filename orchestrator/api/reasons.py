@@ -147,6 +147,10 @@ class Reason(StrEnum):
     OUTAGE_LIMIT_EXCEEDED = "OutageLimitExceeded"
     """The surroundings failed for longer than the outage limit without any progress."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    TOO_MANY_FAILURES = "TooManyFailures"
+    """More trials of a sweep have failed than its maxFailures allows."""
+    NO_TRIAL_SUCCEEDED = "NoTrialSucceeded"
+    """A sweep is over, and there is no best trial."""
     CANCELLED = "Cancelled"
 
     @property

@@ -41,6 +41,18 @@ def complete_queue(ctx: typer.Context, incomplete: str) -> list[str]:
     )
 
 
+def complete_sweep(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of sweeps: those to be cancelled or waited for are not over."""
+    is_open = ctx.command.name in ("cancel", "wait")
+    return _offered(
+        ctx,
+        incomplete,
+        lambda client: [
+            sweep.metadata.name for sweep in client.list_sweeps() if not is_open or sweep.status.finish_time is None
+        ],
+    )
+
+
 def complete_namespace(ctx: typer.Context, incomplete: str) -> list[str]:
     """Namespaces in which there are jobs."""
     return _offered(

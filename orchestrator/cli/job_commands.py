@@ -100,8 +100,9 @@ def submit(
     dry_run: DryRun = False,
     output: Output = None,
 ) -> None:
-    """Check manifests and hand their jobs and queues to the service."""
+    """Check manifests and hand their jobs, queues and sweeps to the service."""
     from orchestrator.api.job import QLoRAJob
+    from orchestrator.api.sweep import QLoRASweep
     from orchestrator.cli.console import say
     from orchestrator.cli.output import print_data, print_text, wire
     from orchestrator.errors import ServiceNotRunning
@@ -111,30 +112,44 @@ def submit(
         raise typer.BadParameter("name at least one manifest")
     client = connect(namespace)
     objects = [item for path in paths for item in load(path, namespace, changes)]
-    checked = [  # all, before any is stored
-        client.check(item, replace=replace) if isinstance(item, QLoRAJob) else item for item in objects
-    ]
+    checked = [_checked(client, item, replace) for item in objects]  # all, before any is stored
     _require_distinct(checked)
     if dry_run:
         print_dry_run(client, checked, output)
         return
     if not client.connection.is_running():
         raise ServiceNotRunning("the service is not running, so nothing would run the jobs; start it: qlora up")
-    stored = [
-        client.submit(item, replace=replace, told=say).object()
-        if isinstance(item, QLoRAJob)
-        else client.apply_queue(item)
-        for item in checked
-    ]
+    stored = [store_object(client, item, replace, say) for item in checked]
     if output is not None:
         print_data([wire(item) for item in stored], output)
         return
     for item in stored:
-        verb = "submitted" if isinstance(item, QLoRAJob) else "applied"
+        verb = "submitted" if isinstance(item, QLoRAJob | QLoRASweep) else "applied"
         print_text(f"{_reference(item)} {verb}")
     last = next((item for item in reversed(stored) if isinstance(item, QLoRAJob)), None)
     if last is not None and sys.stderr.isatty():
         say(f"follow it: qlora wait {last.metadata.name}{_in_namespace(last)}", style="quiet")
+
+
+def _checked(client: Client, item: UserObject, replace: bool) -> UserObject:
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.api.sweep import QLoRASweep
+
+    if isinstance(item, QLoRASweep):
+        return client.check_sweep(item)
+    return client.check(item, replace=replace) if isinstance(item, QLoRAJob) else item
+
+
+def store_object(client: Client, item: UserObject, replace: bool, told: Callable[[str], None]) -> UserObject:
+    """Hand one object to the service."""
+    from orchestrator.api.job import QLoRAJob
+    from orchestrator.api.sweep import QLoRASweep
+
+    if isinstance(item, QLoRASweep):
+        return client.sweep(item, told=told)
+    if isinstance(item, QLoRAJob):
+        return client.submit(item, replace=replace, told=told).object()
+    return client.apply_queue(item)
 
 
 def get(
@@ -452,7 +467,7 @@ def connect(namespace: str | None) -> Client:
 
 def load(path: Path, namespace: str | None, changes: Sequence[str] | None = None) -> tuple[UserObject, ...]:
     """The objects of a manifest or of standard input, in the namespace and with the fields that were asked for."""
-    from orchestrator.api.job import QLoRAJob
+    from orchestrator.api.queue import QLoRAQueue
     from orchestrator.errors import InvalidObject
     from orchestrator.sdk.manifest import load_manifest, parse_changes, parse_manifest
 
@@ -463,9 +478,9 @@ def load(path: Path, namespace: str | None, changes: Sequence[str] | None = None
         objects = load_manifest(path, changes=fields)
     for item in objects:
         written = item.metadata.namespace if "namespace" in item.metadata.model_fields_set else namespace
-        if isinstance(item, QLoRAJob) and namespace not in (None, written):
+        if not isinstance(item, QLoRAQueue) and namespace not in (None, written):
             raise InvalidObject(
-                f"{path}: job {item.metadata.name} is in namespace {written}, not {namespace}; "
+                f"{path}: {_word(item)} {item.metadata.name} is in namespace {written}, not {namespace}; "
                 "leave out --namespace, or correct one of them"
             )
     return objects
@@ -630,7 +645,11 @@ def _require_distinct(objects: Sequence[UserObject]) -> None:
 
 
 def _reference(item: UserObject) -> str:
-    return f"{item.kind.removeprefix('QLoRA').lower()}/{item.metadata.name}"
+    return f"{_word(item)}/{item.metadata.name}"
+
+
+def _word(item: UserObject) -> str:
+    return item.kind.removeprefix("QLoRA").lower()
 
 
 def _in_namespace(job: QLoRAJob) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from orchestrator.cli import import_commands, job_commands, queue_commands, service_commands
+from orchestrator.cli import import_commands, job_commands, queue_commands, service_commands, sweep_commands
 from orchestrator.cli.command import Command, Group
 from orchestrator.cli.completion import complete_context
 from orchestrator.cli.exits import ExitStatus, status_of
@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         service_commands.page,
         queue_commands.queue,
     ),
+    "Sweeps": (sweep_commands.sweep, sweep_commands.sweeps),
     "The embedded service": (
         service_commands.up,
         service_commands.down,
@@ -59,6 +60,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
 GROUPS: dict[Callable[..., None], tuple[Callable[..., None], ...]] = {
     import_commands.import_: (import_commands.openai,),
     queue_commands.queue: queue_commands.COMMANDS,
+    sweep_commands.sweeps: sweep_commands.COMMANDS,
 }
 """Commands that have commands of their own."""
 

@@ -30,6 +30,7 @@ Namespace = Annotated[
         autocompletion=complete_namespace,
     ),
 ]
+AllNamespaces = Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")]
 Output = Annotated[
     DataFormat | None,
     typer.Option("--output", "-o", metavar="json|yaml", help="Answer for programs.", show_default=False),

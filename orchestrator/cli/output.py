@@ -15,6 +15,7 @@ from rich.text import Text
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.sweep import QLoRASweep
 from orchestrator.api.words import in_json, in_lines, on_one_line
 from orchestrator.cli.console import answers
 from orchestrator.cli.formats import DataFormat
@@ -49,7 +50,7 @@ def print_text(text: str) -> None:
     console.file.flush()
 
 
-def wire(item: QLoRAJob | QLoRAQueue) -> dict[str, object]:
+def wire(item: QLoRAJob | QLoRAQueue | QLoRASweep) -> dict[str, object]:
     """An object with wire names, without what is not set; a job with the state that tables show."""
     data = item.to_wire()
     if not isinstance(item, QLoRAJob):

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.exits import ExitStatus
-from orchestrator.cli.job_commands import connect, finish_following, first_objects, load, only_job, print_dry_run
+from orchestrator.cli.job_commands import (
+    connect,
+    finish_following,
+    first_objects,
+    load,
+    only_job,
+    print_dry_run,
+    store_object,
+)
 from orchestrator.cli.options import Changes, DryRun, Model, Namespace, Output, Replace, Timeout
 
 if TYPE_CHECKING:
@@ -72,7 +80,7 @@ def run(
     with _service(client.settings, keep_up=keep_up):
         for item in objects:
             if not isinstance(item, QLoRAJob):
-                client.apply_queue(item)
+                store_object(client, item, replace=False, told=say)
         handle = client.submit(job, replace=replace, told=say)
         say(f"submitted {job.key}", style="quiet")
         finish_following(handle, timeout, output)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.sweep import QLoRASweep
 from orchestrator.cli.output import Cell, Columns
 from orchestrator.core.forecast import Expectation
 from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.simulate import Prospect, Simulation
+from orchestrator.core.sweep.search import parameters, trial_name
 from orchestrator.sdk.simulation import SAME_SECONDS
 from orchestrator.sdk.trace import TracePlayed, groups_of
 from orchestrator.sdk.usage import UsageBy, UsageRow
@@ -35,6 +37,60 @@ def job_table(jobs: Iterable[QLoRAJob], now: datetime, *, wide: bool = False, na
     header = (*(("NAMESPACE",) if namespaces else ()), *JOB_HEADER, *(WIDE_HEADER if wide else ()), "MESSAGE")
     rows = [_job_row(job, now, wide=wide, namespaces=namespaces) for job in jobs]
     return Columns(header=header, rows=rows, optional=() if wide else LEFT_OUT_FIRST)
+
+
+SWEEP_HEADER = ("NAME", "TRIALS", "RUNNING", "SUCCEEDED", "STOPPED", "FAILED", "BEST", "VALUE", "AGE", "MESSAGE")
+
+
+def sweep_table(sweeps: Iterable[QLoRASweep], now: datetime, *, namespaces: bool = False) -> Columns:
+    """One row a sweep."""
+    rows: list[list[Cell]] = []
+    for sweep in sweeps:
+        status, best = sweep.status, sweep.status.best
+        counts = (sweep.spec.trials, status.running, status.succeeded, status.stopped, status.failed)
+        texts = [
+            *((sweep.metadata.namespace,) if namespaces else ()),
+            sweep.metadata.name,
+            *map(str, counts),
+            best.job if best is not None else NOTHING,
+            figure(best.value if best is not None else None),
+            since(sweep.metadata.creation_timestamp, now),
+            status.summary,
+        ]
+        rows.append([Cell(text=text) for text in texts])
+    return Columns(header=(*(("NAMESPACE",) if namespaces else ()), *SWEEP_HEADER), rows=rows)
+
+
+def trial_table(sweep: QLoRASweep, jobs: Mapping[str, QLoRAJob]) -> Columns:
+    """One row a trial that is on record, the best first; of those without a figure the first."""
+    sign = 1 if sweep.spec.metric.mode == "min" else -1
+    fields = [dimension.field for dimension in sweep.spec.space]
+    succeeded_first = sorted(
+        sweep.status.trials,
+        key=lambda trial: (trial.state != "Succeeded", trial.value is None, sign * (trial.value or 0.0), trial.index),
+    )
+    rows: list[list[Cell]] = []
+    for trial in succeeded_first:
+        job = jobs.get(trial.job)
+        is_own = job is not None and job.metadata.uid == trial.uid
+        progress = progress_word(job) if job is not None and is_own else NOTHING
+        words = message(job) if job is not None and is_own and trial.state == "Running" else trial.message
+        texts = [trial.job, *(trial.parameters.get(field, NOTHING) for field in fields), trial.state]
+        rows.append([Cell(text=text) for text in (*texts, progress, figure(trial.value), words)])
+    header = ("TRIAL", *(field.upper() for field in map(_last_word, fields)), "STATE", "PROGRESS", "VALUE", "MESSAGE")
+    return Columns(header=header, rows=rows)
+
+
+def planned_trials(sweep: QLoRASweep) -> Columns:
+    """One row a trial that there would be."""
+    fields = [dimension.field for dimension in sweep.spec.space]
+    found = {trial_name(sweep, index): parameters(sweep.spec, index) for index in range(sweep.spec.trials)}
+    rows = [[Cell(text=name), *(Cell(text=values[field]) for field in fields)] for name, values in found.items()]
+    return Columns(header=("TRIAL", *(field.upper() for field in map(_last_word, fields))), rows=rows)
+
+
+def _last_word(field: str) -> str:
+    return field.rpartition(".")[2]
 
 
 def _job_row(job: QLoRAJob, now: datetime, *, wide: bool, namespaces: bool) -> list[Cell]:

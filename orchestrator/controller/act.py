@@ -24,17 +24,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
 from orchestrator.controller.logs import about
 from orchestrator.controller.mlflow_workers import MlflowWorkers, OfMlflow
 from orchestrator.controller.throttle import Allowance, Backoff
 from orchestrator.controller.webhook_workers import WebhookWorkers
 from orchestrator.core.commands import (
+    CancelJob,
     Command,
+    CreateJob,
     DeleteJob,
     DeleteStage,
     EnsureRun,
     EnsureStage,
     FinishRun,
+    FinishSweep,
     PromoteVersion,
     ReleaseJob,
     ReleaseUnreadable,
@@ -43,9 +47,18 @@ from orchestrator.core.commands import (
     StopStage,
     WriteQueueStatus,
     WriteStatus,
+    WriteSweepStatus,
 )
-from orchestrator.core.snapshot import DeliveryFact, RunFact
-from orchestrator.errors import Conflict, InvalidObject, NotFound, OrchestratorError, RuntimeLost, TransientError
+from orchestrator.core.snapshot import DeliveryFact, RunFact, SweepFact
+from orchestrator.errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidObject,
+    NotFound,
+    OrchestratorError,
+    RuntimeLost,
+    TransientError,
+)
 from orchestrator.ports import StageRuntime, Store, Tracking
 
 log = logging.getLogger(__name__)
@@ -57,7 +70,17 @@ TRIES_BEFORE_REFUSED = 5
 """So often a stage that cannot be created, for a reason that waiting does not change, is tried again."""
 
 ByCall = (
-    WriteStatus | WriteQueueStatus | EnsureStage | StopStage | DeleteStage | ReleaseJob | DeleteJob | ReleaseUnreadable
+    WriteStatus
+    | WriteQueueStatus
+    | WriteSweepStatus
+    | CreateJob
+    | CancelJob
+    | EnsureStage
+    | StopStage
+    | DeleteStage
+    | ReleaseJob
+    | DeleteJob
+    | ReleaseUnreadable
 )
 """Commands that one call to a port carries out."""
 
@@ -103,6 +126,10 @@ class Actor:
         """What MLflow answered and no status has on record yet, by the uid of the job."""
         return self._mlflow_workers.runs()
 
+    def sweep_runs(self) -> Mapping[str, SweepFact]:
+        """The same of sweeps that are over, by the uid of the sweep."""
+        return self._mlflow_workers.sweep_runs()
+
     def deliveries(self) -> Mapping[str, tuple[DeliveryFact, ...]]:
         """What came of notifications and no status has on record yet, by the uid of the job."""
         return self._webhooks.deliveries()
@@ -137,7 +164,7 @@ class Actor:
                 return
             key = _key(command)
             done = self._backoff.ready(key) and self._carry_out(command, key)
-            if not done and isinstance(command, WriteStatus):
+            if not done and isinstance(command, WriteStatus | WriteSweepStatus):
                 return
 
     def _carry_out(self, command: Command, key: str) -> bool:
@@ -146,7 +173,8 @@ class Actor:
             return True
         assert not isinstance(command, SendNotification), "webhooks have workers of their own"
         if isinstance(command, ReportDefect):
-            log.error("deciding about the job failed, so the job does:\n%s", command.trace, extra=_about(command))
+            what = "the job failed, so the job does" if isinstance(command.job, QLoRAJob) else "the sweep failed"
+            log.error("deciding about %s:\n%s", what, command.trace, extra=_about(command))
             return True
         if isinstance(command, WriteStatus) and command.words_only and not self._words.take():
             return False
@@ -186,6 +214,19 @@ class Actor:
                     self._store.record_event(written, event)
             case WriteQueueStatus(queue=queue, status=status):
                 self._store.update_queue_status(queue, status)
+            case WriteSweepStatus(sweep=sweep, status=status, events=events):
+                self._store.update_sweep_status(sweep, status)
+                if status.mlflow.run_status is not None:
+                    self._mlflow_workers.recorded(sweep.metadata.uid)
+                for event in events:
+                    level = logging.WARNING if event.warning else logging.INFO
+                    log.log(level, "%s: %s", event.reason, event.message, extra=_about(command))
+            case CreateJob(job=job):
+                self._create(job)
+            case CancelJob(job=job):
+                asked = {**job.metadata.annotations, CANCEL_ANNOTATION: "true"}
+                metadata = job.metadata.model_copy(update={"annotations": asked})
+                self._store.update_job(job.model_copy(update={"metadata": metadata}))
             case EnsureStage(task=task, gpu_class=gpu_class):
                 self._runtime.ensure(task, gpu_class)
             case StopStage(namespace=namespace, name=name, grace_seconds=grace_seconds, reason=reason):
@@ -201,19 +242,30 @@ class Actor:
             case DeleteJob(job=job):
                 self._store.delete_job(job.metadata.namespace, job.metadata.name)
 
+    def _create(self, job: QLoRAJob) -> None:
+        try:
+            self._store.create_job(job)
+        except AlreadyExists:
+            log.info("job %s is there already", job.key)  # whose it is, the next round sees
+
     def _note_refusal(self, command: ByCall, error: Exception) -> None:
         """A status is refused once and for all; a stage may have met something that passes."""
         match command:
             case WriteStatus(job=job) if isinstance(error, InvalidObject):
                 self._refused[job.metadata.uid] = f"its status cannot be stored: {error}"
             case EnsureStage(task=task):
-                tries = self._failed_tries.get(task.uid, 0) + 1
-                self._failed_tries[task.uid] = tries
-                if tries >= TRIES_BEFORE_REFUSED:
-                    why = error if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
-                    self._refused[task.uid] = f"{task.stage_name} cannot be created: {why}"
+                self._note_try(task.uid, task.stage_name, error)
+            case CreateJob(sweep=sweep, job=job):
+                self._note_try(sweep.metadata.uid, f"job {job.metadata.name}", error)
             case _:
                 pass
+
+    def _note_try(self, uid: str, what: str, error: Exception) -> None:
+        tries = self._failed_tries.get(uid, 0) + 1
+        self._failed_tries[uid] = tries
+        if tries >= TRIES_BEFORE_REFUSED:
+            why = error if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
+            self._refused[uid] = f"{what} cannot be created: {why}"
 
     def _postpone(self, key: str, error: Exception, context: Mapping[str, str | int]) -> None:
         log.warning("%s waits %.1f s: %s", key, self._backoff.failed(key), error, extra=context)
@@ -231,12 +283,17 @@ def _key(command: Command) -> str:
             return f"{kind} {namespace}/{name} {uid}"
         case WriteQueueStatus(queue=queue):
             return f"{kind} {queue.metadata.name} {queue.metadata.uid}"
+        case CreateJob(sweep=sweep, job=job):
+            return f"{kind} {job.key} {sweep.metadata.uid}"
+        case WriteSweepStatus(sweep=sweep) | FinishSweep(sweep=sweep):
+            return f"{kind} {sweep.key} {sweep.metadata.uid}"
         case (
             ReportDefect(job=job)
             | WriteStatus(job=job)
             | EnsureRun(job=job)
             | FinishRun(job=job)
             | PromoteVersion(job=job)
+            | CancelJob(job=job)
             | SendNotification(job=job)
             | ReleaseJob(job=job)
             | DeleteJob(job=job)
@@ -245,8 +302,10 @@ def _key(command: Command) -> str:
 
 
 def _recorded_uid(command: Command) -> str | None:
-    """The uid of the job that a write or a stage is of."""
+    """The uid of the job that a write or a stage is of, or of the sweep."""
     match command:
+        case CreateJob(sweep=sweep) | WriteSweepStatus(sweep=sweep):
+            return sweep.metadata.uid
         case WriteStatus(job=job):
             return job.metadata.uid
         case EnsureStage(task=task):
@@ -265,12 +324,15 @@ def _job_key(command: Command) -> str:
             return f"{namespace}/{name}"
         case WriteQueueStatus(queue=queue):
             return f"queue {queue.metadata.name}"  # which is no job's
+        case WriteSweepStatus(sweep=sweep) | FinishSweep(sweep=sweep) | CreateJob(sweep=sweep):
+            return f"sweep {sweep.key}"  # nor that; a trial is made once it is on record
         case (
             ReportDefect(job=job)
             | WriteStatus(job=job)
             | EnsureRun(job=job)
             | FinishRun(job=job)
             | PromoteVersion(job=job)
+            | CancelJob(job=job)
             | SendNotification(job=job)
             | ReleaseJob(job=job)
             | DeleteJob(job=job)
@@ -290,10 +352,13 @@ def _about(command: Command) -> Mapping[str, str | int]:
             return about(_job_key(command), status.attempts_total or None)
         case WriteQueueStatus():
             return {}
+        case WriteSweepStatus(sweep=sweep) | FinishSweep(sweep=sweep) | CreateJob(sweep=sweep):
+            return about(sweep.key)
         case (
             EnsureRun()
             | FinishRun()
             | PromoteVersion()
+            | CancelJob()
             | SendNotification()
             | ReleaseJob()
             | DeleteJob()

@@ -97,7 +97,12 @@ class Controller:
         start = time.monotonic()
         self.metrics.round_begins()
         store, runtime = self._ports.store, self._ports.runtime
-        answers = Answers(runs=self._actor.runs(), deliveries=self._actor.deliveries(), refused=self._actor.refused())
+        answers = Answers(
+            runs=self._actor.runs(),
+            sweep_runs=self._actor.sweep_runs(),
+            deliveries=self._actor.deliveries(),
+            refused=self._actor.refused(),
+        )
         now = self._clock.now()
         snapshot = observe(store, runtime, answers, self._policy, now, self._clock.step_seconds)
         observed = time.monotonic()

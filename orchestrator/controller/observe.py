@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from orchestrator.core.snapshot import DeliveryFact, Policy, RunFact, Snapshot
+from orchestrator.core.snapshot import DeliveryFact, Policy, RunFact, Snapshot, SweepFact
 from orchestrator.ports import StageRuntime, Store
 from orchestrator.sizing.hardware import priced
 
@@ -20,6 +20,7 @@ class Answers:
     """What came of commands whose answers are waited for elsewhere, by the jobs' uids."""
 
     runs: Mapping[str, RunFact]
+    sweep_runs: Mapping[str, SweepFact]
     deliveries: Mapping[str, tuple[DeliveryFact, ...]]
     refused: Mapping[str, str]
 
@@ -36,10 +37,12 @@ def observe(
         clock_step_seconds=clock_step_seconds,
         jobs=tuple(jobs),
         queues=tuple(store.list_queues()),
+        sweeps=tuple(store.list_sweeps()),
         stages=stages,
         taken_names=runtime.taken_names(),
         gpu_classes=priced(runtime.gpu_classes(), policy.gpu_prices),
         runs={uid: fact for uid, fact in answers.runs.items() if fact.job.key not in alone},
+        sweep_runs=answers.sweep_runs,
         deliveries=answers.deliveries,
         refused=answers.refused,
         unreadable=tuple(unreadable),

@@ -8,6 +8,7 @@ from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.notification import Notification, Webhook
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus, TrialStatus
 from orchestrator.api.task import StageTask
 
 
@@ -37,6 +38,40 @@ class WriteQueueStatus:
 
     queue: QLoRAQueue
     status: QLoRAQueueStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteSweepStatus:
+    """Record a sweep's new status, if the sweep is still at this resource version."""
+
+    sweep: QLoRASweep
+    status: QLoRASweepStatus
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateJob:
+    """Make the job of a trial that the sweep's status already records; done if it exists."""
+
+    sweep: QLoRASweep
+    job: QLoRAJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelJob:
+    """End a trial's job for good, as a person would."""
+
+    job: QLoRAJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishSweep:
+    """Give the MLflow run of a sweep that is over its last status; what came of it becomes a fact."""
+
+    sweep: QLoRASweep
+    run_status: str
+    promoted: TrialStatus | None
+    """The trial whose version gets the alias of spec.promote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +154,9 @@ class DeleteJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportDefect:
-    """Put on record that deciding about a job raised; the job's own commands deal with the job."""
+    """Put on record that deciding about a job or a sweep raised; a job's own commands deal with the job."""
 
-    job: QLoRAJob
+    job: QLoRAJob | QLoRASweep
     trace: str
     """The traceback, for whoever maintains the program."""
 
@@ -140,6 +175,10 @@ Command = (
     | ReportDefect
     | WriteStatus
     | WriteQueueStatus
+    | WriteSweepStatus
+    | CreateJob
+    | CancelJob
+    | FinishSweep
     | EnsureStage
     | StopStage
     | DeleteStage

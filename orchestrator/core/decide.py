@@ -46,6 +46,7 @@ from orchestrator.core.scheduling.ordering import created
 from orchestrator.core.scheduling.queue_status import queue_statuses
 from orchestrator.core.scheduling.subscriptions import notification_commands, subscriptions_of
 from orchestrator.core.snapshot import Policy, Snapshot
+from orchestrator.core.sweep.lifecycle import sweep_commands
 
 Queues = Mapping[str, QLoRAQueueSpec]
 
@@ -79,6 +80,7 @@ def _commands(decided: Round, snapshot: Snapshot) -> Iterator[Command]:
     yield from _runs_of_gone_jobs(index, snapshot)
     for key in sorted(index.telling):
         yield from notification_commands(index.entries[key].draft.job, index.queues)
+    yield from sweep_commands(snapshot)
     yield from queue_statuses(index, snapshot)  # before a job that has ended may be deleted
     # Whoever carries this out may run out of time: what has been decided comes to its end first, then what was decided
     # just now, then figures of jobs that go on as before, and last come words about those who wait.

@@ -16,6 +16,7 @@ from orchestrator.api.job import MlflowStatus, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport, Promotion, StageResult
+from orchestrator.api.sweep import QLoRASweep
 from orchestrator.core.job.addresses import AddressRules
 from orchestrator.sizing.hardware import GpuClass
 
@@ -73,6 +74,15 @@ class RunFact:
     """What MLflow answered."""
     promotion: Promotion | None = None
     """What came of the request, where that was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepFact:
+    """What MLflow has of a sweep that is over, and no status has on record yet."""
+
+    mlflow: MlflowStatus
+    promotion: Promotion | None = None
+    """What came of the alias, where one was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +218,7 @@ class Snapshot:
     """How far the clock of `now` was put ahead since the last decision, below zero back: seconds that did not pass."""
     jobs: tuple[QLoRAJob, ...]
     queues: tuple[QLoRAQueue, ...] = ()
+    sweeps: tuple[QLoRASweep, ...] = ()
     stages: Mapping[str, StageFact] = field(default_factory=dict[str, StageFact])
     """Every stage there is, by `namespace/name`: one that is not here does not exist."""
     taken_names: frozenset[str] = frozenset()
@@ -215,10 +226,13 @@ class Snapshot:
     gpu_classes: tuple[GpuClass, ...] = ()
     runs: Mapping[str, RunFact] = field(default_factory=dict[str, RunFact])
     """By the job's uid; may be lost at any time, since asking MLflow again gives the same answer."""
+    sweep_runs: Mapping[str, SweepFact] = field(default_factory=dict[str, SweepFact])
+    """The same of sweeps, by the sweep's uid."""
     deliveries: Mapping[str, tuple[DeliveryFact, ...]] = field(default_factory=dict[str, tuple[DeliveryFact, ...]])
     """What came of notifications, by the job's uid; may be lost at any time: they are sent again."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Why nothing can come of a job, by its uid: the store takes no status of it, or the runtime no stage."""
+    """Why nothing can come of a job or a sweep, by its uid: the store takes no status of it, or no job of a trial, or
+    the runtime no stage."""
     unreadable: tuple[UnreadableJob, ...] = ()
     """Jobs that this version cannot parse: their GPUs are taken all the same, and their stages can be stopped."""
     policy: Policy

@@ -27,6 +27,7 @@ from orchestrator.api.job import (
     TrainingSpec,
 )
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueSpec, Quota
+from orchestrator.api.sweep import EarlyStop, QLoRASweep, QLoRASweepSpec, SweepDimension, SweepMeta, SweepMetric
 from orchestrator.errors import (
     AlreadyExists,
     Conflict,
@@ -60,6 +61,7 @@ __all__ = [
     "Client",
     "Conflict",
     "DatasetSource",
+    "EarlyStop",
     "EvaluationSpec",
     "Explanation",
     "GateRule",
@@ -83,12 +85,17 @@ __all__ = [
     "QLoRAJobStatus",
     "QLoRAQueue",
     "QLoRAQueueSpec",
+    "QLoRASweep",
+    "QLoRASweepSpec",
     "Quota",
     "ResourcesSpec",
     "ServiceNotRunning",
     "Settings",
     "StoreSpec",
     "StoreUnavailable",
+    "SweepDimension",
+    "SweepMeta",
+    "SweepMetric",
     "TrackingSpec",
     "TrainingSpec",
     "TransientError",

@@ -19,9 +19,11 @@ from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.stage_name import StageKind
+from orchestrator.api.sweep import QLoRASweep
 from orchestrator.core.commands import Event
+from orchestrator.errors import WaitTimedOut
 from orchestrator.sdk.chat import DEFAULT_ANSWER_TOKENS
-from orchestrator.sdk.client import Client, JobLike, QueueLike
+from orchestrator.sdk.client import SWEEP_STEP_SECONDS, Client, JobLike, QueueLike, SweepLike
 from orchestrator.sdk.connection import Connection
 from orchestrator.sdk.explanation import Explanation
 from orchestrator.sdk.handle import PROMOTE_SECONDS, JobHandle, JobResult
@@ -124,6 +126,44 @@ class AsyncClient:
     async def promote(self, name: str, *, namespace: str | None = None, force: bool = False, reason: str = "") -> str:
         """Move the alias of spec.tracking.promote to a published job's version, and say what came of it."""
         return await asyncio.to_thread(self.sync.promote, name, namespace=namespace, force=force, reason=reason)
+
+    async def sweep(self, sweep: SweepLike, *, told: Callable[[str], None] | None = None) -> QLoRASweep:
+        """Check and store a sweep."""
+        return await asyncio.to_thread(self.sync.sweep, sweep, told=told)
+
+    async def check_sweep(self, sweep: SweepLike) -> QLoRASweep:
+        """The sweep as `sweep` would store it; changes nothing."""
+        return await asyncio.to_thread(self.sync.check_sweep, sweep)
+
+    async def list_sweeps(self, *, namespace: str | None = None, all_namespaces: bool = False) -> Sequence[QLoRASweep]:
+        """Sweeps, ordered by namespace and name."""
+        return await asyncio.to_thread(self.sync.list_sweeps, namespace=namespace, all_namespaces=all_namespaces)
+
+    async def get_sweep(self, name: str, *, namespace: str | None = None) -> QLoRASweep:
+        """A sweep as it is now; raises NotFound."""
+        return await asyncio.to_thread(self.sync.get_sweep, name, namespace=namespace)
+
+    async def wait_sweep(
+        self, name: str, timeout_seconds: float | None = None, *, namespace: str | None = None
+    ) -> QLoRASweep:
+        """The sweep once it is over; raises WaitTimedOut, NotFound, ServiceNotRunning."""
+        deadline = None if timeout_seconds is None else asyncio.get_running_loop().time() + timeout_seconds
+        while True:
+            left = None if deadline is None else deadline - asyncio.get_running_loop().time()
+            step = SWEEP_STEP_SECONDS if left is None else min(SWEEP_STEP_SECONDS, left)
+            try:
+                return await asyncio.to_thread(self.sync.wait_sweep, name, step, namespace=namespace)
+            except WaitTimedOut:
+                if left is not None and left <= step:
+                    raise
+
+    async def cancel_sweep(self, name: str, *, namespace: str | None = None) -> None:
+        """End a sweep and its trials for good. Raises NotFound."""
+        await asyncio.to_thread(self.sync.cancel_sweep, name, namespace=namespace)
+
+    async def delete_sweep(self, name: str, *, namespace: str | None = None) -> None:
+        """Remove a sweep and its trials. Raises NotFound."""
+        await asyncio.to_thread(self.sync.delete_sweep, name, namespace=namespace)
 
     async def apply_queue(self, queue: QueueLike) -> QLoRAQueue:
         """Create or replace a queue; raises InvalidObject."""

@@ -27,16 +27,18 @@ from orchestrator.api.formats import ShownRecords
 from orchestrator.api.job import QLoRAJob
 from orchestrator.api.queue import MONTH_PATTERN, QLoRAQueue
 from orchestrator.api.reasons import Reason
+from orchestrator.api.sweep import QLoRASweep
 from orchestrator.api.uris import file_path
 from orchestrator.core.scheduling.ordering import permission_refusal, queue_specs
 from orchestrator.core.snapshot import Snapshot
-from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning
+from orchestrator.core.sweep.search import refusal, trial_job
+from orchestrator.errors import AlreadyExists, Forbidden, InvalidObject, NotFound, ServiceNotRunning, WaitTimedOut
 from orchestrator.sdk import first_job
 from orchestrator.sdk.connection import Connection, connect, read_settings
 from orchestrator.sdk.data_count import count_data
 from orchestrator.sdk.explanation import NOT_RUNNING, read_snapshot
 from orchestrator.sdk.handle import JobHandle, is_finished
-from orchestrator.sdk.manifest import load_manifest, parse_object
+from orchestrator.sdk.manifest import UserObject, load_manifest, parse_object
 from orchestrator.sdk.notebook import JobList, jobs_html
 from orchestrator.sdk.planned_start import settled_job
 from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
@@ -56,6 +58,9 @@ REPLACE_SECONDS = 60.0
 JobLike = QLoRAJob | Mapping[str, object] | str | os.PathLike[str]
 """A job built in Python, its wire form, or the path of a manifest that holds exactly one."""
 QueueLike = QLoRAQueue | Mapping[str, object] | str | os.PathLike[str]
+SweepLike = QLoRASweep | Mapping[str, object] | str | os.PathLike[str]
+SWEEP_STEP_SECONDS = 1.0
+"""`wait_sweep` looks whether anybody is at work at least so often."""
 
 
 class Client:
@@ -238,6 +243,75 @@ class Client:
         """
         return self.handle(name, namespace=namespace).promote(force=force, reason=reason)
 
+    def sweep(self, sweep: SweepLike, *, told: Callable[[str], None] | None = None) -> QLoRASweep:
+        """Check and store a sweep, whose trials are jobs `<name>-0`, `<name>-1`, ...
+
+        Data files go where those of jobs go. Raises InvalidObject, AlreadyExists, ServiceNotRunning.
+        """
+        checked = self.check_sweep(sweep)
+        if not self.connection.is_running():
+            raise ServiceNotRunning("the service is not running, so nothing would run the trials; start it: qlora up")
+        if not self.connection.is_local:
+            trial = uploaded(trial_job(checked, 0), self.settings.store_uri, told or (lambda _: None)).spec
+            start = checked.spec.job.adapter.model_copy(update={"start": trial.adapter.start})
+            sources = {"model": trial.model, "dataset": trial.dataset, "adapter": start}
+            spec = checked.spec.model_copy(update={"job": checked.spec.job.model_copy(update=sources)})
+            checked = checked.model_copy(update={"spec": spec})
+        return self.connection.store.create_sweep(checked)
+
+    def check_sweep(self, sweep: SweepLike) -> QLoRASweep:
+        """The sweep as `sweep` would store it; raises what that would raise, and changes nothing."""
+        checked = _one(sweep, QLoRASweep)
+        if "namespace" not in checked.metadata.model_fields_set:
+            metadata = checked.metadata.model_copy(update={"namespace": self.namespace})
+            checked = checked.model_copy(update={"metadata": metadata})
+        name, namespace = checked.metadata.name, checked.metadata.namespace
+        if any(known.metadata.name == name for known in self.list_sweeps(namespace=namespace)):
+            raise AlreadyExists(
+                f"sweep {checked.key} exists already; choose another name, or delete it first: "
+                f"qlora sweeps delete {name}"
+            )
+        if (why := refusal(checked)) is not None:
+            raise InvalidObject(f"{checked.kind} {name}: {why}")
+        self.check(trial_job(checked, 0))
+        return checked
+
+    def list_sweeps(self, *, namespace: str | None = None, all_namespaces: bool = False) -> Sequence[QLoRASweep]:
+        """Sweeps, ordered by namespace and name."""
+        return self.connection.store.list_sweeps(None if all_namespaces else namespace or self.namespace)
+
+    def get_sweep(self, name: str, *, namespace: str | None = None) -> QLoRASweep:
+        """A sweep as it is now, with its trials in its status; raises NotFound."""
+        for sweep in self.list_sweeps(namespace=namespace):
+            if sweep.metadata.name == name:
+                return sweep
+        raise NotFound(f"there is no sweep {namespace or self.namespace}/{name}; list them with: qlora sweeps")
+
+    def wait_sweep(
+        self, name: str, timeout_seconds: float | None = None, *, namespace: str | None = None
+    ) -> QLoRASweep:
+        """The sweep once it is over and MLflow knows; raises WaitTimedOut, NotFound, ServiceNotRunning."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        cursor = ""
+        while True:
+            left = SWEEP_STEP_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
+            cursor = self.connection.store.wait_for_change(cursor, min(SWEEP_STEP_SECONDS, left) if cursor else 0)
+            sweep = self.get_sweep(name, namespace=namespace)
+            if is_settled(sweep):
+                return sweep
+            if deadline is not None and time.monotonic() > deadline:
+                raise WaitTimedOut(f"sweep {sweep.key} is not over after {timeout_seconds:g} s: {sweep.status.summary}")
+            if not self.connection.is_running():
+                raise ServiceNotRunning(f"the service stopped before sweep {sweep.key} was over; start it: qlora up")
+
+    def cancel_sweep(self, name: str, *, namespace: str | None = None) -> None:
+        """End a sweep and its trials for good; what they have saved and published stays. Raises NotFound."""
+        self.connection.store.cancel_sweep(namespace or self.namespace, name)
+
+    def delete_sweep(self, name: str, *, namespace: str | None = None) -> None:
+        """Remove a sweep and its trials; MLflow and their store keep what they have. Raises NotFound."""
+        self.connection.store.delete_sweep(namespace or self.namespace, name)
+
     def apply_queue(self, queue: QueueLike) -> QLoRAQueue:
         """Create or replace a queue; raises InvalidObject."""
         checked = _one(queue, QLoRAQueue)
@@ -310,6 +384,12 @@ class Client:
             return None
 
 
+def is_settled(sweep: QLoRASweep) -> bool:
+    """Whether a sweep is over, and its run, where it has one, has its end."""
+    has_run = any(trial.uid for trial in sweep.status.trials)
+    return sweep.status.finish_time is not None and (not has_run or sweep.status.mlflow.run_status is not None)
+
+
 def _how_to_go_on(job: QLoRAJob, finished: bool) -> str:
     """What to do about a name that is taken."""
     again = "run it anew with --replace" if finished else f"end it with: qlora cancel {job.metadata.name}"
@@ -317,7 +397,7 @@ def _how_to_go_on(job: QLoRAJob, finished: bool) -> str:
     return f"job {job.key} exists already {state}; choose another name with --name or metadata.name, or {again}"
 
 
-_Kind = TypeVar("_Kind", QLoRAJob, QLoRAQueue)
+_Kind = TypeVar("_Kind", QLoRAJob, QLoRAQueue, QLoRASweep)
 
 
 def _one(source: object, kind: type[_Kind]) -> _Kind:
@@ -329,7 +409,7 @@ def _one(source: object, kind: type[_Kind]) -> _Kind:
             raise InvalidObject(f"{os.fspath(path)} holds {len(found)} objects where one {kind.__name__} is wanted")
         item = found[0]
     else:
-        item = parse_object(cast("QLoRAJob | QLoRAQueue | Mapping[str, object]", source))
+        item = parse_object(cast("UserObject | Mapping[str, object]", source))
     if not isinstance(item, kind):
         raise InvalidObject(f"{item.metadata.name} is a {item.kind} where a {kind.__name__} is wanted")
     return item

@@ -1,4 +1,4 @@
-"""Reads manifests: YAML files of one or more objects into validated jobs and queues.
+"""Reads manifests: YAML files of one or more objects into validated jobs, queues and sweeps.
 
 Rules:
 - only the safe YAML types are read, a key may stand once, and a file has a bounded size;
@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from orchestrator.api.base import API_VERSION, BY_PEOPLE, MAX_COUNT, Model
 from orchestrator.api.job import REQUEST_ANNOTATIONS, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
+from orchestrator.api.sweep import QLoRASweep
 from orchestrator.api.uris import file_uri
 from orchestrator.api.words import on_one_line
 from orchestrator.errors import InvalidObject
@@ -56,11 +57,14 @@ NAME_CHARACTERS, MADE_CHARACTERS = "bcdfghjklmnpqrstvwxz2456789", 5
 """Of the end of a made name: no vowels, so that no words come of it, and nothing that looks like something else."""
 MAX_PREFIX_CHARACTERS = 43
 """With the made end the longest name of a job."""
-NULL_IS_A_CHOICE: frozenset[FieldPath] = frozenset({("spec", "tracking", "alias")})
+NULL_IS_A_CHOICE: frozenset[FieldPath] = frozenset(
+    {("spec", "tracking", "alias"), ("spec", "job", "tracking", "alias")}
+)
 """Where null is not the default. Everywhere else the API server drops it."""
 
-UserObject = QLoRAJob | QLoRAQueue
-KINDS: dict[str, type[QLoRAJob] | type[QLoRAQueue]] = {"QLoRAJob": QLoRAJob, "QLoRAQueue": QLoRAQueue}
+UserObject = QLoRAJob | QLoRAQueue | QLoRASweep
+UserKind = type[QLoRAJob] | type[QLoRAQueue] | type[QLoRASweep]
+KINDS: dict[str, UserKind] = {"QLoRAJob": QLoRAJob, "QLoRAQueue": QLoRAQueue, "QLoRASweep": QLoRASweep}
 _SERVICE_METADATA = (
     "uid",
     "resourceVersion",
@@ -68,13 +72,18 @@ _SERVICE_METADATA = (
     "creationTimestamp",
     "deletionTimestamp",
     "finalizers",
+    "ownerReferences",
+)
+_JOBS_URI_FIELDS = (
+    ("model", "source"),
+    ("dataset", "source"),
+    ("dataset", "evalSource"),
+    ("adapter", "from"),
+    ("store", "uri"),
 )
 _URI_FIELDS: tuple[FieldPath, ...] = (
-    ("spec", "model", "source"),
-    ("spec", "dataset", "source"),
-    ("spec", "dataset", "evalSource"),
-    ("spec", "adapter", "from"),
-    ("spec", "store", "uri"),
+    *(("spec", *path) for path in _JOBS_URI_FIELDS),
+    *(("spec", "job", *path) for path in _JOBS_URI_FIELDS),
 )
 
 
@@ -143,7 +152,7 @@ def parse_object(
     data: Mapping[str, object] | UserObject, *, name: str = "object", folder: Path | None = None
 ) -> UserObject:
     """One object from JSON types with wire names, or one built in Python, judged by the same rules."""
-    if isinstance(data, QLoRAJob | QLoRAQueue):
+    if isinstance(data, QLoRAJob | QLoRAQueue | QLoRASweep):
         # What was set, nulls included (`tracking.alias: null` is a choice), and nothing else (a namespace by default).
         wire: object = {
             **data.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -262,7 +271,7 @@ def _to_object(data: object, origin: _Origin, changes: Changes = ()) -> UserObje
         raise origin.error(*problems_of(error, kind, wire)) from error
 
 
-def _kind_of(wire: Mapping[str, object], origin: _Origin) -> type[QLoRAJob] | type[QLoRAQueue]:
+def _kind_of(wire: Mapping[str, object], origin: _Origin) -> UserKind:
     version, kind = wire.get("apiVersion"), wire.get("kind")
     if version != API_VERSION:
         found = "is missing" if version is None else f"is {shown(version)}"

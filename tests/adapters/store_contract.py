@@ -11,11 +11,13 @@ import pytest
 
 from orchestrator.api.base import utc
 from orchestrator.api.job import (
+    CANCEL_ANNOTATION,
     NOTIFY_FINALIZER,
     RELEASE_FINALIZER,
     Attempt,
     MlflowStatus,
     ObjectMeta,
+    OwnerReference,
     QLoRAJobStatus,
     TrackingSpec,
     TrainingSpec,
@@ -23,10 +25,12 @@ from orchestrator.api.job import (
 from orchestrator.api.notification import Notification, NotificationsStatus
 from orchestrator.api.queue import MonthlyUsage, QLoRAQueue, QLoRAQueueSpec, QLoRAQueueStatus, Quota, UserUsage
 from orchestrator.api.reasons import Reason
+from orchestrator.api.sweep import QLoRASweepStatus, TrialStatus
 from orchestrator.core.commands import Event
+from orchestrator.core.sweep.search import trial_job
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 from orchestrator.ports import Store
-from tests.builders import submitted_job
+from tests.builders import submitted_job, submitted_sweep
 
 
 def with_attempt() -> QLoRAJobStatus:
@@ -292,6 +296,39 @@ class StoreContract(ABC):
         with pytest.raises(NotFound, match=f"there is no queue {queue.metadata.name}"):
             store.delete_queue(queue.metadata.name)
         assert store.apply_queue(queue).metadata.uid != first.metadata.uid
+
+    def test_sweeps_come_back_as_they_were_written_and_their_status_by_who_has_read_this_version(self) -> None:
+        store = self.open()
+        created = store.create_sweep(submitted_sweep())
+        assert created.metadata.uid
+        assert created.spec == submitted_sweep().spec
+        with pytest.raises(AlreadyExists, match="qlora sweeps delete search"):
+            store.create_sweep(submitted_sweep())
+        trial = TrialStatus(index=0, job="search-0", parameters={"adapter.rank": "8"}, value=0.5)
+        status = QLoRASweepStatus(observed_generation=1, trials=(trial,), running=1, summary="Running")
+        written = store.update_sweep_status(created, status)
+        assert written.status == status
+        with pytest.raises(Conflict):
+            store.update_sweep_status(created, QLoRASweepStatus())
+        store.cancel_sweep("team-a", "search")
+        [found] = store.list_sweeps("team-a")
+        assert (found.cancelled, found.status, found.spec) == (True, status, created.spec)
+        assert store.list_sweeps("team-b") == []
+        store.delete_sweep("team-a", "search")
+        assert store.list_sweeps() == []
+        for gone in (store.cancel_sweep, store.delete_sweep):
+            with pytest.raises(NotFound, match="qlora sweeps"):
+                gone("team-a", "search")
+
+    def test_a_trial_knows_its_sweep_wherever_it_is_read(self) -> None:
+        store = self.open()
+        sweep = store.create_sweep(submitted_sweep())
+        created = store.create_job(trial_job(sweep, 0))
+        assert created.sweep == OwnerReference(name="search", uid=sweep.metadata.uid)
+        assert self.open().get_job("team-a", "search-0").sweep == created.sweep
+        asked = created.metadata.model_copy(update={"annotations": {CANCEL_ANNOTATION: "true"}})
+        assert store.update_job(created.model_copy(update={"metadata": asked})).sweep == created.sweep
+        store.delete_job("team-a", "search-0")
 
     def test_a_queues_status_is_written_apart_from_its_spec_and_only_by_who_has_read_this_version(self) -> None:
         store = self.open()

@@ -19,9 +19,11 @@ from orchestrator.api.job import MlflowStatus, QLoRAJob, QLoRAJobStatus, Trackin
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
+from orchestrator.api.sweep import BestTrial, QLoRASweep, QLoRASweepStatus, TrialStatus
+from orchestrator.core.sweep.search import trial_job
 from orchestrator.errors import InvalidObject, TrackingUnavailable
 from orchestrator.settings import Settings
-from tests.builders import NOW, make_attempt, submitted_job
+from tests.builders import NOW, make_attempt, submitted_job, submitted_sweep
 from tests.trainer.fault_link import Cut, Fault, Link, Request, fault_link
 from tests.trainer.mlflow_server import free_port, mlflow_server
 
@@ -293,6 +295,68 @@ def test_what_is_not_the_jobs_own_version_gets_no_alias_even_by_force(settings: 
         assert (found.promoted, found.reason) == (False, Reason.PROMOTION_REFUSED)
         assert words in found.message
     assert holder_of(client, "own") == holder_of(client, "team-bs") == "1"
+
+
+def swept(name: str, index: int = 0) -> tuple[QLoRASweep, QLoRAJob]:
+    """A sweep, and a trial of it as the store has it."""
+    sweep = submitted_sweep(name, promote="champion")
+    sweep = sweep.model_copy(update={"metadata": sweep.metadata.model_copy(update={"uid": f"uid-of-{name}"})})
+    trial = trial_job(sweep, index)
+    metadata = trial.metadata.model_copy(update={"uid": f"uid-of-{trial.metadata.name}"})
+    return sweep, trial.model_copy(update={"metadata": metadata})
+
+
+def family(settings: Settings, name: str) -> tuple[Any, list[Any]]:
+    """The one run of a sweep, and its children."""
+    of_sweep = [run for run in runs(settings, "team-a") if run.data.tags.get("qlora.dev/sweep") == name]
+    [parent] = [run for run in of_sweep if "qlora.dev/job-uid" not in run.data.tags]
+    children = [run for run in of_sweep if "qlora.dev/job-uid" in run.data.tags]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {parent.info.run_id}
+    return parent, children
+
+
+def test_the_runs_of_trials_are_children_of_one_run_which_ends_with_the_sweep(settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    sweep, first = swept("rates")
+    for trial in (first, swept("rates", 1)[1], first):
+        MlflowTracking(settings).ensure_run(trial)  # each time as a controller that was just started
+    parent, children = family(settings, "rates")
+    assert (parent.info.run_name, parent.info.status, len(children)) == ("rates", "RUNNING", 2)
+    registered(client, "team-a-rates", "uid-of-rates-1", "uid-of-rates-0")
+    best = TrialStatus(index=0, job="rates-0", uid="uid-of-rates-0", parameters={}, value=0.5, model_version="2")
+    named = BestTrial(index=0, job="rates-0", value=0.5)
+    status = QLoRASweepStatus(best=named, trials=(best,), summary="Succeeded: trial rates-0 is the best")
+    over = sweep.model_copy(update={"status": status})
+    for _ in range(2):
+        fact = MlflowTracking(settings).finish_sweep(over, "FINISHED", best)
+    assert (fact.mlflow.run_id, fact.mlflow.run_status) == (parent.info.run_id, "FINISHED")
+    assert fact.promotion == moved("champion", "2", "the best of sweep rates: eval/loss 0.5")
+    assert client.get_model_version_by_alias("team-a-rates", "champion").version in (2, "2")
+    parent, _ = family(settings, "rates")
+    assert (parent.info.status, parent.data.tags["qlora.dev/best"]) == ("FINISHED", "rates-0")
+    assert parent.data.metrics["best/eval/loss"] == 0.5
+    another = best.model_copy(update={"model_version": "1"})
+    refused = MlflowTracking(settings).finish_sweep(over, "FINISHED", another).promotion
+    assert refused is not None
+    assert (refused.promoted, refused.reason) == (False, Reason.PROMOTION_REFUSED), "it is another trial's version"
+
+
+def test_the_run_of_a_deleted_sweep_ends_with_its_trials(settings: Settings) -> None:
+    _, trial = swept("gone")
+    found = MlflowTracking(settings).ensure_run(trial)
+    metadata = trial.metadata.model_copy(update={"deletion_timestamp": NOW})
+    deleted = recorded(trial.model_copy(update={"metadata": metadata}), found)
+    MlflowTracking(settings).finish_run(deleted, "KILLED")
+    parent, [child] = family(settings, "gone")
+    assert (parent.info.status, child.info.status) == ("KILLED", "KILLED")
+    MlflowTracking(settings).ensure_run(swept("gone", 1)[1])
+    assert family(settings, "gone")[0].info.status == "RUNNING", "it was one trial alone that was deleted"
+
+
+def test_a_sweep_of_which_no_trial_had_a_run_has_none(settings: Settings) -> None:
+    sweep, _ = swept("early")
+    fact = MlflowTracking(settings).finish_sweep(sweep, "KILLED", None)
+    assert fact.mlflow == MlflowStatus(run_status="KILLED")
 
 
 @pytest.fixture(scope="module")

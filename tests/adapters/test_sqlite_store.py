@@ -17,10 +17,11 @@ from orchestrator.adapters.sqlite.store import SqliteStore
 from orchestrator.api.job import QLoRAJobStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.core.commands import Event
-from orchestrator.errors import InvalidObject, StoreUnavailable
+from orchestrator.core.sweep.search import trial_job
+from orchestrator.errors import InvalidObject, NotFound, StoreUnavailable
 from orchestrator.settings import Settings
-from tests.adapters.store_contract import StoreContract
-from tests.builders import submitted_job
+from tests.adapters.store_contract import StoreContract, with_attempt
+from tests.builders import submitted_job, submitted_sweep
 
 
 class TestSqliteStore(StoreContract):
@@ -39,6 +40,24 @@ class TestSqliteStore(StoreContract):
             store.record_event(job, Event(reason=Reason.TRAINING, message=str(number)))
         assert [event.message for _, event in store.list_events("team-a", "a")] == ["7", "8", "9", "10", "11"]
         assert [event.message for _, event in store.list_events("team-a", "b")] == ["other"]
+
+    def test_a_deleted_sweep_takes_its_trials_with_it_and_gets_no_new_ones(self) -> None:
+        """As the garbage collector of a cluster does."""
+        store = self.open()
+        sweep = store.create_sweep(submitted_sweep())
+        busy = store.create_job(trial_job(sweep, 0))
+        store.create_job(trial_job(sweep, 1))
+        store.create_job(submitted_job("other"))
+        store.update_status(busy, with_attempt())
+        store.delete_sweep("team-a", "search")
+        [left, other] = sorted(store.list_jobs(), key=lambda job: job.metadata.name != "search-0")
+        assert (left.metadata.name, left.cancelled) == ("search-0", True), "it goes once its stage has stopped"
+        assert other.metadata.name == "other"
+        with pytest.raises(NotFound, match="there is no sweep team-a/search"):
+            store.create_job(trial_job(sweep, 2))
+        store.create_sweep(submitted_sweep())
+        with pytest.raises(NotFound, match="another has its name"):
+            store.create_job(trial_job(sweep, 2))
 
     def test_a_row_that_no_longer_parses_is_reported_and_kept(self, caplog: pytest.LogCaptureFixture) -> None:
         store = self.open()

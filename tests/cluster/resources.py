@@ -45,8 +45,10 @@ def furnish(api: KubeApi) -> None:
 
 
 def clear(api: KubeApi) -> None:
-    """Take away the jobs and queues of earlier tests, whoever holds them."""
+    """Take away the jobs, sweeps and queues of earlier tests, whoever holds them."""
     for namespace in NAMESPACES:
+        for item in api.get(path_of(API_VERSION, "qlorasweeps", namespace))["items"]:
+            api.delete(path_of(API_VERSION, "qlorasweeps", namespace, item["metadata"]["name"]))
         for item in api.get(path_of(API_VERSION, "qlorajobs", namespace))["items"]:
             path = path_of(API_VERSION, "qlorajobs", namespace, item["metadata"]["name"])
             if item["metadata"].get("finalizers"):

@@ -64,6 +64,7 @@ Rights = Mapping[tuple[str, str], str]
 RIGHTS: Mapping[str, Rights] = {
     "submitter": {
         ("team-a", "qlorajobs.qlora.dev"): CHANGE,
+        ("team-a", "qlorasweeps.qlora.dev"): CHANGE,
         ("team-a", "events"): "list watch",
         ("team-a", "events.events.k8s.io"): "list",
         ("team-a", "pods"): LOOK,
@@ -71,6 +72,7 @@ RIGHTS: Mapping[str, Rights] = {
     },
     "viewer": {
         ("team-a", "qlorajobs.qlora.dev"): LOOK,
+        ("team-a", "qlorasweeps.qlora.dev"): LOOK,
     },
     "queue-admin": {
         (CLUSTER, "qloraqueues.qlora.dev"): CHANGE,
@@ -80,7 +82,9 @@ RIGHTS: Mapping[str, Rights] = {
         (CLUSTER, "nodes"): "list watch",
         (CLUSTER, "qloraqueues.qlora.dev"): "list watch",
         (CLUSTER, "qloraqueues/status.qlora.dev"): "update",
-        ("team-a", "qlorajobs.qlora.dev"): "delete get list patch watch",
+        ("team-a", "qlorajobs.qlora.dev"): "create delete get list patch watch",
+        ("team-a", "qlorasweeps.qlora.dev"): "list watch",
+        ("team-a", "qlorasweeps/status.qlora.dev"): "update",
         ("team-a", "qlorajobs/finalizers.qlora.dev"): "update",
         ("team-a", "qlorajobs/status.qlora.dev"): "update",
         ("team-a", "pods"): "create delete get list watch",
@@ -89,8 +93,8 @@ RIGHTS: Mapping[str, Rights] = {
     },
 }
 OURS: Mapping[str, Rights] = {
-    "edit": {("team-a", "qlorajobs.qlora.dev"): CHANGE},
-    "view": {("team-a", "qlorajobs.qlora.dev"): LOOK},
+    "edit": {("team-a", f"{kind}.qlora.dev"): CHANGE for kind in ("qlorajobs", "qlorasweeps")},
+    "view": {("team-a", f"{kind}.qlora.dev"): LOOK for kind in ("qlorajobs", "qlorasweeps")},
 }
 """What the cluster's own roles may do in our group, with the chart's added."""
 
@@ -134,7 +138,7 @@ def test_who_is_bound_to_nothing_or_not_known_has_no_right_to_anything_of_ours(
 ) -> None:
     assert [key for key in everybody if key[1].endswith("qlora.dev")] == []
     anonymous = {"user": "system:anonymous", "groups": ["system:unauthenticated"]}
-    for resource in ("qlorajobs", "qloraqueues", "qlorajobs/status"):
+    for resource in ("qlorajobs", "qloraqueues", "qlorasweeps", "qlorajobs/status"):
         for verb in VERBS:
             main, _, part = resource.partition("/")
             asked = {"verb": verb, "group": "qlora.dev", "resource": main, "subresource": part}
@@ -282,7 +286,8 @@ def test_the_controller_makes_pods_where_jobs_live_and_reads_no_secret(plane: Co
         lambda: api.create(f"/api/v1/namespaces/{NAMESPACE}/pods", pod("stage")),
         lambda: api.get("/api/v1/namespaces/team-a/secrets"),
         lambda: api.get("/api/v1/namespaces/team-a/pods/stage/log"),
-        lambda: api.create(path_of(API_VERSION, "qlorajobs", "team-a"), job("own")),
+        lambda: api.create(path_of(API_VERSION, "qlorajobs", "team-b"), job("own")),
+        lambda: api.create(path_of(API_VERSION, "qlorasweeps", "team-a"), {"metadata": {"name": "own"}}),
         lambda: api.create("/api/v1/namespaces/team-a/serviceaccounts/edit/token", {"spec": {}}),
         lambda: api.patch("/api/v1/nodes/any", {"spec": {"unschedulable": True}}),
     ):

@@ -27,7 +27,7 @@ from orchestrator.api.job import ObjectMeta
 from orchestrator.api.notification import Webhook
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.errors import NotFound
-from tests.builders import ON_THE_HUB, submitted_job
+from tests.builders import ON_THE_HUB, submitted_job, submitted_sweep
 from tests.cluster.accounts import (
     ROLE,
     Request,
@@ -108,6 +108,11 @@ def run_a_job_that_expires_and_one_that_is_suspended(api: KubeApi, program: Prog
     with PaperKubelet(api, "gpu-1", train_seconds=0.2) as kubelet:
         store.create_job(submitted_job("brief", ttl_seconds_after_finished=1, **ON_THE_HUB))
         wait_for(program, lambda: is_gone(store, "brief"))
+        sweep = submitted_sweep(trials=1, metric={"name": "train/loss"})
+        store.create_sweep(sweep)
+        wait_for(program, lambda: store.list_sweeps()[0].status.finish_time is not None)
+        assert [trial.job for trial in store.list_sweeps()[0].status.trials] == ["search-0"]
+        store.delete_sweep("team-a", "search")
     [queue] = store.list_queues()
     assert {had.user for had in queue.status.months} == {"team-a"}, "what the job had outlives it"
     with PaperKubelet(api, "gpu-1", train_seconds=PATIENCE_SECONDS) as kubelet:
@@ -163,6 +168,8 @@ SUBMITTED = json.dumps(
     }
 )
 QUEUE = json.dumps({"apiVersion": API_VERSION, "kind": "QLoRAQueue", "metadata": {"name": "shared"}, "spec": {}})
+SWEEP = json.dumps(submitted_sweep("tried").to_wire())
+LOOK_AT_SWEEPS = ("get qs", "get qs/first", "get qs --watch --request-timeout=1s")
 LOOK_AT_JOBS = ("get qj", "get qj/seen -o yaml", "get qj --watch --request-timeout=1s")
 LOOK_AT_QUEUES = ("get qq", "get qq/first", "get qq --watch --request-timeout=1s")
 DAYS_WORK: dict[str, tuple[tuple[str, str], ...]] = {
@@ -172,14 +179,18 @@ DAYS_WORK: dict[str, tuple[tuple[str, str], ...]] = {
         ('patch qj/mine --type=merge -p {"spec":{"suspend":true}}', ""),
         ("describe qj/mine", ""),
         ("delete qj/mine", ""),
-        *((command, "") for command in (*LOOK_AT_JOBS, *LOOK_AT_QUEUES)),
+        ("create -f -", SWEEP),
+        ("replace -f -", SWEEP),
+        ("annotate qs/tried qlora.dev/cancel=true", ""),
+        ("delete qs/tried", ""),
+        *((command, "") for command in (*LOOK_AT_JOBS, *LOOK_AT_QUEUES, *LOOK_AT_SWEEPS)),
         ("get pods", ""),
         ("get pods/seen-train-1", ""),
         ("get pods --watch --request-timeout=1s", ""),
         ("logs seen-train-1", ""),
         ("events --watch --request-timeout=1s", ""),
     ),
-    "viewer": tuple((command, "") for command in (*LOOK_AT_JOBS, *LOOK_AT_QUEUES)),
+    "viewer": tuple((command, "") for command in (*LOOK_AT_JOBS, *LOOK_AT_QUEUES, *LOOK_AT_SWEEPS)),
     "queue-admin": (
         ("create -f -", QUEUE),
         ("replace -f -", QUEUE),
@@ -213,6 +224,7 @@ def seen(plane: ControlPlane) -> None:
     api = plane.api()
     for path, body in (
         (path_of(API_VERSION, "qlorajobs", "team-a"), {**json.loads(SUBMITTED), "metadata": {"name": "seen"}}),
+        (path_of(API_VERSION, "qlorasweeps", "team-a"), {**json.loads(SWEEP), "metadata": {"name": "first"}}),
         (path_of(API_VERSION, "qloraqueues"), {**json.loads(QUEUE), "metadata": {"name": "first"}}),
         (
             "/api/v1/namespaces/team-a/pods",

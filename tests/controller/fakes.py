@@ -13,8 +13,9 @@ from orchestrator.api.notification import Notification, Webhook
 from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import PrepareResult, Promotion, PublishResult, StageResult, TrainResult
+from orchestrator.api.sweep import QLoRASweep, TrialStatus
 from orchestrator.api.task import StageTask
-from orchestrator.core.snapshot import StageFact, StagePhase
+from orchestrator.core.snapshot import StageFact, StagePhase, SweepFact
 from orchestrator.sizing.hardware import GpuClass, gpu_class
 
 DIGEST = "sha256:" + "0" * 64
@@ -148,6 +149,13 @@ class FakeTracking:
             raise self.error
         self.promoted.setdefault(job.metadata.uid, forced)
         return moved("champion", "1", self.promoted[job.metadata.uid] or "approved")
+
+    def finish_sweep(self, sweep: QLoRASweep, run_status: str, promoted: TrialStatus | None) -> SweepFact:
+        if self.error is not None:
+            raise self.error
+        self.runs[sweep.metadata.uid] = run_status
+        promotion = None if promoted is None else moved("champion", "1", promoted.job)
+        return SweepFact(mlflow=MlflowStatus.model_validate({"run_status": run_status}), promotion=promotion)
 
     def _set(self, job: QLoRAJob, run_status: str) -> MlflowStatus:
         if self.held in ("", job.metadata.name):

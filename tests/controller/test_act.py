@@ -15,25 +15,31 @@ from orchestrator.api.base import utc
 from orchestrator.api.job import RELEASE_FINALIZER, MlflowStatus, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.promotion import moved
 from orchestrator.api.reasons import Reason
+from orchestrator.api.sweep import QLoRASweepStatus, TrialStatus
 from orchestrator.controller.act import TRIES_BEFORE_REFUSED, Actor, Bounds
 from orchestrator.controller.throttle import Allowance, Backoff
 from orchestrator.controller.webhook_workers import WebhookWorkers
 from orchestrator.core.commands import (
+    CancelJob,
+    CreateJob,
     DeleteJob,
     DeleteStage,
     EnsureRun,
     EnsureStage,
     Event,
     FinishRun,
+    FinishSweep,
     PromoteVersion,
     ReleaseJob,
     ReportDefect,
     StopStage,
     WriteStatus,
+    WriteSweepStatus,
 )
+from orchestrator.core.sweep.search import trial_job
 from orchestrator.errors import InvalidObject, RuntimeLost, StoreUnavailable, TrackingUnavailable
 from orchestrator.settings import Settings
-from tests.builders import make_task, submitted_job
+from tests.builders import make_task, submitted_job, submitted_sweep
 from tests.controller.fakes import FakeNotifier, FakeRuntime, FakeTracking
 
 
@@ -374,3 +380,43 @@ def test_what_nobody_asks_for_any_more_is_no_fact(world: World) -> None:
 def test_a_defect_is_logged_with_its_traceback(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.actor.act([ReportDefect(job=world.job(), trace="Traceback: here")])
     assert "Traceback: here" in caplog.text
+
+
+def test_a_trial_is_made_once_and_cancelled_as_a_person_would(world: World) -> None:
+    sweep = world.store.create_sweep(submitted_sweep())
+    create = CreateJob(sweep=sweep, job=trial_job(sweep, 0))
+    world.actor.act([create])
+    made = world.stored("search-0")
+    world.actor.act([create, CancelJob(job=made)])
+    assert world.stored("search-0").metadata.uid == made.metadata.uid
+    assert world.stored("search-0").cancelled
+    assert world.actor.refused() == {}
+
+
+def test_a_sweep_of_which_the_store_takes_no_job_is_told_so(world: World) -> None:
+    sweep = world.store.create_sweep(submitted_sweep())
+    bad = trial_job(sweep, 0)
+    bad = bad.model_copy(update={"spec": bad.spec.model_copy(update={"priority": 10**9})})
+    for _ in range(TRIES_BEFORE_REFUSED):
+        world.actor.act([CreateJob(sweep=sweep, job=bad)])
+        world.now += 100
+    assert "job search-0 cannot be created: " in world.actor.refused()[sweep.metadata.uid]
+
+
+def test_no_trial_comes_of_a_sweep_whose_status_was_not_written(world: World) -> None:
+    stale = world.store.create_sweep(submitted_sweep())
+    world.store.update_sweep_status(stale, QLoRASweepStatus(summary="somebody was faster"))
+    write_it = WriteSweepStatus(sweep=stale, status=QLoRASweepStatus(summary="late"))
+    world.actor.act([write_it, CreateJob(sweep=stale, job=trial_job(stale, 0))])
+    assert world.store.list_jobs() == []
+
+
+def test_what_mlflow_says_of_a_sweep_is_a_fact_until_it_is_on_record(world: World) -> None:
+    sweep = world.store.create_sweep(submitted_sweep())
+    trial = TrialStatus(index=0, job="search-0", parameters={})
+    world.actor.act([FinishSweep(sweep=sweep, run_status="FINISHED", promoted=trial)])
+    wait_for(world.actor.sweep_runs)
+    fact = world.actor.sweep_runs()[sweep.metadata.uid]
+    assert (fact.mlflow.run_status, fact.promotion) == ("FINISHED", moved("champion", "1", "search-0"))
+    world.actor.act([WriteSweepStatus(sweep=sweep, status=QLoRASweepStatus(mlflow=fact.mlflow))])
+    assert world.actor.sweep_runs() == {}

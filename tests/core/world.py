@@ -9,7 +9,7 @@ invariants, by the world's own books and not by the core's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -26,14 +26,18 @@ from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
 from orchestrator.api.results import Failure, PublishResult, StageResult
 from orchestrator.api.stage_name import StageKind, StageName
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import (
+    CancelJob,
     Command,
+    CreateJob,
     DeleteJob,
     DeleteStage,
     EnsureRun,
     EnsureStage,
     FinishRun,
+    FinishSweep,
     PromoteVersion,
     ReleaseJob,
     ReleaseUnreadable,
@@ -42,11 +46,12 @@ from orchestrator.core.commands import (
     StopStage,
     WriteQueueStatus,
     WriteStatus,
+    WriteSweepStatus,
 )
 from orchestrator.core.decide import Decider, decide
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
 from orchestrator.core.job.state_machine import JobState, state_of
-from orchestrator.core.snapshot import DeliveryFact, Policy, RunFact, Snapshot, StageFact, StagePhase
+from orchestrator.core.snapshot import DeliveryFact, Policy, RunFact, Snapshot, StageFact, StagePhase, SweepFact
 from orchestrator.sizing.hardware import GpuClass
 from tests.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
 
@@ -68,6 +73,11 @@ class World:
     policy: Policy
     gpu_classes: list[GpuClass]
     queues: tuple[QLoRAQueue, ...] = ()
+    sweeps: dict[str, QLoRASweep] = field(default_factory=dict[str, QLoRASweep])
+    sweep_runs: dict[str, SweepFact] = field(default_factory=dict[str, SweepFact])
+    """What the controller remembers of them; gone when it is killed."""
+    eval_loss: Callable[[QLoRAJob, int], float] | None = None
+    """What is logged of a job after a step."""
     models: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
     """By job name; the others train the small one."""
     now: datetime = NOW
@@ -100,6 +110,8 @@ class World:
     """What others have put under names of stages, saying that it is ours."""
     refused: dict[str, StageFact] = field(default_factory=dict[str, StageFact])
     """What the controller found there instead of its own."""
+    dropped: set[str] = field(default_factory=set[str])
+    """Jobs whose write of this pass was refused: nothing later about them is carried out in it."""
     decider: Decider = field(default_factory=Decider)
     """What the controller keeps between its decisions; gone when it is killed."""
 
@@ -110,6 +122,8 @@ class World:
             now=self.now,
             jobs=tuple(self.jobs.values()),
             queues=self.queues,
+            sweeps=tuple(self.sweeps.values()),
+            sweep_runs=dict(self.sweep_runs),
             stages={
                 **self.strangers,
                 **{key: replace(fact, vouched=fact.stage_uid in self.vouched) for key, fact in self.stages.items()},
@@ -136,6 +150,7 @@ class World:
     def forget(self) -> None:
         """The controller is killed."""
         self.runs.clear()
+        self.sweep_runs.clear()
         self.deliveries.clear()
         self.vouched.clear()
         self.refused.clear()
@@ -154,8 +169,13 @@ class World:
         writes = Counter(c.job.key for c in commands if isinstance(c, WriteStatus))
         assert all(count == 1 for count in writes.values()), "at most one status write a job"
         self._check_priority(commands)
+        self.dropped.clear()
         for command in commands[:commands_carried_out]:
-            self._act(command)
+            if (
+                not isinstance(command, EnsureStage)
+                or f"{command.task.namespace}/{command.task.job}" not in self.dropped
+            ):
+                self._act(command)
         if commands_carried_out is not None:
             self.forget()
         self.check()
@@ -171,6 +191,21 @@ class World:
                 self._write(command.job, command.status)
             case WriteQueueStatus(queue=queue, status=status):
                 self._write_queue(queue, status)
+            case WriteSweepStatus(sweep=sweep, status=status):
+                self._write_sweep(sweep, status)
+            case CreateJob(sweep=sweep, job=job):
+                stored = self.sweeps[sweep.key].status
+                assert job.metadata.name in {trial.job for trial in stored.trials}, "a trial is on record first"
+                if job.key not in self.jobs:
+                    self.versions += 1
+                    meta = job.metadata.model_copy(update={"uid": f"uid-{self.versions}"})
+                    self.submit(job.model_copy(update={"metadata": meta}))
+            case CancelJob(job=job):
+                self.cancel(job.key)
+            case FinishSweep(sweep=sweep, run_status=run_status):
+                if not self.mlflow_away:
+                    ended = MlflowStatus.model_validate({"run_id": "sweep", "run_status": run_status})
+                    self.sweep_runs[sweep.metadata.uid] = SweepFact(mlflow=ended)
             case EnsureStage():
                 self._ensure(command)
             case StopStage():
@@ -208,6 +243,7 @@ class World:
         """As a store does: validate what comes over the wire, refuse what was decided on an older version."""
         stored = self.jobs.get(seen.key)
         if stored is None or stored.metadata.resource_version != seen.metadata.resource_version:
+            self.dropped.add(seen.key)
             return
         parsed = QLoRAJobStatus.model_validate(status.to_wire())
         assert parsed == status, "a status must survive the store"
@@ -243,6 +279,16 @@ class World:
             else stored
             for stored in self.queues
         )
+
+    def _write_sweep(self, seen: QLoRASweep, status: QLoRASweepStatus) -> None:
+        stored = self.sweeps[seen.key]
+        if stored.metadata.resource_version != seen.metadata.resource_version:
+            return
+        self.versions += 1
+        parsed = QLoRASweepStatus.model_validate(status.to_wire())
+        assert parsed == status, "a status must survive the store"
+        meta = stored.metadata.model_copy(update={"resource_version": str(self.versions)})
+        self.sweeps[seen.key] = stored.model_copy(update={"metadata": meta, "status": parsed})
 
     def _finish_run(self, command: FinishRun) -> None:
         """As the MLflow workers do: in MLflow, then on the object, if it is still there."""
@@ -381,12 +427,20 @@ class World:
         elif task.stage == "publish":
             self._exit(key, 0, PUBLISHED)
         elif self.steps.get(job, 0) + 1 >= TRAIN_STEPS:
-            self._exit(key, 0, train_result(TRAIN_STEPS))
+            self._exit(key, 0, self._with_loss(train_result(TRAIN_STEPS), job, TRAIN_STEPS))
         else:
             self.steps[job] = self.steps.get(job, 0) + 1
             step = self.steps[job]
             report = progress(step, checkpoint_step=step, checkpoint_uri=f"file:///checkpoints/{step}")
-            self.stages[key] = replace(self.stages[key], progress=report.model_copy(update={"time": self.now}))
+            loss = None if self.eval_loss is None else self.eval_loss(self.jobs[job], step)
+            told = report.model_copy(update={"time": self.now, "eval_loss": loss})
+            self.stages[key] = replace(self.stages[key], progress=told)
+
+    def _with_loss(self, result: StageResult, job: str, step: int) -> StageResult:
+        if self.eval_loss is None or result.train is None or job not in self.jobs:
+            return result
+        train = result.train.model_copy(update={"eval_loss": self.eval_loss(self.jobs[job], step)})
+        return result.model_copy(update={"train": train})
 
     def _stopped(self, key: str) -> None:
         task = self.tasks[key]

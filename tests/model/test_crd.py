@@ -12,10 +12,11 @@ import yaml
 from orchestrator.api import crd
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueueSpec
+from orchestrator.api.sweep import QLoRASweepSpec, QLoRASweepStatus
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]
-JOBS, QUEUES = crd.custom_resource_definitions()
+JOBS, QUEUES, SWEEPS = crd.custom_resource_definitions()
 
 
 def schema(definition: Json) -> Json:
@@ -50,7 +51,13 @@ def model_paths(document: Json, node: Json, path: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("definition", "part", "model"),
-    [(JOBS, "spec", QLoRAJobSpec), (JOBS, "status", QLoRAJobStatus), (QUEUES, "spec", QLoRAQueueSpec)],
+    [
+        (JOBS, "spec", QLoRAJobSpec),
+        (JOBS, "status", QLoRAJobStatus),
+        (QUEUES, "spec", QLoRAQueueSpec),
+        (SWEEPS, "spec", QLoRASweepSpec),
+        (SWEEPS, "status", QLoRASweepStatus),
+    ],
 )
 def test_every_field_is_there(definition: Json, part: str, model: type[Any]) -> None:
     document = model.model_json_schema(by_alias=True)
@@ -59,7 +66,7 @@ def test_every_field_is_there(definition: Json, part: str, model: type[Any]) -> 
     assert len(found) > 5
 
 
-@pytest.mark.parametrize("definition", [JOBS, QUEUES])
+@pytest.mark.parametrize("definition", [JOBS, QUEUES, SWEEPS])
 def test_everything_that_can_grow_is_bounded(definition: Json) -> None:
     """CEL's cost is estimated from the bounds, and etcd takes objects of 1.5 MB."""
     parts = schema(definition)["properties"]
@@ -97,4 +104,4 @@ def test_helm_reads_what_was_written() -> None:
         for document in yaml.safe_load_all((ROOT / "manifests" / "install.yaml").read_text())
         if document["kind"] == "CustomResourceDefinition"
     }
-    assert installed == {definition["metadata"]["name"]: definition["spec"] for definition in (JOBS, QUEUES)}
+    assert installed == {definition["metadata"]["name"]: definition["spec"] for definition in (JOBS, QUEUES, SWEEPS)}

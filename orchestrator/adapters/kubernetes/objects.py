@@ -1,4 +1,4 @@
-"""QLoRAJobs and QLoRAQueues between the API server's JSON and the contract's types.
+"""QLoRAJobs, QLoRAQueues and QLoRASweeps between the API server's JSON and the contract's types.
 
 Objects are projected: what the contract does not know (managed fields, annotations of others) is left out. Ten thousand
 jobs are kept in memory, and most of what they say is the same, so equal parts are shared for as long as a job has them.
@@ -20,6 +20,7 @@ from orchestrator.adapters.kubernetes.watch import key_of
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.job import REQUEST_ANNOTATIONS, Attempt, ObjectMeta, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus
 from orchestrator.core.job.unreadable import read_leniently
 from orchestrator.core.snapshot import UnreadableJob
 from orchestrator.errors import InvalidObject
@@ -91,6 +92,18 @@ class Parser:
             log.exception("queue %s is of no shape that any version has and is left alone", key_of(item))
             return None
 
+    def sweep(self, item: Json) -> QLoRASweep | None:
+        """The sweep, or None for one that cannot be read."""
+        try:
+            told = {"spec": item.get("spec"), "status": item.get("status", {})}
+            return QLoRASweep.model_validate({"metadata": _projected(item["metadata"]), **told})
+        except ValidationError as error:
+            log.error("sweep %s cannot be read by this version and is left alone: %s", key_of(item), error)
+            return None
+        except (TypeError, ValueError, AttributeError, RecursionError):
+            log.exception("sweep %s is of no shape that any version has and is left alone", key_of(item))
+            return None
+
     def _spec(self, wire: Json | None) -> QLoRAJobSpec | Json | None:
         """A spec that was seen before is not parsed again."""
         if not isinstance(wire, dict):
@@ -145,14 +158,27 @@ def job_wire(job: QLoRAJob) -> Json:
     return {
         "apiVersion": API_VERSION,
         "kind": job.kind,
-        "metadata": metadata_wire(job),
+        "metadata": {
+            **metadata_wire(job),
+            **({} if job.sweep is None else {"ownerReferences": [job.sweep.to_wire()]}),
+        },
         "spec": job.spec.to_wire(),
     }
 
 
-def metadata_wire(job: QLoRAJob) -> Json:
+def sweep_wire(sweep: QLoRASweep) -> Json:
+    """A new sweep as it is sent."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": sweep.kind,
+        "metadata": metadata_wire(sweep),
+        "spec": sweep.spec.to_wire(),
+    }
+
+
+def metadata_wire(thing: QLoRAJob | QLoRASweep) -> Json:
     """Our part of the metadata, for a write."""
-    meta = job.metadata
+    meta = thing.metadata
     return {
         "name": meta.name,
         "namespace": meta.namespace,
@@ -172,7 +198,16 @@ def queue_status_wire(queue: QLoRAQueue, status: QLoRAQueueStatus) -> Json:
     return _status_wire(queue, status) | {"metadata": _version(queue.metadata)}
 
 
-def _status_wire(thing: QLoRAJob | QLoRAQueue, status: QLoRAJobStatus | QLoRAQueueStatus) -> Json:
+def sweep_status_wire(sweep: QLoRASweep, status: QLoRASweepStatus) -> Json:
+    """The same of a sweep."""
+    return _status_wire(sweep, status) | {
+        "metadata": _version(sweep.metadata) | {"namespace": sweep.metadata.namespace}
+    }
+
+
+def _status_wire(
+    thing: QLoRAJob | QLoRAQueue | QLoRASweep, status: QLoRAJobStatus | QLoRAQueueStatus | QLoRASweepStatus
+) -> Json:
     return {"apiVersion": API_VERSION, "kind": thing.kind, "status": status.to_wire()}
 
 
@@ -195,8 +230,11 @@ def _projected(meta: Json) -> Json:
     labels: Mapping[str, str] = meta.get("labels") or {}
     ours_first = sorted(labels.items(), key=lambda label: not label[0].startswith(OURS))
     kept = {key: value[:ANNOTATION_CHARACTERS_KEPT] for key, value in ours(meta.get("annotations") or {}).items()}
+    owners: list[Json] = meta.get("ownerReferences") or []
+    sweeps = [owner for owner in owners if (owner["apiVersion"], owner["kind"]) == (API_VERSION, "QLoRASweep")]
     return {
         **known,
+        **({"ownerReferences": sweeps[:1]} if sweeps else {}),
         "labels": dict(ours_first[:LABELS_KEPT]),
         "annotations": dict(
             sorted(kept.items(), key=lambda pair: pair[0] not in REQUEST_ANNOTATIONS)[:ANNOTATIONS_KEPT]

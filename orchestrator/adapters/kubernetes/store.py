@@ -1,4 +1,4 @@
-"""QLoRAJobs and QLoRAQueues in a Kubernetes API server: `ports.Store` over the CRDs.
+"""QLoRAJobs, QLoRAQueues and QLoRASweeps in a Kubernetes API server: `ports.Store` over the CRDs.
 
 Rules:
 
@@ -9,6 +9,7 @@ Rules:
   so deleting it waits for the controller. It is on before the status says so. Prepare and publish stages need no such
   care, because the garbage collector ends their pods with the job.
 - `start` turns on caches; before it every read asks the server, which is what a short-lived client wants.
+- Sweeps need no finalizer: the garbage collector deletes their trials with them.
 - An object that does not parse (a newer version wrote it) is reported, fails nobody else, and can still be stopped.
 """
 
@@ -22,11 +23,27 @@ from pydantic.alias_generators import to_snake
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.events import Recorder
-from orchestrator.adapters.kubernetes.objects import Parser, job_wire, metadata_wire, queue_status_wire, status_wire
+from orchestrator.adapters.kubernetes.objects import (
+    Parser,
+    job_wire,
+    metadata_wire,
+    queue_status_wire,
+    status_wire,
+    sweep_status_wire,
+    sweep_wire,
+)
 from orchestrator.adapters.kubernetes.watch import EVERYWHERE, Cache, Changes
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
+from orchestrator.api.job import (
+    CANCEL_ANNOTATION,
+    IMMUTABLE_SPEC_FIELDS,
+    RELEASE_FINALIZER,
+    QLoRAJob,
+    QLoRAJobSpec,
+    QLoRAJobStatus,
+)
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import FINALIZERS, finalizers_with, is_at_rest, without
 from orchestrator.core.snapshot import UnreadableJob
@@ -34,7 +51,7 @@ from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 
 log = logging.getLogger(__name__)
 
-JOBS, QUEUES = "qlorajobs", "qloraqueues"
+JOBS, QUEUES, SWEEPS = "qlorajobs", "qloraqueues", "qlorasweeps"
 RELEASE_TRIES = 3
 """Attempts to take it off a finished job while others write to the job."""
 
@@ -62,16 +79,21 @@ class KubernetesStore:
             api, API_VERSION, JOBS, self._parser.job_or_unreadable, self._changes, namespaces=self._watched
         )
         self._queues: Cache[QLoRAQueue] = Cache(api, API_VERSION, QUEUES, self._parser.queue, self._changes)
+        self._sweeps: Cache[QLoRASweep] = Cache(
+            api, API_VERSION, SWEEPS, self._parser.sweep, self._changes, namespaces=self._watched
+        )
 
     def start(self) -> None:
         """Read from caches from now on, which watches keep up to date, and send events without waiting for them."""
         self._queues.start()
+        self._sweeps.start()
         self._jobs.start()
         self._recorder.start()
 
     def refresh(self) -> None:
         """See everything that anybody wrote before this call, and finish what a controller left that was killed."""
         self._queues.refresh()
+        self._sweeps.refresh()
         self._jobs.refresh()
         for job in self.list_jobs():
             gone = set(job.metadata.finalizers).difference(finalizers_with(job, job.status))
@@ -89,6 +111,7 @@ class KubernetesStore:
         """Send what is left to tell, and watch no more."""
         self._recorder.close()
         self._jobs.close()
+        self._sweeps.close()
         self._queues.close()
 
     # jobs
@@ -251,6 +274,65 @@ class KubernetesStore:
             raise InvalidObject(f"queue {name} as the server stored it cannot be read by this version")
         return taken
 
+    # sweeps
+
+    def list_sweeps(self, namespace: str | None = None) -> Sequence[QLoRASweep]:
+        """All sweeps that parse, ordered by namespace and name."""
+        if self._sweeps.started:
+            found: Iterable[QLoRASweep | None] = self._sweeps.values().values()
+        else:
+            read = self._namespaces if namespace is None or self._namespaces != EVERYWHERE else (namespace,)
+            pages = (self._api.get(path_of(API_VERSION, SWEEPS, each))["items"] for each in read)
+            found = [self._parser.sweep(item) for page in pages for item in page]
+        known = (sweep for sweep in found if sweep is not None)
+        return sorted((sweep for sweep in known if namespace in (None, sweep.metadata.namespace)), key=_place)
+
+    def create_sweep(self, sweep: QLoRASweep) -> QLoRASweep:
+        """Store a new sweep; raises AlreadyExists, InvalidObject."""
+        path = path_of(API_VERSION, SWEEPS, sweep.metadata.namespace)
+        try:
+            return self._took_sweep(self._api.create(path, sweep_wire(sweep)))
+        except AlreadyExists as error:
+            raise AlreadyExists(
+                f"sweep {sweep.key} exists already; choose another name, or delete it first: "
+                f"qlora sweeps delete {sweep.metadata.name}"
+            ) from error
+
+    def update_sweep_status(self, sweep: QLoRASweep, status: QLoRASweepStatus) -> QLoRASweep:
+        """Replace the status alone."""
+        path = path_of(API_VERSION, SWEEPS, *_place(sweep))
+        try:
+            return self._took_sweep(self._api.replace(f"{path}/status", sweep_status_wire(sweep, status)))
+        except NotFound as error:
+            self._sweeps.drop(sweep.key)
+            raise NotFound(f"there is no sweep {sweep.key}") from error
+
+    def cancel_sweep(self, namespace: str, name: str) -> None:
+        """Ask for its end."""
+        asked = {"metadata": {"annotations": {CANCEL_ANNOTATION: "true"}}}
+        try:
+            self._took_sweep(self._api.patch(path_of(API_VERSION, SWEEPS, namespace, name), asked))
+        except NotFound as error:
+            raise NotFound(f"there is no sweep {namespace}/{name}; list them with: qlora sweeps") from error
+
+    def delete_sweep(self, namespace: str, name: str) -> None:
+        """Remove a sweep; the garbage collector deletes its trials."""
+        try:
+            self._api.delete(path_of(API_VERSION, SWEEPS, namespace, name))
+        except NotFound as error:
+            raise NotFound(f"there is no sweep {namespace}/{name}; list them with: qlora sweeps") from error
+        finally:
+            self._sweeps.drop(f"{namespace}/{name}")
+
+    def _took_sweep(self, item: Json) -> QLoRASweep:
+        taken = self._parser.sweep(item)
+        self._sweeps.put(item, taken)
+        if taken is None:
+            raise InvalidObject(
+                f"sweep {item['metadata']['name']} as the server stored it cannot be read by this version"
+            )
+        return taken
+
     # events
 
     def record_event(self, job: QLoRAJob, event: Event) -> None:
@@ -345,5 +427,5 @@ def _require_mutable(stored: QLoRAJob, wanted: QLoRAJob) -> None:
             )
 
 
-def _place(job: QLoRAJob) -> tuple[str, str]:
-    return job.metadata.namespace, job.metadata.name
+def _place(thing: QLoRAJob | QLoRASweep) -> tuple[str, str]:
+    return thing.metadata.namespace, thing.metadata.name

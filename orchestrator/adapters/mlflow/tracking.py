@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,13 +36,19 @@ from orchestrator.api.promotion import (
 )
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import Promotion
+from orchestrator.api.sweep import QLoRASweep, TrialStatus
 from orchestrator.api.words import on_one_line
+from orchestrator.core.snapshot import SweepFact
+from orchestrator.core.sweep.search import trial_job
 from orchestrator.errors import InvalidObject
 
 log = logging.getLogger(__name__)
 
 JOB_TAG, UID_TAG, QUEUE_TAG = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/queue"
-PLAN_TAG, END_TAG = "qlora.dev/plan", "qlora.dev/end"
+PLAN_TAG, END_TAG, BEST_TAG = "qlora.dev/plan", "qlora.dev/end", "qlora.dev/best"
+SWEEP_TAG, SWEEP_UID_TAG = "qlora.dev/sweep", "qlora.dev/sweep-uid"
+"""The name of a run's sweep; and, of the sweep's own run alone, its uid."""
+PARENT_TAG = "mlflow.parentRunId"
 EXPERIMENTS_KNOWN = 1000
 RUNS_LOOKED_AT = 1000
 RUNS_OF_A_JOB = 100
@@ -58,6 +65,7 @@ class MlflowTracking:
         self._settings = settings
         self._user = user
         self._calls = MlflowCalls(settings)
+        self._making_parent = threading.Lock()
         self._experiments: dict[tuple[str, str], str] = {}
         """Ids by namespace and name, of experiments that were there, and the namespace's, when they were last used."""
 
@@ -85,14 +93,20 @@ class MlflowTracking:
         """Move the alias of spec.tracking.promote to the published job's version, once."""
         return self._calls.answered(lambda: self._promote(job, forced))
 
+    def finish_sweep(self, sweep: QLoRASweep, run_status: str, promoted: TrialStatus | None) -> SweepFact:
+        """Give a sweep's run its last status, and the alias of spec.promote to the trial's version."""
+        return self._calls.answered(lambda: self._finish_sweep(sweep, run_status, promoted))
+
     def _ensure_run(self, job: QLoRAJob) -> MlflowStatus:
         experiment_id = self._ensure_experiment(job)
         run = self._find_run(job, experiment_id)
         if run is None:
             try:
-                run = self._calls.connected().create_run(
-                    experiment_id, run_name=job.metadata.name, tags=self._tags(job)
-                )
+                tags = self._tags(job)
+                if job.sweep is not None:
+                    parent = self._parent_run(job, experiment_id)
+                    tags |= {PARENT_TAG: parent.info.run_id, SWEEP_TAG: job.sweep.name}
+                run = self._calls.connected().create_run(experiment_id, run_name=job.metadata.name, tags=tags)
             except Exception:
                 self._experiments.pop(_experiment_key(job), None)  # somebody may have deleted it
                 raise
@@ -100,6 +114,68 @@ class MlflowTracking:
         elif run.info.status != RUNNING:
             self._calls.connected().update_run(run.info.run_id, status=RUNNING)
         return _status(job, run, RUNNING)
+
+    def _parent_run(self, job: QLoRAJob, experiment_id: str) -> Any:
+        """The run of a trial's sweep, which its trials' are children of: found by its tag, or created, and RUNNING."""
+        assert job.sweep is not None, "only trials have one"
+        with self._making_parent:
+            found = self._runs_with(SWEEP_UID_TAG, job.sweep.uid, experiment_id)
+            if not found:
+                meta = job.metadata
+                tags = {SWEEP_TAG: job.sweep.name, SWEEP_UID_TAG: job.sweep.uid, NAMESPACE_TAG: meta.namespace}
+                tags |= run_tags(meta.namespace, job.sweep.name, self._user)
+                return self._calls.connected().create_run(experiment_id, run_name=job.sweep.name, tags=tags)
+            if found[0].info.status != RUNNING:
+                self._calls.connected().update_run(found[0].info.run_id, status=RUNNING)
+            return found[0]
+
+    def _end_parent(self, job: QLoRAJob, experiment_id: str) -> None:
+        """A trial is mostly deleted with its sweep, which then tells no end itself; one that goes on takes it back."""
+        assert job.sweep is not None, "only trials have one"
+        for run in self._runs_with(SWEEP_UID_TAG, job.sweep.uid, experiment_id):
+            if run.info.status == RUNNING:
+                self._calls.connected().set_terminated(run.info.run_id, status="KILLED")
+
+    def _finish_sweep(self, sweep: QLoRASweep, run_status: str, promoted: TrialStatus | None) -> SweepFact:
+        client = self._calls.connected()
+        name = experiment_name(sweep.spec.job.tracking, sweep.metadata.namespace)
+        experiment = client.get_experiment_by_name(name)
+        found: Sequence[Any] = ()
+        if experiment is not None:
+            found = self._runs_with(SWEEP_UID_TAG, sweep.metadata.uid, experiment.experiment_id)
+        promotion = None if promoted is None else self._promote_trial(sweep, promoted)
+        if not found:  # no trial came so far as to have a run, or somebody deleted it
+            return SweepFact(mlflow=MlflowStatus.model_validate({"run_status": run_status}), promotion=promotion)
+        run, best = found[0], sweep.status.best
+        self._say(run, {END_TAG: on_one_line(sweep.status.summary)})
+        if best is not None:
+            self._say(run, {BEST_TAG: best.job})
+            client.log_metric(run.info.run_id, f"best/{sweep.spec.metric.name}", best.value, step=best.index)
+        client.set_terminated(run.info.run_id, status=run_status)
+        ended = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "run_status": run_status}
+        return SweepFact(mlflow=MlflowStatus.model_validate(ended), promotion=promotion)
+
+    def _promote_trial(self, sweep: QLoRASweep, promoted: TrialStatus) -> Promotion:
+        """Give the alias to a trial's version, if it is that trial's in a model of the namespace's."""
+        alias, version, client = sweep.spec.promote, promoted.model_version, self._calls.connected()
+        assert alias is not None, "the sweep asks for it"
+        job = trial_job(sweep, promoted.index)
+        name = _registered_model_name(job)
+        model = _unless_gone(lambda: client.get_registered_model(name))
+        tags = None if version is None else _unless_gone(lambda: client.get_model_version(name, version).tags)
+        if version is None or model is None or tags is None:
+            gone = f"version {version} of {name} is not in the registry any more"
+            return Promotion(promoted=False, reason=Reason.PROMOTION_REFUSED, message=gone)
+        seen = {"metadata": job.metadata.model_copy(update={"uid": promoted.uid})}
+        known = job.status.model_copy(update={"mlflow": MlflowStatus(model_version=version)})
+        why = _not_its_own(job.model_copy(update={**seen, "status": known}), model.tags, tags)
+        if why is not None:
+            holder = str(model.aliases[alias]) if alias in model.aliases else None
+            return stays(alias, holder, Reason.PROMOTION_REFUSED, why)
+        client.set_registered_model_alias(name, alias, version)
+        words = tag_value(f"the best of sweep {sweep.metadata.name}: {sweep.spec.metric.name} {promoted.value}")
+        client.set_model_version_tag(name, version, f"{PROMOTED_TAG}/{alias}", words)
+        return moved(alias, version, words)
 
     def _finish_run(self, job: QLoRAJob, run_status: str) -> None:
         run = self._known_run(job)
@@ -109,6 +185,8 @@ class MlflowTracking:
         self._say(run, _last_words(job))
         if run.info.status != run_status:
             self._calls.connected().set_terminated(run.info.run_id, status=run_status)
+        if job.sweep is not None and job.metadata.deletion_timestamp is not None:
+            self._end_parent(job, run.info.experiment_id)
         for other in self._runs(job, run.info.experiment_id):
             if other.info.run_id != run.info.run_id:  # two controllers made one each at a time
                 log.warning(
@@ -177,8 +255,10 @@ class MlflowTracking:
 
     def _runs(self, job: QLoRAJob, experiment_id: str) -> Sequence[Any]:
         """The runs with the job's tag in an experiment, the oldest first."""
-        query = f"tags.`{UID_TAG}` = '{job.metadata.uid}'"
-        order = ["attributes.start_time ASC"]
+        return self._runs_with(UID_TAG, job.metadata.uid, experiment_id)
+
+    def _runs_with(self, tag: str, uid: str, experiment_id: str) -> Sequence[Any]:
+        query, order = f"tags.`{tag}` = '{uid}'", ["attributes.start_time ASC"]
         return self._calls.connected().search_runs([experiment_id], query, max_results=RUNS_OF_A_JOB, order_by=order)
 
     def _ensure_experiment(self, job: QLoRAJob) -> str:

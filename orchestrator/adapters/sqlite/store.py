@@ -1,4 +1,4 @@
-"""The object store of the embedded service: job and queue objects as JSON rows in one SQLite database.
+"""The object store of the embedded service: job, queue and sweep objects as JSON rows in one SQLite database.
 
 The controller, the CLI and the SDK open it at the same time, from any process and thread. Its rules are those of a
 Kubernetes API server, so that everything above it is the same there:
@@ -7,6 +7,7 @@ Kubernetes API server, so that everything above it is the same there:
 - spec and status are written apart, each with the resource version that the writer has read (compare and swap);
 - what a job's results depend on is immutable (`IMMUTABLE_SPEC_FIELDS`);
 - deleting an object that is not at rest marks it, and the controller removes it once it is;
+- deleting a sweep deletes its trials, and no trial is made of a sweep that is gone;
 - a row that does not parse (a newer version wrote it) is reported, fails nobody else, and can still be deleted.
 """
 
@@ -28,9 +29,17 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 from pydantic.alias_generators import to_snake
 
-from orchestrator.api.job import IMMUTABLE_SPEC_FIELDS, RELEASE_FINALIZER, QLoRAJob, QLoRAJobStatus, new_uid
+from orchestrator.api.job import (
+    CANCEL_ANNOTATION,
+    IMMUTABLE_SPEC_FIELDS,
+    RELEASE_FINALIZER,
+    QLoRAJob,
+    QLoRAJobStatus,
+    new_uid,
+)
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
+from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import FINALIZERS, finalizers_with, is_at_rest, released, without
 from orchestrator.core.job.unreadable import read_leniently
@@ -40,11 +49,11 @@ from orchestrator.settings import Settings
 
 log = logging.getLogger(__name__)
 
-JOB, QUEUE = "QLoRAJob", "QLoRAQueue"
+JOB, QUEUE, SWEEP = "QLoRAJob", "QLoRAQueue", "QLoRASweep"
 QUEUE_NAMESPACE = ""  # queues are cluster-wide
 REPORTED_KEPT = 10_000
 """Rows that do not parse of which it is remembered that the log has told."""
-Object = TypeVar("Object", QLoRAJob, QLoRAQueue)
+Object = TypeVar("Object", QLoRAJob, QLoRAQueue, QLoRASweep)
 Row = tuple[Any, ...]  # Any: sqlite3 rows are untyped
 
 SCHEMA = """
@@ -60,6 +69,7 @@ CREATE TABLE IF NOT EXISTS events (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS events_by_job ON events (namespace, name, id);
 """
+OBJECTS = "SELECT namespace, name, body FROM objects"
 
 
 class SqliteStore:
@@ -119,6 +129,10 @@ class SqliteStore:
                 raise AlreadyExists(
                     f"job {job.key} exists already; choose another name, or delete it first: qlora delete {meta.name}"
                 )
+            if job.sweep is not None:
+                sweep = self._get_sweep(connection, meta.namespace, job.sweep.name)
+                if sweep.metadata.uid != job.sweep.uid:
+                    raise NotFound(f"the sweep of job {job.key} is gone, and another has its name")
             # An earlier job of this name may have left events.
             connection.execute("DELETE FROM events WHERE namespace = ? AND name = ?", (meta.namespace, meta.name))
             _put(connection, JOB, meta.namespace, created)
@@ -182,13 +196,7 @@ class SqliteStore:
             if row is not None and self._parse(QLoRAJob, row) is None:
                 _mark_unreadable(connection, row, version)
                 return
-            stored = self._get_job(connection, namespace, name)
-            if _at_rest(stored):
-                _remove(connection, JOB, stored.metadata.namespace, stored.metadata.name)
-            elif stored.metadata.deletion_timestamp is None:
-                update = {"deletion_timestamp": datetime.now(UTC), "resource_version": str(version)}
-                meta = stored.metadata.model_copy(update=update)
-                _put(connection, JOB, namespace, stored.model_copy(update={"metadata": meta}))
+            _delete(connection, self._get_job(connection, namespace, name), version)
 
     # queues
 
@@ -237,6 +245,69 @@ class SqliteStore:
             if _find(connection, QUEUE, QUEUE_NAMESPACE, name) is None:
                 raise NotFound(f"there is no queue {name}")
             _remove(connection, QUEUE, QUEUE_NAMESPACE, name)
+
+    # sweeps
+
+    def list_sweeps(self, namespace: str | None = None) -> Sequence[QLoRASweep]:
+        """All sweeps that parse, ordered by namespace and name."""
+        rows = self._rows(SWEEP)
+        parsed = (self._parse(QLoRASweep, row) for row in rows if namespace in (None, row[0]))
+        return [sweep for sweep in parsed if sweep is not None]
+
+    def create_sweep(self, sweep: QLoRASweep) -> QLoRASweep:
+        """Store a new sweep; uid, versions, times and status are the store's to fill."""
+        with self._transaction() as (connection, version):
+            update = {"uid": new_uid(), "generation": 1, "resource_version": str(version)}
+            update |= {"creation_timestamp": datetime.now(UTC), "deletion_timestamp": None}
+            meta = sweep.metadata.model_copy(update=update)
+            created = _checked(sweep.model_copy(update={"metadata": meta, "status": QLoRASweepStatus()}))
+            if _find(connection, SWEEP, meta.namespace, meta.name) is not None:
+                raise AlreadyExists(
+                    f"sweep {sweep.key} exists already; choose another name, or delete it first: "
+                    f"qlora sweeps delete {meta.name}"
+                )
+            _put(connection, SWEEP, meta.namespace, created)
+            return created
+
+    def update_sweep_status(self, sweep: QLoRASweep, status: QLoRASweepStatus) -> QLoRASweep:
+        """Replace the status alone."""
+        with self._transaction() as (connection, version):
+            stored = self._get_sweep(connection, sweep.metadata.namespace, sweep.metadata.name)
+            if stored.metadata.resource_version != sweep.metadata.resource_version:
+                raise Conflict(f"sweep {sweep.key} changed since it was read")
+            meta = stored.metadata.model_copy(update={"resource_version": str(version)})
+            updated = _checked(stored.model_copy(update={"metadata": meta, "status": status}))
+            _put(connection, SWEEP, meta.namespace, updated)
+            return updated
+
+    def cancel_sweep(self, namespace: str, name: str) -> None:
+        """Ask for its end."""
+        with self._transaction() as (connection, version):
+            stored = self._get_sweep(connection, namespace, name)
+            asked = {**stored.metadata.annotations, CANCEL_ANNOTATION: "true"}
+            meta = stored.metadata.model_copy(update={"annotations": asked, "resource_version": str(version)})
+            _put(connection, SWEEP, namespace, stored.model_copy(update={"metadata": meta}))
+
+    def delete_sweep(self, namespace: str, name: str) -> None:
+        """Remove a sweep, one that does not parse included, and its trials, as far as they are at rest."""
+        with self._transaction() as (connection, version):
+            if _find(connection, SWEEP, namespace, name) is None:
+                raise NotFound(_no_sweep(namespace, name))
+            _remove(connection, SWEEP, namespace, name)
+            rows = connection.execute(OBJECTS + " WHERE kind = ? AND namespace = ?", (JOB, namespace)).fetchall()
+            for row in rows:
+                job = self._parse(QLoRAJob, row)
+                if job is not None and job.sweep is not None and job.sweep.name == name:
+                    _delete(connection, job, version)
+
+    def _get_sweep(self, connection: sqlite3.Connection, namespace: str, name: str) -> QLoRASweep:
+        row = _find(connection, SWEEP, namespace, name)
+        if row is None:
+            raise NotFound(_no_sweep(namespace, name))
+        try:
+            return QLoRASweep.model_validate_json(row[2])
+        except ValidationError as error:
+            raise InvalidObject(_unreadable(SWEEP, row, error)) from error
 
     # events
 
@@ -307,7 +378,7 @@ class SqliteStore:
                 raise
 
     def _rows(self, kind: str) -> list[Row]:
-        query = "SELECT namespace, name, body FROM objects WHERE kind = ? ORDER BY namespace, name"
+        query = f"{OBJECTS} WHERE kind = ? ORDER BY namespace, name"
         with self._answers():
             return self._connection().execute(query, (kind,)).fetchall()
 
@@ -358,11 +429,11 @@ class _ThreadConnection:
 
 
 def _find(connection: sqlite3.Connection, kind: str, namespace: str, name: str) -> Row | None:
-    query = "SELECT namespace, name, body FROM objects WHERE kind = ? AND namespace = ? AND name = ?"
+    query = f"{OBJECTS} WHERE kind = ? AND namespace = ? AND name = ?"
     return connection.execute(query, (kind, namespace, name)).fetchone()
 
 
-def _put(connection: sqlite3.Connection, kind: str, namespace: str, thing: QLoRAJob | QLoRAQueue) -> None:
+def _put(connection: sqlite3.Connection, kind: str, namespace: str, thing: QLoRAJob | QLoRAQueue | QLoRASweep) -> None:
     meta = thing.metadata
     # With nulls: where a field has a default, null is a choice of its own (tracking.alias).
     body = thing.model_dump_json(by_alias=True)
@@ -396,6 +467,20 @@ def _mark_unreadable(connection: sqlite3.Connection, row: Row, version: int) -> 
     connection.execute(
         "UPDATE objects SET body = ?, resource_version = ? WHERE kind = ? AND namespace = ? AND name = ?", where
     )
+
+
+def _delete(connection: sqlite3.Connection, stored: QLoRAJob, version: int) -> None:
+    """Remove a job at rest; mark any other."""
+    if _at_rest(stored):
+        _remove(connection, JOB, stored.metadata.namespace, stored.metadata.name)
+    elif stored.metadata.deletion_timestamp is None:
+        update = {"deletion_timestamp": datetime.now(UTC), "resource_version": str(version)}
+        meta = stored.metadata.model_copy(update=update)
+        _put(connection, JOB, stored.metadata.namespace, stored.model_copy(update={"metadata": meta}))
+
+
+def _no_sweep(namespace: str, name: str) -> str:
+    return f"there is no sweep {namespace}/{name}; list them with: qlora sweeps"
 
 
 def _remove(connection: sqlite3.Connection, kind: str, namespace: str, name: str) -> None:
