@@ -526,6 +526,9 @@ def test_rows_hold_whole_records_whose_positions_restart_and_whose_boundaries_pr
     assert all(labels[0] == -100 for _, labels in found)
     assert all(len(row["input_ids"]) <= 256 for row in rows)
     assert len(rows) < len(expected)
+    # Each example is one record, so a record's number is its line's.
+    numbered = zip([number for row in rows for number in row["samples"]], found, strict=True)
+    assert [record for _, record in sorted(numbered)] == expected
 
 
 def split_at_restarts(row: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:
