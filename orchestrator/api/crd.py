@@ -254,10 +254,9 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 field="evaluation.metric",
             ),
             Rule(
-                rule="(self.evaluation.metric == 'loss' && !self.evaluation.keepBest"
-                f" && self.evaluation.earlyStoppingPatience == 0) || {_HOLDS_OUT}",
+                rule=f"self.evaluation.metric == 'loss' || {_HOLDS_OUT}",
                 message=METRIC_HOLDS_OUT,
-                field="evaluation",
+                field="evaluation.metric",
             ),
         ),
         "_prompts_can_be_asked": (

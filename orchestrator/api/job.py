@@ -146,8 +146,7 @@ METRIC_IS_SHOWN = "evaluation.metric must be one that evaluations of this object
     f"of {objective} {', '.join(metrics)}" for objective, metrics in HELD_OUT_METRICS.items()
 )
 METRIC_HOLDS_OUT = (
-    "evaluation.metric, keepBest and earlyStoppingPatience go by held-out records: set dataset.evalSource or "
-    "dataset.evalFraction"
+    "evaluation.metric is of held-out records: set dataset.evalSource or dataset.evalFraction, or leave metric out"
 )
 ROLLBACK_RULE = (
     "training.onNonFinite and onSpike rollback go back to a checkpoint whose step does not depend on the clock: set "
@@ -442,7 +441,7 @@ class EvaluationSpec(Model):
     @property
     def compares(self) -> bool:
         """Whether something follows from which evaluation was the best."""
-        return self.metric != "loss" or self.keep_best or self.early_stopping_patience > 0
+        return self.keep_best or self.early_stopping_patience > 0
 
 
 class GateRule(Model):
@@ -642,7 +641,7 @@ class QLoRAJobSpec(Model):
     def _metric_is_shown(self) -> QLoRAJobSpec:
         if self.evaluation.metric not in HELD_OUT_METRICS[self.training.objective.type]:
             raise ValueError(METRIC_IS_SHOWN)
-        if self.evaluation.compares and not self.dataset.holds_out:
+        if self.evaluation.metric != "loss" and not self.dataset.holds_out:
             raise ValueError(METRIC_HOLDS_OUT)
         return self
 

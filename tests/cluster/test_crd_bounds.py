@@ -192,7 +192,7 @@ def answer_rule_breakers() -> Iterator[Json]:
     yield {**HELD_OUT, "evaluation": {"generation": {"regex": "a"}}}
     yield {"tracking": GATED["tracking"]}
     yield {**HELD_OUT, "evaluation": {"metric": "rewards/margins"}}
-    yield {"evaluation": {"keepBest": True}}
+    yield {"evaluation": {"metric": "perplexity"}}
     yield {"training": {"onNonFinite": "rollback"}}
     for promote in (
         {"alias": "candidate", "when": [GATE]},

@@ -320,6 +320,17 @@ def test_what_is_likely_to_be_wrong_is_in_the_result_and_in_the_log(
     assert f"{result.steps} steps, 1 of them warm-up" in said
 
 
+@pytest.mark.parametrize("asked", [{"keepBest": True}, {"earlyStoppingPatience": 2}])
+def test_what_goes_by_evaluations_is_warned_of_where_there_are_none(tmp_path: Path, asked: dict[str, object]) -> None:
+    store, nothing = tmp_path / "store", {"evalSource": None}
+    for attempt in (1, 2):  # the second finds what is prepared
+        result = prepare.run(make_task(store, attempt=attempt, dataset=nothing, evaluation=asked))
+        assert [each for each in result.warnings if each.startswith("nothing is held out: spec.evaluation.keepBest")]
+    again = prepare.run(make_task(store, attempt=3, dataset=nothing))
+    assert again.uri == result.uri, "the same data"
+    assert not [each for each in again.warnings if each.startswith("nothing is held out")]
+
+
 def test_a_template_is_taken_by_its_name(tmp_path: Path) -> None:
     result = prepare.run(make_task(tmp_path, model_fields={"chatTemplate": "chatml"}))
     template = (folder_of(result) / "chat_template.jinja").read_text()

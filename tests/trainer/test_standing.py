@@ -106,8 +106,6 @@ def test_the_loss_of_a_job_that_keeps_the_best_is_of_the_adapter_that_had_the_be
             "of sft loss, perplexity; of dpo loss, rewards/chosen",
         ),
         ({"evalFraction": "0"}, {}, {"metric": "perplexity"}, "set dataset.evalSource or dataset.evalFraction"),
-        ({"evalFraction": "0"}, {}, {"keepBest": True}, "set dataset.evalSource or dataset.evalFraction"),
-        ({"evalFraction": "0"}, {}, {"earlyStoppingPatience": 1}, "set dataset.evalSource or dataset.evalFraction"),
         ({}, {}, {"metric": "accuracy"}, "evaluation.metric"),
     ],
 )

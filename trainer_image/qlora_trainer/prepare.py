@@ -33,7 +33,7 @@ from orchestrator.api.formats import (
     ShownRecords,
     StartManifest,
 )
-from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
+from orchestrator.api.job import QLoRAJobSpec
 from orchestrator.api.linear_regex import compile_regex
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.optimizer_steps import FEW_STEPS, optimizer_steps, steps_warning
@@ -57,6 +57,7 @@ from qlora_trainer.data.dataset import (
 from qlora_trainer.data.reader import Records
 from qlora_trainer.data.report import (
     HIGH_RATE,
+    NOTHING_HELD_OUT,
     OF_START,
     RECORD_BY_RECORD,
     WITH_A_STATE,
@@ -64,6 +65,7 @@ from qlora_trainer.data.report import (
     counts,
     data_warnings,
     first_shown,
+    held_out_warning,
     in_brackets,
     mode_warning,
     rate_warning,
@@ -158,7 +160,7 @@ def run(task: StageTask) -> PrepareResult:
         if found is not None:
             log.info("%s is prepared already", found.result.uri)
             _refuse_without_prompts(found.folder, task.spec)
-            return _told(_with_steps(found.result, model, task.spec.training), task.spec)
+            return _told(_with_steps(found.result, model, task.spec), task.spec)
     assert splits is not None, "what is not prepared has been read"
     return _told(_publish(task, store, digest, model, splits), task.spec)
 
@@ -413,18 +415,18 @@ def inputs_digest(spec: QLoRAJobSpec, datasets: _Datasets, model: _Model) -> str
     return f"sha256:{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()}"
 
 
-def _with_steps(found: PrepareResult, model: _Model, training: TrainingSpec) -> PrepareResult:
+def _with_steps(found: PrepareResult, model: _Model, spec: QLoRAJobSpec) -> PrepareResult:
     """The result of data that is prepared already, for this job's model and steps."""
-    steps = optimizer_steps(training, found.train_sequences)
+    steps = optimizer_steps(spec.training, found.train_sequences)
     result = found.model_copy(update={"model": model.facts, "steps": steps, "start": model.start})
-    not_data = FEW_STEPS, HIGH_RATE, RECORD_BY_RECORD, WITH_A_STATE, OF_START
+    not_data = FEW_STEPS, HIGH_RATE, NOTHING_HELD_OUT, RECORD_BY_RECORD, WITH_A_STATE, OF_START
     about_data = [warning for warning in found.warnings if not warning.startswith(not_data)]
-    return _warned(result, training, [*model.warnings, *about_data])
+    return _warned(result, spec, [*model.warnings, *about_data])
 
 
-def _warned(result: PrepareResult, training: TrainingSpec, about_data: list[str]) -> PrepareResult:
-    of_steps = steps_warning(result.steps, result.train_sequences, training)
-    warnings = [*of_steps, *rate_warning(training), *about_data]
+def _warned(result: PrepareResult, spec: QLoRAJobSpec, about_data: list[str]) -> PrepareResult:
+    of_steps = steps_warning(result.steps, result.train_sequences, spec.training)
+    warnings = [*of_steps, *rate_warning(spec.training), *held_out_warning(spec), *about_data]
     for warning in warnings:
         log.warning("%s", warning)
     return result.model_copy(update={"warnings": bounded(warnings)})
@@ -523,7 +525,7 @@ def _publish(task: StageTask, store: JobStore, digest: str, model: _Model, split
     first = first_shown(model.tokenizer, train, SHOWN_RECORDS, pairs=pairs)
     for number, record in enumerate(first, start=1):
         log.info("record %d, what carries loss in brackets: %r", number, in_brackets(record))
-    result = _warned(result, training, [*model.warnings, *splits.warnings])
+    result = _warned(result, task.spec, [*model.warnings, *splits.warnings])
 
     def make_manifest(files: tuple[FileEntry, ...]) -> PreparedManifest:
         store.check_fence(task.attempt)

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.api.formats import MAX_SHOWN_RECORDS, ShownPart, ShownRecord
-from orchestrator.api.job import TrainingSpec
+from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.results import MAX_WARNING_CHARACTERS, MAX_WARNINGS, PrepareResult
 from orchestrator.api.words import on_one_line
 from qlora_trainer.data.dataset import Split
@@ -20,6 +20,7 @@ LEAST_SUPERVISED = Fraction(1, 100)
 HIGHEST_RATE = 5e-5
 """Of preferences: ten times that of TRL's example of DPO with LoRA, and a quarter of the default."""
 HIGH_RATE = "a high learning rate"
+NOTHING_HELD_OUT = "nothing is held out"
 RECORD_BY_RECORD, WITH_A_STATE = "record by record", "layers that carry a state"
 OF_START = "the adapter that training begins with"
 """How the warnings begin that depend on more than the data."""
@@ -74,6 +75,15 @@ def rate_warning(training: TrainingSpec) -> Iterator[str]:
             f"{HIGH_RATE}: spec.training.learningRate is {training.learning_rate}, and preferences are trained with "
             "lower ones than other records (TRL's example of DPO with LoRA: 5e-6); lower it, unless held-out margins "
             "speak for it"
+        )
+
+
+def held_out_warning(spec: QLoRAJobSpec) -> Iterator[str]:
+    """What is asked of evaluations that a job has none of; jobs of before it was said have been taken so."""
+    if spec.evaluation.compares and not spec.dataset.holds_out:
+        yield (
+            f"{NOTHING_HELD_OUT}: spec.evaluation.keepBest and earlyStoppingPatience go by held-out records, and "
+            "without any they have no effect; set spec.dataset.evalSource or spec.dataset.evalFraction"
         )
 
 
