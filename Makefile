@@ -55,7 +55,8 @@ test-page: $(VENV)/.synced ## The page in Chromium, on a desk and on a phone (QL
 	$(BIN)/python -m pytest -q tests/page/test_chromium.py
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_gate.py tests/e2e/test_out_of_memory.py \
+	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_gate.py tests/e2e/test_sweep.py \
+	  tests/e2e/test_out_of_memory.py \
 	  tests/adapters tests/controller tests/sdk tests/cli tests/page/test_page.py tests/model
 
 test-kills: $(VENV)/.synced ## Twelve kills and, beside them, four preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
