@@ -21,19 +21,22 @@ from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.errors import InvalidObject
 from orchestrator.sdk import Client, JobHandle
 from orchestrator.settings import Settings
-from tests.e2e.jobs import EXAMPLE, Document, medical_job
+from tests.e2e.jobs import Document, held_out, medical_job
 
 pytestmark = pytest.mark.timeout(3600)  # real training, also on a machine that is busy with other things
 
-PROMPTS = 5
+PROMPTS, ANSWER_TOKENS = 5, 24
+ASKED, ASKED_TOKENS = 20, 12
 
 
 def gated_job(name: str, model: Path, *, steps: int, learning_rate: str) -> Document:
     """A job that wants the alias `champion` of a model that several jobs write to."""
-    job = medical_job(name, model, steps=steps)
+    job = medical_job(name, model, steps=steps, held_out_records=ASKED)
     spec = cast("dict[str, dict[str, object]]", job["spec"])
     spec["training"] |= {"learningRate": learning_rate, "warmupRatio": "0"}
-    spec["evaluation"] = {"generation": {"prompts": PROMPTS, "maxNewTokens": 24, "metrics": ["chrf", "exactMatch"]}}
+    spec["evaluation"] = {
+        "generation": {"prompts": PROMPTS, "maxNewTokens": ANSWER_TOKENS, "metrics": ["chrf", "exactMatch"]}
+    }
     gate = {"alias": "champion", "when": [{"metric": "chrf", "over": "holder", "atLeast": "0"}], "approval": "manual"}
     spec["tracking"] |= {"registeredModel": "terms", "promote": gate}
     return job
@@ -64,7 +67,7 @@ def outcome(handle: JobHandle) -> tuple[str, Reason]:
 @pytest.fixture(scope="module")
 def good(client: Client, pretrained: Path) -> JobHandle:
     """A job that is done, which publishes all that there is."""
-    job = gated_job("good", pretrained, steps=16, learning_rate="1e-3")
+    job = gated_job("good", pretrained, steps=12, learning_rate="1e-3")
     cast("dict[str, object]", job["spec"])["publish"] = {"formats": ["merged", "gguf-q8_0", "gguf-adapter"]}
     return finished(client, job)
 
@@ -107,10 +110,6 @@ def test_a_worse_adapter_does_not_get_the_alias(
     )
 
 
-HELD_OUT = EXAMPLE / "heldout.jsonl"
-ASKED, ANSWER_TOKENS = 20, 12
-
-
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 def test_what_is_published_answers_held_out_prompts_as_the_adapter_does(
     settings: Settings, good: JobHandle, pretrained: Path
@@ -141,13 +140,13 @@ def test_what_is_published_answers_held_out_prompts_as_the_adapter_does(
     }
     same: dict[str, list[bool]] = {name: [] for name in models}
     whole = dict.fromkeys(models, 0)
-    for line in HELD_OUT.read_text().splitlines()[:ASKED]:
+    for line in held_out(ASKED).read_text().splitlines():
         messages = json.loads(line)["messages"][:-1]
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         with torch.inference_mode():
-            answered = adapter.generate(**prompt, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            answered = adapter.generate(**prompt, max_new_tokens=ASKED_TOKENS, do_sample=False)
             start = prompt["input_ids"].shape[1]
             for name, model in models.items():
                 steps = (model(answered).logits[0, start - 1 : -1].argmax(-1) == answered[0, start:]).tolist()

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from orchestrator.api.job import QLoRAJob
 from orchestrator.sdk import Client, JobHandle
 from orchestrator.settings import Settings
-from tests.e2e.jobs import EXAMPLE, Document, medical_job
+from tests.e2e.jobs import EXAMPLE, Document, held_out, medical_job
 
 pytestmark = pytest.mark.timeout(1800)  # real training, also on a machine that is busy with other things
 
@@ -55,9 +55,8 @@ def test_the_registered_adapter_gives_the_trainers_last_loss_in_a_process_that_k
 ) -> None:
     result = done.result()
     script = Path(__file__).with_name("independent_eval.py")
-    heldout = EXAMPLE / "heldout.jsonl"
     command = [sys.executable, "-I", str(script), settings.tracking_uri, str(result.model_uri)]
-    answer = subprocess.run([*command, str(pretrained), str(heldout)], capture_output=True, text=True, check=False)
+    answer = subprocess.run([*command, str(pretrained), str(held_out())], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout.splitlines()[-1])
     assert found["loss"] == pytest.approx(result.eval_loss, abs=ROUNDING)
