@@ -52,6 +52,7 @@ def help_of(command: str) -> str:
 def complete(typed: str) -> list[str]:
     """What Tab offers after what was typed, as bash asks for it."""
     environment = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_QLORA_COMPLETE": "complete_bash"}
+    environment["QLORA_CONTEXT"] = ""  # which --context sets, and the runner takes back
     result = CliRunner().invoke(app, [], prog_name="qlora", env=environment)
     assert result.exit_code == 0, result.output
     return result.stdout.split()

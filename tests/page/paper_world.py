@@ -38,7 +38,7 @@ class PaperWorld:
     """Its store, and the way to it."""
 
     def __init__(self, folder: Path, jobs: int = 20, cards: int = 8) -> None:
-        self.settings = Settings(home=folder / "home", tracking_uri=f"sqlite:///{folder}/mlflow.db")
+        self.settings = Settings(context="", home=folder / "home", tracking_uri=f"sqlite:///{folder}/mlflow.db")
         self.store = SqliteStore(self.settings)
         self.classes = tuple(gpu_class(name, cards // len(CLASSES)) for name in CLASSES)
         self.running = True
