@@ -231,7 +231,9 @@ def test_the_adapter_downloads_verified(done: JobHandle, tmp_path: Path) -> None
 
 def test_the_same_work_is_not_prepared_twice(client: Client, done: JobHandle, pretrained: Path) -> None:
     handle = client.submit(medical_job("again", pretrained, steps=2))
-    job: QLoRAJob = handle.wait(timeout_seconds=600)
+    job: QLoRAJob = next(job for job in handle.watch(600) if job.status.prepared or job.status.finish_time)
+    handle.cancel()
     assert job.status.prepared is not None
     assert done.status().prepared is not None
     assert job.status.prepared.digest == done.status().prepared.digest
+    handle.wait(timeout_seconds=600)
