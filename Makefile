@@ -15,8 +15,8 @@ MODEL := $(CACHE)/smollm2-135m-instruct
 # or are about instants and want the machine to themselves.
 LIGHT_TIERS := check test-demo test-core test-docs test-simulation test-strangers test-chart
 TIERS := test-trainer test-api test-service test-kills test-scale test-e2e
-# Tests of a file share what it has started, a service or a control plane; two files run at a time, of the service's tests
-# the longest first.
+# Tests of a file share what it has started, a service or a control plane; two files run at a time, the longest first.
+LONG_FILES := $(addprefix tests/trainer/test_,ray_tasks.py publish.py layer_trace.py kernels.py)
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -47,7 +47,8 @@ timed-%:
 	+@started=$$(date +%s); $(MAKE) --no-print-directory $* && echo "$*: $$(($$(date +%s) - started)) s"
 
 test-trainer: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The trainer: data, model, optimizer, checkpoints, stages; builds an S3 server once
-	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) tests/trainer
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder \
+	  $(LONG_FILES) $(filter-out $(LONG_FILES),$(wildcard tests/trainer/test_*.py))
 
 # On Debian Chromium is a package; it is in no tier, which would wait for it to be installed.
 test-page: $(VENV)/.synced ## The page in Chromium, on a desk and on a phone (QLORA_PICTURES=FOLDER keeps the pictures)
@@ -98,7 +99,8 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris $(MODEL)/model.safetensors
 	PATH="$(abspath $(BIN)):$$PATH" QLORA_FUZZ=20000 QLORA_POISON=1000 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/cluster/test_crd_fuzz.py tests/cluster/test_poison.py tests/cluster/test_sweep_objects.py
 	OMP_NUM_THREADS=1 QLORA_FUZZ_MODELS=500 QLORA_FUZZ_PLANS=400 QLORA_ALL_TYPES=1 $(BIN)/python -m pytest -q --timeout=14400 \
-	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py
+	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py \
+	  tests/trainer/test_layer_trace.py
 	QLORA_TEST_MODEL=$(MODEL) QLORA_BASE_FORMS=all $(BIN)/python -m pytest -q tests/e2e/test_main_job.py
 	$(MAKE) --no-print-directory test-kills QLORA_KILLS=10
 	$(MAKE) --no-print-directory test-demo QLORA_DEMO_FAULTS=all

@@ -1,7 +1,7 @@
 """Room that is made on large cards, through random stories: each move does what it says, and goes round in no circle.
 
 Small jobs may go on on any class, large ones fit the largest alone; all are of one queue, nearly all of one priority.
-`QLORA_SEEDS` says how many stories are told: one for each ten of them.
+`QLORA_SEEDS` says how many stories are told: one for each thirty of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.builders import LLAMA_3_70B, gpus, make_job
 from tests.sim.test_evictions import FOR_EVER
 from tests.sim.test_turns import STEPS, TICK, TurnsWorld, trains
 
-SEEDS = max(10, int(os.environ.get("QLORA_SEEDS", "100")) // 10)
+SEEDS = max(10, int(os.environ.get("QLORA_SEEDS", "100")) // 30)
 GAIN, SOON, TICKS, MOST_JOBS = 1.0, 5 * TICK, 250, 8
 POLICY = Policy(
     store_uri="file:///store",

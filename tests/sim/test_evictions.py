@@ -1,7 +1,7 @@
 """Eviction budgets through random stories: nobody is moved oftener than the budget says, and no owner waits for longer.
 
 Two queues of one cohort share a few cards. The owner's jobs come in bursts and take back what is theirs, the guest's
-borrow it; priorities differ within both. `QLORA_SEEDS` says how many stories are told: one for each ten of them.
+borrow it; priorities differ within both. `QLORA_SEEDS` says how many stories are told: one for each thirty of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.core.snapshot import Policy
 from tests.builders import gpus, make_job, make_queue
 from tests.sim.test_turns import TICK, TurnsWorld
 
-SEEDS = max(10, int(os.environ.get("QLORA_SEEDS", "100")) // 10)
+SEEDS = max(10, int(os.environ.get("QLORA_SEEDS", "100")) // 30)
 PROTECTION, COOLDOWN, SOON = 420, 60, 5 * TICK
 """Seconds; within the last of them whoever is asked has stopped, and whoever waits has started."""
 POLICY = Policy(

@@ -1,6 +1,6 @@
 """Turns (`turnSeconds`) through random stories: what they cost, how long anybody waits, and that all get on.
 
-`QLORA_SEEDS` says how many stories are told: one for each ten of them, since each takes as long as ten bad days.
+`QLORA_SEEDS` says how many stories are told: one for each thirty of them: each takes long.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.core.snapshot import Policy
 from tests.builders import gpus, make_job, make_queue, progress, train_result
 from tests.core.world import World
 
-SEEDS = max(10, int(os.environ.get("QLORA_SEEDS", "100")) // 10)
+SEEDS = max(10, int(os.environ.get("QLORA_SEEDS", "100")) // 30)
 TICK, TURN, STEPS = 60, 300, 14
 """Seconds of a tick and of a turn; the steps of a job, one a tick."""
 POLICY = Policy(store_uri="file:///store", minimum_run_seconds=120, preemption_cooldown_seconds=60, cpu_stages_limit=20)
