@@ -127,7 +127,7 @@ JOB_CASES: list[tuple[str, object, bool]] = [
     ("checkpoint.keep", 101, False),
     ("evaluation.earlyStoppingPatience", 0, True),
     ("evaluation.everySteps", 0, False),
-    ("evaluation.earlyStoppingPatience", 1, True),  # nothing is held out
+    ("evaluation.earlyStoppingPatience", 1, True),  # nothing is held out, of which prepare warns
     ("evaluation.mode", "min", True),
     ("evaluation.generation", {}, False),
     ("evaluation.generation.metrics", ["accuracy"], False),
