@@ -67,7 +67,7 @@ def outcome(handle: JobHandle) -> tuple[str, Reason]:
 @pytest.fixture(scope="module")
 def good(client: Client, pretrained: Path) -> JobHandle:
     """A job that is done, which publishes all that there is."""
-    job = gated_job("good", pretrained, steps=12, learning_rate="1e-3")
+    job = gated_job("good", pretrained, steps=16, learning_rate="1e-3")
     cast("dict[str, object]", job["spec"])["publish"] = {"formats": ["merged", "gguf-q8_0", "gguf-adapter"]}
     return finished(client, job)
 
