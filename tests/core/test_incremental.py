@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.api.job import (
@@ -294,12 +294,12 @@ def test_a_job_that_waits_untried_is_left_as_it_is_for_ever(seed: int, story: li
     crowd.obey(decide(crowd.seen))
     for change in story:
         crowd.happen(change)
-    for job in crowd.jobs.values():
-        if waits_untried(job, crowd.seen):
-            draft = reconcile(Draft.open(job, crowd.seen.now), crowd.seen)
-            assert draft == Draft.untried(job, crowd.seen.now)
-            assert rests_until(draft, None, POLICY) == FOR_EVER
-    assert any(waits_untried(job, crowd.seen) for job in crowd.jobs.values()) or crowd.seen.clock_step_seconds
+    untried = [job for job in crowd.jobs.values() if waits_untried(job, crowd.seen)]
+    assume(untried)  # nearly every crowd has one; where few had, this would fail
+    for job in untried:
+        draft = reconcile(Draft.open(job, crowd.seen.now), crowd.seen)
+        assert draft == Draft.untried(job, crowd.seen.now)
+        assert rests_until(draft, None, POLICY) == FOR_EVER
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
