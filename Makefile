@@ -60,7 +60,7 @@ test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, co
 	  tests/e2e/test_out_of_memory.py \
 	  tests/adapters tests/controller tests/sdk tests/cli tests/page/test_page.py tests/model
 
-test-kills: $(VENV)/.synced ## Twelve kills and, beside them, four preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
+test-kills: $(VENV)/.synced ## Six kills and, beside them, two preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
 	$(PYTEST) --dist=load tests/e2e/test_kills.py
 
 test-demo: $(VENV)/.synced $(VENV)/.go $(MODEL)/model.safetensors ## The demo's job beside a store or an MLflow that fails: one fault of eight (QLORA_DEMO_FAULTS=all: each)

@@ -24,7 +24,7 @@ from tests.trainer.tiny_model import tiny_model
 
 STEPS = 800
 VICTIMS = ("trainer", "controller", "ray")
-KILLS_OF_EACH = PREEMPTIONS = int(os.environ.get("QLORA_KILLS", "4"))
+KILLS_OF_EACH = PREEMPTIONS = int(os.environ.get("QLORA_KILLS", "2"))
 KILLS_WITHIN_SECONDS = 6.0 * len(VICTIMS) * KILLS_OF_EACH
 LONGEST_LIFE_SECONDS = 10.0
 """A preempted trainer has lived no longer than this: about twice what it needs to start."""
