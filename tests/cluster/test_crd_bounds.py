@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.adapters.kubernetes.api import KubeApi, path_of
 from orchestrator.api.base import API_VERSION, Model
@@ -114,14 +114,18 @@ def wire(kind: type[QLoRAJob] | type[QLoRAQueue], spec: Json) -> Json:
 
 def complaints(api: KubeApi, kind: type[QLoRAJob] | type[QLoRAQueue], spec: Json) -> tuple[str, str]:
     """What the models and the API server have against it; nothing where it is valid."""
-    document = wire(kind, spec)
+    return complaints_about(api, kind, JOBS if kind is QLoRAJob else QUEUES, wire(kind, spec))
+
+
+def complaints_about(api: KubeApi, kind: type[BaseModel], objects: str, document: Json) -> tuple[str, str]:
+    """The same of a whole document, which would be stored under that path."""
     ours = theirs = ""
     try:
         kind.model_validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
         ours = str(error)
     try:
-        api.create(f"{JOBS if kind is QLoRAJob else QUEUES}?dryRun=All&fieldValidation=Strict", document)
+        api.create(f"{objects}?dryRun=All&fieldValidation=Strict", document)
     except InvalidObject as error:
         theirs = str(error)
     return ours, theirs

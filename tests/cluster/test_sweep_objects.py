@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from orchestrator.adapters.kubernetes.api import KubeApi, path_of
 from orchestrator.adapters.kubernetes.store import KubernetesStore
@@ -29,6 +27,7 @@ from orchestrator.errors import InvalidObject
 from tests.builders import submitted_sweep
 from tests.cluster.control_plane import ControlPlane, control_plane
 from tests.cluster.resources import clear, furnish, require
+from tests.cluster.test_crd_bounds import complaints_about
 from tests.core.test_sweeps import BAD
 
 SWEEPS = path_of(API_VERSION, "qlorasweeps", "team-a")
@@ -54,16 +53,7 @@ def wire(**spec: Any) -> Json:
 
 def complaints(api: KubeApi, document: Json) -> tuple[str, str]:
     """What the model and the API server have against it."""
-    ours = theirs = ""
-    try:
-        QLoRASweep.model_validate_json(json.dumps(document), strict=True)
-    except ValidationError as error:
-        ours = str(error)
-    try:
-        api.create(f"{SWEEPS}?dryRun=All&fieldValidation=Strict", document)
-    except InvalidObject as error:
-        theirs = str(error)
-    return ours, theirs
+    return complaints_about(api, QLoRASweep, SWEEPS, document)
 
 
 def dimension(**way: Any) -> Json:
