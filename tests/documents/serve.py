@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from contextlib import suppress
 
 ADDRESS = re.compile(r"http://(?P<login>\w+:\S+)@(?P<host>127\.0\.0\.1:\d+)")
-START_SECONDS = 240.0
+LIMIT_SECONDS = 240.0
 STOP_SECONDS = 60.0
 
 
@@ -26,11 +27,19 @@ def main(script: str) -> int:
     server = subprocess.Popen(
         ["bash", "-e", script], stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_take_interrupts
     )
-    limit = threading.Timer(START_SECONDS, os.killpg, (server.pid, signal.SIGKILL))
+    limit = threading.Timer(LIMIT_SECONDS, os.killpg, (server.pid, signal.SIGKILL))
     limit.start()
+    try:
+        return _visit(server)
+    finally:
+        limit.cancel()
+        with suppress(ProcessLookupError):  # what ignores Ctrl-C would outlive everybody who waits for its output
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def _visit(server: subprocess.Popen[str]) -> int:
     assert server.stdout is not None, "it is a pipe"
     found = next(filter(None, map(ADDRESS.search, server.stdout)), None)
-    limit.cancel()
     if found is None:
         print(f"no address was told; exit status {server.wait()}")
         return 1
