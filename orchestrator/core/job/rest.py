@@ -16,6 +16,7 @@ from orchestrator.core.job.finalizer import outstanding
 from orchestrator.core.job.notifications import gives_up_at
 from orchestrator.core.job.progress import patience_seconds
 from orchestrator.core.job.promotion import awaits_mlflow
+from orchestrator.core.job.revision import revision_of
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
 from orchestrator.core.snapshot import Policy, Snapshot, StageFact, StagePhase
@@ -52,24 +53,13 @@ def _own_rest(draft: Draft, fact: StageFact | None, policy: Policy) -> datetime:
 def waits_untried(job: QLoRAJob, snapshot: Snapshot) -> bool:
     """Whether the job is prepared, has never had a GPU, and `reconcile` leaves it as it is for ever.
 
-    Of thousands that wait most are so, and to see it takes a look at a few fields. False says nothing.
+    Of thousands that wait most are so, and to see it takes no look at them. False says nothing.
     """
-    status, spec, meta = job.status, job.spec, job.metadata
     return (
-        status.prepared is not None
-        and not status.attempts
-        and status.finish_time is None
-        and status.release_since is None
-        and status.retry_after is None
-        and status.adapter_uri is None
-        and not outstanding(status)
-        and status.observed_generation == meta.generation
-        and not spec.suspend
-        and spec.active_deadline_seconds is None
-        and not job.cancelled
-        and (status.mlflow.run_id is not None or meta.uid not in snapshot.runs)
-        and meta.uid not in snapshot.refused
+        revision_of(job).is_untried
         and not snapshot.clock_step_seconds
+        and not (snapshot.runs and job.status.mlflow.run_id is None and job.metadata.uid in snapshot.runs)
+        and not (snapshot.refused and job.metadata.uid in snapshot.refused)
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 from orchestrator.api.job import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
+from orchestrator.api.results import PrepareResult
+from orchestrator.core.job.revision import Revision, Sized, revision_of
 from orchestrator.core.job.setbacks import avoided_classes
 from orchestrator.core.scheduling.ordering import Claim, queue_refusal, user_of
 from orchestrator.core.scheduling.turns import waits_since
@@ -18,6 +21,19 @@ from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.plan_search import candidates
 from orchestrator.sizing.step_time import Work
+
+TERMS_KEPT = 4096
+
+
+class Terms(NamedTuple):
+    """What a queue says to all jobs of one namespace and priority."""
+
+    refusal: Refusal | None
+    """Why it admits none of them, if so."""
+    user: str
+    """Whose they are, where the queue tells its users apart."""
+    turns: QLoRAQueueSpec | None
+    """The queue, where it gives turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,33 +48,40 @@ class Claims:
     margins: Mapping[tuple[str, str], Margins]
     """Those learned, by namespace and architecture."""
     _by_spot: dict[str, tuple[GpuClass, ...]] = field(default_factory=dict[str, tuple[GpuClass, ...]])
+    _terms: dict[tuple[str, str, int], Terms] = field(default_factory=dict[tuple[str, str, int], Terms])
+    """By queue, namespace and priority."""
 
     def of(self, job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> Claim | Refusal:
         """The claim of a job that is ready to train, by what its status is to be."""
-        found = queue_refusal(job, self.queues, self.closed) or self._estimates(job, status, now)
+        revision = revision_of(job)
+        terms = self._terms_of(job, revision)
+        if terms.refusal is not None:
+            return terms.refusal
+        classes = self._on_machines(revision.spot)
+        if status is job.status and not revision.has_begun and classes:
+            sized = self._by_revision(job, revision, classes)
+            found, names = sized.found, sized.names
+        else:
+            found = self._estimates(job, status, now)
+            names = _names(found)
         if isinstance(found, Refusal):
             return found
-        spec = job.spec
-        of_queue = self.queues.get(spec.queue)
-        return Claim(
-            key=job.key,
-            uid=job.metadata.uid,
-            queue=spec.queue,
-            priority=spec.priority,
-            since=waits_since(job, status, now, of_queue),
-            estimates=found,
-            classes=tuple([estimate.gpu_class for estimate in found]),
-            user=user_of(job.metadata.namespace, of_queue),
-        )
+        since = (revision.created or now) if terms.turns is None else waits_since(job, status, now, terms.turns)
+        return Claim(revision.key, revision.uid, revision.queue, revision.priority, since, found, names, terms.user)
 
-    def again(self, known: Claim, job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> Claim | Refusal:
-        """The claim of a job that fits what it did, by what its queue says now."""
-        refusal = queue_refusal(job, self.queues, self.closed)
-        if refusal is not None:
-            return refusal
-        spec = self.queues.get(job.spec.queue)
-        user, since = user_of(job.metadata.namespace, spec), waits_since(job, status, now, spec)
-        return known if (known.user, known.since) == (user, since) else known._replace(user=user, since=since)
+    def _terms_of(self, job: QLoRAJob, revision: Revision) -> Terms:
+        of = revision.queue, revision.namespace, revision.priority
+        known = self._terms.get(of)
+        if known is None:
+            if len(self._terms) >= TERMS_KEPT:
+                self._terms.clear()
+            spec = self.queues.get(revision.queue)
+            known = self._terms[of] = Terms(
+                refusal=queue_refusal(job, self.queues, self.closed),
+                user=user_of(revision.namespace, spec),
+                turns=spec if spec is not None and spec.turn_seconds is not None else None,
+            )
+        return known
 
     def _estimates(self, job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> tuple[Estimate, ...] | Refusal:
         """Where the job may train; one that must go on just as it began keeps its class and plan.
@@ -72,7 +95,7 @@ class Claims:
             return Refusal(reason=Reason.WAITING_FOR_GPU, message=_NO_SUCH_MACHINE[resources.spot])
         if not status.attempts and status.estimate is None:
             return self._sized(job, status, classes)
-        found = self._fitting(job, status, classes)
+        found = self._going_on(job, status, classes)
         if isinstance(found, Refusal) or not status.attempts:
             return found
         found = _smaller_first(found, status)
@@ -100,7 +123,7 @@ class Claims:
         avoided = avoided_classes(status, now, self.policy)
         return tuple(e for e in found if e.usable_bytes < here.usable_bytes and e.gpu_class not in avoided)
 
-    def _fitting(
+    def _going_on(
         self, job: QLoRAJob, status: QLoRAJobStatus, classes: tuple[GpuClass, ...]
     ) -> tuple[Estimate, ...] | Refusal:
         """Where the job may train by what it needs: one that goes on, on the class that it began on before others."""
@@ -122,10 +145,22 @@ class Claims:
         self, job: QLoRAJob, status: QLoRAJobStatus, classes: tuple[GpuClass, ...]
     ) -> tuple[Estimate, ...] | Refusal:
         """Every class here that the job fits."""
-        spec, prepared = job.spec.settled(status.start), status.prepared
+        prepared = status.prepared
         assert prepared is not None, "a queued job is prepared"
+        if prepared is job.status.prepared:
+            return self._by_revision(job, revision_of(job), classes).found
         margins = self.margins.get((job.metadata.namespace, prepared.model.architecture), DEFAULT)
-        return candidates(spec, prepared.model, classes, work=Work.of(prepared), margins=margins)
+        return _fitting(job, prepared, classes, margins)
+
+    def _by_revision(self, job: QLoRAJob, revision: Revision, classes: tuple[GpuClass, ...]) -> Sized:
+        """The same by what is stored: worked out once for the same GPUs and margins."""
+        margins = self.margins.get((revision.namespace, revision.architecture), DEFAULT)
+        known, prepared = revision.sized, job.status.prepared
+        if known is None or known.gpu_classes != classes or known.margins != margins:
+            assert prepared is not None, "a queued job is prepared"
+            found = _fitting(job, prepared, classes, margins)
+            known = revision.sized = Sized(gpu_classes=classes, margins=margins, found=found, names=_names(found))
+        return known
 
     def _on_machines(self, spot: str) -> tuple[GpuClass, ...]:
         """Classes with a GPU on the kind of machine that a job asks for: nobody makes way for one that cannot start."""
@@ -139,6 +174,17 @@ class Claims:
                 if c.spot is None or (c.spot > 0 if spot == "required" else c.spot < c.capacity)
             )
         return found
+
+
+def _fitting(
+    job: QLoRAJob, prepared: PrepareResult, classes: tuple[GpuClass, ...], margins: Margins
+) -> tuple[Estimate, ...] | Refusal:
+    spec = job.spec.settled(prepared.start)
+    return candidates(spec, prepared.model, classes, work=Work.of(prepared), margins=margins)
+
+
+def _names(found: tuple[Estimate, ...] | Refusal) -> tuple[str, ...]:
+    return () if isinstance(found, Refusal) else tuple([estimate.gpu_class for estimate in found])
 
 
 def _smaller_first(found: tuple[Estimate, ...], status: QLoRAJobStatus) -> tuple[Estimate, ...]:

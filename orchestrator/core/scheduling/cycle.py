@@ -23,6 +23,7 @@ from orchestrator.core.job.containment import contained
 from orchestrator.core.job.lifecycle import is_ready, wait
 from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_back
 from orchestrator.core.job.recovery import fail
+from orchestrator.core.job.revision import Admission
 from orchestrator.core.job.setbacks import broken_nodes
 from orchestrator.core.job.starting_job import begins_with
 from orchestrator.core.job.state_machine import TERMINAL_STATES, JobState, state_of
@@ -46,8 +47,6 @@ from orchestrator.core.snapshot import Policy, Snapshot
 
 PLACES_TOLD = ((1, "first in line"), (10, "among the first ten in line"), (100, "among the first hundred in line"))
 BEYOND = "beyond the first hundred in line"
-Tried = tuple[Draft, Estimate, tuple[str, ...]]
-"""An admission: of whom, on what, and on no machine of these."""
 Kept = tuple[tuple[str, str], str, tuple[str, ...], bool]
 """One of a user's GPUs that is left for a job: queue and user, the job's key and classes, and whether of what comes
 free."""
@@ -116,8 +115,6 @@ class Scheduler:
     _kept: set[Kept] = field(default_factory=set[Kept])
     """What the last round kept for jobs that are next of their users'."""
     _told: Told = field(default_factory=lambda: Told())
-    _storable: dict[str, Tried] = field(default_factory=dict[str, Tried])
-    """What admissions could be stored, by job: what was tried in the last round is not tried again."""
 
     def round(self, snapshot: Snapshot) -> Round:
         """Look at what has changed, then start, evict and refuse."""
@@ -136,7 +133,7 @@ class Scheduler:
         nodes = broken_nodes((index.entries[key].job for key in index.broken), snapshot.now, snapshot.policy)
         blocked = line.without(placement.claim.key for placement in placements)
         chosen, moved = self._who_makes_way(blocked, placements, ledger, index, outages, snapshot)  # 5. who makes way
-        preemptions, failed = self._worth_a_victim(chosen, nodes, index, snapshot)
+        preemptions, failed = _worth_a_victim(chosen, nodes, index, snapshot)
         drafts |= failed
         blocked = blocked.without(failed)
         refusals = Refusals.of(blocked, held, preemptions, ledger, index)
@@ -153,7 +150,7 @@ class Scheduler:
         """The index of the snapshot; with a new one begins what depends on queues and GPUs, too."""
         index = Index.of(snapshot) if self._index is None else self._index.follow(snapshot)
         if index is not self._index:
-            self._index, self._hopeless, self._taken, self._storable = index, Hopeless(), Counter(), {}
+            self._index, self._hopeless, self._taken = index, Hopeless(), Counter()
         return index
 
     def _who_makes_way(
@@ -187,33 +184,6 @@ class Scheduler:
         cards = Cards(occupants=partial(index.occupants, now=snapshot.now), ends=partial(index.ends, snapshot=snapshot))
         left = left.without(preemption.claim.key for preemption in chosen)
         return (*chosen, *make_room(left, running, cards, chosen, books)), moved
-
-    def _worth_a_victim(
-        self, preemptions: Iterable[Preemption], nodes: tuple[str, ...], index: Index, snapshot: Snapshot
-    ) -> tuple[tuple[Preemption, ...], dict[str, Draft]]:
-        """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody.
-
-        Nor does one whose claim is not on record yet: what it claims by may be what no store takes.
-        """
-        worth: list[Preemption] = []
-        failed: dict[str, Draft] = {}
-        tried: dict[str, Tried] = {}
-        for preemption in preemptions:
-            key, estimate = preemption.claim.key, preemption.estimate
-            known = index.entries[key].draft
-            if state_of(known.job.status) is not JobState.QUEUED:
-                continue
-            before = self._storable.get(key)
-            if before is None or before[0] is not known or before[1] is not estimate or before[2] != nodes:
-                admission = partial(_tried_admission, estimate=estimate, nodes=nodes, snapshot=snapshot)
-                draft = contained(index.draft(key, snapshot.now), snapshot, admission)
-                if draft.defect:
-                    failed[key] = draft
-                    continue
-            tried[key] = known, estimate, nodes
-            worth.append(preemption)
-        self._storable = tried
-        return tuple(worth), failed
 
 
 # --- queues that are drained ------------------------------------------------------------------------------------
@@ -363,6 +333,33 @@ def _tried_admission(draft: Draft, estimate: Estimate, nodes: tuple[str, ...], s
     admitted = admit(draft, estimate, snapshot, nodes)
     admitted.check()
     return admitted
+
+
+def _worth_a_victim(
+    preemptions: Iterable[Preemption], nodes: tuple[str, ...], index: Index, snapshot: Snapshot
+) -> tuple[tuple[Preemption, ...], dict[str, Draft]]:
+    """The preemptions for jobs that could be admitted and have that stored; the other jobs fail, and move nobody.
+
+    Nor does one whose claim is not on record yet: what it claims by may be what no store takes.
+    """
+    worth: list[Preemption] = []
+    failed: dict[str, Draft] = {}
+    for preemption in preemptions:
+        key = preemption.claim.key
+        known = index.entries[key].draft
+        if state_of(known.job.status) is not JobState.QUEUED:
+            continue
+        admission = Admission(estimate=preemption.estimate, nodes=nodes, policy=snapshot.policy)
+        if known.status is not known.job.status or index.entries[key].revision.storable != admission:
+            trial = partial(_tried_admission, estimate=preemption.estimate, nodes=nodes, snapshot=snapshot)
+            draft = contained(index.draft(key, snapshot.now), snapshot, trial)
+            if draft.defect:
+                failed[key] = draft
+                continue
+            if known.status is known.job.status:
+                index.entries[key].revision.storable = admission
+        worth.append(preemption)
+    return tuple(worth), failed
 
 
 def _admitted(

@@ -27,12 +27,11 @@ from orchestrator.api.queue import QLoRAQueueSpec
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.core.job.containment import abandon, contained, failed_by_defect
 from orchestrator.core.job.eviction_budget import protected_seconds
-from orchestrator.core.job.finalizer import outstanding
 from orchestrator.core.job.lifecycle import is_ready, reconcile
 from orchestrator.core.job.outages import Cause, hit_by
-from orchestrator.core.job.promotion import awaits_mlflow
 from orchestrator.core.job.remaining import remaining_seconds, surely_remaining_seconds
 from orchestrator.core.job.rest import FOR_EVER, is_expired, rests_until, waits_untried
+from orchestrator.core.job.revision import Revision, revision_of
 from orchestrator.core.job.stage_commands import accounts_for, claimant_of, stage_of
 from orchestrator.core.job.state_machine import GPU_STATES, JobState
 from orchestrator.core.job.status_draft import Draft
@@ -64,7 +63,7 @@ from orchestrator.core.scheduling.preemption import (
 from orchestrator.core.scheduling.turns import is_turn_over, turn_ends
 from orchestrator.core.scheduling.usage import Shares, Stint
 from orchestrator.core.snapshot import Snapshot, StageFact, StagePhase
-from orchestrator.sizing.margins import Margins, learned, teaches
+from orchestrator.sizing.margins import Margins, learned
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,6 +71,7 @@ class Entry:
     """What is known of one job. Nothing changes it; to say so takes longer than all else about most of them."""
 
     job: QLoRAJob
+    revision: Revision
     looked_at: datetime
     changed: Draft | None
     """As it is to be by itself; None of a job that `waits_untried`, which is as it is stored."""
@@ -133,8 +133,6 @@ class Index:
     _known: Mapping[str, Entry]
     """Entries of an index before, while this one is made."""
     _claims: Claims
-    _sizes_hold: bool = False
-    """Whether what they fit is still so."""
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
     """By the job's key."""
     line: Line = field(default_factory=Line)
@@ -290,8 +288,6 @@ class Index:
             _known={} if before is None else before._unchanged(snapshot),
             _claims=_claims(queues, closed, snapshot, {}),
         )
-        if before is not None and before._seen.gpu_classes == snapshot.gpu_classes:
-            index._sizes_hold = learned(snapshot.jobs) == before.margins
         index._update(snapshot)
         index.changed -= index._as_before()
         index.moved |= index.ledger.capacity.keys()
@@ -304,7 +300,7 @@ class Index:
         return {
             key
             for key, known, new in pairs
-            if new is not None and new.changed is known.changed and new.claim is known.claim and new.refusal is None
+            if new is not None and new.changed is known.changed and new.claim == known.claim and new.refusal is None
         }
 
     def _unchanged(self, snapshot: Snapshot) -> Mapping[str, Entry]:
@@ -322,22 +318,24 @@ class Index:
         self.changed, self.moved = set(), set()
         requeued = self._requeued(snapshot)
         self.shares.follow(snapshot)
-        jobs = {job.key: job for job in came}
-        gone = {job.key for job in left} - jobs.keys()
+        jobs = {revision_of(job).key: job for job in came}
+        gone = {revision_of(job).key for job in left} - jobs.keys()
         self._note_stages(stages, snapshot)
         dirty = {job_key_of_stage(key) for key in stages} | self.restless
         dirty |= {key for uid in runs for key in self.uids.get(uid, ())}
         dirty |= self._due_by(snapshot.now)
         dirty |= self._taught(jobs, gone) | requeued
-        dirty = (dirty & self.entries.keys()) | jobs.keys()
+        dirty = (dirty & self.entries.keys()) - jobs.keys() - gone
         for key in gone:
             self._replace(key, None)
-        for key in dirty - gone:
-            job = jobs.get(key) or self.entries[key].job
+        for key in dirty:
+            self._replace(key, self._entry(key, self.entries[key].job, snapshot))
+        for key, job in jobs.items():
             self._replace(key, self._entry(key, job, snapshot))
         self.line.change(self._gone, self._came)
         self._gone, self._came = [], []
-        self._explain_stages({*stages, *(s for key in (*dirty, *gone) for s in self.stages.get(key, ()))}, snapshot)
+        theirs = (stage for key in (*dirty, *jobs, *gone) for stage in self.stages.get(key, ()))
+        self._explain_stages({*stages, *theirs}, snapshot)
         self._book_extra(snapshot)
         if self.moved:
             self._lent = None
@@ -394,7 +392,7 @@ class Index:
         before = len(self._teaching)
         removed = [self._teaching.pop(key) for key in (*jobs, *gone) if key in self._teaching]
         for key, job in jobs.items():
-            if teaches(job.status):
+            if revision_of(job).teaches:
                 self._teaching[key] = job
         if not removed and len(self._teaching) == before:
             return set()
@@ -414,13 +412,13 @@ class Index:
             known = None
         claim: Claim | Refusal | Draft | None = None
         if waits_untried(job, snapshot):
-            draft = claim = self._claim(job, job.status, known, snapshot)
+            draft = claim = self._claim(job, job.status, snapshot)
             if not isinstance(draft, Draft):
-                return _untried(job, draft, snapshot.now)
+                return _untried(job, revision_of(job), draft, snapshot.now)
         else:
             draft = known.draft if known is not None else _reconciled(job, snapshot)
             if draft.state is JobState.QUEUED and is_ready(draft, snapshot.policy):
-                claim = self._claim(job, draft.status, known, snapshot)
+                claim = self._claim(job, draft.status, snapshot)
         if isinstance(claim, Draft):
             draft, claim = claim, None
         holding = holding_of(draft, self.queues, snapshot)
@@ -431,6 +429,7 @@ class Index:
         until = known.until if known is not None and is_known else _until(draft, fact, claim, snapshot)
         return Entry(
             job=job,
+            revision=revision_of(job),
             looked_at=draft.now,
             changed=draft,
             until=min(until, self._turn_ends(draft, snapshot)),
@@ -449,44 +448,36 @@ class Index:
         ends = turn_ends(draft, self.queues, snapshot.policy)
         return ends if ends is not None and ends > snapshot.now else FOR_EVER
 
-    def _claim(
-        self, job: QLoRAJob, status: QLoRAJobStatus, known: Entry | None, snapshot: Snapshot
-    ) -> Claim | Refusal | Draft:
-        """The claim of a job that is ready to train, or why it has none; where that raises, the job failed.
-
-        What it fits need not be worked out again if that is known.
-        """
+    def _claim(self, job: QLoRAJob, status: QLoRAJobStatus, snapshot: Snapshot) -> Claim | Refusal | Draft:
+        """The claim of a job that is ready to train, or why it has none; where that raises, the job failed."""
         try:
-            if known is None or known.claim is None or not self._sizes_hold:
-                return self._claims.of(job, status, snapshot.now)
-            return self._claims.again(known.claim, job, status, snapshot.now)
+            return self._claims.of(job, status, snapshot.now)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure
             return failed_by_defect(job, snapshot, error)
 
     def _replace(self, key: str, new: Entry | None) -> None:
-        old = self.entries.get(key)
+        old = self.entries.pop(key, None)
         self.changed.add(key)
         if old is not None:
             self._count(key, old, is_there=False)
-            del self.entries[key]
         if new is not None:
             self.entries[key] = new
             self._count(key, new, is_there=True)
-            if not new.is_restless and new.until is not FOR_EVER:
+            if new.until is not FOR_EVER and not new.is_restless:
                 heappush(self._due, (new.until, key))
-        same = old.moves_like(new) if old is not None and new is not None else False
-        if not same:
-            for entry in (old, new):
-                if entry is not None and (held := entry.holding) is not None:
-                    self.moved |= {
-                        name for booked in _booked(held) for name in depends_on(booked[0], booked[1:2], booked[2])
-                    }
+        if old is not None and new is not None and old.moves_like(new):
+            return
+        for entry in (old, new):
+            if entry is not None and entry.holding is not None:
+                for queue, gpu_class, user in _booked(entry.holding):
+                    self.moved.update(depends_on(queue, (gpu_class,), user))
 
     def _count(self, key: str, entry: Entry, *, is_there: bool) -> None:
         """The difference that a job makes."""
-        job, put = entry.job, _PUT[is_there]
+        revision, put = entry.revision, _PUT[is_there]
+        uid, queue = revision.uid, revision.queue
         if entry.is_restless:
             put(self.restless, key)
         if entry.refusal is not None:
@@ -494,16 +485,15 @@ class Index:
         if entry.claim is not None:
             (self._came if is_there else self._gone).append(entry.claim)
         if entry.claim is not None or entry.refusal is not None:
-            of_queue = self.pending[job.spec.queue]
             if is_there:
-                of_queue[key] = _ready_since(job, entry)
+                self.pending[queue][key] = _ready_since(entry)
             else:
-                del of_queue[key]
-        if awaits_mlflow(job) or (job.status.mlflow.run_id is None and job.status.prepared is not None):
+                del self.pending[queue][key]
+        if revision.asks_mlflow:
             put(self.runners, key)
-        if outstanding(job.status):
+        if revision.tells:
             put(self.telling, key)
-        uid, keys = job.metadata.uid, self.uids.get(job.metadata.uid, ())
+        keys = self.uids.get(uid, ())
         if is_there:
             self.uids[uid] = (*keys, key)
         elif len(keys) > 1:
@@ -511,15 +501,15 @@ class Index:
         else:
             del self.uids[uid]
         if entry.changed is None:  # that is all of one that only waits
-            self.waiting[job.spec.queue, job.metadata.namespace] += 1 if is_there else -1
+            self.waiting[queue, revision.namespace] += 1 if is_there else -1
             return
-        draft = entry.changed
+        job, draft = entry.job, entry.changed
         if draft.state in (JobState.NEW, JobState.TRAINED):
             put(self.idle, key)
         elif draft.state in IN_CPU_STAGE:
             put(self.in_cpu_stage, key)
         if draft.state in (JobState.PREPARING, JobState.QUEUED):
-            self.waiting[job.spec.queue, job.metadata.namespace] += 1 if is_there else -1
+            self.waiting[queue, revision.namespace] += 1 if is_there else -1
         self.shares.count(key, entry.stints, is_there=is_there)
         if entry.holding is not None:
             put(self.holders[entry.holding.gpu_class], key)
@@ -595,19 +585,18 @@ def _claims(
     )
 
 
-def _untried(job: QLoRAJob, claim: Claim | Refusal, now: datetime) -> Entry:
+def _untried(job: QLoRAJob, revision: Revision, found: Claim | Refusal, now: datetime) -> Entry:
     """Of a job that `waits_untried`; one without a time of creation is younger in every decision."""
-    if isinstance(claim, Claim):
-        until = FOR_EVER if job.metadata.creation_timestamp is not None else now
-        return Entry(job=job, looked_at=now, changed=None, until=until, claim=claim, refusal=None)
-    return Entry(job=job, looked_at=now, changed=None, until=FOR_EVER, claim=None, refusal=claim)
+    claim, refusal = (found, None) if isinstance(found, Claim) else (None, found)
+    until = FOR_EVER if claim is None or revision.created is not None else now
+    return Entry(job=job, revision=revision, looked_at=now, changed=None, until=until, claim=claim, refusal=refusal)
 
 
-def _ready_since(job: QLoRAJob, entry: Entry) -> datetime:
+def _ready_since(entry: Entry) -> datetime:
     """Since when a job that waits for a GPU does: the end of its last attempt."""
-    attempts = job.status.attempts if entry.changed is None else entry.changed.status.attempts
+    attempts = () if entry.changed is None else entry.changed.status.attempts
     last = attempts[-1].finish_time if attempts else None
-    return last or job.metadata.creation_timestamp or entry.looked_at
+    return last or entry.revision.created or entry.looked_at
 
 
 def _booked(holding: Holding) -> Iterator[Held]:
