@@ -21,13 +21,13 @@ from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.base import API_VERSION, DECIMAL_PATTERN, Model
 from orchestrator.api.job import (
     ANSWERS_ALONE_RULE,
+    ASKING_HOLDS_OUT,
+    ASKING_KNOWS_ANSWERS,
     CHAT_TEMPLATE_NAMES,
     CHAT_TEMPLATE_RULE,
     DORA_IS_NO_GGUF_ADAPTER,
     EXPERTS_ARE_NOT_MERGED,
     GATE_IS_COMPUTED,
-    GENERATION_HOLDS_OUT,
-    GENERATION_KNOWS_ANSWERS,
     HELD_OUT_METRICS,
     IMMUTABLE_SPEC_FIELDS,
     MAX_CHAT_TEMPLATE_BYTES,
@@ -231,9 +231,10 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
                 field="dataset",
             ),
             Rule(
-                rule="self.dataset.format != 'preference' || !has(self.evaluation.generation)",
+                rule="self.dataset.format != 'preference'"
+                " || (!has(self.evaluation.generation) && !has(self.evaluation.samples))",
                 message=ONE_ANSWER_RULE,
-                field="evaluation.generation",
+                field="evaluation",
             ),
         ),
         "_there_is_a_way_back": (
@@ -261,15 +262,15 @@ RULES: Mapping[type[Model], Mapping[str, tuple[Rule, ...]]] = {
         ),
         "_prompts_can_be_asked": (
             Rule(
-                rule=f"!has(self.evaluation.generation) || {_HOLDS_OUT}",
-                message=GENERATION_HOLDS_OUT,
-                field="evaluation.generation",
+                rule=f"(!has(self.evaluation.generation) && !has(self.evaluation.samples)) || {_HOLDS_OUT}",
+                message=ASKING_HOLDS_OUT,
+                field="evaluation",
             ),
             Rule(
-                rule="!has(self.evaluation.generation)"
+                rule="(!has(self.evaluation.generation) && !has(self.evaluation.samples))"
                 " || (self.dataset.trainOn != 'all' && self.dataset.format != 'text')",
-                message=GENERATION_KNOWS_ANSWERS,
-                field="evaluation.generation",
+                message=ASKING_KNOWS_ANSWERS,
+                field="evaluation",
             ),
         ),
         "_formats_take_the_adapter": (

@@ -231,6 +231,15 @@ class AttemptLog(Model):
     """By attempt number."""
 
 
+class Sample(Model):
+    """What training answers to a held-out prompt so far."""
+
+    prompt: str
+    """Its end, where it is long."""
+    reference: str
+    answer: str
+
+
 class JournalRecord(Model):
     """One line of the metrics journal: the metrics of one step, logged to MLflow exactly once.
 
@@ -241,6 +250,8 @@ class JournalRecord(Model):
     time_ms: Count
     metrics: Annotated[dict[ShortText, FiniteFloat], BeforeValidator(_finite)]
     """What is not finite is left out: neither JSON nor MLflow's store has a word for it."""
+    samples: tuple[Sample, ...] = ()
+    """Of an evaluation, where the job asks for some."""
 
 
 TRAINED, EVALUATED = "train", "eval"

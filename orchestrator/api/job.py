@@ -107,9 +107,12 @@ CHAT_TEMPLATE_NAMES = ("chatml", "gemma", "llama3", "phi3")
 CHAT_TEMPLATE_RULE = f"Jinja text, which has {{{{ or {{% in it, or one of {', '.join(CHAT_TEMPLATE_NAMES)}"
 CHAT_TEMPLATE_PATTERN = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
 """Text: control characters but for tabs and line ends take six bytes each in the task."""
-GENERATION_HOLDS_OUT = "evaluation.generation asks held-out records: set dataset.evalSource or dataset.evalFraction"
-GENERATION_KNOWS_ANSWERS = (
-    "evaluation.generation has to know where an answer begins: dataset.trainOn must not be all, nor dataset.format text"
+ASKING_HOLDS_OUT = (
+    "evaluation.generation and samples ask held-out records: set dataset.evalSource or dataset.evalFraction"
+)
+ASKING_KNOWS_ANSWERS = (
+    "evaluation.generation and samples have to know where an answer begins: dataset.trainOn must not be all, nor "
+    "dataset.format text"
 )
 HeldOutMetric = Literal[
     "loss",
@@ -169,7 +172,9 @@ EXPERTS_ARE_NOT_MERGED = (
 DORA_IS_NO_GGUF_ADAPTER = (
     "publish.formats: llama.cpp has no DoRA in adapters; take merged or gguf-q8_0 instead of gguf-adapter"
 )
-ONE_ANSWER_RULE = "evaluation.generation holds answers against the one that a record has: leave it out for preferences"
+ONE_ANSWER_RULE = (
+    "evaluation.generation and samples hold answers against the one that a record has: leave them out for preferences"
+)
 MAX_PARALLELISM = 64
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=255)]
 PublishFormat = Literal["merged", "gguf-f16", "gguf-q8_0", "gguf-adapter"]
@@ -414,6 +419,15 @@ class GenerationSpec(Model):
         return self
 
 
+class SamplesSpec(Model):
+    """Answers to a few held-out prompts at evaluations, to be looked at: how they become what they are."""
+
+    prompts: int = Field(default=3, ge=1, le=8)
+    """Held-out records that are asked, at most, chosen by training.seed."""
+    max_new_tokens: int = Field(default=48, ge=1, le=256)
+    """Of an answer, at most; each token takes a forward pass over all prompts."""
+
+
 class EvaluationSpec(Model):
     """Held-out evaluation; runs only where the dataset holds something out, and always once at the end."""
 
@@ -432,6 +446,8 @@ class EvaluationSpec(Model):
     """End with the adapter of the best evaluation instead of the last step's."""
     generation: GenerationSpec | None = None
     """Also answer held-out prompts when training is over; costs the GPU the time that the estimate tells."""
+    samples: SamplesSpec | None = None
+    """Also answer a few of them at the evaluations before that, at 64 of them at most."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -623,12 +639,12 @@ class QLoRAJobSpec(Model):
 
     @model_validator(mode="after")
     def _prompts_can_be_asked(self) -> QLoRAJobSpec:
-        if self.evaluation.generation is None:
+        if self.evaluation.generation is None and self.evaluation.samples is None:
             return self
         if not self.dataset.holds_out:
-            raise ValueError(GENERATION_HOLDS_OUT)
+            raise ValueError(ASKING_HOLDS_OUT)
         if self.dataset.train_on == "all" or self.dataset.format == "text":
-            raise ValueError(GENERATION_KNOWS_ANSWERS)
+            raise ValueError(ASKING_KNOWS_ANSWERS)
         return self
 
     @model_validator(mode="after")
@@ -654,7 +670,7 @@ class QLoRAJobSpec(Model):
             raise ValueError(WHOLE_ANSWERS_RULE)
         if pairs and self.dataset.train_on == "all":
             raise ValueError(ANSWERS_ALONE_RULE)
-        if pairs and self.evaluation.generation is not None:
+        if pairs and (self.evaluation.generation is not None or self.evaluation.samples is not None):
             raise ValueError(ONE_ANSWER_RULE)
         return self
 

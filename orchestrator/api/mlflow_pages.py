@@ -6,6 +6,8 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Files an experiment under model training, where runs and their charts come first."""
 SCORES_PATH, ANSWERS_PATH = "answers/scores.json", "answers/answers.json"
 """Of a run's artifacts, as tables: what answers to held-out prompts are worth, and the answers."""
+SAMPLES_PATH = "answers/samples.json"
+"""Likewise: what was answered at evaluations."""
 
 
 def run_tags(namespace: str, job: str, user: str | None = None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from plain_base import base_in_nf4
 from qlora_trainer import train
 from qlora_trainer.data.micro_batch import PreparedRows
-from qlora_trainer.data.prompts import all_prompts, chosen_prompts
+from qlora_trainer.data.prompts import Prompt, all_prompts, chosen_prompts
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.model.adapter import add_adapter
 from qlora_trainer.model.answering import Answerer
@@ -24,14 +24,16 @@ from qlora_trainer.model.rehearsal import rehearse
 from qlora_trainer.model.training_model import TrainingModel
 from qlora_trainer.outcome import Preempted, UserError
 from qlora_trainer.storage.job_store import JobStore
+from qlora_trainer.storage.journal import Journal
+from qlora_trainer.training.samples import MOST_EVALUATIONS, Sampler, is_sampled
 from qlora_trainer.training.stop import Stop
 from tiny_model import EOS, SPECIAL_TOKENS, save_tokenizer, tiny_model
 from toy_job import Row, describe_file, make_task, write_rows
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from orchestrator.api.formats import Answer, AnswerTable
-from orchestrator.api.job import AdapterSpec
+from orchestrator.api.formats import Answer, AnswerTable, Sample
+from orchestrator.api.job import AdapterSpec, EvaluationSpec, SamplesSpec
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
 
@@ -229,8 +231,13 @@ def test_what_generates_other_than_it_trains_is_refused_where_answers_are_asked_
 
 def asking(folder: Path, **fields: Any) -> StageTask:
     evaluation = {"generation": {"prompts": 5, "max_new_tokens": 8}}
-    task = make_task(folder, steps=4, evaluation=evaluation, **fields)
-    prepared = folder / "prepared" / task.prepared.uri.rpartition("/")[2] if task.prepared else folder
+    return with_tokenizer(make_task(folder, steps=4, evaluation=evaluation, **fields), folder)
+
+
+def with_tokenizer(task: StageTask, folder: Path) -> StageTask:
+    """The task, with a tokenizer among its prepared data."""
+    assert task.prepared is not None
+    prepared = folder / "prepared" / task.prepared.uri.rpartition("/")[2]
     save_tokenizer(prepared)
     manifest = json.loads((prepared / "manifest.json").read_text())
     names = sorted(path.name for path in prepared.iterdir() if path.name != "manifest.json")
@@ -320,3 +327,117 @@ def test_other_weights_are_not_given_answers_that_are_there(tmp_path: Path, monk
         second = StopAfter(patched, -1)
         train.run(other)
     assert len(second.generated) == 10
+
+
+# --- at evaluations
+
+
+class Numbers:
+    """A tokenizer whose texts are the tokens' numbers."""
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, tokens))
+
+
+def sampler(prompts: Sequence[Sequence[int]], *, ends: Sequence[int] = ENDS, row_tokens: int = 1000) -> Sampler:
+    asked = [Prompt(prompt=np.array(prompt, np.int32), reference=np.array([1], np.int32)) for prompt in prompts]
+    spec = SamplesSpec(prompts=len(prompts), max_new_tokens=12)
+    return Sampler(spec, asked, tokenizer=Numbers(), ends=ends, sequence_length=48, row_tokens=row_tokens)
+
+
+def answered(asker: Sampler, model: TrainingModel) -> list[list[int]]:
+    return [[int(token) for token in sample.answer.split()] for sample in asker.ask(model, lambda: None)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [("llama", {}), ("qwen3", {"use_dora": True}), ("gemma2", {}), ("qwen3_moe", {}), ("cohere2", {})],
+)
+def test_what_is_answered_while_training_goes_on_are_the_likeliest_tokens(
+    tmp_path: Path, family: str, adapter: dict[str, Any]
+) -> None:
+    """By transformers and PEFT on the same weights, but for what two ways through bfloat16 round apart."""
+    model = trained(family, AdapterSpec.model_validate({"rank": 4, "alpha": 16, **adapter}))
+    prompts = some_prompts()
+    answers = answered(sampler(prompts), model)
+    judge = plain(tiny_model(family), saved(model, tmp_path / "adapter"))
+    assert any(answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(prompt) + len(answer) <= 48
+        with torch.inference_mode():
+            logits = judge(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        best, spread = logits.max(-1).values, logits.std()
+        chosen = logits[range(len(answer)), answer]
+        assert ((best - chosen) <= 0.1 * spread).all()
+
+
+def test_an_answer_depends_on_its_own_prompt_alone_and_ends_where_answers_end() -> None:
+    model, prompts = trained("llama", AdapterSpec(rank=4, alpha=16)), some_prompts()
+    together, apart = answered(sampler(prompts), model), answered(sampler(prompts, row_tokens=48), model)
+    assert together == apart == [answered(sampler([prompt]), model)[0] for prompt in prompts]
+    end = together[0][5]
+    cut = answered(sampler(prompts, ends=[end]), model)
+    assert cut == [answer[: answer.index(end)] if end in answer else answer for answer in together]
+    assert answered(sampler([list(range(5, 53))]), model) == [[]], "a prompt that fills the sequence has no room"
+
+
+@pytest.mark.parametrize("steps", [1, 7, 640, 6399, 100_000])
+@pytest.mark.parametrize("every", [1, 10, 1000])
+def test_prompts_are_asked_at_a_bounded_number_of_evaluations_and_at_the_last(steps: int, every: int) -> None:
+    evaluation = EvaluationSpec(every_steps=every)
+    evaluated = [step for step in range(steps + 1) if step % every == 0 or step == steps]
+    asked = [step for step in evaluated if is_sampled(step, steps, evaluation)]
+    assert asked[0] == 0
+    assert asked[-1] == steps
+    assert min(len(evaluated), MOST_EVALUATIONS // 2) <= len(asked) <= MOST_EVALUATIONS + 1
+
+
+def sampling(folder: Path, **evaluation: Any) -> StageTask:
+    task = make_task(folder, steps=6, evaluation={"every_steps": 2, **evaluation})
+    return with_tokenizer(task, folder)
+
+
+def sampled_of(folder: Path) -> dict[int, tuple[Sample, ...]]:
+    journal = Journal.load(folder / "adapter" / "journal.jsonl").records()
+    return {record.step: record.samples for record in journal if record.samples}
+
+
+def test_samples_are_in_the_journal_and_change_no_bit_whoever_is_stopped_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {"samples": {"prompts": 2, "max_new_tokens": 5}}
+    plainly = train.run(sampling(tmp_path / "plain"))
+    folder = tmp_path / "sampled"
+    task = sampling(folder, **samples)
+    assert train.run(task).adapter_digest == plainly.adapter_digest
+    found = sampled_of(folder)
+    assert list(found) == [0, 2, 4, 6]
+    assert all(len(each) == 2 and all(sample.prompt and sample.reference for sample in each) for each in found.values())
+    assert found[0] != found[6], "training changes nothing, so this shows nothing"
+
+    stopped = tmp_path / "stopped"
+    task = sampling(stopped, **samples)
+    ask = Sampler.ask
+
+    def stop_in_the_middle(asker: Sampler, model: TrainingModel, between: Any) -> Any:
+        passes = iter(range(3))
+
+        def count() -> None:
+            if next(passes, None) is None:
+                raise Killed
+            between()
+
+        return ask(asker, model, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sampler, "ask", stop_in_the_middle)
+        with pytest.raises(Killed):
+            train.run(task)
+    result = train.run(task.model_copy(update={"attempt": 2}))
+    assert result.adapter_digest == plainly.adapter_digest
+    assert sampled_of(stopped) == found
+
+
+class Killed(Exception):
+    """Nobody expects it."""

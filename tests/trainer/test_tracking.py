@@ -5,6 +5,7 @@ What is asserted is what an MLflow client of its own reads back.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from qlora_trainer.storage.journal import Journal
 from qlora_trainer.tracking import mlflow_run, model_card, run_page
 from qlora_trainer.tracking.mlflow_run import RunLogger
 
-from orchestrator.api.formats import JournalRecord
+from orchestrator.api.formats import JournalRecord, Sample
 from orchestrator.api.job import DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
+from orchestrator.api.mlflow_pages import SAMPLES_PATH
 from orchestrator.api.record_fields import Format
 from orchestrator.api.task import StageTask
 from tests.builders import prepare_result
@@ -123,6 +125,21 @@ def test_a_resumed_run_logs_every_step_once(client: MlflowClient, tmp_path: Path
     for key in ("train/loss", "train/mfu"):
         assert [step for step, _ in history(client, run_id, key)] == list(range(1, 21))
     assert history(client, run_id) == expected(20)
+
+
+def test_samples_are_shown_as_they_come_and_none_twice(client: MlflowClient, tmp_path: Path) -> None:
+    def sampled(step: int) -> JournalRecord:
+        samples = tuple(Sample(prompt=f"question {n}", reference="yes", answer=f"{step}.{n}") for n in range(2))
+        return make_record(step).model_copy(update={"samples": samples})
+
+    run_id = make_run(client, tmp_path)
+    journal = Journal([make_record(1), sampled(2)])
+    assert make_logger(make_task(run_id), journal).close(30) == 0
+    journal.append(sampled(3))
+    assert make_logger(make_task(run_id), Journal.from_bytes(journal.to_bytes())).close(30) == 0
+    table = json.loads(Path(client.download_artifacts(run_id, SAMPLES_PATH, str(tmp_path))).read_text())
+    assert table["columns"] == ["prompt", "reference", "step", "answer"]
+    assert [row[2:] for row in table["data"]] == [[2, "2.0"], [3, "3.0"], [2, "2.1"], [3, "3.1"]]
 
 
 def test_parameters_and_tags_say_what_the_job_is(client: MlflowClient, tmp_path: Path) -> None:

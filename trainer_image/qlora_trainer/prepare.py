@@ -180,20 +180,22 @@ def _refuse_regex(spec: QLoRAJobSpec) -> None:
 
 
 def _refuse_without_prompts(folder: Path, spec: QLoRAJobSpec) -> None:
-    """UserError where answers are asked for and no held-out record has a question and an answer."""
+    """UserError where answers or samples are asked for and no held-out record has a question and an answer."""
     from qlora_trainer.data.micro_batch import PreparedRows  # here, because torch takes seconds
     from qlora_trainer.data.prompts import all_prompts
 
-    generation = spec.evaluation.generation
-    if generation is None:
+    generation, samples = spec.evaluation.generation, spec.evaluation.samples
+    if generation is None and samples is None:
         return
     count = sum(1 for _ in all_prompts(PreparedRows(folder / EVAL_NAME), spec.training.sequence_length))
     if count == 0:
         raise UserError(
-            "spec.evaluation.generation: no held-out record has a prompt and, within spec.training.sequenceLength and "
-            f"{ANSWER_TOKENS} tokens, a whole answer to it; hold out others, or leave generation out"
+            f"spec.evaluation.{'samples' if generation is None else 'generation'}: no held-out record has a prompt "
+            f"and, within spec.training.sequenceLength and {ANSWER_TOKENS} tokens, a whole answer to it; hold out "
+            "others, or leave this out"
         )
-    log.info("%d of the held-out records can be asked, %d will be", count, min(count, generation.prompts))
+    if generation is not None:
+        log.info("%d of the held-out records can be asked, %d will be", count, min(count, generation.prompts))
 
 
 def _told(result: PrepareResult, spec: QLoRAJobSpec) -> PrepareResult:

@@ -38,7 +38,7 @@ from qlora_trainer.storage.final_adapter import FinalAdapter, fetch_final_adapte
 from qlora_trainer.storage.job_store import JobStore, copy_verified
 from qlora_trainer.storage.versions import library_versions
 from qlora_trainer.tracking import mlflow_run, registry
-from qlora_trainer.tracking.answers_page import ScoredAnswers, metrics
+from qlora_trainer.tracking.answers_page import ScoredAnswers, metrics, sampled
 from qlora_trainer.tracking.model_card import model_card, without_front_matter
 from qlora_trainer.tracking.run_page import CARD_NAME, Results
 
@@ -63,7 +63,12 @@ def run(task: StageTask) -> PublishResult:
         mlflow_run.reconcile(run_id, records)
         log.info("the run %s has all %d records of the journal", run_id, len(adapter.journal))
         card = model_card(task, adapter, attempts, answers)
-        results = Results(card=without_front_matter(card), records=read_shown(store, task), answers=answers)
+        results = Results(
+            card=without_front_matter(card),
+            records=read_shown(store, task),
+            answers=answers,
+            samples=sampled(adapter.journal),
+        )
         mlflow_run.describe(task, run_id, attempts, results)
         registration = registry.Registration(
             task=task, run_id=run_id, adapter_digest=adapter.digest, description=without_front_matter(card)

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from qlora_trainer.model.training_model import TrainingModel
     from qlora_trainer.storage.checkpoint import Checkpointer
     from qlora_trainer.training.loop import Loop
+    from qlora_trainer.training.samples import Sampler
 
 TRAIN_FILE, EVAL_FILE = "train.parquet", "eval.parquet"
 CLOSE_SECONDS = 10.0
@@ -124,11 +125,13 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
 
         checkpointer = _checkpointer(task, prepared, store, model)
         rows = PreparedRows(data / TRAIN_FILE)
+        generation = generation_config(model, rows, data)
         training = Loop(
             task=task,
             model=model,
             train_rows=rows,
             eval_rows=PreparedRows(data / EVAL_FILE) if prepared.eval_sequences else None,
+            sampler=_sampler(task, plan, data, generation) if prepared.eval_sequences else None,
             checkpointer=checkpointer,
             resumed=checkpointer.latest(),
             stop=stop,
@@ -147,7 +150,6 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         final = training.final_adapter()
         training.report("storing the adapter")
         training.save_durably()
-        generation = generation_config(model, rows, data)
 
         # 8. Answers to held-out prompts, where the job asks for them.
         answers = None
@@ -168,6 +170,34 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         )
 
 
+def _sampler(task: StageTask, plan: MemoryPlan, data: Path, generation: dict[str, Any]) -> Sampler | None:
+    """Who asks held-out prompts at evaluations, where the job wants that and some can be asked."""
+    from qlora_trainer.data.micro_batch import PreparedRows
+    from qlora_trainer.data.prompts import chosen_prompts
+    from qlora_trainer.training.samples import Sampler
+
+    spec, training = task.spec.evaluation.samples, task.spec.training
+    if spec is None:
+        return None
+    length = training.sequence_length
+    prompts = chosen_prompts(
+        PreparedRows(data / EVAL_FILE), count=spec.prompts, sequence_length=length, seed=training.seed
+    )
+    return Sampler(
+        spec,
+        prompts,
+        tokenizer=_tokenizer(data),
+        ends=generation["eos_token_id"],
+        sequence_length=length,
+        row_tokens=plan.micro_batch_size * length,
+    )
+
+
+def _tokenizer(data: Path) -> Any:
+    transformers: Any = import_module("transformers")  # Any: whose tokenizers have no types
+    return transformers.AutoTokenizer.from_pretrained(str(data))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
     """Where things lie."""
@@ -182,8 +212,6 @@ def _answers(
     task: StageTask, model: TrainingModel, training: Loop, stop: Stop, place: _Place, generation: dict[str, Any]
 ) -> AnswerTable:
     """What adapter, base and the alias's holder answer; ends the model's training."""
-    transformers: Any = import_module("transformers")  # Any: whose tokenizers have no types
-
     from qlora_trainer.data.micro_batch import PreparedRows
     from qlora_trainer.data.prompts import chosen_prompts
     from qlora_trainer.model.answering import Answerer
@@ -200,7 +228,7 @@ def _answers(
         Questions(
             spec=spec,
             prompts=prompts,
-            tokenizer=transformers.AutoTokenizer.from_pretrained(str(place.data)),
+            tokenizer=_tokenizer(place.data),
             sequence_length=length,
             base=f"{task.spec.model.source} {task.prepared.model.revision}",
         ),

@@ -172,6 +172,18 @@ class TrainingModel:
         """Float32 logits [tokens, vocabulary] of a micro-batch."""
         return self._head.logits(self._hidden(StepInputs.of(batch, 0, 1.0, self.device))[0])
 
+    @torch.no_grad()
+    def likeliest(self, batch: MicroBatch, places: Tensor) -> list[int]:
+        """The likeliest next token at each of these places of a micro-batch; draws nothing."""
+        inputs = StepInputs.of(batch, 0, 1.0, self.device)
+        hidden = (
+            self._hidden(inputs)
+            if self.cuda_graphs is None
+            else self.cuda_graphs.make_room(lambda: self._hidden(inputs))
+        )
+        found = self._head.logits(hidden[0, places.to(self.device)])
+        return [int(token) for token in found.argmax(-1).tolist()]
+
     def end_training(self) -> None:
         """Leave everything to transformers and PEFT, and let go of gradients and graphs: there is no way back."""
         if self.fused is not None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import time
 
-from orchestrator.api.formats import JournalRecord, Metric
+from orchestrator.api.formats import JournalRecord, Metric, Sample
 from orchestrator.api.json_text import read_json
 from orchestrator.api.losses import values
 
@@ -37,9 +37,9 @@ class Journal:
         self._keys_of_last_step |= record.metrics.keys()
         self._records.append(record)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> JournalRecord:
+    def record(self, step: int, metrics: Mapping[str, float], samples: Iterable[Sample] = ()) -> JournalRecord:
         """Append the metrics of a step, stamped with the present time."""
-        record = JournalRecord(step=step, time_ms=int(time() * 1000), metrics=dict(metrics))
+        record = JournalRecord(step=step, time_ms=int(time() * 1000), metrics=dict(metrics), samples=tuple(samples))
         self.append(record)
         return record
 
@@ -52,7 +52,8 @@ class Journal:
 
     def to_bytes(self) -> bytes:
         """JSON lines. Python's JSON keeps every float exactly; a record holds finite ones alone."""
-        return b"".join(json.dumps(record.model_dump(by_alias=True)).encode() + b"\n" for record in self._records)
+        dumped = (record.model_dump(by_alias=True, exclude_defaults=True) for record in self._records)
+        return b"".join(json.dumps(each).encode() + b"\n" for each in dumped)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Journal:

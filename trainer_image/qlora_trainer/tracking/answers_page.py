@@ -1,12 +1,15 @@
-"""What a run and a card show of answers to held-out prompts: scores with their intervals, and the answers."""
+"""What a run and a card show of answers to held-out prompts: scores with their intervals, and the answers.
+
+And what was answered at evaluations, while training went on.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.api.formats import Answer, AnswerTable
+from orchestrator.api.formats import Answer, AnswerTable, JournalRecord
 from orchestrator.api.job import AnswerMetric
 from qlora_trainer.scoring.scores import CONFIDENCE, Interval, Score, Verdict
 
@@ -76,6 +79,22 @@ def answers_table(answers: ScoredAnswers) -> dict[str, list[object]]:
         for each in answers.table.prompts
     ]
     return {"columns": columns, "data": data}
+
+
+def sampled(journal: Iterable[JournalRecord]) -> list[JournalRecord]:
+    """The evaluations at which prompts were asked."""
+    return [record for record in journal if record.samples]
+
+
+def samples_table(evaluations: Sequence[JournalRecord]) -> dict[str, list[object]]:
+    """What was answered at evaluations as MLflow keeps a table: each prompt with its answers, one below the other."""
+    rows: list[tuple[int, list[object]]] = [
+        (number, [sample.prompt, sample.reference, record.step, sample.answer])
+        for record in evaluations
+        for number, sample in enumerate(record.samples)
+    ]
+    data: list[object] = [row for _, row in sorted(rows, key=lambda each: each[0])]
+    return {"columns": ["prompt", "reference", "step", "answer"], "data": data}
 
 
 def words(answers: ScoredAnswers) -> Iterator[str]:

@@ -18,13 +18,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.api.formats import JournalRecord
-from orchestrator.api.mlflow_pages import ANSWERS_PATH, EXPERIMENT_TAGS, SCORES_PATH, run_tags
+from orchestrator.api.mlflow_pages import ANSWERS_PATH, EXPERIMENT_TAGS, SAMPLES_PATH, SCORES_PATH, run_tags
 from orchestrator.api.ownership import EXPERIMENT, NAMESPACE_TAG, belongs_to, experiment_name, refusal
 from orchestrator.api.task import TRACKING_URI_VARIABLE, StageTask
 from qlora_trainer.outcome import UserError
 from qlora_trainer.storage.backoff import Backoff
 from qlora_trainer.storage.journal import Journal
-from qlora_trainer.tracking.answers_page import answers_table, scores_table
+from qlora_trainer.tracking.answers_page import answers_table, sampled, samples_table, scores_table
 from qlora_trainer.tracking.mlflow_client import PUBLISH_BACKOFF, first_line, insist, open_client
 from qlora_trainer.tracking.records_page import PAGE_PATH, TABLE_PATH, records_page, records_table
 from qlora_trainer.tracking.run_page import (
@@ -96,6 +96,8 @@ class RunMirror:
         if results is not None and results.answers is not None:
             self._client.log_dict(self._run_id, scores_table(results.answers), SCORES_PATH)
             self._client.log_dict(self._run_id, answers_table(results.answers), ANSWERS_PATH)
+        if results is not None and results.samples:
+            self.show(results.samples)
         own = {**attempts, **tags(task), **page_tags(task, results, run.data.tags)}
         for batch in _batched([RunTag(key, value) for key, value in own.items()], BATCH_PARAMETERS):
             self._client.log_batch(self._run_id, tags=batch)
@@ -114,6 +116,10 @@ class RunMirror:
             self._client.log_batch(self._run_id, metrics=batch)
             for metric in batch:
                 self._steps(metric.key).add(metric.step)
+
+    def show(self, sampled: Sequence[JournalRecord]) -> None:
+        """Show what was answered at all evaluations so far, in place of what was shown before."""
+        self._client.log_dict(self._run_id, samples_table(sampled), SAMPLES_PATH)
 
     def _steps(self, key: str) -> set[int]:
         if key not in self._logged_steps:
@@ -179,8 +185,11 @@ class RunLogger:
                 self._mirror = self._open()
             if self._mirror is None:
                 return False
-            records = self._journal.records()[self._mirrored :]
+            known = self._journal.records()
+            records = known[self._mirrored :]
             self._mirror.log(records)
+            if any(record.samples for record in records):
+                self._mirror.show(sampled(known))
             self._mirrored += len(records)
         except Exception as error:  # noqa: BLE001 - whatever MLflow does, training goes on
             self._mirror = None

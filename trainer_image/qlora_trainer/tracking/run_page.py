@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from orchestrator.api.formats import ShownRecords
-from orchestrator.api.mlflow_pages import ANSWERS_PATH, SCORES_PATH
+from orchestrator.api.formats import JournalRecord, ShownRecords
+from orchestrator.api.mlflow_pages import ANSWERS_PATH, SAMPLES_PATH, SCORES_PATH
 from orchestrator.api.ownership import NAMESPACE_TAG
 from orchestrator.api.task import StageTask
 from orchestrator.api.words import in_lines, on_one_line
@@ -136,12 +136,15 @@ class Results:
     """Training records with their masks, where prepare kept some."""
     answers: ScoredAnswers | None = None
     """To held-out prompts, where the job asked for some."""
+    samples: Sequence[JournalRecord] = ()
+    """The evaluations at which prompts were asked, where the job wanted that."""
 
     @property
     def table_paths(self) -> tuple[str, ...]:
         """Where its tables lie."""
         of_answers = () if self.answers is None else (SCORES_PATH, ANSWERS_PATH)
-        return (*of_answers, *(() if self.records is None else (TABLE_PATH,)))
+        of_samples = (SAMPLES_PATH,) if self.samples else ()
+        return (*of_answers, *of_samples, *(() if self.records is None else (TABLE_PATH,)))
 
 
 def page_tags(task: StageTask, results: Results | None, known: Mapping[str, str]) -> dict[str, str]:

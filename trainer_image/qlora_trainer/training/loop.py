@@ -29,7 +29,7 @@ from time import monotonic, perf_counter
 import torch
 from torch import Tensor
 
-from orchestrator.api.formats import EVALUATED, TRAINED, JournalRecord, Metric
+from orchestrator.api.formats import EVALUATED, TRAINED, JournalRecord, Metric, Sample
 from orchestrator.api.losses import Standing, losses
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import TrainResult
@@ -52,6 +52,7 @@ from qlora_trainer.training.gradients import clip, gradient_norm
 from qlora_trainer.training.objectives.objective import objective_of
 from qlora_trainer.training.optimizer import AdapterOptimizer, learning_rate
 from qlora_trainer.training.reports import Reports
+from qlora_trainer.training.samples import Sampler, is_sampled
 from qlora_trainer.training.stability import Response, Stability, numbered
 from qlora_trainer.training.stop import AgentClient, Stop, Watchdog
 from qlora_trainer.training.telemetry import Card, PhaseClock
@@ -86,6 +87,7 @@ class Loop:
         model: TrainingModel,
         train_rows: PreparedRows,
         eval_rows: PreparedRows | None,
+        sampler: Sampler | None,
         checkpointer: Checkpointer,
         resumed: Snapshot | None,
         stop: Stop,
@@ -103,6 +105,7 @@ class Loop:
         self._model = model
         self._train_rows = train_rows
         self._eval_rows = eval_rows
+        self._sampler = sampler
         self._schedule = Schedule(
             rows=len(train_rows), global_batch_size=task.spec.training.global_batch_size, seed=task.spec.training.seed
         )
@@ -289,11 +292,16 @@ class Loop:
             between=self._stop_if_asked,
         )
         loss = figures["loss"]
+        samples: Sequence[Sample] = ()
+        if self._sampler is not None and math.isfinite(loss) and is_sampled(step, self.steps, self._spec.evaluation):
+            self.report(f"answering samples after step {step}")
+            samples = self._sampler.ask(self._model, between=self._stop_if_asked)
         self.clock.close()
         if not math.isfinite(loss):
             raise self._divergence(f"the held-out loss after step {step} is {loss}")
+        metrics = {f"{EVALUATED}/{name}": value for name, value in figures.items()}
         with self._lock:
-            self._judge(self.journal.record(step, {f"{EVALUATED}/{name}": value for name, value in figures.items()}))
+            self._judge(self.journal.record(step, metrics, samples))
         log.info("held-out loss after step %d: %.4f", step, loss)
         self.report("training")
 
