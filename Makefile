@@ -56,8 +56,8 @@ test-page: $(VENV)/.synced ## The page in Chromium, on a desk and on a phone (QL
 	$(BIN)/python -m pytest -q tests/page/test_chromium.py
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_gate.py tests/e2e/test_sweep.py \
-	  tests/e2e/test_out_of_memory.py \
+	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_base_models.py \
+	  tests/e2e/test_sweep.py tests/e2e/test_out_of_memory.py \
 	  tests/adapters tests/controller tests/sdk tests/cli tests/page/test_page.py tests/model
 
 test-kills: $(VENV)/.synced ## Six kills and, beside them, two preemptions at seeded instants (QLORA_KILLS=10: thirty and ten)
@@ -101,7 +101,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris $(MODEL)/model.safetensors
 	OMP_NUM_THREADS=1 QLORA_FUZZ_MODELS=500 QLORA_FUZZ_PLANS=400 QLORA_ALL_TYPES=1 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py \
 	  tests/trainer/test_layer_trace.py
-	QLORA_TEST_MODEL=$(MODEL) QLORA_BASE_FORMS=all $(BIN)/python -m pytest -q tests/e2e/test_main_job.py
+	QLORA_TEST_MODEL=$(MODEL) QLORA_BASE_FORMS=all $(BIN)/python -m pytest -q tests/e2e/test_base_models.py
 	$(MAKE) --no-print-directory test-kills QLORA_KILLS=10
 	$(MAKE) --no-print-directory test-demo QLORA_DEMO_FAULTS=all
 	$(MAKE) --no-print-directory test-scale QLORA_SCALE=1

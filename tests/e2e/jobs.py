@@ -10,21 +10,19 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "medical-es"
 Document = dict[str, object]
 
 
-HELD_OUT_RECORDS = 40
+HELD_OUT_RECORDS = 20
 """Of the example's 83: evaluations take most of such a job's time."""
 
 
 @cache
-def held_out(records: int = HELD_OUT_RECORDS) -> Path:
+def held_out() -> Path:
     """A file of the first of the example's held-out records."""
     file = Path(tempfile.mkdtemp(prefix="qlora-held-out-")) / "heldout.jsonl"
-    file.write_text("".join((EXAMPLE / "heldout.jsonl").read_text().splitlines(keepends=True)[:records]))
+    file.write_text("".join((EXAMPLE / "heldout.jsonl").read_text().splitlines(keepends=True)[:HELD_OUT_RECORDS]))
     return file
 
 
-def medical_job(
-    name: str, model: Path, *, steps: int, priority: int = 0, held_out_records: int = HELD_OUT_RECORDS
-) -> Document:
+def medical_job(name: str, model: Path, *, steps: int, priority: int = 0) -> Document:
     """A short job on the example's data and a real pretrained model."""
     return {
         "apiVersion": "qlora.dev/v1alpha1",
@@ -32,10 +30,7 @@ def medical_job(
         "metadata": {"name": name},
         "spec": {
             "model": {"source": model.as_uri()},
-            "dataset": {
-                "source": (EXAMPLE / "train.jsonl").as_uri(),
-                "evalSource": held_out(held_out_records).as_uri(),
-            },
+            "dataset": {"source": (EXAMPLE / "train.jsonl").as_uri(), "evalSource": held_out().as_uri()},
             "adapter": {"rank": 16, "alpha": 32},
             "training": {
                 "maxSteps": steps,
