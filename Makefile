@@ -56,7 +56,7 @@ test-page: $(VENV)/.synced ## The page in Chromium, on a desk and on a phone (QL
 	$(BIN)/python -m pytest -q tests/page/test_chromium.py
 
 test-service: $(VENV)/.synced $(MODEL)/model.safetensors ## Stores, runtimes, controller, SDK, CLI, and the main job on this machine
-	QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_base_models.py \
+	OMP_NUM_THREADS=1 QLORA_TEST_MODEL=$(MODEL) $(PYTEST) --no-loadscope-reorder tests/e2e/test_main_job.py tests/e2e/test_base_models.py \
 	  tests/e2e/test_sweep.py tests/e2e/test_out_of_memory.py \
 	  tests/adapters tests/controller tests/sdk tests/cli tests/page/test_page.py tests/model
 

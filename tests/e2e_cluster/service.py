@@ -24,7 +24,8 @@ import yaml
 from tests.cluster.binaries import program
 from tests.deploy.tools import packaged_chart
 from tests.e2e_cluster.images import CHECKOUT
-from tests.e2e_cluster.lab import S3, S3_ACCESS, S3_REGION, S3_SECRET, Lab
+from tests.e2e_cluster.lab import ADDRESS, S3, S3_ACCESS, S3_REGION, S3_SECRET, Lab
+from tests.webhook_receiver import SECRET
 
 SYSTEM, TEAM, RELEASE = "qlora-system", "team-e2e", "qlora-orchestrator"
 EXAMPLE = CHECKOUT / "examples" / "medical-es"
@@ -38,6 +39,8 @@ MLFLOW_PORT = 5000
 STEP_DONE = re.compile(r"\bstep (\d+) of ")
 BUCKET, S3_CREDENTIALS = "adapters", "s3-credentials"
 MLFLOW_CLASS = "mlflow"
+WEBHOOK, RECEIVER_ADDRESS = "ci", (ADDRESS, 7090)
+RECEIVER = f"http://{ADDRESS}:7090/hook"
 WEIGHTS = "adapter_model.safetensors"
 PROGRAMS = {"controller": "orchestrator.controller.cluster", "ray-head": "orchestrator.adapters.ray_fabric.head"}
 """Container -> the module that its first process runs."""
@@ -65,6 +68,7 @@ VALUES = {
             "credentialsSecret": S3_CREDENTIALS,
         },
     },
+    "webhooks": {"allowedHosts": [ADDRESS]},
     "mlflow": {"storage": {"storageClassName": MLFLOW_CLASS, "size": "1Gi"}},
 }
 
@@ -119,6 +123,12 @@ def _claim(name: str) -> dict[str, Any]:
     wanted = {"requests": {"storage": "1Gi"}}
     spec = {"accessModes": ["ReadWriteMany"], "storageClassName": name, "resources": wanted}
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
+
+
+def webhook_secret() -> dict[str, Any]:
+    """The Secret that the chart's controller reads of a team's webhooks."""
+    metadata = {"name": "qlora-webhooks"}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {WEBHOOK: SECRET}}
 
 
 def add_gpu(lab: Lab, node: str) -> None:

@@ -19,8 +19,11 @@ from tests.e2e_cluster.daemons import wait_until
 from tests.e2e_cluster.lab import Lab
 from tests.e2e_cluster.service import (
     BUCKET,
+    RECEIVER,
+    RECEIVER_ADDRESS,
     SYSTEM,
     TEAM,
+    WEBHOOK,
     WEIGHTS,
     add_gpu,
     drain,
@@ -41,11 +44,14 @@ from tests.e2e_cluster.service import (
     succeeded,
     until,
     wait_for_training,
+    webhook_secret,
 )
+from tests.webhook_receiver import receiving
 
 STEPS = 14
 """Enough for four train stages that each do a step before something happens to them."""
 EVENT_SECONDS = 30
+WEBHOOK_SECONDS = 120
 pytestmark = pytest.mark.timeout(2400)  # each wait within has a bound of its own
 CONTROLLERS = ("--namespace", SYSTEM, "--selector=app.kubernetes.io/component=controller")
 
@@ -100,13 +106,33 @@ def test_pods_of_stages_are_restricted_and_know_no_account(lab: Lab, undisturbed
         assert "/var/run/secrets/kubernetes.io/serviceaccount" not in mounts
 
 
-def test_kubectl_wait_returns_for_a_job_that_fails(lab: Lab, installed: None) -> None:
-    broken = job("broken", STEPS)
-    broken["spec"]["dataset"] = {"source": "pvc://data/absent.jsonl", "format": "messages"}
-    lab.apply(broken, namespace=TEAM)
-    status = finished(lab, "broken")
-    assert reason_of(status, "Finished") == "UserError"
-    assert "absent.jsonl" in status["summary"]
+@pytest.fixture(scope="module")
+def broken(lab: Lab, installed: None) -> dict[str, Any]:
+    """The status of a job whose data are not there, of whose end a webhook is to be told that nobody listens at yet."""
+    lab.apply(webhook_secret(), namespace=TEAM)
+    told = {"name": WEBHOOK, "url": RECEIVER, "events": ["job.failed"]}
+    document = job("broken", STEPS, notifications=[told])
+    document["spec"]["dataset"] = {"source": "pvc://data/absent.jsonl", "format": "messages"}
+    lab.apply(document, namespace=TEAM)
+    return finished(lab, "broken")
+
+
+def test_kubectl_wait_returns_for_a_job_that_fails(broken: dict[str, Any]) -> None:
+    assert reason_of(broken, "Finished") == "UserError"
+    assert "absent.jsonl" in broken["summary"]
+
+
+def test_a_receiver_that_was_down_hears_of_the_end_once_it_is_up(lab: Lab, broken: dict[str, Any]) -> None:
+    def outstanding() -> list[dict[str, Any]]:
+        return status_of(lab, "broken").get("notifications", {}).get("outstanding", [])
+
+    wait_until("a try that nobody answered", lambda: "cannot be reached" in str(outstanding()), WEBHOOK_SECONDS)
+    with receiving(address=RECEIVER_ADDRESS) as receiver:
+        wait_until("the receiver is told", lambda: receiver.events("broken") == ["job.failed"], WEBHOOK_SECONDS)
+        wait_until("nothing is outstanding", lambda: not outstanding(), WEBHOOK_SECONDS)
+    (_, body), *others = receiver.told
+    assert others == []
+    assert (body["data"]["namespace"], body["data"]["reason"]) == (TEAM, "UserError")
 
 
 def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undisturbed: dict[str, Any]) -> None:
