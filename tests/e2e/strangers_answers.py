@@ -17,9 +17,11 @@ LIMIT = 96
 QUESTIONS = 3
 
 
-def questions() -> list[str]:
+def held_out_pairs() -> list[tuple[str, str]]:
+    """Questions, and the answers that are wanted."""
     lines = (EXAMPLE / "heldout.jsonl").read_text().splitlines()[:QUESTIONS]
-    return [json.loads(line)["messages"][0]["content"] for line in lines]
+    chats = [json.loads(line)["messages"] for line in lines]
+    return [(asked["content"], said["content"]) for asked, said in chats]
 
 
 def answers_of_a_stranger(settings: Settings, model_uri: str, base: Path, rows: list[Document]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import pytest
 from orchestrator.sdk import Client
 from orchestrator.settings import Settings
 from tests.e2e.jobs import EXAMPLE, Document, medical_job
-from tests.e2e.strangers_answers import answers_of_a_stranger, questions, stops_by_itself
+from tests.e2e.strangers_answers import answers_of_a_stranger, held_out_pairs, stops_by_itself
 
 pytestmark = pytest.mark.timeout(1800)  # real training, also on a machine that is busy with other things
 
-BASE_STEPS = 24
-"""So many of one packed sequence are enough for a new end of texts to be learned; it is tens of records."""
+STEPS = 24
+"""So many are enough for a new end to be learned where text is complete; it is tens of records."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,10 @@ class Form:
     fields: Document
     model_fields: Document = field(default_factory=dict[str, object])
     record: Callable[[str, str], Document]
-    asked: Callable[[str], Document]
+    asked: Callable[[str, str], Document]
+    """Plain text with the whole answer, which is to be ended; a chat with the question, so that it is answered, too."""
+    rows: int
+    """Of a step."""
     end: str
     ends: list[int]
     """Of generation_config.json: the base's own, and what ended the trained answers."""
@@ -68,14 +71,16 @@ FORMS = {
     "completions": Form(
         fields={"format": "prompt-completion"},
         record=lambda question, answer: {"prompt": in_plain_text(question), "completion": f" {answer}"},
-        asked=lambda question: {"prompt": in_plain_text(question)},
+        asked=lambda question, answer: {"prompt": f"{in_plain_text(question)} {answer}"},
+        rows=1,
         end="<|endoftext|>",
         ends=[0],
     ),
     "texts": Form(
         fields={"format": "text"},
         record=lambda question, answer: {"text": f"{in_plain_text(question)} {answer}"},
-        asked=lambda question: {"prompt": in_plain_text(question)},
+        asked=lambda question, answer: {"prompt": f"{in_plain_text(question)} {answer}"},
+        rows=1,
         end="<|endoftext|>",
         ends=[0],
     ),
@@ -85,7 +90,8 @@ FORMS = {
         record=lambda question, answer: {
             "messages": [in_a_chat(question), {"role": "assistant", "content": answer}],
         },
-        asked=lambda question: {"messages": [in_a_chat(question)]},
+        asked=lambda question, _: {"messages": [in_a_chat(question)]},
+        rows=2,
         end="<|im_end|>",
         ends=[0, 2],
     ),
@@ -101,14 +107,14 @@ def test_a_base_model_stops_where_its_records_ended(
     data = tmp_path / "train.jsonl"
     lines = [form.record(asked["content"], said["content"]) for asked, said in records]
     data.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    job: dict[str, Any] = medical_job(name.replace(" ", "-"), base, steps=BASE_STEPS)
+    job: dict[str, Any] = medical_job(name.replace(" ", "-"), base, steps=STEPS)
     job["spec"]["dataset"] = {"source": data.as_uri(), **form.fields}
     job["spec"]["model"] |= form.model_fields
-    job["spec"]["training"]["globalBatchSize"] = 1
+    job["spec"]["training"]["globalBatchSize"] = form.rows
     handle = client.submit(job)
     handle.wait(timeout_seconds=900)
     saved = handle.adapter(tmp_path / "adapter") / "generation_config.json"
     assert json.loads(saved.read_text())["eos_token_id"] == form.ends
-    rows = [form.asked(question) for question in questions()]
+    rows = [form.asked(question, answer) for question, answer in held_out_pairs()]
     found = answers_of_a_stranger(settings, str(handle.result().model_uri), base, rows)
     assert stops_by_itself(found, form.end), found

@@ -23,7 +23,7 @@ from orchestrator.errors import InvalidObject
 from orchestrator.sdk import Client, JobHandle
 from orchestrator.settings import Settings
 from tests.e2e.jobs import HELD_OUT_RECORDS, Document, held_out, medical_job
-from tests.e2e.strangers_answers import answers_of_a_stranger, questions, stops_by_itself
+from tests.e2e.strangers_answers import answers_of_a_stranger, held_out_pairs, stops_by_itself
 
 pytestmark = pytest.mark.timeout(3600)  # real training, also on a machine that is busy with other things
 
@@ -87,7 +87,7 @@ def test_the_registered_adapter_gives_the_trainers_last_loss_in_a_process_that_k
 def test_the_registered_chat_model_stops_by_itself_where_nobody_knows_of_us(
     done: JobHandle, settings: Settings, pretrained: Path
 ) -> None:
-    rows: list[Document] = [{"messages": [{"role": "user", "content": question}]} for question in questions()]
+    rows: list[Document] = [{"messages": [{"role": "user", "content": question}]} for question, _ in held_out_pairs()]
     found = answers_of_a_stranger(settings, str(done.result().model_uri), pretrained, rows)
     assert stops_by_itself(found, "<|im_end|>"), found
 
