@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from http import HTTPStatus
@@ -78,23 +78,32 @@ class Health:
 @contextmanager
 def served(health: Health, registry: CollectorRegistry, health_port: int, metrics_port: int) -> Generator[None]:
     """Answer on both ports, on all addresses, for as long as the context lasts."""
-    probes = ThreadingHTTPServer(("", health_port), _handler(health))
-    probes.daemon_threads = True
-    metrics, metrics_thread = start_http_server(metrics_port, registry=registry)
-    probes_thread = threading.Thread(target=probes.serve_forever, name="health", daemon=True)
-    probes_thread.start()
-    try:
-        yield
-    finally:
-        for server, thread in ((probes, probes_thread), (metrics, metrics_thread)):
-            server.shutdown()
-            server.server_close()
+    with probed(health.alive, health.ready, health_port):
+        metrics, thread = start_http_server(metrics_port, registry=registry)
+        try:
+            yield
+        finally:
+            metrics.shutdown()
+            metrics.server_close()
             thread.join()
 
 
-def _handler(health: Health) -> type[BaseHTTPRequestHandler]:
-    answers = {"/healthz": health.alive, "/readyz": health.ready}
+@contextmanager
+def probed(alive: Callable[[], str], ready: Callable[[], str], port: int) -> Generator[None]:
+    """Answer probes on a port, on all addresses, for as long as the context lasts; both say what is wrong, if it is."""
+    server = ThreadingHTTPServer(("", port), _handler({"/healthz": alive, "/readyz": ready}))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, name="health", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
+
+def _handler(answers: Mapping[str, Callable[[], str]]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         """Answers `ok`, or 503 with what is wrong."""
 

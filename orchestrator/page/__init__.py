@@ -8,7 +8,9 @@
     job_page   what a job's page shows
     charts     curves and time lines, as the numbers of an SVG
     app        addresses, headers, templates
-    server     the program that answers on a port
+    server     the program that answers on a port of this machine
+    cluster    the one of a cluster
+    token_gate, token_login    who may look there, and how a token is shown
 
 Nothing of it writes to the service, and no text of a user's reaches a browser but escaped.
 """

@@ -128,10 +128,10 @@ def server_of(app: ASGIApp, settings: ServiceSettings) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def listening(port: int) -> socket.socket:
-    """A socket of loopback; raises PermanentError."""
+def listening(port: int, address: str = LOOPBACK) -> socket.socket:
+    """A socket, of loopback by default; raises PermanentError."""
     try:
-        return socket.create_server((LOOPBACK, port), backlog=BACKLOG)
+        return socket.create_server((address, port), backlog=BACKLOG)
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise PermanentError(f"port {port} cannot be used: {why}; name another one: --port") from error

@@ -13,14 +13,20 @@ class Sight:
     """What one account may see."""
 
     namespaces: frozenset[str] | None = None
-    """None is all of them, and whatever is decided about them."""
+    """None is all of them."""
     queues: bool = True
     """Whether queues are its to read."""
+    cards: bool = True
+    """Whether the nodes with the cards are its to read."""
+    unasked: int = 0
+    """Namespaces with jobs of which nobody has asked whether it may see them: there are too many."""
+    has_login: bool = False
+    """Whether its browser keeps a token, which it can forget."""
 
     @property
     def whole(self) -> bool:
-        """Whether it may see everything."""
-        return self.namespaces is None
+        """Whether it may see everything, and so whatever is decided about it."""
+        return self.namespaces is None and self.queues and self.cards
 
     def sees(self, namespace: str) -> bool:
         """Whether the namespace's jobs are its to read."""
@@ -32,3 +38,4 @@ class Sight:
 
 
 EVERYTHING = Sight()
+NOTHING = Sight(namespaces=frozenset(), queues=False, cards=False)

@@ -14,7 +14,11 @@ from tests.deploy.render import NAMESPACE, RELEASE, rendered
 
 RBAC = "rbac.authorization.k8s.io/v1"
 ROLE = f"{NAMESPACE}-{RELEASE}"
-HOMES = {"controller": (NAMESPACE, RELEASE), "collector": ("kube-system", "generic-garbage-collector")}
+HOMES = {
+    "controller": (NAMESPACE, RELEASE),
+    "page": (NAMESPACE, f"{RELEASE}-page"),
+    "collector": ("kube-system", "generic-garbage-collector"),
+}
 """Account -> (namespace, name), where it is not one of team-a's."""
 AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
@@ -78,12 +82,16 @@ def account(name: str) -> Json:
     return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": in_team(name)}
 
 
-def kubeconfig_of(plane: ControlPlane, name: str) -> Path:
-    """A kubeconfig with the account's own token."""
+def token_of(plane: ControlPlane, name: str) -> str:
+    """A token of the account, as `kubectl create token` makes it."""
     namespace, own_name = HOMES.get(name, ("team-a", name))
     path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{own_name}/token"
-    token = plane.api().create(path, {"spec": {"expirationSeconds": 3600}})["status"]["token"]
-    return plane.kubeconfig_for(token, name=name)
+    return plane.api().create(path, {"spec": {"expirationSeconds": 3600}})["status"]["token"]
+
+
+def kubeconfig_of(plane: ControlPlane, name: str, url: str = "") -> Path:
+    """A kubeconfig with the account's own token, through another address if one is given."""
+    return plane.kubeconfig_for(token_of(plane, name), url=url, name=name)
 
 
 def acting_as(plane: ControlPlane, name: str) -> KubeApi:

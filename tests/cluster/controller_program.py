@@ -1,4 +1,4 @@
-"""The controller's program as a process of a test: started, kept running, killed."""
+"""A program of the cluster, the controller by default, as a process of a test: started, kept running, killed."""
 
 from __future__ import annotations
 
@@ -29,22 +29,29 @@ SETTINGS = {
 }
 
 
-class Program:
-    """The controller's process, started again whenever it is gone."""
+CONTROLLER, PAGE = "controller", "page"
 
-    def __init__(self, kubeconfig: Path, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+
+class Program:
+    """Its process, started again whenever it is gone."""
+
+    def __init__(
+        self, kubeconfig: Path, folder: Path, settings: Mapping[str, str] | None = None, name: str = CONTROLLER
+    ) -> None:
         """`settings` are added to SETTINGS, or take their place."""
         self._folder = folder
-        health, metrics = free_ports(2)
+        self._name = name
+        self.health_port, self.page_port, metrics = free_ports(3)
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "MLFLOW_"))},
             **SETTINGS,
+            "QLORA_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
             **(settings or {}),
             "KUBECONFIG": str(kubeconfig),
             "QLORA_KUBE_CONTEXT": "test",
-            "QLORA_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
             "QLORA_ARTIFACT_ROOT": str(folder / "artifacts"),
-            "QLORA_HEALTH_PORT": str(health),
+            "QLORA_HEALTH_PORT": str(self.health_port),
+            "QLORA_PAGE_PORT": str(self.page_port),
             "QLORA_METRICS_PORT": str(metrics),
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
@@ -53,13 +60,13 @@ class Program:
     @property
     def log(self) -> Path:
         """All that it said."""
-        return self._folder / "controller.log"
+        return self._folder / f"{self._name}.log"
 
     def keep_running(self) -> None:
         """Start it if it is not there, as a kubelet would."""
         if self.process is None or self.process.poll() is not None:
             with self.log.open("ab") as log:
-                command = [sys.executable, "-m", "orchestrator.controller.cluster"]
+                command = [sys.executable, "-m", f"orchestrator.{self._name}.cluster"]
                 self.process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
 
     def kill(self) -> None:

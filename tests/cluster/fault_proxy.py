@@ -52,6 +52,8 @@ class Proxy:
 
     url: str
     faults: Faults
+    reads: int = 0
+    """Without watches."""
     writes: int = 0
     on_write: Callable[[int, str], None] = lambda _number, _moment: None
     """Told `before` and `after` each write, which is passed on and answered in between. A lease's do not count, nor do
@@ -95,6 +97,8 @@ def _handler(upstream: str, proxy: Proxy, chance: random.Random) -> type[BaseHTT
         do_PUT = do_PATCH = do_DELETE = do_POST  # noqa: N815  names of the library
 
         def _read(self) -> None:
+            with lock:
+                proxy.reads += 1
             if happens(proxy.faults.errors):
                 self._refuse()
                 return

@@ -38,6 +38,7 @@ from tests.cluster.accounts import (
     account,
     acting_as,
     binding,
+    chart_parts,
     create,
     kubeconfig_of,
     roles_and_accounts,
@@ -50,6 +51,7 @@ from tests.sdk.paper_service import LLAMA_8B
 
 CLUSTER = "cluster"
 """Stands for what is in no namespace."""
+WITH_PAGE = "page.enabled=true,jobs.namespaces={team-a}"
 PLACES = ("team-a", "team-b", NAMESPACE, CLUSTER)
 VERBS = ("create", "delete", "deletecollection", "get", "list", "patch", "update", "watch")
 LOOK = "get list watch"
@@ -91,6 +93,14 @@ RIGHTS: Mapping[str, Rights] = {
         ("team-a", "events.events.k8s.io"): "create",
         (NAMESPACE, "leases.coordination.k8s.io"): "create",
     },
+    "page": {
+        (CLUSTER, "nodes"): "list watch",
+        (CLUSTER, "qloraqueues.qlora.dev"): "list watch",
+        (CLUSTER, "tokenreviews.authentication.k8s.io"): "create",
+        (CLUSTER, "subjectaccessreviews.authorization.k8s.io"): "create",
+        ("team-a", "qlorajobs.qlora.dev"): "list watch",
+        ("team-a", "qlorasweeps.qlora.dev"): "list watch",
+    },
 }
 OURS: Mapping[str, Rights] = {
     "edit": {("team-a", f"{kind}.qlora.dev"): CHANGE for kind in ("qlorajobs", "qlorasweeps")},
@@ -107,7 +117,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
         api = plane.api()
         furnish(api)
         api.create("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
-        for document in documents(roles_and_accounts()):
+        for document in documents(roles_and_accounts() + chart_parts("rbac/page", values=WITH_PAGE)):
             create(api, document)
         for name in (*RIGHTS, *OURS, "nobody"):
             if name not in HOMES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -95,14 +95,19 @@ class Site:
 
     def get(self, path: str = "/", method: str = "GET", password: str = "", **headers: str) -> Answer:
         """One request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         if password:
             headers["Authorization"] = "Basic " + base64.b64encode(f"qlora:{password}".encode()).decode()
-        connection.request(method, path, headers=headers)
-        answer = connection.getresponse()
-        body = answer.read().decode()
-        connection.close()
-        return Answer(status=answer.status, headers={k.lower(): v for k, v in answer.getheaders()}, body=body)
+        return ask(self.port, path, method, headers)
+
+
+def ask(port: int, path: str, method: str = "GET", headers: Mapping[str, str] | None = None, body: str = "") -> Answer:
+    """One request to a page on a port of this machine."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, body or None, dict(headers or {}))
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return Answer(status=answer.status, headers={k.lower(): v for k, v in answer.getheaders()}, body=text)
 
 
 @contextmanager

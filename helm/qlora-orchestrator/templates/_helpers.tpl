@@ -25,6 +25,10 @@
 {{- default (printf "%s-mlflow" (include "qlora.fullname" .)) .Values.mlflow.serviceAccount.name -}}
 {{- end -}}
 
+{{- define "qlora.page.serviceAccount" -}}
+{{- default (printf "%s-page" (include "qlora.fullname" .)) .Values.page.serviceAccount.name -}}
+{{- end -}}
+
 {{- define "qlora.raySecret" -}}
 {{- default (printf "%s-ray-token" (include "qlora.fullname" .)) .Values.ray.auth.existingSecret -}}
 {{- end -}}
@@ -153,6 +157,27 @@ podAntiAffinity:
   topologyKey: {{ . }}
   whenUnsatisfiable: ScheduleAnyway
 {{- end }}
+{{- end -}}
+
+{{/* The volume with an account's token, by hand: bounded in time, and in one container alone. */}}
+{{- define "qlora.apiAccess" -}}
+- name: api-access
+  projected:
+    defaultMode: 288
+    sources:
+      - serviceAccountToken:
+          expirationSeconds: 3607
+          path: token
+      - configMap:
+          items:
+            - key: ca.crt
+              path: ca.crt
+          name: kube-root-ca.crt
+      - downwardAPI:
+          items:
+            - fieldRef:
+                fieldPath: metadata.namespace
+              path: namespace
 {{- end -}}
 
 {{- define "qlora.pullSecrets" -}}

@@ -158,6 +158,26 @@ class ClusterSettings(ServiceSettings):
     """The port of `/metrics`."""
     health_port: Port = 8081
     """The port of `/healthz` and `/readyz`."""
+    page_port: Port = 8082
+    """The port of the page, which is a program of its own."""
+    page_review_seconds: Seconds = 60.0
+    """The page asks the API server anew whose a token is and what that account may list after so long: rights that were
+    taken away are gone from the page by then."""
+    page_review_timeout_seconds: Seconds = 5.0
+    """How long the API server may take to answer that, and a visitor to be in turn: one is asked about at one time."""
+    page_reviews_per_second: float = Field(default=100.0, gt=0, le=1_000_000)
+    """Such requests of each kind that the page makes to the API server in the long run."""
+    page_reviews_burst: int = Field(default=200, ge=1, le=1_000_000)
+    """As many at once after a pause."""
+    page_strangers_per_second: float = Field(default=5.0, gt=0, le=10_000)
+    """Tokens that the page has not seen before are asked about so often; others are refused until then. Those who are
+    known are not held up by a flood of them."""
+    page_visitors_kept: int = Field(default=256, ge=1, le=100_000)
+    """Visitors whose rights the page remembers, and as many tokens that are nobody's."""
+    page_namespaces_limit: int = Field(default=100, ge=1, le=10_000)
+    """Of so many namespaces with jobs the page asks whether a visitor may list their jobs, who may not list all."""
+    page_login_seconds: int = Field(default=28_800, ge=60, le=2_592_000)
+    """A browser keeps a token for so long; a token that expires earlier ends with that."""
 
     @model_validator(mode="after")
     def _a_leader_stops_before_another_starts(self) -> ClusterSettings:
