@@ -36,8 +36,9 @@ gets the smallest class that fits, of those that are here.
 {classes}
 
 Cards without bfloat16 (V100, T4, GeForce before the 3000s) are in no class, whatever their memory: jobs do not train on
-them, and the service says so of a node that has some. Nor is a card in one that has no memory of its own (GB10). Where
-nobody tells what the cards of a class are, times are for the slowest of it, and `qlora plan` calls them a guess.
+them, and the service says so of a node that has some. Nor is a card in one that has no memory of its own (GB10), unless
+a [class of your own](../operators/gpu-classes.md) names it. Where nobody tells what the cards of a class are, times are
+for the slowest of it, and `qlora plan` calls them a guess.
 
 ## The longest row that fits
 

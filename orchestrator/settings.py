@@ -25,6 +25,7 @@ from orchestrator.api.job import MAX_EVICTIONS
 from orchestrator.api.uris import file_uri
 from orchestrator.core.job.addresses import AddressRules
 from orchestrator.core.snapshot import Policy
+from orchestrator.sizing.gpu_table import gpu_table
 
 MAX_RUNTIME_CHARACTERS = 16
 """Of XDG_RUNTIME_DIR, `/run/user/1000` as a rule: Ray's sockets lie deep below it."""
@@ -39,7 +40,16 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 GpuPricesText = Annotated[str, StringConstraints(pattern=GPU_PRICES_PATTERN)]
 HostsText = Annotated[str, StringConstraints(pattern=HOSTS_PATTERN, max_length=16_384)]
 GpuClassesText = Annotated[str, StringConstraints(pattern=GPU_CLASSES_PATTERN)]
+GpuDefinitionsText = Annotated[
+    str, StringConstraints(max_length=65_536), AfterValidator(lambda text: _of_classes(text))
+]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+def _of_classes(text: str) -> str:
+    """The same text, which makes a table of GPU classes; ValueError names what is wrong with it."""
+    gpu_table(text)
+    return text
 
 
 def _absolute_uri(uri: str) -> str:
@@ -137,6 +147,9 @@ class ServiceSettings(BaseSettings):
     gpu_prices: GpuPricesText = ""
     """Dollars for an hour of a GPU, by class, such as `24Gi=0.5,48Gi=0.8`: what a job will cost, and which class is the
     cheapest that makes its deadline."""
+    gpu_class_definitions: GpuDefinitionsText = ""
+    """GPU classes beside those that are built in, as JSON such as `{"23Gi": {"usableMiB": 22016, "cards":
+    ["NVIDIA-L4"]}}`: they take the cards that they name out of the class of their memory."""
     cpu_stages_limit: int = Field(default=4, ge=1, le=1024)
     """Prepare and publish stages that may run at one time, and one more of a namespace that has none."""
     cpu_start_seconds: Seconds = 60.0

@@ -91,9 +91,12 @@ def create(
     from orchestrator.cli.output import print_text
     from orchestrator.errors import AlreadyExists
     from orchestrator.sdk.manifest import parse_object
+    from orchestrator.sizing.gpu_table import gpu_table
 
+    client = connect(None)
+    names = gpu_table(client.settings.gpu_class_definitions).names
     spec = {
-        "quotas": [_quota(text) for text in quotas or ()],
+        "quotas": [_quota(text, names) for text in quotas or ()],
         "cohort": cohort,
         "weight": weight,
         "namespaces": list(namespaces or ()),
@@ -107,7 +110,6 @@ def create(
         "budget": None if gpu_hours is None and dollars is None else {"gpuHours": gpu_hours, "dollars": dollars},
     }
     wanted = parse_object({"apiVersion": API_VERSION, "kind": "QLoRAQueue", "metadata": {"name": name}, "spec": spec})
-    client = connect(None)
     if any(queue.metadata.name == name for queue in client.list_queues()):
         raise AlreadyExists(f"queue {name} exists already; change it with: qlora get queues {name} -o yaml")
     if not dry_run:
@@ -205,13 +207,14 @@ def _unfinished(client: Client, name: str) -> Sequence[QLoRAJob]:
     return [job for job in jobs if job.spec.queue == name and not is_finished(job)]
 
 
-def _quota(text: str) -> dict[str, object]:
+def _quota(text: str, names: Sequence[str]) -> dict[str, object]:
     """`24Gi=4` as a quota; raises InvalidObject."""
     from orchestrator.errors import InvalidObject
-    from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS
+    from orchestrator.sizing.hardware import CPU_CLASS
 
     gpu_class, _, count = text.partition("=")
-    if not count.isdecimal() or gpu_class not in (*CLASS_NAMES, CPU_CLASS):
-        known = ", ".join(CLASS_NAMES)
-        raise InvalidObject(f"--quota {text}: must be a GPU class ({known}) and a number of GPUs, such as 24Gi=4")
+    if not count.isdecimal() or gpu_class not in (*names, CPU_CLASS):
+        known = ", ".join(names)
+        told = "; of classes that the operator has defined, QLORA_GPU_CLASS_DEFINITIONS tells this command"
+        raise InvalidObject(f"--quota {text}: must be a GPU class ({known}) and a number of GPUs, such as 24Gi=4{told}")
     return {"gpuClass": gpu_class, "nominal": int(count)}

@@ -23,7 +23,8 @@ from orchestrator.core.scheduling.cycle import Schedule, schedule
 from orchestrator.core.scheduling.ordering import Claim, queue_specs, standing
 from orchestrator.core.scheduling.turns import has_advanced, turn_ends
 from orchestrator.core.snapshot import Policy, Snapshot
-from orchestrator.sizing.hardware import CLASS_NAMES, GIB, gpu_class, priced
+from orchestrator.sizing.gpu_table import gpu_table
+from orchestrator.sizing.hardware import GIB, priced
 from orchestrator.sizing.margins import DEFAULT, learned
 from orchestrator.sizing.plan_search import candidates, choose_class
 from orchestrator.sizing.step_time import Work
@@ -179,16 +180,17 @@ def _neighbours(draft: Draft, claim: Claim, snapshot: Snapshot) -> Iterator[str]
     """What the class below and the class above the preferred one would mean, here or not."""
     preferred = claim.estimates[0].gpu_class
     prepared = draft.status.prepared
-    if preferred not in CLASS_NAMES or prepared is None:
+    table = gpu_table(snapshot.policy.gpu_class_definitions)
+    if preferred not in table.names or prepared is None:
         return
     known = {gpu_class.name: gpu_class for gpu_class in snapshot.gpu_classes}
     margins = learned(snapshot.jobs).get((draft.job.metadata.namespace, prepared.model.architecture), DEFAULT)
-    place = CLASS_NAMES.index(preferred)
+    place = table.names.index(preferred)
     for way, index in (("smaller", place - 1), ("larger", place + 1)):
-        if not 0 <= index < len(CLASS_NAMES):
+        if not 0 <= index < len(table.names):
             continue
-        name = CLASS_NAMES[index]
-        offered = known.get(name) or priced([gpu_class(name, 0)], snapshot.policy.gpu_prices)[0]
+        name = table.names[index]
+        offered = known.get(name) or priced([table.gpu_class(name, 0)], snapshot.policy.gpu_prices)[0]
         spec = draft.job.spec.settled(prepared.start).model_copy(update={"resources": ResourcesSpec()})
         found = choose_class(spec, prepared.model, (offered,), work=Work.of(prepared), margins=margins)
         if isinstance(found, Refusal):

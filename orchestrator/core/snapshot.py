@@ -199,6 +199,8 @@ class Policy:
     """What a queue's jobs have had is written to its status so often while they hold GPUs."""
     gpu_prices: str = ""
     """Dollars for an hour of a GPU, by class: `24Gi=0.5,48Gi=0.8`."""
+    gpu_class_definitions: str = ""
+    """GPU classes that the operator has defined: JSON, as the setting has it."""
     webhook_limit_seconds: float = 259_200.0
     """What a webhook has not taken for so long is given up."""
     webhook_allowed_hosts: str = ""

@@ -41,7 +41,7 @@ from orchestrator.sdk.handle import JobHandle, is_finished
 from orchestrator.sdk.manifest import UserObject, load_manifest, parse_object
 from orchestrator.sdk.notebook import JobList, jobs_html
 from orchestrator.sdk.planned_start import settled_job
-from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources
+from orchestrator.sdk.planning import JobPlan, Known, plan_job, refuse_resources, undefined_words
 from orchestrator.sdk.preflight import check_files, check_planned_model, check_webhooks
 from orchestrator.sdk.records import Records, records_file
 from orchestrator.sdk.shown import records_of_spec
@@ -52,6 +52,7 @@ from orchestrator.sdk.uploading import check_upload, uploaded
 from orchestrator.sdk.usage import UsageBy, UsageRow, usage_rows
 from orchestrator.settings import Settings
 from orchestrator.sizing import margins
+from orchestrator.sizing.gpu_table import gpu_table
 
 REPLACE_SECONDS = 60.0
 """How long a finished job may take to be gone; the controller may have to close its MLflow run first."""
@@ -144,13 +145,15 @@ class Client:
         facts = model_config.facts_in(config, checked.spec.model, checked.spec.adapter)
         facts, of_trace = traced_here(checked, facts, config)
         taught = self.connection.store.list_jobs(checked.metadata.namespace)
-        known = Known(prices=self.settings.gpu_prices, margins=margins.learned(taught))
+        table = gpu_table(self.settings.gpu_class_definitions)
+        known = Known(prices=self.settings.gpu_prices, table=table, margins=margins.learned(taught))
         try:
             classes = self.connection.gpu_classes()
         except Forbidden:
             classes = None
         plan = plan_job(checked, facts, classes, known, count_data(checked.spec))
-        notes = [words for words in (of_start, of_trace) if words is not None]
+        of_classes = undefined_words((checked, *taught), table)
+        notes = [words for words in (of_start, of_trace, of_classes) if words is not None]
         return replace(plan, notes=(*notes, *plan.notes))
 
     def records(self, job: JobLike, count: int = 3) -> ShownRecords:

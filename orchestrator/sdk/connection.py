@@ -15,6 +15,7 @@ from orchestrator.errors import InvalidObject
 from orchestrator.ports import Store
 from orchestrator.sdk.logs import LogFolder, StageLogs
 from orchestrator.settings import ENVIRONMENT_PREFIX, Settings
+from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable, gpu_table
 from orchestrator.sizing.hardware import GpuClass
 
 CURRENT_CONTEXT = "current"
@@ -50,10 +51,11 @@ def connect(settings: Settings, namespace: str | None = None) -> Connection:
     """The service that `context` names, for work in a namespace, its own one by default."""
     if not settings.context:
         return embedded(settings)
-    return on_cluster("" if settings.context == CURRENT_CONTEXT else settings.context, namespace)
+    context = "" if settings.context == CURRENT_CONTEXT else settings.context
+    return on_cluster(context, namespace, gpu_table(settings.gpu_class_definitions))
 
 
-def on_cluster(context: str, namespace: str | None = None) -> Connection:
+def on_cluster(context: str, namespace: str | None = None, table: GpuTable = BUILT_IN) -> Connection:
     """The service on the cluster of a kubeconfig context, the current one by default.
 
     Only the namespace is watched: an account may have no rights beyond it.
@@ -75,7 +77,7 @@ def on_cluster(context: str, namespace: str | None = None) -> Connection:
     return Connection(
         store=KubernetesStore(api, watched=(namespace or api.namespace,)),
         is_running=lambda: True,  # the API server keeps the job until a controller comes
-        gpu_classes=lambda: list_gpu_classes(api),
+        gpu_classes=lambda: list_gpu_classes(api, table),
         logs=PodLogs(api),
         namespace=api.namespace,
         is_local=False,
@@ -91,7 +93,7 @@ def embedded(settings: Settings) -> Connection:
     return Connection(
         store=SqliteStore(settings),
         is_running=lambda: supervisor.status(settings).running,
-        gpu_classes=lambda: find_slots(settings.gpu_classes).classes,
+        gpu_classes=lambda: find_slots(settings.gpu_classes, gpu_table(settings.gpu_class_definitions)).classes,
         logs=LogFolder(settings.logs_folder / "stages"),
     )
 

@@ -16,6 +16,7 @@ from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Refusal
 from orchestrator.sdk.data_count import DataCount
 from orchestrator.sizing import hardware, plan_search
+from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable, undefined
 from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
@@ -91,6 +92,8 @@ class Known:
 
     prices: str = ""
     """Dollars an hour by class, written as the setting is."""
+    table: GpuTable = BUILT_IN
+    """The classes that there may be."""
     margins: Mapping[tuple[str, str], Margins] = field(default_factory=dict[tuple[str, str], Margins])
     """What finished jobs have taught, by namespace and architecture."""
 
@@ -107,17 +110,16 @@ def plan_job(
     No classes but None: which classes exist may not be read, and the choice is among all.
     """
     unseen = classes is None
-    classes = [hardware.gpu_class(name, 1) for name in hardware.CLASS_NAMES] if classes is None else classes
     known = known or Known()
+    table = known.table
+    classes = [table.gpu_class(name, 1) for name in table.names] if classes is None else classes
     prices, margins = known.prices, known.margins.get((job.metadata.namespace, facts.architecture), DEFAULT)
     classes = hardware.priced(classes, prices)
     work = data.work() if data is not None else None
     choice = plan_search.choose_class(job.spec, facts, classes, work=work, margins=margins)
     chosen = choice if isinstance(choice, Estimate) else None
     present = {gpu_class.name for gpu_class in classes}
-    absent = hardware.priced(
-        (hardware.gpu_class(name, 0) for name in hardware.CLASS_NAMES if name not in present), prices
-    )
+    absent = hardware.priced((table.gpu_class(name, 0) for name in table.names if name not in present), prices)
     every = sorted((*classes, *absent), key=lambda gpu_class: (gpu_class.usable_bytes, gpu_class.name))
     alternatives = tuple(_alternative(job.spec, facts, gpu_class, chosen, work, margins) for gpu_class in every)
     return JobPlan(
@@ -196,6 +198,19 @@ def _notes(spec: QLoRAJobSpec, facts: ModelFacts, data: DataCount | None) -> Ite
             f"spec.training.sequenceLength is {spec.training.sequence_length}, but the model was made for "
             f"{facts.context_length} positions: prepare refuses a data set with a longer record"
         )
+
+
+def undefined_words(jobs: Sequence[QLoRAJob], table: GpuTable) -> str | None:
+    """A word on GPU classes that jobs name or run on and nobody has told of here; nothing where there are none."""
+    named = {name for job in jobs for name in job.spec.resources.gpu_classes}
+    held = {each.gpu_class for job in jobs for each in job.status.attempts if each.gpu_class is not None}
+    unknown = undefined(named | held, table)
+    if not unknown:
+        return None
+    return (
+        f"GPU class {', '.join(unknown)} is not known here: if the service's operator has defined it, set "
+        "QLORA_GPU_CLASS_DEFINITIONS to what the service has, or this plan leaves it out"
+    )
 
 
 def refuse_resources(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> str | None:

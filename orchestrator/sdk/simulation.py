@@ -20,7 +20,8 @@ from orchestrator.core.simulate import Prospect, Simulation, simulate
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.errors import InvalidObject, NotFound
 from orchestrator.sdk.planning import JobPlan
-from orchestrator.sizing import hardware
+from orchestrator.sizing.gpu_table import gpu_table
+from orchestrator.sizing.hardware import priced
 
 SAME_SECONDS = 1.0
 """Less is no difference."""
@@ -130,9 +131,10 @@ class _Change:
         found = _CHANGE.fullmatch(text)
         if found is None or (found["queue"] is not None) != of_queue:
             raise InvalidObject(f"--{option} {text}: must be such as {example}, with +2 more, -2 fewer, or 2 in all")
-        name, known = found["gpu_class"], {*hardware.CLASS_NAMES, *(each.name for each in snapshot.gpu_classes)}
+        names = gpu_table(snapshot.policy.gpu_class_definitions).names
+        name, known = found["gpu_class"], {*names, *(each.name for each in snapshot.gpu_classes)}
         if name not in known:
-            raise InvalidObject(f"--{option} {text}: must name a GPU class ({', '.join(hardware.CLASS_NAMES)})")
+            raise InvalidObject(f"--{option} {text}: must name a GPU class ({', '.join(names)})")
         return cls(text=text, queue=found["queue"] or "", gpu_class=name, sign=found["sign"], count=int(found["count"]))
 
     def of(self, present: int) -> int:
@@ -149,7 +151,8 @@ def _with_gpus(snapshot: Snapshot, text: str) -> Snapshot:
     classes = {each.name: each for each in snapshot.gpu_classes}
     found = classes.get(change.gpu_class)
     if found is None:
-        found = hardware.priced([hardware.gpu_class(change.gpu_class, 0)], snapshot.policy.gpu_prices)[0]
+        table = gpu_table(snapshot.policy.gpu_class_definitions)
+        found = priced([table.gpu_class(change.gpu_class, 0)], snapshot.policy.gpu_prices)[0]
     classes[found.name] = replace(found, capacity=change.of(found.capacity))
     return replace(snapshot, gpu_classes=tuple(classes.values()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.task import StageTask
 from orchestrator.errors import InvalidObject, PermanentError
+from orchestrator.sizing.gpu_table import gpu_table
 from orchestrator.sizing.hardware import CLASS_NAMES, GIB, MIB, classify
 from tests.builders import LLAMA_3_70B, SMOLLM2_135M, make_spec, prepare_result
 
@@ -402,6 +404,62 @@ def test_a_pod_goes_to_nodes_of_its_class_and_to_no_others(labels: dict[str, str
     assert of_class == ([found] if found else [])
     if "nvidia.com/gpu.memory" in labels:
         assert found == classify(int(labels["nvidia.com/gpu.memory"]))
+
+
+DEFINED = gpu_table(
+    json.dumps(
+        {
+            "23Gi": {"usableMiB": 22_016, "cards": ["NVIDIA-L4", "nvidia-l4"]},
+            "64Gi": {"usableMiB": 60_000, "cards": ["NVIDIA-A100-SXM4-80GB", "a100"]},
+            "128Gi": {"usableMiB": 98_304, "cards": ["NVIDIA-GB10"]},
+        }
+    )
+)
+PRODUCT, MEMORY, CLOUD = "nvidia.com/gpu.product", "nvidia.com/gpu.memory", "cloud.google.com/gke-accelerator"
+NAMED: dict[str, tuple[dict[str, str], str | None]] = {
+    "a card of the class": ({PRODUCT: "NVIDIA-L4", MEMORY: "23034"}, "23Gi"),
+    "one as large that it does not name": ({PRODUCT: "NVIDIA-A10G", MEMORY: "23028"}, "24Gi"),
+    "one that has not told its name": ({MEMORY: "23034"}, "24Gi"),
+    "one that is smaller than its namesakes": ({PRODUCT: "NVIDIA-L4", MEMORY: "22000"}, None),
+    "one with its host's memory": ({PRODUCT: "NVIDIA-GB10"}, "128Gi"),
+    "one by its cloud's name": ({CLOUD: "nvidia-l4"}, "23Gi"),
+    "another by its cloud's name": ({CLOUD: "nvidia-h100-80gb"}, "80Gi"),
+    "one whose names are at odds": ({PRODUCT: "NVIDIA-GB10", CLOUD: "nvidia-l4"}, "128Gi"),
+    "a name that two classes would have": ({KARPENTER_CARD: "a100", KARPENTER_MEMORY: "40960"}, "64Gi"),
+    "its measured namesake": ({PRODUCT: "NVIDIA-A100-SXM4-40GB", MEMORY: "40960", KARPENTER_CARD: "a100"}, "40Gi"),
+}
+
+
+@pytest.mark.parametrize(("labels", "wanted"), [*NAMED.values(), *((each, "") for each in NODES.values())])
+def test_a_pod_of_a_defined_class_goes_to_the_cards_that_it_names_alone(
+    labels: dict[str, str], wanted: str | None
+) -> None:
+    policy = replace(POLICY, gpu_table=DEFINED)
+    found = node_class(labels, "nvidia.com/gpu", DEFINED)
+    assert [name for name in DEFINED.names if admits(pod(make_task(), name, policy), labels)] == (
+        [found] if found else []
+    )
+    assert wanted in (found, "")
+
+
+def test_dynamic_allocation_claims_devices_of_a_defined_class_by_their_names() -> None:
+    def wanted(name: str) -> str:
+        template: Manifest = claim_template("team-a", name, DEFINED)
+        policy = replace(POLICY, gpu_mode="dra", gpu_table=DEFINED)
+        made: Manifest = pod(make_task(), name, policy)
+        assert made["spec"]["resourceClaims"][0]["resourceClaimTemplateName"] == template["metadata"]["name"]
+        assert template["metadata"]["name"] != claim_template("team-a", "24Gi")["metadata"]["name"]
+        [request] = template["spec"]["spec"]["devices"]["requests"]
+        return request["exactly"]["selectors"][0]["cel"]["expression"]
+
+    assert 'productName.replace(" ", "-") in ["NVIDIA-L4", "nvidia-l4"]' in wanted("23Gi")
+    assert 'quantity("22938Mi")) >= 0' in wanted("23Gi")
+    assert '!(device.attributes["gpu.nvidia.com"].productName' in wanted("24Gi")
+
+
+def test_a_class_that_nobody_defines_any_more_is_refused_in_words() -> None:
+    with pytest.raises(PermanentError, match="names the GPU class 23Gi"):
+        pod(make_task(), "23Gi", POLICY)
 
 
 @pytest.mark.parametrize(("major", "goes"), [("7", False), ("8", True), ("12", True)])

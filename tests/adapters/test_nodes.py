@@ -6,9 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.adapters.kubernetes.api import Json
-from orchestrator.adapters.kubernetes.nodes import Node, count_gpus, gpus_held, read_node
+from orchestrator.adapters.kubernetes.nodes import Node, count_gpus, gpus_held, parse_gpu_classes, read_node
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.settings import Settings
+from orchestrator.sizing.gpu_table import gpu_table
 from orchestrator.sizing.hardware import GpuClass, find_card, gpu_class, priced
 
 
@@ -136,3 +137,20 @@ def test_prices_come_from_the_setting_and_reach_decisions(monkeypatch: pytest.Mo
 def test_a_price_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
         Settings(gpu_prices=text)
+
+
+def test_nodes_of_a_defined_class_count_in_it_and_one_that_is_too_small_says_why() -> None:
+    table = gpu_table('{"23Gi": {"usableMiB": 22016, "cards": ["NVIDIA-L4"], "dollarsPerHour": 0.4}}')
+    policy = PodPolicy(trainer_image="t", tracking_uri="http://m", gpu_table=table)
+    read = [read_node(of_the_api(gpus=4), policy), read_node(of_the_api(gpu_product="NVIDIA-L4"), policy)]
+    found = count_gpus(read, {}, {}, table=table)
+    assert [(each.name, each.capacity, each.dollars_per_hour) for each in found] == [
+        ("23Gi", 1, 0.4),
+        ("24Gi", 4, None),
+    ]
+    assert (found[0].card, found[0].card_known) == (find_card("L4"), True)
+    assert [each.dollars_per_hour for each in priced(found, "23Gi=0.5")] == [0.5, None]
+    assert parse_gpu_classes("23Gi=4", table) == {"23Gi": 4}
+    small = read_node(of_the_api(gpu_product="NVIDIA-L4", gpu_memory="20000"), policy)
+    assert count_gpus([small], {}, {}, table=table) == ()
+    assert "class 23Gi" in small.unfit

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.adapters.local import slots
 from orchestrator.adapters.local.slots import Card, find_slots
 from orchestrator.errors import InvalidObject
+from orchestrator.sizing.gpu_table import gpu_table
 
 HAS_DRIVER = Path("/proc/driver/nvidia").exists()
 without_cards = pytest.mark.skipif(HAS_DRIVER, reason="this machine has NVIDIA cards")
@@ -99,3 +100,19 @@ def test_a_card_on_which_no_job_trains_is_left_out_in_words(
     [told] = caplog.messages
     assert card.name in told
     assert why in told
+
+
+def test_a_card_is_a_slot_of_the_defined_class_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = Card(uuid="GPU-s", total_mib=20_000, name="NVIDIA L4", compute_capability=8)
+    shared = Card(uuid="GPU-u", total_mib=0, name="NVIDIA GB10", compute_capability=12)
+    named = Card(uuid="GPU-n", total_mib=23_034, name="NVIDIA L4", compute_capability=8)
+    other = Card(uuid="GPU-o", total_mib=23_028, name="NVIDIA A10G", compute_capability=8)
+    monkeypatch.setattr(slots, "_find_cards", lambda: [small, shared, named, other])
+    l4s, gb10s = '{"usableMiB": 22016, "cards": ["NVIDIA-L4"]}', '{"usableMiB": 98304, "cards": ["NVIDIA-GB10"]}'
+    table = gpu_table(f'{{"23Gi": {l4s}, "128Gi": {gb10s}}}')
+    found = find_slots("", table)
+    by_class = {name: [slot.device for slot in each] for name, each in found.by_class.items()}
+    assert by_class == {"128Gi": ["GPU-u"], "23Gi": ["GPU-n"], "24Gi": ["GPU-o"]}
+    assert "NVIDIA L4 has 20000 MiB, and class 23Gi, which names it, asks for 22938 MiB" in caplog.text

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.adapters.kubernetes.api import STRATEGIC_PATCH, Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.nodes import list_gpu_classes
+from orchestrator.adapters.kubernetes.pod_manifest import claim_template_name
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy, PodTemplate
 from orchestrator.adapters.kubernetes.pods import KubernetesPods, RuntimeBounds
 from orchestrator.adapters.kubernetes.store import KubernetesStore
@@ -22,6 +23,7 @@ from orchestrator.api.results import ProgressReport
 from orchestrator.api.task import StageTask
 from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, OrchestratorError, TransientError
+from orchestrator.sizing.gpu_table import gpu_table
 from tests.builders import submitted_job, train_result
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.resources import clear
@@ -304,6 +306,14 @@ def test_the_claim_of_dynamic_allocation_is_one_that_the_server_understands(api:
     assert template["spec"]["spec"]["devices"]["requests"][0]["exactly"]["deviceClassName"] == "gpu.nvidia.com"
     [claim] = api.get(PATH)["spec"]["resourceClaims"]
     assert claim["resourceClaimTemplateName"] == "qlora-24gi"
+    table = gpu_table('{"23Gi": {"usableMiB": 22016, "cards": ["NVIDIA-L4"]}}')
+    pods = runtimes(replace(POLICY, gpu_mode="dra", gpu_table=table))
+    for attempt, name in ((4, "23Gi"), (5, "24Gi")):
+        pods.ensure(make_task(attempt), name)
+        its_name = claim_template_name(name, table)
+        made = api.get(path_of("resource.k8s.io/v1", "resourceclaimtemplates", NAMESPACE, its_name))
+        [selector] = made["spec"]["spec"]["devices"]["requests"][0]["exactly"]["selectors"]
+        assert "productName" in selector["cel"]["expression"]
 
 
 # --- life and end --------------------

@@ -57,6 +57,7 @@ CACHES = {
     "sizing/footprint.py _weight_bytes": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py layer_streamed_bytes": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py traced_layer_bytes": "lru_cache(maxsize=RESULTS_KEPT)",
+    "sizing/gpu_table.py gpu_table": "lru_cache(maxsize=TABLES_KEPT)",  # of settings alone
     "sizing/hardware.py find_card": "lru_cache(maxsize=PRODUCTS_KEPT)",
     "sizing/margins.py _learned": "lru_cache(maxsize=1)",
     "sizing/memory/handwritten_layer.py _walks": "lru_cache(maxsize=WALKS_KEPT)",

@@ -12,7 +12,8 @@ from types import MappingProxyType
 from orchestrator.adapters.kubernetes.pod_policy import Manifest, PodPolicy, PodTemplate
 from orchestrator.api.data_sheets import BFLOAT16_CAPABILITY
 from orchestrator.api.task import StageTask
-from orchestrator.sizing.hardware import classify, memory_range_mib
+from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable
+from orchestrator.sizing.hardware import memory_range_mib
 
 Term = list[Manifest]
 """Match expressions of which a node must meet all."""
@@ -31,6 +32,7 @@ SPOT_TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriori
 CAPABILITY_LABEL = "nvidia.com/gpu.compute.major"
 """GPU Feature Discovery's, of whole cards and of slices alike."""
 KARPENTER_CARD, KARPENTER_MEMORY = "karpenter.k8s.aws/instance-gpu-name", "karpenter.k8s.aws/instance-gpu-memory"
+KARPENTER_A100 = "a100"
 A100, A100_BOUNDARY_MIB = "40Gi or 80Gi", 65_536
 """Karpenter calls both A100s by one name; its figure of their memory is marketing's, but tells which."""
 CARD_LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -57,7 +59,7 @@ CARD_LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         KARPENTER_CARD: {
             "a10g": "24Gi",
             "l4": "24Gi",
-            "a100": A100,
+            KARPENTER_A100: A100,
             "l40s": "48Gi",
             "h100": "80Gi",
             "h200": "141Gi",
@@ -68,13 +70,15 @@ CARD_LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """Cards by what autoscalers know of nodes that do not exist yet, and so have no label of GPU Feature Discovery."""
 
 
-def node_class(labels: Mapping[str, str], gpu_resource: str) -> str | None:
-    """The class of a node's cards: by their measured memory or, before that is known, by what clouds call them."""
-    memory = labels.get(f"{gpu_resource}.memory", "")
-    if memory.isdecimal():
-        return classify(int(memory))
+def node_class(labels: Mapping[str, str], gpu_resource: str, table: GpuTable = BUILT_IN) -> str | None:
+    """The class of a node's cards: by their name where a class names them, or by their measured memory or, before that
+    is known, by what clouds call them."""
+    memory, product = labels.get(f"{gpu_resource}.memory", ""), labels.get(f"{gpu_resource}.product", "")
+    if memory.isdecimal() or product in table.by_card:
+        return table.classify(product, int(memory) if memory.isdecimal() else 0)
     for label, cards in CARD_LABELS.items():
-        found = cards.get(labels.get(label, ""))
+        name = labels.get(label, "")
+        found = table.by_card.get(name, cards[name]) if name in cards else None
         if found is not None:
             return _which_a100(labels) if found == A100 else found
     return None
@@ -126,7 +130,7 @@ def node_affinity(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> 
         no_gpu = {"matchExpressions": [{"key": f"{policy.gpu_resource}.memory", "operator": "DoesNotExist"}]}
         affinity["preferredDuringSchedulingIgnoredDuringExecution"] = [{"weight": 100, "preference": no_gpu}]
     elif policy.gpu_mode != "dra":
-        cards = list(_class_terms(gpu_class, policy.gpu_resource))
+        cards = list(_class_terms(gpu_class, policy.gpu_resource, policy.gpu_table))
     if gpu_class is not None or task.spec.resources.spot == "forbidden":
         spots = list(_spot_terms(task))
     terms = [[*card, *spot] for card in cards for spot in spots]
@@ -138,9 +142,12 @@ def node_affinity(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> 
     return affinity
 
 
-def _class_terms(gpu_class: str, gpu_resource: str) -> Iterator[Term]:
+def _class_terms(gpu_class: str, gpu_resource: str, table: GpuTable) -> Iterator[Term]:
     """Ways in which a node may say that its cards are of the class; one is enough."""
-    lower, upper = memory_range_mib(gpu_class)
+    product, memory = f"{gpu_resource}.product", f"{gpu_resource}.memory"
+    own = table.cards_of(gpu_class)
+    of_others = sorted(table.by_card.keys() - set(own))
+    elsewhere: Term = [{"key": product, "operator": "NotIn", "values": of_others}] if of_others else []
     whole: Manifest = {
         "key": f"{gpu_resource}.sharing-strategy",
         "operator": "NotIn",
@@ -148,18 +155,23 @@ def _class_terms(gpu_class: str, gpu_resource: str) -> Iterator[Term]:
     }
     older = [str(major) for major in range(1, BFLOAT16_CAPABILITY)]
     bfloat16: Manifest = {"key": CAPABILITY_LABEL, "operator": "NotIn", "values": older}
-    yield [*_between(f"{gpu_resource}.memory", lower, upper), whole, bfloat16]
+    unmeasured: Manifest = {"key": memory, "operator": "DoesNotExist"}
+    if own:
+        named: Manifest = {"key": product, "operator": "In", "values": sorted(own)}
+        yield [named, *_between(memory, table.least_mib(gpu_class), None), whole, bfloat16]
+        yield [named, unmeasured, whole, bfloat16]
+    else:
+        yield [*_between(memory, *memory_range_mib(gpu_class)), *elsewhere, whole, bfloat16]
     if gpu_resource != "nvidia.com/gpu":
         return
-    unmeasured: Manifest = {"key": f"{gpu_resource}.memory", "operator": "DoesNotExist"}
     for label, cards in CARD_LABELS.items():
-        names = sorted(name for name, known in cards.items() if known == gpu_class)
+        names = sorted(name for name, known in cards.items() if table.by_card.get(name, known) == gpu_class)
         if names:
-            yield [{"key": label, "operator": "In", "values": names}, unmeasured]
-    if gpu_class in ("40Gi", "80Gi"):
+            yield [{"key": label, "operator": "In", "values": names}, unmeasured, *elsewhere]
+    if gpu_class in ("40Gi", "80Gi") and KARPENTER_A100 not in table.by_card:
         bounds = (1, A100_BOUNDARY_MIB) if gpu_class == "40Gi" else (A100_BOUNDARY_MIB, None)
-        a100: Manifest = {"key": KARPENTER_CARD, "operator": "In", "values": ["a100"]}
-        yield [a100, *_between(KARPENTER_MEMORY, *bounds), unmeasured]
+        a100: Manifest = {"key": KARPENTER_CARD, "operator": "In", "values": [KARPENTER_A100]}
+        yield [a100, *_between(KARPENTER_MEMORY, *bounds), unmeasured, *elsewhere]
 
 
 def _between(label: str, lower: int, upper: int | None) -> Term:

@@ -25,7 +25,8 @@ from orchestrator.adapters.kubernetes.node_placement import CAPABILITY_LABEL, SP
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.api.data_sheets import NO_BFLOAT16, lacks_bfloat16
 from orchestrator.errors import InvalidObject
-from orchestrator.sizing.hardware import CLASS_NAMES, GpuClass, gpu_class
+from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable
+from orchestrator.sizing.hardware import GpuClass
 
 NODES = "nodes"
 PAGE_NODES = 500
@@ -82,7 +83,7 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
     labels: dict[str, str] = meta.get("labels") or {}
     taints: list[dict[str, str]] = spec.get("taints") or []
     leaving = _leaving(meta, taints)
-    unfit = _no_bfloat16(labels, policy) or _not_whole(labels, policy)
+    unfit = _no_bfloat16(labels, policy) or _not_whole(labels, policy) or _too_small(labels, policy)
     ready = _is_ready(status)
     usable = (
         ready
@@ -93,7 +94,7 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
     )
     return Node(
         name=meta["name"],
-        gpu_class=node_class(labels, policy.gpu_resource),
+        gpu_class=node_class(labels, policy.gpu_resource, policy.gpu_table),
         gpus=_gpus(status, labels, policy),
         product=labels.get(f"{policy.gpu_resource}.product", ""),
         usable=usable,
@@ -110,6 +111,8 @@ def count_gpus(
     held: Mapping[str, int],
     reachable: Mapping[str, int],
     others: Mapping[str, int] = MappingProxyType({}),
+    *,
+    table: GpuTable = BUILT_IN,
 ) -> tuple[GpuClass, ...]:
     """The classes that there are, small ones first.
 
@@ -129,24 +132,24 @@ def count_gpus(
         if count > counts[name]:
             counts[name] = count
             products[name].add("")  # which card an autoscaler will bring is not known
-    present = (gpu_class(name, counts[name], products[name]) for name in CLASS_NAMES if counts[name] > 0)
+    present = (table.gpu_class(name, counts[name], products[name]) for name in table.names if counts[name] > 0)
     # Nor is it known whether on a spot machine.
     return tuple(replace(each, spot=None if each.name in reachable else on_spot[each.name]) for each in present)
 
 
-def parse_gpu_classes(text: str) -> Mapping[str, int]:
+def parse_gpu_classes(text: str, table: GpuTable = BUILT_IN) -> Mapping[str, int]:
     """`24Gi=4,48Gi=2`. Raises InvalidObject for a class that no card is in."""
     counts = {name: int(count) for name, _, count in (entry.partition("=") for entry in text.split(",") if entry)}
     for name in counts:
-        if name not in CLASS_NAMES:
-            known = ", ".join(CLASS_NAMES)
+        if name not in table.names:
+            known = ", ".join(table.names)
             raise InvalidObject(f"QLORA_GPU_CLASSES names the GPU class {name}, which is none of: {known}")
     return counts
 
 
-def list_gpu_classes(api: KubeApi, gpu_resource: str = "nvidia.com/gpu") -> Sequence[GpuClass]:
-    """What the nodes have now, for a client that sizes a job; it knows nothing of the operator's settings."""
-    policy = PodPolicy(trainer_image="", tracking_uri="", gpu_resource=gpu_resource)
+def list_gpu_classes(api: KubeApi, table: GpuTable = BUILT_IN) -> Sequence[GpuClass]:
+    """What the nodes have now, for a client that sizes a job; of the operator's settings it knows what it is told."""
+    policy = PodPolicy(trainer_image="", tracking_uri="", gpu_table=table)
     nodes: list[Node] = []
     token = ""
     while True:
@@ -154,7 +157,7 @@ def list_gpu_classes(api: KubeApi, gpu_resource: str = "nvidia.com/gpu") -> Sequ
         page = api.get(path_of("v1", NODES), **query)
         nodes += [read_node(item, policy) for item in page["items"]]
         if not (token := page["metadata"].get("continue", "")):
-            return count_gpus(nodes, {}, {})
+            return count_gpus(nodes, {}, {}, table=table)
 
 
 def gpus_held(item: Json, policy: PodPolicy) -> int:
@@ -199,6 +202,13 @@ def _no_bfloat16(labels: Mapping[str, str], policy: PodPolicy) -> str:
     if not lacks_bfloat16(product, int(capability) if capability.isdecimal() else None):
         return ""
     return f"{product or 'the card'} {NO_BFLOAT16}"
+
+
+def _too_small(labels: Mapping[str, str], policy: PodPolicy) -> str:
+    """Why a node's GPUs are not in the class that names them; empty where they are, or no class does."""
+    memory = labels.get(f"{policy.gpu_resource}.memory", "")
+    product = labels.get(f"{policy.gpu_resource}.product", "")
+    return policy.gpu_table.too_small(product, int(memory) if memory.isdecimal() else 0)
 
 
 def _is_ready(status: Json) -> bool:

@@ -13,6 +13,7 @@ Where it may run is in `node_placement`, what it may take in `resources`. Rules:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -40,7 +41,8 @@ from orchestrator.api.task import (
     task_variables,
 )
 from orchestrator.errors import PermanentError
-from orchestrator.sizing.hardware import CLASS_NAMES, memory_range_mib
+from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable
+from orchestrator.sizing.hardware import memory_range_mib
 
 JOB_LABEL, JOB_UID_LABEL, STAGE_LABEL = "qlora.dev/job", "qlora.dev/job-uid", "qlora.dev/stage"
 ATTEMPT_LABEL, QUEUE_LABEL, GPU_CLASS_LABEL = "qlora.dev/attempt", "qlora.dev/queue", "qlora.dev/gpu-class"
@@ -64,9 +66,9 @@ def pod(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> Manifest:
 
     Raises PermanentError for a class that is none: a status may name one that somebody else wrote.
     """
-    if gpu_class is not None and gpu_class not in CLASS_NAMES:
+    if gpu_class is not None and gpu_class not in policy.gpu_table.names:
         raise PermanentError(
-            f"the status names the GPU class {gpu_class}, and there are {', '.join(CLASS_NAMES)} alone"
+            f"the status names the GPU class {gpu_class}, and there are {', '.join(policy.gpu_table.names)} alone"
         )
     return {
         "apiVersion": "v1",
@@ -76,14 +78,19 @@ def pod(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> Manifest:
     }
 
 
-def claim_template(namespace: str, gpu_class: str) -> Manifest:
+def claim_template(namespace: str, gpu_class: str, table: GpuTable = BUILT_IN) -> Manifest:
     """Dynamic resource allocation: what a claim for one GPU of the class asks for."""
-    lower, upper = memory_range_mib(gpu_class)
+    own = table.cards_of(gpu_class)
+    lower, upper = (table.least_mib(gpu_class), None) if own else memory_range_mib(gpu_class)
     memory = 'device.capacity["gpu.nvidia.com"].memory'
     bounds = [f'{memory}.compareTo(quantity("{lower}Mi")) >= 0']
     bounds += [f'{memory}.compareTo(quantity("{upper}Mi")) < 0'] if upper else []
     capability = 'device.attributes["gpu.nvidia.com"].cudaComputeCapability'
     bounds += [f'{capability}.compareTo(semver("{BFLOAT16_CAPABILITY}.0.0")) >= 0']
+    if table.by_card:
+        product = 'device.attributes["gpu.nvidia.com"].productName.replace(" ", "-")'
+        named = f"{product} in {json.dumps(sorted(own or table.by_card))}"
+        bounds += [named if own else f"!({named})"]
     wanted: Manifest = {
         "deviceClassName": "gpu.nvidia.com",
         "selectors": [{"cel": {"expression": " && ".join(bounds)}}],
@@ -92,7 +99,7 @@ def claim_template(namespace: str, gpu_class: str) -> Manifest:
         "apiVersion": "resource.k8s.io/v1",
         "kind": "ResourceClaimTemplate",
         "metadata": {
-            "name": claim_template_name(gpu_class),
+            "name": claim_template_name(gpu_class, table),
             "namespace": namespace,
             "labels": {MANAGED_BY_LABEL: MANAGER},
         },
@@ -100,9 +107,9 @@ def claim_template(namespace: str, gpu_class: str) -> Manifest:
     }
 
 
-def claim_template_name(gpu_class: str) -> str:
-    """One in every namespace that has jobs on the class."""
-    return f"qlora-{gpu_class.lower()}"
+def claim_template_name(gpu_class: str, table: GpuTable = BUILT_IN) -> str:
+    """One in every namespace that has jobs on the class; its spec cannot change, so another table has another."""
+    return "-".join(filter(None, ("qlora", gpu_class.lower(), table.digest)))
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------
@@ -162,7 +169,7 @@ def _spec(task: StageTask, gpu_class: str | None, policy: PodPolicy) -> Manifest
         spec["initContainers"] = [_agent(task, policy)]
     if gpu_class is not None and policy.gpu_mode == "dra":
         spec["resourceClaims"] = [
-            {"name": GPU_CLAIM, "resourceClaimTemplateName": claim_template_name(gpu_class)},
+            {"name": GPU_CLAIM, "resourceClaimTemplateName": claim_template_name(gpu_class, policy.gpu_table)},
         ]
     added: Manifest = {
         "nodeSelector": dict(template.node_selector),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.errors import InvalidObject
+from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable
 from orchestrator.sizing.hardware import GIB
 
 Manifest = dict[str, object]
@@ -62,6 +63,8 @@ class PodPolicy:
     tracking_uri: str
     gpu_resource: str = "nvidia.com/gpu"
     gpu_mode: Literal["device-plugin", "mig", "dra"] = "device-plugin"
+    gpu_table: GpuTable = BUILT_IN
+    """The classes that cards are sorted into."""
     ray_address: str = ""
     """`host:port` of Ray's head; empty means no agent."""
     ray_addresses: Mapping[str, str] = field(default_factory=dict[str, str])

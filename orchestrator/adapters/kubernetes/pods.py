@@ -120,7 +120,7 @@ class KubernetesPods:
         self._api = api
         self._policy = policy
         self._bounds = bounds
-        self._reachable = parse_gpu_classes(bounds.gpu_classes)
+        self._reachable = parse_gpu_classes(bounds.gpu_classes, policy.gpu_table)
         self._parser = Parser()
         self._nodes: Cache[Node] = Cache(api, "v1", NODES, partial(read_node, policy=policy), changes)
         self._pods: Cache[StagePod] = Cache(
@@ -241,7 +241,7 @@ class KubernetesPods:
         for node, count in self._others.values().values():
             others[node] += count
         self._tell_unfit(nodes.values())
-        return count_gpus(nodes.values(), held, self._reachable, others)
+        return count_gpus(nodes.values(), held, self._reachable, others, table=self._policy.gpu_table)
 
     def _coming(self, nodes: Iterable[Node]) -> frozenset[str]:
         """Classes of which an autoscaler can bring up more than there is."""
@@ -288,10 +288,10 @@ class KubernetesPods:
 
     def _ensure_claim_template(self, namespace: str, gpu_class: str) -> None:
         """Its spec cannot be changed, so one that was looked at once is known by its uid."""
-        template = claim_template(namespace, gpu_class)
+        template = claim_template(namespace, gpu_class, self._policy.gpu_table)
         collection = path_of(CLAIM_TEMPLATES_VERSION, CLAIM_TEMPLATES, namespace)
         try:
-            found = self._api.get(f"{collection}/{claim_template_name(gpu_class)}")
+            found = self._api.get(f"{collection}/{claim_template_name(gpu_class, self._policy.gpu_table)}")
         except NotFound:
             self._created_or_found(collection, template)
         else:

@@ -20,6 +20,7 @@ from orchestrator.api.base import StoreUri
 from orchestrator.core.job.addresses import AddressRules
 from orchestrator.errors import InvalidObject
 from orchestrator.settings import GpuClassesText, Seconds, ServiceSettings
+from orchestrator.sizing.gpu_table import gpu_table
 from orchestrator.sizing.hardware import GIB
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
@@ -219,6 +220,7 @@ class ClusterSettings(ServiceSettings):
             tracking_uri=self.tracking_uri,
             gpu_resource=self.gpu_resource,
             gpu_mode=self.gpu_mode,
+            gpu_table=gpu_table(self.gpu_class_definitions),
             ray_address=self.ray_address,
             ray_addresses=self.heads,
             ray_auth_secret=self.ray_auth_secret,

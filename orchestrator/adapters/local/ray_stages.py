@@ -37,6 +37,7 @@ from orchestrator.core.scheduling.cpu_slots import GUARANTEED_SLOTS
 from orchestrator.core.snapshot import StageFact, StagePhase
 from orchestrator.errors import PermanentError, RuntimeLost
 from orchestrator.settings import Settings
+from orchestrator.sizing.gpu_table import gpu_table
 from orchestrator.sizing.hardware import GpuClass
 from orchestrator.stage_agent import StageAgent
 
@@ -113,7 +114,7 @@ class RayStages:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._slots = find_slots(settings.gpu_classes)
+        self._slots = find_slots(settings.gpu_classes, gpu_table(settings.gpu_class_definitions))
         self._stages = LocalStages(settings)
         self._stages.sweep()
         self._holders: dict[str, Any] = {}  # Any: Ray's references are untyped

@@ -18,7 +18,8 @@ from typing import Any
 
 from orchestrator.api.data_sheets import NO_BFLOAT16, lacks_bfloat16
 from orchestrator.errors import InvalidObject
-from orchestrator.sizing.hardware import CLASS_NAMES, CPU_CLASS, MIB, GpuClass, classify, cpu_class, gpu_class
+from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable
+from orchestrator.sizing.hardware import CPU_CLASS, MIB, GpuClass, cpu_class
 
 log = logging.getLogger(__name__)
 
@@ -54,43 +55,45 @@ class Card:
     compute_capability: int
     """The major one."""
 
-    @property
-    def unfit(self) -> str:
+    def unfit(self, table: GpuTable = BUILT_IN) -> str:
         """Why no job trains on it, in words; empty where one may."""
         if lacks_bfloat16(self.name, self.compute_capability):
             return f"it {NO_BFLOAT16}"
-        if classify(self.total_mib) is None:
+        if words := table.too_small(self.name, self.total_mib):
+            return words
+        if table.classify(self.name, self.total_mib) is None:
             told = f"{self.total_mib} MiB are too little" if self.total_mib else "it does not tell a memory of its own"
             return f"{told}, so it is in no GPU class"
         return ""
 
 
-def find_slots(wanted: str) -> Slots:
+def find_slots(wanted: str, table: GpuTable = BUILT_IN) -> Slots:
     """The slots that a `gpu_classes` setting asks for, or those of the cards that are here."""
     cards: list[Card] = []
     for card in _find_cards():
-        if card.unfit:
-            log.warning("%s (%s) is left out: %s", card.name, card.uuid, card.unfit)
+        if unfit := card.unfit(table):
+            log.warning("%s (%s) is left out: %s", card.name, card.uuid, unfit)
         else:
             cards.append(card)
     devices: dict[str, list[str]] = defaultdict(list)
     products: dict[str, set[str]] = defaultdict(set)
     for card in cards:
-        if (name := classify(card.total_mib)) is not None:
+        if (name := table.classify(card.name, card.total_mib)) is not None:
             devices[name].append(card.uuid)
             products[name].add(card.name)
-    counts = _parse(wanted) or {name: len(found) for name, found in devices.items()} or {CPU_CLASS: 1}
+    counts = _parse(wanted, table) or {name: len(found) for name, found in devices.items()} or {CPU_CLASS: 1}
     by_class = {name: _slots(name, count, devices[name], simulated=not cards) for name, count in counts.items()}
     return Slots(
-        classes=tuple(_describe(name, count, products[name]) for name, count in counts.items()), by_class=by_class
+        classes=tuple(_describe(name, count, products[name], table) for name, count in counts.items()),
+        by_class=by_class,
     )
 
 
-def _parse(wanted: str) -> dict[str, int]:
+def _parse(wanted: str, table: GpuTable) -> dict[str, int]:
     counts = {name: int(count) for name, count in (entry.split("=") for entry in wanted.split(",") if entry)}
     for name in counts:
-        if name != CPU_CLASS and name not in CLASS_NAMES:
-            known = ", ".join((*CLASS_NAMES, CPU_CLASS))
+        if name != CPU_CLASS and name not in table.names:
+            known = ", ".join((*table.names, CPU_CLASS))
             raise InvalidObject(f"QLORA_GPU_CLASSES names the GPU class {name}, which is none of: {known}")
     return counts
 
@@ -106,10 +109,10 @@ def _slots(name: str, count: int, devices: list[str], *, simulated: bool) -> tup
     return tuple(Slot(name=device, device=device) for device in devices[:count])
 
 
-def _describe(name: str, count: int, products: set[str]) -> GpuClass:
+def _describe(name: str, count: int, products: set[str], table: GpuTable) -> GpuClass:
     if name == CPU_CLASS:
         return cpu_class(int(_memory_bytes() * CPU_MEMORY_SHARE) // max(1, count), count)
-    return gpu_class(name, count, products)
+    return table.gpu_class(name, count, products)
 
 
 def _memory_bytes() -> int:
