@@ -38,6 +38,7 @@ from orchestrator.page.token_gate import TokenGate
 from orchestrator.page.token_login import Cookies
 from orchestrator.page.view import Views
 from orchestrator.sdk.connection import Connection
+from orchestrator.sizing.gpu_table import gpu_table
 from orchestrator.sizing.hardware import GpuClass
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ class Cluster:
         changes = Changes(settings.relist_seconds)
         self._store = KubernetesStore(api, namespaces=settings.namespaces, reporter=settings.pod_name, changes=changes)
         self._nodes: Cache[Node] = Cache(api, "v1", NODES, partial(read_node, policy=settings.pod_policy()), changes)
-        self._reachable = parse_gpu_classes(settings.gpu_classes)
+        self._table = gpu_table(settings.gpu_class_definitions)
+        self._reachable = parse_gpu_classes(settings.gpu_classes, self._table)
         self._over = threading.Event()
         self._is_complete = threading.Event()
         self._thread = threading.Thread(target=self._start, name="start", daemon=True)
@@ -123,7 +125,7 @@ class Cluster:
     def _gpu_classes(self) -> tuple[GpuClass, ...]:
         if not self._is_complete.is_set():
             raise StoreUnavailable("the cluster has not been listed yet; this is tried until it works")
-        return count_gpus(self._nodes.values().values(), {}, self._reachable)
+        return count_gpus(self._nodes.values().values(), {}, self._reachable, table=self._table)
 
 
 @contextmanager
