@@ -93,6 +93,8 @@ def site(cluster: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Ite
                 "QLORA_PAGE_REVIEW_SECONDS": str(REVIEW_SECONDS),
                 "QLORA_PAGE_STRANGERS_PER_SECOND": str(RATE),
                 "QLORA_TRACKING_URI": "http://127.0.0.1:9",
+                "QLORA_GPU_CLASS_DEFINITIONS": '{"23Gi": {"usableMiB": 22016, "cards": ["NVIDIA-L4"]}}',
+                "QLORA_GPU_CLASSES": "23Gi=1",
             },
             name=PAGE,
         )
@@ -147,6 +149,7 @@ def test_each_visitor_sees_what_the_own_account_may_list(site: Site) -> None:
             "b's job": "team-b/hidden",
             "a queue": "research",
             "a card": "0 of 1 in use",
+            "a card of a defined class": "23Gi",
             "no queues": "Queues are not this account",
             "no cards": "Cards are not this account",
         }.items()
@@ -156,6 +159,7 @@ def test_each_visitor_sees_what_the_own_account_may_list(site: Site) -> None:
         "b's job": {"sees-all", "admin"},
         "a queue": {"sees-all", "admin"},
         "a card": {"admin"},
+        "a card of a defined class": {"admin"},
         "no queues": {"sees-a", "sees-none"},
         "no cards": {"sees-a", "sees-all", "sees-none"},
     }
