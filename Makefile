@@ -101,6 +101,7 @@ nightly: $(VENV)/.synced $(VENV)/.go $(VENV)/.atheris $(MODEL)/model.safetensors
 	OMP_NUM_THREADS=1 QLORA_FUZZ_MODELS=500 QLORA_FUZZ_PLANS=400 QLORA_ALL_TYPES=1 $(BIN)/python -m pytest -q --timeout=14400 \
 	  tests/trainer/test_model_fuzz.py tests/trainer/test_plan_agrees.py tests/trainer/test_models_benchmark.py \
 	  tests/trainer/test_layer_trace.py
+	PATH="$(abspath $(BIN)):$$PATH" QLORA_PROMTOOL=1 $(BIN)/python -m pytest -q --timeout=3600 tests/deploy/test_alerts.py
 	QLORA_TEST_MODEL=$(MODEL) QLORA_BASE_FORMS=all $(BIN)/python -m pytest -q tests/e2e/test_base_models.py
 	$(MAKE) --no-print-directory test-kills QLORA_KILLS=10
 	$(MAKE) --no-print-directory test-demo QLORA_DEMO_FAULTS=all

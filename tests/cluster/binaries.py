@@ -52,6 +52,8 @@ class Source:
     package: str
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
     """Go variables set by the linker: versions that a program would otherwise not know of itself."""
+    tags: str = ""
+    """Go build tags, which leave out what is not asked of a program."""
 
     @property
     def folder(self) -> Path:
@@ -68,7 +70,8 @@ class Source:
         """Names what a build depends on: the pins, a program of our own if it is one, and the flags."""
         files = [self.folder / "go.mod", self.folder / "go.sum", *sorted(self.folder.glob("*.go"))]
         parts = [file.read_bytes() for file in files]
-        return hashlib.sha256(b"\0".join([*parts, self.linker_flags.encode()])).hexdigest()[:16]
+        flags = [self.linker_flags.encode(), *([self.tags.encode()] if self.tags else [])]
+        return hashlib.sha256(b"\0".join([*parts, *flags])).hexdigest()[:16]
 
 
 def _kubernetes(name: str, *, module: str = "kubernetes", package: str = "") -> Source:
@@ -115,6 +118,9 @@ SOURCES = {
     "versitygw": Source(module="versitygw", package="github.com/versity/versitygw/cmd/versitygw"),
     "kubeconform": Source(module="kubeconform", package="github.com/yannh/kubeconform/cmd/kubeconform"),
     "kube-score": Source(module="kube-score", package="github.com/zegl/kube-score/cmd/kube-score"),
+    "promtool": Source(
+        module="promtool", package="github.com/prometheus/prometheus/cmd/promtool", tags="remove_all_sd"
+    ),
 }
 
 
@@ -157,7 +163,16 @@ def _build(source: Source, executable: Path) -> None:
     unfinished = executable.with_name(f".{executable.name}.unfinished")
     command = [go, "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-p", str(PARALLEL_COMPILERS)]
     # Nobody debugs these: without what the linker strips anyway a twelfth of the compiler's work is saved.
-    command += ["-gcflags=all=-dwarf=false", "-ldflags", source.linker_flags, "-o", str(unfinished), source.package]
+    command += [
+        "-gcflags=all=-dwarf=false",
+        "-ldflags",
+        source.linker_flags,
+        "-tags",
+        source.tags,
+        "-o",
+        str(unfinished),
+        source.package,
+    ]
     try:
         done = subprocess.run(
             ["nice", "-n", str(NICENESS), *command],
