@@ -46,7 +46,7 @@ from orchestrator.api.notification import WEBHOOKS_HAVE_NAMES, NotificationsStat
 from orchestrator.api.plan import Estimate, MemoryPlan
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.results import PrepareResult, ProgressReport, StartingAdapter
-from orchestrator.api.stage_name import StageKind, StageName
+from orchestrator.api.stage_name import StageKind, stage_name
 
 SEPARATORS_OF_MLFLOW = frozenset("/:?")
 CANCEL_ANNOTATION = "qlora.dev/cancel"
@@ -911,7 +911,7 @@ class QLoRAJob(Model):
 
     def stage_name(self, attempt: Attempt) -> str:
         """The deterministic name of an attempt's stage: `<job>-<stage>-<attempt>`."""
-        return str(StageName(job=self.metadata.name, stage=attempt.stage, attempt=attempt.number))
+        return stage_name(self.metadata.name, attempt.stage, attempt.number)
 
 
 def new_uid() -> str:

@@ -11,6 +11,11 @@ STAGES_ON_GPU: frozenset[StageKind] = frozenset({"train"})
 _NAME = re.compile(r"(.+)-(prepare|train|publish)-([1-9][0-9]*)")
 
 
+def stage_name(job: str, stage: StageKind, attempt: int) -> str:
+    """The name of one attempt at one stage of one job."""
+    return f"{job}-{stage}-{attempt}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageName:
     """One attempt at one stage of one job; `str` formats it."""
@@ -20,7 +25,7 @@ class StageName:
     attempt: int
 
     def __str__(self) -> str:
-        return f"{self.job}-{self.stage}-{self.attempt}"
+        return stage_name(self.job, self.stage, self.attempt)
 
     @classmethod
     def parse(cls, text: str) -> StageName | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
+from operator import itemgetter
 
 from orchestrator.api.job import Attempt, QLoRAJob, QLoRAJobStatus
 from orchestrator.api.reasons import ConditionType, Reason, Recovery
@@ -44,6 +45,7 @@ WAITING_CONDITION: Mapping[JobState, ConditionType] = {
 """The condition that says what an idle job waits for."""
 CLOCKED = ("created_time", "seen_time", "start_time", "progress_time", "stop_time", "finish_time")
 """An attempt's times by the controller's clock, from which durations are counted."""
+_clocked_of = itemgetter(*CLOCKED)
 
 
 def reconcile(opened: Draft, snapshot: Snapshot) -> Draft:
@@ -89,8 +91,7 @@ def _with_clock(draft: Draft, step: timedelta) -> Draft:
     A step that nobody noticed shows in a time that is still to come: that is now, and nothing waits for it.
     """
     status, now = draft.status, draft.now
-    latest = max((time for time in _clocked(status) if time is not None), default=now)
-    if not step and latest <= now:
+    if not step and all(time is None or time <= now for time in _clocked(status)):
         return draft
 
     def put(time: datetime | None) -> datetime | None:
@@ -115,7 +116,7 @@ def _clocked(status: QLoRAJobStatus) -> Iterator[datetime | None]:
     if status.eviction_budget is not None and status.finish_time is None:
         yield from status.eviction_budget.times
     if status.attempts and status.finish_time is None:
-        yield from (getattr(status.attempts[-1], name) for name in CLOCKED)
+        yield from _clocked_of(vars(status.attempts[-1]))
 
 
 def _note_run(draft: Draft, snapshot: Snapshot) -> Draft:

@@ -181,5 +181,14 @@ class Draft:
         for finding in findings:
             conditions = set_condition(conditions, finding, now=self.now, generation=self.job.metadata.generation)
         status = self.status.model_copy(update={"conditions": conditions, **changes})
-        words_only = self.words_only and not changes
-        return replace(self, status=status, state=state_of(status), words_only=words_only)
+        return Draft(
+            job=self.job,
+            status=status,
+            state=state_of(status),
+            now=self.now,
+            events=self.events,
+            happened=self.happened,
+            word=self.word,
+            words_only=self.words_only and not changes,
+            defect=self.defect,
+        )

@@ -51,9 +51,8 @@ class Claims:
     _terms: dict[tuple[str, str, int], Terms] = field(default_factory=dict[tuple[str, str, int], Terms])
     """By queue, namespace and priority."""
 
-    def of(self, job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> Claim | Refusal:
+    def of(self, job: QLoRAJob, status: QLoRAJobStatus, revision: Revision, now: datetime) -> Claim | Refusal:
         """The claim of a job that is ready to train, by what its status is to be."""
-        revision = revision_of(job)
         terms = self._terms_of(job, revision)
         if terms.refusal is not None:
             return terms.refusal
@@ -156,7 +155,7 @@ class Claims:
         """The same by what is stored: worked out once for the same GPUs and margins."""
         margins = self.margins.get((revision.namespace, revision.architecture), DEFAULT)
         known, prepared = revision.sized, job.status.prepared
-        if known is None or known.gpu_classes != classes or known.margins != margins:
+        if known is None or (known.gpu_classes, known.margins) != (classes, margins):
             assert prepared is not None, "a queued job is prepared"
             found = _fitting(job, prepared, classes, margins)
             known = revision.sized = Sized(gpu_classes=classes, margins=margins, found=found, names=_names(found))

@@ -18,7 +18,7 @@ from orchestrator.api.reasons import ConditionType, Reason, Refusal
 from orchestrator.api.stage_name import StageKind
 from orchestrator.core.commands import Event
 from orchestrator.core.job.attempts import admit, request_stop, start_cpu_stage
-from orchestrator.core.job.conditions import is_said, words
+from orchestrator.core.job.conditions import clip, is_said, words
 from orchestrator.core.job.containment import contained
 from orchestrator.core.job.lifecycle import is_ready, wait
 from orchestrator.core.job.outages import Cause, Outage, current_outages, holds_back
@@ -433,6 +433,7 @@ class Refusals:
     index: Index
     _whys: dict[Fare, Refusal] = field(default_factory=dict[Fare, Refusal])
     _rest: dict[Fare, Refusal] = field(default_factory=dict[Fare, Refusal])
+    _said: dict[Fare, tuple[Reason, str]] = field(default_factory=dict[Fare, tuple[Reason, str]])
 
     @classmethod
     def of(
@@ -489,6 +490,18 @@ class Refusals:
             self._rest[fare] = replace(refusal, message=f"{refusal.message}; {BEYOND}")
         return self._rest[fare]
 
+    def is_said(self, entry: Entry) -> bool:
+        """Whether a job that only waits, as everybody of its fare, says so already; False says nothing."""
+        claim = entry.claim
+        if claim is None or entry.changed is not None:
+            return False
+        fare = fare_of(claim)
+        said = self._said.get(fare)
+        if said is None:
+            refusal = self._of_the_rest(claim)
+            said = self._said[fare] = refusal.reason, words(clip(refusal.message))
+        return entry.revision.said == said
+
     def exceptions(self) -> dict[str, tuple[str, str]]:
         """What is not said to everybody of a fare, by key of those to whom it is not."""
         found = {key: (self.coming.get(key, ""), self.front.get(key, "")) for key in (*self.coming, *self.front)}
@@ -529,8 +542,12 @@ class Told:
         looked_at |= {key for key, _ in differs if key in index.line.claims}
         self._news = {key for key in self._news if key in index.line.claims or key in index.refused}
         for key in looked_at | self._news:
-            refusal, draft = refusals.with_place(key), drafts.get(key)
-            if draft is None and _has_heard(index.entries[key], refusal):
+            entry, draft = index.entries[key], drafts.get(key)
+            if draft is None and key not in exceptions and refusals.is_said(entry):
+                self._news.discard(key)
+                continue
+            refusal = refusals.with_place(key)
+            if draft is None and _has_heard(entry, refusal):
                 self._news.discard(key)
                 continue
             refused = _refused(draft or index.draft(key, snapshot.now), refusal, snapshot.policy)

@@ -318,7 +318,7 @@ class Index:
         self.changed, self.moved = set(), set()
         requeued = self._requeued(snapshot)
         self.shares.follow(snapshot)
-        jobs = {revision_of(job).key: job for job in came}
+        jobs = {(revision := revision_of(job)).key: (job, revision) for job in came}
         gone = {revision_of(job).key for job in left} - jobs.keys()
         self._note_stages(stages, snapshot)
         dirty = {job_key_of_stage(key) for key in stages} | self.restless
@@ -328,13 +328,12 @@ class Index:
         dirty = (dirty & self.entries.keys()) - jobs.keys() - gone
         for key in gone:
             self._replace(key, None)
-        for key in dirty:
-            self._replace(key, self._entry(key, self.entries[key].job, snapshot))
-        for key, job in jobs.items():
-            self._replace(key, self._entry(key, job, snapshot))
+        jobs |= {key: (self.entries[key].job, self.entries[key].revision) for key in dirty}
+        for key, (job, revision) in jobs.items():
+            self._replace(key, self._entry(job, revision, snapshot))
         self.line.change(self._gone, self._came)
         self._gone, self._came = [], []
-        theirs = (stage for key in (*dirty, *jobs, *gone) for stage in self.stages.get(key, ()))
+        theirs = (stage for key in (*jobs, *gone) for stage in self.stages.get(key, ()))
         self._explain_stages({*stages, *theirs}, snapshot)
         self._book_extra(snapshot)
         if self.moved:
@@ -387,12 +386,12 @@ class Index:
                 found.add(key)
         return found
 
-    def _taught(self, jobs: Mapping[str, QLoRAJob], gone: Iterable[str]) -> set[str]:
+    def _taught(self, jobs: Mapping[str, tuple[QLoRAJob, Revision]], gone: Iterable[str]) -> set[str]:
         """Learn from jobs that changed; the keys of those who wait and are to be sized anew."""
         before = len(self._teaching)
         removed = [self._teaching.pop(key) for key in (*jobs, *gone) if key in self._teaching]
-        for key, job in jobs.items():
-            if revision_of(job).teaches:
+        for key, (job, revision) in jobs.items():
+            if revision.teaches:
                 self._teaching[key] = job
         if not removed and len(self._teaching) == before:
             return set()
@@ -406,19 +405,19 @@ class Index:
 
     # --- one job -------------------------------------------------------------------------------------------------
 
-    def _entry(self, key: str, job: QLoRAJob, snapshot: Snapshot) -> Entry:
-        known = self._known.get(key)
+    def _entry(self, job: QLoRAJob, revision: Revision, snapshot: Snapshot) -> Entry:
+        known = self._known.get(revision.key)
         if known is not None and known.job is not job:
             known = None
         claim: Claim | Refusal | Draft | None = None
         if waits_untried(job, snapshot):
-            draft = claim = self._claim(job, job.status, snapshot)
+            draft = claim = self._claim(job, job.status, revision, snapshot)
             if not isinstance(draft, Draft):
-                return _untried(job, revision_of(job), draft, snapshot.now)
+                return _untried(job, revision, draft, snapshot.now)
         else:
             draft = known.draft if known is not None else _reconciled(job, snapshot)
             if draft.state is JobState.QUEUED and is_ready(draft, snapshot.policy):
-                claim = self._claim(job, draft.status, snapshot)
+                claim = self._claim(job, draft.status, revision, snapshot)
         if isinstance(claim, Draft):
             draft, claim = claim, None
         holding = holding_of(draft, self.queues, snapshot)
@@ -429,7 +428,7 @@ class Index:
         until = known.until if known is not None and is_known else _until(draft, fact, claim, snapshot)
         return Entry(
             job=job,
-            revision=revision_of(job),
+            revision=revision,
             looked_at=draft.now,
             changed=draft,
             until=min(until, self._turn_ends(draft, snapshot)),
@@ -448,10 +447,12 @@ class Index:
         ends = turn_ends(draft, self.queues, snapshot.policy)
         return ends if ends is not None and ends > snapshot.now else FOR_EVER
 
-    def _claim(self, job: QLoRAJob, status: QLoRAJobStatus, snapshot: Snapshot) -> Claim | Refusal | Draft:
+    def _claim(
+        self, job: QLoRAJob, status: QLoRAJobStatus, revision: Revision, snapshot: Snapshot
+    ) -> Claim | Refusal | Draft:
         """The claim of a job that is ready to train, or why it has none; where that raises, the job failed."""
         try:
-            return self._claims.of(job, status, snapshot.now)
+            return self._claims.of(job, status, revision, snapshot.now)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure

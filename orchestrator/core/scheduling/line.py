@@ -9,6 +9,7 @@ own, too.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -60,17 +61,22 @@ class Line:
         """Some leave the line, then others join it."""
         for claim in gone:
             self._remove(claim)
+        kinds: defaultdict[Kind, list[Claim]] = defaultdict(list)
+        for claim in came:
+            kinds[kind_of(claim)].append(claim)
         queues: dict[str, list[Place]] = {}
         users: dict[tuple[str, str], list[Place]] = {}
         fares: dict[Fare, list[Place]] = {}
-        for claim in came:
-            place = place_of(claim)
-            self.claims[claim.key] = claim
-            queues.setdefault(claim.queue, []).append(place)
-            if claim.user:
-                users.setdefault((claim.queue, claim.user), []).append(place)
-            fares.setdefault(fare_of(claim), []).append(place)
-            self.by_kind.setdefault(kind_of(claim), {})[claim.key] = claim
+        for kind, claims in kinds.items():
+            queue, _, classes, user = kind
+            by_key = {claim.key: claim for claim in claims}
+            self.claims.update(by_key)
+            self.by_kind.setdefault(kind, {}).update(by_key)
+            places = sorted(map(place_of, claims))
+            queues.setdefault(queue, []).extend(places)
+            fares.setdefault((queue, classes, user), []).extend(places)
+            if user:
+                users.setdefault((queue, user), []).extend(places)
         for queue, places in queues.items():
             _join(self.by_queue.setdefault(queue, []), places)
         for (queue, user), places in users.items():
@@ -189,10 +195,11 @@ class RankedLine:
             (self._rank(queue, 0, place), queue, 0) for queue in self.line.by_queue if (place := self._at(queue, 0))
         ]
         heapify(heads)
+        claims, absent = self.line.claims, self.absent
         while heads:
-            rank, queue, index = heads[0]
-            if rank[-1] not in self.absent:
-                yield self.line.claims[rank[-1]]
+            (_, _, _, _, key), queue, index = heads[0]
+            if key not in absent:
+                yield claims[key]
             index += 1
             place = self._at(queue, index)
             if place is not None:
@@ -237,5 +244,5 @@ class RankedLine:
         return bisect_left(self.line.by_queue[queue], place)
 
     def _rank(self, queue: str, index: int, place: Place) -> Rank:
-        share = dominant(self.shares.get(queue, NOTHING), self.steps[queue], index)
-        return place[0], share, *place[1:]
+        before, since, uid, key = place
+        return before, dominant(self.shares.get(queue, NOTHING), self.steps[queue], index), since, uid, key

@@ -20,7 +20,7 @@ from orchestrator.api.job import MIN_PRIORITY, QLoRAJobStatus
 from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import VOLUNTARY_EVICTIONS, Reason
 from orchestrator.core.scheduling.admission import Held, Ledger, depends_on, granted, serve
-from orchestrator.core.scheduling.line import Kind, RankedLine, fare_of, kind_of
+from orchestrator.core.scheduling.line import Kind, RankedLine, kind_of
 from orchestrator.core.scheduling.ordering import Claim
 from orchestrator.core.snapshot import Policy
 
@@ -178,26 +178,38 @@ def _first_of(kind: Kind, claims: Mapping[str, Claim], books: Ledger) -> Claim:
 
 def _evict(blocked: RankedLine, running: Running, books: Ledger, hopeless: Iterable[Kind]) -> Iterator[Preemption]:
     """The best victim for each claim that has one; claims alike fare alike until somebody of their classes is taken."""
-    taken: Counter[str] = Counter()
-    looked = dict.fromkeys(hopeless, 0)
-    """How many had been taken of a kind's classes when it found nobody."""
+    asleep: set[Kind] = set()
+    """Of those nobody is looked at until somebody is taken of what they depend on."""
+    by_name: defaultdict[str, set[Kind]] = defaultdict(set)
+
+    def let_sleep(kind: Kind) -> None:
+        asleep.add(kind)
+        for name in depends_on(kind[0], kind[2], kind[3]):
+            by_name[name].add(kind)
+
+    for kind in hopeless:
+        let_sleep(kind)
     stuck: set[str] = set()
     """Queues in which nobody goes before the one who is next, and that one found nobody."""
     served: set[str] = set()
     for claim in blocked.in_order():
         if claim.queue in stuck:
             continue
-        kind, before = kind_of(claim), sum(map(taken.__getitem__, depends_on(*fare_of(claim))))
-        chosen = _choose(claim, running, books, blocked, served) if looked.get(kind) != before else None
+        kind = kind_of(claim)
+        if kind in asleep:
+            continue
+        chosen = _choose(claim, running, books, blocked, served)
         if chosen is None:
-            looked[kind] = before
+            let_sleep(kind)
             if books.is_strict(claim.queue):
                 stuck.add(claim.queue)
             continue
         victim = running.take(claim, chosen.victim)
-        taken.update(
-            {*depends_on(victim.queue, (victim.gpu_class,), victim.user), *depends_on(claim.queue, (), claim.user)}
-        )
+        for name in (
+            *depends_on(victim.queue, (victim.gpu_class,), victim.user),
+            *depends_on(claim.queue, (), claim.user),
+        ):
+            asleep -= by_name.pop(name, set())
         books.release(victim.queue, victim.gpu_class, victim.user)
         books.take(claim.queue, victim.gpu_class, claim.user)
         served.add(claim.key)
@@ -236,6 +248,7 @@ class Running:
         self.policy = policy
         self._movable, self._holdings = movable, holdings
         self._by_class: dict[str, dict[str, list[Holding]]] = {}
+        self._turns: dict[str, int] = {}
         self._over: dict[str, dict[str, None]] = {}
         """The queues with more GPUs of a class than are their own, by class."""
         self._changed: dict[str, set[str]] = {}
@@ -328,13 +341,17 @@ class Running:
             yield claim.queue, False, is_full
         if is_full:
             return
-        owns = books.is_within_nominal(claim.queue, gpu_class)
-        room: dict[str | None, bool] = {}
+        spec, owns = books.quotas.queues.get(claim.queue), books.is_within_nominal(claim.queue, gpu_class)
+        if spec is None or (spec.quotas and not owns):  # others move for its own alone
+            return
+        room: dict[bool, bool] = {}
         for queue in self._over_guarantee(gpu_class, books):
-            cohort = books.quotas.cohort(queue, gpu_class)
-            if cohort not in room:
-                room[cohort] = _makes_room(claim, queue, gpu_class, books)
-            if room[cohort] and queue != claim.queue:
+            if queue == claim.queue:
+                continue
+            is_of_cohort = books.quotas.cohort(queue, gpu_class) == spec.cohort
+            if is_of_cohort not in room:
+                room[is_of_cohort] = _makes_room(claim, queue, gpu_class, books)
+            if room[is_of_cohort]:
                 yield queue, owns, False
 
     def _over_guarantee(self, gpu_class: str, books: Ledger) -> Iterable[str]:
@@ -355,7 +372,9 @@ class Running:
         then two jobs have been moved for one. Whoever is lost least has often just begun: what keeps one job from being
         moved again and again is its cool-down (`python -m benchmarks.policies`).
         """
-        turn = turn_to_go(victim, self.policy)
+        turn = self._turns.get(victim.key)
+        if turn is None:
+            turn = self._turns[victim.key] = turn_to_go(victim, self.policy)
         return turn, victim.queue == queue, victim.priority, victim.lost_seconds, preference, victim.uid
 
 

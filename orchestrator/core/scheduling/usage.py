@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from math import exp2, expm1, log
 
@@ -137,7 +137,8 @@ NOTHING: Share = 0.0, 0.0
 
 def dominant(share: Share, step: Share, steps: int) -> float:
     """The larger part, with so many more jobs started."""
-    return max(share[0] + steps * step[0], share[1] + steps * step[1])
+    gpus, gib = share[0] + steps * step[0], share[1] + steps * step[1]
+    return gpus if gpus >= gib else gib  # thousands are asked for in one decision
 
 
 @dataclass(slots=True, kw_only=True)
@@ -216,7 +217,11 @@ class Shares:
 
         None of a job whose status has what no status of ours has: times that cannot be reckoned with.
         """
-        attempts = (each for each in draft.status.attempts if each.stage == "train" and is_class(each.gpu_class))
+        attempts = (
+            each
+            for each in draft.status.attempts
+            if each.stage == "train" and (each.gpu_class in self.classes or is_class(each.gpu_class))
+        )
         try:
             found = [self._stint(attempt, draft, account) for attempt in attempts]
             return tuple(stint for stint in found if not self._is_counted(stint))
@@ -407,14 +412,26 @@ def _pieces(stints: Iterable[Stint], counted: datetime | None, now: datetime) ->
         start = stint.start if counted is None else max(stint.start, counted)
         end = now if stint.end is None else min(stint.end, now)
         if start < end:
-            yield replace(stint, start=start, end=end)
+            yield Stint(
+                queue=stint.queue,
+                user=stint.user,
+                gpu_class=stint.gpu_class,
+                gib=stint.gib,
+                start=start,
+                end=end,
+                counts_until=stint.counts_until,
+            )
 
 
 def by_month(start: datetime, end: datetime) -> Iterator[tuple[str, float]]:
     """The seconds of a time by months (UTC), which are named `2026-11`."""
-    start = start.astimezone(UTC)
+    start, end = start.astimezone(UTC), end.astimezone(UTC)
     while start < end:
+        month = f"{start.year:04d}-{start.month:02d}"
+        if (start.year, start.month) == (end.year, end.month):
+            yield month, (end - start).total_seconds()
+            return
         first = start.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-        next_start = min((first + timedelta(days=32)).replace(day=1), end)
-        yield f"{start:%Y-%m}", (next_start - start).total_seconds()
+        next_start = (first + timedelta(days=32)).replace(day=1)
+        yield month, (next_start - start).total_seconds()
         start = next_start
