@@ -196,11 +196,11 @@ def _evict(blocked: RankedLine, running: Running, books: Ledger, hopeless: Itera
         if claim.queue in stuck:
             continue
         kind = kind_of(claim)
-        if kind in asleep:
-            continue
-        chosen = _choose(claim, running, books, blocked, served)
+        is_asleep = kind in asleep
+        chosen = None if is_asleep else _choose(claim, running, books, blocked, served)
         if chosen is None:
-            let_sleep(kind)
+            if not is_asleep:
+                let_sleep(kind)
             if books.is_strict(claim.queue):
                 stuck.add(claim.queue)
             continue
