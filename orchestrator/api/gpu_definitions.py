@@ -56,7 +56,8 @@ def read_definitions(text: str) -> Mapping[str, GpuDefinition]:
     if not text.strip():
         return {}
     try:
-        return _BY_NAME.validate_python(json.loads(text, object_pairs_hook=_each_once))
+        read = json.loads(text, object_pairs_hook=_each_once)
+        return _BY_NAME.validate_json(json.dumps(read), strict=True)  # to which true is no number, nor is "22016"
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

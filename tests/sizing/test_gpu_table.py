@@ -88,7 +88,7 @@ def test_any_text_makes_a_table_or_is_refused_in_words(anything: str) -> None:
 REFUSED = {
     "no JSON": ("23Gi=22016", r"no JSON"),
     "nothing but brackets": ("[" * 100_000, r"at most|deeply"),
-    "a list": ("[]", r"dictionary"),
+    "a list": ("[]", r"an object, not \[\]"),
     "a name of no size": (text(large=L4S), r"large.*pattern"),
     "a name that is built in": (text(_24Gi=L4S), r"24Gi: .*built in"),
     "a name that is there twice": (f'{{"23Gi": {json.dumps(L4S)}, "23Gi": {json.dumps(L4S)}}}', r"23Gi is there twice"),
@@ -98,6 +98,8 @@ REFUSED = {
     "far too much": (l4s(usableMiB=10**9), r"23Gi\.usableMiB: .*1048576, not 1000000000"),
     "far too little": (l4s(usableMiB=1), r"23Gi\.usableMiB: .*2048, not 1"),
     "no number": (l4s(usableMiB="much"), r"23Gi\.usableMiB: .*not 'much'"),
+    "a number in quotes": (l4s(usableMiB="22016"), r"23Gi\.usableMiB: .*not '22016'"),
+    "no price": (l4s(dollarsPerHour=True), r"23Gi\.dollarsPerHour: .*not True"),
     "more than the card has": (text(_31Gi={"usableMiB": 30_000, "cards": ["NVIDIA-L4"]}), r"NVIDIA-L4 can give.*23034"),
     "no cards": (l4s(cards=[]), r"23Gi\.cards: .*1 item"),
     "a card that is no label": (l4s(cards=["NVIDIA L4"]), r"23Gi\.cards\.0: .*not 'NVIDIA L4'"),
