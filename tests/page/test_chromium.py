@@ -15,10 +15,11 @@ from orchestrator.page.app import Refused
 from orchestrator.page.figures import Figures
 from orchestrator.page.server import PasswordGate, parts
 from orchestrator.page.sight import Sight
+from orchestrator.page.token_login import Cookies
 from orchestrator.sdk.door import Door
 from tests.page.browser import served
 from tests.page.chromium import Tab, find_browser, tab
-from tests.page.gates import OpenGate
+from tests.page.gates import OneToken, OpenGate
 from tests.page.paper_world import PaperWorld
 from tests.page.test_page import HOSTILE, submitted
 
@@ -128,3 +129,24 @@ def test_filters_are_kept_in_the_address(browser: Tab, address: str) -> None:
     assert names
     assert all(name.startswith("team-b/") for name in names)
     assert browser.faults == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_visitor_of_a_cluster_logs_in_with_a_token_and_out_again(browser: Tab, world: PaperWorld, width: int) -> None:
+    browser.faults.clear()
+    made = parts(OneToken("good"), world.connection, world.settings, None)
+    with served(world, made=replace(made, cookies=Cookies(3600))) as site:
+        browser.show(f"http://127.0.0.1:{site.port}/jobs/team-a/job-0", width)
+        for token, then in (("false", "'Log in'"), ("good", "'Jobs, queues and cards'")):
+            assert browser.evaluate("document.querySelector('h1').textContent") == "Log in"
+            assert browser.evaluate(CONTRASTS) == []
+            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            browser.evaluate(f"window.before = 1, document.querySelector('input').value = '{token}'")
+            browser.evaluate("document.querySelector('main form').requestSubmit()")
+            browser.wait_for(f"!window.before && document.querySelector('h1')?.textContent === {then}")
+            browser.wait_for("document.readyState === 'complete'")
+        assert browser.evaluate("document.cookie") == "", "no script reads it"
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert [each for each in browser.faults if "401" not in each] == []
+        browser.evaluate("document.querySelector('header form').requestSubmit()")
+        browser.wait_for("document.querySelector('h1')?.textContent === 'Log in'")
