@@ -137,11 +137,41 @@ class Hopeless:
     """The kinds of claims for which nobody may make way, while the GPUs of their classes are held as they are."""
 
     kinds: set[Kind] = field(default_factory=set[Kind])
+    _changed: defaultdict[Kind, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Of kinds that were among them: of which names something has changed since."""
 
     def forget(self, names: Set[str]) -> None:
         """Something has changed about who holds what of these names is meant (`depends_on`)."""
-        if names:
-            self.kinds = {kind for kind in self.kinds if names.isdisjoint(depends_on(kind[0], kind[2], kind[3]))}
+        if not names:
+            return
+        for kind in (*self.kinds, *self._changed):
+            if not names.isdisjoint(depends_on(kind[0], kind[2], kind[3])):
+                self._changed[kind] |= names
+                self.kinds.discard(kind)
+
+    def classes_of(self, kind: Kind) -> tuple[str, ...]:
+        """Where somebody may be found by now: of a kind that nobody was found for, where something has changed."""
+        queue, _, classes, user = kind
+        changed = self._changed.get(kind)
+        if changed is None or (user and not changed.isdisjoint(depends_on(queue, (), user))):
+            return classes
+        return tuple(name for name in classes if name in changed)
+
+    def keep(self, kinds: Set[Kind]) -> None:
+        """Of others nobody is in line."""
+        self.kinds &= kinds
+        for kind in self._changed.keys() - kinds:
+            del self._changed[kind]
+
+    def add(self, kind: Kind) -> None:
+        """Nobody is found for it."""
+        self.kinds.add(kind)
+        self._changed.pop(kind, None)
+
+    def clear(self) -> None:
+        """Of nothing is anything known."""
+        self.kinds.clear()
+        self._changed.clear()
 
 
 def reserve_coming_free(blocked: RankedLine, stopping: Iterable[Held], books: Ledger) -> tuple[Preemption, ...]:
@@ -157,15 +187,17 @@ def choose_victims(blocked: RankedLine, running: Running, books: Ledger, hopeles
     What is `hopeless` by these books already is not looked at again; who is chosen changes the books, and then nothing
     is known any more.
     """
+    hopeless.keep(blocked.line.by_kind.keys())
     for kind in blocked.line.by_kind.keys() - hopeless.kinds:
-        if running.has_one_for(_first_of(kind, blocked.line.by_kind[kind], books), books):
+        claim = _first_of(kind, blocked.line.by_kind[kind], books)
+        if running.has_one_for(claim, hopeless.classes_of(kind), books):
             break
-        hopeless.kinds.add(kind)
+        hopeless.add(kind)
     else:
         return ()
     chosen = tuple(_evict(blocked, running, books, hopeless.kinds))
     if chosen:
-        hopeless.kinds.clear()
+        hopeless.clear()
     return chosen
 
 
@@ -254,14 +286,14 @@ class Running:
         self._changed: dict[str, set[str]] = {}
         """Queues that have others than when that was found, by class."""
 
-    def has_one_for(self, claim: Claim, books: Ledger) -> bool:
-        """Whether anybody does for the claim, before anyone was chosen."""
+    def has_one_for(self, claim: Claim, classes: Iterable[str], books: Ledger) -> bool:
+        """Whether anybody does for the claim, of those of some of its classes, before anyone was chosen."""
         lower = _lower(claim, books)
         if lower is None:
             return False
         return any(
             takes_any or _yields(standing, queue, claim, name, lower)
-            for name in claim.classes
+            for name in classes
             for queue, takes_any, is_full in self._queues(claim, name, books, self._movable[name])
             for standing in self._movable[name][queue]
             if not is_full or standing.user == claim.user
