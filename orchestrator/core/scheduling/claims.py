@@ -154,8 +154,9 @@ class Claims:
     def _by_revision(self, job: QLoRAJob, revision: Revision, classes: tuple[GpuClass, ...]) -> Sized:
         """The same by what is stored: worked out once for the same GPUs and margins."""
         margins = self.margins.get((revision.namespace, revision.architecture), DEFAULT)
-        known, prepared = revision.sized, job.status.prepared
+        known = revision.sized
         if known is None or (known.gpu_classes, known.margins) != (classes, margins):
+            prepared = job.status.prepared
             assert prepared is not None, "a queued job is prepared"
             found = _fitting(job, prepared, classes, margins)
             known = revision.sized = Sized(gpu_classes=classes, margins=margins, found=found, names=_names(found))

@@ -356,7 +356,7 @@ class Index:
             self.moved |= self.ledger.capacity.keys() | {
                 name for _, classes, _ in self.line.by_fare for name in classes
             }
-        return {key for key, entry in self.entries.items() if entry.job.spec.queue in others} | self.refused
+        return {key for key, entry in self.entries.items() if entry.revision.queue in others} | self.refused
 
     def _book_anew(self) -> None:
         """The same books, by other quotas."""
