@@ -93,8 +93,7 @@ def test_a_job_goes_from_apply_to_the_registry(lab: Lab, volumes: Path, undistur
     folder = volumes / "store" / status["adapterUri"].removeprefix("pvc://store/")
     assert digest(folder / WEIGHTS) == status["adapterDigest"]
     assert sha256(registered_weights(lab, "undisturbed")) == status["adapterDigest"]
-    run = mlflow_answer(lab, f"runs/get?run_id={status['mlflow']['runId']}")["run"]
-    assert run["info"]["status"] == "FINISHED"
+    wait_until_finished(lab, status["mlflow"]["runId"])
     version = mlflow_answer(lab, "model-versions/get?name=undisturbed&version=1")["model_version"]
     assert (version["run_id"], version["status"]) == (status["mlflow"]["runId"], "READY")
     # The event is sent after the status is written, and may come a moment later.
@@ -171,7 +170,7 @@ def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undistur
     assert digest(weights) == status["adapterDigest"] == undisturbed["adapterDigest"]
     assert registered_weights(lab, "disturbed") == registered_weights(lab, "undisturbed")
     (run,) = mlflow_runs(lab, "disturbed")
-    assert run["info"]["status"] == "FINISHED"
+    wait_until_finished(lab, run["info"]["run_id"])
     assert logged_steps(lab, run["info"]["run_id"], "train/loss") == list(range(1, STEPS + 1))
     restarts = [
         container["restartCount"]
@@ -202,6 +201,15 @@ def test_a_sweep_names_its_best_trial_and_gives_it_the_alias(lab: Lab, installed
         if tag["key"] == "mlflow.parentRunId"
     }
     assert parents == {status["mlflow"]["runId"]}
+
+
+def wait_until_finished(lab: Lab, run_id: str) -> None:
+    """A run gets its end after the job has its own."""
+
+    def status() -> str:
+        return mlflow_answer(lab, f"runs/get?run_id={run_id}")["run"]["info"]["status"]
+
+    wait_until("MLflow has the run's end", lambda: status() == "FINISHED", EVENT_SECONDS)
 
 
 def stages_of(status: dict[str, Any]) -> list[str]:
