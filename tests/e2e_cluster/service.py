@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import yaml
@@ -26,7 +25,6 @@ from tests.cluster.binaries import program
 from tests.deploy.tools import packaged_chart
 from tests.e2e_cluster.images import CHECKOUT
 from tests.e2e_cluster.lab import ADDRESS, S3, S3_ACCESS, S3_REGION, S3_SECRET, Lab
-from tests.trainer.tiny_model import tiny_model
 from tests.webhook_receiver import SECRET
 
 SYSTEM, TEAM, RELEASE = "qlora-system", "team-e2e", "qlora-orchestrator"
@@ -37,7 +35,7 @@ HELD_OUT_RECORDS = 8
 """How many of the example's are used: evaluating all takes as long as five steps, and a job here evaluates twice."""
 POLL_SECONDS = 1.0
 """Less than a step takes; each look starts two programs that take the trainer's processor from it."""
-MLFLOW_PORT, PAGE_PORT = 5000, 8082
+MLFLOW_PORT = 5000
 STEP_DONE = re.compile(r"\bstep (\d+) of ")
 BUCKET, S3_CREDENTIALS = "adapters", "s3-credentials"
 MLFLOW_CLASS = "mlflow"
@@ -71,7 +69,6 @@ VALUES = {
         },
     },
     "webhooks": {"allowedHosts": [ADDRESS]},
-    "page": {"enabled": True},
     "mlflow": {"storage": {"storageClassName": MLFLOW_CLASS, "size": "1Gi"}},
 }
 
@@ -87,7 +84,6 @@ def make_volumes(lab: Lab, model: Path) -> Path:
         (folder / name).chmod(0o777)
     (lab.buckets / BUCKET).mkdir()
     shutil.copytree(model, folder / "data" / "smollm2")
-    shutil.copytree(tiny_model(), folder / "data" / "tiny")
     shutil.copy(EXAMPLE / "train.jsonl", folder / "data")
     held_out = (EXAMPLE / "heldout.jsonl").read_text().splitlines(keepends=True)[:HELD_OUT_RECORDS]
     (folder / "data" / "heldout.jsonl").write_text("".join(held_out))
@@ -171,16 +167,6 @@ def job(name: str, steps: int, **spec: Any) -> dict[str, Any]:
     document["spec"]["checkpoint"] = {"everySeconds": 3600}
     document["spec"]["tracking"] = {"experiment": TEAM, "registeredModel": name}
     return {**document, "spec": {**document["spec"], **spec}}
-
-
-def sweep(name: str) -> dict[str, Any]:
-    """Two trials of two steps of a tiny model, the better of which gets an alias."""
-    spec = job(name, 2)["spec"]
-    spec["model"]["source"] = "pvc://data/tiny"
-    rates = {"field": "training.learningRate", "choice": ["1e-2", "1e-6"]}
-    metric = {"name": "eval/loss", "mode": "min"}
-    whole = {"job": spec, "trials": 2, "parallel": 2, "space": [rates], "metric": metric, "promote": "champion"}
-    return {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "metadata": {"name": name}, "spec": whole}
 
 
 def queue(name: str, *, hold: bool) -> dict[str, Any]:
@@ -295,29 +281,6 @@ def kill_controllers() -> dict[str, int]:
     for pid in (pid for pids in found.values() for pid in pids):
         os.kill(pid, signal.SIGKILL)
     return {name: len(pids) for name, pids in found.items()}
-
-
-# --- the page
-
-
-def account(lab: Lab, name: str, *, views: bool) -> str:
-    """A token of an account of the team, which may view what is there, or nothing, as docs/page.md makes one."""
-    lab.kubectl("create", "serviceaccount", name, f"--namespace={TEAM}")
-    if views:
-        role = f"--clusterrole={SYSTEM}-{RELEASE}-viewer"
-        lab.kubectl("create", "rolebinding", name, role, f"--serviceaccount={TEAM}:{name}", f"--namespace={TEAM}")
-    return lab.kubectl("create", "token", name, f"--namespace={TEAM}").strip()
-
-
-def page_answer(lab: Lab, path: str, token: str | None) -> tuple[int, str]:
-    """Status and text of one of its pages, as whoever has the token sees it."""
-    (pod,) = lab.get("pods", f"--namespace={SYSTEM}", "--selector=app.kubernetes.io/component=page")["items"]
-    headers = {"Host": f"localhost:{PAGE_PORT}"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        with urlopen(Request(f"http://{pod['status']['podIP']}:{PAGE_PORT}{path}", None, headers), timeout=60) as got:
-            return got.status, got.read().decode()
-    except HTTPError as error:
-        return error.code, error.read().decode()
 
 
 # --- MLflow

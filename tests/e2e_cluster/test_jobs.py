@@ -19,14 +19,12 @@ from tests.e2e_cluster.daemons import wait_until
 from tests.e2e_cluster.lab import Lab
 from tests.e2e_cluster.service import (
     BUCKET,
-    JOB_SECONDS,
     RECEIVER,
     RECEIVER_ADDRESS,
     SYSTEM,
     TEAM,
     WEBHOOK,
     WEIGHTS,
-    account,
     add_gpu,
     drain,
     evict,
@@ -38,14 +36,12 @@ from tests.e2e_cluster.service import (
     make_volumes,
     mlflow_answer,
     mlflow_runs,
-    page_answer,
     queue,
     reason_of,
     registered_weights,
     status_of,
     steps_done,
     succeeded,
-    sweep,
     until,
     wait_for_training,
     webhook_secret,
@@ -107,15 +103,6 @@ def test_pods_of_stages_are_restricted_and_know_no_account(lab: Lab, undisturbed
         assert pod["spec"]["automountServiceAccountToken"] is False
         mounts = [mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]]
         assert "/var/run/secrets/kubernetes.io/serviceaccount" not in mounts
-
-
-def test_the_page_shows_a_job_to_whoever_may_view_it(lab: Lab, undisturbed: dict[str, Any]) -> None:
-    viewer, nobody = account(lab, "looks-on", views=True), account(lab, "may-nothing", views=False)
-    shown = page_answer(lab, f"/jobs/{TEAM}/undisturbed", viewer)
-    assert shown[0] == 200
-    assert "Succeeded" in shown[1]
-    assert page_answer(lab, f"/jobs/{TEAM}/undisturbed", nobody)[0] == 404
-    assert page_answer(lab, "/", None)[0] == 401
 
 
 @pytest.fixture(scope="module")
@@ -180,27 +167,6 @@ def test_a_job_that_all_happens_to_ends_with_the_same_adapter(lab: Lab, undistur
     ]
     assert sum(restarts) >= sum(killed.values())
     lab.kubectl("uncordon", "node-1")
-
-
-def test_a_sweep_names_its_best_trial_and_gives_it_the_alias(lab: Lab, installed: None) -> None:
-    lab.apply(sweep("rates"), namespace=TEAM)
-    settled = ("--for=jsonpath={.status.mlflow.runStatus}=FINISHED", f"--timeout={JOB_SECONDS}s")
-    lab.kubectl("wait", "qs/rates", *settled, f"--namespace={TEAM}", seconds=JOB_SECONDS + 30)
-    status = lab.get("qs/rates", f"--namespace={TEAM}")["status"]
-    values = {trial["job"]: trial["value"] for trial in status["trials"]}
-    assert (status["succeeded"], len(values)) == (2, 2)
-    assert status["best"]["value"] == min(values.values())
-    champion = mlflow_answer(lab, "registered-models/alias?name=rates&alias=champion")["model_version"]
-    assert champion["run_id"] == status_of(lab, status["best"]["job"])["mlflow"]["runId"]
-    parents = {
-        tag["value"]
-        for trial in values
-        for tag in mlflow_answer(lab, f"runs/get?run_id={status_of(lab, trial)['mlflow']['runId']}")["run"]["data"][
-            "tags"
-        ]
-        if tag["key"] == "mlflow.parentRunId"
-    }
-    assert parents == {status["mlflow"]["runId"]}
 
 
 def wait_until_finished(lab: Lab, run_id: str) -> None:
