@@ -390,7 +390,7 @@ def test_prompts_are_asked_at_a_bounded_number_of_evaluations_and_at_the_last(st
     asked = [step for step in evaluated if is_sampled(step, steps, evaluation)]
     assert asked[0] == 0
     assert asked[-1] == steps
-    assert min(len(evaluated), MOST_EVALUATIONS // 2) <= len(asked) <= MOST_EVALUATIONS + 1
+    assert min(len(evaluated), MOST_EVALUATIONS // 2) <= len(asked) <= MOST_EVALUATIONS
 
 
 def sampling(folder: Path, **evaluation: Any) -> StageTask:

@@ -53,6 +53,7 @@ from qlora_trainer.training.stop import AgentClient, Stop, StopNow
 if TYPE_CHECKING:
     import torch
 
+    from qlora_trainer.data.micro_batch import PreparedRows
     from qlora_trainer.model.quantized_cache import ReadAhead
     from qlora_trainer.model.training_model import TrainingModel
     from qlora_trainer.storage.checkpoint import Checkpointer
@@ -125,13 +126,13 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
 
         checkpointer = _checkpointer(task, prepared, store, model)
         rows = PreparedRows(data / TRAIN_FILE)
-        generation = generation_config(model, rows, data)
+        eval_rows = PreparedRows(data / EVAL_FILE) if prepared.eval_sequences else None
         training = Loop(
             task=task,
             model=model,
             train_rows=rows,
-            eval_rows=PreparedRows(data / EVAL_FILE) if prepared.eval_sequences else None,
-            sampler=_sampler(task, plan, data, generation) if prepared.eval_sequences else None,
+            eval_rows=eval_rows,
+            sampler=_sampler(task, plan, model, data, rows, eval_rows) if eval_rows is not None else None,
             checkpointer=checkpointer,
             resumed=checkpointer.latest(),
             stop=stop,
@@ -150,6 +151,7 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         final = training.final_adapter()
         training.report("storing the adapter")
         training.save_durably()
+        generation = generation_config(model, rows, data)
 
         # 8. Answers to held-out prompts, where the job asks for them.
         answers = None
@@ -170,24 +172,23 @@ def _train(task: StageTask, stop: Stop) -> TrainResult:
         )
 
 
-def _sampler(task: StageTask, plan: MemoryPlan, data: Path, generation: dict[str, Any]) -> Sampler | None:
-    """Who asks held-out prompts at evaluations, where the job wants that and some can be asked."""
-    from qlora_trainer.data.micro_batch import PreparedRows
+def _sampler(
+    task: StageTask, plan: MemoryPlan, model: TrainingModel, data: Path, rows: PreparedRows, eval_rows: PreparedRows
+) -> Sampler | None:
+    """Who asks held-out prompts at evaluations, where the job wants that."""
     from qlora_trainer.data.prompts import chosen_prompts
+    from qlora_trainer.training.generation import generation_config
     from qlora_trainer.training.samples import Sampler
 
     spec, training = task.spec.evaluation.samples, task.spec.training
     if spec is None:
         return None
     length = training.sequence_length
-    prompts = chosen_prompts(
-        PreparedRows(data / EVAL_FILE), count=spec.prompts, sequence_length=length, seed=training.seed
-    )
     return Sampler(
         spec,
-        prompts,
+        chosen_prompts(eval_rows, count=spec.prompts, sequence_length=length, seed=training.seed),
         tokenizer=_tokenizer(data),
-        ends=generation["eos_token_id"],
+        ends=generation_config(model, rows, data)["eos_token_id"],
         sequence_length=length,
         row_tokens=plan.micro_batch_size * length,
     )

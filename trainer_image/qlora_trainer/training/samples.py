@@ -35,7 +35,7 @@ FILLER = 0
 def is_sampled(step: int, steps: int, evaluation: EvaluationSpec) -> bool:
     """Whether prompts are asked at the evaluation after a step."""
     evaluations = steps // evaluation.every_steps + 1
-    apart = -(-evaluations // MOST_EVALUATIONS)
+    apart = -(-evaluations // (MOST_EVALUATIONS - 1))  # the last one may be beside these
     return step == steps or (step // evaluation.every_steps) % apart == 0
 
 
