@@ -311,5 +311,5 @@ def test_preferences_are_not_held_against_one_answer() -> None:
         "training": DPO,
         "evaluation": {"generation": {}},
     }
-    with pytest.raises(ValidationError, match="leave it out for preferences"):
+    with pytest.raises(ValidationError, match="leave them out for preferences"):
         QLoRAJobSpec.model_validate(spec)
