@@ -2,9 +2,9 @@
 
 A case is SEQUENCExMICROBATCH, then `/LAYERS` that recompute (none unless given, `/all` for all), and of these words,
 each behind a `+`: `activations` and `embeddings` for what is offloaded, `kept` where layers that recompute keep what
-attention gave, `flash` for flash-attn-4. It runs for so many repetitions of so many steps after a warm-up; a
-repetition's figure is the median of its steps. Rows are random token ids, the same ones in the same order for
-everybody.
+attention gave, `flash` for flash-attn-4, `remembered` for preferences whose reference was asked before. It runs for so
+many repetitions of so many steps after a warm-up; a repetition's figure is the median of its steps. Rows are random
+token ids, the same ones in the same order for everybody.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class Case:
     offload: tuple[OffloadTarget, ...] = ()
     kept: bool = False
     flash: bool = False
+    remembered: bool = False
+    """Of preferences: what the reference says is known before the first step."""
+    own_plan: MemoryPlan | None = None
+    """Instead of what the case's words say."""
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -52,6 +56,7 @@ class Case:
             offload=tuple(known),
             kept="kept" in words,
             flash="flash" in words,
+            remembered="remembered" in words,
         )
 
     @property
@@ -60,7 +65,9 @@ class Case:
         return self.sequence * self.micro_batch
 
     def plan(self) -> MemoryPlan:
-        """The memory plan of one micro-batch a step."""
+        """The memory plan, of one micro-batch a step unless it is the case's own."""
+        if self.own_plan is not None:
+            return self.own_plan
         return MemoryPlan(
             micro_batch_size=self.micro_batch,
             accumulation_steps=1,

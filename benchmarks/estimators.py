@@ -71,15 +71,19 @@ class Row:
         """A line of the file; None where the job did not run to its end, or was no QLoRA job of ours."""
         if raw["part"] not in QLORA_PARTS or "step_seconds" not in raw or not raw.get("peak_allocated_bytes"):
             return None
+        training = TrainingSpec.model_validate(raw["training"])
         return cls(
             model=raw["model"],
             part=raw["part"],
             facts=ModelFacts.from_config(raw["config"], "main").model_copy(update={"trace": _trace(raw)}),
             spec=QLoRAJobSpec(
                 model=ModelSource(source="file:///model"),
-                dataset=DatasetSource(source="file:///data.jsonl"),
+                dataset=DatasetSource(
+                    source="file:///data.jsonl",
+                    format="messages" if training.objective.type == "sft" else "preference",
+                ),
                 adapter=AdapterSpec.model_validate(raw["adapter"]),
-                training=TrainingSpec.model_validate(raw["training"]),
+                training=training,
             ),
             plan=MemoryPlan.model_validate(raw["plan"]),
             records=raw["records"],

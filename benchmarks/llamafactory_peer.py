@@ -8,7 +8,6 @@ to 0.20.
 from __future__ import annotations
 
 import os
-import time
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from llamafactory.train.tuner import run_exp  # pyright: ignore[reportMissingImports] - measured where it is installed
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig
 
 from benchmarks.cases import GIB, Case, cap_memory, measured, peaks, start_afresh
-from benchmarks.recipe import MAX_GRAD_NORM
+from benchmarks.recipe import MAX_GRAD_NORM, Clock
 
 
 class LlamaFactory:
@@ -45,7 +44,7 @@ class LlamaFactory:
         steps = settings.warm_up + settings.steps * settings.repetitions
         run_exp({**self._arguments(case, steps), "disable_gradient_checkpointing": text.endswith("/0")}, [clock])
         figures = measured(case, iter(clock.seconds).__next__, settings)
-        return {**figures, "loss": round(clock.loss, 4), "left_by_case_before_gib": before_gib, **peaks()}
+        return {**figures, "loss": round(clock.logs[-1]["loss"], 4), "left_by_case_before_gib": before_gib, **peaks()}
 
     def _arguments(self, case: Case, steps: int) -> dict[str, Any]:
         on_card = torch.cuda.is_available()
@@ -91,28 +90,3 @@ class LlamaFactory:
             ids = np.concatenate(list(islice(case.rows(vocabulary), steps)))
             Dataset.from_dict({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}).save_to_disk(path)
         return path
-
-
-class Clock(TrainerCallback):
-    """Seconds from the end of one step to the end of the next, and the last loss."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.loss = 0.0
-        self._began = 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The first step begins."""
-        self._began = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """A step has ended when the card has done its work."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds.append(now - self._began)
-        self._began = now
-
-    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
-        """The loss of the step before."""
-        self.loss = (logs or {}).get("loss", self.loss)

@@ -3,6 +3,8 @@
     python -m benchmarks.peers --shape 8b --cases 2048x4 512x1 [--recipe-cases 2048x4 512x1]
         [--unsloth-cases 2048x4 2048x8 2048x4/0] [--unsloth-path FOLDER] [--llamafactory-cases 2048x4]
         [--llamafactory-path FOLDER] [--cap-gib 21.5] [--save peers_8b]
+    python -m benchmarks.peers --objective dpo --shape 8b --cap-gib 21.5 --cases 4096x2+chosen 4096x2+chosen+remembered
+        --trl-cases 4096x2 4096x2+remembered [--trl-path FOLDER] --unsloth-cases 4096x2 [--unsloth-path FOLDER]
 
 Each has cases of its own (`benchmarks.cases`), since each may have another best plan: the trainer says in a case what
 recomputes and what is offloaded; of the others all layers recompute, as their documentation has it, unless a case ends
@@ -15,11 +17,16 @@ A case that fails is told and the others go on; so do the other processes where 
 have `unsloth==2026.10.9`, `unsloth_zoo==2026.10.9` and what they need, or `llamafactory==0.9.5`, `trl==0.24.0` and what
 they need, on PYTHONPATH or in folders of their own that the options name. `--unsloth-layers N` writes N layers of the
 checkpoint, copied on the card until there are as many as the shape has.
+
+With `--objective dpo` steps are of preferences (`benchmarks.pairs`), by the trainer, by TRL with PEFT, and by TRL with
+unsloth, all of whom begin with one adapter: losses and margins of the first steps are told, and how far they agree.
+A step asks the reference, unless its case says `remembered`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,13 +37,17 @@ from argparse import Namespace
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import argument_parser, emit, installed
 from benchmarks.shapes import layers_of
 
+if TYPE_CHECKING:
+    from benchmarks.speed import Bench
+
 CHECKPOINT = "checkpoint"
 PACKAGES = {
+    "trl": ("trl", "peft", "datasets", "triton"),
     "unsloth": ("unsloth", "unsloth_zoo", "trl", "triton"),
     "llamafactory": ("llamafactory", "trl", "liger-kernel", "datasets"),
 }
@@ -46,9 +57,12 @@ LAST_LINES = 12
 def main() -> None:
     """Measure, or be one of the measured processes."""
     parser = argument_parser(__doc__)
+    parser.add_argument("--objective", choices=("sft", "dpo"), default="sft")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--cases", nargs="*", default=["2048x4"], help="the trainer's")
     parser.add_argument("--recipe-cases", nargs="*", help="default: the trainer's, without its plans")
+    parser.add_argument("--trl-cases", nargs="*", default=[], help="of preferences")
+    parser.add_argument("--trl-path", metavar="FOLDER", help="of packages for TRL's process alone")
     parser.add_argument("--unsloth-cases", nargs="*", default=[])
     parser.add_argument("--unsloth-path", metavar="FOLDER", help="of packages for unsloth's process alone")
     parser.add_argument("--unsloth-layers", type=int, metavar="N", help="written and loaded; default: all")
@@ -64,7 +78,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.unsloth_layers and arguments.llamafactory_cases:
         parser.error("LLaMA-Factory loads whole checkpoints: leave --unsloth-layers out")
-    if arguments.recipe_cases is None:
+    preferences = arguments.objective == "dpo"
+    if preferences and (arguments.recipe_cases or arguments.llamafactory_cases):
+        parser.error("preferences are measured of the trainer, TRL and unsloth: leave out the others' cases")
+    if not preferences and arguments.trl_cases:
+        parser.error("TRL is measured on preferences: add --objective dpo")
+    if preferences:
+        arguments.recipe_cases = []
+    elif arguments.recipe_cases is None:
         arguments.recipe_cases = list(dict.fromkeys(size_of(text) for text in arguments.cases))
     if arguments.part:
         take_part(arguments)
@@ -81,6 +102,7 @@ def measure(arguments: Namespace) -> dict[str, object]:
                 found |= run(part, Path(name), arguments)
     add_mfu(found, found.pop("operations", {}))
     return {
+        "objective": arguments.objective,
         "shape": arguments.shape,
         "rank": 16,
         "cap_gib": arguments.cap_gib,
@@ -88,7 +110,8 @@ def measure(arguments: Namespace) -> dict[str, object]:
         "repetitions": arguments.repetitions,
         "checkpoint": found.pop("checkpoint", None),
         "stacks": found,
-        "by_tokens": {str(tokens): best for tokens, best in sorted(best_by_length(found).items())},
+        "by_tokens": best_by_length(found),
+        **({"agreement": agreement(found)} if arguments.objective == "dpo" else {}),
     }
 
 
@@ -168,16 +191,14 @@ def measure_trainer_and_recipe(arguments: Namespace, findings: Findings) -> None
     """Both on the same base; between them it is written for others, because the recipe changes what is in 16 bits."""
     from benchmarks.speed import Bench  # isort: skip - sets torch up, before anything else loads it
     from benchmarks import nf4_checkpoint
-    from benchmarks.cases import Case, attempt
+    from benchmarks.cases import attempt
     from benchmarks.recipe import Recipe
 
     settings = Namespace(**vars(arguments), nondeterministic=False, rank=16, dropout="0", profile=False)
     bench = Bench(settings)
     others = [text for part in PACKAGES for text in cases_of(part, arguments)]
-    everybody = {size_of(text) for text in [*arguments.cases, *arguments.recipe_cases, *others]}
-    findings.note("operations", **{text: bench.operations(Case.parse(text)) for text in sorted(everybody)})
-    for text in arguments.cases:
-        findings.note_case("trainer", text, attempt(lambda text=text: bench.measure(Case.parse(text), settings)))
+    measure = measure_preferences if arguments.objective == "dpo" else measure_trainer
+    measure(bench, settings, findings, {size_of(text) for text in [*arguments.cases, *arguments.recipe_cases, *others]})
     base = bench.leave()
     if others:
         began = time.perf_counter()
@@ -189,20 +210,58 @@ def measure_trainer_and_recipe(arguments: Namespace, findings: Findings) -> None
         findings.note_case("recipe", text, attempt(lambda text=text: recipe().measure(text, arguments)))
 
 
+def measure_trainer(bench: Bench, settings: Namespace, findings: Findings, everybody: set[str]) -> None:
+    """The trainer's cases, and how much there is to compute in everybody's."""
+    from benchmarks.cases import Case, attempt
+
+    findings.note("operations", **{text: bench.operations(Case.parse(text)) for text in sorted(everybody)})
+    for text in settings.cases:
+        findings.note_case("trainer", text, attempt(lambda text=text: bench.measure(Case.parse(text), settings)))
+
+
+def measure_preferences(bench: Bench, settings: Namespace, findings: Findings, _everybody: set[str]) -> None:
+    """The trainer's cases on preferences; its adapter as it is at first is left for the others."""
+    from safetensors.torch import save_file
+
+    from benchmarks import preferences
+    from benchmarks.cases import attempt
+    from benchmarks.pairs import ADAPTER_FILE
+
+    save_file(bench.first_adapter, settings.folder / ADAPTER_FILE)
+    for text in settings.cases:
+        findings.note_case("trainer", text, attempt(lambda text=text: preferences.measure(bench, text, settings)))
+
+
+def measure_trl(arguments: Namespace, findings: Findings) -> None:
+    """Measure TRL with PEFT on the checkpoint that the first process has left."""
+    from benchmarks.trl_peer import Preferences, load_nf4  # isort: skip - sets torch up, as for the trainer
+    from benchmarks.cases import attempt, cap_memory
+
+    cap_memory(arguments.cap_gib)
+    peer = Preferences(arguments.folder / CHECKPOINT, arguments.folder, load_nf4)
+    findings.note("trl", **start_of("trl"))
+    for text in arguments.trl_cases:
+        findings.note_case("trl", text, attempt(lambda text=text: peer.measure(text, arguments)))
+
+
 def measure_unsloth(arguments: Namespace, findings: Findings) -> None:
     """Measure unsloth on the checkpoint that the first process has left."""
-    from benchmarks.unsloth_peer import Unsloth  # isort: skip - before anything else that knows torch
-    from benchmarks.cases import attempt
+    from benchmarks import unsloth_peer  # isort: skip - before anything else that knows torch
+    from benchmarks.cases import attempt, cap_memory
 
-    peer = Unsloth(
-        arguments.folder / CHECKPOINT,
-        layers=layers_of(arguments.shape),
-        longest=max(sequence_of(text) for text in arguments.unsloth_cases),
-        cap_gib=arguments.cap_gib,
-    )
-    findings.note(
-        "unsloth", **start_of("unsloth"), layers_loaded=arguments.unsloth_layers or layers_of(arguments.shape)
-    )
+    cap_memory(arguments.cap_gib)
+    layers = layers_of(arguments.shape)
+    longest = max(sequence_of(text) for text in arguments.unsloth_cases)
+    if arguments.objective == "dpo":
+        from benchmarks.trl_peer import Preferences
+
+        def load(folder: Path) -> tuple[Any, None]:
+            return unsloth_peer.load(folder, layers=layers, longest=longest // 2), None
+
+        peer = Preferences(arguments.folder / CHECKPOINT, arguments.folder, load)
+    else:
+        peer = unsloth_peer.Unsloth(arguments.folder / CHECKPOINT, layers=layers, longest=longest)
+    findings.note("unsloth", **start_of("unsloth"), layers_loaded=arguments.unsloth_layers or layers)
     for text in arguments.unsloth_cases:
         findings.note_case("unsloth", text, attempt(lambda text=text: peer.measure(text, arguments)))
 
@@ -220,6 +279,7 @@ def measure_llamafactory(arguments: Namespace, findings: Findings) -> None:
 
 PARTS = {
     "trainer": measure_trainer_and_recipe,
+    "trl": measure_trl,
     "unsloth": measure_unsloth,
     "llamafactory": measure_llamafactory,
 }
@@ -258,13 +318,16 @@ def add_mfu(stacks: dict[str, Any], operations: dict[str, float]) -> None:
         figures.update(utilization.rounded() if utilization is not None else {})
 
 
-def best_by_length(stacks: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Everybody's fastest case by a sequence's tokens, and how many times as fast the trainer is."""
-    lengths: dict[int, dict[str, Any]] = defaultdict(dict)
+def best_by_length(stacks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Everybody's fastest case by a sequence's tokens, and how many times as fast the trainer is.
+
+    Where the reference's answers are remembered, a step does less: those cases are apart.
+    """
+    lengths: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, stack in stacks.items():
         for text, figures in stack.get("cases", {}).items():
             speed = figures.get("tokens_per_second", 0.0)
-            best = lengths[sequence_of(text)]
+            best = lengths[length_of(text)]
             if speed > best.get(name, {"tokens_per_second": 0.0})["tokens_per_second"]:
                 best[name] = {"case": text, "tokens_per_second": speed}
     for best in lengths.values():
@@ -272,7 +335,34 @@ def best_by_length(stacks: dict[str, Any]) -> dict[int, dict[str, Any]]:
         others = {name: found["tokens_per_second"] for name, found in best.items() if name != "trainer"}
         if ours:
             best["times_as_fast_as"] = {name: round(ours / theirs, 3) for name, theirs in others.items()}
-    return lengths
+    return {name: lengths[name] for name in sorted(lengths, key=lambda name: (sequence_of(name), name))}
+
+
+def agreement(stacks: dict[str, Any]) -> dict[str, Any]:
+    """By size of micro-batch and who: the first loss less log 2, and by how much losses and margins of the first steps
+    differ from the trainer's at most, beside its last margin."""
+    found: dict[str, Any] = defaultdict(dict)
+    cases = [(name, text, each) for name, stack in stacks.items() for text, each in stack.get("cases", {}).items()]
+    first = {size_of(text): each for name, text, each in reversed(cases) if name == "trainer" and "losses" in each}
+    for name, text, figures in cases:
+        ours = first.get(size_of(text))
+        if ours is None or "losses" not in figures:
+            continue
+        differences = {
+            f"{what}_differ_by": round(max(abs(a - b) for a, b in zip(figures[what], ours[what], strict=False)), 5)
+            for what in ("losses", "margins")
+        }
+        found[size_of(text)][f"{name} {text}"] = {
+            "first_loss_less_log_2": round(figures["losses"][0] - math.log(2), 6),
+            **differences,
+            "last_margin": round(figures["margins"][-1], 5),
+        }
+    return found
+
+
+def length_of(text: str) -> str:
+    """Tokens of one sequence of a case, and whether the reference's answers are remembered in it."""
+    return f"{sequence_of(text)}{'+remembered' if 'remembered' in text.split('+') else ''}"
 
 
 def size_of(text: str) -> str:
@@ -282,7 +372,7 @@ def size_of(text: str) -> str:
 
 def sequence_of(text: str) -> int:
     """Tokens of one sequence of a case."""
-    return int(text.partition("x")[0])
+    return int(text.partition("x")[0].partition("+")[0])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from benchmarks.cases import Case, measured, peaks, start_afresh
 
@@ -83,3 +83,30 @@ class Recipe(Peer):
         prepared = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=CHECKPOINTING)
         settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=16, target_modules="all-linear")
         super().__init__(get_peft_model(prepared, settings), rate=rate)
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of one step of a trainer of transformers' to the end of the next, and what it logs."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.logs: list[dict[str, float]] = []
+        """Of each step, the loss and whatever else."""
+        self._began = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The first step begins."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """A step has ended when the card has done its work."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._began)
+        self._began = now
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        """Keep what is told of a step."""
+        if logs and "loss" in logs:
+            self.logs.append({**logs})

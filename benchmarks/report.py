@@ -22,6 +22,7 @@ PACKAGES = (
     "mlflow",
     "ray",
     "liger-kernel",
+    "trl",
     "unsloth",
     "llamafactory",
 )

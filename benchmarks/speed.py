@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 from peft import PeftModel
 from qlora_trainer.data.micro_batch import MicroBatch, collate
 from qlora_trainer.kernels.packed_attention import PackedAttention
-from qlora_trainer.model.adapter import add_adapter
+from qlora_trainer.model.adapter import add_adapter, saved_parameters
 from qlora_trainer.model.arithmetic import arithmetic
 from qlora_trainer.model.loading import load_base
 from qlora_trainer.model.training_model import TrainingModel
@@ -108,12 +109,14 @@ class Bench:
         self._vocabulary = base.config.vocab_size
         adapter = AdapterSpec(rank=arguments.rank, alpha=16, dropout=arguments.dropout)
         self._peft_model = add_adapter(base, adapter, seed=0)
+        self.first_adapter = self.adapter()
 
-    def measure(self, case: Case, arguments: Namespace) -> dict[str, object]:
-        """The figures of one case; where it runs out of memory, how much was in use."""
+    def measure(self, case: Case, arguments: Namespace, kind: type[Steps] | None = None) -> dict[str, object]:
+        """The figures of one case; where it runs out of memory, how much was in use. Another `kind` of steps is of
+        another objective."""
         self._start_afresh()
         try:
-            steps = Steps(self._peft_model, self._attention, case, self._vocabulary)
+            steps = (kind or Steps)(self._peft_model, self._attention, case, self._vocabulary)
             figures = measured(case, steps.timed, arguments)
             most = peaks()
             profile = {"profile": steps.profile()} if arguments.profile else {}
@@ -125,6 +128,7 @@ class Bench:
             **figures,
             **(utilization.rounded() if utilization is not None else {}),
             "loss": round(steps.loss, 4),
+            **steps.told(),
             "plan": case.plan().to_wire(),
             "flash_attention": self._attention.flash is not None,
             **most,
@@ -135,6 +139,15 @@ class Bench:
         """Floating-point operations of one step of a case, which is not taken."""
         model = TrainingModel(self._peft_model, case.plan(), self._attention, 0.0)
         return arithmetic(model).operations([batch_of(next(case.rows(self._vocabulary)))])
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """A copy of the adapter as it is, by the names that it is saved by."""
+        return {name: each.detach().cpu().clone() for name, each in saved_parameters(self._peft_model).items()}
+
+    def begin_anew(self) -> None:
+        """The adapter is what it was before the first case."""
+        for name, parameter in saved_parameters(self._peft_model).items():
+            parameter.data.copy_(self.first_adapter[name])
 
     def leave(self) -> PreTrainedModel:
         """The base without its adapter, for somebody else."""
@@ -167,10 +180,10 @@ class Steps:
 
     def timed(self) -> float:
         """Take a step; its seconds."""
-        batch = batch_of(next(self._rows))
+        batches = self.batches()
         began = time.perf_counter()
         torch.manual_seed(self._number)
-        loss = self._model.accumulate(batch, divisor=float(self._case.tokens - self._case.micro_batch))
+        loss = self.accumulate(batches)
         norm = gradient_norm(self._parameters)
         self.loss = loss.item()  # the loop refuses to diverge, so it reads both
         clip(self._parameters, norm.item(), 0.3)
@@ -180,9 +193,22 @@ class Steps:
         self._number += 1
         return time.perf_counter() - began
 
+    def batches(self) -> Sequence[MicroBatch]:
+        """Those of the next step."""
+        return [batch_of(next(self._rows))]
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """The loss, a mean over what carries it; gradients are added."""
+        (batch,) = batches
+        return self._model.accumulate(batch, divisor=float(self._case.tokens - self._case.micro_batch))
+
+    def told(self) -> dict[str, object]:
+        """What else there is to tell of the steps."""
+        return {}
+
     def operations(self) -> float:
         """Floating-point operations of a step."""
-        return arithmetic(self._model).operations([batch_of(next(self._rows))])
+        return arithmetic(self._model).operations(self.batches())
 
     def profile(self) -> dict[str, object]:
         """Milliseconds on the card in one step, by kernel; and of the step."""

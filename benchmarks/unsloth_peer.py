@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
 os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
@@ -17,7 +18,6 @@ import unsloth  # isort: skip  # pyright: ignore[reportMissingImports] - measure
 
 import torch
 
-from benchmarks.cases import cap_memory
 from benchmarks.nf4_checkpoint import graft
 from benchmarks.recipe import Peer
 
@@ -29,24 +29,9 @@ CHECKPOINTING = "unsloth"
 class Unsloth(Peer):
     """A checkpoint as unsloth loads and prepares it."""
 
-    def __init__(self, folder: Path, *, layers: int, longest: int, cap_gib: float, rank: int = 16) -> None:
+    def __init__(self, folder: Path, *, layers: int, longest: int, rank: int = 16) -> None:
         """`layers` are grown from what is loaded; `longest` is the longest sequence that will come."""
-        cap_memory(cap_gib)
-        model, _ = unsloth.FastLanguageModel.from_pretrained(
-            str(folder), max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
-        )
-        graft(model, layers)
-        adapted = unsloth.FastLanguageModel.get_peft_model(
-            model,
-            r=rank,
-            lora_alpha=16,
-            lora_dropout=0,
-            bias="none",
-            target_modules=MODULES,
-            use_gradient_checkpointing=CHECKPOINTING,
-            random_state=0,
-        )
-        super().__init__(adapted)
+        super().__init__(load(folder, layers=layers, longest=longest, rank=rank))
         self._recomputes = True
 
     def set_recompute(self, wanted: bool) -> None:
@@ -54,3 +39,21 @@ class Unsloth(Peer):
         if wanted != self._recomputes:
             self.model.for_training(use_gradient_checkpointing=CHECKPOINTING if wanted else False)
             self._recomputes = wanted
+
+
+def load(folder: Path, *, layers: int, longest: int, rank: int = 16) -> Any:
+    """A checkpoint with its adapter, grown to so many layers."""
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    graft(model, layers)
+    return unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=rank,
+        lora_alpha=16,
+        lora_dropout=0,
+        bias="none",
+        target_modules=MODULES,
+        use_gradient_checkpointing=CHECKPOINTING,
+        random_state=0,
+    )

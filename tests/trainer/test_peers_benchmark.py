@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from qlora_trainer.model.source import RANDOM_WEIGHTS_VARIABLE
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import nf4_checkpoint
-from benchmarks.peers import best_by_length
+from benchmarks.peers import agreement, best_by_length
 from benchmarks.shapes import layers_of, write_model
 
 SHAPE = "tiny"
@@ -66,10 +67,48 @@ def test_the_fastest_case_of_each_length_is_compared():
         "unsloth": {"error": ["ModuleNotFoundError: No module named 'unsloth'"]},
     }
     assert best_by_length(stacks) == {
-        2048: {
+        "2048": {
             "trainer": {"case": "2048x4", "tokens_per_second": 300.0},
             "recipe": {"case": "2048x8", "tokens_per_second": 120.0},
             "times_as_fast_as": {"recipe": 2.5},
         },
-        512: {"trainer": {"case": "512x1", "tokens_per_second": 90.0}, "times_as_fast_as": {}},
+        "512": {"trainer": {"case": "512x1", "tokens_per_second": 90.0}, "times_as_fast_as": {}},
     }
+
+
+def test_where_the_reference_is_remembered_is_compared_apart():
+    found = {"64x1": {"tokens_per_second": 3.0}, "64x1+remembered": {"tokens_per_second": 4.0}}
+    theirs = {"64x2": {"tokens_per_second": 2.0}, "64x2+remembered": {"tokens_per_second": 1.0}}
+    best = best_by_length({"trainer": {"cases": found}, "trl": {"cases": theirs}})
+    assert [each["times_as_fast_as"] for each in best.values()] == [{"trl": 1.5}, {"trl": 4.0}]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_preferences_are_the_same_to_the_trainer_and_to_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    for name in (RANDOM_WEIGHTS_VARIABLE, "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    from safetensors.torch import save_file
+
+    from benchmarks import preferences
+    from benchmarks.pairs import ADAPTER_FILE
+    from benchmarks.speed import Bench
+    from benchmarks.trl_peer import Preferences, load_nf4
+
+    settings = Namespace(
+        shape=SHAPE, cap_gib=0.0, rank=16, dropout="0", nondeterministic=False, profile=False,
+        warm_up=4, steps=2, repetitions=1,
+    )  # fmt: skip
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    bench = Bench(settings)
+    save_file(bench.first_adapter, tmp_path / ADAPTER_FILE)
+    ours = {text: preferences.measure(bench, text, settings) for text in ("64x2", "64x2+chosen+remembered")}
+    nf4_checkpoint.write(bench.leave(), tmp_path / "base", layers=layers_of(SHAPE))
+    theirs = Preferences(tmp_path / "base", tmp_path, load_nf4).measure("64x2+remembered", settings)
+    stacks = {"trainer": {"cases": ours}, "trl": {"cases": {"64x2+remembered": theirs}}}
+    found = agreement(stacks)["64x2"]
+    assert len(found) == 3
+    for each in found.values():
+        assert abs(each["first_loss_less_log_2"]) < 1e-6
+        assert each["last_margin"] > 0.003, "what came again was learned"
+        assert each["margins_differ_by"] < 0.003
