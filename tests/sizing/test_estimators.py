@@ -54,6 +54,16 @@ def test_ours_is_what_the_controller_sizes_with(rows: Path) -> None:
     assert ours(found, margin=False) < expected
 
 
+def test_a_job_on_preferences_is_a_row_like_others(tmp_path: Path) -> None:
+    training = {"objective": {"type": "dpo"}, "sequenceLength": 2048, "globalBatchSize": 4}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (row(), row(training=training))))
+    answers, preferences = read_rows(path)
+    assert (answers.spec.dataset.format, preferences.spec.dataset.format) == ("messages", "preference")
+    assert preferences.spec.training.objective.type == "dpo"
+    assert ours(preferences, margin=True) > 0
+
+
 def test_the_published_table_is_read_between_its_lines_and_for_whole_models_alone(rows: Path) -> None:
     whole, cut = read_rows(rows)
     assert unsloth_table(whole) == pytest.approx(6.015e9, rel=0.01)  # 8.03 billion parameters
