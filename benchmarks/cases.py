@@ -1,10 +1,11 @@
 """What one measurement of training steps is of, and how it is taken: for this trainer and for others alike.
 
-A case is SEQUENCExMICROBATCH, then `/LAYERS` that recompute (none unless given, `/all` for all), and of these words,
-each behind a `+`: `activations` and `embeddings` for what is offloaded, `kept` where layers that recompute keep what
-attention gave, `flash` for flash-attn-4, `remembered` for preferences whose reference was asked before. It runs for so
-many repetitions of so many steps after a warm-up; a repetition's figure is the median of its steps. Rows are random
-token ids, the same ones in the same order for everybody.
+A case is SEQUENCExMICROBATCH, then `/LAYERS` that recompute (none unless given, `/all` for all), then `/LAYERS` that
+have what they keep in host memory, and of these words, each behind a `+`: `activations` and `embeddings` for what is
+offloaded, `kept` where layers that recompute keep what attention gave, `flash` for flash-attn-4, `remembered` for
+preferences whose reference was asked before. It runs for so many repetitions of so many steps after a warm-up; a
+repetition's figure is the median of its steps. Rows are random token ids, the same ones in the same order for
+everybody.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Case:
     sequence: int
     micro_batch: int
     recompute_layers: int = 0
+    offloaded_layers: int = 0
     offload: tuple[OffloadTarget, ...] = ()
     kept: bool = False
     flash: bool = False
@@ -44,15 +46,17 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read `SEQUENCExMICROBATCH[/LAYERS][+word]...`."""
+        """Read `SEQUENCExMICROBATCH[/LAYERS[/LAYERS]][+word]...`."""
         plan, *words = text.split("+")
-        size, _, layers = plan.partition("/")
+        size, _, ways = plan.partition("/")
+        layers, _, offloaded = ways.partition("/")
         sequence, _, micro_batch = size.partition("x")
         known = [name for name in get_args(OffloadTarget) if name in words]
         return cls(
             sequence=int(sequence),
             micro_batch=int(micro_batch),
             recompute_layers=ALL_LAYERS if layers == "all" else int(layers or 0),
+            offloaded_layers=int(offloaded or 0),
             offload=tuple(known),
             kept="kept" in words,
             flash="flash" in words,
@@ -75,6 +79,7 @@ class Case:
             keep_attention=self.kept,
             attention="flash-attn-4" if self.flash else "own",
             offload=self.offload,
+            offloaded_layers=self.offloaded_layers,
         )
 
     def rows(self, vocabulary: int) -> Iterator[np.ndarray]:

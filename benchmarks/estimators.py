@@ -42,7 +42,7 @@ from orchestrator.sizing.footprint import Footprint, adapter_parameters
 from orchestrator.sizing.memory.linear_layers import linears
 
 ROWS = RESULTS / "sizing_rows.jsonl"
-QLORA_PARTS = ("cut", "whole", "untabled", "long", "streamed")
+QLORA_PARTS = ("cut", "whole", "untabled", "long", "streamed", "offloaded")
 MIB, GIB = 1 << 20, 1 << 30
 GB = 10**9
 UNSLOTH_LEAST_GB = {3: 3.5, 7: 5, 8: 6, 9: 6.5, 11: 7.5, 14: 8.5, 27: 22, 32: 26, 40: 30, 70: 41, 81: 48, 90: 53}

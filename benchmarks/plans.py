@@ -3,12 +3,12 @@
     python -m benchmarks.plans [--seconds 540] [--questions 3] [--save plans [--go-on]]
 
 A question is a model with all its layers and random weights, a sequence length, a global batch and a GPU class, whose
-bytes the allocator is capped to. Rivals are the next plans in the order of `sizing/plan_search`, which has the
-best one of every micro-batch and way to spend memory; the best that compute attention otherwise, or keep what it gave
-where the chosen one does not; the chosen plan with fewer recomputed layers, which by the estimate does not fit; and
-with all of them recomputed. A rival that runs out of memory is out. Times are of whole optimizer steps, the first of
-which does not count. Where the machine has several GPUs, each is asked questions of its own. What was saved can be
-gone on with: questions that it answers are not asked again.
+bytes the allocator is capped to. Rivals are the next plans in the order of `sizing/plan_search`, which has the best one
+of every micro-batch and way to spend memory; the best that compute attention otherwise, or keep what it gave where the
+chosen one does not; the best that has no layers' activations on the host; the chosen plan with fewer recomputed layers,
+which by the estimate does not fit; and with all of them recomputed. A rival that runs out of memory is out. Times are
+of whole optimizer steps, the first of which does not count. Where the machine has several GPUs, each is asked questions
+of its own. What was saved can be gone on with: questions that it answers are not asked again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.architectures import CONFIGS, config
-from benchmarks.report import RESULTS, argument_parser, card, circumstances, emit
+from benchmarks.report import RESULTS, argument_parser, circumstances, class_here, emit
 
 from benchmarks.sizing import GIB, Bench, Case, Group  # isort: skip - sets torch's allocator up before it is loaded
 import torch
@@ -37,7 +37,6 @@ from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJ
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import plan_search
-from orchestrator.sizing.hardware import gpu_class
 
 IN_ORDER = 4
 """Plans that are taken from the order, the chosen one first."""
@@ -66,8 +65,7 @@ class Question:
 
     def group(self) -> Group:
         """The chosen plan first, then its rivals."""
-        # The class's bytes, at the speed of the card that this runs on.
-        on = gpu_class(self.class_name, capacity=1, products=[card()])
+        on = class_here(self.class_name)
         spec = QLoRAJobSpec(
             model=ModelSource(source="file:///model"),
             dataset=DatasetSource(source="file:///data.jsonl"),
@@ -78,7 +76,9 @@ class Question:
         facts = facts.model_copy(update={"flash_attention": has_kernels_for(facts.head_dim)})
         in_order = list(islice(plan_search.plans(spec, facts, on), LOOKED_AT))
         assert in_order, f"{self.name} does not fit"
+        without = next((plan for plan in in_order if not plan.offloaded_layers), None)
         rivals = [*_other_attention(in_order), *_other_recompute(in_order[0], facts.num_layers)]
+        rivals += [] if without is None else [without]
         cases = tuple(
             Case(adapter=spec.adapter, training=spec.training, plan=plan, cap_gib=on.usable_bytes / GIB)
             for plan in dict.fromkeys([*in_order[:IN_ORDER], *rivals])

@@ -28,12 +28,11 @@ from qlora_trainer.training.objectives.reference import Reference
 from benchmarks.cases import GIB, Case
 from benchmarks.estimators import Row, ours
 from benchmarks.pairs import BETA, COMPARED_STEPS, MICRO_BATCHES, Pair, pairs
-from benchmarks.report import card, circumstances
+from benchmarks.report import circumstances, class_here
 from benchmarks.shapes import config_of
 from benchmarks.speed import Bench, Steps
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, ObjectiveSpec, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
-from orchestrator.sizing.hardware import gpu_class
 from orchestrator.sizing.plan_search import choose_plan
 
 CLASS = "24Gi"
@@ -105,7 +104,7 @@ def case_of(text: str, shape: str) -> Case:
         return case
     facts = ModelFacts.from_config(config_of(shape), "main")
     facts = facts.model_copy(update={"flash_attention": has_kernels_for(facts.head_dim)})
-    plan = choose_plan(job(case), facts, gpu_class(CLASS, capacity=1, products=[card()]))
+    plan = choose_plan(job(case), facts, class_here(CLASS))
     if plan is None:
         raise ValueError(f"{text}: no plan fits {CLASS}")
     return replace(case, own_plan=plan)

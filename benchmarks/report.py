@@ -8,9 +8,12 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from orchestrator.sizing.hardware import GpuClass, gpu_class
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -33,6 +36,12 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--save", metavar="NAME", help="also write the document to benchmarks/results/NAME.json")
     return parser
+
+
+def class_here(name: str) -> GpuClass:
+    """One GPU of a class, with the class's bytes, as fast as the card here and beside as much memory as is here."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return replace(gpu_class(name, capacity=1, products=[card()]), host_bytes=memory)
 
 
 def emit(results: dict[str, object], *, save: str | None) -> None:

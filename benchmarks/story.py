@@ -11,13 +11,14 @@ model's prediction for that measurement stands beside it, so that its error is s
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from benchmarks.report import RESULTS, argument_parser, emit
 from benchmarks.shapes import LLAMA_SHAPES
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
+from orchestrator.sizing.footprint import offloaded_host_bytes
 from orchestrator.sizing.hardware import Card, find_card, gpu_class
 from orchestrator.sizing.plan_search import choose_plan, estimate
 from orchestrator.sizing.step_time import StepTime, Work
@@ -27,6 +28,8 @@ STEPS = EXAMPLES * EPOCHS // GLOBAL_BATCH
 HOURS_ASKED = 12.0
 DOLLARS_AN_HOUR = 0.80
 """Assumed for an RTX A6000 by the hour."""
+HOST_GIB = 128
+"""Assumed of the workstation that the card is in."""
 MEASURED = "peers_70b_48gb.json"
 MEASURED_CASE = "512x4/66+activations+embeddings"
 
@@ -71,7 +74,7 @@ def story() -> dict[str, object]:
 
 def computed(spec: QLoRAJobSpec, facts: ModelFacts, product: str) -> dict[str, object]:
     """A job on a class's smallest card, as fast as the given one."""
-    offered = gpu_class("48Gi", 1, [product])
+    offered = replace(gpu_class("48Gi", 1, [product]), host_bytes=HOST_GIB << 30)
     card = offered.card
     assert card is not None
     work = Work(steps=STEPS)
@@ -84,6 +87,8 @@ def computed(spec: QLoRAJobSpec, facts: ModelFacts, product: str) -> dict[str, o
         "plan": plan.to_wire(),
         "peak_gib": round(chosen.peak_bytes / 2**30, 2),
         "usable_gib": round(chosen.usable_bytes / 2**30, 2),
+        "host_gib_assumed": HOST_GIB,
+        "host_gib_of_activations": round(offloaded_host_bytes(spec, facts, plan) / 2**30, 2),
         "micro_step_seconds_by_part": rounded(spec, facts, plan, card),
         "step_seconds": round(chosen.step_seconds or 0.0, 2),
         "tokens_a_second": round(GLOBAL_BATCH * TOKENS / (chosen.step_seconds or 1.0), 1),

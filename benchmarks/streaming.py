@@ -33,7 +33,7 @@ from benchmarks.report import argument_parser, card, emit
 
 from benchmarks.sizing import GIB, Bench, Case, Group, Job  # isort: skip - sets torch's allocator up before it is loaded
 import torch
-from qlora_trainer.kernels.streamed_layers import pinned
+from qlora_trainer.kernels.host_offload import pinned
 
 from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
 from orchestrator.api.model_facts import ModelFacts
@@ -179,7 +179,7 @@ def link_gbps(count: int) -> float:
     if not torch.cuda.is_available():
         return float("inf")
     device = torch.device("cuda", 0)
-    host, room = pinned(count, device), torch.empty(count, dtype=torch.uint8, device=device)
+    host, room = pinned(count, device, "a copy", "streamedLayers"), torch.empty(count, dtype=torch.uint8, device=device)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(LINK_COPIES + 1)]
     events[0].record()
     for event in events[1:]:

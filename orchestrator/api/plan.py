@@ -31,6 +31,9 @@ class MemoryPlan(Model):
     """What computes attention where the trainer computes the layers itself; it falls back on its own kernels."""
     offload: Annotated[tuple[OffloadTarget, ...], Field(max_length=2)] = ()
     """What is moved to pinned host memory while it is not in use."""
+    offloaded_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    """So many decoder layers, evenly among the others, have all that they keep for the backward pass in pinned host
+    memory meanwhile; of the others the first ones recompute. The last layer's backward pass comes at once: it stays."""
     streamed_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """So many decoder layers, evenly among the others, have their frozen weights in pinned host memory and come to the
     card when their turn does, in each pass of each micro-batch."""

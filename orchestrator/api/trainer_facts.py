@@ -84,10 +84,13 @@ def cublas_workspace_config() -> str:
     return f":{CUBLAS_WORKSPACE_BYTES // CUBLAS_WORKSPACES >> 10}:{CUBLAS_WORKSPACES}"
 
 
+# --- host memory
+
 STREAM_BUFFERS = 2
 """Rooms on the card that layers from the host share: one computes while the next one comes."""
 STREAM_ALIGNMENT = 512
-"""Bytes at which each tensor of such a layer begins: what the card's allocator aligns to, and kernels are used to."""
+"""Bytes at which each tensor of a layer begins in the host's memory: what the card's allocator aligns to, and kernels
+are used to."""
 
 
 def streamed_numbers(streamed: int, layers: int) -> tuple[int, ...]:

@@ -101,12 +101,13 @@ def progress_word(job: QLoRAJob) -> str:
 def plan_words(plan: MemoryPlan) -> str:
     """A memory plan as one line."""
     offload = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
+    kept_there = f", what {plan.offloaded_layers} others keep in host memory" if plan.offloaded_layers else ""
     streamed = f", {plan.streamed_layers} layers streamed from host memory" if plan.streamed_layers else ""
     recompute = f"{plan.recompute_layers} layers recomputed" if plan.recompute_layers else "nothing recomputed"
     kept = " but for attention" if plan.keep_attention else ""
     by = f", attention by {plan.attention}" if plan.attention != "own" else ""
     micro = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulated"
-    return f"{micro}, {recompute}{kept}{by}{offload}{streamed}"
+    return f"{micro}, {recompute}{kept}{by}{offload}{kept_there}{streamed}"
 
 
 def length_words(estimate: Estimate, *, about: bool = False) -> str:

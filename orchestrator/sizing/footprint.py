@@ -20,6 +20,7 @@ from orchestrator.api.adapter import AdapterSpec
 from orchestrator.api.base import decimal
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
 from orchestrator.api.layer_trace import KIND_LETTERS, Heads, ModelTrace
+from orchestrator.api.layer_ways import LayerWays
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MARGIN_ITEM, ByteItem, MemoryPlan
 from orchestrator.sizing.answering import answering_bytes
@@ -159,6 +160,11 @@ class Footprint:
         )
         margin = self._margin(sum(count for _, count in found), recompute_layers)
         return tuple(ByteItem(name=name, bytes=count) for name, count in (*found, (MARGIN_ITEM, margin)))
+
+    @property
+    def kept_layer_bytes(self) -> int:
+        """What a layer that does not recompute keeps of a micro-batch: the most, where layers are of several kinds."""
+        return max(each.kept for each in self._layers.whole)
 
     def reserved_bytes(self, recompute_layers: int, *, evaluates: bool = False) -> int:
         """What the allocator reserves for that peak where there is room, without a margin.
@@ -308,7 +314,7 @@ class _Question:
     @cached_property
     def uses_cuda_graphs(self) -> bool:
         """Whether micro-batches run as CUDA graphs."""
-        from_host = self.plan.offload or self.plan.streamed_layers
+        from_host = self.plan.offload or self.plan.offloaded_layers or self.plan.streamed_layers
         graphs = is_fused(self.adapter, self.facts) and not from_host and self.captures
         return graphs and self.plan.micro_batch_size * self.sequence_length <= trainer_facts.CUDA_GRAPH_TOKENS
 
@@ -316,6 +322,11 @@ class _Question:
     def streamed_layers(self) -> int:
         """How many layers' weights are on the host."""
         return min(self.plan.streamed_layers, self.facts.num_layers)
+
+    @property
+    def offloaded_layers(self) -> int:
+        """How many layers' activations may wait on the host."""
+        return self.plan.offloaded_layers if isinstance(self.shape, FusedLayer) else 0
 
     @cached_property
     def tokens(self) -> int:
@@ -440,6 +451,19 @@ def streamed_host_bytes(plan: MemoryPlan, facts: ModelFacts) -> int:
     return min(plan.streamed_layers, facts.num_layers) * layer_streamed_bytes(facts)
 
 
+def can_offload_layers(adapter: AdapterSpec, facts: ModelFacts) -> bool:
+    """Whether what layers keep can wait in host memory: where the trainer computes them."""
+    return is_fused(adapter, facts) and not facts.record_by_record
+
+
+def offloaded_host_bytes(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> int:
+    """What the plan's layers with their activations in host memory take of it, pinned."""
+    if not plan.offloaded_layers or not can_offload_layers(spec.adapter, facts):
+        return 0
+    ways = LayerWays.of(facts.num_layers, plan.recompute_layers, plan.offloaded_layers)
+    return ways.offloaded_layers * Footprint(spec, facts, plan).kept_layer_bytes
+
+
 def _state(question: _Question) -> tuple[float, ...]:
     """Tensors of the optimizer in the allocator: what is paged moves out where the allocator wants the room."""
     count, in_8_bit = question.trainable, question.optimizer.endswith("8bit")
@@ -521,7 +545,7 @@ class _Instants:
         others = (self._passes - 1) * (everything + left)
         for index in layers.ends(recomputing):
             layer, kept = layers.at(index, recomputing), layers.kept(index, recomputing)
-            held = (self._held if index else 0) + self._from_host
+            held = (self._held[layers.offloaded_layers > 0 and not first.kept] if index else 0) + self._from_host
             yield "a layer's forward pass", others + kept, gradients.before, layer.forward_peak + self._forward + held
             # What was let go of before the loss is there no more. What the first layer takes is not what others do: but
             # for what is at work there, it is told with what is around the layers.
@@ -589,9 +613,10 @@ def _shared_bytes(question: _Question) -> tuple[int, int]:
     return shared + question.token_bytes * question.tokens + capturing, shared + again + 2 * capturing
 
 
-def _held_bytes(question: _Question) -> int:
-    """The embeddings, which the decoder holds on to where layers' inputs leave the card."""
-    return question.stream if "activations" in question.plan.offload else 0
+def _held_bytes(question: _Question) -> tuple[int, int]:
+    """The embeddings, which the decoder holds on to where the first layer's input leaves the card, as is told for those
+    that recompute, or all that it keeps."""
+    return question.stream * ("activations" in question.plan.offload), question.stream
 
 
 def _from_host_bytes(question: _Question) -> int:
@@ -651,6 +676,7 @@ def _rehearsed(question: _Question, layer: FusedLayer, recompute_layers: int, ev
         uses_cuda_graphs=question.uses_cuda_graphs,
         offloads_activations="activations" in plan.offload,
         offloads_embeddings=_embeddings_leave(question),
+        offloaded_layers=question.offloaded_layers,
         streamed_layers=question.streamed_layers,
         chunk_tokens=plan.loss_chunk_tokens,
         adapted=targeted(question.adapter, linears(facts)),
@@ -692,6 +718,9 @@ class _Layers:
     recomputed: tuple[LayerBytes, ...]
     """What a layer of each kind takes that recomputes."""
     whole: tuple[LayerBytes, ...]
+    offloaded_layers: int = 0
+    """How many have what they keep in host memory; their kinds come behind all others, as kinds of their own do those
+    while which the activations of another layer leave or come."""
 
     @classmethod
     def of(cls, question: _Question) -> _Layers:
@@ -712,7 +741,12 @@ class _Layers:
                 _traced_layer_bytes(shape, recomputes=True),
                 _traced_layer_bytes(shape, recomputes=False),
             )
-        return cls(kinds=(0,) * question.facts.num_layers, recomputed=(recomputed,), whole=(whole,))
+        return cls(
+            kinds=(0,) * question.facts.num_layers,
+            recomputed=(recomputed,),
+            whole=(whole,),
+            offloaded_layers=question.offloaded_layers,
+        )
 
     @property
     def count(self) -> int:
@@ -723,18 +757,27 @@ class _Layers:
         """The first layer, and of the others the first and the last of each kind, recomputing or not."""
         if len(self.recomputed) == 1:
             last = self.count - 1
+            if self.offloaded_layers:
+                return _turning_points(self._ways(recomputing))
             if recomputing in (0, self.count):
                 return tuple(dict.fromkeys((0, min(1, last), last)))
             return tuple(dict.fromkeys((0, min(1, last), recomputing - 1, recomputing, last)))
-        found: dict[tuple[bool, bool, int], list[int]] = {}
+        by_kind: dict[tuple[bool, bool, int], list[int]] = {}
         for index, kind in enumerate(self.kinds):
-            ends = found.setdefault((index == 0, index < recomputing, kind), [index, index])
+            ends = by_kind.setdefault((index == 0, index < recomputing, kind), [index, index])
             ends[1] = index
-        return tuple(sorted({index for ends in found.values() for index in ends}))
+        return tuple(sorted({index for ends in by_kind.values() for index in ends}))
+
+    def _ways(self, recomputing: int) -> LayerWays:
+        return _layer_ways(self.count, recomputing, self.offloaded_layers)
 
     def at(self, index: int, recomputing: int) -> LayerBytes:
         """One layer's bytes."""
-        return (self.recomputed if index < recomputing else self.whole)[self.kinds[index]]
+        if not self.offloaded_layers:
+            return (self.recomputed if index < recomputing else self.whole)[self.kinds[index]]
+        ways, whole = self._ways(recomputing), self.whole[0]
+        own = self.recomputed[0] if ways.recomputes(index) else whole
+        return _beside(own, whole.kept if ways.has_neighbour(index) else 0, 0 if ways.is_offloaded(index) else own.kept)
 
     def kept(self, below: int, recomputing: int) -> int:
         """What the layers below one keep."""
@@ -743,7 +786,12 @@ class _Layers:
         first = self.at(0, recomputing)
         recomputed = min(below, recomputing)
         if len(self.recomputed) == 1:
-            others = recomputed * self.recomputed[0].kept + (below - recomputed) * self.whole[0].kept
+            offloaded = 0
+            if self.offloaded_layers:
+                ways = self._ways(recomputing)
+                recomputed, offloaded = ways.recomputing_below(below), ways.offloaded_below(below)
+            whole = below - recomputed - offloaded
+            others = recomputed * self.recomputed[0].kept + whole * self.whole[0].kept
         else:
             others = self._sums(True)[recomputed] + self._sums(False)[below] - self._sums(False)[recomputed]
         return others - (first.kept - first.first_kept)
@@ -751,6 +799,38 @@ class _Layers:
     def _sums(self, recomputes: bool) -> tuple[int, ...]:
         """What the first so many layers keep if all recompute, or none."""
         return _kept_sums(self.kinds, self.recomputed if recomputes else self.whole)
+
+
+_layer_ways = lru_cache(maxsize=RESULTS_KEPT)(LayerWays.of)
+
+
+@lru_cache(maxsize=RESULTS_KEPT)
+def _beside(layer: LayerBytes, neighbour_bytes: int, kept: int) -> LayerBytes:
+    """A layer that computes while a neighbour's activations leave or come, and of which so much stays on the card."""
+    return replace(
+        layer,
+        kept=kept,
+        first_kept=kept,
+        forward_peak=layer.forward_peak + neighbour_bytes,
+        backward_peak=layer.backward_peak + neighbour_bytes,
+        first_backward_peak=layer.first_backward_peak + neighbour_bytes,
+    )
+
+
+@lru_cache(maxsize=RESULTS_KEPT)
+def _turning_points(ways: LayerWays) -> tuple[int, ...]:
+    """The layers that can have the peak: the ends of those of one way, where others begin or activations turn."""
+    last = ways.layers - 1
+    behind = next((n for n in range(ways.layers) if ways.recomputing_below(n + 1) >= ways.recompute_layers), last)
+    ends = (0, behind, behind + 1, last, *((ways.offloaded[0], ways.turn) if ways.offloaded_layers else ()))
+    found: set[int] = set()
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for number in range(ways.layers):
+        kinds.setdefault((ways.is_offloaded(number), ways.recomputes(number)), []).append(number)
+    for of_kind in kinds.values():
+        for end in ends:
+            found.update([n for n in of_kind if n <= end][-2:], [n for n in of_kind if n >= end][:2])
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=TRACES_KEPT)

@@ -56,6 +56,8 @@ class GpuClass:
     """Whether that is the slowest of those that are here, which have told their names, and no guess."""
     dollars_per_hour: float | None = None
     """What one GPU costs, where the operator has told."""
+    host_bytes: int | None = None
+    """The least that the machines of its GPUs have of memory for each of them; none where that is not known."""
     cpu: bool = False
     """A stand-in for machines without a GPU: slots of host memory, trained on the CPU."""
 
@@ -66,8 +68,9 @@ class GpuClass:
 MIB = 1 << 20
 GIB = 1 << 30
 
-GIGABYTES_OF_PCIE = {3: 12.0, 4: 25.0, 5: 50.0}
-"""A second and direction over 16 lanes: about 80 % of 15.8, 31.5 and 63."""
+GIGABYTES_OF_PCIE = {3: 12.0, 4: 25.0, 5: 55.0}
+"""A second and direction over 16 lanes: of 63 an H200's link carried 55 (`benchmarks.streaming`); of 15.8 and 31.5,
+which nobody measured here, about 80 %."""
 FLASH_SHARES: Mapping[Generation, float] = MappingProxyType({"Hopper": 0.30, "Blackwell": 0.15})
 """Speed of torch's flash attention against sustained products: its kernels are of the generation before Hopper.
 

@@ -43,7 +43,9 @@ def plan_kind(recompute_layers: int, num_layers: int, on_host: Iterable[str]) ->
 
 
 def _on_host(plan: MemoryPlan) -> tuple[str, ...]:
-    return (*plan.offload, "layers") if plan.streamed_layers else plan.offload
+    kept = ("kept",) if plan.offloaded_layers else ()
+    layers = ("layers",) if plan.streamed_layers else ()
+    return (*plan.offload, *kept, *layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from orchestrator.api.plan import AttentionKernels, ByteItem, Estimate, MemoryPl
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
 from orchestrator.sizing.answering import answering_seconds
-from orchestrator.sizing.footprint import Footprint, can_stream, card_matters, is_fused
+from orchestrator.sizing.footprint import Footprint, can_offload_layers, can_stream, card_matters, is_fused
 from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GIB, Card, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
@@ -58,6 +58,11 @@ KEPT_RECORD_TOKENS = 4096
 """How long records have to be for layers that recompute to keep what attention gave: below, attention costs little."""
 STREAMED_CHOICES = 4
 """How many numbers of streamed layers are tried, from as few as fit to all: the more, the fewer have to recompute."""
+HOST_SHARE = 0.5
+"""Of the host's memory for each GPU, what layers' activations may take: the process, what else waits there, and other
+pods need the rest."""
+AS_FAST_FOR_LESS = 1.02
+"""Plans whose layers' activations wait in host memory are alike within this: the least of that memory decides."""
 AS_FAST = 1.02
 """Plans that are within this of the fastest imaginable one are alike: the smaller micro-batch takes less memory."""
 
@@ -244,6 +249,7 @@ class Way(NamedTuple):
     attention: AttentionKernels
     keep_attention: bool
     streamed_layers: int = 0
+    offloaded_layers: int = 0
 
 
 class _Search:
@@ -320,12 +326,60 @@ class _Search:
 
     def fastest_first(self, gpu_class: GpuClass) -> Iterator[MemoryPlan]:
         """The plans that fit beside the allocator's holes; where there is none, those that fit if holes stay small."""
-        nothing_fits = True
-        for plan in _FastestFirst(self, gpu_class, int(gpu_class.usable_bytes / (1 + HOLES_AT_MOST))):
-            nothing_fits = False
-            yield plan
-        if nothing_fits:
-            yield from _FastestFirst(self, gpu_class, gpu_class.usable_bytes)
+        for room_bytes in (int(gpu_class.usable_bytes / (1 + HOLES_AT_MOST)), gpu_class.usable_bytes):
+            found = iter(_FastestFirst(self, gpu_class, room_bytes))
+            fastest = next(found, None)
+            if fastest is not None:
+                yield from self._offloading(fastest, gpu_class, room_bytes)
+                yield fastest
+                yield from found
+                return
+
+    def _offloading(self, rival: MemoryPlan, gpu_class: GpuClass, room_bytes: int) -> list[MemoryPlan]:
+        """The plans whose layers have what they keep in host memory, instead of computing it again, and are faster than
+        the fastest of the others, the fastest first; of those alike, what takes least of the host.
+        """
+        if not rival.recompute_layers or gpu_class.cpu or not can_offload_layers(self.spec.adapter, self.facts):
+            return []
+        card = ordering_card(gpu_class)
+        limit = self.step_seconds(rival, card) / AS_FAST
+        found: list[MemoryPlan] = []
+        for size in self.sizes:
+            if self.step_seconds(self.plan(size, Way((), rival.attention, keep_attention=False)), card) < limit:
+                plans = self._most_offloaded(size, rival, gpu_class, room_bytes)
+                found += (plan for plan in plans if self.step_seconds(plan, card) < limit)
+        alike_seconds = AS_FAST_FOR_LESS * min((self.step_seconds(plan, card) for plan in found), default=0.0)
+        return sorted(
+            found,
+            key=lambda plan: (
+                max(self.step_seconds(plan, card), alike_seconds),
+                plan.offloaded_layers * plan.micro_batch_size,
+            ),
+        )
+
+    def _most_offloaded(
+        self, size: int, rival: MemoryPlan, gpu_class: GpuClass, room_bytes: int
+    ) -> Iterator[MemoryPlan]:
+        """Plans of so large micro-batches: as many layers offloaded as the link carries unseen, or as it is seen to."""
+        offload: tuple[OffloadTarget, ...] = ("embeddings",) if "embeddings" in self._offloads[-1] else ()
+        way = Way(offload, rival.attention, rival.keep_attention)  # inputs stay: the link has enough to carry
+        whole = self.plan(size, way)
+        kept_bytes, others = self._footprint(whole, gpu_class).kept_layer_bytes, self.facts.num_layers - 1
+        most = others
+        if gpu_class.host_bytes is not None:
+            most = min(most, int(HOST_SHARE * gpu_class.host_bytes) // kept_bytes)
+        apart = self._step_time.layers_apart(whole, ordering_card(gpu_class))
+        for count in dict.fromkeys(min(most, others // each) for each in (apart, apart - 1) if each):
+            if count:
+                plan = self.least_recompute(size, way._replace(offloaded_layers=count), gpu_class, room_bytes)
+                if plan is not None:
+                    yield plan if plan.recompute_layers else self._fewest_offloaded(plan, gpu_class, room_bytes)
+
+    def _fewest_offloaded(self, plan: MemoryPlan, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan:
+        """Of a plan that recomputes nothing: there may be room for the activations of more layers on the card."""
+        found = self._footprint(plan, gpu_class)
+        room_layers = int((room_bytes - found.peak_bytes(0)) / (found.kept_layer_bytes * (1 + HOLES_AT_MOST)))
+        return plan.model_copy(update={"offloaded_layers": max(1, plan.offloaded_layers - room_layers)})
 
     def ways(self, gpu_class: GpuClass) -> tuple[Way, ...]:
         """The fastest first, where nothing has to recompute; a CPU has no other memory to move things to."""
@@ -356,6 +410,7 @@ class _Search:
                 keep_attention=way.keep_attention,
                 attention=way.attention,
                 offload=way.offload,
+                offloaded_layers=way.offloaded_layers,
                 streamed_layers=way.streamed_layers,
                 loss_chunk_tokens=LOSS_CHUNK_TOKENS,
             )
@@ -525,11 +580,11 @@ def fallback_plan(
     Where layers are streamed, all of them are before that.
     """
     if plan.recompute_layers < facts.num_layers or plan.keep_attention or plan.attention != "own":
-        everything = {"recompute_layers": facts.num_layers, "keep_attention": False, "attention": "own"}
-        return plan.model_copy(update=everything)
-    most = offloads(spec, facts)[-1] if offload else ()
-    if not set(most) <= set(plan.offload):
-        return plan.model_copy(update={"offload": most})
+        most = {"recompute_layers": facts.num_layers, "offloaded_layers": 0}
+        return plan.model_copy(update={**most, "keep_attention": False, "attention": "own"})
+    everything = offloads(spec, facts)[-1] if offload else ()
+    if not set(everything) <= set(plan.offload):
+        return plan.model_copy(update={"offload": everything})
     if 0 < plan.streamed_layers < facts.num_layers:
         return plan.model_copy(update={"streamed_layers": facts.num_layers})
     if plan.micro_batch_size == 1:

@@ -15,14 +15,22 @@ and the traffic over PCIe. The time for evaluations, checkpoints and loading is 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 from orchestrator.api import trainer_facts
 from orchestrator.api.job import QLoRAJobSpec, TrainingSpec
+from orchestrator.api.layer_ways import LayerWays
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.results import PrepareResult
-from orchestrator.sizing.footprint import adapter_parameters, can_be_captured, is_fused, layer_streamed_bytes
+from orchestrator.sizing.footprint import (
+    Footprint,
+    adapter_parameters,
+    can_be_captured,
+    is_fused,
+    layer_streamed_bytes,
+)
 from orchestrator.sizing.hardware import Card, GpuClass
 from orchestrator.sizing.memory.attention import SOFTCAPPED_TYPES
 from orchestrator.sizing.memory.handwritten_layer import family_of
@@ -62,6 +70,9 @@ DROPOUT_KERNEL_SECONDS = 0.0002
 HANDWRITTEN_LAUNCH_SECONDS, TRACED_LAUNCH_SECONDS = 0.0058, 0.011
 """The host's work for a layer and micro-step: 0.175 s for 32 layers without CUDA graphs on an H100, 0.35 s for 60 and,
 on another's host, 0.23 s for 30; and 0.36 s for 32 where transformers computes them."""
+END_NORM_LAUNCHES, HEAD_NORM_LAUNCHES = 1.4, 1.25
+"""How many times as much that is where halves of a layer end with norms, and where heads are normalized: Gemma 3, which
+has both, took 0.0102 s for each of 62 layers on an H200's host."""
 OPERATION_SECONDS = 50e-6
 """The host's work for an operation of a layer that transformers and PEFT compute, where a trace has counted them: 43
 to 77 microseconds on hosts of H200s where that was the bound, 45 to 55 in the thousands of small ones of hybrids."""
@@ -134,6 +145,7 @@ class StepTime:
 
     def __init__(self, spec: QLoRAJobSpec, facts: ModelFacts, work: Work) -> None:
         every = linears(facts)
+        self._spec = spec
         self._facts = facts
         self._mixture = facts.mixture
         self._fused = is_fused(spec.adapter, facts) and not facts.record_by_record
@@ -154,6 +166,8 @@ class StepTime:
         if family.normalizes_heads:
             beside += HEAD_NORM_BYTES * (facts.num_attention_heads + facts.num_key_value_heads) * facts.head_dim
         self._beside_bytes = beside
+        self._launches = END_NORM_LAUNCHES if family.ends_with_norms else 1.0
+        self._launches *= HEAD_NORM_LAUNCHES if family.normalizes_heads else 1.0
         self._softcaps = facts.model_type in SOFTCAPPED_TYPES
         self._trainable = adapter_parameters(spec.adapter, facts)
         self._state_bytes = trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer]
@@ -177,20 +191,21 @@ class StepTime:
         update = STEP_SECONDS + traffic / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
         seconds = self.micro_step_seconds(plan, card)
         if self._first_share:
-            without_gradients = plan.model_copy(update={"recompute_layers": 0, "offload": ()})
+            without_gradients = plan.model_copy(update={"recompute_layers": 0, "offload": (), "offloaded_layers": 0})
             seconds += self._first_share * REFERENCE_SHARE * self.micro_step_seconds(without_gradients, card)
         return plan.accumulation_steps * seconds + update
 
     def micro_step_seconds(self, plan: MemoryPlan, card: Card) -> float:
         """Forward and backward pass of one micro-batch."""
         tokens, again = self._tokens(plan), self._again_layers(plan)
-        from_host = plan.offload or plan.streamed_layers
+        from_host = plan.offload or plan.offloaded_layers or plan.streamed_layers
         graphs = self._uses_cuda_graphs and not from_host and tokens <= trainer_facts.CUDA_GRAPH_TOKENS
         launches = 0.0 if graphs or card is CPU else self._launch_seconds(tokens, again)
         stream = self._stream_seconds(tokens, card)
         there_and_back = 2 * again * stream if "activations" in plan.offload else 0.0
         embeddings = stream if "embeddings" in plan.offload else 0.0  # which the card waits for
         computing = self._with_streamed_layers(plan, self._card_seconds(plan, tokens, again, card), again, card)
+        computing += self._waiting_seconds(plan, computing, tokens, again, card)
         return max(computing, launches, there_and_back) + embeddings
 
     def _with_streamed_layers(self, plan: MemoryPlan, seconds: float, again: int, card: Card) -> float:
@@ -207,6 +222,39 @@ class StepTime:
         forth = seconds * layers / (2 * layers + again)
         fetched = again * self._stream_seconds(self._tokens(plan), card) if "activations" in plan.offload else 0.0
         return max(forth, copying) + max(seconds - forth, copying + fetched)
+
+    def layers_apart(self, plan: MemoryPlan, card: Card) -> int:
+        """How far apart offloaded layers have to be for the card to wait for none of them."""
+        again = self._again_layers(plan)
+        layer = self._card_seconds(plan, self._tokens(plan), again, card) / (2 * self._facts.num_layers + again)
+        return max(1, math.ceil(self._copy_seconds(self._tokens(plan), card) / layer))
+
+    def _waiting_seconds(self, plan: MemoryPlan, seconds: float, tokens: float, again: int, card: Card) -> float:
+        """What layers add whose activations go to the host and come back while the layers up to the next one compute.
+
+        Where that takes longer than these, the card waits; and the copies take their share of its memory.
+        """
+        layers = self._facts.num_layers
+        count = LayerWays.of(layers, again, plan.offloaded_layers).offloaded_layers
+        if not count:
+            return 0.0
+        copying, layer = self._copy_seconds(tokens, card), seconds / (2 * layers + again)
+        apart, further = divmod(layers - 1, count)  # so many are one layer further apart
+        waits = 0.0
+        for computing in (layer, layer * (1 + again / layers)):  # forth and back
+            waits += (count - further) * max(0.0, copying - apart * computing)
+            waits += further * max(0.0, copying - (apart + 1) * computing)
+        return waits + 2 * count * self._kept_token_bytes * tokens / (card.memory_gbps * 1e9 * MEMORY_EFFICIENCY)
+
+    def _copy_seconds(self, tokens: float, card: Card) -> float:
+        """What a layer keeps, in one direction."""
+        return self._kept_token_bytes * tokens / (card.host_gbps * 1e9)
+
+    @cached_property
+    def _kept_token_bytes(self) -> float:
+        """What a layer keeps of each token that does not recompute."""
+        one = MemoryPlan(micro_batch_size=1, accumulation_steps=1, recompute_layers=0)
+        return Footprint(self._spec, self._facts, one).kept_layer_bytes / self._spec.training.sequence_length
 
     def parts(self, plan: MemoryPlan, card: Card) -> dict[str, float]:
         """Seconds of the card's own work in a micro-step, by what it does."""
@@ -298,7 +346,7 @@ class StepTime:
             if counted is not None:
                 experts = EXPERT_LAUNCH_SECONDS * self._tiles(tokens) * (self._facts.num_layers + AGAIN * again)
                 return passes * (counted * OPERATION_SECONDS + experts)
-        each = HANDWRITTEN_LAUNCH_SECONDS if self._fused else TRACED_LAUNCH_SECONDS
+        each = HANDWRITTEN_LAUNCH_SECONDS * self._launches if self._fused else TRACED_LAUNCH_SECONDS
         each += EXPERT_LAUNCH_SECONDS * self._tiles(tokens)
         if self._softcaps:
             each += SOFTCAP_LAUNCH_SECONDS * max(0.0, tokens / self._record_tokens - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
@@ -10,7 +12,7 @@ from orchestrator.adapters.kubernetes.nodes import Node, count_gpus, gpus_held, 
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
 from orchestrator.settings import Settings
 from orchestrator.sizing.gpu_table import gpu_table
-from orchestrator.sizing.hardware import GpuClass, find_card, gpu_class, priced
+from orchestrator.sizing.hardware import GIB, GpuClass, find_card, gpu_class, priced
 
 
 def node(name: str, product: str, *, gpus: int = 1, usable: bool = True) -> Node:
@@ -41,6 +43,24 @@ def test_what_an_autoscaler_may_bring_is_not_known_by_name() -> None:
 def test_a_node_that_cannot_take_pods_counts_what_is_held_there() -> None:
     assert count_gpus([node("a", "NVIDIA-L40S", usable=False)], {}, {}) == ()
     assert only(count_gpus([node("a", "NVIDIA-L40S", usable=False)], {"a": 1}, {})).capacity == 1
+
+
+def test_a_class_has_the_least_host_memory_that_any_of_its_nodes_has_for_each_gpu() -> None:
+    one = replace(node("one", ""), memory_bytes=64 * GIB)
+    four, silent = replace(node("four", "", gpus=4), memory_bytes=96 * GIB), node("silent", "")
+    for nodes, expected in (([one, four], 24 * GIB), ([one, silent], 64 * GIB), ([silent], None)):
+        assert only(count_gpus(nodes, {}, {})).host_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [({"memory": "32Gi"}, 32 * GIB), ({"memory": "1024"}, 1024), ({"memory": "much"}, None), ({}, None), (None, None)],
+)
+def test_what_a_node_tells_of_its_memory_is_read_and_what_it_does_not_is_not_known(
+    told: Json | None, expected: int | None
+) -> None:
+    item: Json = {"metadata": {"name": "n"}, "status": {"allocatable": told}}
+    assert read_node(item, POLICY).memory_bytes == expected
 
 
 POLICY = PodPolicy(trainer_image="t", tracking_uri="http://m")

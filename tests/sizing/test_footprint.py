@@ -283,7 +283,11 @@ def test_flash_attention_is_for_cards_that_it_was_measured_on_and_records_that_a
 def assert_fastest(
     spec: QLoRAJobSpec, facts: ModelFacts, offered: GpuClass, attentions: tuple[tuple[bool, AttentionKernels], ...]
 ) -> None:
-    """The chosen plan against every one that there is, with each pair of what is kept of attention and its kernels."""
+    """The chosen plan against every one that there is, with each pair of what is kept of attention and its kernels.
+
+    The host has no memory to spare (`test_offloading_plans` is about those that have).
+    """
+    offered = replace(offered, host_bytes=0)
     step_time = StepTime(spec, facts, Work())
     batch = spec.training.global_batch_size
     everything = [
@@ -325,8 +329,8 @@ def test_a_choice_among_all_classes_takes_few_walks_and_the_same_question_none(m
     spec = make_spec(rank=17)  # that no other test asks about
     found = candidates(spec, LLAMA_2_13B, every)
     assert [each.gpu_class for each in found] == list(CLASS_NAMES[1:]), "13B is too large for the smallest class"
-    assert 0 < len(walks) <= 15, "the plans"
-    assert sum(len(walk._peaks) for walk in walks) <= 120, "of 15 plans with up to 40 layers that recompute"
+    assert 0 < len(walks) <= 20, "the plans"
+    assert sum(len(walk._peaks) for walk in walks) <= 160, "of 20 plans with up to 40 layers that recompute"
     walks.clear()
     assert candidates(spec, LLAMA_2_13B, every) is found
     choose_class(spec, LLAMA_2_13B, every[:3])
@@ -336,7 +340,7 @@ def test_a_choice_among_all_classes_takes_few_walks_and_the_same_question_none(m
 def test_a_larger_card_is_used_to_recompute_less() -> None:
     spec = make_spec(sequence_length=8192)
     on_24, on_80 = (choose_plan(spec, LLAMA_3_8B, gpu_class(name, 1)) for name in ("24Gi", "80Gi"))
-    assert on_24.recompute_layers > on_80.recompute_layers
+    assert on_24.recompute_layers + on_24.offloaded_layers > on_80.recompute_layers + on_80.offloaded_layers
 
 
 def test_a_cpu_takes_the_same_formula() -> None:

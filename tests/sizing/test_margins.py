@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -184,7 +185,7 @@ def test_a_finished_attempt_records_what_was_predicted_and_what_was_measured() -
 
 def test_waiting_jobs_of_the_same_architecture_are_sized_with_what_was_learned() -> None:
     waiting = make_job("waiting", status=prepared_status(LLAMA_2_13B), sequence_length=4096)
-    here = gpus(_24Gi=1, _48Gi=1)
+    here = tuple(replace(each, host_bytes=0) for each in gpus(_24Gi=1, _48Gi=1))
     before = schedule(snapshot(waiting, gpu_classes=here)).placements[0].estimate
     assert 0 < before.plan.recompute_layers < 32, "a mixed plan of both models"
     taught = finished("taught", 0.2, recompute_layers=before.plan.recompute_layers, offload=before.plan.offload)

@@ -50,10 +50,13 @@ CACHES = {
     "api/package_data.py _content": "cache",  # two files of the package
     "core/job/conditions.py _known_words": "lru_cache(maxsize=WORDS_KEPT)",
     "sizing/footprint.py _adapter_parameters": "memoized(RESULTS_KEPT)",
+    "sizing/footprint.py LayerWays.of": "lru_cache(maxsize=RESULTS_KEPT)",
     "sizing/footprint.py _all_kinds": "memoized(TRACES_KEPT)",
+    "sizing/footprint.py _beside": "lru_cache(maxsize=RESULTS_KEPT)",
     "sizing/footprint.py _groups": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py _kept_sums": "lru_cache(maxsize=TRACES_KEPT)",
     "sizing/footprint.py _traced_bytes": "memoized(TRACES_KEPT)",
+    "sizing/footprint.py _turning_points": "lru_cache(maxsize=RESULTS_KEPT)",
     "sizing/footprint.py _weight_bytes": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py layer_streamed_bytes": "memoized(RESULTS_KEPT)",
     "sizing/footprint.py traced_layer_bytes": "lru_cache(maxsize=RESULTS_KEPT)",

@@ -44,6 +44,7 @@ def make_model(
     attention: AttentionKernels = "own",
     packed_attention: PackedAttention | None = None,
     streamed_layers: int = 0,
+    offloaded_layers: int = 0,
     **adapter: Any,
 ) -> TrainingModel:
     packed_attention = packed_attention or PackedAttention()
@@ -58,6 +59,7 @@ def make_model(
         keep_attention=keep_attention,
         attention=attention,
         streamed_layers=streamed_layers,
+        offloaded_layers=offloaded_layers,
     )
     return TrainingModel(peft_model, plan, packed_attention, neftune_alpha)
 

@@ -137,6 +137,20 @@ def test_what_attention_gave_is_counted_where_it_is_kept(
     assert_all_is_counted(tmp_path, monkeypatch, model_type, "0.05", plan, TILE_TOKENS, captured=False)
 
 
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize(
+    ("model_type", "layers", "recompute", "offloaded"),
+    [("llama", 5, 0, 3), ("qwen3", 4, 1, 1), ("olmo2", 5, 0, 2), ("gemma3_text", 3, 0, 1), ("gemma3_text", 3, 1, 3)],
+)
+def test_what_layers_keep_is_counted_where_it_waits_in_host_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, layers: int, recompute: int, offloaded: int
+) -> None:
+    offload: tuple[Any, ...] = ("activations",) if recompute else ()
+    plan = step_plan(2, recompute, loss_chunk_tokens=128, offload=offload, offloaded_layers=offloaded)
+    monkeypatch.setitem(CONFIG, "num_hidden_layers", layers)
+    assert_all_is_counted(tmp_path, monkeypatch, model_type, "0.05", plan, TILE_TOKENS, captured=False)
+
+
 def assert_all_is_counted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

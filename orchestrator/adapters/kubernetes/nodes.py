@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from kubernetes.utils.quantity import parse_quantity  # pyright: ignore[reportMissingTypeStubs]  untyped upstream
+
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.node_placement import CAPABILITY_LABEL, SPOT_LABELS, node_class, takes_pods
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
@@ -73,6 +75,8 @@ class Node:
     """Why no job trains on its GPUs, in words; empty where one may."""
     out_of_service: bool = False
     """Whether an operator vouches for it that nothing runs there any more."""
+    memory_bytes: int | None = None
+    """What its pods may have of its memory together; none where it does not tell."""
 
 
 def read_node(item: Json, policy: PodPolicy) -> Node:
@@ -103,6 +107,7 @@ def read_node(item: Json, policy: PodPolicy) -> Node:
         leaving=leaving,
         unfit=unfit,
         out_of_service=any(taint["key"] == OUT_OF_SERVICE for taint in taints),
+        memory_bytes=_memory_bytes(status),
     )
 
 
@@ -121,6 +126,7 @@ def count_gpus(
     counts: Counter[str] = Counter()
     on_spot: Counter[str] = Counter()
     products: defaultdict[str, set[str]] = defaultdict(set)
+    host_bytes: defaultdict[str, list[int]] = defaultdict(list)
     for node in nodes:
         if node.gpu_class is not None:
             ours = min(node.gpus, held.get(node.name, 0))
@@ -128,13 +134,22 @@ def count_gpus(
             counts[node.gpu_class] += gpus
             on_spot[node.gpu_class] += gpus if node.spot else 0
             products[node.gpu_class].add(node.product)
+            if node.memory_bytes is not None and node.gpus:
+                host_bytes[node.gpu_class].append(node.memory_bytes // node.gpus)
     for name, count in reachable.items():
         if count > counts[name]:
             counts[name] = count
             products[name].add("")  # which card an autoscaler will bring is not known
     present = (table.gpu_class(name, counts[name], products[name]) for name in table.names if counts[name] > 0)
     # Nor is it known whether on a spot machine.
-    return tuple(replace(each, spot=None if each.name in reachable else on_spot[each.name]) for each in present)
+    return tuple(
+        replace(
+            each,
+            spot=None if each.name in reachable else on_spot[each.name],
+            host_bytes=min(host_bytes[each.name], default=None),
+        )
+        for each in present
+    )
 
 
 def parse_gpu_classes(text: str, table: GpuTable = BUILT_IN) -> Mapping[str, int]:
@@ -221,6 +236,14 @@ def _leaving(meta: Json, taints: Iterable[Mapping[str, str]]) -> str:
         return f"node {meta['name']} is being deleted"
     found = next((taint["key"] for taint in taints if taint["key"] in LEAVING_TAINTS), None)
     return f"node {meta['name']} is being taken away: {found}" if found else ""
+
+
+def _memory_bytes(status: Json) -> int | None:
+    allocatable: Json = status.get("allocatable") or {}
+    try:
+        return int(parse_quantity(str(allocatable["memory"])))
+    except (KeyError, ValueError):  # a node of another maker: what it does not tell is not known
+        return None
 
 
 def _gpus(status: Json, labels: Mapping[str, str], policy: PodPolicy) -> int:

@@ -12,7 +12,7 @@ from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.stage_name import STAGES_ON_GPU
 from orchestrator.api.task import StageTask
-from orchestrator.sizing.footprint import adapter_parameters, streamed_host_bytes
+from orchestrator.sizing.footprint import adapter_parameters, offloaded_host_bytes, streamed_host_bytes
 from orchestrator.sizing.hardware import GIB, MIB
 from orchestrator.sizing.memory.linear_layers import linears
 from orchestrator.sizing.memory.timeline import BF16_BYTES
@@ -65,9 +65,8 @@ def _memory_bytes(task: StageTask, policy: PodPolicy) -> int:
         adapter_parameters(spec.adapter, facts) * trainer_facts.OPTIMIZER_BYTES[spec.training.optimizer] if paged else 0
     )
     tokens = task.plan.micro_batch_size * spec.training.sequence_length
-    return policy.train_memory_bytes + int(
-        2 * largest * BF16_BYTES + state + _offloaded_bytes(task.plan, facts, tokens)
-    )
+    offloaded = _offloaded_bytes(task.plan, facts, tokens) + offloaded_host_bytes(spec, facts, task.plan)
+    return policy.train_memory_bytes + int(2 * largest * BF16_BYTES + state + offloaded)
 
 
 def _prepare_workers(task: StageTask, policy: PodPolicy) -> int:

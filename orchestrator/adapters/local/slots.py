@@ -12,7 +12,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def find_slots(wanted: str, table: GpuTable = BUILT_IN) -> Slots:
     counts = _parse(wanted, table) or {name: len(found) for name, found in devices.items()} or {CPU_CLASS: 1}
     by_class = {name: _slots(name, count, devices[name], simulated=not cards) for name, count in counts.items()}
     return Slots(
-        classes=tuple(_describe(name, count, products[name], table) for name, count in counts.items()),
+        classes=tuple(
+            _describe(name, count, products[name], table, sum(counts.values())) for name, count in counts.items()
+        ),
         by_class=by_class,
     )
 
@@ -109,10 +111,11 @@ def _slots(name: str, count: int, devices: list[str], *, simulated: bool) -> tup
     return tuple(Slot(name=device, device=device) for device in devices[:count])
 
 
-def _describe(name: str, count: int, products: set[str], table: GpuTable) -> GpuClass:
+def _describe(name: str, count: int, products: set[str], table: GpuTable, gpus: int) -> GpuClass:
+    """A class; all GPUs, of whatever class, share the machine's memory."""
     if name == CPU_CLASS:
         return cpu_class(int(_memory_bytes() * CPU_MEMORY_SHARE) // max(1, count), count)
-    return table.gpu_class(name, count, products)
+    return replace(table.gpu_class(name, count, products), host_bytes=_memory_bytes() // max(1, gpus))
 
 
 def _memory_bytes() -> int:

@@ -136,6 +136,7 @@ def _running(attempt: Attempt, status: QLoRAJobStatus) -> str:
 def plan_words(plan: MemoryPlan) -> str:
     """A memory plan in a sentence."""
     offloaded = f", {' and '.join(plan.offload)} in host memory" if plan.offload else ""
+    kept_there = f", what {plan.offloaded_layers} others keep in host memory" if plan.offloaded_layers else ""
     streamed = f", {plan.streamed_layers} layers streamed from host memory" if plan.streamed_layers else ""
     split = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}"
-    return f"{split}, {plan.recompute_layers} layers recomputed{offloaded}{streamed}"
+    return f"{split}, {plan.recompute_layers} layers recomputed{offloaded}{kept_there}{streamed}"

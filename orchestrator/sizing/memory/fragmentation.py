@@ -19,6 +19,7 @@ from functools import partial
 from itertools import pairwise
 
 from orchestrator.api import trainer_facts
+from orchestrator.api.layer_ways import LayerWays
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.sizing.memory.cuda_allocator import Block, Pool
 from orchestrator.sizing.memory.handwritten_layer import (
@@ -27,6 +28,7 @@ from orchestrator.sizing.memory.handwritten_layer import (
     kept_forward,
     recomputed_backward,
     recomputed_forward,
+    take_kept,
 )
 from orchestrator.sizing.memory.linear_layers import GROUPS, Linear, linears
 from orchestrator.sizing.memory.timeline import BF16_BYTES, FP32_BYTES
@@ -71,6 +73,7 @@ class Rehearsed:
     uses_cuda_graphs: bool
     offloads_activations: bool
     offloads_embeddings: bool
+    offloaded_layers: int
     streamed_layers: int
     chunk_tokens: int
     """Tokens whose logits the loss computes at a time; all of them where it is 0."""
@@ -343,8 +346,13 @@ class _Pass(ABC):
         """A layer's forward pass."""
 
     @abstractmethod
-    def _leaves(self, index: int, /) -> bool:
-        """Whether a layer's input does not stay on the card."""
+    def _leave(self, index: int, own: _Tensors, /) -> None:
+        """What does not stay on the card leaves it when a layer is done."""
+
+    def _hold_embeddings(self, index: int, own: _Tensors) -> None:
+        """The decoder holds the first layer's input to its end."""
+        if index == 0:
+            own.hand("x", self._shared, "embedded")
 
     def _walk_forward(self, forget: Callable[[], None]) -> None:
         """The way to the normalized states in front of the loss."""
@@ -356,10 +364,7 @@ class _Pass(ABC):
             own.before = {low: partial(self._adapter.drop, f"stack {index} {place}") for place, low in enumerate(LOW)}
             self._forward(index, own)
             own.hand("out", above, "x")
-            if self._leaves(index):
-                if index == 0:
-                    own.hand("x", self._shared, "embedded")  # the decoder holds it to its end
-                own.keep(self._given)
+            self._leave(index, own)
         self._layers[-1].take(normalized=self._layer.stream)
 
     def _begin(self, first: _Tensors) -> None:
@@ -425,8 +430,9 @@ class _Evaluation(_Pass):
         recomputed_forward(own, self._layer)
         own.keep(("x", "out"))
 
-    def _leaves(self, _: int, /) -> bool:
-        return True
+    def _leave(self, index: int, own: _Tensors, /) -> None:
+        self._hold_embeddings(index, own)
+        own.keep(())
 
 
 class _MicroBatch(_Pass):
@@ -450,16 +456,31 @@ class _MicroBatch(_Pass):
         self._end()
 
     def _forward(self, index: int, own: _Tensors, /) -> None:
-        if index < self._job.recompute_layers:
+        if self._ways.recomputes(index):
             recomputed_forward(own, self._layer)
             own.keep(("x", "out", *self._given))
         else:
             kept_forward(own, self._layer)
             own.keep((*KEPT, "out"))
 
-    def _leaves(self, index: int, /) -> bool:
-        """The input of a layer that recomputes goes to host memory, where activations are offloaded."""
-        return self._job.offloads_activations and index < self._job.recompute_layers
+    def _leave(self, index: int, own: _Tensors, /) -> None:
+        """The input of a layer that recomputes goes to host memory, where activations are offloaded; what one keeps
+        whose activations are, once the next such layer is done."""
+        ways = self._ways
+        if ways.recomputes(index) and self._job.offloads_activations:
+            self._hold_embeddings(index, own)
+            own.keep(self._given)
+        if ways.offloaded_layers and (index == ways.turn or ways.is_offloaded(index)):
+            place = ways.offloaded_below(index)
+            if place:
+                below = ways.offloaded[place - 1]
+                self._hold_embeddings(below, self._layers[below])
+                self._layers[below].keep(())
+
+    @property
+    def _ways(self) -> LayerWays:
+        job = self._job
+        return LayerWays.of(job.facts.num_layers, job.recompute_layers, job.offloaded_layers)
 
     def _walk_back(self) -> None:
         layers, last = self._layers, self._layers[-1]
@@ -477,12 +498,16 @@ class _MicroBatch(_Pass):
 
     def _backward(self, index: int) -> None:
         own, layer = self._layers[index], self._layer
-        if index >= self._job.recompute_layers:
+        ways = self._ways
+        if (fetched := ways.fetched_at(index)) is not None:  # on their way back while this layer computes
+            take_kept(self._layers[fetched], layer)
+        if not ways.recomputes(index):
             kept_backward(own, layer, first=index == 0)
             return
         own.take(x=layer.stream)  # back from the host, if it is not there
-        recomputed_backward(own, layer, fetches=self._job.offloads_activations and index > 0, first=index == 0)
-        if index > 0:
+        fetches = self._job.offloads_activations and index > 0 and ways.recomputes(index - 1)
+        recomputed_backward(own, layer, fetches=fetches, first=index == 0)
+        if fetches:
             own.hand("fetched", self._layers[index - 1], "x")
 
     def _hand_gradients(self, index: int) -> None:

@@ -186,8 +186,7 @@ def _kept_layer(layer: FusedLayer) -> LayerBytes:
     forward.take(x=layer.stream)
     kept_forward(forward, layer)
     backward = Timeline()
-    backward.take(x=layer.stream)
-    _take_kept(backward, layer)
+    take_kept(backward, layer)
     kept = backward.live_bytes
     backward.take(grad=layer.stream)
     kept_backward(backward, layer, first=False)
@@ -283,8 +282,10 @@ def _rotate_heads(t: Walk, layer: FusedLayer) -> None:
         t.drop("copy")
 
 
-def _take_kept(t: Walk, layer: FusedLayer) -> None:
+def take_kept(t: Walk, layer: FusedLayer) -> None:
+    """What a layer keeps that does not recompute."""
     t.take(
+        x=layer.stream,
         qkv=layer.of(layer.qkv.outputs),
         **layer.given,
         qkv_low=layer.low(layer.qkv),

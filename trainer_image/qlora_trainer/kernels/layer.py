@@ -4,7 +4,8 @@ Each half is normalized where it begins (Llama), where it ends (OLMo 2), or both
 stream is normalized then.
 
 Rules: what is kept between the passes is decided here and nowhere else. A layer that keeps its activations keeps what
-matrix products cost and recomputes what is cheap: what is normalized, sums, the MLP's product. A layer that recomputes
+matrix products cost and recomputes what is cheap: what is normalized, sums, the MLP's product; it may keep all of that
+in host memory. A layer that recomputes
 keeps its input alone, on the card or in host memory, or beside it what attention gave, which costs most to compute
 again where records are long. All run the same operations on the same numbers, so they give the same bits.
 
@@ -29,8 +30,9 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RMSNorm
 
 from orchestrator.api import trainer_facts
+from orchestrator.api.layer_ways import LayerWays
 from qlora_trainer.kernels import ops
-from qlora_trainer.kernels.host_offload import InputStore
+from qlora_trainer.kernels.host_offload import ActivationStore, InputStore
 from qlora_trainer.kernels.lora_linears import Dropout, LinearGroup
 from qlora_trainer.kernels.packed_attention import PackedAttention
 from qlora_trainer.kernels.streamed_layers import StreamedLayers
@@ -141,22 +143,28 @@ class FusedLayer:
         heads: HeadShape,
         gate: Gate,
         attention: PackedAttention,
-        recomputes: bool,
         keeps_attention: bool,
+        ways: LayerWays,
         store: InputStore | None,
+        activations: ActivationStore | None,
         streamed: StreamedLayers | None,
     ) -> None:
         """`module` is transformers' layer, of a class that `takeover` lists.
 
-        `keeps_attention`: where it recomputes, but for what attention gave.
+        `keeps_attention`: where it recomputes, but for what attention gave. What offloaded layers keep is in
+        `activations`; others see to it that it leaves and comes in time.
         """
         self._number = number
         self._heads = heads
         self._gate, self._gate_backward_ = gate
         self._attention = attention
-        self._recomputes = recomputes
-        self._keeps_attention = recomputes and keeps_attention
-        self._store = store if recomputes else None
+        self._recomputes = ways.recomputes(number)
+        self._keeps_attention = self._recomputes and keeps_attention
+        self._offloads = ways.is_offloaded(number)
+        self._turns = ways.offloaded_layers > 0 and number == ways.turn
+        self._fetches = ways.fetched_at(number)
+        self._store = store if self._recomputes else None
+        self._kept_activations = activations
         self._streamed = streamed
         own = module.self_attn
         self._input_norm = Norm.found(module, "input_layernorm")
@@ -188,14 +196,23 @@ class FusedLayer:
 
     def forward(self, ctx: Any, x: Tensor, run: Run) -> Tensor:
         """The layer's output; `ctx` gets what the backward pass needs."""
+        out = self._forward(ctx, x, run)
+        if run.trains and self._turns and self._kept_activations is not None:
+            self._kept_activations.settle()
+        return out
+
+    def _forward(self, ctx: Any, x: Tensor, run: Run) -> Tensor:
         store = self._store if run.trains else None
         if store is not None:
             store.put(self._number, x)
         middle, attended = self._attend(x, run)
         if run.trains and not self._recomputes:
             out, gated = self._mlp(middle, run)
-            kept = middle if attended.added is None else None
-            ctx.save_for_backward(x, kept, *_tensors(attended), *_tensors(gated))
+            kept = x, middle if attended.added is None else None, *_tensors(attended), *_tensors(gated)
+            if self._offloads and self._kept_activations is not None:
+                self._kept_activations.put(self._number, kept)
+            else:
+                ctx.save_for_backward(*kept)
             return out
         given = (attended.output, attended.logsumexp) if run.trains and self._keeps_attention else ()
         del attended
@@ -314,7 +331,11 @@ class FusedLayer:
 
     def _activations(self, ctx: Any, run: Run) -> tuple[Tensor, Tensor, Attended, Gated | None]:
         """The input, the middle and what both halves need: as it was kept, or computed anew from the input."""
-        kept: tuple[Any, ...] = ctx.saved_tensors
+        kept: Sequence[Any] = ctx.saved_tensors
+        if self._kept_activations is not None:
+            kept = self._kept_activations.take(self._number) if self._offloads else kept
+            if self._fetches is not None:  # while this layer computes, and those below
+                self._kept_activations.fetch(self._fetches)
         if not self._recomputes:
             x, middle, *others = kept
             count = len(fields(Attended))

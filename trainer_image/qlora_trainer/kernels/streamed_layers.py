@@ -17,7 +17,6 @@ Rules:
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from orchestrator.api import trainer_facts
+from qlora_trainer.kernels.host_offload import aligned, pinned
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -160,21 +160,21 @@ class _Pieces:
         for parameter in parameters:
             state = parameter.quant_state
             self._owners += [(parameter, "data"), (state, "absmax"), (state.state2, "absmax")]
-        self.bytes = sum(_aligned(tensor.nbytes) for tensor in self._tensors())
+        self.bytes = sum(aligned(tensor.nbytes) for tensor in self._tensors())
 
     def _tensors(self) -> Iterator[Tensor]:
         return (_bare(getattr(owner, name)) for owner, name in self._owners)
 
     def leave(self, buffer: Tensor, device: torch.device) -> Tensor:
         """Gather them on the host and put views into the buffer in their places; what is not streamed stays."""
-        host = pinned(self.bytes, device)
+        host = pinned(self.bytes, device, "a streamed layer", "streamedLayers")
         start = 0
         for owner, name in self._owners:
             tensor = _bare(getattr(owner, name))
             part = slice(start, start + tensor.nbytes)
             host[part].copy_(tensor.reshape(-1).view(torch.uint8))
             setattr(owner, name, buffer[part].view(tensor.dtype).view(tensor.shape))
-            start += _aligned(tensor.nbytes)
+            start += aligned(tensor.nbytes)
         self._stay(device)
         return host
 
@@ -194,24 +194,3 @@ class _Pieces:
 def _bare(tensor: Tensor) -> Tensor:
     """Without bitsandbytes' class of parameters, which does more than a tensor when it is asked for anything."""
     return tensor.detach().as_subclass(Tensor)
-
-
-def _aligned(count: int) -> int:
-    step = trainer_facts.STREAM_ALIGNMENT
-    return -(-count // step) * step
-
-
-def pinned(count: int, device: torch.device) -> Tensor:
-    """So many bytes of host memory that the card reads by itself; torch's own pinned memory comes in powers of two."""
-    memory = torch.empty(count, dtype=torch.uint8)
-    if device.type != "cuda":
-        return memory
-    driver: Any = torch.cuda.cudart()
-    failed = int(driver.cudaHostRegister(memory.data_ptr(), count, 0))
-    if failed:
-        raise MemoryError(
-            f"{count / 2**20:.0f} MiB of host memory for a streamed layer cannot be pinned (CUDA error {failed}): the "
-            "pod's limit of memory, or of locked memory, is too small for the plan's streamedLayers"
-        )
-    weakref.finalize(memory, driver.cudaHostUnregister, memory.data_ptr()).atexit = False
-    return memory

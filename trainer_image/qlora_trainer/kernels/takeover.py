@@ -31,8 +31,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
 from orchestrator.api import trainer_facts
+from orchestrator.api.layer_ways import LayerWays
+from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.kernels import ops
-from qlora_trainer.kernels.host_offload import InputStore
+from qlora_trainer.kernels.host_offload import ActivationStore, InputStore
 from qlora_trainer.kernels.layer import (
     FusedLayer,
     Gate,
@@ -83,10 +85,10 @@ log = logging.getLogger(__name__)
 class FusedDecoder:
     """The layers that were taken over."""
 
-    def __init__(self, heads: HeadShape, store: InputStore | None) -> None:
+    def __init__(self, heads: HeadShape, *stores: InputStore | ActivationStore | None) -> None:
         """`heads`: of the first layer, of which others differ in windows and positions alone."""
         self.heads = heads
-        self._store = store
+        self._stores = [store for store in stores if store is not None]
         self._seed: Tensor | None = None
         self._bypassed = False
         self._differences: list[float] | None = None
@@ -98,8 +100,8 @@ class FusedDecoder:
         """A micro-batch begins; its adapters' dropout is drawn from the seed."""
         self._seed = seed
         self._runs.clear()
-        if self._store is not None:
-            self._store.clear()
+        for store in self._stores:
+            store.clear()
 
     @contextmanager
     def bypassed(self) -> Generator[None]:
@@ -165,21 +167,20 @@ def fuse(
     attention: PackedAttention,
     *,
     adapter_name: str,
-    recompute_layers: int,
-    keeps_attention: bool,
-    store: InputStore | None,
+    plan: MemoryPlan,
+    device: torch.device,
     streamed: StreamedLayers | None = None,
 ) -> FusedDecoder | None:
-    """Take over the decoder's layers, the first `recompute_layers` of which recompute; None where that is not exact.
-
-    `keeps_attention`: these keep what attention gave.
-    """
+    """Take over the decoder's layers, as the plan has them; None where that is not exact."""
     layers: list[Any] = list(getattr(decoder, "layers", []))
     obstacle = next(_obstacles(layers, config, adapter_name), None)
     if obstacle is not None:
         log.info("the layers run as transformers and PEFT compute them: %s", obstacle)
         return None
-    fused = FusedDecoder(_heads(layers[0], config), store)
+    ways = LayerWays.of(len(layers), plan.recompute_layers, plan.offloaded_layers)
+    store = InputStore(device) if "activations" in plan.offload else None
+    activations = ActivationStore(device) if ways.offloaded_layers else None
+    fused = FusedDecoder(_heads(layers[0], config), store, activations)
     for number, module in enumerate(layers):
         kind = MixtureLayer if isinstance(module, MIXTURES) else FusedLayer
         layer = kind(
@@ -189,9 +190,10 @@ def fuse(
             heads=_heads(module, config),
             gate=GATES[_activation(module, config)],
             attention=attention,
-            recomputes=number < recompute_layers,
-            keeps_attention=keeps_attention,
+            ways=ways,
+            keeps_attention=plan.keep_attention,
             store=store,
+            activations=activations,
             streamed=streamed,
         )
         fused.take_over(module, layer)

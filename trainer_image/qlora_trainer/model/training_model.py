@@ -30,7 +30,7 @@ from orchestrator.api.model_facts import CHOSEN
 from orchestrator.api.plan import MemoryPlan
 from qlora_trainer.data.micro_batch import MicroBatch, StepInputs
 from qlora_trainer.kernels import flash_attention, ops
-from qlora_trainer.kernels.host_offload import HostEmbedding, InputStore
+from qlora_trainer.kernels.host_offload import HostEmbedding
 from qlora_trainer.kernels.moe_experts import NF4Experts, silent_experts
 from qlora_trainer.kernels.packed_attention import NAME as PACKED_ATTENTION
 from qlora_trainer.kernels.packed_attention import PackedAttention, UnknownAttention
@@ -84,9 +84,8 @@ class TrainingModel:
             self.base.config.get_text_config(),
             packed_attention,
             adapter_name=ADAPTER_NAME,
-            recompute_layers=plan.recompute_layers,
-            keeps_attention=plan.keep_attention,
-            store=InputStore(self.device) if "activations" in plan.offload else None,
+            plan=plan,
+            device=self.device,
             streamed=self._streamed,
         )
         packed_attention.flash = self._flash_attention()
@@ -307,9 +306,9 @@ class TrainingModel:
                 f"{type(self.base).__name__} cannot be computed by hand here, which that takes; use a larger card"
             )
         self.fused = self.cuda_graphs = self.attention.flash = None
-        if "activations" in self._plan.offload:
+        if "activations" in self._plan.offload or self._plan.offloaded_layers:
             log.warning("the activations stay on the card: only layers that are computed by hand can do without them")
-        set_recompute(self._decoder, self._plan.recompute_layers)
+        set_recompute(self._decoder, self._plan.recompute_layers + self._plan.offloaded_layers)
 
     def _flash_attention(self) -> flash_attention.FlashAttention | None:
         """The package's kernels, where the plan asks for them and they run."""
@@ -320,7 +319,7 @@ class TrainingModel:
 
     def _make_cuda_graphs(self) -> CudaGraphs | None:
         """CUDA graphs, where everything between tokens and gradients runs on the card and draws nothing there."""
-        from_host = self._plan.offload or self._streamed is not None
+        from_host = self._plan.offload or self._plan.offloaded_layers or self._streamed is not None
         if self.fused is None or from_host or self._neftune_alpha > 0 or not ops.can_be_captured(self.device):
             return None
         return CudaGraphs(list(self._saved.values()), self._loss, draw_seed)
