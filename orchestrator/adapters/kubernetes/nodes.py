@@ -20,7 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from kubernetes.utils.quantity import parse_quantity  # pyright: ignore[reportMissingTypeStubs]  untyped upstream
+from kubernetes.utils.quantity import (  # pyright: ignore[reportMissingTypeStubs]  untyped upstream
+    parse_quantity,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from orchestrator.adapters.kubernetes.api import Json, KubeApi, path_of
 from orchestrator.adapters.kubernetes.node_placement import CAPABILITY_LABEL, SPOT_LABELS, node_class, takes_pods
