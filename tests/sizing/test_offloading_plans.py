@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from benchmarks.architectures import config
+from benchmarks.estimators import Row
+from benchmarks.report import RESULTS
+from benchmarks.sizing_report import error, reserved_error
 from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
+from orchestrator.api.trainer_facts import MLP_TILE_TOKENS
 from orchestrator.sizing.footprint import Footprint, is_fused, offloaded_host_bytes, peak_bytes
-from orchestrator.sizing.hardware import CLASS_NAMES, GIB, GpuClass, gpu_class
+from orchestrator.sizing.hardware import CLASS_NAMES, GIB, GpuClass, find_card, gpu_class
 from orchestrator.sizing.plan_search import HOLES_AT_MOST, HOST_SHARE, choose_plan, fallback_plan, plans
 from orchestrator.sizing.step_time import StepTime, Work, ordering_card
 from tests.builders import LLAMA_3_70B, make_spec
@@ -21,6 +27,7 @@ from tests.builders import LLAMA_3_70B, make_spec
 A6000 = replace(gpu_class("48Gi", 1, ["RTX A6000"]), host_bytes=128 * GIB)
 SPEC = make_spec(sequence_length=512, global_batch_size=16)
 JOBS = 60
+ROWS = [json.loads(line) for line in (RESULTS / "offloaded_rows.jsonl").read_text().splitlines()]
 MODELS = ("llama-3.1-8b", "llama-2-13b", "qwen2.5-32b", "llama-3.1-70b", "mistral-7b", "qwen3-30b-a3b", "gemma-2-2b")
 
 
@@ -126,6 +133,38 @@ def test_the_more_layers_are_offloaded_the_less_is_on_the_card_down_to_two() -> 
     assert peaks[0] - peaks[-1] == pytest.approx(78 * kept, rel=0.02)  # with the margin
     recomputing = Footprint(SPEC, LLAMA_3_70B, plan.model_copy(update={"offloaded_layers": 30}))
     assert recomputing.peak_bytes(80) == Footprint(SPEC, LLAMA_3_70B, plan).peak_bytes(80)
+
+
+def test_bytes_and_seconds_are_the_measured_ones() -> None:
+    """On an H200: no peak is under, and times are within ten per cent."""
+    card = find_card("NVIDIA H200")
+    assert card is not None
+    errors: list[float] = []
+    for raw in ROWS:
+        row = Row.read(raw) if "plan" in raw else None
+        if row is not None:
+            errors.append(error(row))
+            assert abs(reserved_error(row)) <= 2
+            expected = StepTime(row.spec, row.facts, Work()).step_seconds(row.plan, card)
+            assert expected == pytest.approx(raw["step_seconds"], rel=0.1)
+    assert len(errors) >= 20
+    assert min(errors) >= 0
+    assert sum(errors) / len(errors) <= 1.5
+
+
+def test_offloading_was_measured_to_change_no_bit() -> None:
+    """Losses and the adapter, of micro-batches that the MLP takes as a whole."""
+    learned: defaultdict[tuple[object, ...], dict[int, tuple[list[float], str]]] = defaultdict(dict)
+    for raw in ROWS:
+        if "losses" in raw and raw["cap_gib"]:
+            plan, length = MemoryPlan.model_validate(raw["plan"]), raw["training"]["sequenceLength"]
+            if plan.micro_batch_size * length <= MLP_TILE_TOKENS:
+                found = raw["losses"], raw["adapter_sha256"]
+                learned[raw["model"], length, plan.micro_batch_size][plan.offloaded_layers] = found
+    compared = [alike for alike in learned.values() if len(alike) > 1]
+    assert len(compared) >= 3
+    for alike in compared:
+        assert all(each == next(iter(alike.values())) for each in alike.values())
 
 
 def test_out_of_memory_everything_recomputes_and_nothing_of_it_waits_on_the_host() -> None:

@@ -49,6 +49,13 @@ def test_what_is_kept_of_attention_and_what_flash_attn_4_takes_are_counted() -> 
     assert max(abs(reserved_error(job)) for job in jobs) <= 4
 
 
+def test_preferences_are_never_under() -> None:
+    rows = [Row.read(json.loads(line)) for line in ROWS.with_name("preference_rows.jsonl").read_text().splitlines()]
+    found = [error(row) for row in rows if row is not None]
+    assert len(found) >= 2
+    assert 0 <= min(found) <= max(found) <= 1.5
+
+
 def test_types_without_a_table_are_sized_by_their_traces_as_well_as_others_by_tables() -> None:
     found: dict[str, Any] = traced_report.report()
     assert found["held_out"]["jobs"] >= 95
