@@ -9,6 +9,7 @@ among plans with it; it is held against measured peaks in tests/sizing/test_sizi
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -773,7 +774,7 @@ class _Layers:
 
     def at(self, index: int, recomputing: int) -> LayerBytes:
         """One layer's bytes."""
-        if not self.offloaded_layers:
+        if not self.offloaded_layers or recomputing == self.count:  # then none is
             return (self.recomputed if index < recomputing else self.whole)[self.kinds[index]]
         ways, whole = self._ways(recomputing), self.whole[0]
         own = self.recomputed[0] if ways.recomputes(index) else whole
@@ -822,14 +823,16 @@ def _turning_points(ways: LayerWays) -> tuple[int, ...]:
     """The layers that can have the peak: the ends of those of one way, where others begin or activations turn."""
     last = ways.layers - 1
     behind = next((n for n in range(ways.layers) if ways.recomputing_below(n + 1) >= ways.recompute_layers), last)
-    ends = (0, behind, behind + 1, last, *((ways.offloaded[0], ways.turn) if ways.offloaded_layers else ()))
-    found: set[int] = set()
+    turns = (ways.offloaded[0], ways.turn) if ways.offloaded_layers else ()
+    ends = {0, min(1, last), behind, min(behind + 1, last), last, *turns}
     kinds: dict[tuple[bool, bool], list[int]] = {}
     for number in range(ways.layers):
         kinds.setdefault((ways.is_offloaded(number), ways.recomputes(number)), []).append(number)
+    found: set[int] = set()
     for of_kind in kinds.values():
         for end in ends:
-            found.update([n for n in of_kind if n <= end][-2:], [n for n in of_kind if n >= end][:2])
+            place = bisect_left(of_kind, end)
+            found.update(of_kind[max(0, place - 1) : place + 1])
     return tuple(sorted(found))
 
 

@@ -345,9 +345,9 @@ class _Search:
         limit = self.step_seconds(rival, card) / AS_FAST
         found: list[MemoryPlan] = []
         for size in self.sizes:
-            if self.step_seconds(self.plan(size, Way((), rival.attention, keep_attention=False)), card) < limit:
-                plans = self._most_offloaded(size, rival, gpu_class, room_bytes)
-                found += (plan for plan in plans if self.step_seconds(plan, card) < limit)
+            plans = self._most_offloaded(size, rival, limit, gpu_class, room_bytes)
+            found += (plan for plan in plans if self.step_seconds(plan, card) < limit)
+            limit = min([limit, *(AS_FAST_FOR_LESS * self.step_seconds(plan, card) for plan in found)])
         alike_seconds = AS_FAST_FOR_LESS * min((self.step_seconds(plan, card) for plan in found), default=0.0)
         return sorted(
             found,
@@ -358,17 +358,23 @@ class _Search:
         )
 
     def _most_offloaded(
-        self, size: int, rival: MemoryPlan, gpu_class: GpuClass, room_bytes: int
+        self, size: int, rival: MemoryPlan, limit_seconds: float, gpu_class: GpuClass, room_bytes: int
     ) -> Iterator[MemoryPlan]:
-        """Plans of so large micro-batches: as many layers offloaded as the link carries unseen, or as it is seen to."""
+        """Plans of so large micro-batches: as many layers offloaded as the link carries unseen, or as it is seen to.
+
+        What takes longer than the limit even if nothing recomputes is not worked out.
+        """
+        card = ordering_card(gpu_class)
         offload: tuple[OffloadTarget, ...] = ("embeddings",) if "embeddings" in self._offloads[-1] else ()
         way = Way(offload, rival.attention, rival.keep_attention)  # inputs stay: the link has enough to carry
         whole = self.plan(size, way)
+        if self.step_seconds(whole, card) >= limit_seconds:
+            return
         kept_bytes, others = self._footprint(whole, gpu_class).kept_layer_bytes, self.facts.num_layers - 1
         most = others
         if gpu_class.host_bytes is not None:
             most = min(most, int(HOST_SHARE * gpu_class.host_bytes) // kept_bytes)
-        apart = self._step_time.layers_apart(whole, ordering_card(gpu_class))
+        apart = self._step_time.layers_apart(whole, card)
         for count in dict.fromkeys(min(most, others // each) for each in (apart, apart - 1) if each):
             if count:
                 plan = self.least_recompute(size, way._replace(offloaded_layers=count), gpu_class, room_bytes)

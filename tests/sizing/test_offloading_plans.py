@@ -18,6 +18,7 @@ from orchestrator.api.job import AdapterSpec, QLoRAJobSpec
 from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.api.trainer_facts import MLP_TILE_TOKENS
+from orchestrator.sizing import footprint
 from orchestrator.sizing.footprint import Footprint, is_fused, offloaded_host_bytes, peak_bytes
 from orchestrator.sizing.hardware import CLASS_NAMES, GIB, GpuClass, find_card, gpu_class
 from orchestrator.sizing.plan_search import HOLES_AT_MOST, HOST_SHARE, choose_plan, fallback_plan, plans
@@ -133,6 +134,28 @@ def test_the_more_layers_are_offloaded_the_less_is_on_the_card_down_to_two() -> 
     assert peaks[0] - peaks[-1] == pytest.approx(78 * kept, rel=0.02)  # with the margin
     recomputing = Footprint(SPEC, LLAMA_3_70B, plan.model_copy(update={"offloaded_layers": 30}))
     assert recomputing.peak_bytes(80) == Footprint(SPEC, LLAMA_3_70B, plan).peak_bytes(80)
+
+
+def test_no_layer_but_those_that_are_asked_about_has_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the walk through all layers, of plans of any kind."""
+    draw = random.Random(7)
+    drawn: list[tuple[QLoRAJobSpec, ModelFacts, MemoryPlan, int]] = []
+    for _ in range(JOBS):
+        facts = ModelFacts.from_config(config(draw.choice(MODELS)), "main")
+        facts = facts.model_copy(update={"num_layers": draw.choice([2, 3, 7, facts.num_layers])})
+        spec = make_spec(sequence_length=draw.choice([256, 8192]), rank=draw.choice([8, 256]))
+        plan = MemoryPlan(
+            micro_batch_size=draw.choice([1, 4]),
+            accumulation_steps=draw.choice([1, 4]),
+            recompute_layers=0,
+            keep_attention=draw.random() < 0.5,
+            offload=draw.choice([(), ("activations",), ("embeddings",)]),
+            offloaded_layers=draw.randint(0, facts.num_layers),
+        )
+        drawn.append((spec, facts, plan, draw.randint(0, facts.num_layers)))
+    found = [Footprint(spec, facts, plan).peak_bytes(recomputing) for spec, facts, plan, recomputing in drawn]
+    monkeypatch.setattr(footprint, "_turning_points", lambda ways: tuple(range(ways.layers)))
+    assert found == [Footprint(spec, facts, plan).peak_bytes(recomputing) for spec, facts, plan, recomputing in drawn]
 
 
 def test_bytes_and_seconds_are_the_measured_ones() -> None:
