@@ -20,7 +20,7 @@ from orchestrator.api.stage_name import StageName
 from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus, TrialStatus
 from orchestrator.api.task import StageTask
 from orchestrator.core.commands import Event
-from orchestrator.core.snapshot import StageFact, SweepFact, UnreadableJob
+from orchestrator.core.snapshot import StageFact, SweepFact, UnreadableJob, UnreadableSweep
 from orchestrator.sizing.hardware import GpuClass
 
 
@@ -93,8 +93,19 @@ class Store(Protocol):
         """Store a new sweep; raises AlreadyExists, InvalidObject."""
         ...
 
+    def list_unreadable_sweeps(self) -> Sequence[UnreadableSweep]:
+        """Stored sweeps that this version cannot parse; list_sweeps leaves them out."""
+        ...
+
     def update_sweep_status(self, sweep: QLoRASweep, status: QLoRASweepStatus) -> QLoRASweep:
-        """Replace the status alone; raises Conflict if `sweep.metadata.resource_version` is stale, NotFound."""
+        """Replace the status alone; raises Conflict if `sweep.metadata.resource_version` is stale, NotFound.
+
+        With it goes our finalizer, on or off, as `core/sweep/finalizer` says, and with that an object that is marked.
+        """
+        ...
+
+    def release_sweep(self, sweep: QLoRASweep | UnreadableSweep) -> None:
+        """Take our finalizer off a sweep that is marked; with it goes the object. Raises Conflict, NotFound."""
         ...
 
     def cancel_sweep(self, namespace: str, name: str) -> None:
@@ -102,7 +113,10 @@ class Store(Protocol):
         ...
 
     def delete_sweep(self, namespace: str, name: str) -> None:
-        """Remove a sweep, and with it its trials, as `delete_job` does; raises NotFound."""
+        """Remove a sweep, and with it its trials, as `delete_job` does; one whose run waits for its end is marked.
+
+        Raises NotFound.
+        """
         ...
 
     def record_event(self, job: QLoRAJob, event: Event) -> None:

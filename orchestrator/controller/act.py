@@ -41,6 +41,7 @@ from orchestrator.core.commands import (
     FinishSweep,
     PromoteVersion,
     ReleaseJob,
+    ReleaseSweep,
     ReleaseUnreadable,
     ReportDefect,
     SendNotification,
@@ -79,6 +80,7 @@ ByCall = (
     | StopStage
     | DeleteStage
     | ReleaseJob
+    | ReleaseSweep
     | DeleteJob
     | ReleaseUnreadable
 )
@@ -239,6 +241,9 @@ class Actor:
                 log.warning("%s: %s", event.reason, event.message, extra=_about(command))
                 self._store.record_event(job, event)
                 self._store.release(job)
+            case ReleaseSweep(sweep=sweep, message=message):
+                log.warning("%s", message, extra=_about(command))
+                self._store.release_sweep(sweep)
             case DeleteJob(job=job):
                 self._store.delete_job(job.metadata.namespace, job.metadata.name)
 
@@ -285,7 +290,7 @@ def _key(command: Command) -> str:
             return f"{kind} {queue.metadata.name} {queue.metadata.uid}"
         case CreateJob(sweep=sweep, job=job):
             return f"{kind} {job.key} {sweep.metadata.uid}"
-        case WriteSweepStatus(sweep=sweep) | FinishSweep(sweep=sweep):
+        case WriteSweepStatus(sweep=sweep) | FinishSweep(sweep=sweep) | ReleaseSweep(sweep=sweep):
             return f"{kind} {sweep.key} {sweep.metadata.uid}"
         case (
             ReportDefect(job=job)
@@ -324,7 +329,12 @@ def _job_key(command: Command) -> str:
             return f"{namespace}/{name}"
         case WriteQueueStatus(queue=queue):
             return f"queue {queue.metadata.name}"  # which is no job's
-        case WriteSweepStatus(sweep=sweep) | FinishSweep(sweep=sweep) | CreateJob(sweep=sweep):
+        case (
+            WriteSweepStatus(sweep=sweep)
+            | FinishSweep(sweep=sweep)
+            | ReleaseSweep(sweep=sweep)
+            | CreateJob(sweep=sweep)
+        ):
             return f"sweep {sweep.key}"  # nor that; a trial is made once it is on record
         case (
             ReportDefect(job=job)
@@ -352,7 +362,12 @@ def _about(command: Command) -> Mapping[str, str | int]:
             return about(_job_key(command), status.attempts_total or None)
         case WriteQueueStatus():
             return {}
-        case WriteSweepStatus(sweep=sweep) | FinishSweep(sweep=sweep) | CreateJob(sweep=sweep):
+        case (
+            WriteSweepStatus(sweep=sweep)
+            | FinishSweep(sweep=sweep)
+            | ReleaseSweep(sweep=sweep)
+            | CreateJob(sweep=sweep)
+        ):
             return about(sweep.key)
         case (
             EnsureRun()

@@ -46,5 +46,6 @@ def observe(
         deliveries=answers.deliveries,
         refused=answers.refused,
         unreadable=tuple(unreadable),
+        unreadable_sweeps=tuple(store.list_unreadable_sweeps()),
         policy=policy,
     )

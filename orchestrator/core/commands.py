@@ -10,6 +10,7 @@ from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.reasons import Reason
 from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus, TrialStatus
 from orchestrator.api.task import StageTask
+from orchestrator.core.snapshot import UnreadableSweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +154,14 @@ class DeleteJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseSweep:
+    """Let a deleted sweep's object go although its MLflow run may not have got its last status, and say so."""
+
+    sweep: QLoRASweep | UnreadableSweep
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportDefect:
     """Put on record that deciding about a job or a sweep raised; a job's own commands deal with the job."""
 
@@ -179,6 +188,7 @@ Command = (
     | CreateJob
     | CancelJob
     | FinishSweep
+    | ReleaseSweep
     | EnsureStage
     | StopStage
     | DeleteStage

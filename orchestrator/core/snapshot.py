@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Literal
 
-from orchestrator.api.job import MlflowStatus, QLoRAJob
+from orchestrator.api.job import MlflowStatus, ObjectMeta, QLoRAJob
 from orchestrator.api.queue import QLoRAQueue
 from orchestrator.api.reasons import Reason
 from orchestrator.api.results import ProgressReport, Promotion, StageResult
@@ -122,6 +122,18 @@ class UnreadableJob:
     def key(self) -> str:
         """`namespace/name`."""
         return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadableSweep:
+    """A sweep whose object does not parse: nothing is decided about it, and deleting it is not held up."""
+
+    metadata: ObjectMeta
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`."""
+        return f"{self.metadata.namespace}/{self.metadata.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,4 +249,5 @@ class Snapshot:
     the runtime no stage."""
     unreadable: tuple[UnreadableJob, ...] = ()
     """Jobs that this version cannot parse: their GPUs are taken all the same, and their stages can be stopped."""
+    unreadable_sweeps: tuple[UnreadableSweep, ...] = ()
     policy: Policy

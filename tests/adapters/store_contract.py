@@ -314,11 +314,51 @@ class StoreContract(ABC):
         [found] = store.list_sweeps("team-a")
         assert (found.cancelled, found.status, found.spec) == (True, status, created.spec)
         assert store.list_sweeps("team-b") == []
+        store.update_sweep_status(found, QLoRASweepStatus())
         store.delete_sweep("team-a", "search")
         assert store.list_sweeps() == []
         for gone in (store.cancel_sweep, store.delete_sweep):
             with pytest.raises(NotFound, match="qlora sweeps"):
                 gone("team-a", "search")
+
+    def test_a_sweep_is_held_from_its_first_trial_on_record_until_its_run_has_its_end(self) -> None:
+        store = self.open()
+        created = store.create_sweep(submitted_sweep())
+        assert created.metadata.finalizers == ()
+        trial = TrialStatus(index=0, job="search-0", uid="u", parameters={"adapter.rank": "8"})
+        running = QLoRASweepStatus(trials=(trial,), running=1)
+        written = store.update_sweep_status(created, running)
+        assert (written.metadata.finalizers, written.status) == ((RELEASE_FINALIZER,), running)
+        store.delete_sweep("team-a", "search")
+        store.delete_sweep("team-a", "search")
+        [found] = store.list_sweeps()
+        assert (found.cancelled, found.metadata.deletion_timestamp is None) == (True, False)
+        ended = running.model_copy(update={"finish_time": utc(0)})
+        marked = store.update_sweep_status(found, ended)
+        assert store.list_sweeps() == [marked], "its run may be open"
+        told = ended.model_copy(update={"mlflow": MlflowStatus(run_status="KILLED")})
+        store.update_sweep_status(marked, told)
+        assert store.list_sweeps() == []
+        again = store.create_sweep(submitted_sweep())
+        done = store.update_sweep_status(store.update_sweep_status(again, running), told)
+        assert done.metadata.finalizers == (), "what is over can be deleted with no controller around"
+        store.delete_sweep("team-a", "search")
+        assert store.list_sweeps() == []
+
+    def test_a_sweep_that_waited_too_long_is_released_and_only_this_very_one(self) -> None:
+        store = self.open()
+        trial = TrialStatus(index=0, job="search-0", parameters={"adapter.rank": "8"})
+        written = store.update_sweep_status(store.create_sweep(submitted_sweep()), QLoRASweepStatus(trials=(trial,)))
+        store.delete_sweep("team-a", "search")
+        [marked] = store.list_sweeps()
+        other = written.metadata.model_copy(update={"uid": "another"})
+        with pytest.raises((NotFound, Conflict)):
+            store.release_sweep(written.model_copy(update={"metadata": other}))
+        assert store.list_sweeps() == [marked]
+        store.release_sweep(marked)
+        assert store.list_sweeps() == []
+        with pytest.raises(NotFound):
+            store.release_sweep(marked)
 
     def test_a_trial_knows_its_sweep_wherever_it_is_read(self) -> None:
         store = self.open()

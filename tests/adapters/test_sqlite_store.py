@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.adapters.sqlite.store import SqliteStore
-from orchestrator.api.job import QLoRAJobStatus
+from orchestrator.api.job import RELEASE_FINALIZER, QLoRAJobStatus
 from orchestrator.api.reasons import Reason
+from orchestrator.api.sweep import QLoRASweepStatus, TrialStatus
 from orchestrator.core.commands import Event
 from orchestrator.core.sweep.search import trial_job
 from orchestrator.errors import InvalidObject, NotFound, StoreUnavailable
@@ -58,6 +59,28 @@ class TestSqliteStore(StoreContract):
         store.create_sweep(submitted_sweep())
         with pytest.raises(NotFound, match="another has its name"):
             store.create_job(trial_job(sweep, 2))
+
+    @pytest.mark.parametrize("parses", [True, False], ids=["read", "not read by this version"])
+    def test_a_marked_sweep_goes_with_its_trials_when_it_is_released(self, parses: bool) -> None:
+        store = self.open()
+        sweep = store.create_sweep(submitted_sweep())
+        store.create_job(trial_job(sweep, 0))
+        trial = TrialStatus(index=0, job="search-0", parameters={})
+        store.update_sweep_status(sweep, QLoRASweepStatus(trials=(trial,)))
+        store.delete_sweep("team-a", "search")
+        assert len(store.list_jobs()) == 1, "they are cancelled first"
+        if parses:
+            [marked] = store.list_sweeps()
+        else:
+            with sqlite3.connect(self.settings.database) as database:
+                database.execute("UPDATE objects SET body = json_remove(body, '$.spec') WHERE kind = 'QLoRASweep'")
+            database.close()
+            assert store.list_sweeps() == []
+            [marked] = store.list_unreadable_sweeps()
+        assert marked.metadata.deletion_timestamp is not None
+        assert marked.metadata.finalizers == (RELEASE_FINALIZER,)
+        store.release_sweep(marked)
+        assert (store.list_sweeps(), store.list_unreadable_sweeps(), store.list_jobs()) == ([], [], [])
 
     def test_a_row_that_no_longer_parses_is_reported_and_kept(self, caplog: pytest.LogCaptureFixture) -> None:
         store = self.open()

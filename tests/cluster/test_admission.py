@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.adapters.kubernetes.api import Forbidden, Json, KubeApi, path_of
+from orchestrator.adapters.kubernetes.objects import sweep_status_wire
 from orchestrator.adapters.kubernetes.pod_facts import RuntimeBounds
 from orchestrator.adapters.kubernetes.pod_manifest import JOB_UID_LABEL, MANAGED_BY_LABEL, MANAGER
 from orchestrator.adapters.kubernetes.pod_policy import PodPolicy
@@ -17,8 +19,10 @@ from orchestrator.adapters.kubernetes.pods import KubernetesPods
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.adapters.kubernetes.watch import Changes
 from orchestrator.api.base import API_VERSION
-from orchestrator.api.job import RELEASE_FINALIZER
+from orchestrator.api.job import NOTIFY_FINALIZER, RELEASE_FINALIZER, MlflowStatus
+from orchestrator.api.sweep import QLoRASweepStatus, TrialStatus
 from orchestrator.errors import InvalidObject
+from tests.builders import submitted_sweep
 from tests.cluster.accounts import RBAC, account, acting_as, binding, chart_parts, create
 from tests.cluster.control_plane import ControlPlane, control_plane
 from tests.cluster.resources import furnish, require
@@ -34,6 +38,7 @@ PARTS = ("admission", "rbac/controller", "controller/service-account")
 ACTIVE_SECONDS = 60.0
 PODS = "/api/v1/namespaces/team-a/pods"
 JOBS = path_of(API_VERSION, "qlorajobs", "team-a")
+SWEEPS = path_of(API_VERSION, "qlorasweeps", "team-a")
 UID = "0b1d3c52-6f0e-4a57-9a45-2f1a4f4a8a11"
 OWNER = {"apiVersion": API_VERSION, "kind": "QLoRAJob", "name": "victim", "uid": UID}
 
@@ -168,6 +173,48 @@ def test_a_finalizer_stays_while_the_job_holds_something(plane: ControlPlane, te
         assert tenant.patch(path, {"metadata": {"finalizers": [RELEASE_FINALIZER]}})["metadata"]["finalizers"]
     plane.api().patch(f"{path}/status", {"status": {"mlflow": None, "attempts": None}})
     assert "finalizers" not in tenant.patch(path, {"metadata": {"finalizers": None}})["metadata"]
+
+
+def test_the_finalizer_of_webhooks_stays_until_they_have_been_told(
+    plane: ControlPlane, tenant: KubeApi, job: str
+) -> None:
+    path, over = f"{JOBS}/{job}", "2026-11-01T00:00:00Z"
+    waiting = {"number": 1, "event": "job.succeeded", "time": over, "reason": "Succeeded", "recipients": ["job/ci"]}
+    held: list[Json] = [
+        {"notifications": {"total": 1}},
+        {"notifications": {"total": 1, "outstanding": [waiting]}, "finishTime": over},
+    ]
+    for status in held:
+        plane.api().patch(path, {"metadata": {"finalizers": [NOTIFY_FINALIZER]}})
+        plane.api().patch(f"{path}/status", {"status": status})
+        with pytest.raises(Forbidden, match="webhooks are still to be told"):
+            tenant.patch(path, {"metadata": {"finalizers": None}})
+    plane.api().patch(f"{path}/status", {"status": {"notifications": {"outstanding": None}}})
+    assert "finalizers" not in tenant.patch(path, {"metadata": {"finalizers": None}})["metadata"]
+
+
+def test_a_sweep_keeps_its_finalizer_and_its_status_until_its_run_has_its_end(
+    plane: ControlPlane, tenant: KubeApi
+) -> None:
+    store = KubernetesStore(acting_as(plane, "controller"), namespaces=("team-a",))
+    sweep = KubernetesStore(tenant, namespaces=("team-a",)).create_sweep(submitted_sweep())
+    path = f"{SWEEPS}/search"
+    trial = TrialStatus(index=0, job="search-0", uid="u", parameters={})
+    sweep = store.update_sweep_status(sweep, QLoRASweepStatus(trials=(trial,)))
+    with pytest.raises(Forbidden, match="status is the controller's"):
+        tenant.patch(f"{path}/status", {"status": {"mlflow": {"runStatus": "KILLED"}}})
+    with pytest.raises(Forbidden, match="MLflow run may be open"):
+        tenant.patch(path, {"metadata": {"finalizers": None}})
+    over = sweep.status.model_copy(update={"finish_time": datetime(2026, 11, 1, tzinfo=UTC)})
+    sweep = store.update_sweep_status(sweep, over)
+    with pytest.raises(Forbidden, match="MLflow run may be open"):
+        tenant.patch(path, {"metadata": {"finalizers": None}})
+    tenant.delete(path)
+    [sweep] = store.list_sweeps("team-a")
+    told = over.model_copy(update={"mlflow": MlflowStatus(run_status="KILLED")})
+    plane.api().replace(f"{path}/status", sweep_status_wire(sweep, told))
+    tenant.patch(path, {"metadata": {"finalizers": None}})
+    assert store.list_sweeps("team-a") == []
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ RIGHTS: Mapping[str, Rights] = {
         (CLUSTER, "qloraqueues.qlora.dev"): "list watch",
         (CLUSTER, "qloraqueues/status.qlora.dev"): "update",
         ("team-a", "qlorajobs.qlora.dev"): "create delete get list patch watch",
-        ("team-a", "qlorasweeps.qlora.dev"): "list watch",
+        ("team-a", "qlorasweeps.qlora.dev"): "list patch watch",
         ("team-a", "qlorasweeps/status.qlora.dev"): "update",
         ("team-a", "qlorajobs/finalizers.qlora.dev"): "update",
         ("team-a", "qlorajobs/status.qlora.dev"): "update",

@@ -11,19 +11,24 @@ from typing import Any
 import pytest
 
 from orchestrator.adapters.kubernetes.api import KubeApi, path_of
+from orchestrator.adapters.kubernetes.objects import Parser
 from orchestrator.adapters.kubernetes.store import KubernetesStore
 from orchestrator.api.base import API_VERSION
 from orchestrator.api.crd import RULES
+from orchestrator.api.job import RELEASE_FINALIZER
 from orchestrator.api.sweep import (
     DecimalRange,
     IntegerRange,
     LogRange,
     QLoRASweep,
     QLoRASweepSpec,
+    QLoRASweepStatus,
     SweepDimension,
+    TrialStatus,
 )
+from orchestrator.core.snapshot import UnreadableSweep
 from orchestrator.core.sweep.search import trial_job
-from orchestrator.errors import InvalidObject
+from orchestrator.errors import Conflict, InvalidObject
 from tests.builders import submitted_sweep
 from tests.cluster.control_plane import ControlPlane, control_plane
 from tests.cluster.resources import clear, furnish, require
@@ -131,6 +136,36 @@ def test_a_name_leaves_room_for_those_of_the_trials(api: KubeApi) -> None:
     for length, is_taken in ((44, True), (45, False)):
         ours, theirs = complaints(api, {**wire(), "metadata": {"name": "s" * length}})
         assert (not ours, not theirs) == (is_taken, is_taken), theirs
+
+
+def test_a_marked_sweep_that_this_version_cannot_read_is_let_go(api: KubeApi) -> None:
+    """What others hold stays; a view that is kept up to date and one that asks the server see the same."""
+    store, watching = KubernetesStore(api), KubernetesStore(api)
+    watching.start()
+    sweep = store.create_sweep(submitted_sweep())
+    trial = TrialStatus(index=0, job="search-0", parameters={"adapter.rank": "8"})
+    store.update_sweep_status(sweep, QLoRASweepStatus(trials=(trial,)))
+    api.patch(f"{SWEEPS}/search", {"metadata": {"finalizers": [RELEASE_FINALIZER, "example.com/mine"]}})
+    store.delete_sweep("team-a", "search")
+    stored = api.get(f"{SWEEPS}/search")
+    # A number that the schema takes and no model of this version does.
+    newer = {**stored, "status": {**stored["status"], "trials": [{**stored["status"]["trials"][0], "parameters": 1}]}}
+    parsed = Parser().sweep(newer)
+    assert isinstance(parsed, UnreadableSweep)
+    assert parsed.metadata.finalizers == (RELEASE_FINALIZER, "example.com/mine")
+    api.patch(f"{SWEEPS}/search", {"metadata": {"annotations": {"example.com/seen": "yes"}}})
+    watching.refresh()
+    with pytest.raises(Conflict):
+        watching.release_sweep(parsed)
+    fresh = Parser().sweep({**newer, "metadata": api.get(f"{SWEEPS}/search")["metadata"]})
+    assert isinstance(fresh, UnreadableSweep)
+    watching.release_sweep(fresh)
+    [left] = watching.list_sweeps()
+    assert left.metadata.finalizers == ("example.com/mine",)
+    api.patch(f"{SWEEPS}/search", {"metadata": {"finalizers": None}})
+    watching.refresh()
+    assert watching.list_sweeps() == store.list_sweeps() == []
+    watching.close()
 
 
 @pytest.mark.skipif("QLORA_FUZZ" not in os.environ, reason="it hears of new kinds every 30 s: with `make nightly`")

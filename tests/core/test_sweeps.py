@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.api.job import CANCEL_ANNOTATION, QLoRAJob
+from orchestrator.api.job import CANCEL_ANNOTATION, RELEASE_FINALIZER, QLoRAJob
 from orchestrator.api.reasons import ConditionType, ExitCode, Reason
 from orchestrator.api.sweep import (
     DECIMAL_FIELDS,
@@ -19,9 +19,9 @@ from orchestrator.api.sweep import (
     SweepDimension,
     SweepMeta,
 )
-from orchestrator.core.commands import CreateJob, ReportDefect, WriteSweepStatus
+from orchestrator.core.commands import CreateJob, ReleaseSweep, ReportDefect, WriteSweepStatus
 from orchestrator.core.decide import decide
-from orchestrator.core.snapshot import UnreadableJob
+from orchestrator.core.snapshot import UnreadableJob, UnreadableSweep
 from orchestrator.core.sweep.search import drawn, parameters, refusal, trial_job
 from tests.builders import NOW, POLICY, gpus, make_job, snapshot
 from tests.core.world import World
@@ -97,14 +97,8 @@ STORY = st.lists(
 @example(story=[("pass", 1), ("pass", 2), ("pass", None), ("pass", 0), ("pass", 2)])
 def test_kills_change_nothing_of_the_trials_nor_of_who_is_best(story: list[tuple[str, Any]]) -> None:
     world, undisturbed = make_world(make_sweep(trials=4)), make_world(make_sweep(trials=4))
-    for what, detail in story:
-        live = world.live_stages()
-        if what == "pass":
-            world.pass_once(detail)
-        elif what == "mlflow":
-            world.mlflow_away = detail
-        elif live:
-            (world.run_stage if what == "run" else world.lose)(live[detail % len(live)])
+    for step in story:
+        play(world, [step])
         running = sum(job.status.finish_time is None for job in world.jobs.values())
         assert running <= 2, "no more than spec.parallel"
     settle(world)
@@ -118,6 +112,104 @@ def test_kills_change_nothing_of_the_trials_nor_of_who_is_best(story: list[tuple
     assert found is not None
     assert found.job == best.metadata.name
     assert not [c for c in decide(world.snapshot()) if isinstance(c, WriteSweepStatus)], "it comes to rest"
+
+
+def play(world: World, story: list[tuple[str, Any]]) -> None:
+    for what, detail in story:
+        live = world.live_stages()
+        if what == "pass":
+            world.pass_once(detail)
+        elif what == "mlflow":
+            world.mlflow_away = detail
+        elif live:
+            (world.run_stage if what == "run" else world.lose)(live[detail % len(live)])
+
+
+def go_on(world: World, rounds: int) -> None:
+    """Everything goes well, until there is nothing left or the rounds are over."""
+    for _ in range(rounds):
+        world.pass_once()
+        for key in world.live_stages():
+            world.run_stage(key)
+        world.pass_time(20)
+        if not world.sweeps and not world.jobs:
+            break
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(rounds=st.integers(0, 30), before=STORY, after=STORY)
+@example(rounds=12, before=[], after=[("pass", number) for number in range(9)])
+@example(rounds=6, before=[("mlflow", True)], after=[("pass", None), ("run", 0), ("run", 1)] * 6)
+@example(
+    rounds=2, before=[], after=[("pass", None), ("run", 0), ("run", 0), ("pass", None), ("pass", None), ("pass", 1)]
+)
+def test_a_sweep_that_is_deleted_leaves_neither_an_open_run_nor_a_trial(
+    rounds: int, before: list[tuple[str, Any]], after: list[tuple[str, Any]]
+) -> None:
+    """At whatever moment, and whenever the controller is killed; MLflow is there again in time."""
+    world = make_world(make_sweep(trials=4))
+    go_on(world, rounds)
+    play(world, before)
+    world.delete_sweep("default/sweep")
+    play(world, after)
+    world.mlflow_away = False
+    go_on(world, 60)
+    assert world.sweeps == {}
+    assert world.jobs == {}
+    assert world.left_behind == []
+    assert [run for run in world.mlflow.values() if run == "RUNNING"] == []
+    for run in world.parents.values():
+        assert run[0] == "RUNNING"
+        assert len(run) == 2, "it ends, and once"
+
+
+def test_a_deleted_sweep_waits_for_mlflow_so_long_and_goes_with_words() -> None:
+    world = make_world(make_sweep(trials=2))
+    go_on(world, 6)
+    assert world.parents
+    world.mlflow_away = True
+    world.delete_sweep("default/sweep")
+    go_on(world, 60)
+    assert "default/sweep" in world.sweeps, "it waits"
+    assert all(job.cancelled for job in world.jobs.values())
+    world.pass_time(POLICY.release_limit_seconds)
+    world.pass_once()
+    assert world.sweeps == {}
+    [words] = world.left_behind
+    assert "QLORA_RELEASE_LIMIT_SECONDS" in words
+    assert "uid-of-sweep" in words
+
+
+def test_a_sweep_that_owes_nothing_goes_at_once() -> None:
+    world = make_world(make_sweep(trials=2))
+    settle(world)
+    assert world.sweeps["default/sweep"].metadata.finalizers == ()
+    world.delete_sweep("default/sweep")
+    assert world.sweeps == {}
+
+
+def test_the_finalizer_is_put_right_where_a_controller_was_killed_or_an_older_one_left_none() -> None:
+    world = make_world(make_sweep(trials=2))
+    world.pass_once()
+    for wrong, right in (((), (RELEASE_FINALIZER,)), ((RELEASE_FINALIZER,), ())):
+        sweep = world.sweeps["default/sweep"]
+        assert sweep.metadata.finalizers == right
+        meta = sweep.metadata.model_copy(update={"finalizers": wrong})
+        world.sweeps[sweep.key] = sweep.model_copy(update={"metadata": meta})
+        world.pass_once()
+        assert world.sweeps[sweep.key].metadata.finalizers == right
+        settle(world)
+
+
+def test_a_deleted_sweep_that_this_version_cannot_read_is_let_go() -> None:
+    meta = SweepMeta(name="newer", uid="u", finalizers=(RELEASE_FINALIZER,), deletion_timestamp=NOW)
+    newer = UnreadableSweep(metadata=meta)
+    [release] = [c for c in decide(replace(snapshot(), unreadable_sweeps=(newer,))) if isinstance(c, ReleaseSweep)]
+    assert release.sweep == newer
+    assert "cannot read it" in release.message
+    for update in ({"deletion_timestamp": None}, {"finalizers": ()}):
+        left = UnreadableSweep(metadata=meta.model_copy(update=update))
+        assert not decide(replace(snapshot(), unreadable_sweeps=(left,)))
 
 
 def test_trials_are_ordinary_jobs_of_the_sweeps() -> None:

@@ -40,6 +40,7 @@ from orchestrator.core.commands import (
     FinishSweep,
     PromoteVersion,
     ReleaseJob,
+    ReleaseSweep,
     ReleaseUnreadable,
     ReportDefect,
     SendNotification,
@@ -52,6 +53,7 @@ from orchestrator.core.decide import Decider, decide
 from orchestrator.core.job.finalizer import finalizers_with, is_at_rest, released
 from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.snapshot import DeliveryFact, Policy, RunFact, Snapshot, StageFact, StagePhase, SweepFact
+from orchestrator.core.sweep import finalizer as of_sweeps
 from orchestrator.sizing.hardware import GpuClass
 from tests.builders import NOW, PUBLISHED, SMOLLM2_135M, failure, prepare_result, progress, train_result
 
@@ -76,6 +78,10 @@ class World:
     sweeps: dict[str, QLoRASweep] = field(default_factory=dict[str, QLoRASweep])
     sweep_runs: dict[str, SweepFact] = field(default_factory=dict[str, SweepFact])
     """What the controller remembers of them; gone when it is killed."""
+    parents: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """What the run of each sweep has been in MLflow, by the sweep's uid."""
+    left_behind: list[str] = field(default_factory=list[str])
+    """What was said of sweeps that were let go without."""
     eval_loss: Callable[[QLoRAJob, int], float] | None = None
     """What is logged of a job after a step."""
     models: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
@@ -204,6 +210,9 @@ class World:
                 self.cancel(job.key)
             case FinishSweep(sweep=sweep, run_status=run_status):
                 if not self.mlflow_away:
+                    assert not any(self._is_open(trial.job, sweep) for trial in sweep.status.trials)
+                    if sweep.metadata.uid in self.parents:
+                        self._set_parent(sweep.metadata.uid, run_status)
                     ended = MlflowStatus.model_validate({"run_id": "sweep", "run_status": run_status})
                     self.sweep_runs[sweep.metadata.uid] = SweepFact(mlflow=ended)
             case EnsureStage():
@@ -218,6 +227,8 @@ class World:
                 if not self.mlflow_away:
                     uid = command.job.metadata.uid
                     self.mlflow[uid] = "RUNNING"
+                    if command.job.sweep is not None:
+                        self._set_parent(command.job.sweep.uid, "RUNNING")
                     found = MlflowStatus(run_id=f"run-of-{uid}", run_status="RUNNING")
                     self.runs[uid] = RunFact(job=command.job, mlflow=found)
             case FinishRun():
@@ -234,6 +245,12 @@ class World:
             case ReleaseJob():
                 job = self.jobs[command.job.key]
                 self._replace(job, metadata=job.metadata.model_copy(update={"finalizers": released(job)}))
+            case ReleaseSweep(sweep=sweep, message=message):
+                deleted = sweep.metadata.deletion_timestamp
+                assert deleted is not None
+                assert (self.now - deleted).total_seconds() >= self.policy.release_limit_seconds
+                self.left_behind.append(message)
+                self._remove_sweep(self.sweeps[sweep.key])
             case DeleteJob():
                 assert command.job.status.finish_time is not None, "only finished jobs may be deleted"
                 if is_at_rest(self.jobs[command.job.key]):
@@ -281,14 +298,40 @@ class World:
         )
 
     def _write_sweep(self, seen: QLoRASweep, status: QLoRASweepStatus) -> None:
-        stored = self.sweeps[seen.key]
-        if stored.metadata.resource_version != seen.metadata.resource_version:
+        stored = self.sweeps.get(seen.key)
+        if stored is None or stored.metadata.resource_version != seen.metadata.resource_version:
             return
         self.versions += 1
         parsed = QLoRASweepStatus.model_validate(status.to_wire())
         assert parsed == status, "a status must survive the store"
-        meta = stored.metadata.model_copy(update={"resource_version": str(self.versions)})
-        self.sweeps[seen.key] = stored.model_copy(update={"metadata": meta, "status": parsed})
+        update = {"resource_version": str(self.versions), "finalizers": of_sweeps.finalizers_with(stored, parsed)}
+        meta = stored.metadata.model_copy(update=update)
+        written = stored.model_copy(update={"metadata": meta, "status": parsed})
+        if meta.deletion_timestamp is not None and not meta.finalizers:
+            self._remove_sweep(written)
+        else:
+            self.sweeps[seen.key] = written
+        if parsed.mlflow.run_status is not None:
+            self.sweep_runs.pop(stored.metadata.uid, None)
+
+    def _set_parent(self, uid: str, status: str) -> None:
+        seen = self.parents.setdefault(uid, [])
+        if not seen or seen[-1] != status:
+            assert seen == ([] if status == "RUNNING" else ["RUNNING"]), f"the sweep's run was {seen}, and is {status}"
+            seen.append(status)
+
+    def _is_open(self, name: str, sweep: QLoRASweep) -> bool:
+        job = self.jobs.get(f"{sweep.metadata.namespace}/{name}")
+        if job is None or job.sweep is None or job.sweep.uid != sweep.metadata.uid:
+            return False
+        return job.status.finish_time is None
+
+    def _remove_sweep(self, sweep: QLoRASweep) -> None:
+        """And what the garbage collector does then."""
+        self.sweeps.pop(sweep.key)
+        for key, job in list(self.jobs.items()):
+            if job.sweep is not None and job.sweep.uid == sweep.metadata.uid:
+                self.delete(key)
 
     def _finish_run(self, command: FinishRun) -> None:
         """As the MLflow workers do: in MLflow, then on the object, if it is still there."""
@@ -360,6 +403,24 @@ class World:
             job = self.jobs[key]
             annotated = job.metadata.model_copy(update={"annotations": {CANCEL_ANNOTATION: "true"}})
             self._replace(job, metadata=annotated)
+
+    def delete(self, key: str) -> None:
+        """Somebody deletes a job."""
+        job = self.jobs[key]
+        if is_at_rest(job):
+            self.jobs.pop(key)
+        elif job.metadata.deletion_timestamp is None:
+            self._replace(job, metadata=job.metadata.model_copy(update={"deletion_timestamp": self.now}))
+
+    def delete_sweep(self, key: str) -> None:
+        """The same of a sweep."""
+        sweep = self.sweeps[key]
+        if not sweep.metadata.finalizers:
+            self._remove_sweep(sweep)
+        elif sweep.metadata.deletion_timestamp is None:
+            self.versions += 1
+            update = {"deletion_timestamp": self.now, "resource_version": str(self.versions)}
+            self.sweeps[key] = sweep.model_copy(update={"metadata": sweep.metadata.model_copy(update=update)})
 
     def set_capacity(self, name: str, capacity: int) -> None:
         """Cards come or go; with a card goes what runs on it."""

@@ -22,7 +22,7 @@ from orchestrator.api.job import REQUEST_ANNOTATIONS, Attempt, ObjectMeta, QLoRA
 from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus
 from orchestrator.core.job.unreadable import read_leniently
-from orchestrator.core.snapshot import UnreadableJob
+from orchestrator.core.snapshot import UnreadableJob, UnreadableSweep
 from orchestrator.errors import InvalidObject
 
 log = logging.getLogger(__name__)
@@ -92,16 +92,19 @@ class Parser:
             log.exception("queue %s is of no shape that any version has and is left alone", key_of(item))
             return None
 
-    def sweep(self, item: Json) -> QLoRASweep | None:
-        """The sweep, or None for one that cannot be read."""
+    def sweep(self, item: Json) -> QLoRASweep | UnreadableSweep | None:
+        """The sweep, as far as this version can read it; None for one of no shape that any version has."""
         try:
+            meta = _projected(item["metadata"])
             told = {"spec": item.get("spec"), "status": item.get("status", {})}
-            return QLoRASweep.model_validate({"metadata": _projected(item["metadata"]), **told})
+            return QLoRASweep.model_validate({"metadata": meta, **told})
         except ValidationError as error:
             log.error("sweep %s cannot be read by this version and is left alone: %s", key_of(item), error)
-            return None
         except (TypeError, ValueError, AttributeError, RecursionError):
             log.exception("sweep %s is of no shape that any version has and is left alone", key_of(item))
+        try:
+            return UnreadableSweep(metadata=ObjectMeta.model_validate(_projected(item["metadata"])))
+        except (ValidationError, TypeError, ValueError, AttributeError, RecursionError):
             return None
 
     def _spec(self, wire: Json | None) -> QLoRAJobSpec | Json | None:

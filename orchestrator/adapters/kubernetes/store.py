@@ -9,7 +9,8 @@ Rules:
   so deleting it waits for the controller. It is on before the status says so. Prepare and publish stages need no such
   care, because the garbage collector ends their pods with the job.
 - `start` turns on caches; before it every read asks the server, which is what a short-lived client wants.
-- Sweeps need no finalizer: the garbage collector deletes their trials with them.
+- The same finalizer keeps a sweep whose MLflow run waits for its end (`core/sweep/finalizer`). When its object has
+  gone, the garbage collector deletes its trials.
 - An object that does not parse (a newer version wrote it) is reported, fails nobody else, and can still be stopped.
 """
 
@@ -46,7 +47,8 @@ from orchestrator.api.queue import QLoRAQueue, QLoRAQueueStatus
 from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import FINALIZERS, finalizers_with, is_at_rest, without
-from orchestrator.core.snapshot import UnreadableJob
+from orchestrator.core.snapshot import UnreadableJob, UnreadableSweep
+from orchestrator.core.sweep import finalizer as of_sweeps
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound
 
 log = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class KubernetesStore:
             api, API_VERSION, JOBS, self._parser.job_or_unreadable, self._changes, namespaces=self._watched
         )
         self._queues: Cache[QLoRAQueue] = Cache(api, API_VERSION, QUEUES, self._parser.queue, self._changes)
-        self._sweeps: Cache[QLoRASweep] = Cache(
+        self._sweeps: Cache[QLoRASweep | UnreadableSweep] = Cache(
             api, API_VERSION, SWEEPS, self._parser.sweep, self._changes, namespaces=self._watched
         )
 
@@ -278,14 +280,19 @@ class KubernetesStore:
 
     def list_sweeps(self, namespace: str | None = None) -> Sequence[QLoRASweep]:
         """All sweeps that parse, ordered by namespace and name."""
-        if self._sweeps.started:
-            found: Iterable[QLoRASweep | None] = self._sweeps.values().values()
-        else:
-            read = self._namespaces if namespace is None or self._namespaces != EVERYWHERE else (namespace,)
-            pages = (self._api.get(path_of(API_VERSION, SWEEPS, each))["items"] for each in read)
-            found = [self._parser.sweep(item) for page in pages for item in page]
-        known = (sweep for sweep in found if sweep is not None)
+        known = (sweep for sweep in self._all_sweeps(namespace) if isinstance(sweep, QLoRASweep))
         return sorted((sweep for sweep in known if namespace in (None, sweep.metadata.namespace)), key=_place)
+
+    def list_unreadable_sweeps(self) -> Sequence[UnreadableSweep]:
+        """The sweeps that do not parse; the log says why they do not."""
+        return sorted((s for s in self._all_sweeps() if isinstance(s, UnreadableSweep)), key=lambda sweep: sweep.key)
+
+    def _all_sweeps(self, namespace: str | None = None) -> Iterable[QLoRASweep | UnreadableSweep | None]:
+        if self._sweeps.started:
+            return self._sweeps.values().values()
+        read = self._namespaces if namespace is None or self._namespaces != EVERYWHERE else (namespace,)
+        pages = (self._api.get(path_of(API_VERSION, SWEEPS, each))["items"] for each in read)
+        return [self._parser.sweep(item) for page in pages for item in page]
 
     def create_sweep(self, sweep: QLoRASweep) -> QLoRASweep:
         """Store a new sweep; raises AlreadyExists, InvalidObject."""
@@ -300,9 +307,33 @@ class KubernetesStore:
 
     def update_sweep_status(self, sweep: QLoRASweep, status: QLoRASweepStatus) -> QLoRASweep:
         """Replace the status alone."""
+        wanted = of_sweeps.finalizers_with(sweep, status)
+        if RELEASE_FINALIZER in wanted and RELEASE_FINALIZER not in sweep.metadata.finalizers:
+            sweep = self._took_sweep(self._set_sweep_finalizers(sweep, wanted))
         path = path_of(API_VERSION, SWEEPS, *_place(sweep))
         try:
-            return self._took_sweep(self._api.replace(f"{path}/status", sweep_status_wire(sweep, status)))
+            written = self._took_sweep(self._api.replace(f"{path}/status", sweep_status_wire(sweep, status)))
+        except NotFound as error:
+            self._sweeps.drop(sweep.key)
+            raise NotFound(f"there is no sweep {sweep.key}") from error
+        if wanted == written.metadata.finalizers:
+            return written
+        try:
+            return self._took_sweep(self._set_sweep_finalizers(written, wanted))
+        except (NotFound, Conflict):
+            return written  # whoever sees it still there takes it off
+
+    def release_sweep(self, sweep: QLoRASweep | UnreadableSweep) -> None:
+        """Take our finalizer off a sweep that is marked, one that does not parse included."""
+        item = self._set_sweep_finalizers(sweep, of_sweeps.released(sweep.metadata))
+        self._keep_sweep(item)
+
+    def _set_sweep_finalizers(self, sweep: QLoRASweep | UnreadableSweep, finalizers: tuple[str, ...]) -> Json:
+        meta = {"finalizers": list(finalizers), "uid": sweep.metadata.uid}
+        meta["resourceVersion"] = sweep.metadata.resource_version
+        path = path_of(API_VERSION, SWEEPS, sweep.metadata.namespace, sweep.metadata.name)
+        try:
+            return self._api.patch(path, {"metadata": meta})
         except NotFound as error:
             self._sweeps.drop(sweep.key)
             raise NotFound(f"there is no sweep {sweep.key}") from error
@@ -316,18 +347,29 @@ class KubernetesStore:
             raise NotFound(f"there is no sweep {namespace}/{name}; list them with: qlora sweeps") from error
 
     def delete_sweep(self, namespace: str, name: str) -> None:
-        """Remove a sweep; the garbage collector deletes its trials."""
+        """Remove a sweep, or mark one that a finalizer keeps; the garbage collector deletes its trials after it."""
         try:
-            self._api.delete(path_of(API_VERSION, SWEEPS, namespace, name))
+            left = self._api.delete(path_of(API_VERSION, SWEEPS, namespace, name))
         except NotFound as error:
+            self._sweeps.drop(f"{namespace}/{name}")
             raise NotFound(f"there is no sweep {namespace}/{name}; list them with: qlora sweeps") from error
-        finally:
+        if left.get("kind") == "QLoRASweep":
+            self._keep_sweep(left)
+        else:
             self._sweeps.drop(f"{namespace}/{name}")
 
-    def _took_sweep(self, item: Json) -> QLoRASweep:
+    def _keep_sweep(self, item: Json) -> QLoRASweep | UnreadableSweep | None:
         taken = self._parser.sweep(item)
-        self._sweeps.put(item, taken)
-        if taken is None:
+        meta: Json = item["metadata"]
+        if meta.get("deletionTimestamp") is not None and not meta.get("finalizers"):
+            self._sweeps.drop(f"{meta['namespace']}/{meta['name']}")  # nothing held it any more: this was its end
+        else:
+            self._sweeps.put(item, taken)
+        return taken
+
+    def _took_sweep(self, item: Json) -> QLoRASweep:
+        taken = self._keep_sweep(item)
+        if not isinstance(taken, QLoRASweep):
             raise InvalidObject(
                 f"sweep {item['metadata']['name']} as the server stored it cannot be read by this version"
             )

@@ -7,7 +7,7 @@ Kubernetes API server, so that everything above it is the same there:
 - spec and status are written apart, each with the resource version that the writer has read (compare and swap);
 - what a job's results depend on is immutable (`IMMUTABLE_SPEC_FIELDS`);
 - deleting an object that is not at rest marks it, and the controller removes it once it is;
-- deleting a sweep deletes its trials, and no trial is made of a sweep that is gone;
+- deleting a sweep deletes its trials, once its own MLflow run has its end; no trial is made of a sweep that is gone;
 - a row that does not parse (a newer version wrote it) is reported, fails nobody else, and can still be deleted.
 """
 
@@ -33,6 +33,7 @@ from orchestrator.api.job import (
     CANCEL_ANNOTATION,
     IMMUTABLE_SPEC_FIELDS,
     RELEASE_FINALIZER,
+    ObjectMeta,
     QLoRAJob,
     QLoRAJobStatus,
     new_uid,
@@ -43,7 +44,8 @@ from orchestrator.api.sweep import QLoRASweep, QLoRASweepStatus
 from orchestrator.core.commands import Event
 from orchestrator.core.job.finalizer import FINALIZERS, finalizers_with, is_at_rest, released, without
 from orchestrator.core.job.unreadable import read_leniently
-from orchestrator.core.snapshot import UnreadableJob
+from orchestrator.core.snapshot import UnreadableJob, UnreadableSweep
+from orchestrator.core.sweep import finalizer as of_sweeps
 from orchestrator.errors import AlreadyExists, Conflict, InvalidObject, NotFound, StoreUnavailable
 from orchestrator.settings import Settings
 
@@ -269,16 +271,41 @@ class SqliteStore:
             _put(connection, SWEEP, meta.namespace, created)
             return created
 
+    def list_unreadable_sweeps(self) -> Sequence[UnreadableSweep]:
+        """The sweeps that do not parse; the log says why they do not."""
+        found = (_unreadable_sweep(row) for row in self._rows(SWEEP) if self._parse(QLoRASweep, row) is None)
+        return [sweep for sweep in found if sweep is not None]
+
     def update_sweep_status(self, sweep: QLoRASweep, status: QLoRASweepStatus) -> QLoRASweep:
-        """Replace the status alone."""
+        """Replace the status alone; removes the object if it was only kept by the finalizer that is gone now."""
         with self._transaction() as (connection, version):
             stored = self._get_sweep(connection, sweep.metadata.namespace, sweep.metadata.name)
             if stored.metadata.resource_version != sweep.metadata.resource_version:
                 raise Conflict(f"sweep {sweep.key} changed since it was read")
-            meta = stored.metadata.model_copy(update={"resource_version": str(version)})
+            update = {"resource_version": str(version), "finalizers": of_sweeps.finalizers_with(stored, status)}
+            meta = stored.metadata.model_copy(update=update)
             updated = _checked(stored.model_copy(update={"metadata": meta, "status": status}))
-            _put(connection, SWEEP, meta.namespace, updated)
+            if meta.deletion_timestamp is not None and not meta.finalizers:
+                self._remove_sweep(connection, meta.namespace, meta.name, version)
+            else:
+                _put(connection, SWEEP, meta.namespace, updated)
             return updated
+
+    def release_sweep(self, sweep: QLoRASweep | UnreadableSweep) -> None:
+        """Remove a sweep that is marked, one that does not parse included; what others hold stays."""
+        namespace, name = sweep.metadata.namespace, sweep.metadata.name
+        with self._transaction() as (connection, version):
+            row = _find(connection, SWEEP, namespace, name)
+            stored = self._parse(QLoRASweep, row) if row is not None else None
+            known = stored or (_unreadable_sweep(row) if row is not None else None)
+            if known is None or known.metadata.uid != sweep.metadata.uid:
+                raise NotFound(_no_sweep(namespace, name))
+            left = of_sweeps.released(known.metadata)
+            if stored is None or not left:
+                self._remove_sweep(connection, namespace, name, version)
+                return
+            meta = stored.metadata.model_copy(update={"resource_version": str(version), "finalizers": left})
+            _put(connection, SWEEP, namespace, stored.model_copy(update={"metadata": meta}))
 
     def cancel_sweep(self, namespace: str, name: str) -> None:
         """Ask for its end."""
@@ -289,16 +316,27 @@ class SqliteStore:
             _put(connection, SWEEP, namespace, stored.model_copy(update={"metadata": meta}))
 
     def delete_sweep(self, namespace: str, name: str) -> None:
-        """Remove a sweep, one that does not parse included, and its trials, as far as they are at rest."""
+        """Remove a sweep, one that does not parse included, with its trials; mark one that a finalizer keeps."""
         with self._transaction() as (connection, version):
-            if _find(connection, SWEEP, namespace, name) is None:
+            row = _find(connection, SWEEP, namespace, name)
+            if row is None:
                 raise NotFound(_no_sweep(namespace, name))
-            _remove(connection, SWEEP, namespace, name)
-            rows = connection.execute(OBJECTS + " WHERE kind = ? AND namespace = ?", (JOB, namespace)).fetchall()
-            for row in rows:
-                job = self._parse(QLoRAJob, row)
-                if job is not None and job.sweep is not None and job.sweep.name == name:
-                    _delete(connection, job, version)
+            stored = self._parse(QLoRASweep, row)
+            if stored is None or not stored.metadata.finalizers:
+                self._remove_sweep(connection, namespace, name, version)
+            elif stored.metadata.deletion_timestamp is None:
+                update = {"deletion_timestamp": datetime.now(UTC), "resource_version": str(version)}
+                meta = stored.metadata.model_copy(update=update)
+                _put(connection, SWEEP, namespace, stored.model_copy(update={"metadata": meta}))
+
+    def _remove_sweep(self, connection: sqlite3.Connection, namespace: str, name: str, version: int) -> None:
+        """As the garbage collector of a cluster does: its trials go with it, as far as they are at rest."""
+        _remove(connection, SWEEP, namespace, name)
+        rows = connection.execute(OBJECTS + " WHERE kind = ? AND namespace = ?", (JOB, namespace)).fetchall()
+        for row in rows:
+            job = self._parse(QLoRAJob, row)
+            if job is not None and job.sweep is not None and job.sweep.name == name:
+                _delete(connection, job, version)
 
     def _get_sweep(self, connection: sqlite3.Connection, namespace: str, name: str) -> QLoRASweep:
         row = _find(connection, SWEEP, namespace, name)
@@ -443,6 +481,16 @@ def _put(connection: sqlite3.Connection, kind: str, namespace: str, thing: QLoRA
 
 def _unreadable_job(row: Row) -> UnreadableJob:
     return replace(read_leniently(_json(row), namespace=row[0], name=row[1]), held=True)
+
+
+def _unreadable_sweep(row: Row) -> UnreadableSweep | None:
+    """Nothing where not even its metadata parse: deleting removes it at once."""
+    item = _json(row)
+    meta = cast(dict[str, object], item).get("metadata") if isinstance(item, dict) else None
+    try:
+        return UnreadableSweep(metadata=ObjectMeta.model_validate(meta))
+    except ValidationError:
+        return None
 
 
 def _json(row: Row) -> object:

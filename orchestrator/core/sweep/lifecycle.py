@@ -5,6 +5,7 @@
 3. Jobs are made and cancelled as the stored status says. Names and specs follow from the index, so that making one
    twice makes one: a controller may die at any instant, and whoever takes over does the same.
 4. Once all trials have ended, the sweep has; then its MLflow run gets its end, and the best version the alias.
+5. A sweep that is deleted is cancelled, and its object waits for 4 (`core/sweep/finalizer`), for a bounded time.
 """
 
 from __future__ import annotations
@@ -14,23 +15,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from orchestrator.api.job import Condition, QLoRAJob
+from orchestrator.api.job import RELEASE_FINALIZER, Condition, QLoRAJob
 from orchestrator.api.reasons import ConditionType, Reason
 from orchestrator.api.sweep import ENDS, BestTrial, QLoRASweep, QLoRASweepStatus, TrialStatus
-from orchestrator.core.commands import CancelJob, CreateJob, Event, FinishSweep, ReportDefect, WriteSweepStatus
+from orchestrator.core.commands import (
+    CancelJob,
+    CreateJob,
+    Event,
+    FinishSweep,
+    ReleaseSweep,
+    ReportDefect,
+    WriteSweepStatus,
+)
 from orchestrator.core.job.conditions import Finding, clip, set_condition
 from orchestrator.core.job.promotion import finding_of
 from orchestrator.core.job.state_machine import JobState, state_of
 from orchestrator.core.snapshot import Snapshot, SweepFact
+from orchestrator.core.sweep.finalizer import finalizers_with
 from orchestrator.core.sweep.halving import goes_on, is_better, metric_of, reached
 from orchestrator.core.sweep.search import parameters, refusal, trial_job, trial_name
 
-SweepCommand = WriteSweepStatus | CreateJob | CancelJob | FinishSweep | ReportDefect
+SweepCommand = WriteSweepStatus | CreateJob | CancelJob | FinishSweep | ReleaseSweep | ReportDefect
 MESSAGE_CHARACTERS = 256
 
 
 def sweep_commands(snapshot: Snapshot) -> Iterator[SweepCommand]:
     """All that is to be done about sweeps; what raises is one sweep's defect."""
+    yield from _released(snapshot)
     if not snapshot.sweeps:
         return
     jobs = _Jobs({job.key: job for job in snapshot.jobs}, frozenset(job.key for job in snapshot.unreadable))
@@ -74,7 +85,7 @@ class _End:
 
 def _commands(sweep: QLoRASweep, jobs: _Jobs, snapshot: Snapshot) -> Iterator[SweepCommand]:
     if sweep.status.finish_time is not None:
-        yield from _settle(sweep, snapshot)
+        yield from _settle(sweep, jobs, snapshot)
         yield from _left_over(sweep, jobs)
         return
     trials = [_seen(sweep, trial, jobs) for trial in sweep.status.trials]
@@ -83,7 +94,7 @@ def _commands(sweep: QLoRASweep, jobs: _Jobs, snapshot: Snapshot) -> Iterator[Sw
     if end is None:
         trials += _begun(sweep, trials)
     status = _status(sweep, trials, end, snapshot.now)
-    if status != sweep.status:
+    if status != sweep.status or finalizers_with(sweep, status) != sweep.metadata.finalizers:
         yield WriteSweepStatus(sweep=sweep, status=status, events=_events(status))
     for trial in trials:
         job = jobs.of(sweep, trial)
@@ -252,17 +263,54 @@ LAST_RUN_STATUS: Mapping[Reason, str] = {Reason.SUCCEEDED: "FINISHED", Reason.CA
 """What a sweep's MLflow run ends as; of every other end it has failed."""
 
 
-def _settle(sweep: QLoRASweep, snapshot: Snapshot) -> Iterator[WriteSweepStatus | FinishSweep]:
+def _released(snapshot: Snapshot) -> Iterator[ReleaseSweep]:
+    """Lets deleted sweeps go that have waited long enough, and at once those of which nothing can be decided."""
+    for unreadable in snapshot.unreadable_sweeps:
+        meta = unreadable.metadata
+        if meta.deletion_timestamp is not None and RELEASE_FINALIZER in meta.finalizers:
+            message = (
+                f"sweep {unreadable.key} is deleted, and this version cannot read it: its MLflow run (tag "
+                f"qlora.dev/sweep-uid: {meta.uid}) may be left RUNNING; end it there"
+            )
+            yield ReleaseSweep(sweep=unreadable, message=message)
+    limit = snapshot.policy.release_limit_seconds
+    for sweep in snapshot.sweeps:
+        since = sweep.metadata.deletion_timestamp
+        is_held = since is not None and RELEASE_FINALIZER in sweep.metadata.finalizers
+        if since is not None and is_held and (snapshot.now - since).total_seconds() >= limit:
+            message = (
+                f"sweep {sweep.key} was deleted, and {limit:.0f} s later (QLORA_RELEASE_LIMIT_SECONDS) its trials have "
+                "not ended or MLflow has not taken the end of its run (tag qlora.dev/sweep-uid: "
+                f"{sweep.metadata.uid}): end the run there"
+            )
+            yield ReleaseSweep(sweep=sweep, message=message)
+
+
+def _settle(sweep: QLoRASweep, jobs: _Jobs, snapshot: Snapshot) -> Iterator[WriteSweepStatus | FinishSweep]:
     """The end of the sweep's run, and the alias of the best version."""
     finished = sweep.status.condition(ConditionType.FINISHED)
     if sweep.status.mlflow.run_status is not None or finished is None:
+        if finalizers_with(sweep, sweep.status) != sweep.metadata.finalizers:
+            yield WriteSweepStatus(sweep=sweep, status=sweep.status)  # who was to take it off was killed
         return
     fact = snapshot.sweep_runs.get(sweep.metadata.uid)
     if fact is not None:
         yield WriteSweepStatus(sweep=sweep, status=_settled(sweep, fact, snapshot.now))
-    elif any(trial.uid for trial in sweep.status.trials):
+    elif any(trial.uid for trial in sweep.status.trials) and not _may_open_run(sweep, jobs, snapshot):
         run_status = LAST_RUN_STATUS.get(finished.reason, "FAILED")
         yield FinishSweep(sweep=sweep, run_status=run_status, promoted=_promoted(sweep, finished.reason))
+
+
+def _may_open_run(sweep: QLoRASweep, jobs: _Jobs, snapshot: Snapshot) -> bool:
+    """Whether the run of a trial is still asked for, with which the sweep's would be open again."""
+    for trial in sweep.status.trials:
+        job = jobs.of(sweep, trial)
+        if job is None or not _is_trial(job, sweep) or job.status.prepared is None:
+            continue
+        # An answer that is not on record is asked for again by whoever takes over.
+        if job.status.mlflow.run_id is None and job.metadata.uid not in snapshot.refused:
+            return True
+    return False
 
 
 def _promoted(sweep: QLoRASweep, reason: Reason) -> TrialStatus | None:
