@@ -16,9 +16,10 @@ from orchestrator.api.plan import Estimate
 from orchestrator.api.reasons import Refusal
 from orchestrator.sdk.data_count import DataCount
 from orchestrator.sizing import hardware, plan_search
+from orchestrator.sizing.footprint import offloaded_host_bytes
 from orchestrator.sizing.gpu_table import BUILT_IN, GpuTable, undefined
 from orchestrator.sizing.guess import guess_words
-from orchestrator.sizing.hardware import GpuClass
+from orchestrator.sizing.hardware import GIB, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
 from orchestrator.sizing.step_time import Work
 
@@ -131,7 +132,12 @@ def plan_job(
         alternatives=tuple(replace(each, capacity=None) for each in alternatives) if unseen else alternatives,
         unseen=unseen,
         data=data,
-        notes=(*_few_steps(job.spec, data), *_notes(job.spec, facts, data), *_better(chosen, every, alternatives)),
+        notes=(
+            *_few_steps(job.spec, data),
+            *_notes(job.spec, facts, data),
+            *_on_host(job.spec, facts, chosen, every),
+            *_better(chosen, every, alternatives),
+        ),
     )
 
 
@@ -198,6 +204,18 @@ def _notes(spec: QLoRAJobSpec, facts: ModelFacts, data: DataCount | None) -> Ite
             f"spec.training.sequenceLength is {spec.training.sequence_length}, but the model was made for "
             f"{facts.context_length} positions: prepare refuses a data set with a longer record"
         )
+
+
+def _on_host(
+    spec: QLoRAJobSpec, facts: ModelFacts, chosen: Estimate | None, classes: Sequence[GpuClass]
+) -> Iterator[str]:
+    """What layers' activations take of the host, and whether it is known that the host has it."""
+    if chosen is None or not chosen.plan.offloaded_layers:
+        return
+    known = any(each.name == chosen.gpu_class and each.host_bytes is not None for each in classes)
+    gib = offloaded_host_bytes(spec, facts, chosen.plan) / GIB
+    unknown = "; what the machines of that class have is not known here: with less the plan is another"
+    yield f"{gib:.1f} GiB of host memory hold what {chosen.plan.offloaded_layers} layers keep{'' if known else unknown}"
 
 
 def undefined_words(jobs: Sequence[QLoRAJob], table: GpuTable) -> str | None:
