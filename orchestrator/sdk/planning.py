@@ -214,7 +214,10 @@ def _on_host(
         return
     known = any(each.name == chosen.gpu_class and each.host_bytes is not None for each in classes)
     gib = offloaded_host_bytes(spec, facts, chosen.plan) / GIB
-    unknown = "; what the machines of that class have is not known here: with less the plan is another"
+    assumed = plan_search.UNKNOWN_HOST_BYTES // GIB
+    unknown = (
+        f"; the machines of that class are taken to have {assumed} GiB for each GPU: with less the plan is another"
+    )
     yield f"{gib:.1f} GiB of host memory hold what {chosen.plan.offloaded_layers} layers keep{'' if known else unknown}"
 
 

@@ -61,6 +61,8 @@ STREAMED_CHOICES = 4
 HOST_SHARE = 0.5
 """Of the host's memory for each GPU, what layers' activations may take: the process, what else waits there, and other
 pods need the rest."""
+UNKNOWN_HOST_BYTES = 64 * GIB
+"""What a machine is taken to have of memory for each GPU where nobody tells: many of those with one card have it."""
 AS_FAST_FOR_LESS = 1.02
 """Plans whose layers' activations wait in host memory are alike within this: the least of that memory decides."""
 AS_FAST = 1.02
@@ -371,9 +373,8 @@ class _Search:
         if self.step_seconds(whole, card) >= limit_seconds:
             return
         kept_bytes, others = self._footprint(whole, gpu_class).kept_layer_bytes, self.facts.num_layers - 1
-        most = others
-        if gpu_class.host_bytes is not None:
-            most = min(most, int(HOST_SHARE * gpu_class.host_bytes) // kept_bytes)
+        host_bytes = UNKNOWN_HOST_BYTES if gpu_class.host_bytes is None else gpu_class.host_bytes
+        most = min(others, int(HOST_SHARE * host_bytes) // kept_bytes)
         apart = self._step_time.layers_apart(whole, card)
         for count in dict.fromkeys(min(most, others // each) for each in (apart, apart - 1) if each):
             if count:
