@@ -347,9 +347,10 @@ class _Search:
         limit = self.step_seconds(rival, card) / AS_FAST
         found: list[MemoryPlan] = []
         for size in self.sizes:
-            plans = self._most_offloaded(size, rival, limit, gpu_class, room_bytes)
-            found += (plan for plan in plans if self.step_seconds(plan, card) < limit)
-            limit = min([limit, *(AS_FAST_FOR_LESS * self.step_seconds(plan, card) for plan in found)])
+            plan = self._most_offloaded(size, rival, limit, gpu_class, room_bytes)
+            if plan is not None and self.step_seconds(plan, card) < limit:
+                found.append(plan)
+                limit = min(limit, AS_FAST_FOR_LESS * self.step_seconds(plan, card))
         alike_seconds = AS_FAST_FOR_LESS * min((self.step_seconds(plan, card) for plan in found), default=0.0)
         return sorted(
             found,
@@ -361,26 +362,40 @@ class _Search:
 
     def _most_offloaded(
         self, size: int, rival: MemoryPlan, limit_seconds: float, gpu_class: GpuClass, room_bytes: int
-    ) -> Iterator[MemoryPlan]:
-        """Plans of so large micro-batches: as many layers offloaded as the link carries unseen, or as it is seen to.
+    ) -> MemoryPlan | None:
+        """The plan of so large micro-batches that offloads as many layers as pays.
 
         What takes longer than the limit even if nothing recomputes is not worked out.
         """
         card = ordering_card(gpu_class)
         offload: tuple[OffloadTarget, ...] = ("embeddings",) if "embeddings" in self._offloads[-1] else ()
-        way = Way(offload, rival.attention, rival.keep_attention)  # inputs stay: the link has enough to carry
+        way = Way(offload, rival.attention, rival.keep_attention)
         whole = self.plan(size, way)
-        if self.step_seconds(whole, card) >= limit_seconds:
-            return
-        kept_bytes, others = self._footprint(whole, gpu_class).kept_layer_bytes, self.facts.num_layers - 1
+        seconds = self.step_seconds(whole, card)
+        count = self._pays_most(size, way, gpu_class) if seconds < limit_seconds else 0
+        if not count:
+            return None
+        for each in (offload, self._offloads[-1]):  # inputs stay if they may: the link has enough to carry
+            offloading = way._replace(offload=each, offloaded_layers=count)
+            plan = self.least_recompute(size, offloading, gpu_class, room_bytes)
+            if plan is not None:
+                return plan if plan.recompute_layers else self._fewest_offloaded(plan, gpu_class, room_bytes)
+        return None
+
+    def _pays_most(self, size: int, way: Way, gpu_class: GpuClass) -> int:
+        """How many layers to offload: as close together as the card waits for none, or one closer, if that pays."""
+        card, others = ordering_card(gpu_class), self.facts.num_layers - 1
         host_bytes = UNKNOWN_HOST_BYTES if gpu_class.host_bytes is None else gpu_class.host_bytes
-        most = min(others, int(HOST_SHARE * host_bytes) // kept_bytes)
+        most = int(HOST_SHARE * host_bytes) // self._step_time.kept_layer_bytes(size)
+        whole = self.plan(size, way)
         apart = self._step_time.layers_apart(whole, card)
-        for count in dict.fromkeys(min(most, others // each) for each in (apart, apart - 1) if each):
-            if count:
-                plan = self.least_recompute(size, way._replace(offloaded_layers=count), gpu_class, room_bytes)
-                if plan is not None:
-                    yield plan if plan.recompute_layers else self._fewest_offloaded(plan, gpu_class, room_bytes)
+        again = self.step_seconds(self.plan(size, way, 1), card) - self.step_seconds(whole, card)
+
+        def costs(count: int) -> float:
+            offloading = self.plan(size, way._replace(offloaded_layers=count))
+            return self.step_seconds(offloading, card) - count * again  # that are not computed again
+
+        return min((min(most, others // each) for each in (apart, apart - 1) if each), key=costs)
 
     def _fewest_offloaded(self, plan: MemoryPlan, gpu_class: GpuClass, room_bytes: int) -> MemoryPlan:
         """Of a plan that recomputes nothing: there may be room for the activations of more layers on the card."""

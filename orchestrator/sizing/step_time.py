@@ -250,6 +250,10 @@ class StepTime:
         """What a layer keeps, in one direction."""
         return self._kept_token_bytes * tokens / (card.host_gbps * 1e9)
 
+    def kept_layer_bytes(self, micro_batch_size: int) -> int:
+        """What a layer that does not recompute keeps of a micro-batch of full sequences."""
+        return int(self._kept_token_bytes * micro_batch_size * self._spec.training.sequence_length)
+
     @cached_property
     def _kept_token_bytes(self) -> float:
         """What a layer keeps of each token that does not recompute."""
