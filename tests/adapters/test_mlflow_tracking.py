@@ -353,6 +353,15 @@ def test_the_run_of_a_deleted_sweep_ends_with_its_trials(settings: Settings) -> 
     assert family(settings, "gone")[0].info.status == "RUNNING", "it was one trial alone that was deleted"
 
 
+def test_a_trial_that_comes_after_its_sweeps_end_does_not_open_the_sweeps_run_again(settings: Settings) -> None:
+    sweep, first = swept("late")
+    MlflowTracking(settings).ensure_run(first)
+    MlflowTracking(settings).finish_sweep(sweep, "KILLED", None)
+    MlflowTracking(settings).ensure_run(swept("late", 1)[1])
+    parent, children = family(settings, "late")
+    assert (parent.info.status, len(children)) == ("KILLED", 2)
+
+
 def test_a_sweep_of_which_no_trial_had_a_run_has_none(settings: Settings) -> None:
     sweep, _ = swept("early")
     fact = MlflowTracking(settings).finish_sweep(sweep, "KILLED", None)

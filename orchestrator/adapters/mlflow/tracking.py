@@ -116,7 +116,10 @@ class MlflowTracking:
         return _status(job, run, RUNNING)
 
     def _parent_run(self, job: QLoRAJob, experiment_id: str) -> Any:
-        """The run of a trial's sweep, which its trials' are children of: found by its tag, or created, and RUNNING."""
+        """The run of a trial's sweep, which its trials' are children of: found by its tag, or created, and RUNNING.
+
+        One that has told its end stays ended: a trial that comes so late is of a sweep that is over.
+        """
         assert job.sweep is not None, "only trials have one"
         with self._making_parent:
             found = self._runs_with(SWEEP_UID_TAG, job.sweep.uid, experiment_id)
@@ -125,7 +128,7 @@ class MlflowTracking:
                 tags = {SWEEP_TAG: job.sweep.name, SWEEP_UID_TAG: job.sweep.uid, NAMESPACE_TAG: meta.namespace}
                 tags |= run_tags(meta.namespace, job.sweep.name, self._user)
                 return self._calls.connected().create_run(experiment_id, run_name=job.sweep.name, tags=tags)
-            if found[0].info.status != RUNNING:
+            if found[0].info.status != RUNNING and END_TAG not in found[0].data.tags:
                 self._calls.connected().update_run(found[0].info.run_id, status=RUNNING)
             return found[0]
 
@@ -140,18 +143,19 @@ class MlflowTracking:
         client = self._calls.connected()
         name = experiment_name(sweep.spec.job.tracking, sweep.metadata.namespace)
         experiment = client.get_experiment_by_name(name)
-        found: Sequence[Any] = ()
-        if experiment is not None:
-            found = self._runs_with(SWEEP_UID_TAG, sweep.metadata.uid, experiment.experiment_id)
         promotion = None if promoted is None else self._promote_trial(sweep, promoted)
-        if not found:  # no trial came so far as to have a run, or somebody deleted it
-            return SweepFact(mlflow=MlflowStatus.model_validate({"run_status": run_status}), promotion=promotion)
-        run, best = found[0], sweep.status.best
-        self._say(run, {END_TAG: on_one_line(sweep.status.summary)})
-        if best is not None:
-            self._say(run, {BEST_TAG: best.job})
-            client.log_metric(run.info.run_id, f"best/{sweep.spec.metric.name}", best.value, step=best.index)
-        client.set_terminated(run.info.run_id, status=run_status)
+        with self._making_parent:
+            found: Sequence[Any] = ()
+            if experiment is not None:
+                found = self._runs_with(SWEEP_UID_TAG, sweep.metadata.uid, experiment.experiment_id)
+            if not found:  # no trial came so far as to have a run, or somebody deleted it
+                return SweepFact(mlflow=MlflowStatus.model_validate({"run_status": run_status}), promotion=promotion)
+            run, best = found[0], sweep.status.best
+            self._say(run, {END_TAG: on_one_line(sweep.status.summary)})
+            if best is not None:
+                self._say(run, {BEST_TAG: best.job})
+                client.log_metric(run.info.run_id, f"best/{sweep.spec.metric.name}", best.value, step=best.index)
+            client.set_terminated(run.info.run_id, status=run_status)
         ended = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "run_status": run_status}
         return SweepFact(mlflow=MlflowStatus.model_validate(ended), promotion=promotion)
 
