@@ -54,7 +54,16 @@ def test_a_class_has_the_least_host_memory_that_any_of_its_nodes_has_for_each_gp
 
 @pytest.mark.parametrize(
     ("told", "expected"),
-    [({"memory": "32Gi"}, 32 * GIB), ({"memory": "1024"}, 1024), ({"memory": "much"}, None), ({}, None), (None, None)],
+    [
+        ({"memory": "32Gi"}, 32 * GIB),
+        ({"memory": "1024"}, 1024),
+        ({"memory": "much"}, None),
+        ({"memory": "NaN"}, None),
+        ({"memory": "Infinity"}, None),
+        ({"memory": "1e999999"}, None),
+        ({}, None),
+        (None, None),
+    ],
 )
 def test_what_a_node_tells_of_its_memory_is_read_and_what_it_does_not_is_not_known(
     told: Json | None, expected: int | None

@@ -34,6 +34,8 @@ from orchestrator.sizing.hardware import GpuClass
 
 NODES = "nodes"
 PAGE_NODES = 500
+LARGEST_QUANTITY = (1 << 63) - 1
+"""What the API knows no larger quantity than."""
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 LEAVING_TAINTS = frozenset(
     {
@@ -243,8 +245,9 @@ def _leaving(meta: Json, taints: Iterable[Mapping[str, str]]) -> str:
 def _memory_bytes(status: Json) -> int | None:
     allocatable: Json = status.get("allocatable") or {}
     try:
-        return int(parse_quantity(str(allocatable["memory"])))
-    except (KeyError, ValueError):  # a node of another maker: what it does not tell is not known
+        count = parse_quantity(str(allocatable["memory"]))
+        return int(count) if 0 <= count <= LARGEST_QUANTITY else None
+    except (KeyError, ValueError, ArithmeticError):  # a node of another maker: what it does not tell is not known
         return None
 
 

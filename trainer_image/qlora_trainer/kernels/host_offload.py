@@ -163,7 +163,10 @@ class ActivationStore:
         size = sum(aligned(each.nbytes) for each in kept if each is not None)
         room = self._rooms.get(layer)
         if room is None or room.numel() < size:
+            if room is not None and self._stream is not None:
+                self._stream.synchronize()  # the host runs ahead: an earlier micro-batch's may still be read from it
             self._rooms.pop(layer, None)
+            del room
             room = self._rooms[layer] = pinned(size, self._device, "what a layer keeps", "offloadedLayers")
         places: list[Tensor | None] = []
         start = 0
