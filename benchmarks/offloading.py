@@ -15,18 +15,16 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures import config
+from benchmarks import questions
 from benchmarks.estimators import Row, ours
 from benchmarks.report import argument_parser, class_here, emit
 
 from benchmarks.sizing import GIB, Bench, Case, Group  # isort: skip - sets torch's allocator up before it is loaded
 from benchmarks.streaming import WatchedJob
-from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
-from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import plan_search
 from orchestrator.sizing.footprint import Footprint, offloaded_host_bytes
@@ -34,29 +32,8 @@ from orchestrator.sizing.hardware import GpuClass, gpu_class
 from orchestrator.sizing.step_time import StepTime, Work, ordering_card
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class Question(questions.Question):
     """A job, and a class that does not hold all that its layers keep."""
-
-    model: str
-    sequence_length: int
-    global_batch_size: int
-    class_name: str = "24Gi"
-
-    @property
-    def spec(self) -> QLoRAJobSpec:
-        """The job."""
-        return QLoRAJobSpec(
-            model=ModelSource(source="file:///model"),
-            dataset=DatasetSource(source="file:///data.jsonl"),
-            adapter=AdapterSpec(rank=16),
-            training=TrainingSpec(sequence_length=self.sequence_length, global_batch_size=self.global_batch_size),
-        )
-
-    @property
-    def facts(self) -> ModelFacts:
-        """The model."""
-        return ModelFacts.from_config(config(self.model), "main")
 
     @property
     def offered(self) -> GpuClass:

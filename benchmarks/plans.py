@@ -21,20 +21,18 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures import CONFIGS, config
+from benchmarks import questions
+from benchmarks.architectures import CONFIGS
 from benchmarks.report import RESULTS, argument_parser, circumstances, class_here, emit
 
 from benchmarks.sizing import GIB, Bench, Case, Group  # isort: skip - sets torch's allocator up before it is loaded
 import torch
 from qlora_trainer.kernels.flash_attention import has_kernels_for
 
-from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
-from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan
 from orchestrator.sizing import plan_search
 
@@ -49,14 +47,8 @@ TIMED_SECONDS = 2.0
 """How long steps are timed, at least."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class Question(questions.Question):
     """A job and the class that it is to run on."""
-
-    model: str
-    sequence_length: int
-    global_batch_size: int
-    class_name: str = "24Gi"
 
     @property
     def name(self) -> str:
@@ -66,13 +58,7 @@ class Question:
     def group(self) -> Group:
         """The chosen plan first, then its rivals."""
         on = class_here(self.class_name)
-        spec = QLoRAJobSpec(
-            model=ModelSource(source="file:///model"),
-            dataset=DatasetSource(source="file:///data.jsonl"),
-            adapter=AdapterSpec(rank=16),
-            training=TrainingSpec(sequence_length=self.sequence_length, global_batch_size=self.global_batch_size),
-        )
-        facts = ModelFacts.from_config(config(self.model), "main")
+        spec, facts = self.spec, self.facts
         facts = facts.model_copy(update={"flash_attention": has_kernels_for(facts.head_dim)})
         in_order = list(islice(plan_search.plans(spec, facts, on), LOOKED_AT))
         assert in_order, f"{self.name} does not fit"

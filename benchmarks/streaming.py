@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from benchmarks.architectures import config
+from benchmarks import questions
 from benchmarks.estimators import Row, ours
 from benchmarks.report import argument_parser, card, emit
 
@@ -35,8 +35,6 @@ from benchmarks.sizing import GIB, Bench, Case, Group, Job  # isort: skip - sets
 import torch
 from qlora_trainer.kernels.host_offload import pinned
 
-from orchestrator.api.job import AdapterSpec, DatasetSource, ModelSource, QLoRAJobSpec, TrainingSpec
-from orchestrator.api.model_facts import ModelFacts
 from orchestrator.api.plan import MemoryPlan, OffloadTarget
 from orchestrator.sizing import plan_search
 from orchestrator.sizing.hardware import gpu_class
@@ -46,28 +44,11 @@ PLAN = re.compile(r"(\d+)/(\d+)/(\d+)(?:\+activations)?(?:\+embeddings)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class Question(questions.Question):
     """A job, and a class that is too small for its model."""
 
-    model: str
-    class_name: str
     sequence_length: int = 2048
     global_batch_size: int = 4
-
-    @property
-    def spec(self) -> QLoRAJobSpec:
-        """The job."""
-        return QLoRAJobSpec(
-            model=ModelSource(source="file:///model"),
-            dataset=DatasetSource(source="file:///data.jsonl"),
-            adapter=AdapterSpec(rank=16),
-            training=TrainingSpec(sequence_length=self.sequence_length, global_batch_size=self.global_batch_size),
-        )
-
-    @property
-    def facts(self) -> ModelFacts:
-        """The model."""
-        return ModelFacts.from_config(config(self.model), "main")
 
     def groups(self, others: Iterable[str]) -> Iterator[Group]:
         """The cases that stream, by how many layers, and their twins on the card."""

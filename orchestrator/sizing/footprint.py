@@ -443,8 +443,7 @@ def can_stream(spec: QLoRAJobSpec, facts: ModelFacts) -> bool:
 
     An answer would take all layers over the link for each of its tokens.
     """
-    by_hand = is_fused(spec.adapter, facts) and not facts.record_by_record
-    return by_hand and spec.evaluation.generation is None
+    return moves_layers(spec.adapter, facts) and spec.evaluation.generation is None
 
 
 def streamed_host_bytes(plan: MemoryPlan, facts: ModelFacts) -> int:
@@ -452,14 +451,14 @@ def streamed_host_bytes(plan: MemoryPlan, facts: ModelFacts) -> int:
     return min(plan.streamed_layers, facts.num_layers) * layer_streamed_bytes(facts)
 
 
-def can_offload_layers(adapter: AdapterSpec, facts: ModelFacts) -> bool:
-    """Whether what layers keep can wait in host memory: where the trainer computes them."""
+def moves_layers(adapter: AdapterSpec, facts: ModelFacts) -> bool:
+    """Whether what belongs to layers can go to the host and come back in time: where the trainer computes them."""
     return is_fused(adapter, facts) and not facts.record_by_record
 
 
 def offloaded_host_bytes(spec: QLoRAJobSpec, facts: ModelFacts, plan: MemoryPlan) -> int:
     """What the plan's layers with their activations in host memory take of it, pinned."""
-    if not plan.offloaded_layers or not can_offload_layers(spec.adapter, facts):
+    if not plan.offloaded_layers or not moves_layers(spec.adapter, facts):
         return 0
     ways = LayerWays.of(facts.num_layers, plan.recompute_layers, plan.offloaded_layers)
     return ways.offloaded_layers * Footprint(spec, facts, plan).kept_layer_bytes
@@ -720,8 +719,7 @@ class _Layers:
     """What a layer of each kind takes that recomputes."""
     whole: tuple[LayerBytes, ...]
     offloaded_layers: int = 0
-    """How many have what they keep in host memory; their kinds come behind all others, as kinds of their own do those
-    while which the activations of another layer leave or come."""
+    """How many may have what they keep in host memory; where any do, all layers are of one kind."""
 
     @classmethod
     def of(cls, question: _Question) -> _Layers:

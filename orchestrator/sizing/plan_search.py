@@ -31,7 +31,7 @@ from orchestrator.api.plan import AttentionKernels, ByteItem, Estimate, MemoryPl
 from orchestrator.api.reasons import Reason, Refusal
 from orchestrator.sizing import hardware
 from orchestrator.sizing.answering import answering_seconds
-from orchestrator.sizing.footprint import Footprint, can_offload_layers, can_stream, card_matters, is_fused
+from orchestrator.sizing.footprint import Footprint, can_stream, card_matters, is_fused, moves_layers
 from orchestrator.sizing.guess import guess_words
 from orchestrator.sizing.hardware import GIB, Card, GpuClass
 from orchestrator.sizing.margins import DEFAULT, Margins
@@ -341,7 +341,7 @@ class _Search:
         """The plans whose layers have what they keep in host memory, instead of computing it again, and are faster than
         the fastest of the others, the fastest first; of those alike, what takes least of the host.
         """
-        if not rival.recompute_layers or gpu_class.cpu or not can_offload_layers(self.spec.adapter, self.facts):
+        if not rival.recompute_layers or gpu_class.cpu or not moves_layers(self.spec.adapter, self.facts):
             return []
         card = ordering_card(gpu_class)
         limit = self.step_seconds(rival, card) / AS_FAST

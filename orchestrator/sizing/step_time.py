@@ -28,8 +28,8 @@ from orchestrator.sizing.footprint import (
     Footprint,
     adapter_parameters,
     can_be_captured,
-    is_fused,
     layer_streamed_bytes,
+    moves_layers,
 )
 from orchestrator.sizing.hardware import Card, GpuClass
 from orchestrator.sizing.memory.attention import SOFTCAPPED_TYPES
@@ -148,7 +148,7 @@ class StepTime:
         self._spec = spec
         self._facts = facts
         self._mixture = facts.mixture
-        self._fused = is_fused(spec.adapter, facts) and not facts.record_by_record
+        self._fused = moves_layers(spec.adapter, facts)
         self._weights = sum(linear.parameters for linear in every)
         family = family_of(facts.model_type)
         last = every[-1].parameters  # the last product of a layer is not needed again to go back, but through a norm
